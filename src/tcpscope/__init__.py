@@ -1,0 +1,1 @@
+"""tcpscope: what the Linux kernel does to TCP connections, and why."""

@@ -1,0 +1,73 @@
+"""Errors a user can meet, and the exit status of each.
+
+    TcpscopeError            1  failed at run time
+    ├── UsageError           2  wrong usage: a value, and what is allowed
+    ├── UnsupportedError     3  this kernel cannot do it, and what is missing
+    ├── NotPermittedError    4  a capability is missing, and which
+    ├── LossError            5  events were lost and --strict was given
+    └── MalformedError       1  bytes that are not what they claim to be (BTF, ELF, a batch)
+        └── BtfError
+
+Every error is one line: what happened with the value that caused it, then (`hint`) what helps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TcpscopeError(Exception):
+    """Base of every known error. `str(error)` is the one line to print; `hint` is its second half."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(TcpscopeError):
+    """The command line or the call is wrong."""
+
+    exit_status = 2
+
+
+class UnsupportedError(TcpscopeError):
+    """The running kernel lacks what was asked for."""
+
+    exit_status = 3
+
+
+class NotPermittedError(TcpscopeError):
+    """A privilege is missing. `capabilities` names the missing ones (`CAP_BPF`, ...)."""
+
+    exit_status = 4
+
+    def __init__(self, message: str, hint: str = "", capabilities: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint)
+        self.capabilities = capabilities
+
+
+class LossError(TcpscopeError):
+    """Events were lost in a run that must not lose any (`--strict`)."""
+
+    exit_status = 5
+
+
+class MalformedError(TcpscopeError):
+    """Bytes are not what they claim to be."""
+
+
+class BtfError(MalformedError):
+    """BTF that is cut short, or that contradicts itself."""
+
+
+def did_you_mean(value: str, allowed: Iterable[str]) -> str:
+    """`did you mean 'states'?` when one of `allowed` is near `value`, otherwise an empty string."""
+    near = difflib.get_close_matches(value, list(allowed), n=1)
+    return f"did you mean '{near[0]}'?" if near else ""
