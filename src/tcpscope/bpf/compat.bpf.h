@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * What differs between kernels, in one place. The newest kernel is the straight path.
+ * Which of several hooks is used is not decided here but by user space: see kernel/loaded.py.
+ */
+#ifndef TCPSCOPE_COMPAT_BPF_H
+#define TCPSCOPE_COMPAT_BPF_H
+
+#include "kernel.bpf.h"
+
+/*
+ * An argument or the return value of a traced function, at a constant place of the context. The verifier wants the
+ * offset in the instruction; without the asm the compiler joins two such reads into one with a computed offset.
+ */
+#define CTX_SLOT(ctx, slot)                                                                        \
+	({                                                                                         \
+		__u64 value;                                                                       \
+		asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(value) : "r"(ctx), "i"((slot) * 8)); \
+		value;                                                                             \
+	})
+
+/*
+ * "net: have do_accept() take a struct proto_accept_arg argument" (6.10) cut inet_csk_accept() from four arguments to
+ * two; an fexit program finds the return value behind the arguments.
+ */
+#define ACCEPTED_CHILD(ctx)                                                                        \
+	((struct sock *)(bpf_core_type_exists(struct proto_accept_arg) ? CTX_SLOT(ctx, 2) : CTX_SLOT(ctx, 4)))
+
+/*
+ * "bpf: Expose bpf_get_socket_cookie to tracing programs" (5.12). Below, the cookie is there only if somebody asked
+ * for it before (ss -e, SO_COOKIE). BPF_FUNC_check_mtu came in the same release and can be seen in the BTF.
+ */
+static __always_inline bool have_cookie_helper(void)
+{
+	return bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_check_mtu);
+}
+
+/* The cookie as it stands, 0 if the kernel has not given one yet. For sockets that are only known by address. */
+static __always_inline __u64 cookie_if_any(struct sock *sk)
+{
+	return BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
+}
+
+/* The cookie, given now if need be. For sockets that the verifier knows as such: tp_btf, fentry, iterators. */
+#define COOKIE_OF(sk) (have_cookie_helper() ? bpf_get_socket_cookie(sk) : cookie_if_any((struct sock *)(sk)))
+
+/* Numbers of accept and accept4: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h. */
+#if defined(__TARGET_ARCH_x86)
+#define SYSCALL_NUMBER(regs) ((int)((struct pt_regs___kernel *)(regs))->orig_ax)
+#define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 43 || SYSCALL_NUMBER(regs) == 288)
+#elif defined(__TARGET_ARCH_arm64)
+#define SYSCALL_NUMBER(regs) (((struct pt_regs___kernel *)(regs))->syscallno)
+#define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 202 || SYSCALL_NUMBER(regs) == 242)
+#endif
+
+/* Value of a small integer field whose width differs between kernels, read by address. */
+#define READ_ANY_WIDTH(pointer, field) BPF_CORE_READ_BITFIELD_PROBED(pointer, field)
+
+#endif

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * The filters that every tool has, decided in the kernel.
+ *
+ * User space fills `filter` and the port sets before loading; they are frozen then, and the verifier removes every
+ * test that was not asked for. filters.py holds the same rules in Python; tests hold them against each other.
+ */
+#ifndef TCPSCOPE_FILTER_BPF_H
+#define TCPSCOPE_FILTER_BPF_H
+
+#include "kernel.bpf.h"
+#include "output.bpf.h"
+
+#define FILTER_NETWORKS 8 /* per option; with more of them user space decides */
+#define PORT_WORDS (65536 / 64)
+
+/* Both ends, as every event shows them. Addresses are 16 bytes: IPv4 stands in its v4-mapped form. */
+struct identity {
+	__u64 cookie DOC("socket cookie, what ss -e prints as sk:") UNKNOWN_IS("zero");
+	__u32 netns DOC("network namespace, as inode number");
+	__u16 lport DOC("local port") UNKNOWN_IS("zero");
+	__u16 rport DOC("remote port") UNKNOWN_IS("zero");
+	__u8 laddr[16] KIND("address") DOC("local address");
+	__u8 raddr[16] KIND("address") DOC("remote address") UNKNOWN_IS("zero");
+	__u8 family DOC("IP version of the packets: a v4-mapped socket talks IPv4");
+	__u8 padding[7];
+};
+
+/* The process that called connect(), listen() or accept(), not the one on the CPU. */
+struct owner {
+	__u32 pid DOC("process that owns the socket") UNKNOWN_IS("zero");
+	__u32 uid DOC("user of that process") UNKNOWN_IS("max");
+	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
+	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");
+	__u8 in_cgroup; /* below the cgroup of the filter */
+	__u8 padding[7];
+};
+
+struct network {
+	__u64 address[2];
+	__u64 mask[2];
+	__u64 family; /* ::/0 holds no IPv4 address, although the v4-mapped ones lie in it */
+};
+
+struct filter {
+	__u32 pid;
+	__u32 uid;
+	__u32 netns;
+	__u8 family;
+	bool has_pid, has_uid, has_comm, has_lport, has_rport, has_port;
+	__u8 laddr_count, raddr_count;
+	__u64 cgroup;
+	char comm[16];
+	struct network laddr[FILTER_NETWORKS];
+	struct network raddr[FILTER_NETWORKS];
+};
+
+const volatile struct filter filter;
+const volatile __u64 filter_lport[PORT_WORDS];
+const volatile __u64 filter_rport[PORT_WORDS];
+const volatile __u64 filter_port[PORT_WORDS];
+
+#define PORT_IN(set, port) ((set)[(__u16)(port) >> 6] >> ((port) & 63) & 1)
+
+static __always_inline bool in_networks(const volatile struct network *networks, __u8 count, __u8 family,
+					const __u8 *address)
+{
+	const __u64 *words = (const __u64 *)address;
+
+#pragma unroll
+	for (int i = 0; i < FILTER_NETWORKS; i++)
+		if (i < count && family == networks[i].family &&
+		    (words[0] & networks[i].mask[0]) == networks[i].address[0] &&
+		    (words[1] & networks[i].mask[1]) == networks[i].address[1])
+			return true;
+	return false;
+}
+
+static __always_inline bool filter_wants_owner(void)
+{
+	return filter.has_pid || filter.has_uid || filter.has_comm || filter.cgroup;
+}
+
+static __always_inline bool same_comm(const char *comm)
+{
+	const __u64 *a = (const __u64 *)comm;
+	const volatile __u64 *b = (const volatile __u64 *)filter.comm;
+
+	return a[0] == b[0] && a[1] == b[1];
+}
+
+/* What is not known does not match: an owner of NULL or pid 0 passes only when no filter asks for the owner. */
+static __always_inline bool filter_owner(const struct owner *owner)
+{
+	if (!filter_wants_owner())
+		return true;
+	if (!owner || !owner->pid)
+		return false;
+	if (filter.has_pid && owner->pid != filter.pid)
+		return false;
+	if (filter.has_uid && owner->uid != filter.uid)
+		return false;
+	if (filter.cgroup && !owner->in_cgroup)
+		return false;
+	return !filter.has_comm || same_comm(owner->comm);
+}
+
+static __always_inline bool filter_identity(const struct identity *id)
+{
+	if (filter.netns && id->netns != filter.netns)
+		return false;
+	if (filter.family && id->family != filter.family)
+		return false;
+	if (filter.has_lport && !PORT_IN(filter_lport, id->lport))
+		return false;
+	if (filter.has_rport && !PORT_IN(filter_rport, id->rport))
+		return false;
+	if (filter.has_port && !PORT_IN(filter_port, id->lport) && !PORT_IN(filter_port, id->rport))
+		return false;
+	if (filter.laddr_count && !in_networks(filter.laddr, filter.laddr_count, id->family, id->laddr))
+		return false;
+	return !filter.raddr_count ||
+	       (id->rport && in_networks(filter.raddr, filter.raddr_count, id->family, id->raddr));
+}
+
+static __always_inline bool filter_pass(const struct identity *id, const struct owner *owner)
+{
+	return filter_identity(id) && filter_owner(owner);
+}
+
+#endif

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * The part of the kernel's types that tcpscope reads, and nothing else.
+ *
+ * Every field here is looked up by name in the running kernel's BTF when an object is loaded (CO-RE), so only the
+ * names and the kinds of the fields matter, not their places. Each struct says where the kernel defines it.
+ */
+#ifndef TCPSCOPE_KERNEL_BPF_H
+#define TCPSCOPE_KERNEL_BPF_H
+
+#include <linux/bpf.h>
+#include <linux/ptrace.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_tracing.h>
+#include <bpf/bpf_endian.h>
+
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define S_IFMT 00170000
+#define S_IFSOCK 0140000
+#define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct { int counter; } atomic_t;                     /* include/linux/types.h */
+typedef struct { __s64 counter; } atomic64_t;                 /* include/linux/types.h */
+typedef struct { unsigned int val; } kuid_t;                  /* include/linux/uidgid_types.h */
+
+struct in6_addr {                                             /* include/uapi/linux/in6.h */
+	union {
+		__u8 u6_addr8[16];
+	} in6_u;
+};
+
+struct ns_common {                                            /* include/linux/ns_common.h */
+	unsigned int inum;
+};
+
+struct netns_core {                                           /* include/net/netns/core.h */
+	int sysctl_somaxconn;
+};
+
+struct netns_ipv4 {                                           /* include/net/netns/ipv4.h; widths changed in 5.15 */
+	__u8 sysctl_tcp_syncookies;
+	__u8 sysctl_tcp_abort_on_overflow;
+	int sysctl_max_syn_backlog;
+};
+
+struct linux_mib;                                             /* include/net/snmp.h: only an array of counters */
+
+struct netns_mib {                                            /* include/net/netns/mib.h */
+	struct linux_mib *net_statistics;                     /* per CPU */
+};
+
+struct net {                                                  /* include/net/net_namespace.h */
+	struct ns_common ns;
+	struct netns_core core;
+	struct netns_ipv4 ipv4;
+	struct netns_mib mib;
+};
+
+typedef struct { struct net *net; } possible_net_t;           /* include/net/net_namespace.h */
+
+struct sock_common {                                          /* include/net/sock.h */
+	__be32 skc_daddr;
+	__be32 skc_rcv_saddr;
+	__be16 skc_dport;
+	__u16 skc_num;
+	unsigned short skc_family;
+	volatile unsigned char skc_state;
+	possible_net_t skc_net;
+	struct in6_addr skc_v6_daddr;
+	struct in6_addr skc_v6_rcv_saddr;
+	atomic64_t skc_cookie;
+};
+
+struct sock {                                                 /* include/net/sock.h */
+	struct sock_common __sk_common;
+	atomic_t sk_drops;
+	__u32 sk_ack_backlog;
+	__u32 sk_max_ack_backlog;
+	kuid_t sk_uid;
+	__u16 sk_protocol;
+};
+
+struct socket {                                               /* include/linux/net.h */
+	struct sock *sk;
+};
+
+struct inet_sock {                                            /* include/net/inet_sock.h */
+	__be16 inet_sport;
+};
+
+struct request_sock {                                         /* include/net/request_sock.h */
+	struct sock_common __req_common;
+	struct request_sock *dl_next;
+	__u8 num_timeout;
+};
+
+struct tcp_request_sock {                                     /* include/linux/tcp.h */
+	__u64 snt_synack;
+};
+
+struct request_sock_queue {                                   /* include/net/request_sock.h */
+	atomic_t qlen;
+	atomic_t young;
+	struct request_sock *rskq_accept_head;
+};
+
+struct inet_connection_sock {                                 /* include/net/inet_connection_sock.h */
+	struct request_sock_queue icsk_accept_queue;
+};
+
+struct tcp_rack {                                             /* include/linux/tcp.h, as struct tcp_sock.rack */
+	__u32 rtt_us;
+};
+
+struct tcp_sock {                                             /* include/linux/tcp.h */
+	struct inet_connection_sock inet_conn;
+	__u32 rcv_nxt;
+	__u32 copied_seq;
+	__u32 write_seq;
+	__u32 snd_una;
+	__u32 srtt_us;
+	__u32 delivered;
+	struct tcp_rack rack;
+};
+
+struct inet_timewait_sock {                                   /* include/net/inet_timewait_sock.h */
+	struct sock_common __tw_common;
+	volatile unsigned char tw_substate;
+};
+
+struct tcp_timewait_sock {                                    /* include/linux/tcp.h */
+	struct inet_timewait_sock tw_sk;
+};
+
+struct super_block {                                          /* include/linux/fs.h */
+	unsigned long s_magic;
+};
+
+struct inode {                                                /* include/linux/fs.h */
+	unsigned short i_mode;
+	struct super_block *i_sb;
+};
+
+struct file {                                                 /* include/linux/fs.h */
+	struct inode *f_inode;
+	void *private_data;
+};
+
+struct fdtable {                                              /* include/linux/fdtable.h */
+	struct file **fd;
+};
+
+struct files_struct {                                         /* include/linux/fdtable.h */
+	struct fdtable *fdt;
+};
+
+struct kernfs_node {                                          /* include/linux/kernfs.h */
+	__u64 id;
+};
+
+struct cgroup;
+
+struct cgroup_subsys_state {                                  /* include/linux/cgroup-defs.h */
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
+struct cgroup {                                               /* include/linux/cgroup-defs.h */
+	struct cgroup_subsys_state self;
+	struct kernfs_node *kn;
+};
+
+struct css_set {                                              /* include/linux/cgroup-defs.h */
+	struct cgroup *dfl_cgrp;
+};
+
+struct cred {                                                 /* include/linux/cred.h */
+	kuid_t uid;
+};
+
+struct task_struct {                                          /* include/linux/sched.h */
+	int pid;
+	int tgid;
+	struct task_struct *group_leader;
+	const struct cred *cred;
+	char comm[16];
+	struct files_struct *files;
+	struct css_set *cgroups;
+};
+
+struct proto_accept_arg {};                                   /* include/net/sock.h, since 6.10 */
+
+struct pt_regs___kernel {                                     /* arch/{x86,arm64}/include/asm/ptrace.h */
+#if defined(__TARGET_ARCH_x86)
+	unsigned long orig_ax;
+#elif defined(__TARGET_ARCH_arm64)
+	int syscallno;
+#endif
+};
+
+struct seq_file;                                              /* include/linux/seq_file.h */
+
+struct bpf_iter_meta {                                        /* include/linux/bpf.h */
+	struct seq_file *seq;
+};
+
+struct bpf_iter__task_file {                                  /* kernel/bpf/task_iter.c */
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	__u32 fd;
+	struct file *file;
+};
+
+struct bpf_iter__tcp {                                        /* net/ipv4/tcp_ipv4.c */
+	struct bpf_iter_meta *meta;
+	struct sock_common *sk_common;
+	__u32 uid;
+};
+
+#pragma clang attribute pop
+
+#endif

@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * How events leave the kernel, and the loss contract: seen = submitted + filtered + lost.
+ *
+ * One object has one ring and one event struct; its fields describe themselves by the tags below, which user space
+ * reads from the object's own BTF. The ring wakes its reader when a quarter is full; below that the reader's timer is
+ * enough, and no event pays for a wake-up.
+ */
+#ifndef TCPSCOPE_OUTPUT_BPF_H
+#define TCPSCOPE_OUTPUT_BPF_H
+
+#define UNIT(text) __attribute__((btf_decl_tag("unit:" text)))
+#define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
+#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))       /* address, comm, time, stack */
+#define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
+
+#define CPU_SLOTS 128 /* power of two; CPUs beyond share slots, the counters are atomic */
+
+struct counters {
+	__u64 seen;       /* at the hook, before any filter */
+	__u64 filtered;   /* not asked for */
+	__u64 lost;       /* asked for, and the ring or an aggregate had no room */
+	__u64 table_full; /* connections without a place in a table: their later events lack owner and times */
+} __attribute__((aligned(64)));
+
+/* A .bss map is memory shared with user space: reading the counters takes no system call and no privilege. */
+struct counters counters[CPU_SLOTS];
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4 << 20);
+} events SEC(".maps");
+
+const volatile __u64 wakeup_bytes = 1 << 20;
+
+/* Atomic, because a program may be interrupted by a softirq that counts on the same CPU. */
+#define COUNT(what) __sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].what, 1)
+
+/* Room for one event of `size` bytes, or NULL, counted. */
+static __always_inline void *event_reserve(__u64 size)
+{
+	void *event = bpf_ringbuf_reserve(&events, size, 0);
+
+	if (!event)
+		COUNT(lost);
+	return event;
+}
+
+static __always_inline void event_submit(void *event)
+{
+	bool wake = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) >= wakeup_bytes;
+
+	bpf_ringbuf_submit(event, wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
+}
+
+#endif

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: BSD-2-Clause
+#define _GNU_SOURCE
+#include "shim.h"
+
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/membarrier.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* --- libbpf's messages ------------------------------------------------------------------------------------------ */
+
+static char log_text[64 << 10];
+static size_t log_used;
+static bool log_debug;
+
+static int log_print(enum libbpf_print_level level, const char *format, va_list arguments)
+{
+	size_t room = sizeof(log_text) - log_used;
+	int length;
+
+	if (level == LIBBPF_DEBUG && !log_debug)
+		return 0;
+	length = vsnprintf(log_text + log_used, room, format, arguments);
+	if (length > 0)
+		log_used += (size_t)length < room ? (size_t)length : room - 1;
+	return length;
+}
+
+void tcpscope_log_start(bool debug)
+{
+	log_used = 0;
+	log_text[0] = 0;
+	log_debug = debug;
+	libbpf_set_print(log_print);
+}
+
+const char *tcpscope_log(void)
+{
+	return log_text;
+}
+
+struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name)
+{
+	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name);
+
+	return bpf_object__open_mem(data, size, &options);
+}
+
+/* --- ring buffer ------------------------------------------------------------------------------------------------ */
+
+struct tcpscope_ring {
+	struct ring_buffer *buffer;
+	char *to, *end;
+	size_t record_size;
+};
+
+/* libbpf has consumed the record when this returns, whatever it returns; -ENOBUFS stops it before the next one. */
+static int ring_copy(void *context, void *data, size_t size)
+{
+	struct tcpscope_ring *ring = context;
+
+	if (size != ring->record_size)
+		return -EBADMSG;
+	memcpy(ring->to, data, size);
+	ring->to += size;
+	return (size_t)(ring->end - ring->to) < size ? -ENOBUFS : 0;
+}
+
+struct tcpscope_ring *tcpscope_ring_new(int map_fd)
+{
+	struct tcpscope_ring *ring = calloc(1, sizeof(*ring));
+
+	if (!ring)
+		return NULL;
+	ring->buffer = ring_buffer__new(map_fd, ring_copy, ring, NULL);
+	if (!ring->buffer) {
+		int error = errno;
+
+		free(ring);
+		errno = error;
+		return NULL;
+	}
+	return ring;
+}
+
+void tcpscope_ring_free(struct tcpscope_ring *ring)
+{
+	if (!ring)
+		return;
+	ring_buffer__free(ring->buffer);
+	free(ring);
+}
+
+int tcpscope_ring_fd(const struct tcpscope_ring *ring)
+{
+	return ring_buffer__epoll_fd(ring->buffer);
+}
+
+long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size)
+{
+	int error;
+
+	if (size < record_size)
+		return -EINVAL;
+	ring->to = buffer;
+	ring->end = ring->to + size;
+	ring->record_size = record_size;
+	error = ring_buffer__consume(ring->buffer);
+	if (error < 0 && error != -ENOBUFS)
+		return error;
+	return ring->to - (char *)buffer;
+}
+
+/* --- iterators and maps ----------------------------------------------------------------------------------------- */
+
+int tcpscope_iterate(int link_fd, int netns_fd)
+{
+	int home, fd, error;
+
+	if (netns_fd < 0) {
+		fd = bpf_iter_create(link_fd);
+		return fd < 0 ? -errno : fd;
+	}
+	home = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+	if (home < 0)
+		return -errno;
+	if (setns(netns_fd, CLONE_NEWNET)) {
+		error = -errno;
+		close(home);
+		return error;
+	}
+	fd = bpf_iter_create(link_fd);
+	error = errno;
+	if (setns(home, CLONE_NEWNET))
+		abort(); /* this thread would go on in a foreign namespace */
+	close(home);
+	return fd < 0 ? -error : fd;
+}
+
+long tcpscope_map_dump(int map_fd, size_t key_size, size_t value_size, void *keys, void *values, size_t capacity)
+{
+	void *previous = NULL;
+	size_t count = 0;
+
+	while (count < capacity) {
+		char *key = (char *)keys + count * key_size;
+
+		if (bpf_map_get_next_key(map_fd, previous, key))
+			return errno == ENOENT ? (long)count : -errno;
+		previous = key;
+		/* An entry deleted meanwhile is not an entry. */
+		if (!bpf_map_lookup_elem(map_fd, key, (char *)values + count * value_size))
+			count++;
+		else if (errno != ENOENT)
+			return -errno;
+		else if (count + 1 >= capacity)
+			return (long)count;
+		else
+			previous = memcpy((char *)keys + (capacity - 1) * key_size, key, key_size);
+	}
+	return (long)count;
+}
+
+/* --- what the kernel has ---------------------------------------------------------------------------------------- */
+
+int tcpscope_btf_parameters(const struct btf *btf, const char *function)
+{
+	int id = btf__find_by_name_kind(btf, function, BTF_KIND_FUNC);
+	const struct btf_type *type;
+
+	if (id < 0)
+		return -ENOENT;
+	type = btf__type_by_id(btf, btf__type_by_id(btf, id)->type);
+	return type ? btf_vlen(type) : -ENOENT;
+}
+
+int64_t tcpscope_btf_enumerator(const struct btf *btf, const char *name)
+{
+	unsigned int types = btf__type_cnt(btf);
+
+	for (unsigned int id = 1; id < types; id++) {
+		const struct btf_type *type = btf__type_by_id(btf, id);
+
+		if (btf_kind(type) != BTF_KIND_ENUM)
+			continue;
+		for (int i = 0; i < btf_vlen(type); i++)
+			if (!strcmp(btf__name_by_offset(btf, btf_enum(type)[i].name_off), name))
+				return btf_enum(type)[i].val;
+	}
+	return -ENOENT;
+}
+
+bool tcpscope_btf_has_type(const struct btf *btf, const char *name)
+{
+	return btf__find_by_name_kind(btf, name, BTF_KIND_STRUCT) > 0 ||
+	       btf__find_by_name_kind(btf, name, BTF_KIND_UNION) > 0 ||
+	       btf__find_by_name_kind(btf, name, BTF_KIND_ENUM) > 0;
+}
+
+int tcpscope_try_fentry(const struct btf *btf, const char *function)
+{
+	struct bpf_insn instructions[] = {
+		{.code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0},
+		{.code = BPF_JMP | BPF_EXIT},
+	};
+	LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_TRACE_FENTRY);
+	int fd, id = btf__find_by_name_kind(btf, function, BTF_KIND_FUNC);
+
+	if (id < 0)
+		return -ENOENT;
+	options.attach_btf_id = id;
+	fd = bpf_prog_load(BPF_PROG_TYPE_TRACING, "tcpscope_try", "GPL", instructions, 2, &options);
+	if (fd < 0)
+		return -errno;
+	close(fd);
+	return 0;
+}
+
+int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info)
+{
+	struct bpf_prog_info kernel_info = {};
+	uint32_t length = sizeof(kernel_info);
+
+	if (bpf_obj_get_info_by_fd(program_fd, &kernel_info, &length))
+		return -errno;
+	info->run_time_ns = kernel_info.run_time_ns;
+	info->run_count = kernel_info.run_cnt;
+	info->missed = kernel_info.recursion_misses;
+	return 0;
+}
+
+/* --- this process ----------------------------------------------------------------------------------------------- */
+
+int tcpscope_capabilities(uint64_t *effective, uint64_t *permitted)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[2];
+
+	if (syscall(SYS_capget, &header, data))
+		return -errno;
+	*effective = data[0].effective | (uint64_t)data[1].effective << 32;
+	*permitted = data[0].permitted | (uint64_t)data[1].permitted << 32;
+	return 0;
+}
+
+int tcpscope_set_capabilities(uint64_t effective, uint64_t permitted)
+{
+	struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+	struct __user_cap_data_struct data[2] = {
+		{.effective = effective, .permitted = permitted},
+		{.effective = effective >> 32, .permitted = permitted >> 32},
+	};
+
+	return syscall(SYS_capset, &header, data) ? -errno : 0;
+}
+
+int tcpscope_wait_for_programs(void)
+{
+	return syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) ? -errno : 0;
+}

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/* What libbpf does not do, or not without one call into Python per item. Functions return 0 or a negative errno. */
+#ifndef TCPSCOPE_SHIM_H
+#define TCPSCOPE_SHIM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct bpf_object;
+struct btf;
+
+struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
+
+/* cffi */
+/* libbpf's own messages since the last call, at most the first 64 KiB; with debug the verbose ones too. */
+void tcpscope_log_start(bool debug);
+const char *tcpscope_log(void);
+
+/* A reader of one ring buffer map. */
+struct tcpscope_ring;
+struct tcpscope_ring *tcpscope_ring_new(int map_fd);
+void tcpscope_ring_free(struct tcpscope_ring *ring);
+int tcpscope_ring_fd(const struct tcpscope_ring *ring);
+/* Copies whole records of `record_size` into the buffer until it is full or the ring is empty; returns bytes. */
+long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size);
+
+/* An iterator's file, opened in the network namespace `netns_fd`, or in the current one when it is -1. */
+int tcpscope_iterate(int link_fd, int netns_fd);
+
+/* All entries of a hash map, at most `capacity`; returns how many. Tolerates changes meanwhile. */
+long tcpscope_map_dump(int map_fd, size_t key_size, size_t value_size, void *keys, void *values, size_t capacity);
+
+/* What the kernel says of its functions and enumerators. */
+int tcpscope_btf_parameters(const struct btf *btf, const char *function); /* their number, or -ENOENT */
+int64_t tcpscope_btf_enumerator(const struct btf *btf, const char *name); /* its value, or -ENOENT */
+bool tcpscope_btf_has_type(const struct btf *btf, const char *name);      /* struct, union or enum */
+/* Loads an empty fentry program on `function`; 0, or why the kernel refuses. */
+int tcpscope_try_fentry(const struct btf *btf, const char *function);
+
+struct tcpscope_program_info {
+	uint64_t run_time_ns, run_count, missed;
+};
+int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info);
+
+/* Capability sets of this thread as bit masks. */
+int tcpscope_capabilities(uint64_t *effective, uint64_t *permitted);
+int tcpscope_set_capabilities(uint64_t effective, uint64_t permitted);
+
+/* Returns once every BPF program that was running when it was called has ended (membarrier). */
+int tcpscope_wait_for_programs(void);
+/* end */
+
+#endif
