@@ -44,7 +44,7 @@ struct held {
 };
 
 struct connection {
-	struct identity id;     /* complete once rport is set */
+	struct identity id;     /* complete once both ports are set */
 	struct owner opener;    /* who called connect() or listen(); for a child, who listens */
 	struct owner accepter;  /* who called accept() */
 	__u64 state_since_ns;   /* 0: not seen */
@@ -270,7 +270,7 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 
 	if (new_state == STATE_SYN_SENT || new_state == STATE_LISTEN) {
 		/* In the caller's context. A socket may be connected again after a disconnect: begin anew. */
-		connection->id.rport = 0;
+		connection->id.lport = connection->id.rport = 0;
 		connection->accepted = false;
 		connection->followed_by = 0;
 		connection->state_since_ns = 0;
@@ -279,7 +279,7 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 	} else if (new_state == STATE_SYN_RECV && old_state == STATE_LISTEN) {
 		connection->role = ROLE_PASSIVE;
 	}
-	if (!connection->id.rport)
+	if (!connection->id.rport || !connection->id.lport)
 		identity_read(sk, &connection->id);
 	if (new_state == STATE_LISTEN)
 		listening_add(connection);

@@ -156,6 +156,7 @@ static __always_inline void timewait(struct sock *sk, int state)
 }
 
 /* The socket is about to be replaced by a small timewait socket, unless none could be had. */
+OPTIONAL("what follows CLOSE")
 SEC("fexit/inet_twsk_alloc")
 int BPF_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
 {
@@ -202,8 +203,11 @@ int BPF_PROG(destroy, struct sock *sk)
 SEC("iter/task_file")
 int seed(struct bpf_iter__task_file *ctx)
 {
-	if (ctx->task && ctx->file)
-		connection_seed(ctx->task, ctx->file);
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+
+	if (task && file)
+		connection_seed(task, file);
 	return 0;
 }
 

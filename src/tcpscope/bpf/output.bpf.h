@@ -14,6 +14,9 @@
 #define KIND(text) __attribute__((btf_decl_tag("kind:" text)))       /* address, comm, time, stack */
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
+/* On the first way of a hook: the probe works without it, and the text says what is then not known. */
+#define OPTIONAL(text) __attribute__((btf_decl_tag("optional:" text)))
+
 #define CPU_SLOTS 128 /* power of two; CPUs beyond share slots, the counters are atomic */
 
 struct counters {

@@ -18,20 +18,33 @@
 
 /* --- libbpf's messages ------------------------------------------------------------------------------------------ */
 
+/* A verifier's log can have megabytes, and what matters stands at its end: the tail is kept. */
 static char log_text[64 << 10];
 static size_t log_used;
 static bool log_debug;
 
 static int log_print(enum libbpf_print_level level, const char *format, va_list arguments)
 {
-	size_t room = sizeof(log_text) - log_used;
+	size_t excess, skip = 0;
+	char *text;
 	int length;
 
 	if (level == LIBBPF_DEBUG && !log_debug)
 		return 0;
-	length = vsnprintf(log_text + log_used, room, format, arguments);
-	if (length > 0)
-		log_used += (size_t)length < room ? (size_t)length : room - 1;
+	length = vasprintf(&text, format, arguments);
+	if (length < 0)
+		return length;
+	if (log_debug)
+		fputs(text, stderr);
+	if ((size_t)length > sizeof(log_text) - 1)
+		skip = length - (sizeof(log_text) - 1);
+	excess = log_used + (length - skip);
+	excess = excess > sizeof(log_text) - 1 ? excess - (sizeof(log_text) - 1) : 0;
+	memmove(log_text, log_text + excess, log_used - excess);
+	log_used -= excess;
+	memcpy(log_text + log_used, text + skip, length - skip + 1);
+	log_used += length - skip;
+	free(text);
 	return length;
 }
 
@@ -204,6 +217,11 @@ bool tcpscope_btf_has_type(const struct btf *btf, const char *name)
 	return btf__find_by_name_kind(btf, name, BTF_KIND_STRUCT) > 0 ||
 	       btf__find_by_name_kind(btf, name, BTF_KIND_UNION) > 0 ||
 	       btf__find_by_name_kind(btf, name, BTF_KIND_ENUM) > 0;
+}
+
+bool tcpscope_btf_has_typedef(const struct btf *btf, const char *name)
+{
+	return btf__find_by_name_kind(btf, name, BTF_KIND_TYPEDEF) > 0;
 }
 
 int tcpscope_try_fentry(const struct btf *btf, const char *function)

@@ -13,7 +13,7 @@ struct btf;
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
 
 /* cffi */
-/* libbpf's own messages since the last call, at most the first 64 KiB; with debug the verbose ones too. */
+/* libbpf's own messages since the last start, the last 64 KiB of them; with debug also all of them to stderr. */
 void tcpscope_log_start(bool debug);
 const char *tcpscope_log(void);
 
@@ -35,6 +35,7 @@ long tcpscope_map_dump(int map_fd, size_t key_size, size_t value_size, void *key
 int tcpscope_btf_parameters(const struct btf *btf, const char *function); /* their number, or -ENOENT */
 int64_t tcpscope_btf_enumerator(const struct btf *btf, const char *name); /* its value, or -ENOENT */
 bool tcpscope_btf_has_type(const struct btf *btf, const char *name);      /* struct, union or enum */
+bool tcpscope_btf_has_typedef(const struct btf *btf, const char *name);
 /* Loads an empty fentry program on `function`; 0, or why the kernel refuses. */
 int tcpscope_try_fentry(const struct btf *btf, const char *function);
 

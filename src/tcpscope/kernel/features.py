@@ -1,0 +1,151 @@
+"""What the running kernel can do, asked of the kernel itself: its BTF, a trial load, its files; never its version."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tcpscope.errors import NotPermittedError, UnsupportedError
+from tcpscope.kernel._libbpf import ffi, lib
+from tcpscope.kernel.spec import Program
+
+BTF = Path("/sys/kernel/btf/vmlinux")
+_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
+_TRIAL_FUNCTION = "tcp_connect"  # global, on every kernel that has TCP
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Yes or no, and why not."""
+
+    yes: bool
+    why: str = ""
+
+    def __bool__(self) -> bool:
+        return self.yes
+
+
+class Kernel:
+    """The running kernel. Answers are computed when first asked for."""
+
+    def __init__(self) -> None:
+        if not BTF.exists():
+            raise UnsupportedError(f"this kernel has no BTF ({BTF})", "it needs CONFIG_DEBUG_INFO_BTF=y")
+        lib.tcpscope_log_start(False)
+        btf = lib.btf__load_vmlinux_btf()
+        if btf == ffi.NULL:
+            raise UnsupportedError(f"cannot read {BTF}: {os.strerror(ffi.errno)}")
+        self._btf = ffi.gc(btf, lib.btf__free)
+
+    def parameters(self, function: str) -> int | None:
+        """How many parameters a kernel function has; None if there is no such function."""
+        count: int = lib.tcpscope_btf_parameters(self._btf, function.encode())
+        return count if count >= 0 else None
+
+    def enumerator(self, name: str) -> int | None:
+        """The value of an enumerator, also of an anonymous enum."""
+        value: int = lib.tcpscope_btf_enumerator(self._btf, name.encode())
+        return None if value == -errno.ENOENT else value
+
+    def has_type(self, name: str) -> bool:
+        """Whether there is a struct, union or enum of that name."""
+        return bool(lib.tcpscope_btf_has_type(self._btf, name.encode()))
+
+    @cached_property
+    def fentry(self) -> Answer:
+        """Whether functions can be traced through trampolines (fentry, fexit)."""
+        error = -lib.tcpscope_try_fentry(self._btf, _TRIAL_FUNCTION.encode())
+        if not error:
+            return Answer(True)
+        return Answer(False, f"the kernel refuses fentry programs ({os.strerror(error)})")
+
+    @cached_property
+    def kprobe(self) -> Answer:
+        """Whether kernel probes can be set."""
+        if _KPROBE_PMU.exists():
+            return Answer(True)
+        return Answer(False, "the kernel is built without kprobes")
+
+    @cached_property
+    def accounts_memory_by_cgroup(self) -> bool:
+        """Whether maps count against the memory cgroup, not against RLIMIT_MEMLOCK.
+
+        "bpf: Eliminate rlimit-based memory accounting" (5.11); bpf_map has a memory cgroup of its own since then.
+        """
+        return self.parameters("bpf_map_kmalloc_node") is not None
+
+    def can(self, program: Program) -> Answer:
+        """Whether this kernel has what `program` hooks. Yes is not a promise: attaching may still be refused."""
+        if program.type in ("fentry", "fexit"):
+            return self._has_function(program.target) and self.fentry
+        if program.type in ("kprobe", "kretprobe"):
+            return self._has_function(program.target) and self.kprobe
+        if program.type == "tp_btf":
+            return self._has_typedef(f"btf_trace_{program.target}", f"tracepoint {program.target}")
+        if program.type == "iter":
+            return self._has(self.parameters(f"bpf_iter_{program.target}") is not None,
+                             f"iterator {program.target}")  # fmt: skip
+        return Answer(True)
+
+    def _has_function(self, name: str) -> Answer:
+        return self._has(self.parameters(name) is not None, f"function {name}")
+
+    def _has_typedef(self, name: str, what: str) -> Answer:
+        return self._has(bool(lib.tcpscope_btf_has_typedef(self._btf, name.encode())), what)
+
+    @staticmethod
+    def _has(present: bool, what: str) -> Answer:
+        return Answer(True) if present else Answer(False, f"the kernel has no {what}")
+
+
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_SYSLOG": 34,
+                 "CAP_PERFMON": 38, "CAP_BPF": 39}  # fmt: skip
+
+
+def capability_masks() -> tuple[int, int]:
+    """Effective and permitted capabilities of this thread, as bit masks."""
+    effective, permitted = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    _check(lib.tcpscope_capabilities(effective, permitted))
+    return effective[0], permitted[0]
+
+
+def require_capabilities(*names: str) -> None:
+    """NotPermittedError that names the ones of `names` this process does not have."""
+    effective, _ = capability_masks()
+    root = effective >> _CAPABILITIES["CAP_SYS_ADMIN"] & 1  # stands for CAP_BPF and CAP_PERFMON
+    missing = tuple(
+        name
+        for name in names
+        if not effective >> _CAPABILITIES[name] & 1 and not (root and name in ("CAP_BPF", "CAP_PERFMON"))
+    )
+    if missing:
+        raise NotPermittedError(f"missing {' and '.join(missing)}", "run as root, or grant them", missing)
+
+
+def drop_capabilities(keep: tuple[str, ...] = ()) -> None:
+    """Give up every capability of this process but `keep`, for good."""
+    _, permitted = capability_masks()
+    mask = permitted & sum(1 << _CAPABILITIES[name] for name in keep)
+    _check(lib.tcpscope_set_capabilities(mask, mask))
+
+
+def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
+    """Whether bpf(BPF_MAP_LOOKUP_ELEM) works with no effective capability on this kernel, found by trying.
+
+    "bpf: refine kernel.unprivileged_bpf_disabled behaviour" (5.19) allows it; before, the sysctl forbids all of bpf().
+    """
+    effective, permitted = capability_masks()
+    _check(lib.tcpscope_set_capabilities(0, permitted))
+    try:
+        return lib.bpf_map_lookup_elem(map_fd, key, value) == 0 or ffi.errno != errno.EPERM
+    finally:
+        _check(lib.tcpscope_set_capabilities(effective, permitted))
+
+
+def _check(status: int) -> None:
+    if status < 0:
+        raise OSError(-status, os.strerror(-status))

@@ -1,0 +1,270 @@
+"""What this kernel took of an object: programs attached by the best way it offers, maps, counters.
+
+Which way a hook is attached is decided in three steps: the kernel is asked (features.py), the programs that may work
+are loaded and attached, and a program that is refused all the same is struck out and the next way is tried.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError
+from tcpscope.kernel._libbpf import ffi, lib
+from tcpscope.kernel.features import Kernel, require_capabilities
+from tcpscope.kernel.spec import Program, Spec
+
+PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
+BATCH_BYTES = 1 << 20
+_VERIFIER_LINES = 6
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One logical hook: the program in use (None: not attached), and why each better way was not taken."""
+
+    name: str
+    program: Program | None
+    refused: Mapping[str, str]
+    without: str | None = None
+
+
+@dataclass
+class Setup:
+    """How an object is to be loaded: read-only globals, sizes of maps, hooks that this run does not need."""
+
+    constants: dict[str, Any] = field(default_factory=dict)
+    entries: dict[str, int] = field(default_factory=dict)
+    skip: frozenset[str] = frozenset()
+    debug: bool = False
+
+
+class _Refused(Exception):
+    """The kernel refused one program."""
+
+    def __init__(self, program: str, reason: str, details: str = "") -> None:
+        super().__init__(program)
+        self.program = program
+        self.reason = reason
+        self.details = details
+
+
+class Loaded:
+    """An object in the kernel, from `Loaded(spec, kernel, setup)` until `close()`.
+
+    Raises NotPermittedError without the privileges, UnsupportedError when a hook that is not optional has no way.
+    """
+
+    def __init__(self, spec: Spec, kernel: Kernel, setup: Setup | None = None) -> None:
+        require_capabilities(*PRIVILEGES)
+        self.spec = spec
+        self._kernel = kernel
+        self._setup = setup or Setup()
+        self._object: Any = ffi.NULL
+        self._links: dict[str, Any] = {}
+        self._programs: dict[str, Any] = {}
+        self._data = ffi.from_buffer(spec.data)
+        refused = plan_refusals(spec, kernel)
+        while True:
+            self.hooks = plan(spec, refused, self._setup.skip)
+            for hook in self.hooks.values():
+                if hook.program is None and hook.without is None:
+                    raise UnsupportedError(
+                        f"this kernel offers no hook for '{hook.name}' of the probe '{spec.name}'",
+                        "; ".join(dict.fromkeys(hook.refused.values())),
+                    )
+            try:
+                self._load()
+                self._attach()
+                return
+            except _Refused as refusal:
+                self.close()
+                if refusal.program not in spec_names(spec) or refusal.program in refused:
+                    raise TcpscopeError(f"{spec.name}: {refusal.reason}", refusal.details) from None
+                if self._last_way(refusal.program, refused):
+                    raise self._final(refusal) from None
+                refused[refusal.program] = refusal.reason
+            except BaseException:
+                self.close()
+                raise
+
+    def _last_way(self, program: str, refused: dict[str, str]) -> bool:
+        ways = self.spec.hooks[program.partition("__")[0]]
+        return all(way.name in refused or way.name == program for way in ways) and ways[0].without is None
+
+    def _final(self, refusal: _Refused) -> TcpscopeError:
+        return UnsupportedError(f"{self.spec.name}: program '{refusal.program}': {refusal.reason}", refusal.details)
+
+    def _load(self) -> None:
+        lib.tcpscope_log_start(self._setup.debug)
+        self._object = lib.tcpscope_open(self._data, len(self.spec.data), self.spec.name.encode())
+        if self._object == ffi.NULL:
+            raise TcpscopeError(f"{self.spec.name}: not a BPF object: {os.strerror(ffi.errno)}")
+        chosen = {hook.program.name: hook for hook in self.hooks.values() if hook.program}
+        program = lib.bpf_object__next_program(self._object, ffi.NULL)
+        while program != ffi.NULL:
+            name = ffi.string(lib.bpf_program__name(program)).decode()
+            lib.bpf_program__set_autoload(program, name in chosen)
+            if name in chosen:
+                self._programs[name] = program
+            program = lib.bpf_object__next_program(self._object, program)
+        for name, entries in self._setup.entries.items():
+            lib.bpf_map__set_max_entries(self._map(name), entries)
+        self._write_constants()
+        error = -lib.bpf_object__load(self._object)
+        if error:
+            raise self._load_error(error)
+
+    def _write_constants(self) -> None:
+        hooked = {
+            f"hooked_{hook.name}": hook.program is not None
+            for hook in self.hooks.values()
+            if f"hooked_{hook.name}" in self.spec.variables
+        }
+        size = ffi.new("size_t *")
+        start = lib.bpf_map__initial_value(self._map(".rodata"), size)
+        memory = ffi.buffer(start, size[0])
+        for name, value in (hooked | self._setup.constants).items():
+            variable = self.spec.variables[name]
+            memory[variable.offset : variable.offset + variable.size] = self.spec.pack(variable.type, value)
+
+    def _load_error(self, error: int) -> Exception:
+        log = ffi.string(lib.tcpscope_log()).decode(errors="replace")
+        found = re.search(r"prog '(\w+)': (?:BPF program load failed|failed to (?:load|find|prepare))", log)
+        if found:
+            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", verifier_summary(log))
+        if error == errno.EPERM and not self._kernel.accounts_memory_by_cgroup:
+            return NotPermittedError(
+                f"{self.spec.name}: no memory for BPF maps within the limit of locked memory",
+                "this kernel needs CAP_SYS_RESOURCE too, or a larger 'ulimit -l'",
+                ("CAP_SYS_RESOURCE",),
+            )
+        last = log.strip().splitlines()[-1:] or [""]
+        return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}",
+                             last[0].removeprefix("libbpf: "))  # fmt: skip
+
+    def _attach(self) -> None:
+        """Iterators first: they do nothing until read. Then the hooks, in the order of the file."""
+        for name, program in self._programs.items():
+            link = lib.bpf_program__attach(program)
+            if link == ffi.NULL:
+                error = ffi.errno
+                reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only
+                raise _Refused(name, f"cannot be attached ({reason})")
+            self._links[name] = link
+
+    def _map(self, name: str) -> Any:
+        found = lib.bpf_object__find_map_by_name(self._object, name.encode())
+        if found == ffi.NULL:
+            raise KeyError(name)
+        return found
+
+    def map_fd(self, name: str) -> int:
+        """The file descriptor of a map."""
+        fd: int = lib.bpf_map__fd(self._map(name))
+        return fd
+
+    def memory(self, name: str) -> memoryview:
+        """A global variable in .bss, as memory shared with the kernel."""
+        variable = self.spec.variables[name]
+        size = ffi.new("size_t *")
+        start = lib.bpf_map__initial_value(self._map(".bss"), size)
+        return memoryview(ffi.buffer(start, size[0]))[variable.offset : variable.offset + variable.size]
+
+    def iterate(self, name: str, netns_fd: int = -1) -> Iterator[bytes]:
+        """Run an iterator to its end, in the network namespace of `netns_fd` or in this one: pieces of its output."""
+        fd = lib.tcpscope_iterate(lib.bpf_link__fd(self._links[name]), netns_fd)
+        if fd < 0:
+            raise OSError(-fd, f"iterator '{name}': {os.strerror(-fd)}")
+        with open(fd, "rb", buffering=0) as file:
+            while piece := file.read(1 << 18):
+                yield piece
+
+    def program_info(self) -> dict[str, tuple[int, int, int]]:
+        """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs missed by recursion."""
+        info = ffi.new("struct tcpscope_program_info *")
+        result = {}
+        for name, program in self._programs.items():
+            if lib.tcpscope_program_info(lib.bpf_program__fd(program), info) == 0:
+                result[name] = (info.run_time_ns, info.run_count, info.missed)
+        return result
+
+    def detach(self) -> None:
+        """Detach all hooks; maps and counters stay readable."""
+        for link in self._links.values():
+            lib.bpf_link__destroy(link)
+        self._links.clear()
+
+    def close(self) -> None:
+        """Detach and free everything. May be called twice."""
+        self.detach()
+        self._programs.clear()
+        if self._object != ffi.NULL:
+            lib.bpf_object__close(self._object)
+            self._object = ffi.NULL
+
+
+def spec_names(spec: Spec) -> set[str]:
+    return {program.name for program in spec.programs}
+
+
+def plan_refusals(spec: Spec, kernel: Kernel) -> dict[str, str]:
+    """Program -> why this kernel cannot have it, for those of which that is known without trying."""
+    answers = {program.name: kernel.can(program) for program in spec.programs}
+    return {name: answer.why for name, answer in answers.items() if not answer}
+
+
+def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset()) -> dict[str, Hook]:
+    """For each hook that is wanted: the first way that is not refused."""
+    hooks = {}
+    for name, ways in spec.hooks.items():
+        if name in skip:
+            continue
+        best = next((way for way in ways if way.name not in refused), None)
+        better = ways[: ways.index(best)] if best else ways
+        hooks[name] = Hook(name, best, {way.name: refused[way.name] for way in better}, ways[0].without)
+    return hooks
+
+
+def verifier_summary(log: str) -> str:
+    """The end of a verifier's log, where the reason stands, with a hint for the commonest mistake."""
+    _, begin, rest = log.partition("-- BEGIN PROG LOAD LOG --\n")
+    if not begin:
+        return log.strip().rpartition("\n")[2].removeprefix("libbpf: ")
+    lines = [line for line in rest.partition("-- END PROG LOAD LOG --")[0].splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(("processed ", "verification time", "stack depth"))]
+    shown = lines[-_VERIFIER_LINES:]
+    text = f"the verifier's last words ({len(lines) - len(shown)} lines before left out): " + " | ".join(shown)
+    if "invalid mem access 'inv'" in text or "invalid mem access 'scalar'" in text:
+        text += " | a pointer was followed directly where only BPF_CORE_READ may: in programs of type kprobe and tracepoint"
+    return text
+
+
+class Ring:
+    """Reader of a ring buffer map of equal records. Its file descriptor is for poll()."""
+
+    def __init__(self, map_fd: int, record_size: int) -> None:
+        ring = lib.tcpscope_ring_new(map_fd)
+        if ring == ffi.NULL:
+            raise OSError(ffi.errno, f"ring buffer: {os.strerror(ffi.errno)}")
+        self._ring = ffi.gc(ring, lib.tcpscope_ring_free)
+        self.fd: int = lib.tcpscope_ring_fd(ring)
+        self.record_size = record_size
+        self._buffer = bytearray(BATCH_BYTES)
+        self._view = memoryview(self._buffer)
+        self._pointer = ffi.from_buffer(self._buffer)
+
+    def batches(self) -> Iterator[memoryview]:
+        """Everything that is in the ring now, in pieces that are valid until the next one is asked for."""
+        while True:
+            size = lib.tcpscope_ring_drain(self._ring, self._pointer, BATCH_BYTES, self.record_size)
+            if size < 0:
+                raise OSError(-size, f"ring buffer: {os.strerror(-size)}")
+            if size:
+                yield self._view[:size]
+            if size + self.record_size <= BATCH_BYTES:
+                return

@@ -1,0 +1,123 @@
+"""What a BPF object file says of itself. Pure: needs no root and no kernel.
+
+A program called `hook` or `hook__way` is one way to attach the logical hook `hook`; the ways are tried in the order of
+the file. A program with the tag `optional:TEXT` may be missing, and TEXT says what is then not known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+from tcpscope.errors import TcpscopeError
+from tcpscope.kernel import btf as B
+from tcpscope.kernel import elf
+from tcpscope.schema import Layout
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`)."""
+
+    name: str
+    section: str
+    without: str | None
+
+    @property
+    def hook(self) -> str:
+        return self.name.partition("__")[0]
+
+    @property
+    def type(self) -> str:
+        return self.section.partition("/")[0]
+
+    @property
+    def target(self) -> str:
+        return self.section.partition("/")[2]
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A global: where it lies in its section."""
+
+    section: str
+    offset: int
+    size: int
+    type: int
+
+
+class Spec:
+    """An object file: programs, hooks, global variables, layouts."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self.name = name
+        self.data = data
+        self._sections = elf.sections(data)
+        self._symbols = elf.symbols(data)
+        if ".BTF" not in self._sections:
+            raise TcpscopeError(f"{name}: no .BTF section", "compile with clang -g")
+        self.btf = B.Btf.parse(self._sections[".BTF"])
+
+    @classmethod
+    def of(cls, probe: str) -> Spec:
+        """The object that this package ships for `probe`."""
+        return cls(probe, (files("tcpscope") / "bpf" / f"{probe}.bpf.o").read_bytes())
+
+    @cached_property
+    def programs(self) -> tuple[Program, ...]:
+        """All programs in the order of the file; functions in .text are their callees."""
+        order = {name: at for at, name in enumerate(self._sections)}
+        found = []
+        for symbol in self._symbols:
+            function = self.btf.find(symbol.name, B.Kind.FUNC)
+            if function is None or symbol.section in ("", ".text"):
+                continue
+            tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
+            found.append((order[symbol.section], symbol.value,
+                          Program(symbol.name, symbol.section, tags.get("optional"))))  # fmt: skip
+        return tuple(program for *_, program in sorted(found, key=lambda entry: entry[:2]))
+
+    @cached_property
+    def hooks(self) -> dict[str, tuple[Program, ...]]:
+        """Logical hook -> the ways to attach it, best first."""
+        hooks: dict[str, tuple[Program, ...]] = {}
+        for program in self.programs:
+            hooks[program.hook] = (*hooks.get(program.hook, ()), program)
+        return hooks
+
+    @cached_property
+    def variables(self) -> dict[str, Variable]:
+        """Global variables by name, with their place in .rodata or .bss."""
+        return {
+            symbol.name: Variable(symbol.section, symbol.value, symbol.size, variable.type_id)
+            for symbol in self._symbols
+            if symbol.section in (".rodata", ".bss")
+            and isinstance(variable := self.btf.find(symbol.name, B.Kind.VAR), B.Var)
+        }
+
+    def pack(self, type_id: int, value: Any) -> bytes:
+        """The bytes of `value` as type `type_id`: dicts for structs, sequences for arrays; what is missing is zero."""
+        type_ = self.btf.resolve(type_id)
+        size = self.btf.size_of(type_.id)
+        if isinstance(value, bytes):
+            return value.ljust(size, b"\0")
+        packed = bytearray(size)
+        if isinstance(type_, B.Struct):
+            members = {member.name: member for member in type_.members}
+            for name, part in value.items():
+                at = members[name].bit_offset // 8
+                data = self.pack(members[name].type_id, part)
+                packed[at : at + len(data)] = data
+        elif isinstance(type_, B.Array):
+            step = size // type_.count
+            for index, part in enumerate(value):
+                packed[index * step : (index + 1) * step] = self.pack(type_.type_id, part)
+        else:
+            packed[:] = int(value).to_bytes(size, "little", signed=value < 0)
+        return bytes(packed)
+
+    def layout(self, name: str) -> Layout:
+        """The layout of the event struct `name`."""
+        return Layout.of(self.btf, name)

@@ -1,0 +1,236 @@
+"""What an event consists of, read from the BTF of the object that sends it, and how its bytes become rows.
+
+The C struct is the only description of an event. Its fields carry tags (see `bpf/output.bpf.h`):
+
+    doc:TEXT       what it means; a field without one is internal and never shown
+    unit:TEXT      us, ns, bytes, ...; also the end of the field's name
+    kind:TEXT      address, comm, time, stack: how the bytes are to be read
+    unknown:TEXT   zero or max (all bits set): the value that stands for "not known" and becomes None
+
+Nested structs are flattened, so the parts that all events share are described once.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from tcpscope.errors import UsageError, did_you_mean
+try:
+    from tcpscope.filters import address_text
+except ImportError:
+    import ipaddress
+    def address_text(b):
+        a=ipaddress.IPv6Address(b); return str(a.ipv4_mapped or a)
+from tcpscope.kernel import btf as B
+
+Row = msgspec.Struct
+
+_FORMATS = {(1, False): "B", (2, False): "H", (4, False): "I", (8, False): "Q",
+            (1, True): "b", (2, True): "h", (4, True): "i", (8, True): "q"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column: `name` as in JSON, `offset` and `size` in bytes, `format` as the struct module writes it."""
+
+    name: str
+    offset: int
+    size: int
+    format: str
+    kind: str
+    unit: str
+    doc: str
+    unknown: int | bytes | None
+    labels: dict[int, str] | None
+
+    @property
+    def type(self) -> Any:
+        """The Python type of a value."""
+        if self.kind == "stack":
+            return list[str] | None
+        plain: Any = {"int": int, "bool": bool}.get(self.kind, str)
+        return plain if self.unknown is None else plain | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A struct of an event: `size` bytes per record, `fields` in the order of the C struct."""
+
+    name: str
+    size: int
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(cls, btf: B.Btf, name: str) -> Layout:
+        """The layout of struct `name`. Only fields with a doc tag are part of it."""
+        outer = btf.struct(name)
+        return cls(name, outer.size, tuple(_flatten(btf, outer, 0)))
+
+    def field(self, name: str) -> Field:
+        """The field called `name`, or a UsageError that says which there are."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        names = [field.name for field in self.fields]
+        raise UsageError(f"unknown column '{name}'", did_you_mean(name, names) or f"there are {', '.join(names)}")
+
+    def select(self, names: Iterable[str]) -> Layout:
+        """The same struct with these fields only, in this order."""
+        return Layout(self.name, self.size, tuple(self.field(name) for name in names))
+
+    def decoder(self, clock: Clock | None = None, extra: Sequence[tuple[str, Any]] = ()) -> Decoder:
+        """A compiled function from a batch to rows."""
+        return Decoder(self, clock or Clock(), extra)
+
+
+def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
+    for index, member in enumerate(outer.members):
+        offset = base + member.bit_offset // 8
+        type_ = btf.resolve(member.type_id)
+        if isinstance(type_, B.Struct):
+            yield from _flatten(btf, type_, offset)
+            continue
+        tags = dict(tag.split(":", 1) for tag in btf.decl_tags(outer.id, index) if ":" in tag)
+        if "doc" not in tags:
+            continue
+        size = btf.size_of(member.type_id)
+        labels = None
+        kind = tags.get("kind", "")
+        if isinstance(type_, B.Enum):
+            labels = _labels(btf.enumerators(type_))
+            kind = "enum"
+        elif not kind:
+            kind = "bool" if isinstance(type_, B.Int) and type_.is_bool else "int"
+        signed = isinstance(type_, B.Int) and type_.signed
+        scalar = not isinstance(type_, B.Array)
+        unknown: int | bytes | None = None
+        if "unknown" in tags:
+            byte = b"\x00" if tags["unknown"] == "zero" else b"\xff"
+            unknown = byte * size if not scalar else int.from_bytes(byte * size, "little", signed=signed)
+        yield Field(
+            name="time" if kind == "time" else member.name,
+            offset=offset,
+            size=size,
+            format=_FORMATS[size, signed] if scalar else f"{size}s",
+            kind=kind,
+            unit=tags.get("unit", ""),
+            doc=tags["doc"],
+            unknown=unknown,
+            labels=labels,
+        )
+
+
+def _labels(enumerators: dict[int, str]) -> dict[int, str]:
+    """Names without the prefix that C needs and a reader does not: STATE_LISTEN -> LISTEN."""
+    prefix = os.path.commonprefix(list(enumerators.values()))
+    prefix = prefix[: prefix.rfind("_") + 1]
+    return {value: name.removeprefix(prefix) for value, name in enumerators.items()}
+
+
+class _Cache(dict[Any, Any]):
+    """A dict that computes what it does not hold; emptied when it grows, so that it cannot leak."""
+
+    limit = 1 << 16
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self.compute = compute
+
+    def __missing__(self, key: Any) -> Any:
+        if len(self) >= self.limit:
+            self.clear()
+        value = self[key] = self.compute(key)
+        return value
+
+
+class Clock:
+    """Turns the kernel's monotonic time stamps into what the reader asked for.
+
+    mode: "iso" (UTC, microseconds), "elapsed" (seconds since this clock was made) or "none".
+    """
+
+    def __init__(self, mode: str = "iso") -> None:
+        self.mode = mode
+        self.start_ns = time.monotonic_ns()
+        self._to_wall_ns = time.time_ns() - time.monotonic_ns()
+        self._seconds = _Cache(lambda s: datetime.fromtimestamp(s, UTC).strftime("%Y-%m-%dT%H:%M:%S."))
+
+    def read(self, monotonic_ns: int) -> str | float:
+        """One time stamp, as the mode says."""
+        if self.mode == "elapsed":
+            return (monotonic_ns - self.start_ns) / 1e9
+        second, ns = divmod(monotonic_ns + self._to_wall_ns, 1_000_000_000)
+        return f"{self._seconds[second]}{ns // 1000:06d}Z"
+
+
+def comm_text(data: bytes) -> str:
+    """A process name: up to its first NUL; bytes that are not UTF-8 are shown, not lost."""
+    return data.partition(b"\0")[0].decode(errors="backslashreplace")
+
+
+class Decoder:
+    """A batch of records to a list of rows. Row types are msgspec structs, so that they encode quickly.
+
+    The loop is compiled once per layout; one record costs one unpack and one constructor call.
+    """
+
+    def __init__(self, layout: Layout, clock: Clock, extra: Sequence[tuple[str, Any]] = ()) -> None:
+        fields = [f for f in layout.fields if not (f.kind == "time" and clock.mode == "none")]
+        self.layout = layout
+        self.fields = tuple(fields)
+        names: dict[str, Any] = {}
+        expressions = [self._expression(i, field, clock, names) for i, field in enumerate(fields)]
+        columns = [(f.name, f.type | float if f.kind == "time" else f.type) for f in fields]
+        columns += [(name, type_, None) for name, type_ in extra]  # type: ignore[misc]
+        self.row_type: type[Row] = msgspec.defstruct(layout.name.title().replace("_", ""), columns, gc=False)
+        by_offset = sorted(range(len(fields)), key=lambda i: fields[i].offset)
+        arguments = ", ".join(f"v{i}" for i in by_offset)
+        source = (
+            f"def decode(batch):\n"
+            f"    return [Row({', '.join(expressions)}) for ({arguments},) in unpack(batch)]\n"
+        )
+        names |= {"Row": self.row_type, "unpack": struct.Struct(_format(layout.size, fields)).iter_unpack}
+        exec(compile(source, f"<decoder of {layout.name}>", "exec"), names)
+        self.rows: Callable[[bytes | memoryview], list[Any]] = names["decode"]
+
+    @staticmethod
+    def _expression(i: int, field: Field, clock: Clock, names: dict[str, Any]) -> str:
+        value = f"v{i}"
+        convert: Callable[[Any], Any] | None = None
+        if field.kind == "address":
+            convert = address_text
+        elif field.kind == "comm":
+            convert = comm_text
+        elif field.labels is not None:
+            labels = field.labels
+            convert = lambda v: labels.get(v, str(v))  # noqa: E731
+        if convert is not None:
+            unknown = field.unknown
+            names[f"c{i}"] = _Cache(lambda v: None if v == unknown else convert(v))
+            return f"c{i}[{value}]"
+        if field.kind == "time":
+            names["read"] = clock.read
+            return f"read({value})"
+        if field.kind == "bool":
+            return f"{value} != 0"
+        if field.unknown is None:
+            return value
+        if field.unknown == 0:
+            return f"{value} or None"
+        return f"None if {value} == {field.unknown} else {value}"
+
+
+def _format(size: int, fields: Iterable[Field]) -> str:
+    """The struct format of a record of which only `fields` are read."""
+    text, at = "<", 0
+    for field in sorted(fields, key=lambda f: f.offset):
+        text += f"{field.offset - at}x{field.format}"
+        at = field.offset + field.size
+    return f"{text}{size - at}x"
