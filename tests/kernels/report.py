@@ -1,0 +1,79 @@
+"""The pytest plugin behind the matrix: registers the marker ``kernel`` and writes each test's outcome as a JSON line.
+
+Load it with ``-p tests.kernels.report``; ``--outcomes FILE`` says where the lines go. They are written as the tests end, so
+that a guest that crashes leaves what it had, and the name of the test that was running.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+MARKER = "kernel: runs once per kernel of the matrix"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="write every test's outcome to this file as JSON lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", MARKER)
+    if path := config.getoption("--outcomes"):
+        config.pluginmanager.register(Outcomes(path.open("w", buffering=1)), "tcpscope-outcomes")
+
+
+class Outcomes:
+    """Merges the phases of each test (setup, call, teardown) into one line."""
+
+    def __init__(self, lines: TextIO) -> None:
+        self._lines = lines
+        self._merged: dict[str, dict[str, Any]] = {}
+
+    def _write(self, **record: Any) -> None:
+        self._lines.write(json.dumps(record) + "\n")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self._of_kernel = {item.nodeid for item in items if item.get_closest_marker("kernel")}
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome != "passed":
+            # A whole module; whether its tests carry the marker is not known.
+            self._write(event="test", nodeid=report.nodeid, outcome=report.outcome, reason=_reason(report), duration=0.0,
+                        kernel=None)
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._write(event="start", nodeid=nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        merged = self._merged.setdefault(report.nodeid, {"outcome": "passed", "reason": "", "duration": 0.0})
+        merged["duration"] += report.duration
+        if merged["outcome"] == "passed" and (outcome := _outcome(report)) != "passed":
+            merged["outcome"] = outcome
+            merged["reason"] = _reason(report)
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if merged := self._merged.pop(nodeid, None):
+            merged["duration"] = round(merged["duration"], 3)
+            self._write(event="test", nodeid=nodeid, kernel=nodeid in self._of_kernel, **merged)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self._write(event="end", status=int(exitstatus))
+
+
+def _outcome(report: pytest.TestReport) -> str:
+    if hasattr(report, "wasxfail"):
+        return "xfailed" if report.outcome == "skipped" else "passed"
+    return report.outcome
+
+
+def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
+    """One line: what the skip says, or where and how the test failed."""
+    if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message if crash else str(report.longrepr or "")
+    when = getattr(report, "when", None)
+    line = next((line for line in text.splitlines() if line.strip()), "").strip()
+    return f"{when}: {line}" if when in ("setup", "teardown") else line

@@ -1,0 +1,161 @@
+"""Puts the rows of the matrix together and decides whether it passed. Pure: from the outcome files to text."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.kernels import HOST
+
+RAN = ("passed", "failed", "xfailed")
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    nodeid: str
+    outcome: str
+    reason: str
+    duration_s: float
+    kernel: bool | None
+    """Whether it carries the marker ``kernel``; None for a module that failed or was skipped as a whole."""
+
+
+@dataclass(slots=True)
+class Row:
+    """What one kernel made of the tests."""
+
+    name: str
+    release: str = ""
+    tests: list[Test] = field(default_factory=list)
+    problem: str = ""
+    """Why the row as such did not end well, apart from failed tests; empty when it did."""
+    boot_s: float | None = None
+    total_s: float = 0.0
+
+    def count(self, outcome: str) -> int:
+        return sum(test.outcome == outcome for test in self.tests)
+
+    @property
+    def good(self) -> bool:
+        return not self.problem and not self.count("failed")
+
+
+def read_outcomes(lines: Iterable[str]) -> tuple[list[Test], str, int | None]:
+    """Return the tests, the one that was running when the file ends ("" if none was), and pytest's exit status."""
+    tests: list[Test] = []
+    running = ""
+    status = None
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the last line of a crash
+        match record["event"]:
+            case "start":
+                running = record["nodeid"]
+            case "test":
+                tests.append(
+                    Test(record["nodeid"], record["outcome"], record["reason"], record["duration"], record["kernel"])
+                )
+                running = ""
+            case "end":
+                status = record["status"]
+    return tests, running, status
+
+
+def make_row(
+    name: str,
+    release: str,
+    lines: Iterable[str],
+    *,
+    exit_status: int | None,
+    problem: str = "",
+    boot_s: float | None = None,
+    total_s: float = 0.0,
+) -> Row:
+    tests, running, end_status = read_outcomes(lines)
+    row = Row(name, release, tests, problem, boot_s, total_s)
+    if not problem:
+        if exit_status == 5 or (exit_status == 0 and not tests):
+            row.problem = "no tests were collected"
+        elif end_status is None:
+            row.problem = f"pytest ended before its report (exit status {exit_status})"
+        elif exit_status not in (0, 1):
+            row.problem = f"pytest ended with status {exit_status}"
+        elif exit_status == 1 and not row.count("failed"):
+            row.problem = "pytest failed, but no test did"
+    if row.problem and running:
+        row.problem += f", in {running}"
+    return row
+
+
+def skipped_everywhere(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
+    """Return the tests that no row ran, each with the reason that each row gave.
+
+    A skip must be earned by another kernel that runs the test: a test without one proves nothing. A module that was
+    skipped as a whole stands for its tests.
+    """
+    ran = {test.nodeid for row in rows for test in row.tests if test.outcome in RAN}
+    ran |= {nodeid.partition("::")[0] for nodeid in ran}
+    skipped: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        for test in row.tests:
+            if test.outcome == "skipped" and test.nodeid not in ran:
+                skipped.setdefault(test.nodeid, []).append((row.name, test.reason))
+    return skipped
+
+
+def missing_rows(rows: Sequence[Row], expected: Sequence[str]) -> list[str]:
+    present = {row.name for row in rows}
+    return [name for name in expected if name not in present]
+
+
+def counts_line(row: Row) -> str:
+    """One line in pytest's own form: ``6.1: 12 passed, 1 skipped in 40.00s``."""
+    counts = Counter(test.outcome for test in row.tests)
+    words = ", ".join(f"{counts[o]} {o}" for o in ("failed", "passed", "skipped", "xfailed") if counts[o]) or "no tests ran"
+    return f"{words} in {row.total_s:.2f}s"
+
+
+def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], bool]:
+    """Return the closing lines, and whether everything is well. The last line is the total of all rows."""
+    lines: list[str] = []
+    good = True
+    for row in rows:
+        title = row.name if row.name == HOST else f"kernel {row.name}"
+        booted = f", booted in {row.boot_s:.0f} s" if row.boot_s is not None else ""
+        lines.append(f"=== {title} ({row.release}{booted}): {counts_line(row)} ===")
+        if row.problem:
+            lines.append(f"  PROBLEM {row.problem}")
+        lines += [f"  FAILED {test.nodeid} - {test.reason}" for test in row.tests if test.outcome == "failed"]
+        reasons = Counter(test.reason for test in row.tests if test.outcome == "skipped")
+        lines += [f"  SKIPPED [{number}] {reason}" for reason, number in reasons.most_common()]
+        good = good and row.good
+    if missing := missing_rows(rows, expected):
+        good = False
+        lines.append(f"=== not run: {', '.join(missing)} ===")
+    elif expected and (never := skipped_everywhere(rows)):
+        good = False
+        lines.append("=== skipped on every kernel, so never tried ===")
+        for nodeid, reasons_by_row in sorted(never.items()):
+            lines.append(f"  NEVER RUN {nodeid}")
+            lines += [f"    {name}: {reason}" for name, reason in reasons_by_row]
+    if not good and all(row.good for row in rows):
+        lines.append("=== no test failed, but the matrix did: see above ===")
+    total = Counter(test.outcome for row in rows for test in row.tests)
+    lines.append(f"{total['passed'] + total['xfailed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return lines, good
+
+
+def save(row: Row, path: Path) -> None:
+    head = {"name": row.name, "release": row.release, "problem": row.problem, "boot_s": row.boot_s, "total_s": row.total_s}
+    tests = [[t.nodeid, t.outcome, t.reason, t.duration_s, t.kernel] for t in row.tests]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "tests": tests}))
+
+
+def load(path: Path) -> Row:
+    record = json.loads(path.read_text())
+    tests = [Test(*values) for values in record.pop("tests")]
+    return Row(tests=tests, **record)
