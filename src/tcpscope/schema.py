@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -23,12 +23,7 @@ from typing import Any
 import msgspec
 
 from tcpscope.errors import UsageError, did_you_mean
-try:
-    from tcpscope.filters import address_text
-except ImportError:
-    import ipaddress
-    def address_text(b):
-        a=ipaddress.IPv6Address(b); return str(a.ipv4_mapped or a)
+from tcpscope.filters import address_text
 from tcpscope.kernel import btf as B
 
 Row = msgspec.Struct
@@ -86,9 +81,9 @@ class Layout:
         """The same struct with these fields only, in this order."""
         return Layout(self.name, self.size, tuple(self.field(name) for name in names))
 
-    def decoder(self, clock: Clock | None = None, extra: Sequence[tuple[str, Any]] = ()) -> Decoder:
-        """A compiled function from a batch to rows."""
-        return Decoder(self, clock or Clock(), extra)
+    def decoder(self, clock: Clock | None = None, *, raw: bool = False) -> Decoder:
+        """A compiled function from a batch to rows; with `raw` their values are as in the C struct."""
+        return Decoder(self, clock or Clock(), raw)
 
 
 def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
@@ -181,14 +176,13 @@ class Decoder:
     The loop is compiled once per layout; one record costs one unpack and one constructor call.
     """
 
-    def __init__(self, layout: Layout, clock: Clock, extra: Sequence[tuple[str, Any]] = ()) -> None:
+    def __init__(self, layout: Layout, clock: Clock, raw: bool = False) -> None:
         fields = [f for f in layout.fields if not (f.kind == "time" and clock.mode == "none")]
         self.layout = layout
         self.fields = tuple(fields)
         names: dict[str, Any] = {}
-        expressions = [self._expression(i, field, clock, names) for i, field in enumerate(fields)]
-        columns = [(f.name, f.type | float if f.kind == "time" else f.type) for f in fields]
-        columns += [(name, type_, None) for name, type_ in extra]  # type: ignore[misc]
+        expressions = [f"v{i}" if raw else self._expression(i, field, clock, names) for i, field in enumerate(fields)]
+        columns = [(f.name, Any if raw else f.type | float if f.kind == "time" else f.type) for f in fields]
         self.row_type: type[Row] = msgspec.defstruct(layout.name.title().replace("_", ""), columns, gc=False)
         by_offset = sorted(range(len(fields)), key=lambda i: fields[i].offset)
         arguments = ", ".join(f"v{i}" for i in by_offset)

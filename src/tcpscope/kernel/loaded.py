@@ -7,6 +7,7 @@ are loaded and attached, and a program that is refused all the same is struck ou
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -169,11 +170,10 @@ class Loaded:
         return fd
 
     def memory(self, name: str) -> memoryview:
-        """A global variable in .bss, as memory shared with the kernel."""
+        """A global variable in .bss, as memory shared with the kernel: reading it takes no system call."""
         variable = self.spec.variables[name]
-        size = ffi.new("size_t *")
-        start = lib.bpf_map__initial_value(self._map(".bss"), size)
-        return memoryview(ffi.buffer(start, size[0]))[variable.offset : variable.offset + variable.size]
+        mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section), prot=mmap.PROT_READ)
+        return memoryview(mapped)[variable.offset : variable.offset + variable.size]
 
     def iterate(self, name: str, netns_fd: int = -1) -> Iterator[bytes]:
         """Run an iterator to its end, in the network namespace of `netns_fd` or in this one: pieces of its output."""

@@ -97,6 +97,14 @@ class Spec:
             and isinstance(variable := self.btf.find(symbol.name, B.Kind.VAR), B.Var)
         }
 
+    def section(self, program: str) -> str:
+        """The ELF section of a program: `fexit/inet_csk_accept`."""
+        return next(p.section for p in self.programs if p.name == program)
+
+    def section_size(self, section: str) -> int:
+        """Bytes of .rodata or .bss up to the end of its last variable."""
+        return max(v.offset + v.size for v in self.variables.values() if v.section == section)
+
     def pack(self, type_id: int, value: Any) -> bytes:
         """The bytes of `value` as type `type_id`: dicts for structs, sequences for arrays; what is missing is zero."""
         type_ = self.btf.resolve(type_id)

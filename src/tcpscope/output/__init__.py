@@ -1,0 +1,50 @@
+"""Where rows go. One module per format; the directory is the list. Each has `Sink(columns, stream, header)`.
+
+A sink gets rows (msgspec structs whose attributes are the columns) and writes them whole: one write per batch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Protocol
+
+from tcpscope.schema import Field
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the output. `unit` and `doc` come from the event's C struct where there is one."""
+
+    name: str
+    kind: str = "int"
+    unit: str = ""
+    doc: str = ""
+
+    @classmethod
+    def of(cls, field: Field) -> Column:
+        return cls(field.name, field.kind, field.unit, field.doc)
+
+
+class Sink(Protocol):
+    """What every format offers."""
+
+    def rows(self, rows: Sequence[Any]) -> None:
+        """Write these rows."""
+
+    def record(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write something that is no row (the statistics) where the format has a place for it."""
+
+
+def formats() -> list[str]:
+    """The names of the formats."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("histogram",))
+
+
+def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header: bool = True) -> Sink:
+    """A sink that writes `columns` to `stream` in the format called `format_`."""
+    module = importlib.import_module(f"{__name__}.{format_}")
+    sink: Sink = module.Sink(tuple(columns), stream, header)
+    return sink

@@ -1,0 +1,180 @@
+"""The command line. Commands are found, not listed: tools by their modules, and diagnose, features, lab here."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from tcpscope import tool as toolbox
+from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
+from tcpscope.filters import Filter
+
+_OTHERS = {
+    "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong, why, and what helps."),
+    "features": ("tcpscope.features_cli", "What each tool can do on this kernel, and what is missing."),
+    "lab": ("tcpscope.lab.cli", "Two hosts in network namespaces with a known fault, to try the tools on."),
+}  # fmt: skip
+
+
+class Commands(click.Group):
+    """Imports a command's module only when that command is called: the start counts."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*toolbox.names(), *_OTHERS])
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name in _OTHERS:
+            command: click.Command = getattr(importlib.import_module(_OTHERS[name][0]), name)
+            return command
+        return command_of(toolbox.find(name))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        try:
+            return name, self.get_command(ctx, name), args[1:]
+        except UsageError:
+            commands = self.list_commands(ctx)
+            hint = did_you_mean(name, commands) or f"there are {', '.join(commands)}"
+            raise UsageError(f"no command '{name}'", hint) from None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, toolbox.find(name).summary) for name in toolbox.names()]
+        with formatter.section("Tools"):
+            formatter.write_dl(rows)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(_OTHERS.items())])
+
+
+def _seconds(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value < 1e9:
+        raise UsageError(f"--{parameter.name} {value:g}", "a number of seconds above 0")
+    return value
+
+
+def _bytes(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
+    """4096, 64K, 4M: a power of two of at least a page, as the kernel wants it."""
+    digits, factor = value, 1
+    if value[-1:].upper() in ("K", "M"):
+        digits, factor = value[:-1], 1 << (10 if value[-1].upper() == "K" else 20)
+    size = int(digits) * factor if digits.isascii() and digits.isdigit() else 0
+    if size < 4096 or size & (size - 1) or size > 1 << 30:
+        raise UsageError(f"--buffer {value}", "a power of two from 4K to 1024M")
+    return size
+
+
+FILTERS = (
+    click.Option(["-p", "--pid"], metavar="PID", help="Owned by this process."),
+    click.Option(["--comm"], metavar="NAME", help="Owned by a process of this name."),
+    click.Option(["-u", "--uid"], metavar="UID|NAME", help="Owned by a process of this user."),
+    click.Option(["--cgroup"], metavar="PATH|ID", help="Owned by a process in this cgroup (v2) or below."),
+    click.Option(["--netns"], metavar="INODE|NAME|pid:N", help="In this network namespace."),
+    click.Option(["-4", "ipv4"], is_flag=True, help="IPv4 only (v4-mapped sockets too)."),
+    click.Option(["-6", "ipv6"], is_flag=True, help="IPv6 only."),
+    click.Option(["-L", "--lport"], metavar="PORTS", help="Local ports: 80,443,8000-8100."),
+    click.Option(["-R", "--rport"], metavar="PORTS", help="Remote ports."),
+    click.Option(["--port"], metavar="PORTS", help="Ports at either end."),
+    click.Option(["--laddr"], metavar="NETWORKS", help="Local addresses: 10.0.0.0/8,::1."),
+    click.Option(["--raddr"], metavar="NETWORKS", help="Remote addresses."),
+)
+OUTPUT = (
+    click.Option(["-o", "--output"], type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
+                 help="Format."),
+    click.Option(["--columns"], metavar="NAMES", help="Columns, in this order."),
+    click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="No line of titles."),
+    click.Option(["--time"], type=click.Choice(["iso", "elapsed", "none"]), default="iso", show_default=True,
+                 help="Time stamps: UTC, seconds since the start, or none."),
+    click.Option(["-d", "--duration"], type=float, callback=_seconds, metavar="SECONDS", help="End after this time."),
+    click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N", help="End after so many rows."),
+    click.Option(["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print every so often."),
+    click.Option(["--stats"], is_flag=True, help="The account of events in the output too (JSON)."),
+    click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
+    click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
+    click.Option(["--buffer"], default="4M", show_default=True, callback=_bytes, metavar="SIZE",
+                 help="Ring buffer between kernel and tool."),
+    click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),
+)  # fmt: skip
+_FILTER_NAMES = tuple(option.name for option in FILTERS)
+
+
+def command_of(tool: toolbox.Tool) -> click.Command:
+    """The click command of a tool: the options of all tools, and its own."""
+    own = [
+        click.Option(
+            list(option.flags),
+            is_flag=option.type is bool,
+            type=click.Choice(option.type) if isinstance(option.type, tuple) else
+            (None if option.type is bool else option.type),
+            default=False if option.type is bool else option.default,
+            show_default=option.default is not None,
+            help=option.help,
+        )
+        for option in tool.options
+    ]  # fmt: skip
+
+    def callback(**values: Any) -> None:
+        tool.run(request_of(tool, values))
+
+    return click.Command(tool.name, params=[*own, *FILTERS, *OUTPUT], callback=callback,
+                         help=f"\b\n{tool.help}", short_help=tool.summary)  # fmt: skip
+
+
+def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> toolbox.Request:
+    """The checked request behind the options of a command."""
+    filter_values = {name: values.pop(name) for name in _FILTER_NAMES if name in values}
+    columns = values.pop("columns", None)
+    if columns is not None:
+        columns = tuple(name.strip() for name in columns.split(",") if name.strip())
+        if not columns:
+            raise UsageError("--columns is empty", "names with commas between them")
+    own = {option.name: values.pop(option.name) for option in tool.options}
+    return toolbox.Request(filter=Filter.from_options(**filter_values), columns=columns, options=own, **values)
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="tcpscope", message="%(prog)s %(version)s")
+def tcpscope() -> None:
+    """What the Linux kernel does to TCP connections, and why."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: a known error is one line and its status, never a traceback."""
+    sys.exit(_guarded(lambda: tcpscope.main(prog_name="tcpscope", standalone_mode=False)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    try:
+        status = run()
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except click.ClickException as error:
+        return _fail(" ".join(error.format_message().split()), 2)
+    except TcpscopeError as error:
+        return _fail(str(error), error.exit_status)
+    except BrokenPipeError:
+        # The reader has gone, which is its right. stdout must not be flushed again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        return 0
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if os.environ.get("TCPSCOPE_TRACEBACK"):
+            raise
+        return _fail(str(error.strerror or error) + (f": {error.filename}" if error.filename else ""), 1)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"tcpscope: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,40 @@
+"""CSV (RFC 4180): a line of names, then a line per row; what is not known is an empty field."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any, BinaryIO
+
+from tcpscope.output import Column
+
+
+class Sink:
+    def __init__(self, columns: Sequence[Column], stream: BinaryIO, header: bool) -> None:
+        self._stream = stream
+        self._text = io.StringIO(newline="")
+        self._writer = csv.writer(self._text)
+        names = [column.name for column in columns]
+        self._values = attrgetter(*names) if len(names) > 1 else lambda row: (getattr(row, names[0]),)
+        if header:
+            self._writer.writerow(names)
+            self._flush()
+
+    def rows(self, rows: Sequence[Any]) -> None:
+        self._writer.writerows(map(_cells, map(self._values, rows)))
+        self._flush()
+
+    def record(self, name: str, values: Mapping[str, Any]) -> None:
+        """CSV has no place for anything but rows."""
+
+    def _flush(self) -> None:
+        self._stream.write(self._text.getvalue().encode())
+        self._text.seek(0)
+        self._text.truncate()
+
+
+def _cells(values: Sequence[Any]) -> list[Any]:
+    """Lists (a stack) become one cell."""
+    return [" < ".join(map(str, v)) if isinstance(v, list) else v for v in values]

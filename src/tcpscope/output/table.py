@@ -1,0 +1,75 @@
+"""A table for people: aligned columns, numbers to the right, `-` for what is not known.
+
+The widths fit what the columns usually hold (an IPv4 address, a port, a state); a longer value pushes its row to the
+right instead of being cut: a cut address is a wrong address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+from tcpscope.output import Column
+
+_WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5}
+_NAMED = {"pid": 7, "uid": 5, "lport": 5, "rport": 5, "family": 2, "netns": 10, "cookie": 8, "role": 8,
+          "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12}  # fmt: skip
+_HEADERS = {"family": "IP", "in_state_us": "IN STATE(us)"}
+
+
+class Sink:
+    def __init__(self, columns: Sequence[Column], stream: BinaryIO, header: bool) -> None:
+        self._stream = stream
+        self._columns = columns
+        self._header = header
+        self._cells = [_Cell(column) for column in columns]
+
+    def rows(self, rows: Sequence[Any]) -> None:
+        lines = []
+        if self._header:
+            self._header = False
+            lines.append(" ".join(cell.pad(cell.header) for cell in self._cells).rstrip())
+        for row in rows:
+            lines.append(" ".join(cell.text(getattr(row, cell.name)) for cell in self._cells).rstrip())
+            for cell in self._cells:
+                if cell.kind == "stack":
+                    lines.extend(f"    {frame}" for frame in getattr(row, cell.name) or ())
+        if lines:
+            self._stream.write("\n".join([*lines, ""]).encode())
+
+    def start(self) -> None:
+        """Write the header before the first row, so that a waiting reader sees that all is well."""
+        self.rows([])
+
+    def record(self, name: str, values: Mapping[str, Any]) -> None:
+        """The statistics stand on stderr; a table has no place for them."""
+
+
+class _Cell:
+    def __init__(self, column: Column) -> None:
+        self.name = column.name
+        self.kind = column.kind
+        title = column.name.removesuffix(f"_{column.unit}").replace("_", " ").upper()
+        self.header = _HEADERS.get(column.name, f"{title}({column.unit})" if column.unit else title)
+        if column.kind == "time":
+            self.header = "TIME"
+        self.width = max(_NAMED.get(column.name, _WIDTHS.get(column.kind, 0)), len(self.header))
+        if column.kind == "stack":
+            self.header, self.width = "", 0
+        self.right = column.kind == "int"
+
+    def pad(self, text: str) -> str:
+        return text.rjust(self.width) if self.right else text.ljust(self.width)
+
+    def text(self, value: Any) -> str:
+        if self.kind == "stack":
+            return ""
+        if value is None:
+            return self.pad("-")
+        if value is True or value is False:
+            return self.pad("yes" if value else "no")
+        if isinstance(value, float):
+            return self.pad(f"{value:.6f}")
+        if isinstance(value, list):
+            return self.pad(", ".join(map(str, value)))
+        return self.pad(str(value))

@@ -1,0 +1,214 @@
+"""One probe at work: load, attach, seed, drain, and the account of what was seen."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import Any
+
+from tcpscope.errors import LossError
+from tcpscope.filters import Filter
+from tcpscope.kernel import filtering
+from tcpscope.kernel._libbpf import ffi, lib
+from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
+from tcpscope.kernel.loaded import Loaded, Ring, Setup
+from tcpscope.kernel.spec import Spec
+
+RING_BYTES = 4 << 20
+POLL_SECONDS = 0.1
+READY_FD = "TCPSCOPE_READY_FD"
+
+
+@dataclass
+class Stats:
+    """The loss contract: `seen == shown + filtered + lost`, in events. `table_full` and `missed` stand beside it.
+
+    seen        at the hook, and wanted or not
+    shown       given to the output
+    filtered    not asked for, in the kernel or here; with --max-events also what came after the last one
+    lost        asked for, and no room: in the ring buffer, or in an aggregate's map
+    table_full  connections that found no place in a table of the kernel: their owner and times are not known
+    missed      runs of a program that the kernel left out because it interrupted itself; not in `seen`
+    """
+
+    seen: int = 0
+    shown: int = 0
+    filtered: int = 0
+    lost: int = 0
+    table_full: int = 0
+    missed: int = 0
+
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def lossless(self) -> bool:
+        return not (self.lost or self.table_full or self.missed)
+
+    def line(self) -> str:
+        """The account in one line."""
+        text = f"seen {self.seen} = shown {self.shown} + filtered {self.filtered} + lost {self.lost}"
+        if self.table_full:
+            text += f"; {self.table_full} times a table was full"
+        if self.missed:
+            text += f"; {self.missed} program runs missed"
+        return text
+
+    def check(self) -> None:
+        """LossError if anything was lost."""
+        if not self.lossless:
+            raise LossError(f"events were lost: {self.line()}", "a larger --buffer or a narrower filter helps")
+
+
+class Stop:
+    """Asked to stop? By a signal, a deadline, or the code. As a context manager it catches SIGINT and SIGTERM."""
+
+    def __init__(self, duration: float | None = None) -> None:
+        self.deadline = None if duration is None else time.monotonic() + duration
+        self.stopped = False
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, lambda *_: self.stop())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.close(self._read)
+        os.close(self._write)
+
+    def stop(self) -> None:
+        self.stopped = True
+        os.write(self._write, b"x")
+
+    def __bool__(self) -> bool:
+        return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def wait(self, seconds: float, *descriptors: int) -> None:
+        """Until one of the descriptors is readable, the time is over, or a stop is asked for."""
+        if self.deadline is not None:
+            seconds = min(seconds, self.deadline - time.monotonic())
+        poll = select.poll()
+        for fd in (self._read, *descriptors):
+            poll.register(fd, select.POLLIN)
+        poll.poll(max(0, seconds) * 1000)
+
+
+class Session:
+    """A probe in the kernel, from `with Session(...)` until its end.
+
+    probe     name of the object in bpf/
+    event     name of its event struct, or None if it sends none
+    filter    what is asked for; what the kernel cannot decide of it is in `residual` and is decided by the caller
+    """
+
+    def __init__(
+        self,
+        probe: str,
+        event: str | None,
+        filter: Filter,
+        *,
+        constants: dict[str, Any] | None = None,
+        entries: dict[str, int] | None = None,
+        skip: Sequence[str] = (),
+        ring_bytes: int = RING_BYTES,
+        kernel: Kernel | None = None,
+        debug: bool = False,
+    ) -> None:
+        self.spec = Spec.of(probe)
+        self.kernel = kernel or Kernel()
+        decided, self.residual = filtering.split(filter)
+        setup = Setup(constants=filtering.constants(decided) | (constants or {}), entries=dict(entries or {}),
+                      skip=frozenset(skip), debug=debug)  # fmt: skip
+        if event:
+            setup.entries["events"] = ring_bytes
+            setup.constants["wakeup_bytes"] = ring_bytes // 4
+        self.loaded = Loaded(self.spec, self.kernel, setup)
+        self.stats = Stats()
+        self._final: Stats | None = None
+        try:
+            self._counters = self.loaded.memory("counters")
+            self.layout = self.spec.layout(event) if event else None
+            self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
+            if "seed" in self.loaded.hooks:
+                for _ in self.loaded.iterate("seed"):
+                    pass
+        except BaseException:
+            self.loaded.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.account()
+        self.loaded.close()
+
+    def follow(self, stop: Stop) -> Iterator[memoryview]:
+        """Batches of raw events until `stop`, then what is left. An empty batch says: nothing new, time has passed."""
+        assert self._ring is not None
+        while not stop:
+            yield from self._ring.batches()
+            yield memoryview(b"")
+            stop.wait(POLL_SECONDS, self._ring.fd)
+        self.end()
+        yield from self._ring.batches()
+
+    def end(self) -> None:
+        """Detach, and return when no program runs any more: the counters are final then."""
+        self._missed = sum(missed for _, _, missed in self.loaded.program_info().values())
+        self.loaded.detach()
+        lib.tcpscope_wait_for_programs()
+
+    _missed = 0
+
+    def account(self) -> Stats:
+        """The statistics so far: what was counted in the kernel, and `shown`, which the caller counts in `stats`."""
+        if self._final is not None:
+            return self._final
+        totals = {"seen": 0, "filtered": 0, "lost": 0, "table_full": 0}
+        words = self._counters.cast("Q")
+        for base in range(0, len(words), 8):
+            for at, name in enumerate(totals):
+                totals[name] += words[base + at]
+        return Stats(
+            seen=totals["seen"],
+            shown=self.stats.shown,
+            filtered=totals["filtered"] + self.stats.filtered,
+            lost=totals["lost"],
+            table_full=totals["table_full"],
+            missed=self._missed,
+        )
+
+
+def announce_ready() -> None:
+    """Tell whoever asked (by the number of a file descriptor in the environment) that all hooks are attached."""
+    if descriptor := os.environ.get(READY_FD):
+        os.write(int(descriptor), b"ready\n")
+        os.close(int(descriptor))
+        del os.environ[READY_FD]
+
+
+def drop_privileges(sessions: Sequence[Session], keep: Sequence[str] = ()) -> tuple[str, ...]:
+    """Give up all capabilities; returns those kept: `keep`, and CAP_BPF where maps cannot be read without it."""
+    needed = tuple(keep)
+    for session in sessions:
+        key, value = ffi.new("uint32_t *"), ffi.new("char[]", session.spec.section_size(".bss"))
+        if not can_read_maps_without_privilege(session.loaded.map_fd(".bss"), key, value):
+            needed = (*needed, "CAP_BPF")
+            break
+    drop_capabilities(needed)
+    return needed

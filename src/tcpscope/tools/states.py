@@ -1,0 +1,15 @@
+"""How long was each connection in each state, and what followed?
+
+One row per change of state, with the owner of the socket (not whoever was on the CPU) and the time spent in the old
+state. Connections older than the tool are shown too, their first row without a time. After CLOSE the row says what
+the kernel keeps: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing.
+"""
+
+from tcpscope.tool import Stream
+
+tool = Stream(
+    "connections",
+    "transition",
+    ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "old_state", "new_state", "in_state_us", "followed_by"),
+    aliases=("tcpstates",),
+)
