@@ -1,0 +1,430 @@
+"""The filters that are the same for every tool.
+
+Different options are combined (and); the values of one option are alternatives (or). `--port` matches either
+end. What is not known matches no filter: a row without an owner is not shown under `--pid`.
+
+An IPv4-mapped IPv6 address (::ffff:192.0.2.1) is IPv4 everywhere in tcpscope: it has family 4 and is written
+192.0.2.1. Addresses are held and compared as 16 bytes in the mapped form, where an IPv4 prefix is 96 bits
+longer; `::/0` is all of IPv6 and none of IPv4.
+
+`Filter.matches` is the specification of the kernel's filter (bpf/filter.bpf.h), and does in user space what a
+hook cannot decide.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from tcpscope.errors import NotPermittedError, UnsupportedError, UsageError, did_you_mean
+from tcpscope.kernel import netns as namespaces
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Family = Literal[4, 6]
+Value = str | int | Address | Network
+Values = Value | Iterable[Value]
+"""What a list may be given as: text with commas, one value, or several."""
+
+_MAPPED = bytes(10) + b"\xff\xff"
+_COMM_SIZE = 15  # TASK_COMM_LEN without its NUL
+_MAX_PID = 4_194_304  # PID_MAX_LIMIT
+_MAX_UID = 2**32 - 2  # 2**32 - 1 is "no user"
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_Wanted = TypeVar("_Wanted")
+
+
+class PortRange(NamedTuple):
+    """The ports from `first` to `last`, both included."""
+
+    first: int
+    last: int
+
+    def __contains__(self, port: object) -> bool:
+        return isinstance(port, int) and self.first <= port <= self.last
+
+    def __str__(self) -> str:
+        return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What is to be shown. A field that is None or empty asks for nothing.
+
+    `cgroup` is a cgroup v2 id and means that cgroup and all below it; `netns` is an inode number.
+    """
+
+    pid: int | None = None
+    comm: str | None = None
+    uid: int | None = None
+    cgroup: int | None = None
+    netns: int | None = None
+    family: Family | None = None
+    lport: tuple[PortRange, ...] = ()
+    rport: tuple[PortRange, ...] = ()
+    port: tuple[PortRange, ...] = ()
+    laddr: tuple[Network, ...] = ()
+    raddr: tuple[Network, ...] = ()
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        pid: str | int | None = None,
+        comm: str | None = None,
+        uid: str | int | None = None,
+        cgroup: str | int | None = None,
+        netns: str | int | None = None,
+        ipv4: bool = False,
+        ipv6: bool = False,
+        family: int | None = None,
+        lport: Values | None = None,
+        rport: Values | None = None,
+        port: Values | None = None,
+        laddr: Values | None = None,
+        raddr: Values | None = None,
+    ) -> Filter:
+        """A filter from values as the command line gives them. Raises `UsageError`.
+
+        An option that is None was not given. `ipv4` and `ipv6` are the flags -4 and -6; `family` is for
+        callers that have a number.
+        """
+        wanted = cls(
+            pid=_given(parse_pid, pid),
+            comm=_given(parse_comm, comm),
+            uid=_given(parse_uid, uid),
+            cgroup=_given(parse_cgroup, cgroup),
+            netns=_given(parse_netns, netns),
+            family=_family(ipv4, ipv6, family),
+            lport=_given(parse_ports, lport) or (),
+            rport=_given(parse_ports, rport) or (),
+            port=_given(parse_ports, port) or (),
+            laddr=_given(parse_networks, laddr) or (),
+            raddr=_given(parse_networks, raddr) or (),
+        )
+        wanted._check_versions()
+        wanted._check_ports()
+        return wanted
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything matches."""
+        return self == Filter()
+
+    def matches(self, row: object) -> bool:
+        """Whether a row (a mapping, or an object with attributes) is wanted.
+
+        Its fields are named as here. Addresses are 16 bytes; None, or no such field, is "not known". Whether
+        its cgroup lies below that of the filter is only known to the kernel, which says so in `in_cgroup`.
+        """
+        get: Callable[[str], Any]
+        get = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
+        for name in ("pid", "comm", "uid", "netns", "family"):
+            wanted = getattr(self, name)
+            if wanted is not None and get(name) != wanted:
+                return False
+        if self.cgroup is not None and get("cgroup") != self.cgroup and not get("in_cgroup"):
+            return False
+        return (
+            _in_any(self.lport, get("lport"))
+            and _in_any(self.rport, get("rport"))
+            and (_in_any(self.port, get("lport")) or _in_any(self.port, get("rport")))
+            and _in_networks(self.laddr, get("laddr"))
+            and _in_networks(self.raddr, get("raddr"))
+        )
+
+    def describe(self) -> list[tuple[str, str]]:
+        """The options, as pairs of name and value, that would give this filter again."""
+        options = [
+            (f"--{name}", str(value))
+            for name in ("pid", "comm", "uid", "cgroup", "netns")
+            if (value := getattr(self, name)) is not None
+        ]
+        if self.family:
+            options.append((f"-{self.family}", ""))
+        for name in ("lport", "rport", "port"):
+            if ranges := getattr(self, name):
+                options.append((f"--{name}", _joined(ranges)))
+        for name in ("laddr", "raddr"):
+            if networks := getattr(self, name):
+                options.append((f"--{name}", ",".join(map(network_text, networks))))
+        return options
+
+    def _check_versions(self) -> None:
+        asked: dict[str, int] = {f"-{self.family}": self.family} if self.family else {}
+        for option, networks in (("--laddr", self.laddr), ("--raddr", self.raddr)):
+            versions = {network.version for network in networks}
+            if len(versions) == 1:
+                asked[option] = versions.pop()
+        if len(set(asked.values())) > 1:
+            raise UsageError(
+                ", ".join(f"{option} asks for IPv{version}" for option, version in asked.items()),
+                "a connection is of one of them",
+            )
+
+    def _check_ports(self) -> None:
+        if not (self.port and self.lport and self.rport):
+            return
+        if not any(_overlap(a, b) for a in self.port for b in self.lport + self.rport):
+            raise UsageError(
+                f"--port {_joined(self.port)} is neither in --lport {_joined(self.lport)}"
+                f" nor in --rport {_joined(self.rport)}"
+            )
+
+
+def parse_pid(value: str | int) -> int:
+    """The id of a process that exists."""
+    pid = _number(value, "PID", 1, _MAX_PID)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        raise UsageError(f"no process with PID {pid}") from None
+    except PermissionError:
+        pass  # it exists
+    process = _process_of_thread(pid)
+    if process != pid:
+        raise UsageError(f"{pid} is a thread", f"its process has PID {process}")
+    return pid
+
+
+def parse_comm(value: str) -> str:
+    """The name of a process as the kernel has it, at most 15 bytes."""
+    size = len(value.encode(errors="surrogatepass"))
+    if not 0 < size <= _COMM_SIZE or "\0" in value:
+        raise UsageError(f"process name {value!r} has {size} bytes", f"the kernel keeps 1 to {_COMM_SIZE}")
+    return value
+
+
+def parse_uid(value: str | int) -> int:
+    """A user's number or name."""
+    text = str(value).strip()
+    if _is_number(text):
+        return _number(text, "user id", 0, _MAX_UID)
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        names = [user.pw_name for user in pwd.getpwall()]
+        raise UsageError(f"no user {text!r}", did_you_mean(text, names)) from None
+
+
+def parse_cgroup(value: str | int) -> int:
+    """The id of a cgroup v2, from the id itself or from its path.
+
+    The path may be as in the file system (/sys/fs/cgroup/system.slice) or as in /proc/PID/cgroup
+    (/system.slice). An id is not looked for: its cgroup may lie outside of what our cgroup namespace shows.
+    """
+    text = str(value).strip()
+    if _is_number(text):
+        return _number(text, "cgroup id", 1, 2**64 - 1)
+    mount = _cgroup_mount()
+    below = Path(text)
+    if not below.is_relative_to(mount):
+        below = mount / text.lstrip("/")
+    try:
+        path = below.resolve(strict=True)
+        if text and path.is_dir() and path.is_relative_to(mount.resolve()):
+            return path.stat().st_ino
+    except (OSError, ValueError, RuntimeError):
+        pass
+    raise UsageError(f"no cgroup {text!r} in {mount}", did_you_mean(below.name, _folders(below.parent)))
+
+
+def parse_netns(value: str | int) -> int:
+    """The inode number of a network namespace: the number, its name in /run/netns, `pid:N`, or a path to it.
+
+    A number is not looked for: a namespace may be held by nothing that can be seen.
+    """
+    text = str(value).strip()
+    names = [path.name for path in namespaces.named()]
+    if isinstance(value, str) and text in names:
+        path = str(namespaces.NAMED / text)
+    elif _is_number(text):
+        return _number(text, "network namespace", 1, 2**32 - 1)
+    elif text.startswith("pid:"):
+        path = f"/proc/{parse_pid(text.removeprefix('pid:'))}/ns/net"
+    elif "/" in text:
+        path = text
+    else:
+        raise UsageError(
+            f"no network namespace {text!r} in {namespaces.NAMED}",
+            did_you_mean(text, names) or "give a name, an inode number or pid:N",
+        )
+    try:
+        return namespaces.inode_of(path)
+    except PermissionError:
+        raise NotPermittedError(
+            f"cannot look at the network namespace {text!r}", "needs CAP_SYS_PTRACE", ("CAP_SYS_PTRACE",)
+        ) from None
+    except (OSError, ValueError):
+        raise UsageError(f"{text!r} is not a network namespace") from None
+
+
+def parse_ports(value: Values) -> tuple[PortRange, ...]:
+    """Ports and ranges of ports (`80,443,8000-8100`): sorted, and joined where they touch."""
+    merged: list[PortRange] = []
+    for ports in sorted(map(_port_range, _items(value, "port"))):
+        before = merged.pop() if merged and ports.first <= merged[-1].last + 1 else ports
+        merged.append(PortRange(before.first, max(before.last, ports.last)))
+    return tuple(merged)
+
+
+def parse_networks(value: Values) -> tuple[Network, ...]:
+    """Addresses and networks (`192.0.2.1,2001:db8::/32`): joined where they touch, IPv4 first."""
+    networks = list(map(_network, _items(value, "address")))
+    ipv4 = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
+    ipv6 = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
+    return (*ipaddress.collapse_addresses(ipv4), *ipaddress.collapse_addresses(ipv6))
+
+
+@lru_cache(maxsize=1 << 14)
+def address_bytes(address: str | Address) -> bytes:
+    """The 16 bytes of an address, IPv4 in its mapped form."""
+    try:
+        packed = ipaddress.ip_address(address).packed
+    except ValueError:
+        raise UsageError(f"{address!r} is not an address", "such as 192.0.2.1 or 2001:db8::1") from None
+    return packed if len(packed) == 16 else _MAPPED + packed
+
+
+@lru_cache(maxsize=1 << 14)
+def address_text(address: bytes) -> str:
+    """The inverse of `address_bytes`: a mapped address is written as IPv4."""
+    if address.startswith(_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, address[12:])
+    return socket.inet_ntop(socket.AF_INET6, address)
+
+
+def network_bytes(network: Network) -> tuple[bytes, bytes]:
+    """Address and mask of a network, 16 bytes each, as the kernel's filter takes them."""
+    mask = network.netmask.packed
+    return address_bytes(network.network_address), mask.rjust(16, b"\xff")
+
+
+def network_text(network: Network) -> str:
+    """A network as it is given: without its prefix length if it is one address."""
+    return str(network if network.num_addresses > 1 else network.network_address)
+
+
+def _given(parse: Callable[[Any], _Wanted], value: object) -> _Wanted | None:
+    return None if value is None else parse(value)
+
+
+def _items(value: Values, what: str) -> list[str]:
+    """The values of a list with commas, or of several."""
+    several = [value] if isinstance(value, Value) else value
+    items = [item.strip() for one in several for item in str(one).split(",")]
+    if not all(items) or not items:
+        raise UsageError(
+            f"a value is missing in {','.join(items)!r}", f"give one {what} or more, with commas"
+        )
+    return items
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _number(value: str | int, what: str, lowest: int, highest: int) -> int:
+    text = str(value).strip()
+    if not _is_number(text) or len(text) > len(str(highest)) or not lowest <= int(text) <= highest:
+        raise UsageError(f"{what} {text!r} is not a number from {lowest} to {highest}")
+    return int(text)
+
+
+def _port_range(text: str) -> PortRange:
+    bounds = [bound.strip() for bound in text.split("-")]
+    if len(bounds) > 2 or not all(map(_is_number, bounds)):
+        raise UsageError(f"port {text!r} is neither a number nor a range", "such as 443 or 8000-8100")
+    first, last = (_number(bound, "port", 1, 65535) for bound in (bounds[0], bounds[-1]))
+    if first > last:
+        raise UsageError(f"port range {text!r} is reversed", f"did you mean {last}-{first}?")
+    return PortRange(first, last)
+
+
+def _network(text: str) -> Network:
+    if "%" in text:
+        raise UsageError(
+            f"{text!r} has a zone", f"leave out '%' and what follows: {text.partition('%')[0]!r}"
+        )
+    try:
+        network = _unmapped(ipaddress.ip_network(text, strict=False))
+    except ValueError:
+        hint = "such as 192.0.2.1, 10.0.0.0/8 or 2001:db8::/32"
+        raise UsageError(f"{text!r} is neither an address nor a network", hint) from None
+    if address_bytes(text.partition("/")[0]) != address_bytes(network.network_address):
+        raise UsageError(f"{text!r} has bits set behind its prefix", f"the network is {network}")
+    return network
+
+
+def _unmapped(network: Network) -> Network:
+    if isinstance(network, ipaddress.IPv6Network) and network.prefixlen >= 96:
+        mapped = network.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network
+
+
+def _family(ipv4: bool, ipv6: bool, family: int | None) -> Family | None:
+    if family not in (None, 4, 6):
+        raise UsageError(f"family {family!r} is neither 4 nor 6")
+    ipv4 |= family == 4
+    ipv6 |= family == 6
+    if ipv4 and ipv6:
+        raise UsageError("-4 and -6 exclude each other", "leave out both to see IPv4 and IPv6")
+    return 4 if ipv4 else 6 if ipv6 else None
+
+
+def _process_of_thread(pid: int) -> int:
+    """The process that a thread belongs to; of a process, itself (proc_pid_status(5), `Tgid`)."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+    except OSError:
+        return pid
+    found = re.search(r"^Tgid:\s+(\d+)$", status, re.MULTILINE)
+    return int(found[1]) if found else pid
+
+
+def _cgroup_mount() -> Path:
+    """Where cgroup v2 is mounted: not always /sys/fs/cgroup (proc_pid_mountinfo(5))."""
+    for line in os.fsdecode(_MOUNTINFO.read_bytes()).splitlines():
+        mount, _, source = line.partition(" - ")
+        if source.startswith("cgroup2 "):
+            escaped = mount.split(" ")[4]
+            return Path(re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), escaped))
+    raise UnsupportedError("cgroup v2 is not mounted", "mount -t cgroup2 none /sys/fs/cgroup/unified")
+
+
+def _folders(parent: Path) -> Iterator[str]:
+    try:
+        yield from (entry.name for entry in parent.iterdir() if entry.is_dir())
+    except (OSError, ValueError):
+        return
+
+
+def _in_any(ranges: tuple[PortRange, ...], port: int | None) -> bool:
+    return not ranges or any(port in ports for ports in ranges)
+
+
+def _in_networks(networks: tuple[Network, ...], address: bytes | None) -> bool:
+    return not networks or (address is not None and any(_ip(address) in network for network in networks))
+
+
+@lru_cache(maxsize=1 << 14)
+def _ip(address: bytes) -> Address:
+    return ipaddress.ip_address(address[12:] if address.startswith(_MAPPED) else address)
+
+
+def _overlap(a: PortRange, b: PortRange) -> bool:
+    return a.first <= b.last and b.first <= a.last
+
+
+def _joined(ranges: tuple[PortRange, ...]) -> str:
+    return ",".join(map(str, ranges))
