@@ -177,8 +177,9 @@ def test_comm() -> None:
     assert filters.parse_comm("é" * 7 + "x") == "é" * 7 + "x"
     message = error(filters.parse_comm, "é" * 8)
     assert message == "process name 'éééééééé' has 16 bytes; the kernel keeps 1 to 15"
-    for bad in ("", "a\0b"):
-        error(filters.parse_comm, bad)
+    assert "has 0 bytes" in error(filters.parse_comm, "")
+    assert "has a NUL in it" in error(filters.parse_comm, "a\0b")
+    assert error(filters.parse_comm, "\udcff") == "process name '\\udcff' is not UTF-8"
 
 
 def test_uid() -> None:

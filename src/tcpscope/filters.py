@@ -197,9 +197,14 @@ def parse_pid(value: str | int) -> int:
 
 def parse_comm(value: str) -> str:
     """The name of a process as the kernel has it, at most 15 bytes."""
-    size = len(value.encode(errors="surrogatepass"))
-    if not 0 < size <= _COMM_SIZE or "\0" in value:
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"process name {value!r} is not UTF-8") from None
+    if not 0 < size <= _COMM_SIZE:
         raise UsageError(f"process name {value!r} has {size} bytes", f"the kernel keeps 1 to {_COMM_SIZE}")
+    if "\0" in value:
+        raise UsageError(f"process name {value!r} has a NUL in it")
     return value
 
 

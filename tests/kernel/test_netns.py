@@ -1,0 +1,105 @@
+"""Network namespaces, against ones made with ip(8) and unshare(1), and a made-up /proc."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tcpscope import filters
+from tcpscope.kernel import netns
+
+
+@pytest.fixture
+def made() -> Iterator[str]:
+    """The name of a network namespace that exists for the test."""
+    name = f"tcpscope-test-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        yield name
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+def inode_of_process(pid: int | str) -> int:
+    return Path(f"/proc/{pid}/ns/net").stat().st_ino
+
+
+def test_our_own_comes_first() -> None:
+    inode, own = next(iter(netns.visible().namespaces.items()))
+    assert inode == own.inode == inode_of_process("self") == netns.inode_of(own.path)
+
+
+@pytest.mark.kernel
+def test_a_named_one(made: str) -> None:
+    inode = int(
+        subprocess.run(
+            ["ip", "netns", "exec", made, "stat", "-Lc", "%i", "/proc/self/ns/net"],
+            check=True,
+            capture_output=True,
+        ).stdout
+    )
+    assert netns.visible().namespaces[inode] == netns.Namespace(inode, f"/run/netns/{made}", made)
+    assert netns.inode_of(f"/run/netns/{made}") == inode
+    assert filters.parse_netns(made) == inode
+
+
+@pytest.mark.kernel
+def test_one_that_only_a_process_holds() -> None:
+    """The process says when it is in its namespace, and stays in it until its input ends."""
+    command = ["unshare", "--net", "sh", "-c", "echo here; read line"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == b"here\n"
+        inode = inode_of_process(process.pid)
+        assert inode != inode_of_process("self")
+        found = netns.visible().namespaces[inode]
+        assert found == netns.Namespace(inode, f"/proc/{process.pid}/ns/net")
+        assert netns.inode_of(found.path) == filters.parse_netns(f"pid:{process.pid}") == inode
+        process.stdin.close()
+        process.wait()
+    assert inode not in netns.visible().namespaces
+
+
+def test_what_is_gone_and_what_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for process, inode in (("self", 1), ("10", 1), ("11", 2), ("12", 2), ("13", 3)):
+        (tmp_path / process / "ns").mkdir(parents=True)
+        (tmp_path / process / "ns/net").symlink_to(f"net:[{inode}]")
+    (tmp_path / "14/ns").mkdir(parents=True)  # gone between the listing and the look
+    (tmp_path / "sys").mkdir()
+    readlink = Path.readlink
+
+    def denied(path: Path) -> Path:
+        if path.parts[-3] == "13":
+            raise PermissionError(path)
+        return readlink(path)
+
+    monkeypatch.setattr(netns, "PROC", tmp_path)
+    monkeypatch.setattr(netns, "NAMED", tmp_path / "none")
+    monkeypatch.setattr(netns, "inode_of", lambda path: 1)
+    monkeypatch.setattr(Path, "readlink", denied)
+    seen = netns.visible()
+    assert seen.hidden_processes == 1
+    assert set(seen.namespaces) == {1, 2}
+    assert seen.namespaces[1].path == f"{tmp_path}/self/ns/net"
+    assert seen.namespaces[2].path in (f"{tmp_path}/11/ns/net", f"{tmp_path}/12/ns/net")
+
+
+def test_files_in_run_netns_that_are_no_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stale").touch()
+    (tmp_path / "zwei").symlink_to("/proc/self/ns/net")
+    (tmp_path / "eins").symlink_to("/proc/self/ns/net")
+    monkeypatch.setattr(netns, "NAMED", tmp_path)
+    own = inode_of_process("self")
+    assert netns.visible().namespaces[own] == netns.Namespace(own, "/proc/self/ns/net", "eins")
+    assert {seen.name for seen in netns.visible().namespaces.values()} <= {"eins", None}
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "/dev/null", "/proc/self/ns/mnt", "/no/such/file"])
+def test_what_opens_no_network_namespace(path: str) -> None:
+    with pytest.raises(OSError):
+        netns.inode_of(path)
