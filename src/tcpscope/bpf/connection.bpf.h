@@ -340,30 +340,33 @@ static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 	return family == AF_INET || family == AF_INET6 ? sk : NULL;
 }
 
-/*
- * Where functions cannot be hooked: the socket that accept() is about to return as a file descriptor.
- * Runs at every system call's exit, so it looks at the number first.
- */
-static __always_inline struct sock *sock_of_accept(struct pt_regs *regs, long fd)
+/* The TCP socket behind a file descriptor of the current process, or NULL. */
+static __noinline struct sock *tcp_sock_of_fd(__u32 fd)
 {
-	struct task_struct *task;
-	struct file **files, *file;
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct file **files = BPF_CORE_READ(task, files, fdt, fd);
+	struct file *file;
 
-	if (fd < 0 || !SYSCALL_IS_ACCEPT(regs))
-		return NULL;
-	task = (struct task_struct *)bpf_get_current_task();
-	files = BPF_CORE_READ(task, files, fdt, fd);
 	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
 		return NULL;
 	return tcp_sock_of_file(file);
 }
 
 /*
+ * Where functions cannot be hooked: the socket that accept() is about to return as a file descriptor.
+ * Runs at every system call's exit, so it looks at the number first.
+ */
+static __always_inline struct sock *sock_of_accept(struct pt_regs *regs, long fd)
+{
+	return fd >= 0 && SYSCALL_IS_ACCEPT(regs) ? tcp_sock_of_fd(fd) : NULL;
+}
+
+/*
  * The seed: one pass over all open files puts the owners of the sockets that are older than the tool into the table.
- * The first process that holds a socket is taken as its owner. The iterator holds the file, so the socket cannot be
+ * The first process that holds a socket is taken as its owner. With `only`, sockets in that state. The iterator holds the file, so the socket cannot be
  * destroyed between the look and the insertion, and no entry can be left behind.
  */
-static __always_inline void connection_seed(struct task_struct *task, struct file *file)
+static __always_inline void connection_seed(struct task_struct *task, struct file *file, enum tcp_state only)
 {
 	struct sock *sk = tcp_sock_of_file(file);
 	struct connection *connection;
@@ -372,7 +375,7 @@ static __always_inline void connection_seed(struct task_struct *task, struct fil
 	if (!sk)
 		return;
 	state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	if (state == STATE_CLOSE)
+	if (state == STATE_CLOSE || (only && state != only))
 		return;
 	connection = connection_find_or_add(sk);
 	if (!connection || connection->opener.pid || connection->accepted)

@@ -207,7 +207,7 @@ int seed(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 
 	if (task && file)
-		connection_seed(task, file);
+		connection_seed(task, file, 0);
 	return 0;
 }
 

@@ -130,6 +130,12 @@ struct tcp_sock {                                             /* include/linux/t
 	struct tcp_rack rack;
 };
 
+struct sk_buff {                                              /* include/linux/skbuff.h */
+	unsigned char *head;
+	__u16 transport_header;
+	__u16 network_header;
+};
+
 struct inet_timewait_sock {                                   /* include/net/inet_timewait_sock.h */
 	struct sock_common __tw_common;
 	volatile unsigned char tw_substate;
@@ -199,8 +205,10 @@ struct proto_accept_arg {};                                   /* include/net/soc
 
 struct pt_regs___kernel {                                     /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)
+	unsigned long di;
 	unsigned long orig_ax;
 #elif defined(__TARGET_ARCH_arm64)
+	__u64 orig_x0;
 	int syscallno;
 #endif
 };

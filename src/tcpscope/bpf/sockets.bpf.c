@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+/*
+ * What exists now: every TCP socket of a network namespace, and every process that holds one.
+ *
+ * iter/tcp shows one network namespace (that of whoever opens it) and sockets without a file too: handshakes, TIME_WAIT,
+ * what waits in an accept queue, what was closed and still sends. iter/task_file shows the holders, in all namespaces.
+ */
+
+#include "kernel.bpf.h"
+#include "compat.bpf.h"
+#include "output.bpf.h"
+#include "filter.bpf.h"
+#include "connection.bpf.h"
+
+struct existing {
+	struct identity id;
+	enum tcp_state state DOC("state");
+	bool timewait; /* a small timewait socket: it has no owner any more */
+	__u8 padding[2];
+	__u32 rx_queue_bytes UNIT("bytes") UNKNOWN_IS("max")
+		DOC("received and not yet read; of a listener: connections that wait for accept()");
+	__u32 tx_queue_bytes UNIT("bytes") UNKNOWN_IS("max")
+		DOC("sent and not yet acknowledged, or not yet sent; of a listener: limit of its accept queue");
+	__u32 uid DOC("user that made the socket") UNKNOWN_IS("max");
+	__u64 socket;
+};
+
+const struct existing *existing_anchor __attribute__((unused));
+
+struct holder {
+	struct owner owner;
+	__u64 socket;
+	__u32 fd DOC("file descriptor");
+	bool wanted; /* passes the filter */
+	__u8 padding[3];
+};
+
+const struct holder *holder_anchor __attribute__((unused));
+
+static __always_inline void full_socket_read(struct tcp_sock *tcp, struct existing *record)
+{
+	struct sock *sk = (struct sock *)tcp;
+	int unread;
+
+	identity_read(sk, &record->id);
+	record->uid = BPF_CORE_READ(sk, sk_uid.val);
+	if (record->state == STATE_LISTEN) {
+		record->rx_queue_bytes = BPF_CORE_READ(sk, sk_ack_backlog);
+		record->tx_queue_bytes = BPF_CORE_READ(sk, sk_max_ack_backlog);
+		return;
+	}
+	/* As tcp_diag_get_info() computes them. copied_seq runs ahead of rcv_nxt by the FIN. */
+	unread = BPF_CORE_READ(tcp, rcv_nxt) - BPF_CORE_READ(tcp, copied_seq);
+	record->rx_queue_bytes = unread > 0 ? unread : 0;
+	record->tx_queue_bytes = BPF_CORE_READ(tcp, write_seq) - BPF_CORE_READ(tcp, snd_una);
+}
+
+/* A handshake or a timewait socket: only the common part is there. */
+static __always_inline void small_socket_read(struct sock_common *common, struct existing *record)
+{
+	identity_read((struct sock *)common, &record->id);
+	record->rx_queue_bytes = record->tx_queue_bytes = 0;
+	record->uid = -1;
+}
+
+SEC("iter/tcp")
+int existing(struct bpf_iter__tcp *ctx)
+{
+	struct sock_common *common = ctx->sk_common;
+	struct existing record = {};
+	struct tcp_sock *tcp;
+
+	if (!common)
+		return 0;
+	record.state = common->skc_state;
+	record.socket = (__u64)common;
+	tcp = bpf_skc_to_tcp_sock(common);
+	if (tcp) {
+		full_socket_read(tcp, &record);
+	} else {
+		struct tcp_timewait_sock *timewait = bpf_skc_to_tcp_timewait_sock(common);
+
+		small_socket_read(common, &record);
+		if (timewait) {
+			record.timewait = true;
+			record.state = timewait->tw_sk.tw_substate;
+		}
+	}
+	record.id.cookie = COOKIE_OF(common);
+	if (!filter_identity(&record.id))
+		return 0;
+	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	return 0;
+}
+
+SEC("iter/task_file")
+int holders(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct holder record = {};
+	struct sock *sk;
+
+	if (!task || !file)
+		return 0;
+	sk = tcp_sock_of_file(file);
+	if (!sk)
+		return 0;
+	owner_of_task(task, &record.owner);
+	record.wanted = filter_owner(&record.owner);
+	record.socket = (__u64)sk;
+	record.fd = ctx->fd;
+	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "Dual BSD/GPL";
