@@ -213,6 +213,10 @@ struct pt_regs___kernel {                                     /* arch/{x86,arm64
 #endif
 };
 
+struct bpf_array {                                            /* include/linux/bpf.h */
+	void *pptrs[0];                                       /* per CPU */
+};
+
 struct seq_file;                                              /* include/linux/seq_file.h */
 
 struct bpf_iter_meta {                                        /* include/linux/bpf.h */

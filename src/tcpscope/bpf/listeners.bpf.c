@@ -114,8 +114,6 @@ const volatile bool send_stacks;
 
 /* --- the kernel's counters of this CPU -------------------------------------------------------------------------- */
 
-extern const unsigned long this_cpu_off __ksym; /* arch/x86/include/asm/percpu.h */
-
 struct mib {
 	__u64 overflows, drops, cookies, full;
 };
@@ -135,15 +133,33 @@ struct {
 	__type(value, struct in_hand);
 } in_hand SEC(".maps");
 
-static __always_inline void mib_read(struct sock *sk, struct mib *mib)
+/*
+ * The distance from a per-CPU pointer to this CPU's copy. The kernel's own variable for it is not in the BTF of 5.10,
+ * and reading its address from kallsyms would need CAP_SYSLOG. But the same distance lies between what our per-CPU
+ * array holds and what a look-up of it returns. Pointers become numbers by being read back from the stack.
+ */
+static __always_inline __u64 this_cpu_offset(struct in_hand *mine)
 {
-	unsigned long *offset = bpf_this_cpu_ptr(&this_cpu_off);
-	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + *offset;
+	void *array = &in_hand, *copy = mine;
+	__u64 array_address = 0, copy_address = 0, base = 0;
+
+	bpf_probe_read_kernel(&array_address, sizeof(array_address), &array);
+	bpf_probe_read_kernel(&copy_address, sizeof(copy_address), &copy);
+	bpf_probe_read_kernel(&base, sizeof(base),
+			      (void *)(array_address + bpf_core_field_offset(struct bpf_array, pptrs)));
+	return copy_address - base;
+}
+
+static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
+{
+	struct sock *sk = mine->sk;
+	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + this_cpu_offset(mine);
 
 	bpf_probe_read_kernel(&mib->overflows, 8, counters + mib_listen_overflows * 8);
 	bpf_probe_read_kernel(&mib->drops, 8, counters + mib_listen_drops * 8);
 	bpf_probe_read_kernel(&mib->cookies, 8, counters + mib_reqq_full_cookies * 8);
 	bpf_probe_read_kernel(&mib->full, 8, counters + mib_reqq_full_drop * 8);
+	return 0;
 }
 
 static __noinline int queues_read(struct sock *sk, struct queues *queues)
@@ -254,7 +270,7 @@ static __always_inline void handshake_enter(struct sock *sk, struct sk_buff *skb
 	packet->sk = sk;
 	packet->skb = skb;
 	packet->req = req;
-	mib_read(sk, &packet->before);
+	mib_read(packet, &packet->before);
 }
 
 /* Without cookies the last quarter of tcp_max_syn_backlog is kept for peers that were seen before: tcp_conn_request. */
@@ -275,12 +291,12 @@ static __always_inline void handshake_exit(void *ctx, int step)
 {
 	__u32 zero = 0;
 	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
-	struct mib before, now;
+	struct mib before, now = {};
 
 	if (!packet || !packet->sk)
 		return;
 	before = packet->before;
-	mib_read(packet->sk, &now);
+	mib_read(packet, &now);
 	packet->before = now;
 	if (now.cookies != before.cookies)
 		refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
@@ -455,6 +471,7 @@ int snapshot(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 	struct listener record = {};
 	struct activity *activity;
+	struct inet_connection_sock *icsk;
 	struct request_sock *oldest;
 	struct sock *sk;
 	__u64 key;
@@ -475,7 +492,8 @@ int snapshot(struct bpf_iter__task_file *ctx)
 	record.socket = key = (__u64)sk;
 	record.drops = BPF_CORE_READ(sk, sk_drops.counter);
 	record.now_ns = bpf_ktime_get_ns();
-	oldest = BPF_CORE_READ((struct inet_connection_sock *)sk, icsk_accept_queue.rskq_accept_head);
+	icsk = (struct inet_connection_sock *)sk;
+	oldest = BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
 	if (oldest)
 		record.oldest_synack_us = BPF_CORE_READ((struct tcp_request_sock *)oldest, snt_synack);
 	activity = bpf_map_lookup_elem(&activities, &key);

@@ -16,11 +16,12 @@
 #include "connection.bpf.h"
 
 /*
- * Buckets: exact below 8 us, then 8 per power of two, so a value is known to 1/8 of itself. 200 of them reach 2^27 us.
+ * Buckets: exact below 8 us, then 8 per power of two, so a value is known to 1/8 of itself; the last of them begins far
+ * above 2^32 us.
  * output/histogram.py has the same formula.
  */
 #define SUB_BITS 3
-#define BUCKETS 200
+#define BUCKETS 256 /* a power of two, so that a mask bounds the index */
 #define MAX_SHARDS 16
 
 struct rtt_key {
@@ -93,8 +94,7 @@ static __always_inline __u32 bucket_of(__u32 us)
 		log2 += 2;
 	}
 	log2 += value >> 1;
-	value = ((log2 - SUB_BITS + 1) << SUB_BITS) + ((us >> (log2 - SUB_BITS)) & ((1 << SUB_BITS) - 1));
-	return value < BUCKETS ? value : BUCKETS - 1;
+	return ((log2 - SUB_BITS + 1) << SUB_BITS) + ((us >> (log2 - SUB_BITS)) & ((1 << SUB_BITS) - 1));
 }
 
 static __noinline int record(struct sock *sk, const struct identity *id, const struct owner *owner, __u32 us)
@@ -129,8 +129,7 @@ static __noinline int record(struct sock *sk, const struct identity *id, const s
 		COUNT(lost);
 		return 0;
 	}
-	if (bucket < BUCKETS)
-		__sync_fetch_and_add(&value->buckets[bucket], 1);
+	__sync_fetch_and_add(&value->buckets[bucket & (BUCKETS - 1)], 1);
 	__sync_fetch_and_add(&value->sum_us, us);
 	if (us > value->max_us[shard])
 		value->max_us[shard] = us;

@@ -16,6 +16,7 @@ from tcpscope.kernel.spec import Program
 BTF = Path("/sys/kernel/btf/vmlinux")
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _TRIAL_FUNCTION = "tcp_connect"  # global, on every kernel that has TCP
+_ALWAYS_CARRIED = 6
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Kernel:
         if btf == ffi.NULL:
             raise UnsupportedError(f"cannot read {BTF}: {os.strerror(ffi.errno)}")
         self._btf = ffi.gc(btf, lib.btf__free)
+        self._tried: dict[str, Answer] = {}
 
     def parameters(self, function: str) -> int | None:
         """How many parameters a kernel function has; None if there is no such function."""
@@ -58,10 +60,22 @@ class Kernel:
     @cached_property
     def fentry(self) -> Answer:
         """Whether functions can be traced through trampolines (fentry, fexit)."""
-        error = -lib.tcpscope_try_fentry(self._btf, _TRIAL_FUNCTION.encode())
+        return self._try_fentry(_TRIAL_FUNCTION)
+
+    def _fentry_on(self, function: str) -> Answer:
+        """The same for one function. Trampolines carry more than six arguments only since 6.6 on x86."""
+        if not self.fentry or (self.parameters(function) or 0) <= _ALWAYS_CARRIED:
+            return self.fentry
+        if function not in self._tried:
+            self._tried[function] = self._try_fentry(function)
+        return self._tried[function]
+
+    def _try_fentry(self, function: str) -> Answer:
+        error = -lib.tcpscope_try_fentry(self._btf, function.encode())
         if not error:
             return Answer(True)
-        return Answer(False, f"the kernel refuses fentry programs ({os.strerror(error)})")
+        reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP is the kernel's own
+        return Answer(False, f"the kernel refuses fentry on {function} ({reason})")
 
     @cached_property
     def kprobe(self) -> Answer:
@@ -81,7 +95,7 @@ class Kernel:
     def can(self, program: Program) -> Answer:
         """Whether this kernel has what `program` hooks. Yes is not a promise: attaching may still be refused."""
         if program.type in ("fentry", "fexit"):
-            return self._has_function(program.target) and self.fentry
+            return self._has_function(program.target) and self._fentry_on(program.target)
         if program.type in ("kprobe", "kretprobe"):
             return self._has_function(program.target) and self.kprobe
         if program.type == "tp_btf":

@@ -231,7 +231,7 @@ int tcpscope_try_fentry(const struct btf *btf, const char *function)
 		{.code = BPF_JMP | BPF_EXIT},
 	};
 	LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_TRACE_FENTRY);
-	int fd, id = btf__find_by_name_kind(btf, function, BTF_KIND_FUNC);
+	int fd, link, error, id = btf__find_by_name_kind(btf, function, BTF_KIND_FUNC);
 
 	if (id < 0)
 		return -ENOENT;
@@ -239,8 +239,12 @@ int tcpscope_try_fentry(const struct btf *btf, const char *function)
 	fd = bpf_prog_load(BPF_PROG_TYPE_TRACING, "tcpscope_try", "GPL", instructions, 2, &options);
 	if (fd < 0)
 		return -errno;
+	link = bpf_link_create(fd, 0, BPF_TRACE_FENTRY, NULL);
+	error = link < 0 ? -errno : 0;
+	if (link >= 0)
+		close(link);
 	close(fd);
-	return 0;
+	return error;
 }
 
 int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info)

@@ -36,7 +36,7 @@ int tcpscope_btf_parameters(const struct btf *btf, const char *function); /* the
 int64_t tcpscope_btf_enumerator(const struct btf *btf, const char *name); /* its value, or -ENOENT */
 bool tcpscope_btf_has_type(const struct btf *btf, const char *name);      /* struct, union or enum */
 bool tcpscope_btf_has_typedef(const struct btf *btf, const char *name);
-/* Loads an empty fentry program on `function`; 0, or why the kernel refuses. */
+/* Attaches an empty fentry program to `function` and takes it off again; 0, or why the kernel refuses. */
 int tcpscope_try_fentry(const struct btf *btf, const char *function);
 
 struct tcpscope_program_info {

@@ -14,11 +14,9 @@ lab that was killed is removed by the next one that starts.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import itertools
 import os
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from tcpscope.errors import NotPermittedError, UnsupportedError, UsageError
+from tcpscope.lab import processes
 from tcpscope.lab.namespaces import Namespace, sweep
 from tcpscope.lab.sockets import Socket, tcp_sockets
 
@@ -36,10 +35,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEVICE = "veth0"
-PR_SET_PDEATHSIG = 1
 COUNTER_FILES = ("snmp", "netstat", "snmp6")
 
-_prctl = ctypes.CDLL(None).prctl
 _numbers = itertools.count(1)
 
 
@@ -79,17 +76,7 @@ class Host:
 
     def spawn(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
         """Start a program in the host. `options` are those of `subprocess.Popen`. It dies with the lab."""
-        parent = os.getpid()
-
-        def follow_parent() -> None:  # between fork and exec: nothing here may import or take a lock
-            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-
-        def start() -> subprocess.Popen[Any]:
-            return subprocess.Popen(argv, preexec_fn=follow_parent, **options)
-
-        child = self.run(start)
+        child = self.run(processes.start, argv, **options)
         self._children.append(child)
         return child
 

@@ -78,8 +78,9 @@ class Namespace:
         try:
             while call := self._calls.get():
                 call()
-            # The kernel's thread may outlive join() by a moment; it shall not hold the namespace then.
-            _call("setns", home, CLONE_NEWNET)
+            if self.inode:
+                # The kernel's thread may outlive join() by a moment; it shall not hold the namespace then.
+                _call("setns", home, CLONE_NEWNET)
         finally:
             os.close(home)
 

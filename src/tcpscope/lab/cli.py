@@ -1,0 +1,184 @@
+"""`tcpscope lab`: two hosts in network namespaces with a known fault, to try the tools on."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import Field
+from typing import Any
+
+import click
+
+from tcpscope.errors import TcpscopeError
+from tcpscope.lab import namespaces
+from tcpscope.lab.beside import Tool, arguments
+from tcpscope.lab.hosts import Host, Lab
+from tcpscope.lab.scenario import Outcome, Scenario, load, names
+
+
+class Scenarios(click.Group):
+    """One command per scenario, with the scenario's parameters as options."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return names()
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command:
+        return command_of(load(name))
+
+
+@click.group()
+def lab() -> None:
+    """Two hosts in network namespaces with a known fault, to try the tools on.
+
+    \b
+    tcpscope lab list
+    tcpscope lab run accept-overflow
+    tcpscope lab run accept-overflow --backlog 2 -- queue -o json
+
+    Nothing outside of the two namespaces is touched, and they are removed at the end.
+    """
+
+
+@lab.command("list")
+def show() -> None:
+    """What can be run."""
+    known = names()
+    width = max(map(len, known))
+    for name in known:
+        click.echo(f"{name:{width}}  {load(name).title}")
+
+
+@lab.command()
+def clean() -> None:
+    """Remove what labs that were killed have left behind. (The next lab that starts does that, too.)"""
+    removed = namespaces.sweep()
+    for name in removed:
+        click.echo(f"removed {name}")
+    if not removed:
+        click.echo("nothing to remove")
+
+
+@lab.group(cls=Scenarios, subcommand_metavar="SCENARIO [OPTIONS] [-- TOOL [TOOL OPTIONS]]")
+def run() -> None:
+    """Make a fault, and show what a tool says about it.
+
+    The tool and its options stand behind `--`. It watches the server's namespace unless it is given a
+    --netns; in its options {client} and {server} stand for the two hosts' namespaces.
+    """
+
+
+def command_of(scenario: type[Scenario]) -> click.Command:
+    """The command of a scenario: its parameters, and the options of all."""
+
+    def callback(tool: tuple[str, ...], freeze: bool, keep: bool, **values: Any) -> None:
+        with signals_interrupt():
+            play(scenario(**values), tool, freeze, keep)
+
+    return click.Command(
+        scenario.name(),
+        help=inspect.cleandoc(scenario.__doc__ or scenario.title),
+        short_help=scenario.title,
+        callback=callback,
+        context_settings={"allow_interspersed_args": False},
+        params=[
+            *(option_of(field) for field in scenario.parameters()),
+            click.Option(
+                ["--freeze"],
+                is_flag=True,
+                help="Take the link down after the fault, do not wait for its end.",
+            ),
+            click.Option(
+                ["--keep"], is_flag=True, help="Keep the hosts until Ctrl-C, to look around in them."
+            ),
+            click.Argument(["tool"], nargs=-1, type=click.UNPROCESSED, metavar="[-- TOOL [TOOL OPTIONS]]"),
+        ],
+    )
+
+
+def option_of(field: Field[Any]) -> click.Option:
+    choices: tuple[Any, ...] = field.metadata["choices"]
+    return click.Option(
+        [f"--{field.name.replace('_', '-')}", field.name],
+        type=click.Choice(choices) if choices else type(field.default),
+        default=field.default,
+        show_default=True,
+        help=field.metadata["help"],
+    )
+
+
+def play(scenario: Scenario, tool: tuple[str, ...], freeze: bool, keep: bool) -> None:
+    """One run, from two new hosts to none."""
+    printer = Printer(tool[0] if tool else "")
+    click.echo(f"{scenario.name()}: {scenario.title}")
+    try:
+        with Lab() as lab, contextlib.ExitStack() as stack:
+            for host in lab.hosts:
+                printer(host.role, f"{host.ipv4}, {host.ipv6}, network namespace {host.netns} ({host.inode})")
+            scenario.on_step = lambda step: printer(step.host, step.text)
+            scenario.setup(lab)
+            watching = None
+            if tool:
+                watching = Tool(arguments(tool, lab), printer)
+                stack.callback(watching.kill)
+                watching.wait_until_ready()
+            scenario.fault(lab)
+            outcome = scenario.settle(lab, freeze)
+            for host, lines in report(scenario, outcome, lab):
+                for line in lines:
+                    printer(host.role, line)
+            if keep:
+                printer("", f"look around: ip netns exec {lab.server.netns} ss -tan; Ctrl-C ends it")
+                with contextlib.suppress(KeyboardInterrupt):
+                    threading.Event().wait()
+            if watching:
+                watching.end()
+    except KeyboardInterrupt:
+        raise TcpscopeError("interrupted; the lab is gone") from None
+
+
+def report(scenario: Scenario, outcome: Outcome, lab: Lab) -> Iterator[tuple[Host, list[str]]]:
+    """What the kernels of both hosts say about the run, as lines."""
+    queue = f"accept queue of the listener: {outcome.listener.recv_q}, limit {outcome.listener.send_q}"
+    for host, states, counters in (
+        (lab.client, outcome.client_states, outcome.client_counters),
+        (lab.server, outcome.server_states, outcome.counters),
+    ):
+        sockets = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
+        lines = [f"sockets: {sockets or 'none'}"]
+        if host is lab.server and states["LISTEN"]:
+            lines.append(queue)
+        shown = [name for name in scenario.counters if name in counters or host is lab.server]
+        lines += [f"{name} {counters[name]:+d}" if counters[name] else f"{name} 0" for name in shown]
+        yield host, lines
+
+
+class Printer:
+    """Lines with their origin in front of them, from any thread."""
+
+    def __init__(self, tool: str) -> None:
+        self._width = max(len("client"), len(tool))
+        self._lock = threading.Lock()
+
+    def __call__(self, who: str, line: str) -> None:
+        with self._lock:
+            click.echo(f"{who:{self._width}} | {line}")
+
+
+@contextlib.contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the lab as Ctrl-C does: everything is removed before the process ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,74 @@
+"""The lab's client: connects when told to, with one thread per connection.
+
+    client.py {"family": 2, "address": "192.0.2.2", "port": 8080}
+
+    {"do": "connect", "number": 10}                                 ten at once {"do": "finish", "send": 10,
+    "closes": "first", "pause": 0.1}   what is connected sends ten bytes and closes
+
+`closes` is `"first"`, or `"second"`: wait for the server's end, pause, close.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+connected: dict[int, socket.socket] = {}
+lock = threading.Lock()
+
+
+def report(what: str, **details: object) -> None:
+    with lock:
+        print(json.dumps({"report": what, **details}), flush=True)
+
+
+def connect(number: int, config: dict[str, Any]) -> None:
+    connection = socket.socket(config["family"])
+    started = time.monotonic()
+    error = connection.connect_ex((config["address"], config["port"]))
+    seconds = time.monotonic() - started
+    port = connection.getsockname()[1]
+    if error == 0:
+        connected[number] = connection
+    else:
+        connection.close()
+    report("connected", number=number, port=port, errno=error, seconds=seconds)
+
+
+def finish(number: int, connection: socket.socket, send: int, closes: str, pause: float) -> None:
+    error = 0
+    with connection:
+        try:
+            connection.sendall(b"x" * send)
+            if closes == "second":
+                while connection.recv(4096):
+                    pass
+                time.sleep(pause)
+        except OSError as failure:
+            error = failure.errno or 0
+    report("finished", number=number, errno=error)
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    Path("/proc/self/comm").write_text("lab-client")
+    report("ready", pid=os.getpid())
+    started = 0
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command.pop("do") == "connect":
+            for _ in range(command["number"]):
+                threading.Thread(target=connect, args=(started, config), daemon=True).start()
+                started += 1
+        else:
+            for number in sorted(connected):
+                arguments = (number, connected.pop(number), *command.values())
+                threading.Thread(target=finish, args=arguments, daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The lab's server: listens, and then does with its connections what the scenario says.
+
+    server.py {"family": 2, "address": "192.0.2.2", "port": 8080, "backlog": 5, "closes": null, "pause":
+    0.1}
+
+`closes` is `null` (never accept), `"second"` (wait for the peer's end, pause, close) or `"first"` (wait for
+the request, answer, close).
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+def report(what: str, **details: object) -> None:
+    print(json.dumps({"report": what, **details}), flush=True)
+
+
+def serve(listener: socket.socket, closes: str, pause: float) -> None:
+    while True:
+        connection, (_, port, *_) = listener.accept()
+        report("accepted", port=port)
+        with connection:
+            received = len(connection.recv(4096))
+            if closes == "first":
+                connection.sendall(b"answer")
+            else:
+                while chunk := connection.recv(4096):
+                    received += len(chunk)
+                time.sleep(pause)
+        report("closed", port=port, received=received)
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    Path("/proc/self/comm").write_text("lab-server")
+    listener = socket.socket(config["family"])
+    if config["family"] == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, config["address"] != "::")
+    listener.bind((config["address"], config["port"]))
+    listener.listen(config["backlog"])
+    if config["closes"]:
+        threading.Thread(
+            target=serve, args=(listener, config["closes"], config["pause"]), daemon=True
+        ).start()
+    report(
+        "listening", pid=os.getpid(), port=listener.getsockname()[1], inode=os.fstat(listener.fileno()).st_ino
+    )
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main()

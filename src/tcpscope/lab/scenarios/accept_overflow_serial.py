@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenario import FAMILIES, Scenario, describe, parameter
+
+
+@dataclass
+class AcceptOverflowSerial(Scenario):
+    """The accept queue overflows at the first step of the handshake, and the client's connect() times out.
+
+    A server listens with a queue of five and never accepts; clients come one after the other. Six succeed.
+    When the seventh sends its SYN the queue is already full, so the server's kernel drops the SYN: no
+    answer, no reset, one overflow counted. The client repeats the SYN, each one is dropped again, and at
+    last connect() fails. A packet capture on the server shows these SYNs arriving, because they are dropped
+    above the place where it looks.
+    """
+
+    title = "the accept queue is full before the SYN arrives, and connect() times out"
+    counters = ("TcpExtListenOverflows", "TcpExtListenDrops", "TcpExtTCPSynRetrans", "TcpAttemptFails")
+
+    clients: int = parameter(7, "how many clients connect, one after the other")
+    backlog: int = parameter(5, "argument of the server's listen()")
+    family: str = parameter("4", "IPv4, IPv6, or IPv4 to a listener on ::", FAMILIES)
+    syn_retries: int = parameter(1, "how often the client repeats a SYN (sysctl tcp_syn_retries)")
+
+    def prepare(self, lab: Lab) -> None:
+        self.sysctl(lab.client, "tcp_syn_retries", self.syn_retries)
+        self.listen(lab, self.backlog, self.family)
+
+    def act(self, lab: Lab) -> None:
+        for number in range(1, self.clients + 1):
+            self.connect(1)
+            (client,) = self.connected(1)
+            seconds = "" if client.errno == 0 else f" after {client.connect_seconds:.1f} s"
+            self.step("client", f"connect number {number}: {describe([client])}{seconds}")
+            if client.errno == 0:
+                self.finish(1)
+
+    def calm(self, lab: Lab) -> bool:
+        return not {"SYN_SENT", "FIN_WAIT1"} & {found.state for found in lab.client.sockets()}

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenario import FAMILIES, Scenario, describe, parameter
+
+
+@dataclass
+class CloseOrder(Scenario):
+    """An orderly end: who closes first keeps the connection's memory in TIME_WAIT.
+
+    The side that closes first goes from ESTABLISHED through FIN_WAIT1 and FIN_WAIT2, the other one through
+    CLOSE_WAIT and LAST_ACK. FIN_WAIT2 lasts until the other side closes, too; when the application has let
+    go of the socket by then, the kernel has already replaced it by a small timewait socket, and a tool that
+    watches sockets sees it go to CLOSE. The same small socket then stays in TIME_WAIT for a minute.
+    """
+
+    title = "who closes first, and where TIME_WAIT stays"
+    counters = ("TcpActiveOpens", "TcpPassiveOpens", "TcpOutRsts")
+
+    clients: int = parameter(1, "how many connections, one after the other")
+    closes: str = parameter("client", "who closes first", ("client", "server"))
+    pause_ms: int = parameter(100, "how long the other side waits before it closes, too")
+    family: str = parameter("4", "IPv4, IPv6, or IPv4 to a listener on ::", FAMILIES)
+
+    def prepare(self, lab: Lab) -> None:
+        self.listen(
+            lab,
+            backlog=16,
+            family=self.family,
+            closes="second" if self.closes == "client" else "first",
+            pause=self.pause_ms / 1000,
+        )
+
+    def act(self, lab: Lab) -> None:
+        for _ in range(self.clients):
+            self.connect(1)
+            clients = self.connected(1)
+            self.step("client", f"connect: {describe(clients)}")
+            self.finish(
+                1, closes="first" if self.closes == "client" else "second", pause=self.pause_ms / 1000
+            )
+            self.server.hear("accepted")
+            self.server.hear("closed")
+            self.step(self.closes, "closed first")
+            self.step("server" if self.closes == "client" else "client", f"closed {self.pause_ms} ms later")
+
+    def calm(self, lab: Lab) -> bool:
+        return all(found.state in ("LISTEN", "TIME_WAIT") for host in lab.hosts for found in host.sockets())
