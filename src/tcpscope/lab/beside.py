@@ -85,9 +85,7 @@ class Tool:
             try:
                 status = self._process.wait(deadline)
             except subprocess.TimeoutExpired:
-                raise TcpscopeError(
-                    f"'tcpscope {self.name}' did not end within {deadline:g} s of SIGINT"
-                ) from None
+                raise TcpscopeError(f"'tcpscope {self.name}' did not end within {deadline:g} s of SIGINT") from None
             for reader in self._readers:
                 reader.join(max(0.0, end - time.monotonic()))
         finally:

@@ -90,9 +90,7 @@ def command_of(scenario: type[Scenario]) -> click.Command:
                 is_flag=True,
                 help="Take the link down after the fault, do not wait for its end.",
             ),
-            click.Option(
-                ["--keep"], is_flag=True, help="Keep the hosts until Ctrl-C, to look around in them."
-            ),
+            click.Option(["--keep"], is_flag=True, help="Keep the hosts until Ctrl-C, to look around in them."),
             click.Argument(["tool"], nargs=-1, type=click.UNPROCESSED, metavar="[-- TOOL [TOOL OPTIONS]]"),
         ],
     )
@@ -173,10 +171,7 @@ def signals_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        number: signal.signal(number, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGHUP)
-    }
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -35,6 +35,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEVICE = "veth0"
+TC_H_ROOT = 0xFFFFFFFF
 COUNTER_FILES = ("snmp", "netstat", "snmp6")
 
 _numbers = itertools.count(1)
@@ -133,16 +134,16 @@ class Host:
             if delay_ms or loss_percent:
                 link.tc("replace", "netem", index, "1:", delay=int(delay_ms * 1000), loss=loss_percent)
             else:
-                with contextlib.suppress(LookupError):
-                    link.tc("del", index=index, handle="1:")
+                link.tc("del", index=index, parent=TC_H_ROOT)
 
         try:
             self.run(self._netlink, replace)
         except LookupError as error:
-            raise UnsupportedError(
-                "this kernel cannot delay or lose packets",
-                "it has no netem (CONFIG_NET_SCH_NETEM, module sch_netem)",
-            ) from error
+            if delay_ms or loss_percent:
+                raise UnsupportedError(
+                    "this kernel cannot delay or lose packets",
+                    "it has no netem (CONFIG_NET_SCH_NETEM, module sch_netem)",
+                ) from error
 
     def hold(self) -> None:
         """Keep back what this host sends to its peer until `release()`: nothing is lost, the order is kept.
@@ -160,9 +161,7 @@ class Host:
     def blackhole(self, prefix: str) -> None:
         """Swallow what arrives for `prefix`, and let the peer send it here: its addresses never answer."""
         family = socket.AF_INET6 if ":" in prefix else socket.AF_INET
-        self.run(
-            self._netlink, lambda link: link.route("replace", dst=prefix, type="blackhole", family=family)
-        )
+        self.run(self._netlink, lambda link: link.route("replace", dst=prefix, type="blackhole", family=family))
         self.peer.run(
             self.peer._netlink,
             lambda link: link.route("replace", dst=prefix, gateway=self.address(family), family=family),
@@ -207,9 +206,7 @@ class Host:
         index = socket.if_nametoindex(DEVICE)
         link.link("set", index=1, state="up")
         link.addr("add", index=index, address=self.ipv4, prefixlen=24)
-        link.addr(
-            "add", index=index, address=self.ipv6, prefixlen=64, family=socket.AF_INET6, flags=IFA_F_NODAD
-        )
+        link.addr("add", index=index, address=self.ipv6, prefixlen=64, family=socket.AF_INET6, flags=IFA_F_NODAD)
         link.link("set", index=index, state="up")
         self._neighbours(link, "replace")
 
@@ -274,9 +271,7 @@ class Lab:
             )
         except Exception as error:
             if getattr(error, "code", None) == errno.EOPNOTSUPP:
-                raise UnsupportedError(
-                    "this kernel cannot join two namespaces", "CONFIG_VETH is not set"
-                ) from error
+                raise UnsupportedError("this kernel cannot join two namespaces", "CONFIG_VETH is not set") from error
             raise
         finally:
             os.close(server)

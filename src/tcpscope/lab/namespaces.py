@@ -129,9 +129,7 @@ def _explain(error: OSError) -> TcpscopeError:
             "cannot make a network namespace", "run as root, or with CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
         )
     if error.errno == errno.ENOSPC:
-        return UnsupportedError(
-            "no further network namespace is allowed", "see /proc/sys/user/max_net_namespaces"
-        )
+        return UnsupportedError("no further network namespace is allowed", "see /proc/sys/user/max_net_namespaces")
     if error.errno == errno.EINVAL:
         return UnsupportedError("this kernel has no network namespaces", "CONFIG_NET_NS is not set")
     return TcpscopeError(f"cannot make a network namespace: {error}")

@@ -121,9 +121,7 @@ class Scenario:
             value, choices = getattr(self, field.name), field.metadata["choices"]
             if choices and value not in choices:
                 allowed = ", ".join(map(str, choices))
-                raise UsageError(
-                    f"{self.name()}: {field.name} cannot be '{value}'", f"it is one of {allowed}"
-                )
+                raise UsageError(f"{self.name()}: {field.name} cannot be '{value}'", f"it is one of {allowed}")
             if isinstance(value, (int, float)) and value < 0:
                 raise UsageError(f"{self.name()}: {field.name} cannot be {value}", "it is not negative")
         self.steps: list[Step] = []
@@ -185,9 +183,7 @@ class Scenario:
         host.sysctl(name, value)
         self.step(host.role, f"{name} = {value}")
 
-    def listen(
-        self, lab: Lab, backlog: int, family: str = "4", closes: str | None = None, pause: float = 0
-    ) -> Program:
+    def listen(self, lab: Lab, backlog: int, family: str = "4", closes: str | None = None, pause: float = 0) -> Program:
         """Start the server and the client program. `family` is one of FAMILIES; `mapped` is IPv4 to a `::`
         listener."""
         kind = socket.AF_INET if family == "4" else socket.AF_INET6
@@ -203,9 +199,7 @@ class Scenario:
             pause=pause,
         )
         target = socket.AF_INET6 if family == "6" else socket.AF_INET
-        self.client = Program(
-            lab.client, "client", family=target, address=lab.server.address(target), port=PORT
-        )
+        self.client = Program(lab.client, "client", family=target, address=lab.server.address(target), port=PORT)
         found = self.server.hear("listening")
         self.client.hear("ready")
         self._listener = Listener(
@@ -223,9 +217,7 @@ class Scenario:
         self._look_at_listener(lab)
         does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
         where = f"[{address}]:{PORT}" if ":" in address else f"{address}:{PORT}"
-        self.step(
-            "server", f"listen(fd, {backlog}) on {where}, {does[closes]} (lab-server, pid {self.server.pid})"
-        )
+        self.step("server", f"listen(fd, {backlog}) on {where}, {does[closes]} (lab-server, pid {self.server.pid})")
         return self.server
 
     def connect(self, number: int) -> None:

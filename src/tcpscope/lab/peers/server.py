@@ -44,12 +44,8 @@ def main() -> None:
     listener.bind((config["address"], config["port"]))
     listener.listen(config["backlog"])
     if config["closes"]:
-        threading.Thread(
-            target=serve, args=(listener, config["closes"], config["pause"]), daemon=True
-        ).start()
-    report(
-        "listening", pid=os.getpid(), port=listener.getsockname()[1], inode=os.fstat(listener.fileno()).st_ino
-    )
+        threading.Thread(target=serve, args=(listener, config["closes"], config["pause"]), daemon=True).start()
+    report("listening", pid=os.getpid(), port=listener.getsockname()[1], inode=os.fstat(listener.fileno()).st_ino)
     sys.stdin.read()
 
 

@@ -38,9 +38,7 @@ class CloseOrder(Scenario):
             self.connect(1)
             clients = self.connected(1)
             self.step("client", f"connect: {describe(clients)}")
-            self.finish(
-                1, closes="first" if self.closes == "client" else "second", pause=self.pause_ms / 1000
-            )
+            self.finish(1, closes="first" if self.closes == "client" else "second", pause=self.pause_ms / 1000)
             self.server.hear("accepted")
             self.server.hear("closed")
             self.step(self.closes, "closed first")

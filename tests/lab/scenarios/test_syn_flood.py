@@ -1,0 +1,56 @@
+"""The SYN queue: what is dropped, what gets a cookie, for each value of tcp_syncookies."""
+
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenario import FAMILIES, Outcome
+from tcpscope.lab.scenarios.syn_flood import SynFlood
+
+pytestmark = pytest.mark.kernel
+
+SYNS = 300  # more than the flood has addresses
+
+
+def flood(family: str = "4", **parameters: int) -> Outcome:
+    with Lab() as lab:
+        outcome = SynFlood(family=family, **parameters).run(lab)
+    assert outcome.counters["TcpInCsumErrors"] == 0
+    assert outcome.counters["TcpPassiveOpens"] == 0
+    assert outcome.counters["TcpInSegs"] == parameters["syns"]  # no RST, no ICMP comes back
+    assert outcome.counters["TcpExtListenOverflows"] == 0
+    return outcome
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_cookies_syns_are_dropped(family: str) -> None:
+    outcome = flood(family, syns=SYNS, syncookies=0)
+    requests = outcome.server_states["SYN_RECV"]
+    assert requests in (5, 6)  # full at the limit, or above it: kernels differ
+    assert outcome.counters["TcpExtTCPReqQFullDrop"] == SYNS - requests
+    assert outcome.counters["TcpExtListenDrops"] == SYNS - requests
+    assert outcome.counters["TcpExtTCPReqQFullDoCookies"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cookies_when_full(family: str) -> None:
+    outcome = flood(family, syns=SYNS, syncookies=1)
+    requests = outcome.server_states["SYN_RECV"]
+    assert requests in (5, 6)
+    assert outcome.counters["TcpExtTCPReqQFullDoCookies"] == SYNS - requests
+    assert outcome.counters["TcpExtSyncookiesSent"] == SYNS - requests
+    assert outcome.counters["TcpExtTCPReqQFullDrop"] == outcome.counters["TcpExtListenDrops"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cookies_always(family: str) -> None:
+    outcome = flood(family, syns=20, syncookies=2)
+    assert outcome.server_states["SYN_RECV"] == 0
+    assert outcome.counters["TcpExtTCPReqQFullDoCookies"] == 20
+    assert outcome.counters["TcpExtSyncookiesSent"] == 20
+
+
+def test_last_quarter_is_kept_for_proven_peers() -> None:
+    outcome = flood(syns=40, syncookies=0, backlog=64, max_syn_backlog=16)
+    assert outcome.server_states["SYN_RECV"] == 13  # 16 - 13 is less than a quarter of 16
+    assert outcome.counters["TcpExtListenDrops"] == 40 - 13
+    assert outcome.counters["TcpExtTCPReqQFullDrop"] == 0  # the queue is not full

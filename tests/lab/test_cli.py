@@ -1,0 +1,136 @@
+"""`tcpscope lab`: what it prints, what it leaves behind, how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from tcpscope.errors import UsageError
+from tcpscope.lab.cli import lab
+from tcpscope.lab.namespaces import NAMES, start_time
+from tcpscope.lab.scenario import names
+
+RUN = [sys.executable, "-m", "tcpscope", "lab", "run"]
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(lab, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def ours(pid: int) -> list[Path]:
+    return list(NAMES.glob(f"tcpscope-{pid}-*"))
+
+
+def test_list() -> None:
+    lines = invoke("list").splitlines()
+    assert [line.split()[0] for line in lines] == names()
+
+
+@pytest.mark.parametrize("name", names())
+def test_help_is_the_scenarios_own(name: str) -> None:
+    text = invoke("run", name, "--help")
+    assert "--family" in text
+    assert "--freeze" in text
+
+
+def test_unknown_scenario() -> None:
+    result = CliRunner().invoke(lab, ["run", "syn-flod"])
+    assert isinstance(result.exception, UsageError)
+    assert "did you mean 'syn-flood'" in str(result.exception)
+
+
+@pytest.mark.kernel
+def test_run_tells_what_was_done_and_what_was_counted() -> None:
+    text = invoke("run", "accept-overflow", "--backlog", "2", "--clients", "4", "--family", "6", "--freeze")
+    assert "server | listen(fd, 2) on [2001:db8::2]:8080, never accepts" in text
+    assert "client | 4 connects: 4 connected, 0 failed" in text
+    assert "server | accept queue of the listener: 3, limit 2" in text
+    assert "server | TcpExtListenOverflows +3" in text
+    assert "server | TcpExtTCPSynRetrans 0" in text
+    assert ours(os.getpid()) == []
+
+
+@pytest.mark.kernel
+def test_run_with_a_tool_beside() -> None:
+    done = subprocess.run(
+        [*RUN, "close-order", "--pause-ms", "1", "--", "states", "-o", "json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.partition(" | ") for line in done.stdout.splitlines()]
+    events = [json.loads(text) for who, _, text in lines if who == "states" and text.startswith("{")]
+    assert events
+    assert {event["lport"] for event in events} == {8080}  # the server's namespace, and nothing else
+
+
+@pytest.mark.kernel
+def test_a_tool_that_fails_gives_its_status() -> None:
+    done = subprocess.run([*RUN, "close-order", "--", "states", "--nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--nonsense" in done.stdout  # its own words
+    assert "'tcpscope states' ended with status 2" in done.stderr
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
+def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
+    running = subprocess.Popen(
+        [*RUN, "accept-overflow-serial"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert running.stdout is not None
+    server = 0
+    for line in running.stdout:
+        if "lab-server, pid" in line:
+            server = int(line.rpartition(" ")[2].strip(")\n"))
+        if "connect number 6" in line:  # it waits in the seventh for seconds
+            break
+    assert len(ours(running.pid)) == 2
+    running.send_signal(number)
+    _, errors = running.communicate()
+    assert running.returncode == status
+    assert errors == "tcpscope: interrupted; the lab is gone\n"
+    assert ours(running.pid) == []
+    assert start_time(server) is None
+
+
+@pytest.mark.kernel
+def test_kept_until_the_interrupt() -> None:
+    running = subprocess.Popen(
+        [*RUN, "syn-flood", "--keep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert running.stdout is not None
+    hint = next(line for line in running.stdout if "ip netns exec" in line)
+    command = hint.partition(": ")[2].partition(";")[0].split()
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "LISTEN" in shown
+    assert "SYN-RECV" in shown
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate()
+    assert (running.returncode, errors) == (0, "")
+    assert ours(running.pid) == []
+
+
+@pytest.mark.kernel
+def test_clean() -> None:
+    NAMES.mkdir(exist_ok=True)
+    dead = NAMES / f"tcpscope-{os.getpid()}-1-7-server"
+    dead.touch()
+    assert f"removed {dead.name}" in invoke("clean")
+    assert not dead.exists()
+
+
+@pytest.mark.kernel
+def test_without_privilege() -> None:
+    bare = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"]
+    done = subprocess.run([*bare, *RUN, "syn-flood"], capture_output=True, text=True)
+    assert done.returncode == 4
+    assert "CAP_SYS_ADMIN" in done.stderr
+    assert done.stderr.count("\n") == 1
