@@ -2,7 +2,7 @@
 
 The C struct is the only description of an event. Its fields carry tags (see `bpf/output.bpf.h`):
 
-    doc:TEXT       what it means; a field without one is internal and never shown
+    doc:TEXT       what it means; a field without one is internal and not shown
     unit:TEXT      us, ns, bytes, ...; also the end of the field's name
     kind:TEXT      address, comm, time, stack: how the bytes are to be read
     unknown:TEXT   zero or max (all bits set): the value that stands for "not known" and becomes None
@@ -64,10 +64,11 @@ class Layout:
     fields: tuple[Field, ...]
 
     @classmethod
-    def of(cls, btf: B.Btf, name: str) -> Layout:
-        """The layout of struct `name`. Only fields with a doc tag are part of it."""
+    def of(cls, btf: B.Btf, name: str, internal: bool = False) -> Layout:
+        """The layout of struct `name`: the fields with a doc tag, with `internal` the others too."""
         outer = btf.struct(name)
-        return cls(name, outer.size, tuple(_flatten(btf, outer, 0)))
+        fields = _flatten(btf, outer, 0)
+        return cls(name, outer.size, tuple(field for field in fields if field.doc or internal))
 
     def field(self, name: str) -> Field:
         """The field called `name`, or a UsageError that says which there are."""
@@ -81,9 +82,14 @@ class Layout:
         """The same struct with these fields only, in this order."""
         return Layout(self.name, self.size, tuple(self.field(name) for name in names))
 
-    def decoder(self, clock: Clock | None = None, *, raw: bool = False) -> Decoder:
-        """A compiled function from a batch to rows; with `raw` their values are as in the C struct."""
-        return Decoder(self, clock or Clock(), raw)
+    def decoder(
+        self, clock: Clock | None = None, *, raw: bool = False, frame: Callable[[int], str] = hex
+    ) -> Decoder:
+        """A compiled function from a batch to rows; with `raw` their values are as in the C struct.
+
+        `frame` names the address of a stack frame.
+        """
+        return Decoder(self, clock or Clock(), raw, frame)
 
 
 def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
@@ -94,7 +100,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             yield from _flatten(btf, type_, offset)
             continue
         tags = dict(tag.split(":", 1) for tag in btf.decl_tags(outer.id, index) if ":" in tag)
-        if "doc" not in tags:
+        if member.name.startswith("padding"):
             continue
         size = btf.size_of(member.type_id)
         labels = None
@@ -117,7 +123,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             format=_FORMATS[size, signed] if scalar else f"{size}s",
             kind=kind,
             unit=tags.get("unit", ""),
-            doc=tags["doc"],
+            doc=tags.get("doc", ""),
             unknown=unknown,
             labels=labels,
         )
@@ -176,7 +182,10 @@ class Decoder:
     The loop is compiled once per layout; one record costs one unpack and one constructor call.
     """
 
-    def __init__(self, layout: Layout, clock: Clock, raw: bool = False) -> None:
+    def __init__(
+        self, layout: Layout, clock: Clock, raw: bool = False, frame: Callable[[int], str] = hex
+    ) -> None:
+        self._frame = frame
         fields = [f for f in layout.fields if not (f.kind == "time" and clock.mode == "none")]
         self.layout = layout
         self.fields = tuple(fields)
@@ -194,14 +203,16 @@ class Decoder:
         exec(compile(source, f"<decoder of {layout.name}>", "exec"), names)
         self.rows: Callable[[bytes | memoryview], list[Any]] = names["decode"]
 
-    @staticmethod
-    def _expression(i: int, field: Field, clock: Clock, names: dict[str, Any]) -> str:
+    def _expression(self, i: int, field: Field, clock: Clock, names: dict[str, Any]) -> str:
         value = f"v{i}"
         convert: Callable[[Any], Any] | None = None
         if field.kind == "address":
             convert = address_text
         elif field.kind == "comm":
             convert = comm_text
+        elif field.kind == "stack":
+            frame = self._frame
+            convert = lambda v: [frame(a) for a in struct.unpack(f"<{len(v) // 8}Q", v) if a]  # noqa: E731
         elif field.labels is not None:
             labels = field.labels
             convert = lambda v: labels.get(v, str(v))  # noqa: E731
@@ -218,7 +229,7 @@ class Decoder:
             return value
         if field.unknown == 0:
             return f"{value} or None"
-        return f"None if {value} == {field.unknown} else {value}"
+        return f"None if {value} == {field.unknown!r} else {value}"
 
 
 def _format(size: int, fields: Iterable[Field]) -> str:

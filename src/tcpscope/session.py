@@ -185,13 +185,18 @@ class Session:
             for at, name in enumerate(totals):
                 totals[name] += words[base + at]
         return Stats(
-            seen=totals["seen"],
+            seen=totals["seen"] + self.stats.seen,
             shown=self.stats.shown,
             filtered=totals["filtered"] + self.stats.filtered,
             lost=totals["lost"],
             table_full=totals["table_full"],
             missed=self._missed,
         )
+
+
+def monotonic_ns() -> int:
+    """The kernel's clock of the time stamps (bpf_ktime_get_ns)."""
+    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 def announce_ready() -> None:

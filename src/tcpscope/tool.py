@@ -166,7 +166,7 @@ class Stream(Tool):
         """Decoded batches; an empty one when nothing is new. Counts what it gives as shown."""
         assert session.layout is not None
         decode = self.decoder(session, request).rows
-        keep = _residual(session)
+        keep = residual_filter(session)
         left = request.max_events
         for batch in session.follow(stop):
             rows = decode(batch)
@@ -191,13 +191,14 @@ class Stream(Tool):
             sink = request.sink(map(Column.of, decoder.fields))
             if not request.ready(session):
                 return
+            sink.rows([])  # the titles, so that a waiting reader sees that all is well
             for rows in self.rows(session, stop, request):
                 sink.rows(rows)
                 request.stream.flush()
             request.finish(session.account(), sink)
 
 
-def _residual(session: Session) -> Callable[[memoryview, list[Any]], list[Any]] | None:
+def residual_filter(session: Session) -> Callable[[memoryview, list[Any]], list[Any]] | None:
     """What the kernel could not decide: a function that keeps the matching rows of a batch."""
     if session.residual.is_empty:
         return None

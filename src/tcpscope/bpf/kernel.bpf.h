@@ -116,6 +116,7 @@ struct inet_connection_sock {                                 /* include/net/ine
 };
 
 struct tcp_rack {                                             /* include/linux/tcp.h, as struct tcp_sock.rack */
+	__u64 mstamp;
 	__u32 rtt_us;
 };
 
@@ -126,7 +127,6 @@ struct tcp_sock {                                             /* include/linux/t
 	__u32 write_seq;
 	__u32 snd_una;
 	__u32 srtt_us;
-	__u32 delivered;
 	struct tcp_rack rack;
 };
 

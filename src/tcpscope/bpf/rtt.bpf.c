@@ -4,9 +4,9 @@
  *
  * tcp_probe fires for each segment that an established connection receives, before the segment is processed. What the
  * kernel measured from the segment before stands in the socket then: rack.rtt_us, the time from the last transmission
- * of the packet that was delivered last until its acknowledgement. A sample is taken when the number of delivered
- * packets has grown since the last look: a receiver of data gives none, however many segments it gets. The last
- * acknowledgement of a connection is taken at its end.
+ * of the newest delivered packet (rack.mstamp) until its acknowledgement. A sample is taken when that packet is another
+ * one than at the last look: a receiver of data gives none, however many segments it gets. The handshake's sample is
+ * taken when the connection is established (nothing but the smoothed RTT holds it then), the last one at its end.
  */
 
 #include "kernel.bpf.h"
@@ -59,8 +59,8 @@ struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
 	__type(key, __u64); /* address of the struct sock */
-	__type(value, __u32);
-} delivered_seen SEC(".maps");
+	__type(value, __u64); /* rack.mstamp at the last look */
+} last_seen SEC(".maps");
 
 /* Filled by user space before loading. */
 const volatile bool by_laddr, by_raddr, by_lport, by_rport, by_pid, by_connection;
@@ -138,26 +138,11 @@ static __noinline int record(struct sock *sk, const struct identity *id, const s
 	return 0;
 }
 
-static __noinline int sample(struct sock *sk, __u64 cookie)
+static __noinline int sample(struct sock *sk, __u64 cookie, __u32 us)
 {
-	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	__u32 delivered = BPF_CORE_READ(tcp, delivered);
-	__u64 key = (__u64)sk;
-	__u32 *seen = bpf_map_lookup_elem(&delivered_seen, &key);
 	const struct owner *owner = NULL;
 	struct identity id = {};
-	__u32 us;
 
-	if (!seen) {
-		/* Older than the tool, or just established: what was measured before it was seen is not counted. */
-		if (bpf_map_update_elem(&delivered_seen, &key, &delivered, BPF_ANY))
-			COUNT(table_full);
-		return 0;
-	}
-	if (*seen == delivered)
-		return 0;
-	*seen = delivered;
-	us = smoothed ? BPF_CORE_READ(tcp, srtt_us) >> 3 : BPF_CORE_READ(tcp, rack.rtt_us);
 	COUNT(seen);
 	identity_read(sk, &id);
 	id.cookie = cookie;
@@ -170,30 +155,57 @@ static __noinline int sample(struct sock *sk, __u64 cookie)
 	return record(sk, &id, owner, us);
 }
 
+static __always_inline void look(struct sock *sk, __u64 cookie)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	__u64 mstamp = BPF_CORE_READ(tcp, rack.mstamp);
+	__u64 key = (__u64)sk;
+	__u64 *seen = bpf_map_lookup_elem(&last_seen, &key);
+
+	if (!seen) {
+		/* Older than the tool: what was measured before it was seen is not counted. */
+		if (bpf_map_update_elem(&last_seen, &key, &mstamp, BPF_ANY))
+			COUNT(table_full);
+		return;
+	}
+	if (*seen == mstamp)
+		return;
+	*seen = mstamp;
+	sample(sk, cookie, smoothed ? BPF_CORE_READ(tcp, srtt_us) >> 3 : BPF_CORE_READ(tcp, rack.rtt_us));
+}
+
+/* 0: the SYN or SYN-ACK was retransmitted, and nobody knows which one was answered. */
+static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	__u64 mstamp = BPF_CORE_READ(tcp, rack.mstamp);
+	__u32 us = BPF_CORE_READ(tcp, srtt_us) >> 3;
+	__u64 key = (__u64)sk;
+
+	if (bpf_map_update_elem(&last_seen, &key, &mstamp, BPF_ANY))
+		COUNT(table_full);
+	if (us)
+		sample(sk, cookie, us);
+}
+
 SEC("tp_btf/tcp_probe")
 int BPF_PROG(segment, struct sock *sk)
 {
-	sample(sk, COOKIE_OF(sk));
+	look(sk, COOKIE_OF(sk));
 	return 0;
 }
 
-/* A connection begins with the handshake's sample, which is worth counting. */
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 {
-	__u64 key = (__u64)sk;
-	__u32 none = 0;
-
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
 	if (want_owner)
 		connection_transition(sk, old_state, new_state);
-	if (new_state == STATE_ESTABLISHED) {
-		if (bpf_map_update_elem(&delivered_seen, &key, &none, BPF_ANY))
-			COUNT(table_full);
-	} else if (new_state == STATE_CLOSE && old_state != STATE_LISTEN && old_state != STATE_SYN_SENT) {
-		sample(sk, COOKIE_OF(sk));
-	}
+	if (new_state == STATE_ESTABLISHED)
+		look_at_handshake(sk, COOKIE_OF(sk));
+	else if (new_state == STATE_CLOSE && old_state != STATE_LISTEN && old_state != STATE_SYN_SENT)
+		look(sk, COOKIE_OF(sk));
 	return 0;
 }
 
@@ -223,7 +235,7 @@ int BPF_PROG(destroy, struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
-	bpf_map_delete_elem(&delivered_seen, &key);
+	bpf_map_delete_elem(&last_seen, &key);
 	if (want_owner)
 		connection_forget(sk);
 	return 0;

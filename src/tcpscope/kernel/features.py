@@ -116,7 +116,7 @@ class Kernel:
         return Answer(True) if present else Answer(False, f"the kernel has no {what}")
 
 
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_SYSLOG": 34,
+_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_SYSLOG": 34,
                  "CAP_PERFMON": 38, "CAP_BPF": 39}  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
     effective, permitted = capability_masks()
     _check(lib.tcpscope_set_capabilities(0, permitted))
     try:
-        return lib.bpf_map_lookup_elem(map_fd, key, value) == 0 or ffi.errno != errno.EPERM
+        return bool(lib.bpf_map_lookup_elem(map_fd, key, value) == 0 or ffi.errno != errno.EPERM)
     finally:
         _check(lib.tcpscope_set_capabilities(effective, permitted))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tcpscope.filters import Filter, PortRange, address_bytes
+from tcpscope.errors import UsageError
+from tcpscope.filters import Filter, Network, PortRange, network_bytes
 
 NETWORKS = 8  # FILTER_NETWORKS
 
@@ -13,12 +14,24 @@ NETWORKS = 8  # FILTER_NETWORKS
 def split(filter: Filter) -> tuple[Filter, Filter]:
     """What the kernel decides, and what is left for user space: lists of more networks than the kernel holds."""
     in_kernel, here = filter, Filter()
-    for name in ("laddr", "raddr"):
-        networks = getattr(filter, name)
-        if len(networks) > NETWORKS:
-            in_kernel = replace(in_kernel, **{name: ()})
-            here = replace(here, **{name: networks})
+    if len(filter.laddr) > NETWORKS:
+        in_kernel, here = replace(in_kernel, laddr=()), replace(here, laddr=filter.laddr)
+    if len(filter.raddr) > NETWORKS:
+        in_kernel, here = replace(in_kernel, raddr=()), replace(here, raddr=filter.raddr)
     return in_kernel, here
+
+
+def kernel_only(filter: Filter, tool: str) -> Filter:
+    """`filter` itself, for a tool that aggregates in the kernel; UsageError if the kernel cannot decide all of it."""
+    _, here = split(filter)
+    for option, value in here.describe():
+        raise UsageError(f"{option} {value}", f"'{tool}' counts in the kernel, which takes at most {NETWORKS} networks")
+    return filter
+
+
+def asks_owner(filter: Filter) -> bool:
+    """Whether the filter needs to know the owner of a socket."""
+    return any(value is not None for value in (filter.pid, filter.uid, filter.comm, filter.cgroup))
 
 
 def constants(filter: Filter) -> dict[str, Any]:
@@ -48,13 +61,13 @@ def constants(filter: Filter) -> dict[str, Any]:
     }
 
 
-def _network(network: Any) -> dict[str, Any]:
-    mask = network.netmask.packed.rjust(16, b"\xff")
-    return {
-        "address": [int.from_bytes(address_bytes(network.network_address)[i : i + 8], "little") for i in (0, 8)],
-        "mask": [int.from_bytes(mask[i : i + 8], "little") for i in (0, 8)],
-        "family": network.version,
-    }
+def _network(network: Network) -> dict[str, Any]:
+    address, mask = network_bytes(network)
+    return {"address": _words(address), "mask": _words(mask), "family": network.version}
+
+
+def _words(data: bytes) -> list[int]:
+    return [int.from_bytes(data[at : at + 8], "little") for at in (0, 8)]
 
 
 def _port_set(ranges: tuple[PortRange, ...]) -> bytes:

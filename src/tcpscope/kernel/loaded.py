@@ -18,6 +18,7 @@ from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, require_capabilities
 from tcpscope.kernel.spec import Program, Spec
+from tcpscope.schema import Layout
 
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 BATCH_BYTES = 1 << 20
@@ -170,9 +171,9 @@ class Loaded:
         return fd
 
     def memory(self, name: str) -> memoryview:
-        """A global variable in .bss, as memory shared with the kernel: reading it takes no system call."""
+        """A global variable in .bss, as memory shared with the kernel: no system call, no privilege."""
         variable = self.spec.variables[name]
-        mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section), prot=mmap.PROT_READ)
+        mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section))
         return memoryview(mapped)[variable.offset : variable.offset + variable.size]
 
     def iterate(self, name: str, netns_fd: int = -1) -> Iterator[bytes]:
@@ -183,6 +184,21 @@ class Loaded:
         with open(fd, "rb", buffering=0) as file:
             while piece := file.read(1 << 18):
                 yield piece
+
+    def entries(self, name: str, key: Layout, value: Layout, capacity: int) -> list[tuple[bytes, Any, Any]]:
+        """All entries of a hash map: key bytes, raw rows of `key` and `value`. They may come and go meanwhile."""
+        keys, values = bytearray(key.size * capacity), bytearray(value.size * capacity)
+        count = lib.tcpscope_map_dump(self.map_fd(name), key.size, value.size, ffi.from_buffer(keys),
+                                      ffi.from_buffer(values), capacity)  # fmt: skip
+        if count < 0:
+            raise OSError(-count, f"map '{name}': {os.strerror(-count)}")
+        raw = [bytes(keys[at : at + key.size]) for at in range(0, count * key.size, key.size)]
+        return list(zip(raw, key.decoder(raw=True).rows(memoryview(keys)[: count * key.size]),
+                        value.decoder(raw=True).rows(memoryview(values)[: count * value.size]), strict=True))  # fmt: skip
+
+    def delete(self, name: str, key: bytes) -> None:
+        """Delete an entry of a hash map; that it is gone already is no error."""
+        lib.bpf_map_delete_elem(self.map_fd(name), ffi.from_buffer(key))
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
         """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs missed by recursion."""

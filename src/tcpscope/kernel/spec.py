@@ -126,6 +126,6 @@ class Spec:
             packed[:] = int(value).to_bytes(size, "little", signed=value < 0)
         return bytes(packed)
 
-    def layout(self, name: str) -> Layout:
-        """The layout of the event struct `name`."""
-        return Layout.of(self.btf, name)
+    def layout(self, name: str, internal: bool = False) -> Layout:
+        """The layout of the struct `name`; with `internal` also of the fields that are not for showing."""
+        return Layout.of(self.btf, name, internal)

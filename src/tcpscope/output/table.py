@@ -37,10 +37,6 @@ class Sink:
         if lines:
             self._stream.write("\n".join([*lines, ""]).encode())
 
-    def start(self) -> None:
-        """Write the header before the first row, so that a waiting reader sees that all is well."""
-        self.rows([])
-
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """The statistics stand on stderr; a table has no place for them."""
 
@@ -56,7 +52,7 @@ class _Cell:
         self.width = max(_NAMED.get(column.name, _WIDTHS.get(column.kind, 0)), len(self.header))
         if column.kind == "stack":
             self.header, self.width = "", 0
-        self.right = column.kind == "int"
+        self.right = column.kind in ("int", "float")
 
     def pad(self, text: str) -> str:
         return text.rjust(self.width) if self.right else text.ljust(self.width)
@@ -69,7 +65,7 @@ class _Cell:
         if value is True or value is False:
             return self.pad("yes" if value else "no")
         if isinstance(value, float):
-            return self.pad(f"{value:.6f}")
+            return self.pad(f"{value:.6f}" if self.kind == "time" else f"{value:.1f}")
         if isinstance(value, list):
             return self.pad(", ".join(map(str, value)))
         return self.pad(str(value))

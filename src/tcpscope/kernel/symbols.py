@@ -1,0 +1,31 @@
+"""Names of kernel addresses, from /proc/kallsyms. Reading real addresses there needs CAP_SYSLOG."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+
+_KALLSYMS = Path("/proc/kallsyms")
+
+
+class Symbols:
+    """The kernel's functions. `name` gives `function+0x1a`, or the bare address when it is in none."""
+
+    def __init__(self, lines: list[str] | None = None) -> None:
+        found = []
+        for line in lines if lines is not None else _KALLSYMS.read_text().splitlines():
+            address, kind, name, *_ = line.split()
+            if kind in "tTwW" and (value := int(address, 16)):
+                found.append((value, name))
+        found.sort()
+        self._addresses = [value for value, _ in found]
+        self._names = [name for _, name in found]
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, address: int) -> str:
+        at = bisect_right(self._addresses, address) - 1
+        if at < 0:
+            return hex(address)
+        return f"{self._names[at]}+{address - self._addresses[at]:#x}"

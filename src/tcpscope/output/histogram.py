@@ -1,0 +1,95 @@
+"""Distributions: the kernel's buckets, what can be said of them, and how they are drawn.
+
+Buckets are as in bpf/rtt.bpf.c: exact below 8, then 8 per power of two, so a value is known to 1/8 of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SUB_BITS = 3
+_BAR = 40
+
+
+def bucket_start(index: int) -> int:
+    """The smallest value that falls into bucket `index`."""
+    if index < 1 << SUB_BITS:
+        return index
+    octave, part = divmod(index, 1 << SUB_BITS)
+    return ((1 << SUB_BITS) + part) << (octave - 1)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts by bucket, with the exact sum, minimum and maximum of the values."""
+
+    buckets: tuple[int, ...]
+    sum: int
+    min: int | None
+    max: int | None
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets)
+
+    @property
+    def mean(self) -> float | None:
+        return self.sum / self.count if self.count else None
+
+    def __add__(self, other: Histogram) -> Histogram:
+        lowest = [value for value in (self.min, other.min) if value is not None]
+        highest = [value for value in (self.max, other.max) if value is not None]
+        return Histogram(
+            tuple(a + b for a, b in zip(self.buckets, other.buckets, strict=True)),
+            self.sum + other.sum,
+            min(lowest, default=None),
+            max(highest, default=None),
+        )
+
+    def percentile(self, percent: float) -> int | None:
+        """The value that `percent` of the values do not exceed, interpolated in its bucket, within min and max.
+
+        It is off by at most the width of a bucket: 1/8 of the value.
+        """
+        if not self.count or self.min is None or self.max is None:
+            return None
+        rank, below = percent / 100 * self.count, 0
+        for index, n in enumerate(self.buckets):
+            if n and below + n >= rank:
+                low, high = bucket_start(index), bucket_start(index + 1)
+                value = low + (high - 1 - low) * (rank - below) / n
+                return round(min(max(value, self.min), self.max))
+            below += n
+        return self.max
+
+    def octaves(self) -> list[tuple[int, int, int]]:
+        """(from, to, count) by power of two, both ends included, from the first to the last that is not empty."""
+        sums: dict[int, int] = {}
+        for index, n in enumerate(self.buckets):
+            if n:
+                sums[bucket_start(index).bit_length()] = sums.get(bucket_start(index).bit_length(), 0) + n
+        if not sums:
+            return []
+        return [
+            (1 << bits - 1 if bits else 0, (1 << bits) - 1 if bits else 0, sums.get(bits, 0))
+            for bits in range(min(sums), max(sums) + 1)
+        ]
+
+    def draw(self, unit: str) -> list[str]:
+        """Lines of a log2 histogram."""
+        rows = self.octaves()
+        most = max((n for *_, n in rows), default=0)
+        lines = [f"{unit:>21} : count    distribution"]
+        for low, high, n in rows:
+            bar = "*" * round(n * _BAR / most)
+            lines.append(f"{low:>9} -> {high:<9}: {n:<8} |{bar:<{_BAR}}|")
+        return lines
+
+
+def merge(histograms: Sequence[Histogram]) -> Histogram | None:
+    """The sum of all, None if there is none."""
+    total: Histogram | None = None
+    for histogram in histograms:
+        total = histogram if total is None else total + histogram
+    return total

@@ -1,0 +1,126 @@
+"""What exists now: every TCP socket, with its owners, queues and cookie.
+
+Like `ss -tanpe`, for all network namespaces that can be seen, without walking /proc: the holders come from the kernel's
+own list of open files. Sockets without a file are there too: handshakes, TIME_WAIT, what waits in an accept queue.
+For a listener RX QUEUE is the length of its accept queue and TX QUEUE its limit.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from tcpscope.filters import Filter
+from tcpscope.kernel import filtering, netns
+from tcpscope.listeners import Holder
+from tcpscope.output import Column
+from tcpscope.schema import comm_text
+from tcpscope.session import Session, Stop
+from tcpscope.tool import Request, Tool
+
+_TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "laddr", "lport", "raddr", "rport", "holders")
+
+
+class List(Tool):
+    probes = ("sockets",)
+    capabilities = ("CAP_BPF", "CAP_PERFMON")
+
+    def run(self, request: Request) -> None:
+        with Stop(request.duration) as stop, Session("sockets", None, request.filter, debug=request.debug) as session:
+            layout = session.spec.layout("existing")
+            extra = (
+                Column("pid", doc="first process that holds it"),
+                Column("comm", "comm", doc="name of that process"),
+                Column("holders", "list", doc="every process that holds it: PID, name, user, file descriptor"),
+            )
+            columns = request.choose((*map(Column.of, layout.fields), *extra), _TABLE)
+            sink = request.sink(columns)
+            if not request.ready(session, keep=("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")):
+                return
+            type_ = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
+            seen = shown = 0
+            for batch in sockets(session, request.filter):
+                if stop:
+                    break
+                rows = [type_(*(row[column.name] for column in columns)) for row in batch]
+                if request.max_events is not None:
+                    rows = rows[: request.max_events - shown]
+                seen, shown = seen + len(batch), shown + len(rows)
+                sink.rows(rows)
+            if shown == 0:
+                sink.rows([])
+            request.stream.flush()
+
+
+def sockets(session: Session, filter: Filter) -> Iterator[list[dict[str, Any]]]:
+    """All sockets that the filter wants, as mappings of the columns, a namespace at a time."""
+    holders, wanted = _holders(session)
+    owner_asked = filtering.asks_owner(filter)
+    layout = session.spec.layout("existing", internal=True)
+    decode, names = layout.decoder().rows, [field.name for field in layout.fields]
+    raw = layout.decoder(raw=True).rows
+    for descriptor in _namespaces(filter):
+        rows = []
+        try:
+            pieces = list(session.loaded.iterate("existing", descriptor))
+        except PermissionError:
+            print("tcpscope: other network namespaces cannot be entered without CAP_SYS_ADMIN", file=sys.stderr)
+            return
+        for piece in pieces:
+            for row, plain in zip(decode(piece), raw(piece), strict=True):
+                if owner_asked and plain.socket not in wanted:
+                    continue
+                if not session.residual.is_empty and not session.residual.matches(plain):
+                    continue
+                own = holders.get(plain.socket, ())
+                values = {name: getattr(row, name) for name in names}
+                values["holders"] = list(own)
+                values["pid"] = own[0].pid if own else None
+                values["comm"] = own[0].comm if own else None
+                rows.append(values)
+        yield rows
+
+
+def _holders(session: Session) -> tuple[dict[int, tuple[Holder, ...]], set[int]]:
+    """Socket -> its holders, and the sockets that a wanted process holds."""
+    decode = session.spec.layout("holder", internal=True).decoder(raw=True).rows
+    found = defaultdict(set)
+    wanted = set()
+    for piece in session.loaded.iterate("holders"):
+        for record in decode(piece):
+            found[record.socket].add(Holder(record.pid, comm_text(record.comm), record.uid, record.fd))
+            if record.wanted:
+                wanted.add(record.socket)
+    return {socket: tuple(sorted(own)) for socket, own in found.items()}, wanted
+
+
+def _namespaces(filter: Filter) -> Iterator[int]:
+    """A file descriptor of each namespace to look at; -1 for this process's own, which needs no privilege."""
+    visible = netns.visible()
+    own = netns.inode_of("/proc/self/ns/net")
+    refused = visible.hidden_processes
+    for inode, namespace in visible.namespaces.items():
+        if filter.netns not in (None, inode):
+            continue
+        if inode == own:
+            yield -1
+            continue
+        try:
+            descriptor = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            refused += 1
+            continue
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    if refused and filter.netns != own:
+        print(f"tcpscope: the namespaces of {refused} processes could not be looked at", file=sys.stderr)
+
+
+tool = List()

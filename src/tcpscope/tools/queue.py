@@ -1,0 +1,166 @@
+"""Which listener's SYN queue or accept queue overflows, whose is it, and how full are they?
+
+Without options a table of all listeners, refreshed on a terminal, plain rows every interval in a pipe: both queue
+lengths, their limit and where it comes from, owner, refusals, accepts, and how long the oldest connection waits.
+With --events one row per refused handshake: which queue, at which step (SYN or final ACK), from whom, and the lengths
+and limits at that moment; --stack adds the kernel stack.
+
+The refusals are read off the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and
+TCPReqQFullDoCookies exactly. Where functions cannot be hooked, each listener's count of drops is sampled instead: then
+the number is exact, and step, peer and cause are not known.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tcpscope import listeners
+from tcpscope.errors import UsageError
+from tcpscope.kernel.symbols import Symbols
+from tcpscope.output import Column
+from tcpscope.schema import Clock, Decoder
+from tcpscope.session import Session, Stop, monotonic_ns
+from tcpscope.tool import Option, Request, Stream
+
+_TABLE = ("laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from", "syn_queue", "overflows",
+          "syn_drops", "cookies", "accepts_per_s", "since_accept_ms", "oldest_wait_ms")  # fmt: skip
+_EVENTS = ("time", "laddr", "lport", "pid", "comm", "raddr", "rport", "cause", "step", "answer", "accept_queue",
+           "accept_limit", "syn_queue", "syncookies", "count")  # fmt: skip
+_SAMPLE_SECONDS = 0.2
+
+
+class Queue(Stream):
+    """Two views of the probe `listeners`: its snapshots, and with --events its event stream."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "listeners",
+            "overflow",
+            _EVENTS,
+            aliases=("tcpsynbl",),
+            options=(
+                Option(("-e", "--events"), "One row per refused handshake."),
+                Option(("--stack",), "With --events: the kernel stack of each."),
+            ),
+        )
+
+    def open(self, request: Request) -> Session:
+        if request.options.get("stack") and not request.options.get("events"):
+            raise UsageError("--stack", "it goes with --events")
+        return listeners.open_session(
+            request.filter, events=bool(request.options.get("events")), stacks=bool(request.options.get("stack")),
+            ring_bytes=request.buffer, debug=request.debug,
+        )  # fmt: skip
+
+    def decoder(self, session: Session, request: Request) -> Decoder:
+        assert session.layout is not None
+        stack = request.options.get("stack")
+        default = (*_EVENTS, "stack") if stack else _EVENTS
+        frame = Symbols().name if stack else hex
+        return request.select(session.layout, default).decoder(Clock(request.time), frame=frame)
+
+    def run(self, request: Request) -> None:
+        with Stop(request.duration) as stop, self.open(request) as session:
+            if request.options.get("events"):
+                self._run_events(request, session, stop)
+            else:
+                self._run_table(request, session, stop)
+
+    def _run_events(self, request: Request, session: Session, stop: Stop) -> None:
+        decoder = self.decoder(session, request)
+        sink = request.sink(map(Column.of, decoder.fields))
+        if not request.ready(session):
+            return
+        sink.rows([])
+        if listeners.sees_refusals(session):
+            batches: Iterator[list[Any]] = self.rows(session, stop, request)
+        else:
+            print("tcpscope: this kernel's functions cannot be hooked: drops of each listener are sampled; "
+                  "cause, step and peer are not known", file=sys.stderr)  # fmt: skip
+            batches = _sampled(decoder, session, stop, request)
+        for rows in batches:
+            sink.rows(rows)
+            request.stream.flush()
+        request.finish(session.account(), sink)
+
+    def _run_table(self, request: Request, session: Session, stop: Stop) -> None:
+        columns = request.choose(listeners.COLUMNS, _TABLE if request.interactive else ("time", *_TABLE))
+        if request.time == "none":
+            columns = tuple(column for column in columns if column.name != "time")
+        sink = request.sink(columns)
+        if not request.ready(session):
+            return
+        rates, clock = listeners.Rates(), Clock(request.time)
+        left = request.max_events
+        while not stop:
+            when = None if request.time == "none" else clock.read(monotonic_ns())
+            found = listeners.by_urgency(listeners.snapshot(session))
+            rows = [listeners.row(listener, when, rates.rate(listener)) for listener in found]
+            if left is not None:
+                rows, left = rows[:left], left - len(rows[:left])
+            if request.interactive:
+                _refresh(request, sink := request.sink(columns), rows, when)
+            else:
+                sink.rows(_project(rows, columns))
+            request.stream.flush()
+            if left == 0:
+                break
+            stop.wait(request.interval or 1.0)
+
+
+def _project(rows: list[Any], columns: tuple[Column, ...]) -> list[Any]:
+    """Rows with these columns only, for the formats that write all of a row."""
+    import msgspec
+
+    if [column.name for column in columns] == [column.name for column in listeners.COLUMNS]:
+        return rows
+    type_ = msgspec.defstruct("Row", [(column.name, Any) for column in columns])
+    return [type_(*(getattr(row, column.name) for column in columns)) for row in rows]
+
+
+def _refresh(request: Request, sink: Any, rows: list[Any], when: Any) -> None:
+    """Draw the table anew, cut to what the terminal has."""
+    import io
+
+    size = shutil.get_terminal_size()
+    page = io.BytesIO()
+    sink._stream = page
+    sink.rows(rows)
+    lines = [f"{when or ''}  {len(rows)} listeners", *page.getvalue().decode().splitlines()]
+    text = "\n".join(line[: size.columns] for line in lines[: size.lines - 1])
+    request.stream.write(f"\x1b[H\x1b[J{text}\n".encode())
+
+
+def _sampled(decoder: Decoder, session: Session, stop: Stop, request: Request) -> Iterator[list[Any]]:
+    """Rows like those of the events, from what the listeners' own drop counts have grown between two looks."""
+    before = {listener.socket: listener.drops for listener in listeners.snapshot(session)}
+    clock = Clock(request.time)
+    while True:
+        stop.wait(_SAMPLE_SECONDS)
+        rows = []
+        for listener in listeners.snapshot(session):
+            grown = (listener.drops - before.get(listener.socket, 0)) % (1 << 32)
+            before[listener.socket] = listener.drops
+            if grown:
+                values = {
+                    "time": clock.read(monotonic_ns()), "cause": "UNKNOWN", "count": grown,
+                    "pid": listener.owner.pid if listener.owner else None,
+                    "comm": listener.owner.comm if listener.owner else None,
+                    "uid": listener.owner.uid if listener.owner else None,
+                }  # fmt: skip
+                rows.append(decoder.row_type(*(
+                    values.get(f.name, getattr(listener, f.name, None)) for f in decoder.fields
+                )))
+                session.stats.seen += 1
+        left = None if request.max_events is None else request.max_events - session.stats.shown
+        session.stats.shown += len(rows[:left])
+        session.stats.filtered += len(rows) - len(rows[:left])
+        yield rows[:left]
+        if stop or (left is not None and len(rows) >= left):
+            return
+
+
+tool = Queue()

@@ -1,0 +1,219 @@
+"""How long is the round trip, and to whom?
+
+One sample for each acknowledgement that moved its connection forward: the time from the last transmission of the packet
+that was delivered last until its acknowledgement, as the kernel measures it (rack.rtt_us). A receiver of data gives no
+samples, however many segments it gets. With --smoothed the kernel's smoothed RTT at that moment instead, as `ss -ti`
+shows it. Percentiles are known to 1/8 of their value; count, min, max and mean are exact.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from typing import Any
+
+import msgspec
+
+from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.filters import address_text
+from tcpscope.kernel import filtering
+from tcpscope.kernel._libbpf import lib
+from tcpscope.output import Column
+from tcpscope.output.histogram import Histogram
+from tcpscope.schema import Clock, comm_text
+from tcpscope.session import Session, Stop, monotonic_ns
+from tcpscope.tool import Option, Request, Tool
+
+_KEYS = {
+    "laddr": ("laddr",),
+    "raddr": ("raddr",),
+    "lport": ("lport",),
+    "rport": ("rport",),
+    "pid": ("pid", "comm"),
+    "connection": ("pid", "comm", "laddr", "lport", "raddr", "rport", "cookie"),
+}
+_KEY_COLUMNS = (
+    Column("pid", doc="process that owns the connection"),
+    Column("comm", "comm", doc="name of that process"),
+    Column("laddr", "address", doc="local address"),
+    Column("lport", doc="local port"),
+    Column("raddr", "address", doc="remote address"),
+    Column("rport", doc="remote port"),
+    Column("cookie", doc="socket cookie, what ss -e prints as sk:"),
+)
+_VALUES = (
+    Column("count", doc="samples"),
+    Column("min_us", unit="us", doc="shortest"),
+    Column("p50_us", unit="us", doc="half of the samples are not longer; known to 1/8"),
+    Column("p90_us", unit="us", doc="90 % are not longer; known to 1/8"),
+    Column("p99_us", unit="us", doc="99 % are not longer; known to 1/8"),
+    Column("max_us", unit="us", doc="longest"),
+    Column("mean_us", "float", unit="us", doc="average"),
+    Column("histogram", "list", doc="[from_us, to_us, count] by power of two"),
+)
+_GRACE_KEYS = 64
+
+
+class Rtt(Tool):
+    probes = ("rtt",)
+    aliases = ("tcprtt",)
+    options = (
+        Option(("--by",), "One distribution for each: none, laddr, raddr, lport, rport, pid, connection; "
+               "or several with commas.", str, "none"),
+        Option(("--smoothed",), "The smoothed RTT, as ss -ti shows it, instead of each measurement."),
+        Option(("--histogram",), "Draw the distribution for each key too."),
+        Option(("--max-keys",), "So many keys at the most; samples of further ones are counted as lost.", int, 4096),
+    )  # fmt: skip
+
+    def run(self, request: Request) -> None:
+        by = _parse_by(request.options["by"])
+        max_keys = request.options["max_keys"]
+        if not 1 <= max_keys <= 1 << 20:
+            raise UsageError(f"--max-keys {max_keys}", "a number from 1 to 1048576")
+        owner = "pid" in by or "connection" in by or filtering.asks_owner(request.filter)
+        constants = {f"by_{name}": True for name in by} | {
+            "want_owner": owner,
+            "smoothed": request.options["smoothed"],
+        }
+        skip = () if owner else ("accept", "seed")
+        entries = {"rtts": max_keys + _GRACE_KEYS} | ({} if owner else {"connections": 1, "listening": 1})
+        request.filter = filtering.kernel_only(request.filter, "rtt")
+        with (
+            Stop(request.duration) as stop,
+            Session("rtt", None, request.filter, constants=constants, skip=skip, entries=entries,
+                    debug=request.debug) as session,
+        ):  # fmt: skip
+            report = _Report(request, by)
+            if not request.ready(session):
+                return
+            reader = _Reader(session, max_keys + _GRACE_KEYS)
+            while not stop:
+                deadline = time.monotonic() + (request.interval or 1e9)
+                while not stop and time.monotonic() < deadline:
+                    stop.wait(deadline - time.monotonic())
+                if request.interval and not stop:
+                    report.write(reader.take(), total=False)
+            session.end()
+            reader.take()
+            report.write(reader.total, total=True)
+            session.stats.shown = sum(histogram.count for histogram in reader.total.values())
+            request.finish(session.account(), report.sink)
+
+
+def _parse_by(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in _KEYS and name != "none":
+            raise UsageError(f"--by {name}", did_you_mean(name, _KEYS) or f"allowed: none, {', '.join(_KEYS)}")
+    if not names or (len(names) > 1 and {"none", "connection"} & set(names)):
+        raise UsageError(f"--by {text}", "'none' and 'connection' stand alone; the others go together")
+    return () if names == ("none",) else names
+
+
+class _Reader:
+    """Takes the distributions out of the kernel's map, an epoch at a time: while one is read the next is filled."""
+
+    def __init__(self, session: Session, capacity: int) -> None:
+        self._session = session
+        self._capacity = capacity
+        self._epoch = session.loaded.memory("epoch").cast("I")
+        self._key = session.spec.layout("rtt_key", internal=True)
+        self._value = session.spec.layout("rtt_value", internal=True)
+        self.total: dict[Any, Histogram] = {}
+
+    def take(self) -> dict[Any, Histogram]:
+        """What was measured since the last call, by key; `total` grows by it."""
+        ended = self._epoch[0]
+        self._epoch[0] = ended + 1
+        lib.tcpscope_wait_for_programs()
+        found: dict[Any, Histogram] = {}
+        for raw, key, value in self._session.loaded.entries("rtts", self._key, self._value, self._capacity):
+            if key.epoch == ended:
+                found[_plain(key)] = _histogram(value)
+                self._session.loaded.delete("rtts", raw)
+        for name, histogram in found.items():
+            self.total[name] = self.total[name] + histogram if name in self.total else histogram
+        return found
+
+
+class _Key(msgspec.Struct, frozen=True):
+    pid: int | None
+    comm: str | None
+    laddr: str
+    lport: int
+    raddr: str
+    rport: int
+    cookie: int | None
+
+
+def _plain(key: Any) -> _Key:
+    return _Key(
+        pid=key.pid or None,
+        comm=comm_text(key.comm) or None,
+        laddr=address_text(key.laddr),
+        lport=key.lport,
+        raddr=address_text(key.raddr),
+        rport=key.rport,
+        cookie=key.cookie or None,
+    )
+
+
+def _histogram(value: Any) -> Histogram:
+    buckets = struct.unpack(f"<{len(value.buckets) // 4}I", value.buckets)
+    shards = len(value.max_us) // 4
+    lowest = [n - 1 for n in struct.unpack(f"<{shards}I", value.min_us) if n]
+    highest = struct.unpack(f"<{shards}I", value.max_us)
+    return Histogram(buckets, value.sum_us, min(lowest, default=None), max(highest) if lowest else None)
+
+
+class _Report:
+    """Rows of distributions, and in a table the drawings."""
+
+    def __init__(self, request: Request, by: tuple[str, ...]) -> None:
+        self._request = request
+        self._clock = Clock(request.time)
+        shown = {name for key in by for name in _KEYS[key]}
+        keys = tuple(column for column in _KEY_COLUMNS if column.name in shown)
+        period = (Column("total", "bool", doc="over the whole run, not an interval"),)
+        stamp = () if request.time == "none" else (Column("time", "time", doc="when it was read"),)
+        available = (*stamp, *keys, *_VALUES, *period)
+        default = tuple(column.name for column in (*stamp, *keys, *_VALUES[:-1], *period))
+        self._columns = request.choose(available, default)
+        self._row = msgspec.defstruct("Rtt", [(column.name, Any) for column in self._columns])
+        self._draw = request.output == "table" and (request.options["histogram"] or not by)
+        self._keys = [column.name for column in keys]
+        self.sink = request.sink(self._columns)
+
+    def write(self, found: dict[Any, Histogram], total: bool) -> None:
+        when = None if self._request.time == "none" else self._clock.read(monotonic_ns())
+        ordered = sorted(found.items(), key=lambda item: -item[1].count)
+        if self._request.max_events is not None:
+            ordered = ordered[: self._request.max_events]
+        if not self._draw:
+            self.sink.rows([self._make(key, histogram, when, total) for key, histogram in ordered])
+        for key, histogram in ordered if self._draw else ():
+            self.sink.rows([self._make(key, histogram, when, total)])
+            drawing = "\n".join(["", *histogram.draw("us"), "", ""])
+            self._request.stream.write(drawing.encode())
+        if not ordered:
+            self.sink.rows([])
+        self._request.stream.flush()
+
+    def _make(self, key: _Key, histogram: Histogram, when: Any, total: bool) -> Any:
+        mean = histogram.mean
+        values = {name: getattr(key, name) for name in self._keys} | {
+            "time": when,
+            "count": histogram.count,
+            "min_us": histogram.min,
+            "p50_us": histogram.percentile(50),
+            "p90_us": histogram.percentile(90),
+            "p99_us": histogram.percentile(99),
+            "max_us": histogram.max,
+            "mean_us": None if mean is None else round(mean, 1),
+            "histogram": [list(octave) for octave in histogram.octaves()],
+            "total": total,
+        }
+        return self._row(*(values[column.name] for column in self._columns))
+
+
+tool = Rtt()
