@@ -259,3 +259,5 @@ def test_closing_twice_is_no_error() -> None:
     with Lab() as lab:
         pass
     lab.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="is closed"):
+        lab.server.counters()

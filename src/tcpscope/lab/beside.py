@@ -23,8 +23,7 @@ Emit = Callable[[str, str], None]  # who, one line
 
 
 def arguments(given: Sequence[str], lab: Lab) -> list[str]:
-    """The tool's arguments: `{client}` and `{server}` become namespaces, `--netns {server}` is added if
-    missing."""
+    """The tool's arguments: `{client}` and `{server}` become namespaces, `--netns {server}` is added if missing."""
     found = list(given)
     if not any(argument == "--netns" or argument.startswith("--netns=") for argument in found):
         found += ["--netns", "{server}"]
@@ -34,8 +33,7 @@ def arguments(given: Sequence[str], lab: Lab) -> list[str]:
 
 
 class Tool:
-    """`tcpscope ARGUMENTS` in a process of its own, outside of the lab's namespaces. `emit` gets its
-    output."""
+    """`tcpscope ARGUMENTS` in a process of its own, outside of the lab's namespaces. `emit` gets its output."""
 
     command = (sys.executable, "-m", "tcpscope")
 
@@ -67,8 +65,7 @@ class Tool:
             emit(self.name, line.rstrip("\n"))
 
     def wait_until_ready(self, deadline: float = DEADLINE) -> None:
-        """Return when the tool's hooks are attached. A tool that has ended without saying so is an
-        error."""
+        """Return when the tool's hooks are attached. A tool that has ended without saying so is an error."""
         if not select.select([self._ready], [], [], deadline)[0]:
             raise TcpscopeError(f"'tcpscope {self.name}' was not ready after {deadline:g} s")
         if not os.read(self._ready, 16):
@@ -76,8 +73,7 @@ class Tool:
             raise TcpscopeError(f"'tcpscope {self.name}' ended before it watched anything")
 
     def end(self, interrupt: bool = True, deadline: float = DEADLINE) -> None:
-        """Let it end in order (SIGINT), and wait until all of its output is out. A bad exit status is an
-        error."""
+        """Let it end in order (SIGINT), and wait until all of its output is out. A bad exit status is an error."""
         try:
             if interrupt and self._process.poll() is None:
                 self._process.send_signal(signal.SIGINT)

@@ -104,8 +104,7 @@ class Host:
             raise _not_permitted(error) from error
 
     def counters(self) -> dict[str, int]:
-        """Every SNMP counter of this host, under the name that `nstat` gives it:
-        `TcpExtListenOverflows`."""
+        """Every SNMP counter of this host, under the name that `nstat` gives it: `TcpExtListenOverflows`."""
         # Not /proc/net, which shows the namespace of the process's first thread.
         texts = self.run(lambda: [Path("/proc/thread-self/net", name).read_text() for name in COUNTER_FILES])
         found: dict[str, int] = {}

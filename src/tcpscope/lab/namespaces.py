@@ -62,7 +62,7 @@ class Namespace:
         self.path = NAMES / f"{PREFIX}-{pid}-{start_time(pid)}-{title}"
         self.name = self.path.name
         self.inode = 0
-        self._named = False
+        self._named = self._closed = False
         self._lock: int | None = None
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._worker = threading.Thread(target=self._work, name=f"netns {title}", daemon=True)
@@ -85,10 +85,14 @@ class Namespace:
             os.close(home)
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` in the namespace's thread and return what it returns (or raise what it
-        raises)."""
+        """Call `function` in the namespace's thread and return what it returns, or raise what it raises.
+
+        Calls run one after the other, so a function that blocks keeps all others waiting.
+        """
         if threading.current_thread() is self._worker:
             return function(*args, **kwargs)
+        if self._closed:
+            raise RuntimeError(f"the network namespace {self.name} is closed")
         future: Future[T] = Future()
 
         def call() -> None:
@@ -111,13 +115,13 @@ class Namespace:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Remove the name and end the worker. Sockets still open keep the kernel's namespace alive,
-        unnamed."""
+        """Remove the name and end the worker. Sockets still open keep the kernel's namespace alive, unnamed."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
         if self._named:
             _remove(self.path)
+        self._closed = True
         self._calls.put(None)
         if threading.current_thread() is not self._worker:
             self._worker.join(timeout=5)

@@ -21,8 +21,7 @@ POLL = 0.005
 
 
 def until(condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:
-    """Return as soon as `condition()` holds; after `deadline` seconds fail, naming `what` was waited
-    for."""
+    """Return as soon as `condition()` holds; after `deadline` seconds fail, naming `what` was waited for."""
     end = time.monotonic() + deadline
     while not condition():
         if time.monotonic() > end:

@@ -48,8 +48,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Listener:
-    """The server's listening socket. `recv_q` and `send_q` are the accept queue's length and limit, as last
-    seen."""
+    """The server's listening socket. `recv_q` and `send_q` are the accept queue's length and limit, as last seen."""
 
     address: str
     port: int
@@ -144,13 +143,11 @@ class Scenario:
         self._before = [host.counters() for host in lab.hosts]
 
     def fault(self, lab: Lab) -> None:
-        """Make the fault. When this returns the applications have seen its effects, the kernels maybe not
-        yet."""
+        """Make the fault. When this returns the applications have seen its effects, the kernels maybe not yet."""
         self.act(lab)
 
     def settle(self, lab: Lab, freeze: bool = False) -> Outcome:
-        """Wait until nothing moves any more, or with `freeze` stop it by taking the link down; then
-        look."""
+        """Wait until nothing moves any more, or with `freeze` stop it by taking the link down; then look."""
         if freeze:
             lab.freeze()
         else:
