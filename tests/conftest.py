@@ -1,0 +1,204 @@
+"""Fixtures for all tests: `lab`, two hosts of its own for a test, and `run_tool`, the command line in a process.
+
+    def test_something(lab, run_tool):
+        with run_tool("states", "--netns", str(lab.server.inode)) as tool:  # returns when hooks are attached
+            ...  # make the fault
+            tool.wait_for(lambda rows: any(row["new_state"] == "CLOSE" for row in rows))
+        assert tool.done.stats["lost"] == 0  # leaving the block ends it by SIGINT
+
+Rows are those of `-o json`, which is given unless the test gives another `-o`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+
+from tcpscope.lab import processes
+from tcpscope.lab.hosts import Lab
+
+DEADLINE = 120.0  # seconds; emulated kernels are twenty times slower than real ones
+POLL = 0.005
+READY_FD = "TCPSCOPE_READY_FD"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: runs once per kernel of the matrix")
+
+
+def until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
+    """The value of `condition()` as soon as it is true; after `deadline` seconds the test fails, naming `what`."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        if time.monotonic() > end:
+            pytest.fail(f"waited {deadline:g} s in vain for {what}")
+        time.sleep(POLL)
+    return value
+
+
+@dataclass(frozen=True)
+class CompletedRun:
+    """A tool that has ended: `rows` and `stats` from its JSON lines, `stdout` and `stderr` as text."""
+
+    rows: list[dict[str, Any]]
+    stderr: str
+    status: int
+    stats: dict[str, int] | None
+    stdout: str
+
+
+class RunningTool:
+    """`python -m tcpscope ARGUMENTS` in a process that does not outlive the test."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        ready: bool = True,
+        **options: Any,
+    ) -> None:
+        machine = () if {"-o", "--output"} & set(arguments) else ("-o", "json", "--stats")
+        self.argv = [*prefix, sys.executable, "-m", "tcpscope", *arguments, *machine]
+        self.done: CompletedRun | None = None
+        self._ready = ready
+        self._env = {**os.environ, **(env or {})}
+        self._options = options
+        self._out: list[str] = []
+        self._err: list[str] = []
+
+    def __enter__(self) -> RunningTool:
+        self._read_end, write_end = os.pipe()
+        try:
+            self.process = processes.start(
+                self.argv,
+                **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | self._options,
+                pass_fds=[write_end],
+                env={**self._env, READY_FD: str(write_end)},
+            )
+        finally:
+            os.close(write_end)
+        self.pid = self.process.pid
+        self._readers = [
+            threading.Thread(target=self._read, args=(stream, lines), daemon=True)
+            for stream, lines in ((self.process.stdout, self._out), (self.process.stderr, self._err))
+            if stream is not None
+        ]
+        for reader in self._readers:
+            reader.start()
+        if self._ready:
+            try:
+                self.wait_until_ready()
+            except BaseException:
+                self.__exit__(None, None, None)
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            if self.done is None:
+                self.stop()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            os.close(self._read_end)
+
+    def _read(self, stream: IO[bytes], lines: list[str]) -> None:
+        with stream:
+            for line in stream:
+                lines.append(line.decode(errors="replace"))
+
+    def wait_until_ready(self, timeout: float = DEADLINE) -> None:
+        """Return when the tool's hooks are attached; fail if it ends before."""
+        if not select.select([self._read_end], [], [], timeout)[0]:
+            pytest.fail(f"{self.argv[-1]} was not ready after {timeout:g} s: {self.stderr}")
+        if not os.read(self._read_end, 16):
+            done = self.wait()
+            pytest.fail(f"{' '.join(self.argv)} ended with status {done.status} before it was ready: {done.stderr}")
+
+    @property
+    def stdout(self) -> str:
+        """What it has written so far."""
+        return "".join(self._out)
+
+    @property
+    def stderr(self) -> str:
+        """The same of standard error."""
+        return "".join(self._err)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows so far (JSON)."""
+        return [record for record in self._records() if record.keys() != {"stats"}]
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in list(self._out) if line.startswith("{") and line.endswith("\n")]
+
+    def wait_for(
+        self, predicate: Callable[[list[dict[str, Any]]], Any], timeout: float = DEADLINE
+    ) -> list[dict[str, Any]]:
+        """The rows as soon as `predicate(rows)` is true."""
+        end = time.monotonic() + timeout
+        while not predicate(rows := self.rows):
+            if self.process.poll() is not None and predicate(rows := self.wait().rows):
+                break
+            if self.process.poll() is not None or time.monotonic() > end:
+                shown = "\n".join(map(str, rows[-40:]))
+                pytest.fail(f"not seen among {len(rows)} rows:\n{shown}\n{self.stderr}")
+            time.sleep(POLL)
+        return rows
+
+    def stop(self, number: int = signal.SIGINT, timeout: float = DEADLINE) -> CompletedRun:
+        """End it in order, and wait until all of its output is here."""
+        if self.done is None and self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = DEADLINE) -> CompletedRun:
+        """Wait until it has ended by itself."""
+        if self.done is None:
+            end = time.monotonic() + timeout
+            try:
+                status = self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"{' '.join(self.argv)} did not end within {timeout:g} s: {self.stderr}")
+            for reader in self._readers:
+                reader.join(max(0.0, end - time.monotonic()))
+            stats = [record["stats"] for record in self._records() if record.keys() == {"stats"}]
+            self.done = CompletedRun(self.rows, self.stderr, status, stats[-1] if stats else None, self.stdout)
+        return self.done
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A client and a server in network namespaces of their own."""
+    with Lab() as made:
+        yield made
+
+
+@pytest.fixture
+def run_tool() -> type[RunningTool]:
+    """`run_tool("states", "--netns", "...")`: a RunningTool to be used in a `with` block.
+
+    Keywords: `prefix` (words before the command), `env` (added to the environment), `ready=False` (do not wait),
+    and those of subprocess.Popen. Without JSON (another `-o`) there is `stdout`.
+    """
+    return RunningTool
+
+
+@pytest.fixture(scope="session")
+def tree() -> Path:
+    """The project's folder."""
+    return Path(__file__).resolve().parents[1]
