@@ -16,7 +16,7 @@ from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import Filter
 
 _OTHERS = {
-    "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong, why, and what helps."),
+    "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
     "features": ("tcpscope.features_cli", "What each tool can do on this kernel, and what is missing."),
     "lab": ("tcpscope.lab.cli", "Two hosts in network namespaces with a known fault, to try the tools on."),
 }  # fmt: skip
@@ -34,7 +34,9 @@ class Commands(click.Group):
             return command
         return command_of(toolbox.find(name))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         try:
             return name, self.get_command(ctx, name), args[1:]
@@ -82,22 +84,25 @@ FILTERS = (
     click.Option(["--laddr"], metavar="NETWORKS", help="Local addresses: 10.0.0.0/8,::1."),
     click.Option(["--raddr"], metavar="NETWORKS", help="Remote addresses."),
 )
-OUTPUT = (
+COMMON = (
     click.Option(["-o", "--output"], type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
                  help="Format."),
+    click.Option(["-d", "--duration"], type=float, callback=_seconds, metavar="SECONDS", help="End after this time."),
+    click.Option(["--stats"], is_flag=True, help="The account of events in the output too (JSON)."),
+    click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
+    click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),
+)  # fmt: skip
+OUTPUT = (
+    *COMMON,
     click.Option(["--columns"], metavar="NAMES", help="Columns, in this order."),
     click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="No line of titles."),
     click.Option(["--time"], type=click.Choice(["iso", "elapsed", "none"]), default="iso", show_default=True,
                  help="Time stamps: UTC, seconds since the start, or none."),
-    click.Option(["-d", "--duration"], type=float, callback=_seconds, metavar="SECONDS", help="End after this time."),
     click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N", help="End after so many rows."),
     click.Option(["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print every so often."),
-    click.Option(["--stats"], is_flag=True, help="The account of events in the output too (JSON)."),
-    click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
     click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
     click.Option(["--buffer"], default="4M", show_default=True, callback=_bytes, metavar="SIZE",
                  help="Ring buffer between kernel and tool."),
-    click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),
 )  # fmt: skip
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
@@ -124,16 +129,21 @@ def command_of(tool: toolbox.Tool) -> click.Command:
                          help=f"\b\n{tool.help}", short_help=tool.summary)  # fmt: skip
 
 
+def filter_of(values: dict[str, Any]) -> Filter:
+    """Takes the options of the filter out of `values`."""
+    return Filter.from_options(**{name: values.pop(name) for name in _FILTER_NAMES})
+
+
 def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> toolbox.Request:
     """The checked request behind the options of a command."""
-    filter_values = {name: values.pop(name) for name in _FILTER_NAMES if name in values}
+    filter = filter_of(values)
     columns = values.pop("columns", None)
     if columns is not None:
         columns = tuple(name.strip() for name in columns.split(",") if name.strip())
         if not columns:
             raise UsageError("--columns is empty", "names with commas between them")
     own = {option.name: values.pop(option.name) for option in tool.options}
-    return toolbox.Request(filter=Filter.from_options(**filter_values), columns=columns, options=own, **values)
+    return toolbox.Request(filter=filter, columns=columns, options=own, **values)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

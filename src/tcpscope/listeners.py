@@ -91,7 +91,9 @@ class Listener:
         return f"[{self.laddr}]:{self.lport}" if self.family == 6 else f"{self.laddr}:{self.lport}"
 
 
-def open_session(filter: Filter, *, events: bool, stacks: bool = False, ring_bytes: int, debug: bool = False) -> Session:
+def open_session(
+    filter: Filter, *, events: bool, stacks: bool = False, ring_bytes: int, debug: bool = False
+) -> Session:
     """The probe `listeners`, with the numbers of the kernel's counters filled in."""
     kernel = Kernel()
     constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks}
@@ -248,7 +250,9 @@ def by_urgency(listeners: Iterable[Listener]) -> list[Listener]:
     """Those that refuse or are full first."""
     return sorted(
         listeners,
-        key=lambda l: (-(l.count("ACCEPT_QUEUE_FULL") or 0), -l.accept_queue / (l.accept_limit + 1), l.lport, l.laddr),
+        key=lambda own: (
+            -(own.count("ACCEPT_QUEUE_FULL") or 0), -own.accept_queue / (own.accept_limit + 1), own.lport, own.laddr
+        ),
     )
 
 

@@ -131,8 +131,9 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
 
 def _labels(enumerators: dict[int, str]) -> dict[int, str]:
     """Names without the prefix that C needs and a reader does not: STATE_LISTEN -> LISTEN."""
-    prefix = os.path.commonprefix(list(enumerators.values()))
-    prefix = prefix[: prefix.rfind("_") + 1]
+    names = list(enumerators.values())
+    shared = len(os.path.commonprefix(names))  # noqa: RUF071 (these are no paths)
+    prefix = names[0][:shared].rpartition("_")[0] + "_"
     return {value: name.removeprefix(prefix) for value, name in enumerators.items()}
 
 

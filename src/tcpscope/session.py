@@ -157,6 +157,11 @@ class Session:
         self.account()
         self.loaded.close()
 
+    def batches(self) -> Iterator[memoryview]:
+        """What is in the ring now. A batch is valid until the next one is asked for."""
+        assert self._ring is not None
+        return self._ring.batches()
+
     def follow(self, stop: Stop) -> Iterator[memoryview]:
         """Batches of raw events until `stop`, then what is left. An empty batch says: nothing new, time has passed."""
         assert self._ring is not None

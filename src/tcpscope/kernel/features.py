@@ -116,8 +116,15 @@ class Kernel:
         return Answer(True) if present else Answer(False, f"the kernel has no {what}")
 
 
-_CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_SYS_RESOURCE": 24, "CAP_SYSLOG": 34,
-                 "CAP_PERFMON": 38, "CAP_BPF": 39}  # fmt: skip
+_CAPABILITIES = {  # include/uapi/linux/capability.h
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYS_ADMIN": 21,
+    "CAP_SYS_RESOURCE": 24,
+    "CAP_SYSLOG": 34,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
 
 
 def capability_masks() -> tuple[int, int]:

@@ -181,7 +181,7 @@ class Loaded:
         fd = lib.tcpscope_iterate(lib.bpf_link__fd(self._links[name]), netns_fd)
         if fd < 0:
             raise OSError(-fd, f"iterator '{name}': {os.strerror(-fd)}")
-        with open(fd, "rb", buffering=0) as file:
+        with os.fdopen(fd, "rb", buffering=0) as file:
             while piece := file.read(1 << 18):
                 yield piece
 
@@ -192,9 +192,10 @@ class Loaded:
                                       ffi.from_buffer(values), capacity)  # fmt: skip
         if count < 0:
             raise OSError(-count, f"map '{name}': {os.strerror(-count)}")
+        key_rows = key.decoder(raw=True).rows(memoryview(keys)[: count * key.size])
+        value_rows = value.decoder(raw=True).rows(memoryview(values)[: count * value.size])
         raw = [bytes(keys[at : at + key.size]) for at in range(0, count * key.size, key.size)]
-        return list(zip(raw, key.decoder(raw=True).rows(memoryview(keys)[: count * key.size]),
-                        value.decoder(raw=True).rows(memoryview(values)[: count * value.size]), strict=True))  # fmt: skip
+        return list(zip(raw, key_rows, value_rows, strict=True))
 
     def delete(self, name: str, key: bytes) -> None:
         """Delete an entry of a hash map; that it is gone already is no error."""
@@ -256,7 +257,7 @@ def verifier_summary(log: str) -> str:
     shown = lines[-_VERIFIER_LINES:]
     text = f"the verifier's last words ({len(lines) - len(shown)} lines before left out): " + " | ".join(shown)
     if "invalid mem access 'inv'" in text or "invalid mem access 'scalar'" in text:
-        text += " | a pointer was followed directly where only BPF_CORE_READ may: in programs of type kprobe and tracepoint"
+        text += " | in programs of type kprobe and tracepoint follow kernel pointers with BPF_CORE_READ, not directly"
     return text
 
 

@@ -1,0 +1,114 @@
+"""`tcpscope diagnose`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+import time
+from typing import Any
+
+import click
+import msgspec
+
+from tcpscope.cli import COMMON, FILTERS, filter_of
+from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
+from tcpscope.diagnose.connecting import Connecting
+from tcpscope.session import Stop, announce_ready, drop_privileges
+from tcpscope.tool import Request
+
+_POLL_SECONDS = 0.2
+_DEFAULT_SECONDS = 30.0
+_WIDTH = 100
+
+
+def _run(**values: Any) -> None:
+    request = Request(filter=filter_of(values), **{k: v for k, v in values.items() if v is not None})
+    request.duration = values["duration"] or _DEFAULT_SECONDS
+    rules = all_rules()
+    with Stop() as stop:
+        sources: dict[type[Any], Source] = {}
+        try:
+            kinds: list[type[Any]] = [Connecting, *(rule.source for rule in rules)]
+            for kind in dict.fromkeys(kinds):
+                sources[kind] = kind(request)
+            drop_privileges([session for source in sources.values() for session in source.sessions])
+            announce_ready()
+            started = time.monotonic()
+            _watch(list(sources.values()), stop, request)
+            watched = time.monotonic() - started
+            findings = ordered(found for rule in rules for found in rule.check(sources[rule.source]))
+            _print(request, findings, list(sources.values()), watched)
+            stats = account(sources.values())
+        finally:
+            for source in sources.values():
+                for session in source.sessions:
+                    session.close()
+        if request.stats and request.output == "json":
+            request.stream.write(msgspec.json.encode({"stats": stats}) + b"\n")
+        request.stream.flush()
+        print(f"tcpscope: {stats.line()}", file=sys.stderr)
+        if request.strict:
+            stats.check()
+
+
+def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
+    """Until the time is over or a stop is asked for, with a live line on a terminal."""
+    assert request.duration is not None
+    live = sys.stderr.isatty()
+    print(f"tcpscope: watching for {request.duration:g} s, Ctrl-C ends it sooner", file=sys.stderr)
+    started = time.monotonic()
+    while not stop and (passed := time.monotonic() - started) < request.duration:
+        for source in sources:
+            source.poll()
+        if live:
+            text = f"{passed:4.0f} s  " + "; ".join(source.live() for source in sources)
+            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+        stop.wait(min(_POLL_SECONDS, max(0.0, request.duration - passed)))
+    if live:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    for source in sources:
+        source.end()
+
+
+def _print(request: Request, findings: list[Finding], sources: list[Source], watched: float) -> None:
+    write = request.stream.write
+    if request.output == "json":
+        write(msgspec.json.Encoder().encode_lines(findings))
+        return
+    for number, finding in enumerate(findings, 1):
+        write("\n".join([*_text(number, finding), "", ""]).encode())
+    if not findings:
+        write(b"Nothing found.\n")
+    write(f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}.\n".encode())
+    for source in sources:
+        for blind in source.blind_spots():
+            write(f"Note: {blind}.\n".encode())
+
+
+def _text(number: int, finding: Finding) -> list[str]:
+    lines = [f"{number}. [{finding.severity}] {finding.title}"]
+    for line in finding.observed:
+        lines += textwrap.wrap(line, _WIDTH, initial_indent="   - ", subsequent_indent="     ")
+    lines += textwrap.wrap(finding.why, _WIDTH, initial_indent="   Why: ", subsequent_indent="        ")
+    for remedy in finding.remedies:
+        values = ""
+        if remedy.name is not None:
+            proposed = f", proposed {remedy.proposed}" if remedy.proposed is not None else ""
+            values = f" [{remedy.name}: now {remedy.present}{proposed}]"
+        text = remedy.what + values
+        lines += textwrap.wrap(text, _WIDTH, initial_indent="   Helps: ", subsequent_indent="          ")
+        if remedy.command:
+            lines.append(f"          # {remedy.command}")
+    return lines
+
+
+diagnose = click.Command(
+    "diagnose",
+    params=[*FILTERS, *COMMON],
+    callback=_run,
+    help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
+    "It looks at every listener and every refused handshake, names the owner, the limit and where the limit comes "
+    "from, and proposes a change. It never changes anything itself.",
+    short_help="Watch this machine's connections, then say what is wrong, why, and what helps.",
+)

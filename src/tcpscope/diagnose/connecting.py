@@ -1,0 +1,55 @@
+"""How many connections are opened, accepted, refused and closed: what the live line and the summary count."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tcpscope.session import RING_BYTES, Session
+from tcpscope.tool import Request
+
+
+class Connecting:
+    """Counts changes of state. No rule needs it yet; it says what was watched."""
+
+    def __init__(self, request: Request) -> None:
+        self.session = Session("connections", "transition", request.filter, ring_bytes=RING_BYTES, debug=request.debug)
+        self.sessions = [self.session]
+        assert self.session.layout is not None
+        self._decode = self.session.layout.select(("role", "old_state", "new_state")).decoder().rows
+        self._changes: Counter[tuple[str | None, str, str]] = Counter()
+
+    def poll(self) -> None:
+        for batch in self.session.batches():
+            rows = self._decode(batch)
+            self.session.stats.shown += len(rows)
+            self._changes.update((row.role, row.old_state, row.new_state) for row in rows)
+
+    def end(self) -> None:
+        self.session.end()
+        self.poll()
+
+    def _count(self, old: str | None = None, new: str | None = None) -> int:
+        return sum(n for (_, o, w), n in self._changes.items() if old in (None, o) and new in (None, w))
+
+    @property
+    def opened(self) -> int:
+        return self._count(old="SYN_SENT", new="ESTABLISHED")
+
+    @property
+    def received(self) -> int:
+        return self._count(old="SYN_RECV", new="ESTABLISHED")
+
+    @property
+    def failed(self) -> int:
+        return self._count(old="SYN_SENT", new="CLOSE")
+
+    @property
+    def closed(self) -> int:
+        return self._count(new="CLOSE") - self.failed - self._count(old="LISTEN", new="CLOSE")
+
+    def live(self) -> str:
+        return (f"{self.opened} connections opened, {self.received} received, {self.closed} closed, "
+                f"{self.failed} failed to open")  # fmt: skip
+
+    def blind_spots(self) -> list[str]:
+        return []

@@ -1,0 +1,150 @@
+"""What happens to listeners: how their queues fill, and every handshake they refuse."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tcpscope import listeners
+from tcpscope.listeners import Listener
+from tcpscope.session import RING_BYTES, Session
+from tcpscope.tool import Request
+
+COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
+_PEERS = 4096  # distinct remote addresses remembered per listener
+
+
+@dataclass
+class History:
+    """One listener over the time of watching.
+
+    refused     (step, cause) -> count, from the first snapshot to the last; empty where only drops are known
+    drops       refusals of any kind in that time, exact on every kernel
+    fullest     the snapshot in which its accept queue was longest
+    full_seen   snapshots in which the accept queue was full, of `looks`
+    peers       remote address -> refused handshakes, of the first ones
+    """
+
+    first: Listener
+    last: Listener
+    fullest: Listener
+    full_seen: int = 0
+    looks: int = 0
+    longest_syn_queue: int = 0
+    refused: Counter[tuple[str, str]] = field(default_factory=Counter)
+    peers: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def drops(self) -> int:
+        return (self.last.drops - self.first.drops) % (1 << 32)
+
+    @property
+    def accepts(self) -> int | None:
+        if self.first.accepts is None or self.last.accepts is None:
+            return None
+        return self.last.accepts - self.first.accepts
+
+    def count(self, cause: str, step: str | None = None) -> int:
+        return sum(n for (s, c), n in self.refused.items() if c == cause and step in (None, s))
+
+
+class Listening:
+    """The source of all rules about listeners."""
+
+    def __init__(self, request: Request) -> None:
+        self.session: Session = listeners.open_session(
+            request.filter, events=True, ring_bytes=RING_BYTES, debug=request.debug
+        )
+        self.sessions = [self.session]
+        self.exact = listeners.sees_refusals(self.session)
+        assert self.session.layout is not None
+        names = ("netns", "lport", "laddr", "cookie", "raddr", "cause", "step", "accept_queue", "syn_queue")
+        self._decode = self.session.layout.select(names).decoder().rows
+        self._follow = self.session.batches
+        self.histories: dict[int, History] = {}
+        self._counters_before: dict[int, dict[str, int]] = {}
+        self.counters: dict[int, dict[str, int]] = {}
+        self._look(newborn=False)
+
+    def poll(self) -> None:
+        self._drain()
+        self._look()
+
+    def end(self) -> None:
+        self._drain()
+        self._look()
+        self.session.end()
+        self._drain()
+        self._settle()
+
+    def live(self) -> str:
+        refused = sum(history.drops for history in self.histories.values())
+        return f"{len(self.histories)} listeners, {refused} handshakes refused"
+
+    def blind_spots(self) -> list[str]:
+        if self.exact:
+            return []
+        return ["refused handshakes are sampled from each listener's drop count, without step and peer: "
+                "this kernel's functions cannot be hooked"]  # fmt: skip
+
+    def _look(self, newborn: bool = True) -> None:
+        for listener in listeners.snapshot(self.session):
+            history = self.histories.get(listener.socket)
+            if history is None or history.first.cookie != listener.cookie:
+                history = self.histories[listener.socket] = History(
+                    _unborn(listener) if newborn else listener, listener, listener
+                )
+                if listener.netns not in self._counters_before:
+                    self._counters_before[listener.netns] = namespace_counters(listener)
+            history.last = listener
+            history.looks += 1
+            history.full_seen += listener.accept_queue > listener.accept_limit
+            history.longest_syn_queue = max(history.longest_syn_queue, listener.syn_queue)
+            if listener.accept_queue > history.fullest.accept_queue:
+                history.fullest = listener
+
+    def _drain(self) -> None:
+        for batch in self._follow():
+            for event in self._decode(batch):
+                history = self._history_of(event)
+                self.session.stats.shown += 1
+                if history and (event.raddr in history.peers or len(history.peers) < _PEERS):
+                    history.peers[event.raddr] += 1
+
+    def _history_of(self, event: Any) -> History | None:
+        for history in self.histories.values():
+            own = history.last
+            if own.netns == event.netns and own.lport == event.lport and own.laddr == event.laddr:
+                return history
+        return None
+
+    def _settle(self) -> None:
+        """The exact counts come from the kernel's per-listener table, not from the events, which may be lost."""
+        for history in self.histories.values():
+            for key, n in (history.last.refused or {}).items():
+                history.refused[key] = n - (history.first.refused or {}).get(key, 0)
+            before = self._counters_before.get(history.last.netns, {})
+            now = namespace_counters(history.last)
+            self.counters[history.last.netns] = {k: now[k] - before[k] for k in now if k in before}
+
+
+def _unborn(listener: Listener) -> Listener:
+    """A listener before anything has happened to it: what one that appears while watching is compared with."""
+    return replace(listener, drops=0, accepts=None if listener.accepts is None else 0,
+                   refused=None if listener.refused is None else {})  # fmt: skip
+
+
+def namespace_counters(listener: Listener) -> dict[str, int]:
+    """The kernel's own counters of the listener's network namespace (TcpExt...), empty if they cannot be read."""
+    for holder in listener.holders:
+        try:
+            lines = Path(f"/proc/{holder.pid}/net/netstat").read_text().splitlines()
+        except OSError:
+            continue
+        for names, values in zip(lines[::2], lines[1::2], strict=True):
+            if names.startswith("TcpExt:"):
+                pairs = dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
+                return {name: pairs[name] for name in COUNTERS if name in pairs}
+    return {}

@@ -1,0 +1,109 @@
+"""Accept queue overflow: the application does not accept connections as fast as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tcpscope.diagnose import Finding, Remedy, Rule
+from tcpscope.diagnose.listening import History, Listening
+from tcpscope.diagnose.wording import (
+    about_limit,
+    counters_agree,
+    facts,
+    next_power,
+    peers,
+    raise_limit,
+    seconds,
+    whose,
+)
+
+WHY = (
+    "A connection whose handshake is complete waits in the listener's accept queue until the application calls "
+    "accept(). The queue is full when it is longer than its limit, so it holds one connection more; then new SYNs are "
+    "dropped, and of handshakes under way the final ACK is ignored: such a client believes it is connected, sends, and "
+    "retransmits until a place is free or it gives up."
+)
+WHY_RESET = " With tcp_abort_on_overflow=1 these clients are sent a RST instead."
+
+
+class AcceptQueue(Rule):
+    source = Listening
+
+    def check(self, seen: Listening) -> Iterator[Finding]:
+        for history in seen.histories.values():
+            at_syn = history.count("ACCEPT_QUEUE_FULL", "syn")
+            at_ack = history.count("ACCEPT_QUEUE_FULL", "ack")
+            count = at_syn + at_ack
+            if not seen.exact and history.full_seen:
+                count = history.drops
+            if count:
+                yield self._finding(seen, history, count, at_syn, at_ack)
+            elif history.full_seen:
+                yield self._full(seen, history)
+
+    def _finding(self, seen: Listening, history: History, count: int, at_syn: int, at_ack: int) -> Finding:
+        listener, fullest = history.last, history.fullest
+        steps = f": {at_syn} at the SYN, {at_ack} at the final ACK" if seen.exact else " (sampled; step not known)"
+        observed = [
+            f"{count} handshakes refused{steps}",
+            f"accept queue {fullest.accept_queue} at most, limit {listener.accept_limit}; "
+            f"{_accepts(history)}{_waiting(history)}",
+            about_limit(listener),
+            *peers(history),
+            *counters_agree(seen, listener, ("ListenOverflows",)),
+        ]
+        return Finding(
+            rule=self.name,
+            severity="critical",
+            title=f"accept queue overflow on {listener.name}, {whose(listener)}",
+            observed=observed,
+            why=WHY + (WHY_RESET if listener.abort_on_overflow else ""),
+            remedies=list(_remedies(history, count)),
+            facts=facts(history, count=count, at_syn=at_syn if seen.exact else None,
+                        at_ack=at_ack if seen.exact else None),
+        )  # fmt: skip
+
+    def _full(self, seen: Listening, history: History) -> Finding:
+        listener = history.last
+        return Finding(
+            rule=self.name,
+            severity="warning",
+            title=f"accept queue full on {listener.name}, {whose(listener)}",
+            observed=[
+                f"accept queue {history.fullest.accept_queue}, limit {listener.accept_limit}, full in "
+                f"{history.full_seen} of {history.looks} looks; nothing was refused in this time; "
+                f"{_accepts(history)}{_waiting(history)}",
+                about_limit(listener),
+            ],
+            why=WHY,
+            remedies=list(_remedies(history, 1)),
+            facts=facts(history, count=0),
+        )
+
+
+def _accepts(history: History) -> str:
+    if history.accepts is None:
+        return "accepts not known on this kernel"
+    return f"{history.accepts} accepted in this time"
+
+
+def _waiting(history: History) -> str:
+    wait = history.last.oldest_wait_us
+    return f"; the oldest connection waits for {seconds(wait)}" if wait is not None else ""
+
+
+def _remedies(history: History, count: int) -> Iterator[Remedy]:
+    listener = history.last
+    owner = listener.owner
+    if history.accepts == 0 and owner:
+        yield Remedy(
+            f"{owner.comm} accepted nothing in this time: find out what it does instead. A longer queue only delays "
+            "the overflow as long as nobody accepts",
+            command=f"cat /proc/{owner.pid}/stack /proc/{owner.pid}/wchan; ps -Lp {owner.pid} -o tid,stat,wchan,comm",
+            name="accepts in this time",
+            present=0,
+        )
+    yield from raise_limit(listener, next_power(listener.accept_limit + count))
+
+
+rule = AcceptQueue()

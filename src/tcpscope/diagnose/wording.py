@@ -1,0 +1,99 @@
+"""What the rules about listeners say in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from tcpscope.diagnose import Remedy
+from tcpscope.diagnose.listening import History, Listening
+from tcpscope.kernel import netns
+from tcpscope.listeners import Listener
+
+_LEAST, _MOST = 128, 65535
+_PEERS_SHOWN = 3
+
+
+def whose(listener: Listener) -> str:
+    """`python3 (PID 4711)`, and how many more hold it."""
+    if not listener.holders:
+        return "owner not known"
+    first, *others = listener.holders
+    more = f" and {len(others)} more" if others else ""
+    return f"{first.comm} (PID {first.pid}{more})"
+
+
+def about_limit(listener: Listener) -> str:
+    """Where the limit comes from."""
+    if listener.accept_limit < listener.somaxconn:
+        return f"the limit {listener.accept_limit} is the backlog given to listen(); somaxconn is {listener.somaxconn}"
+    if listener.accept_limit == listener.somaxconn:
+        return f"the limit {listener.accept_limit} is somaxconn: listen() asked for that much or more and was cut to it"
+    return f"the limit {listener.accept_limit} is older than the present somaxconn of {listener.somaxconn}"
+
+
+def peers(history: History) -> Iterator[str]:
+    """The remote addresses most often refused."""
+    if history.peers:
+        top = ", ".join(f"{address} ({n})" for address, n in history.peers.most_common(_PEERS_SHOWN))
+        more = len(history.peers) - _PEERS_SHOWN
+        yield f"from {top}" + (f" and {more} more addresses" if more > 0 else "")
+
+
+def counters_agree(seen: Listening, listener: Listener, names: tuple[str, ...]) -> Iterator[str]:
+    """The kernel's counters of the namespace in the same time: an independent witness."""
+    counters = seen.counters.get(listener.netns, {})
+    known = [f"TcpExt{name} +{counters[name]}" for name in names if name in counters]
+    if known:
+        yield f"the namespace's counters in the same time: {', '.join(known)}"
+
+
+def in_namespace(listener: Listener, command: str) -> str:
+    """The command, to be run in the listener's network namespace."""
+    if listener.netns == netns.inode_of("/proc/self/ns/net") or not listener.owner:
+        return command
+    return f"nsenter -t {listener.owner.pid} -n {command}"
+
+
+def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
+    """How to get a longer queue: somaxconn where it cuts, and the application's backlog."""
+    if listener.somaxconn < proposed:
+        yield Remedy(
+            "let listen() have more than it may now",
+            command=in_namespace(listener, f"sysctl -w net.core.somaxconn={proposed}"),
+            name="net.core.somaxconn",
+            present=listener.somaxconn,
+            proposed=proposed,
+        )
+    program = listener.owner.comm if listener.owner else "the application"
+    yield Remedy(
+        f"give {program} a larger backlog in its call of listen(), and restart it: the limit is set by that call",
+        name="listen() backlog",
+        present=listener.accept_limit if listener.limit_from == "listen()" else f"{listener.accept_limit} or more",
+        proposed=proposed,
+    )
+
+
+def next_power(value: int) -> int:
+    """The power of two that is not below `value`, within reason."""
+    return min(max(1 << (value - 1).bit_length(), _LEAST), _MOST)
+
+
+def seconds(us: int) -> str:
+    """`850 ms`, `12.3 s`."""
+    return f"{us // 1000} ms" if us < 1_000_000 else f"{us / 1e6:.1f} s"
+
+
+def facts(history: History, **numbers: Any) -> dict[str, Any]:
+    """What programs want to know of every finding about a listener."""
+    listener = history.last
+    return numbers | {
+        "netns": listener.netns, "laddr": listener.laddr, "lport": listener.lport, "cookie": listener.cookie,
+        "pids": [holder.pid for holder in listener.holders],
+        "comm": listener.owner.comm if listener.owner else None,
+        "accept_queue": history.fullest.accept_queue, "syn_queue": history.longest_syn_queue,
+        "accept_limit": listener.accept_limit, "limit_from": listener.limit_from,
+        "somaxconn": listener.somaxconn, "max_syn_backlog": listener.max_syn_backlog,
+        "syncookies": listener.syncookies, "abort_on_overflow": listener.abort_on_overflow,
+        "accepts": history.accepts, "drops": history.drops,
+    }  # fmt: skip

@@ -1,0 +1,81 @@
+"""`tcpscope features`: what each tool can do on this kernel, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import click
+import msgspec
+
+from tcpscope import tool as toolbox
+from tcpscope.errors import TcpscopeError
+from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.loaded import Hook, Loaded, plan, plan_refusals
+from tcpscope.kernel.spec import Spec
+
+
+def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], str | None]:
+    """The hooks of a probe as this kernel takes them, and what stands in the way of knowing better.
+
+    With privileges the probe is really attached, for a moment; without them only what can be read is told.
+    """
+    spec = Spec.of(probe)
+    try:
+        loaded = Loaded(spec, kernel)
+    except TcpscopeError as error:
+        return plan(spec, plan_refusals(spec, kernel)), str(error)
+    hooks = loaded.hooks
+    loaded.close()
+    return hooks, None
+
+
+def report(kernel: Kernel) -> list[dict[str, Any]]:
+    """For every tool: its hooks, the way each is attached, why not a better one, and what is then not known."""
+    examined: dict[str, tuple[dict[str, Hook], str | None]] = {}
+    result = []
+    for name in toolbox.names():
+        tool = toolbox.find(name)
+        for probe in tool.probes:
+            if probe not in examined:
+                examined[probe] = examine(probe, kernel)
+            hooks, doubt = examined[probe]
+            result.append({
+                "tool": name, "probe": probe, "doubt": doubt,
+                "capabilities": list(tool.capabilities),
+                "hooks": [
+                    {"hook": hook.name, "way": hook.program.section if hook.program else None,
+                     "refused": dict(hook.refused),
+                     "not_known": hook.without if hook.program is None else None}
+                    for hook in hooks.values()
+                ],
+            })  # fmt: skip
+    return result
+
+
+def _run(json: bool) -> None:
+    found = report(Kernel())
+    if json:
+        sys.stdout.write(msgspec.json.encode({"kernel": platform.release(), "tools": found}).decode() + "\n")
+        return
+    print(f"Linux {platform.release()}")
+    for entry in found:
+        print(f"\n{entry['tool']}  (probe {entry['probe']}, needs {', '.join(entry['capabilities'])})")
+        if entry["doubt"]:
+            print(f"  cannot tell for sure: {entry['doubt']}")
+        for hook in entry["hooks"]:
+            print(f"  {hook['hook']:<11} {hook['way'] or 'not attached'}")
+            for why in dict.fromkeys(hook["refused"].values()):
+                print(f"  {'':<11} no better way: {why}" if hook["way"] else f"  {'':<11} {why}")
+            if hook["not_known"]:
+                print(f"  {'':<11} not known here: {hook['not_known']}")
+
+
+features = click.Command(
+    "features",
+    params=[click.Option(["--json"], is_flag=True, help="For programs.")],
+    callback=_run,
+    help="For every tool: which hooks it uses on this kernel, which better ones the kernel refuses and why, and what "
+    "is then not known. As root the probes are attached for a moment to be sure.",
+)
