@@ -1,6 +1,6 @@
-"""Runs the tests on the kernels of the matrix: Debian's own ones, in virtual machines over the host's file tree.
+"""Runs the tests on the kernels of the matrix: Debian's own, in virtual machines over the host's files.
 
-``python -m tests.kernels --help`` says how. This tuple is the matrix; nothing else in the project names a kernel version.
+``python -m tests.kernels --help`` says how. The tuple below is the matrix.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Kernel:
     name: str
-    """What the kernel is called in every command and table: the version up to the second number."""
+    """What the kernel is called in commands and tables: its version up to the second number."""
     suite: str
     """The Debian suite whose ``linux-image-amd64`` is this kernel; the newest one there is taken."""
 
@@ -23,3 +23,5 @@ KERNELS = (
 
 HOST = "host"
 """The row of the machine's own kernel."""
+
+ROWS = (HOST, *(kernel.name for kernel in KERNELS))

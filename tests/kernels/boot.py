@@ -1,7 +1,7 @@
 """Starts virtme-ng's runner with the host's files cached in the guest.
 
-They do not change for the guest's eyes while it runs. Without the cache every page of every shared library is read again
-over 9p each time a process starts: a Python start under emulation takes 9 s instead of 3. virtme-ng has no option for it.
+Without the cache every page of every shared library is read again over 9p each time a process starts: a
+start of Python takes 9 s under emulation instead of 3 s. virtme-ng has no option for it.
 """
 
 import sys
@@ -17,8 +17,8 @@ def main() -> int:
     if PLAIN in mkinitramfs._MOUNT_ROOT_HOST:
         mkinitramfs._MOUNT_ROOT_HOST = mkinitramfs._MOUNT_ROOT_HOST.replace(PLAIN, CACHED)
     else:
-        print("this virtme-ng mounts the root file system in another way: the guest will be slow", file=sys.stderr)
-    return run.main()
+        print("this virtme-ng mounts the root in another way: the guest will be slow", file=sys.stderr)
+    return int(run.main())
 
 
 if __name__ == "__main__":

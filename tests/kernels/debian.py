@@ -1,7 +1,7 @@
 """Fetches a kernel of the matrix from Debian and unpacks it outside of the tree, once.
 
-The package lists of a foreign suite are kept apart from the machine's own (``Dir::State::lists`` and friends), so nothing
-is installed and no source is added. The mirror is the one that the machine uses itself.
+The package lists of a foreign suite are kept apart from the machine's own (``Dir::State::lists`` and others):
+nothing is installed and no source is added. The mirror is the one that the machine uses itself.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A kernel on this machine. ``root`` holds ``boot`` and ``lib/modules/<release>`` as a machine's ``/`` would."""
+    """A kernel on this machine; ``root`` holds ``boot`` and ``lib/modules/<release>`` as ``/`` would."""
 
     name: str
     release: str
@@ -92,7 +92,7 @@ def find_mirror(sources: str, os_release: str, given: str | None) -> Mirror:
     release = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', os_release, re.MULTILINE))
     archive = security = None
     if release.get("ID") == "debian":
-        names = {release.get("VERSION_CODENAME"), "stable", "oldstable", "testing", "unstable", "sid"} - {None}
+        names = {release.get("VERSION_CODENAME", "sid"), "stable", "oldstable", "testing", "unstable", "sid"}
         for address, suite in source_entries(sources):
             if suite in names:
                 archive = archive or address.rstrip("/")
@@ -102,18 +102,18 @@ def find_mirror(sources: str, os_release: str, given: str | None) -> Mirror:
         archive = given.rstrip("/")
     if archive is None:
         raise FetchError(
-            "the kernels of the matrix come from Debian, and this machine's apt sources name no Debian mirror; "
-            f"set {MIRROR_VARIABLE} to the address of one (the address whose subdirectories are dists/ and pool/)"
+            "the kernels of the matrix come from Debian, and this machine's apt sources name no Debian "
+            f"mirror; set {MIRROR_VARIABLE} to the address of one (the folder that holds dists/ and pool/)"
         )
     return Mirror(archive, security)
 
 
 def machine_mirror() -> Mirror:
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
-    texts = [f.read_text(errors="replace") for f in files if f.suffix in (".list", ".sources") and f.is_file()]
+    files = [file for file in files if file.suffix in (".list", ".sources") and file.is_file()]
     os_release = Path("/etc/os-release")
     return find_mirror(
-        "\n\n".join(texts),
+        "\n\n".join(file.read_text(errors="replace") for file in files),
         os_release.read_text() if os_release.exists() else "",
         os.environ.get(MIRROR_VARIABLE),
     )
@@ -129,7 +129,7 @@ def cached(kernel: Kernel) -> Image | None:
 
 
 def get(kernel: Kernel, *, fresh: bool = False) -> Image:
-    """Return the kernel from the cache; fetch it first where it is missing. A cached one touches no network."""
+    """Return the kernel from the cache, without touching the network; fetch it where it is missing."""
     if not fresh and (image := cached(kernel)):
         return image
     cache = cache_directory()

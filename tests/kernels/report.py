@@ -1,7 +1,7 @@
-"""The pytest plugin behind the matrix: registers the marker ``kernel`` and writes each test's outcome as a JSON line.
+"""The pytest plugin behind the matrix: the marker ``kernel``, and every test's outcome as a JSON line.
 
-Load it with ``-p tests.kernels.report``; ``--outcomes FILE`` says where the lines go. They are written as the tests end, so
-that a guest that crashes leaves what it had, and the name of the test that was running.
+Load it with ``-p tests.kernels.report``; ``--outcomes FILE`` says where the lines go. They are written as the
+tests end, so that a guest that crashes leaves what it had, and the name of the test that was running.
 """
 
 import json
@@ -40,8 +40,14 @@ class Outcomes:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.outcome != "passed":
             # A whole module; whether its tests carry the marker is not known.
-            self._write(event="test", nodeid=report.nodeid, outcome=report.outcome, reason=_reason(report), duration=0.0,
-                        kernel=None)
+            self._write(
+                event="test",
+                nodeid=report.nodeid,
+                outcome=report.outcome,
+                reason=_reason(report),
+                duration=0.0,
+                kernel=None,
+            )
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(event="start", nodeid=nodeid)
@@ -73,7 +79,7 @@ def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
     if report.outcome == "skipped" and isinstance(report.longrepr, tuple):
         return report.longrepr[2].removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash else str(report.longrepr or "")
-    when = getattr(report, "when", None)
-    line = next((line for line in text.splitlines() if line.strip()), "").strip()
-    return f"{when}: {line}" if when in ("setup", "teardown") else line
+    lines = [line.strip() for line in (crash.message if crash else str(report.longrepr or "")).splitlines()]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E  ")]
+    line = errors[-1] if errors else next(filter(None, lines), "")
+    return f"{report.when}: {line}" if report.when in ("setup", "teardown") else line

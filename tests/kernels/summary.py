@@ -1,9 +1,9 @@
-"""Puts the rows of the matrix together and decides whether it passed. Pure: from the outcome files to text."""
+"""Puts the rows of the matrix together and decides whether it passed; pure, from outcomes to text."""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.kernels import HOST
@@ -12,7 +12,7 @@ RAN = ("passed", "failed", "xfailed")
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Result:
     nodeid: str
     outcome: str
     reason: str
@@ -27,7 +27,7 @@ class Row:
 
     name: str
     release: str = ""
-    tests: list[Test] = field(default_factory=list)
+    tests: list[Result] = field(default_factory=list)
     problem: str = ""
     """Why the row as such did not end well, apart from failed tests; empty when it did."""
     boot_s: float | None = None
@@ -41,9 +41,9 @@ class Row:
         return not self.problem and not self.count("failed")
 
 
-def read_outcomes(lines: Iterable[str]) -> tuple[list[Test], str, int | None]:
-    """Return the tests, the one that was running when the file ends ("" if none was), and pytest's exit status."""
-    tests: list[Test] = []
+def read_outcomes(lines: Iterable[str]) -> tuple[list[Result], str, int | None]:
+    """Return the tests, the one that was running when the file ends ("" for none), and pytest's status."""
+    tests: list[Result] = []
     running = ""
     status = None
     for line in lines:
@@ -55,9 +55,8 @@ def read_outcomes(lines: Iterable[str]) -> tuple[list[Test], str, int | None]:
             case "start":
                 running = record["nodeid"]
             case "test":
-                tests.append(
-                    Test(record["nodeid"], record["outcome"], record["reason"], record["duration"], record["kernel"])
-                )
+                fields = ("nodeid", "outcome", "reason", "duration", "kernel")
+                tests.append(Result(*(record[name] for name in fields)))
                 running = ""
             case "end":
                 status = record["status"]
@@ -93,8 +92,8 @@ def make_row(
 def skipped_everywhere(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
     """Return the tests that no row ran, each with the reason that each row gave.
 
-    A skip must be earned by another kernel that runs the test: a test without one proves nothing. A module that was
-    skipped as a whole stands for its tests.
+    A skip must be earned by another kernel that runs the test: a test without one proves nothing. A module
+    that was skipped as a whole stands for its tests.
     """
     ran = {test.nodeid for row in rows for test in row.tests if test.outcome in RAN}
     ran |= {nodeid.partition("::")[0] for nodeid in ran}
@@ -112,10 +111,9 @@ def missing_rows(rows: Sequence[Row], expected: Sequence[str]) -> list[str]:
 
 
 def counts_line(row: Row) -> str:
-    """One line in pytest's own form: ``6.1: 12 passed, 1 skipped in 40.00s``."""
-    counts = Counter(test.outcome for test in row.tests)
-    words = ", ".join(f"{counts[o]} {o}" for o in ("failed", "passed", "skipped", "xfailed") if counts[o]) or "no tests ran"
-    return f"{words} in {row.total_s:.2f}s"
+    """The tests of a row in pytest's own words: ``12 passed, 1 skipped in 40.00s``."""
+    words = [f"{row.count(o)} {o}" for o in ("failed", "passed", "skipped", "xfailed") if row.count(o)]
+    return f"{', '.join(words) or 'no tests ran'} in {row.total_s:.2f}s"
 
 
 def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], bool]:
@@ -144,18 +142,17 @@ def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], boo
     if not good and all(row.good for row in rows):
         lines.append("=== no test failed, but the matrix did: see above ===")
     total = Counter(test.outcome for row in rows for test in row.tests)
-    lines.append(f"{total['passed'] + total['xfailed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    passed = total["passed"] + total["xfailed"]
+    lines.append(f"{passed} passed, {total['failed']} failed, {total['skipped']} skipped")
     return lines, good
 
 
 def save(row: Row, path: Path) -> None:
-    head = {"name": row.name, "release": row.release, "problem": row.problem, "boot_s": row.boot_s, "total_s": row.total_s}
-    tests = [[t.nodeid, t.outcome, t.reason, t.duration_s, t.kernel] for t in row.tests]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**head, "tests": tests}))
+    path.write_text(json.dumps(asdict(row)))
 
 
 def load(path: Path) -> Row:
     record = json.loads(path.read_text())
-    tests = [Test(*values) for values in record.pop("tests")]
+    tests = [Result(**values) for values in record.pop("tests")]
     return Row(tests=tests, **record)

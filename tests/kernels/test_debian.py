@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import KERNELS, debian
+from tests.kernels.debian import FetchError, Mirror, find_mirror, source_entries
+
+DEBIAN = 'ID=debian\nVERSION_CODENAME=bookworm\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n'
+UBUNTU = "ID=ubuntu\nID_LIKE=debian\nVERSION_CODENAME=noble\n"
+
+ONE_LINE = """
+# deb http://commented.example/debian bookworm main
+deb-src http://sources.example/debian bookworm main
+deb [arch=amd64] http://vendor.example/apt stable-tools main
+deb [arch=amd64 signed-by=/k.gpg] http://mirror.example/debian/ bookworm main
+deb http://mirror.example/debian-security bookworm-security main
+"""
+
+DEB822 = """
+Types: deb deb-src
+# a comment in between
+URIs: http://mirror.example/debian
+Suites: bookworm
+ bookworm-updates
+Components: main
+
+Types: deb
+URIs: http://mirror.example/debian-security
+Suites: bookworm-security
+Components: main
+
+Types: deb
+URIs: http://off.example/debian
+Suites: bookworm
+Enabled: no
+"""
+
+
+@pytest.mark.parametrize("sources", [ONE_LINE, DEB822])
+def test_the_mirror_is_the_machines_own(sources: str) -> None:
+    expected = Mirror("http://mirror.example/debian", "http://mirror.example/debian-security")
+    assert find_mirror(sources, DEBIAN, None) == expected
+
+
+def test_both_forms_of_sources_are_read_and_what_is_off_is_not() -> None:
+    addresses = {address for address, _ in source_entries(ONE_LINE + "\n\n" + DEB822)}
+    assert addresses == {
+        "http://vendor.example/apt",
+        "http://mirror.example/debian/",
+        "http://mirror.example/debian",
+        "http://mirror.example/debian-security",
+    }
+
+
+def test_another_distribution_needs_the_variable() -> None:
+    with pytest.raises(FetchError, match=debian.MIRROR_VARIABLE):
+        find_mirror(ONE_LINE, UBUNTU, None)
+    assert find_mirror(ONE_LINE, UBUNTU, "http://given.example/debian/") == Mirror("http://given.example/debian", None)
+
+
+def test_backports_have_no_security_archive() -> None:
+    mirror = Mirror("http://m.example/debian", "http://m.example/debian-security")
+    if not any(Path("/usr/share/keyrings", name).exists() for name in debian.KEYRINGS):
+        pytest.skip("no Debian keyring here")
+    assert "debian-security" in mirror.sources("trixie")
+    assert "debian-security" not in mirror.sources("trixie-backports")
+
+
+def test_a_cached_kernel_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(debian.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(debian, "_run", lambda *command, **_: pytest.fail(f"called {command}"))
+    root = tmp_path / "6.1"
+    (root / "lib/modules/6.1.0-1-amd64").mkdir(parents=True)
+    (root / "vmlinuz").touch()
+    record = {"name": "6.1", "release": "6.1.0-1-amd64", "package_version": "6.1.1-1"}
+    (root / "kernel.json").write_text(json.dumps({**record, "root": str(root), "vmlinuz": str(root / "vmlinuz")}))
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "6.1")
+    assert debian.get(kernel).modules == root / "lib/modules/6.1.0-1-amd64"
+    (root / "vmlinuz").unlink()
+    assert debian.cached(kernel) is None
