@@ -70,7 +70,7 @@ class Stop:
 
     def __init__(self, duration: float | None = None) -> None:
         self.deadline = None if duration is None else time.monotonic() + duration
-        self.stopped = False
+        self.stopped = self._closed = False
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._previous: dict[int, Any] = {}
 
@@ -82,12 +82,18 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        os.close(self._read)
-        os.close(self._write)
+        self.close()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._read)
+            os.close(self._write)
 
     def stop(self) -> None:
         self.stopped = True
-        os.write(self._write, b"x")
+        if not self._closed:
+            os.write(self._write, b"x")
 
     def __bool__(self) -> bool:
         return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)

@@ -15,6 +15,8 @@
 #include "connection.bpf.h"
 
 #define STACK_DEPTH 24
+#define CAUSES (CAUSE_OTHER + 1)
+#define STEPS (STEP_ACK + 1)
 
 enum cause {
 	CAUSE_UNKNOWN,
@@ -23,14 +25,12 @@ enum cause {
 	CAUSE_COOKIE_SENT,        /* TCPReqQFullDoCookies: answered, not refused */
 	CAUSE_SYN_QUEUE_RESERVED, /* only ListenDrops; no cookies, and the last quarter is for peers known before */
 	CAUSE_OTHER,              /* only ListenDrops: no route, no memory, a security module */
-	CAUSES,
 } __attribute__((packed));
 
 enum step {
 	STEP_UNKNOWN,
 	STEP_SYN, /* tcp_conn_request */
 	STEP_ACK, /* tcp_v4_syn_recv_sock, tcp_v6_syn_recv_sock */
-	STEPS,
 } __attribute__((packed));
 
 enum answer {
