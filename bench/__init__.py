@@ -1,0 +1,1 @@
+"""tcpscope beside its peers, on the same traffic, in one run: `python -m bench` writes docs/performance.md."""

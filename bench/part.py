@@ -1,0 +1,150 @@
+"""All measurements on the kernel that is running: the same rounds on the machine and in a guest, in other sizes."""
+
+import ctypes
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from bench import measure, workload
+from bench.measure import CannotRun
+from bench.subjects import PEERS, QUEUE, RTT, STATES, Subject
+
+TRACEFS = Path("/sys/kernel/tracing")
+CLONE_NEWNS = 0x20000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of each. `exchanges` go over each connection where round trips are measured."""
+
+    starts: int
+    rounds: int
+    batches: int
+    connections: int
+    stats_rounds: int
+    probe_ms: int
+    patience_s: float
+    burst_rounds: int = 0
+    burst_per_second: int = 10_000
+    burst_seconds: int = 6
+    exchanges: int = 5
+
+
+PLANS = {
+    "host": Plan(starts=21, rounds=11, batches=7, connections=4000, stats_rounds=3, probe_ms=1, patience_s=20,
+                 burst_rounds=3),
+    "guest": Plan(starts=5, rounds=5, batches=5, connections=150, stats_rounds=1, probe_ms=10, patience_s=120),
+    "quick-host": Plan(starts=3, rounds=2, batches=3, connections=1000, stats_rounds=1, probe_ms=1, patience_s=10,
+                       burst_rounds=1, burst_seconds=2),
+    "quick-guest": Plan(starts=1, rounds=1, batches=3, connections=50, stats_rounds=1, probe_ms=20, patience_s=60),
+}  # fmt: skip
+
+
+def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Everything, as plain data."""
+    prepare()
+    result: dict[str, Any] = {
+        "kernel": ".".join(platform.release().split(".")[:2]),
+        "cpus": os.cpu_count(),
+        "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "load_before": os.getloadavg()[0],
+        "plan": asdict(plan),
+        "cost": {},
+        "bpf": {},
+        "burst": {},
+    }
+    asked: dict[str, Sequence[Subject]] = {"states": STATES, "rtt": RTT, "queue": QUEUE}
+    result["absent"] = absent((*PEERS, *chain(*asked.values())), plan, say)
+    groups = {title: [s for s in group if s.name not in result["absent"]] for title, group in asked.items()}
+
+    say(f"start to ready, {plan.starts} times")
+    result["ready"] = _rounds(
+        plan.starts, groups["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.patience_s), say
+    )
+    for title, group in groups.items():
+        exchanges = plan.exchanges if title == "rtt" else 0
+
+        def traffic(exchanges: int = exchanges) -> workload.Made:
+            return workload.connections(plan.batches, plan.connections, exchanges)
+
+        def once(subject: Subject | None, traffic: measure.Traffic = traffic) -> dict[str, Any]:
+            return asdict(measure.cost(subject, traffic, plan.patience_s))
+
+        rounds = plan.rounds if title == "states" else -(-plan.rounds // 2)
+        say(f"{title}: cost, {rounds} rounds")
+        result["cost"][title] = _rounds(rounds, [None, *group], once, say)
+        say(f"{title}: run time of the BPF programs, {plan.stats_rounds} rounds")
+        with measure.bpf_stats():
+            result["bpf"][title] = _rounds(plan.stats_rounds, group, once, say)
+    if plan.burst_rounds:
+        say(f"loss at {plan.burst_per_second} connections/s for {plan.burst_seconds} s, {plan.burst_rounds} rounds")
+        result["burst"] = _rounds(
+            plan.burst_rounds,
+            groups["states"],
+            lambda s: asdict(
+                measure.cost(s, lambda: workload.rate(plan.burst_per_second, plan.burst_seconds), plan.patience_s)
+            ),
+            say,
+        )
+    result["load_after"] = os.getloadavg()[0]
+    return result
+
+
+def prepare() -> None:
+    """A mount namespace of our own with what the peers look for: tracefs, and the headers of a Debian kernel."""
+    release = platform.release()
+    headers = Path("/usr/src") / f"linux-headers-{release}"
+    common = Path("/usr/src") / f"linux-headers-{release.rpartition('-')[0]}-common"
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "a mount namespace of our own")
+    _run("mount", "--make-rprivate", "/")
+    if not (TRACEFS / "events").exists():
+        _run("mount", "-t", "tracefs", "tracefs", str(TRACEFS))
+    modules = Path("/lib/modules") / release
+    if headers.exists() and not (modules / "build").exists():
+        _run("mount", "-t", "tmpfs", "tmpfs", "/lib/modules")
+        modules.mkdir()
+        (modules / "build").symlink_to(headers)
+        (modules / "source").symlink_to(common)
+
+
+def absent(subjects: Iterable[Subject], plan: Plan, say: Callable[[str], None]) -> dict[str, str]:
+    """Programs that this kernel or this machine does not take -> what they say about it."""
+    found = {}
+    for subject in dict.fromkeys(subjects):
+        try:
+            with measure.Running(subject, plan.patience_s) as running:
+                running.attached()
+        except FileNotFoundError as error:
+            found[subject.name] = f"not installed: {error.filename}"
+        except CannotRun as error:
+            found[subject.name] = str(error)
+        say(f"  {subject.name}: {found.get(subject.name, 'attaches')}")
+    return found
+
+
+def _rounds(
+    count: int, subjects: Sequence[Subject | None], once: Callable[[Any], Any], say: Callable[[str], None]
+) -> dict[str, list[Any]]:
+    """A B C, B C A, ...: one figure per subject and round. What fails in the middle of it is said and left out."""
+    result: dict[str, list[Any]] = {subject.name if subject else "nothing": [] for subject in subjects}
+    for number in range(count):
+        start = number % len(subjects) if subjects else 0
+        for subject in (*subjects[start:], *subjects[:start]):
+            name = subject.name if subject else "nothing"
+            try:
+                result[name].append(once(subject))
+            except CannotRun as error:
+                say(f"  round {number + 1}, {name}: {error}")
+                result[name].append(None)
+    return result
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)

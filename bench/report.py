@@ -1,0 +1,239 @@
+"""docs/performance.md, from the figures of a run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from bench.subjects import JSON, PEERS, QUEUE, RTT, STATES, TABLE, TCPSTATES
+
+TEXT = Path(__file__).with_name("page.md")
+Figures = Sequence[float]
+
+
+def page(results: dict[str, Any]) -> str:
+    """The whole page. Parts that were not run are said to be missing."""
+    parts = {
+        "targets": _targets(results),
+        "host": _kernel(results.get("host"), "This machine"),
+        "guest": _kernel(results.get("guest"), "In a virtual machine"),
+        "user": _user(results.get("micro")),
+        "attach": _attach([r for r in (results.get("host"), results.get("guest")) if r]),
+    }
+    text = TEXT.read_text()
+    for name, content in parts.items():
+        text = text.replace(f"<!-- {name} -->", content or "(not measured)")
+    return text
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
+def spread(figures: Figures, digits: int = 0) -> str:
+    """Median and, in brackets, the quartiles."""
+    if not figures:
+        return "-"
+    low, high = (min(figures), max(figures)) if len(figures) < 4 else quantiles(figures, n=4)[::2]
+    return f"{median(figures):,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def added(costs: dict[str, list[Any]], name: str, clock: str) -> list[float | None]:
+    """Per round: ns that a connection takes longer than in the same round without a tool."""
+    return [
+        None if with_tool is None or nothing is None else with_tool[clock] - nothing[clock]
+        for with_tool, nothing in zip(costs.get(name, []), costs["nothing"], strict=False)
+    ]
+
+
+def per_event(costs: dict[str, list[Any]], name: str) -> list[float | None]:
+    """Per round: ns of the tool's own time on a processor per row that it printed."""
+    return [cost["tool_cpu_ns"] / cost["rows"] if cost and cost["rows"] else None for cost in costs.get(name, [])]
+
+
+def bpf_time(runs: dict[str, list[Any]], name: str, per: str) -> list[float]:
+    """Per round: ns in BPF programs per event or per connection."""
+    return [run["program_ns"] / run[per] for run in runs.get(name, []) if run]
+
+
+def ratios(one: Sequence[float | None], other: Sequence[float | None]) -> list[float]:
+    """Round by round, so that what disturbs a round disturbs both sides."""
+    return [a / b for a, b in zip(one, other, strict=False) if a is not None and b is not None and b > 0]
+
+
+def known(figures: Sequence[float | None]) -> list[float]:
+    return [figure for figure in figures if figure is not None]
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (titles, *rows)]
+    lines.insert(1, "|---" + "|---:" * (len(titles) - 1) + "|")
+    return "\n".join(lines)
+
+
+# --- sections ----------------------------------------------------------------------------------------------------
+
+
+def _kernel(part: dict[str, Any] | None, where: str) -> str:
+    if not part:
+        return ""
+    plan, load = part["plan"], f"{part['load_before']:.1f} before, {part['load_after']:.1f} after"
+    costs = part["cost"]["states"]
+    nothing = [cost for cost in costs["nothing"] if cost]
+    lines = [
+        f"{where}, Linux {part['kernel']}, {part['cpus']} processors, {part['began']}, load {load}. "
+        f"{plan['rounds']} rounds of {plan['batches']} x {plan['connections']:,} connections, {plan['starts']} starts. "
+        f"Without a tool a connection takes {spread([cost['wall_ns'] for cost in nothing])} ns.",
+        "",
+        "Every change of state, a row per event:",
+        "",
+        _states(part),
+    ]
+    if part["burst"]:
+        lines += ["", f"At {plan['burst_per_second']:,} connections per second for {plan['burst_seconds']} s, "
+                  f"which is {plan['burst_per_second'] * 10:,} events per second:", "", _burst(part)]  # fmt: skip
+    for title, text in (("rtt", f"Round-trip times; {plan['exchanges']} exchanges of a byte on each connection:"),
+                        ("queue", "The queues of listeners:")):  # fmt: skip
+        lines += ["", text, "", _aggregate(part, title)]
+    return "\n".join(lines)
+
+
+def _states(part: dict[str, Any]) -> str:
+    costs, runs = part["cost"]["states"], part["bpf"]["states"]
+    rows = []
+    for subject in STATES:
+        name = subject.name
+        if name in part["absent"]:
+            rows.append([f"{subject.project}: `{name}`", "does not run here", *[""] * 7])
+            continue
+        mine = [cost for cost in costs[name] if cost]
+        wall = added(costs, name, "wall_ns")
+        events = per_event(costs, name)
+        rows.append([
+            f"{subject.project}: `{name}`",
+            spread(known(part["ready"][name])),
+            spread(known(wall)),
+            _ratio(ratios(wall, added(costs, TCPSTATES, "wall_ns")), name),
+            spread(known(added(costs, name, "cpu_ns"))),
+            spread(known(events)),
+            _ratio(ratios(events, per_event(costs, TCPSTATES)), name),
+            f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
+            spread(bpf_time(runs, name, "events")),
+            _lost(mine),
+        ])  # fmt: skip
+    return table(
+        ["tool", "start to ready, ms", "added per connection, ns", "x `tcpstates`", "the same by CPU clock, ns",
+         "tool's CPU per event, ns", "x `tcpstates`", "peak memory, MB", "BPF time per event, ns",
+         "lost at full speed"],
+        rows,
+    )  # fmt: skip
+
+
+def _ratio(figures: Figures, name: str) -> str:
+    return "1" if name == TCPSTATES else spread(figures, 2)
+
+
+def _lost(costs: Sequence[Any]) -> str:
+    """Of all rounds together; what the tool itself says, where that is another number."""
+    if not costs:
+        return "-"
+    events = sum(cost["events"] for cost in costs)
+    lost = events - sum(cost["rows"] for cost in costs)
+    said = sum(cost["lost_said"] for cost in costs)
+    text = f"{lost:,} of {events:,}" if lost else "0"
+    return text if said == lost else f"{text} (says {said:,})"
+
+
+def _burst(part: dict[str, Any]) -> str:
+    rows = []
+    for subject in STATES:
+        if costs := [cost for cost in part["burst"].get(subject.name, []) if cost]:
+            rates = [cost["events"] / cost["seconds"] for cost in costs]
+            rows.append([f"{subject.project}: `{subject.name}`", spread(rates), _lost(costs)])
+    return table(["tool", "events per second, really", "lost"], rows)
+
+
+def _aggregate(part: dict[str, Any], title: str) -> str:
+    costs, runs = part["cost"][title], part["bpf"][title]
+    rows = []
+    for subject in {"rtt": RTT, "queue": QUEUE}[title]:
+        name = subject.name
+        if name in part["absent"]:
+            rows.append([f"{subject.project}: `{name}`", "does not run here", "", "", ""])
+            continue
+        mine = [cost for cost in costs[name] if cost]
+        rows.append([
+            f"{subject.project}: `{name}`",
+            spread(known(added(costs, name, "wall_ns"))),
+            spread(known(added(costs, name, "cpu_ns"))),
+            spread(bpf_time(runs, name, "connections")),
+            f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
+        ])  # fmt: skip
+    return table(
+        ["tool", "added per connection, ns", "the same by CPU clock, ns", "BPF time per connection, ns",
+         "peak memory, MB"],
+        rows,
+    )  # fmt: skip
+
+
+def _user(micro: dict[str, Any] | None) -> str:
+    if not micro:
+        return ""
+
+    def row(title: str, key: str) -> list[str]:
+        return [title, spread([figure / 1e6 for figure in micro[key]], 2 if key != "drain" else 0)]
+
+    return table(["", "million per second"], [
+        row(f"draining the ring buffer, events of {micro['record_bytes']} bytes", "drain"),
+        row("decoding and JSON lines, all columns", "json"),
+        row("decoding and JSON lines, the columns of the table", "json_default"),
+        row("decoding and the table", "table"),
+        row("decoding and CSV, all columns", "csv"),
+    ])  # fmt: skip
+
+
+def _attach(parts: Sequence[dict[str, Any]]) -> str:
+    titles = ["tool", *(f"Linux {part['kernel']}" for part in parts)]
+    rows = [
+        [f"{s.project}: `{s.name}`", *(part["absent"].get(s.name, "works").replace("|", "/") for part in parts)]
+        for s in PEERS
+    ]
+    return table(titles, rows).replace("---:", "---")
+
+
+def _targets(results: dict[str, Any]) -> str:
+    rows = []
+
+    def target(title: str, bound: float, figures: Figures, unit: str, digits: int = 0, atleast: bool = False) -> None:
+        if not figures:
+            rows.append([title, "", "not measured", ""])
+            return
+        value = median(figures)
+        reached = value >= bound if atleast else value <= bound
+        word = "at least" if atleast else "at most"
+        shown = spread(figures, digits)
+        rows.append([title, f"{word} {bound:,g} {unit}".strip(), shown, "yes" if reached else "**no**"])
+
+    host, micro = results.get("host"), results.get("micro")
+    for where in ("host", "guest"):
+        if not (part := results.get(where)):
+            continue
+        costs, on = part["cost"]["states"], f"Linux {part['kernel']}"
+        if where == "host":
+            target(f"start to ready, {on}", 250, known(part["ready"][TABLE]), "ms")
+        for name in (TABLE, JSON):
+            one, other = added(costs, name, "wall_ns"), added(costs, TCPSTATES, "wall_ns")
+            target(f"added time of `{name}`, {on}", 0.5, ratios(one, other), "x `tcpstates`", digits=2)
+        for name in (TABLE, JSON):
+            one, other = per_event(costs, name), per_event(costs, TCPSTATES)
+            target(f"CPU per event of `{name}`, {on}", 1, ratios(one, other), "x `tcpstates`", digits=2)
+    if micro:
+        target("batch drain", 5, [figure / 1e6 for figure in micro["drain"]], "million events/s", atleast=True)
+        target("JSON lines", 300, [figure / 1e3 for figure in micro["json"]], "thousand rows/s", atleast=True)
+    if host:
+        for name in (TABLE, JSON):
+            burst = [cost for cost in host["burst"].get(name, []) if cost]
+            lost = [float(max(c["events"] - c["rows"] for c in burst))] if burst else []
+            target(f"lost at 100,000 events/s, `{name}`", 0, lost, "events")
+            peak = [cost["peak_kb"] / 1024 for cost in host["cost"]["states"][name] if cost]
+            target(f"peak memory of `{name}`", 45, peak, "MB", digits=1)
+    return table(["", "target", "measured", "reached"], rows)

@@ -1,0 +1,82 @@
+"""The programs that are compared, grouped by the question that they answer."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.installed import TCPSCOPE, TREE
+
+HEADERS = Path("/usr/src")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A program. `rows`: it prints one row per event, so that its rows can be counted."""
+
+    name: str
+    project: str
+    argv: tuple[str, ...]
+    rows: bool = True
+
+    @property
+    def ours(self) -> bool:
+        return self.project == "tcpscope"
+
+
+def _tcpscope(*arguments: str, rows: bool = True) -> Subject:
+    return Subject(" ".join(("tcpscope", *arguments)), "tcpscope", (str(TCPSCOPE), *arguments), rows)
+
+
+def _libbpf(name: str, *arguments: str, rows: bool = True) -> Subject:
+    return Subject(" ".join((name, *arguments)), "libbpf-tools", (f"/usr/sbin/{name}", *arguments), rows)
+
+
+def _bcc(name: str, *arguments: str, rows: bool = True) -> Subject:
+    return Subject(" ".join((f"{name}-bpfcc", *arguments)), "bcc", (f"/usr/sbin/{name}-bpfcc", *arguments), rows)
+
+
+def _bpftrace(name: str) -> Subject:
+    return Subject(f"{name}.bt", "bpftrace", ("bpftrace", f"/usr/sbin/{name}.bt"))
+
+
+STATES = (
+    _tcpscope("states"),
+    _tcpscope("states", "-o", "json"),
+    _libbpf("tcpstates", "-T"),
+    Subject("states.bt", "bpftrace", ("bpftrace", str(TREE / "bench/states.bt"))),
+    _bcc("tcpstates", "-T"),
+)
+"""With a time stamp in every row, all of them. Debian's bpftrace has no such tool: bench/states.bt is ours."""
+
+TABLE, JSON, TCPSTATES = (subject.name for subject in STATES[:3])
+
+RTT = (
+    _tcpscope("rtt", rows=False),
+    _libbpf("tcprtt", rows=False),
+    _bcc("tcprtt", rows=False),
+)
+QUEUE = (
+    _tcpscope("queue", rows=False),
+    _libbpf("tcpsynbl", rows=False),
+    _bcc("tcpsynbl", rows=False),
+)
+
+PEERS = (
+    *(_libbpf(f"tcp{n}") for n in ("connect", "connlat", "life", "rtt", "states", "synbl", "top", "tracer")),
+    *(_bpftrace(f"tcp{n}") for n in ("accept", "connect", "drop", "life", "retrans", "synbl")),
+    *(_bcc(f"tcp{n}") for n in ("accept", "connect", "connlat", "drop", "life", "retrans", "rtt", "states", "synbl",
+                                "top", "tracer")),
+)  # fmt: skip
+"""The TCP tools of the peers, to see which of them this kernel takes."""
+
+
+def missing_packages() -> list[str]:
+    """Packages of packages.txt without which peers are left out of the run."""
+    wanted = {"libbpf-tools": "/usr/sbin/tcpstates", "bpftrace": "bpftrace", "bpfcc-tools": "/usr/sbin/tcpstates-bpfcc"}
+    names = Path(__file__).with_name("packages.txt").read_text().split()
+    return [
+        name
+        for name in names
+        if (name in wanted and not shutil.which(wanted[name]))
+        or (name.startswith("linux-headers") and not any(HEADERS.glob("linux-headers-*")))
+    ]
