@@ -99,11 +99,12 @@ OUTPUT = (
     click.Option(["--time"], type=click.Choice(["iso", "elapsed", "none"]), default="iso", show_default=True,
                  help="Time stamps: UTC, seconds since the start, or none."),
     click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N", help="End after so many rows."),
-    click.Option(["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print every so often."),
     click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
     click.Option(["--buffer"], default="4M", show_default=True, callback=_bytes, metavar="SIZE",
                  help="Ring buffer between kernel and tool."),
 )  # fmt: skip
+INTERVAL = click.Option(["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS",
+                        help="Print every so often.")  # fmt: skip
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
 
@@ -125,7 +126,8 @@ def command_of(tool: toolbox.Tool) -> click.Command:
     def callback(**values: Any) -> None:
         tool.run(request_of(tool, values))
 
-    return click.Command(tool.name, params=[*own, *FILTERS, *OUTPUT], callback=callback,
+    interval = (INTERVAL,) if tool.intervals else ()
+    return click.Command(tool.name, params=[*own, *interval, *FILTERS, *OUTPUT], callback=callback,
                          help=f"\b\n{tool.help}", short_help=tool.summary)  # fmt: skip
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
-from tcpscope.errors import UsageError
+from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.schema import Row
 from tcpscope.session import RING_BYTES, Stats, Stop
@@ -31,13 +32,16 @@ class Events:
         if not isinstance(found, Stream):
             streams = [name for name in names() if isinstance(find(name), Stream)]
             raise UsageError(f"'{tool}' makes no events", f"these do: {', '.join(streams)}")
-        try:
-            chosen = Filter.from_options(**filters)
-        except TypeError as error:
-            raise UsageError(str(error).rpartition(") ")[2]) from None
+        known = [field.name for field in fields(Filter)] + ["ipv4", "ipv6"]
+        for name in filters:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+                raise UsageError(f"unknown filter '{name}'", hint)
         self._tool = found
-        self._request = Request(filter=chosen, output="json", time=time, columns=columns, duration=duration,
-                                max_events=max_events, buffer=buffer or RING_BYTES, options=options)  # fmt: skip
+        self._request = Request(
+            filter=Filter.from_options(**filters), output="json", time=time, columns=columns, duration=duration,
+            max_events=max_events, buffer=buffer or RING_BYTES, options=options,
+        )  # fmt: skip
         self._stop = Stop(duration)
         self._session = found.open(self._request)
 

@@ -122,6 +122,7 @@ class Tool:
     aliases: tuple[str, ...] = ()
     probes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
+    intervals = False  # prints every --interval
     capabilities: tuple[str, ...] = ("CAP_BPF", "CAP_PERFMON")
 
     def run(self, request: Request) -> None:

@@ -44,7 +44,7 @@ struct held {
 };
 
 struct connection {
-	struct identity id;     /* complete once both ports are set */
+	struct identity id;     /* see identity_complete() */
 	struct owner opener;    /* who called connect() or listen(); for a child, who listens */
 	struct owner accepter;  /* who called accept() */
 	__u64 state_since_ns;   /* 0: not seen */
@@ -71,7 +71,8 @@ struct listen_key {
 
 struct listening {
 	struct owner owner;
-	__u64 sockets; /* with SO_REUSEPORT several: then nobody can say whose child it will be */
+	__u32 sockets; /* with SO_REUSEPORT several */
+	__u32 mixed;   /* of more than one process: then nobody can say whose child it will be */
 };
 
 struct {
@@ -216,6 +217,8 @@ static __always_inline void listening_add(struct connection *connection)
 		return;
 	}
 	__sync_fetch_and_add(&present->sockets, 1);
+	if (present->owner.pid != connection->opener.pid)
+		present->mixed = 1;
 	connection->in_listening = true;
 }
 
@@ -253,7 +256,13 @@ static __always_inline struct listening *listening_for(const struct identity *ch
 		__builtin_memset(key.address, 0, 16);
 		found = bpf_map_lookup_elem(&listening, &key);
 	}
-	return found && found->sockets == 1 ? found : NULL;
+	return found && !found->mixed ? found : NULL;
+}
+
+/* Both ports are set; a listener has only one. From then on the identity is not read again. */
+static __always_inline bool identity_complete(const struct connection *connection)
+{
+	return connection->id.lport && (connection->id.rport || connection->role == ROLE_LISTENER);
 }
 
 /* What a change of state tells about a connection. Call it before using the table entry. */
@@ -279,7 +288,7 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 	} else if (new_state == STATE_SYN_RECV && old_state == STATE_LISTEN) {
 		connection->role = ROLE_PASSIVE;
 	}
-	if (!connection->id.rport || !connection->id.lport)
+	if (!identity_complete(connection))
 		identity_read(sk, &connection->id);
 	if (new_state == STATE_LISTEN)
 		listening_add(connection);

@@ -35,6 +35,8 @@ _SAMPLE_SECONDS = 0.2
 class Queue(Stream):
     """Two views of the probe `listeners`: its snapshots, and with --events its event stream."""
 
+    intervals = True
+
     def __init__(self) -> None:
         super().__init__(
             "listeners",
@@ -48,6 +50,8 @@ class Queue(Stream):
         )
 
     def open(self, request: Request) -> Session:
+        if request.options.get("events") and request.interval is not None:
+            raise UsageError(f"--interval {request.interval:g}", "with --events rows come as things happen")
         if request.options.get("stack") and not request.options.get("events"):
             raise UsageError("--stack", "it goes with --events")
         return listeners.open_session(

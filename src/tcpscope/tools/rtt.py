@@ -57,6 +57,7 @@ _GRACE_KEYS = 64
 class Rtt(Tool):
     probes = ("rtt",)
     aliases = ("tcprtt",)
+    intervals = True
     options = (
         Option(("--by",), "One distribution for each: none, laddr, raddr, lport, rport, pid, connection; "
                "or several with commas.", str, "none"),
