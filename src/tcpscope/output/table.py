@@ -13,7 +13,7 @@ from tcpscope.output import Column
 
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5}
 _NAMED = {"pid": 7, "uid": 5, "lport": 5, "rport": 5, "family": 2, "netns": 10, "cookie": 8, "role": 8,
-          "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12}  # fmt: skip
+          "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12, "cause": 18, "answer": 10}  # fmt: skip
 _HEADERS = {"family": "IP", "in_state_us": "IN STATE(us)"}
 
 
