@@ -69,7 +69,6 @@ def test_run_with_a_tool_beside() -> None:
     assert {event["lport"] for event in events} == {8080}  # the server's namespace, and nothing else
 
 
-@pytest.mark.kernel
 def test_a_tool_that_fails_gives_its_status() -> None:
     done = subprocess.run([*RUN, "close-order", "--", "states", "--nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
@@ -77,7 +76,6 @@ def test_a_tool_that_fails_gives_its_status() -> None:
     assert "'tcpscope states' ended with status 2" in done.stderr
 
 
-@pytest.mark.kernel
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
 def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     running = subprocess.Popen(
@@ -100,7 +98,6 @@ def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     assert start_time(server) is None
 
 
-@pytest.mark.kernel
 def test_kept_until_the_interrupt() -> None:
     running = subprocess.Popen(
         [*RUN, "syn-flood", "--keep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -118,7 +115,6 @@ def test_kept_until_the_interrupt() -> None:
     assert ours(running.pid) == []
 
 
-@pytest.mark.kernel
 def test_clean() -> None:
     NAMES.mkdir(exist_ok=True)
     dead = NAMES / f"tcpscope-{os.getpid()}-1-7-server"
@@ -127,7 +123,6 @@ def test_clean() -> None:
     assert not dead.exists()
 
 
-@pytest.mark.kernel
 def test_without_privilege() -> None:
     bare = ["setpriv", "--bounding-set", "-all", "--inh-caps", "-all"]
     done = subprocess.run([*bare, *RUN, "syn-flood"], capture_output=True, text=True)

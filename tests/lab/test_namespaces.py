@@ -13,8 +13,6 @@ import pytest
 from tcpscope.errors import NotPermittedError
 from tcpscope.lab.namespaces import NAMES, Namespace, start_time, sweep
 
-pytestmark = pytest.mark.kernel
-
 LIVES = """
 import sys
 from tcpscope.lab.namespaces import Namespace
@@ -37,6 +35,7 @@ def references(inode: int) -> list[str]:
     return found + [line for line in mounts if f"net:[{inode}]" in line]
 
 
+@pytest.mark.kernel
 def test_worker_lives_in_the_namespace() -> None:
     namespace = Namespace("test")
     try:
@@ -64,6 +63,7 @@ def test_two_namespaces_of_one_name_cannot_be() -> None:
         first.close()
 
 
+@pytest.mark.kernel
 def test_killed_owner_is_swept_and_a_living_one_is_not() -> None:
     def start() -> tuple[subprocess.Popen[str], str]:
         owner = subprocess.Popen(

@@ -11,8 +11,6 @@ from tcpscope.errors import TcpscopeError
 from tcpscope.lab.hosts import Lab
 from tcpscope.lab.programs import Program, until
 
-pytestmark = pytest.mark.kernel
-
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
