@@ -43,7 +43,8 @@ class Listener:
     """One listening socket at one moment.
 
     `refused` counts by (step, cause) since the tool saw it first, None where the kernel's functions cannot be hooked;
-    `drops` is the socket's own count of refusals of any kind since listen().
+    `drops` is the socket's own count since listen(): a refused SYN is one, a refused final ACK two, because there the
+    kernel counts the refusal and the packet that is thrown away with it.
     `oldest_wait_us` is the time since the SYN-ACK of the connection at the head of the accept queue was sent.
     """
 
@@ -188,7 +189,7 @@ COLUMNS = (
     Column("overflows_at_ack", doc="... of them final ACKs: the client believes it is connected"),
     Column("syn_drops", doc="SYNs refused because the SYN queue was full, or its last quarter reserved"),
     Column("cookies", doc="SYNs answered by a SYN cookie"),
-    Column("drops", doc="refusals of any kind since listen() (sk_drops)"),
+    Column("drops", doc="the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two"),
     Column("accepts", doc="accept() calls that returned a connection, since the tool sees it"),
     Column("accepts_per_s", "float", doc="the same per second, since the snapshot before"),
     Column("since_accept_ms", doc="time since the last accept()", unit="ms"),

@@ -6,8 +6,8 @@ With --events one row per refused handshake: which queue, at which step (SYN or 
 and limits at that moment; --stack adds the kernel stack.
 
 The refusals are read off the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and
-TCPReqQFullDoCookies exactly. Where functions cannot be hooked, each listener's count of drops is sampled instead: then
-the number is exact, and step, peer and cause are not known.
+TCPReqQFullDoCookies exactly. Where functions cannot be hooked, each listener's count of drops is sampled instead: it
+grows by one for a refused SYN and by two for a refused final ACK, and step, peer and cause are not known.
 """
 
 from __future__ import annotations
