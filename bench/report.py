@@ -195,7 +195,7 @@ def _attach(parts: Sequence[dict[str, Any]]) -> str:
     titles = ["tool", *(f"Linux {part['kernel']}" for part in parts)]
     rows = [
         [f"{s.project}: `{s.name}`", *(part["absent"].get(s.name, "works").replace("|", "/") for part in parts)]
-        for s in PEERS
+        for s in (*STATES, *RTT, *QUEUE, *PEERS)
     ]
     return table(titles, rows).replace("---:", "---")
 
