@@ -91,10 +91,11 @@ def run_all(arguments: Sequence[str], *, jobs: int, timeout_s: float) -> int:
     rows = [run_host(arguments)]
     save(rows[0])
     print(f"=== {', '.join(releases)}: tests marked kernel, {jobs} at a time ===", flush=True)
+    chosen = arguments or summary.modules_marked_kernel(rows[0])
 
     def row_of(kernel: Kernel) -> summary.Row:
         prefix = f"[{kernel.name}] "
-        return run_guest(kernel, arguments, timeout_s=timeout_s, under_kvm=under_kvm, prefix=prefix)
+        return run_guest(kernel, chosen, timeout_s=timeout_s, under_kvm=under_kvm, prefix=prefix)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:

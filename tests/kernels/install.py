@@ -26,11 +26,12 @@ def staged(folder: Path) -> dict[str, str]:
     if not (BUILD / "build.ninja").exists():
         raise BuildError(f"no build in {BUILD.relative_to(TREE)}: run `make install` first")
     editable_off = {"MESONPY_EDITABLE_SKIP": str(BUILD)}
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"  # meson looks for ninja
     with (TREE / ".cache/build.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = subprocess.run(
             [sys.executable, "-m", "mesonbuild.mesonmain", "install", "-C", str(BUILD), "--quiet"],
-            env={**os.environ, **editable_off, "DESTDIR": str(folder)},
+            env={**os.environ, **editable_off, "PATH": path, "DESTDIR": str(folder)},
             capture_output=True,
             text=True,
         )

@@ -89,6 +89,16 @@ def make_row(
     return row
 
 
+def modules_marked_kernel(row: Row) -> list[str]:
+    """Return the modules with tests marked ``kernel``, so that a slow guest imports no others.
+
+    Empty, which means all of them, where the row does not know.
+    """
+    if row.problem or any(result.kernel is None for result in row.tests):
+        return []
+    return sorted({result.nodeid.partition("::")[0] for result in row.tests if result.kernel})
+
+
 def skipped_everywhere(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
     """Return the tests that no row ran, each with the reason that each row gave.
 
