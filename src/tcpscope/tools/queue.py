@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from tcpscope import listeners
@@ -63,7 +64,7 @@ class Queue(Stream):
         assert session.layout is not None
         stack = request.options.get("stack")
         default = (*_EVENTS, "stack") if stack else _EVENTS
-        frame = Symbols().name if stack else hex
+        frame = _symbols().name if stack else hex
         return request.select(session.layout, default).decoder(Clock(request.time), frame=frame)
 
     def run(self, request: Request) -> None:
@@ -113,6 +114,12 @@ class Queue(Stream):
             if left == 0:
                 break
             stop.wait(request.interval or 1.0)
+
+
+@cache
+def _symbols() -> Symbols:
+    """Read once, and early: when rows are decoded the privilege to see addresses is gone."""
+    return Symbols()
 
 
 def _project(rows: list[Any], columns: tuple[Column, ...]) -> list[Any]:
