@@ -331,7 +331,10 @@ static __always_inline void connection_forget(struct sock *sk)
 	bpf_map_delete_elem(&connections, &key);
 }
 
-/* The TCP socket behind a file, or NULL. Sockets are the files of the file system "sockfs". */
+/*
+ * The TCP socket behind a file, or NULL. Sockets are the files of the file system "sockfs". Behind an MPTCP socket
+ * stands its first subflow: for a listener the one that listens.
+ */
 static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 {
 	struct inode *inode = BPF_CORE_READ(file, f_inode);
@@ -343,10 +346,24 @@ static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 		return NULL;
 	socket = BPF_CORE_READ(file, private_data);
 	sk = BPF_CORE_READ(socket, sk);
+	if (sk && bpf_core_field_exists(struct mptcp_sock, first) && BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
+		sk = BPF_CORE_READ((struct mptcp_sock *)sk, first);
 	if (!sk || BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
 		return NULL;
 	family = BPF_CORE_READ(sk, __sk_common.skc_family);
 	return family == AF_INET || family == AF_INET6 ? sk : NULL;
+}
+
+/* Give a TCP socket in that state its cookie, where the kernel lets us: events know the socket by address only. */
+static __always_inline void cookie_give(struct file *file, enum tcp_state state)
+{
+	struct socket *socket;
+
+	if (!have_cookie_helper())
+		return;
+	socket = bpf_sock_from_file(file);
+	if (socket && socket->sk && socket->sk->sk_protocol == IPPROTO_TCP && socket->sk->__sk_common.skc_state == state)
+		bpf_get_socket_cookie(socket->sk);
 }
 
 /* The TCP socket behind a file descriptor of the current process, or NULL. */

@@ -20,6 +20,7 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
 #define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
@@ -76,6 +77,7 @@ struct sock_common {                                          /* include/net/soc
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
+	struct sock *skc_listener;                            /* of a request */
 };
 
 struct sock {                                                 /* include/net/sock.h */
@@ -128,6 +130,10 @@ struct tcp_sock {                                             /* include/linux/t
 	__u32 snd_una;
 	__u32 srtt_us;
 	struct tcp_rack rack;
+};
+
+struct mptcp_sock {                                           /* net/mptcp/protocol.h; with CONFIG_MPTCP */
+	struct sock *first;
 };
 
 struct sk_buff {                                              /* include/linux/skbuff.h */

@@ -22,7 +22,7 @@ enum cause {
 	CAUSE_UNKNOWN,
 	CAUSE_ACCEPT_QUEUE_FULL,  /* ListenOverflows */
 	CAUSE_SYN_QUEUE_FULL,     /* TCPReqQFullDrop */
-	CAUSE_COOKIE_SENT,        /* TCPReqQFullDoCookies: answered, not refused */
+	CAUSE_COOKIE_SENT,        /* SyncookiesSent: answered, not refused */
 	CAUSE_SYN_QUEUE_RESERVED, /* only ListenDrops; no cookies, and the last quarter is for peers known before */
 	CAUSE_OTHER,              /* only ListenDrops: no route, no memory, a security module */
 } __attribute__((packed));
@@ -216,6 +216,20 @@ static __always_inline struct activity *activity_of(struct sock *sk)
 	return found;
 }
 
+/*
+ * tcp_abort_on_overflow is looked at by tcp_check_req(), where the final ACK of a request goes. The ACK that answers a
+ * SYN cookie has only a request that was made for the occasion and knows no listener; it is dropped in silence.
+ */
+static __always_inline enum answer answer_to(struct in_hand *packet, int step, int cause, bool abort_on_overflow)
+{
+	if (cause == CAUSE_COOKIE_SENT)
+		return ANSWER_SYN_COOKIE;
+	if (step == STEP_ACK && cause == CAUSE_ACCEPT_QUEUE_FULL && abort_on_overflow &&
+	    BPF_CORE_READ(packet->req, __req_common.skc_listener))
+		return ANSWER_RST;
+	return ANSWER_NONE;
+}
+
 static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int cause)
 {
 	struct connection *connection = connection_find(packet->sk);
@@ -250,10 +264,7 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	event->cause = cause;
 	event->step = step;
 	event->count = 1;
-	event->answer = cause == CAUSE_COOKIE_SENT                                  ? ANSWER_SYN_COOKIE
-			: step == STEP_ACK && event->queues.abort_on_overflow &&
-					  cause == CAUSE_ACCEPT_QUEUE_FULL          ? ANSWER_RST
-										    : ANSWER_NONE;
+	event->answer = answer_to(packet, step, cause, event->queues.abort_on_overflow);
 	if (send_stacks)
 		bpf_get_stack(ctx, event->stack, sizeof(event->stack), 0);
 	event_submit(event);
@@ -298,10 +309,11 @@ static __always_inline void handshake_exit(void *ctx, int step)
 	before = packet->before;
 	mib_read(packet, &now);
 	packet->before = now;
-	if (now.cookies != before.cookies)
-		refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
-	if (now.drops == before.drops)
+	if (now.drops == before.drops) {
+		if (now.cookies != before.cookies)
+			refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
 		return;
+	}
 	refusal(ctx, packet, step,
 		now.overflows != before.overflows                         ? CAUSE_ACCEPT_QUEUE_FULL
 		: now.full != before.full                                 ? CAUSE_SYN_QUEUE_FULL
@@ -435,8 +447,18 @@ int BPF_PROG(accept__syscall, struct pt_regs *regs, long fd)
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 {
-	if (sk->sk_protocol == IPPROTO_TCP && (new_state == STATE_LISTEN || (old_state == STATE_LISTEN && new_state == STATE_CLOSE)))
+	__u64 key = (__u64)sk;
+
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	if (new_state == STATE_LISTEN) {
+		/* A packet in hand while the socket before at this address was destroyed may have left its activity. */
+		bpf_map_delete_elem(&activities, &key);
+		COOKIE_OF(sk);
 		connection_transition(sk, old_state, new_state);
+	} else if (old_state == STATE_LISTEN && new_state == STATE_CLOSE) {
+		connection_transition(sk, old_state, new_state);
+	}
 	return 0;
 }
 
@@ -458,8 +480,10 @@ int seed(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 
-	if (task && file)
+	if (task && file) {
 		connection_seed(task, file, STATE_LISTEN);
+		cookie_give(file, STATE_LISTEN);
+	}
 	return 0;
 }
 
