@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from tcpscope.filters import Filter, address_text
+from tcpscope.kernel import filtering
 from tcpscope.kernel.features import Kernel
 from tcpscope.output import Column
 from tcpscope.schema import comm_text
@@ -133,7 +134,7 @@ def _join(records: Iterable[Any], exact: bool, accepts: bool, residual: Filter) 
     for record in records:
         holder = Holder(record.pid, comm_text(record.comm), record.uid, record.fd)
         listeners.setdefault(record.socket, (record, []))[1].append(holder)
-        if record.wanted and (residual.is_empty or residual.matches(record)):
+        if record.wanted and filtering.matches(residual, record):
             wanted.add(record.socket)
     for socket, (record, holders) in listeners.items():
         if socket in wanted:

@@ -21,6 +21,12 @@ def split(filter: Filter) -> tuple[Filter, Filter]:
     return in_kernel, here
 
 
+def matches(residual: Filter, record: Any) -> bool:
+    """Whether a raw record matches what `split` left for user space. As in the kernel, an end whose port is 0 is not
+    known: the zeros in its place are no address."""
+    return residual.matches({"laddr": record.laddr, "raddr": record.raddr if record.rport else None})
+
+
 def kernel_only(filter: Filter, tool: str) -> Filter:
     """`filter` itself, for a tool that aggregates in the kernel; UsageError if the kernel cannot decide all of it."""
     _, here = split(filter)
