@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from tcpscope import tools
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
+from tcpscope.kernel import filtering
+from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column, Sink, open_sink
 from tcpscope.schema import Clock, Decoder, Layout, Row
 from tcpscope.session import RING_BYTES, Session, Stats, Stop, announce_ready, drop_privileges
@@ -156,8 +158,13 @@ class Stream(Tool):
         self.skip = skip
         self.constants = constants
 
+    def check(self, request: Request) -> None:
+        """UsageError for what can be known to be wrong before anything is loaded."""
+        request.select(Spec.of(self.probes[0]).layout(self.event), self.columns)
+
     def open(self, request: Request) -> Session:
         """The probe, attached as this tool needs it."""
+        self.check(request)
         return Session(
             self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip,
             ring_bytes=request.buffer, debug=request.debug,
@@ -205,8 +212,10 @@ def residual_filter(session: Session) -> Callable[[memoryview, list[Any]], list[
         return None
     assert session.layout is not None
     raw = session.layout.select(("family", "laddr", "raddr", "lport", "rport")).decoder(raw=True)
-    matches = session.residual.matches
-    return lambda batch, rows: [row for row, r in zip(rows, raw.rows(batch), strict=True) if matches(r)]
+    wanted = session.residual
+    return lambda batch, rows: [
+        row for row, r in zip(rows, raw.rows(batch), strict=True) if filtering.matches(wanted, r)
+    ]
 
 
 def names() -> list[str]:

@@ -7,7 +7,7 @@ the file. A program with the tag `optional:TEXT` may be missing, and TEXT says w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from typing import Any
 
@@ -61,6 +61,7 @@ class Spec:
         self.btf = B.Btf.parse(self._sections[".BTF"])
 
     @classmethod
+    @cache
     def of(cls, probe: str) -> Spec:
         """The object that this package ships for `probe`."""
         return cls(probe, (files("tcpscope") / "bpf" / f"{probe}.bpf.o").read_bytes())

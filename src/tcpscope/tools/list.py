@@ -17,6 +17,7 @@ import msgspec
 
 from tcpscope.filters import Filter
 from tcpscope.kernel import filtering, netns
+from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
 from tcpscope.schema import comm_text
@@ -31,14 +32,13 @@ class List(Tool):
     capabilities = ("CAP_BPF", "CAP_PERFMON")
 
     def run(self, request: Request) -> None:
+        extra = (
+            Column("pid", doc="first process that holds it"),
+            Column("comm", "comm", doc="name of that process"),
+            Column("holders", "list", doc="every process that holds it: PID, name, user, file descriptor"),
+        )
+        columns = request.choose((*map(Column.of, Spec.of("sockets").layout("existing").fields), *extra), _TABLE)
         with Stop(request.duration) as stop, Session("sockets", None, request.filter, debug=request.debug) as session:
-            layout = session.spec.layout("existing")
-            extra = (
-                Column("pid", doc="first process that holds it"),
-                Column("comm", "comm", doc="name of that process"),
-                Column("holders", "list", doc="every process that holds it: PID, name, user, file descriptor"),
-            )
-            columns = request.choose((*map(Column.of, layout.fields), *extra), _TABLE)
             sink = request.sink(columns)
             if not request.ready(session, keep=("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")):
                 return
@@ -75,7 +75,7 @@ def sockets(session: Session, filter: Filter) -> Iterator[list[dict[str, Any]]]:
             for row, plain in zip(decode(piece), raw(piece), strict=True):
                 if owner_asked and plain.socket not in wanted:
                     continue
-                if not session.residual.is_empty and not session.residual.matches(plain):
+                if not filtering.matches(session.residual, plain):
                     continue
                 own = holders.get(plain.socket, ())
                 values = {name: getattr(row, name) for name in names}

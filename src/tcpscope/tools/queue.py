@@ -55,10 +55,17 @@ class Queue(Stream):
             raise UsageError(f"--interval {request.interval:g}", "with --events rows come as things happen")
         if request.options.get("stack") and not request.options.get("events"):
             raise UsageError("--stack", "it goes with --events")
+        self.check(request)
         return listeners.open_session(
             request.filter, events=bool(request.options.get("events")), stacks=bool(request.options.get("stack")),
             ring_bytes=request.buffer, debug=request.debug,
         )  # fmt: skip
+
+    def check(self, request: Request) -> None:
+        if request.options.get("events"):
+            super().check(request)
+        else:
+            request.choose(listeners.COLUMNS)
 
     def decoder(self, session: Session, request: Request) -> Decoder:
         assert session.layout is not None

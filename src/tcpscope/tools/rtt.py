@@ -79,12 +79,13 @@ class Rtt(Tool):
         skip = () if owner else ("accept", "seed")
         entries = {"rtts": max_keys + _GRACE_KEYS} | ({} if owner else {"connections": 1, "listening": 1})
         request.filter = filtering.kernel_only(request.filter, "rtt")
+        columns = _columns(request, by)
         with (
             Stop(request.duration) as stop,
             Session("rtt", None, request.filter, constants=constants, skip=skip, entries=entries,
                     debug=request.debug) as session,
         ):  # fmt: skip
-            report = _Report(request, by)
+            report = _Report(request, by, columns)
             if not request.ready(session):
                 return
             reader = _Reader(session, max_keys + _GRACE_KEYS)
@@ -167,22 +168,30 @@ def _histogram(value: Any) -> Histogram:
     return Histogram(buckets, value.sum_us, min(lowest, default=None), max(highest) if lowest else None)
 
 
+def _keys(by: tuple[str, ...]) -> tuple[Column, ...]:
+    shown = {name for key in by for name in _KEYS[key]}
+    return tuple(column for column in _KEY_COLUMNS if column.name in shown)
+
+
+def _columns(request: Request, by: tuple[str, ...]) -> tuple[Column, ...]:
+    """The columns to show, or a UsageError."""
+    stamp = () if request.time == "none" else (Column("time", "time", doc="when it was read"),)
+    period = (Column("total", "bool", doc="over the whole run, not an interval"),)
+    available = (*stamp, *_keys(by), *_VALUES, *period)
+    default = tuple(column.name for column in (*stamp, *_keys(by), *_VALUES[:-1], *period))
+    return request.choose(available, default)
+
+
 class _Report:
     """Rows of distributions, and in a table the drawings."""
 
-    def __init__(self, request: Request, by: tuple[str, ...]) -> None:
+    def __init__(self, request: Request, by: tuple[str, ...], columns: tuple[Column, ...]) -> None:
         self._request = request
         self._clock = Clock(request.time)
-        shown = {name for key in by for name in _KEYS[key]}
-        keys = tuple(column for column in _KEY_COLUMNS if column.name in shown)
-        period = (Column("total", "bool", doc="over the whole run, not an interval"),)
-        stamp = () if request.time == "none" else (Column("time", "time", doc="when it was read"),)
-        available = (*stamp, *keys, *_VALUES, *period)
-        default = tuple(column.name for column in (*stamp, *keys, *_VALUES[:-1], *period))
-        self._columns = request.choose(available, default)
+        self._columns = columns
         self._row = msgspec.defstruct("Rtt", [(column.name, Any) for column in self._columns])
         self._draw = request.output == "table" and (request.options["histogram"] or not by)
-        self._keys = [column.name for column in keys]
+        self._keys = [column.name for column in _keys(by)]
         self.sink = request.sink(self._columns)
 
     def write(self, found: dict[Any, Histogram], total: bool) -> None:
