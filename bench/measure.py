@@ -100,14 +100,22 @@ class Running:
             raise CannotRun(reason(said))
 
     def settled(self) -> None:
-        """Wait until it has worked off what there is: less than 3 % of a processor, three times 100 ms."""
+        """Wait until it has worked off what there is: asleep, and less than 3 % of a processor, three times 100 ms."""
         deadline = time.monotonic() + self._patience_s
         calm, before = 0, self.cpu_ns()
         while calm < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
             now = self.cpu_ns()
-            calm = calm + 1 if now - before < 3_000_000 else 0
+            calm = calm + 1 if now - before < 3_000_000 and not self._wants_processor() else 0
             before = now
+
+    def _wants_processor(self) -> bool:
+        """Is a thread of it running, or would it run if others let it?"""
+        states = set()
+        for task in self._proc.glob("task/*/stat"):
+            with contextlib.suppress(OSError):
+                states.add(task.read_text().rpartition(")")[2].split()[0])
+        return "R" in states
 
     def stop(self) -> tuple[int, int]:
         """End it as Ctrl-C does; rows about our traffic that it printed, and events that it says were lost."""

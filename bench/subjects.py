@@ -52,7 +52,7 @@ STATES = (
 TABLE, JSON, TCPSTATES = (subject.name for subject in STATES[:3])
 
 RTT = (
-    _tcpscope("rtt", rows=False),
+    _tcpscope("rtt", "-i", "60", rows=False),
     _libbpf("tcprtt", rows=False),
     _bcc("tcprtt", rows=False),
 )
