@@ -90,7 +90,7 @@ def all_rules() -> list[Rule]:
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
     """Most severe first, then the one with the most refusals."""
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), -f.facts.get("count", 0), f.title))
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), -(f.facts.get("count") or 0), f.title))
 
 
 def account(sources: Iterable[Source]) -> Stats:

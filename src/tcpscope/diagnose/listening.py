@@ -21,7 +21,8 @@ class History:
     """One listener over the time of watching.
 
     refused     (step, cause) -> count, from the first snapshot to the last; empty where only drops are known
-    drops       refusals of any kind in that time, exact on every kernel
+    drops       packets dropped at this listener in that time: a refused SYN counts once, a refused final ACK twice
+                (tcp_listendrop(), and again when the packet is thrown away)
     fullest     the snapshot in which its accept queue was longest
     full_seen   snapshots in which the accept queue was full, of `looks`
     peers       remote address -> refused handshakes, of the first ones
@@ -80,14 +81,29 @@ class Listening:
         self._settle()
 
     def live(self) -> str:
-        refused = sum(history.drops for history in self.histories.values())
-        return f"{len(self.histories)} listeners, {refused} handshakes refused"
+        if not self.exact:
+            return f"{len(self.histories)} listeners, {sum(h.drops for h in self.histories.values())} packets dropped"
+        refused = Counter[str]()
+        for history in self.histories.values():
+            for (_, cause), n in (history.last.refused or {}).items():
+                refused[cause] += n
+            for (_, cause), n in (history.first.refused or {}).items():
+                refused[cause] -= n
+        return f"{len(self.histories)} listeners, {refused.total() - refused['COOKIE_SENT']} handshakes refused"
+
+    def refused(self, history: History, counter: str) -> int | None:
+        """Where refusals are not seen: how many of the namespace's counter `counter` are this listener's.
+
+        All of them if no other listener of the namespace dropped anything, otherwise that cannot be said.
+        """
+        dropping = [own for own in self.histories.values() if own.last.netns == history.last.netns and own.drops]
+        return self.counters.get(history.last.netns, {}).get(counter) if dropping == [history] else None
 
     def blind_spots(self) -> list[str]:
         if self.exact:
             return []
-        return ["refused handshakes are sampled from each listener's drop count, without step and peer: "
-                "this kernel's functions cannot be hooked"]  # fmt: skip
+        return ["step and peer of refused handshakes are not known, and their number comes from the counters of the "
+                "namespace: this kernel's functions cannot be hooked"]  # fmt: skip
 
     def _look(self, newborn: bool = True) -> None:
         for listener in listeners.snapshot(self.session):

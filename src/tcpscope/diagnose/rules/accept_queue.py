@@ -31,21 +31,28 @@ class AcceptQueue(Rule):
 
     def check(self, seen: Listening) -> Iterator[Finding]:
         for history in seen.histories.values():
-            at_syn = history.count("ACCEPT_QUEUE_FULL", "syn")
-            at_ack = history.count("ACCEPT_QUEUE_FULL", "ack")
-            count = at_syn + at_ack
-            if not seen.exact and history.full_seen:
-                count = history.drops
-            if count:
-                yield self._finding(seen, history, count, at_syn, at_ack)
+            if seen.exact:
+                refused = history.count("ACCEPT_QUEUE_FULL") > 0
+            else:
+                refused = history.full_seen > 0 and history.drops > 0
+            if refused:
+                yield self._finding(seen, history)
             elif history.full_seen:
-                yield self._full(seen, history)
+                yield self._full(history)
 
-    def _finding(self, seen: Listening, history: History, count: int, at_syn: int, at_ack: int) -> Finding:
+    def _finding(self, seen: Listening, history: History) -> Finding:
         listener, fullest = history.last, history.fullest
-        steps = f": {at_syn} at the SYN, {at_ack} at the final ACK" if seen.exact else " (sampled; step not known)"
+        at_syn = at_ack = None
+        if seen.exact:
+            count: int | None = history.count("ACCEPT_QUEUE_FULL")
+            at_syn, at_ack = history.count("ACCEPT_QUEUE_FULL", "syn"), history.count("ACCEPT_QUEUE_FULL", "ack")
+            refused = f"{count} handshakes refused: {at_syn} at the SYN, {at_ack} at the final ACK"
+        else:
+            count = seen.refused(history, "ListenOverflows")
+            number = "handshakes refused, their number is not known" if count is None else f"{count} handshakes refused"
+            refused = f"{number} ({history.drops} packets dropped; a refused final ACK counts twice there)"
         observed = [
-            f"{count} handshakes refused{steps}",
+            refused,
             f"accept queue {fullest.accept_queue} at most, limit {listener.accept_limit}; "
             f"{_accepts(history)}{_waiting(history)}",
             about_limit(listener),
@@ -58,12 +65,11 @@ class AcceptQueue(Rule):
             title=f"accept queue overflow on {listener.name}, {whose(listener)}",
             observed=observed,
             why=WHY + (WHY_RESET if listener.abort_on_overflow else ""),
-            remedies=list(_remedies(history, count)),
-            facts=facts(history, count=count, at_syn=at_syn if seen.exact else None,
-                        at_ack=at_ack if seen.exact else None),
-        )  # fmt: skip
+            remedies=list(_remedies(history, count or history.drops)),
+            facts=facts(history, count=count, at_syn=at_syn, at_ack=at_ack),
+        )
 
-    def _full(self, seen: Listening, history: History) -> Finding:
+    def _full(self, history: History) -> Finding:
         listener = history.last
         return Finding(
             rule=self.name,

@@ -40,17 +40,12 @@ class SynQueue(Rule):
             full = history.count("SYN_QUEUE_FULL")
             reserved = history.count("SYN_QUEUE_RESERVED")
             cookies = history.count("COOKIE_SENT")
-            if not seen.exact:
-                full = self._sampled(seen, history)
+            if not seen.exact and not history.full_seen:
+                full = seen.refused(history, "TCPReqQFullDrop") or 0
+                reserved = (seen.refused(history, "ListenDrops") or 0) - full
             always = history.last.syncookies == 2  # cookies for every SYN: no sign of an overflow
             if full + reserved or (cookies and not always):
                 yield self._finding(seen, history, full, reserved, cookies)
-
-    @staticmethod
-    def _sampled(seen: Listening, history: History) -> int:
-        """Drops of a listener whose accept queue was never full, if its namespace counted SYN queue drops."""
-        counted = seen.counters.get(history.last.netns, {}).get("TCPReqQFullDrop", 0)
-        return history.drops if counted and not history.full_seen else 0
 
     def _finding(self, seen: Listening, history: History, full: int, reserved: int, cookies: int) -> Finding:
         listener = history.last
@@ -58,8 +53,9 @@ class SynQueue(Rule):
         observed = []
         if dropped:
             parts = [f"{full} because the queue was full"] if full else []
-            parts += [f"{reserved} because its last quarter is reserved"] if reserved else []
-            observed.append(f"{dropped} SYNs dropped: {', '.join(parts)}{'' if seen.exact else ' (sampled)'}")
+            unsure = "" if seen.exact else " (or for another reason: on this kernel only their number is known)"
+            parts += [f"{reserved} because its last quarter is reserved{unsure}"] if reserved else []
+            observed.append(f"{dropped} SYNs dropped: {', '.join(parts)}")
         if cookies:
             observed.append(f"{cookies} SYNs answered by a SYN cookie")
         observed += [

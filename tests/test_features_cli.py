@@ -1,0 +1,50 @@
+"""`tcpscope features` against what the kernel really has."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tcpscope.kernel.btf import Btf
+from tcpscope.kernel.features import BTF
+from tcpscope.tool import names
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture(scope="module")
+def report():
+    command = [sys.executable, "-m", "tcpscope", "features", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
+def test_every_tool_is_there_and_needs_no_guess(report):
+    assert sorted(entry["tool"] for entry in report["tools"]) == names()
+    assert all(entry["doubt"] is None for entry in report["tools"])
+
+
+def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
+    kernel = Btf.parse(BTF.read_bytes())
+    for entry in report["tools"]:
+        for hook in entry["hooks"]:
+            kind, _, target = (hook["way"] or "").partition("/")
+            if kind in ("fentry", "fexit", "kprobe", "kretprobe"):
+                assert kernel.func_params(target) is not None
+
+
+def test_what_is_not_attached_says_why_and_what_is_then_not_known(report):
+    for entry in report["tools"]:
+        for hook in entry["hooks"]:
+            if hook["way"] is None:
+                assert hook["refused"]
+                assert hook["not_known"]
+
+
+def test_text_names_hooks_and_privileges():
+    done = subprocess.run(
+        [sys.executable, "-m", "tcpscope", "features"], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "queue  (probe listeners, needs CAP_BPF, CAP_PERFMON" in done.stdout
+    assert "tp_btf/inet_sock_set_state" in done.stdout
