@@ -22,8 +22,18 @@ _OTHERS = {
 }  # fmt: skip
 
 
+class _ReaderGoneError(Exception):
+    """Whoever read our output has closed it."""
+
+
 class Commands(click.Group):
     """Imports a command's module only when that command is called: the start counts."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderGoneError from None  # click would end with status 1
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*toolbox.names(), *_OTHERS])
@@ -173,7 +183,7 @@ def _guarded(run: Callable[[], Any]) -> int:
         return _fail(" ".join(error.format_message().split()), 2)
     except TcpscopeError as error:
         return _fail(str(error), error.exit_status)
-    except BrokenPipeError:
+    except (BrokenPipeError, _ReaderGoneError):
         # The reader has gone, which is its right. stdout must not be flushed again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
