@@ -1,0 +1,277 @@
+"""A run from its start to its end: the account of events, every way to end, and outputs that fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+
+from tcpscope.errors import LossError
+from tcpscope.lab.hosts import Host, Lab
+from tcpscope.session import Stats, Stop
+from tests.conftest import RunningTool, until
+
+REFUSED = 9  # nobody listens there
+STEPS = 2  # a refused connect() is two changes of state
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """One for all tests here: each leaves nothing in it."""
+    with Lab() as made:
+        yield made
+
+
+def refused(host: Host, times: int) -> None:
+    """So many connections that nobody takes."""
+
+    def connect() -> None:
+        for _ in range(times):
+            with socket.socket() as client:
+                assert client.connect_ex((host.ipv4, REFUSED)) == errno.ECONNREFUSED
+
+    host.run(connect)
+
+
+def test_the_account() -> None:
+    stats = Stats(seen=10, shown=4, filtered=5, lost=1) + Stats(seen=1, shown=1)
+    assert stats == Stats(seen=11, shown=5, filtered=5, lost=1)
+    assert stats.line() == "seen 11 = shown 5 + filtered 5 + lost 1"
+    assert not stats.lossless
+    with pytest.raises(LossError, match="larger --buffer"):
+        stats.check()
+    Stats(seen=3, shown=3).check()
+    for silent in (Stats(table_full=2), Stats(missed=1)):
+        assert not silent.lossless
+    assert Stats(table_full=2).line().endswith("; 2 times a table was full")
+
+
+def test_stop() -> None:
+    with Stop() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        stop.wait(60)  # does not wait
+    stop.stop()  # after its end it is no error
+    with Stop(0.05) as stop:
+        begin = time.monotonic()
+        stop.wait(60)
+        assert time.monotonic() - begin < 30
+        assert stop
+    read, write = os.pipe()
+    with Stop() as stop:
+        os.write(write, b"x")
+        stop.wait(60, read)  # nor does it while there is something to read
+        assert not stop
+    os.close(read), os.close(write)
+
+
+@pytest.mark.kernel
+def test_loss_is_counted_exactly(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """The reader sleeps while more comes than a page holds. Witness: the connections made."""
+    made = 100
+    with run_tool("states", "--netns", str(lab.client.inode), "--buffer", "4K", "--strict") as tool:
+        refused(lab.client, 3)
+        tool.wait_for(lambda rows: len(rows) == 3 * STEPS)
+        os.kill(tool.pid, signal.SIGSTOP)
+        refused(lab.client, made)
+        refused(lab.server, 5)  # of another namespace: filtered
+        os.kill(tool.pid, signal.SIGCONT)
+        done = tool.stop()
+    stats = done.stats
+    assert stats is not None
+    assert stats["seen"] == stats["shown"] + stats["filtered"] + stats["lost"]
+    assert stats["shown"] == len(done.rows)
+    assert stats["shown"] + stats["lost"] == (3 + made) * STEPS
+    assert stats["filtered"] >= 5 * STEPS
+    # 4096 bytes hold 32 records of 120 bytes and their headers.
+    assert 0 < stats["shown"] - 3 * STEPS <= 32
+    assert stats["lost"] >= made * STEPS - 32
+    assert stats["table_full"] == stats["missed"] == 0
+    assert done.status == 5
+    account = Stats(**stats).line()
+    assert done.stderr.splitlines() == [
+        f"tcpscope: {account}",
+        f"tcpscope: events were lost: {account}; a larger --buffer or a narrower filter helps",
+    ]
+
+
+@pytest.mark.kernel
+def test_nothing_is_lost_without_need(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """The same burst, and a buffer that holds it; strict then means nothing."""
+    with run_tool("states", "--netns", str(lab.client.inode), "--buffer", "64K", "--strict") as tool:
+        os.kill(tool.pid, signal.SIGSTOP)
+        refused(lab.client, 100)
+        os.kill(tool.pid, signal.SIGCONT)
+        done = tool.stop()
+    assert done.status == 0
+    assert len(done.rows) == 100 * STEPS
+    assert done.stats is not None
+    assert done.stats["lost"] == 0
+    assert done.stats["seen"] == done.stats["shown"] + done.stats["filtered"]
+
+
+@pytest.mark.kernel
+def test_a_full_buffer_wakes_the_reader(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """Many times the buffer, never more at once than the reader takes: nothing is lost."""
+    with run_tool("states", "--netns", str(lab.client.inode), "--buffer", "4K") as tool:
+        for total in range(10, 101, 10):
+            refused(lab.client, 10)
+            tool.wait_for(lambda rows, total=total: len(rows) == total * STEPS)
+    assert tool.done is not None
+    assert tool.done.stats is not None
+    assert tool.done.stats["lost"] == 0
+
+
+def test_max_events(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """It ends by itself after so many rows; what came besides is in the account."""
+    with run_tool("states", "--netns", str(lab.client.inode), "-n", "3") as tool:
+        refused(lab.client, 5)
+        done = tool.wait()
+    assert done.status == 0
+    assert len(done.rows) == 3
+    assert done.stats is not None
+    assert done.stats["shown"] == 3
+    assert done.stats["seen"] == 3 + done.stats["filtered"]
+    assert done.stats["filtered"] >= 5 * STEPS - 3
+
+
+def test_duration(lab: Lab, run_tool: type[RunningTool]) -> None:
+    begin = time.monotonic()
+    with run_tool("states", "--netns", str(lab.client.inode), "-d", "1") as tool:
+        refused(lab.client, 2)
+        done = tool.wait()
+    assert time.monotonic() - begin >= 1
+    assert done.status == 0
+    assert len(done.rows) == 2 * STEPS
+    assert "tcpscope: seen " in done.stderr
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_it_in_order(lab: Lab, run_tool: type[RunningTool], number: int) -> None:
+    """What happened until then is shown. Witness: its own process is asleep until the signal is there."""
+    with run_tool("states", "--netns", str(lab.client.inode)) as tool:
+        os.kill(tool.pid, signal.SIGSTOP)
+        refused(lab.client, 4)
+        tool.process.send_signal(number)
+        os.kill(tool.pid, signal.SIGCONT)
+        done = tool.wait()
+    assert done.status == 0
+    assert len(done.rows) == 4 * STEPS
+    assert done.stats is not None
+    assert done.stats["shown"] == 4 * STEPS
+    assert done.stderr.startswith("tcpscope: seen ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.kernel
+def test_two_copies_do_not_disturb_each_other(lab: Lab, run_tool: type[RunningTool]) -> None:
+    with (
+        run_tool("states", "--netns", str(lab.client.inode)) as first,
+        run_tool("states", "--netns", str(lab.client.inode), "-6") as second,
+    ):
+        refused(lab.client, 5)
+        first.wait_for(lambda rows: len(rows) == 5 * STEPS)
+        second.stop()
+        refused(lab.client, 5)
+        first.wait_for(lambda rows: len(rows) == 10 * STEPS)
+    assert first.done is not None and second.done is not None
+    assert (first.done.status, second.done.status) == (0, 0)
+    assert second.done.rows == []
+    assert first.done.stats is not None
+    assert first.done.stats["lost"] == 0
+
+
+@pytest.mark.parametrize("output", ["json", "csv", "table"])
+def test_a_reader_that_goes_away(lab: Lab, run_tool: type[RunningTool], output: str) -> None:
+    """As with `| head -1`: it ends quietly."""
+    arguments = ("states", "--netns", str(lab.client.inode), "-o", output)
+    read, write = os.pipe()
+    with run_tool(*arguments, stdout=write) as tool:
+        os.close(write)
+        refused(lab.client, 1)
+        until(lambda: os.read(read, 1), "the first byte")
+        os.close(read)
+        refused(lab.client, 3)
+        done = tool.wait()
+    assert done.stderr == ""
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("output", ["json", "table"])
+def test_a_full_disk(lab: Lab, run_tool: type[RunningTool], output: str) -> None:
+    with Path("/dev/full").open("wb") as full:
+        arguments = ("states", "--netns", str(lab.client.inode), "-o", output)
+        with run_tool(*arguments, stdout=full, ready=False) as tool:
+            if output == "json":  # a table writes its titles at once
+                tool.wait_until_ready()
+                refused(lab.client, 1)
+            done = tool.wait()
+    assert done.status == 1
+    assert done.stderr.splitlines() == ["tcpscope: No space left on device"]
+
+
+@pytest.mark.parametrize("arguments", [("states",), ("queue", "-i", "0.1"), ("rtt", "-i", "0.1"), ("list",)])
+def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tuple[str, ...]) -> None:
+    ours, theirs = os.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 12, 40, 0, 0))
+    listener = lab.client.socket(socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((lab.client.ipv4, 4711))
+    listener.listen()
+    command = (*arguments, "--netns", str(lab.client.inode), "-o", "table", "-d", "1")
+    with run_tool(*command, stdout=theirs, env={"COLUMNS": "", "LINES": ""}) as tool:
+        os.close(theirs)
+        refused(lab.client, 1)
+        text = _all_of(ours)
+        done = tool.wait()
+    listener.close()
+    assert done.status == 0
+    assert "Traceback" not in text + done.stderr
+    assert {"states": str(REFUSED), "queue": "4711", "rtt": "COUNT", "list": "4711"}[arguments[0]] in text
+    if arguments[0] == "queue":
+        assert max(map(len, text.replace("\x1b[H\x1b[J", "\n").splitlines())) <= 40
+
+
+def _all_of(terminal: int) -> str:
+    """What is written to a terminal until its other end is closed."""
+    pieces = []
+    while True:
+        try:
+            piece = os.read(terminal, 1 << 16)
+        except OSError:  # EIO: closed
+            piece = b""
+        if not piece:
+            os.close(terminal)
+            return b"".join(pieces).decode()
+        pieces.append(piece)
+
+
+def test_head_in_a_shell(lab: Lab) -> None:
+    """The real thing: a shell, `head`, and the status of the tool itself."""
+    script = '{ "$1" -m tcpscope states --netns "$2" -o csv -d 60; echo "status $?" >&2; } | head -n 1'
+    shell = subprocess.Popen(
+        ["sh", "-c", script, "sh", sys.executable, str(lab.client.inode)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert shell.stdout is not None and shell.stderr is not None
+    assert shell.stdout.readline().startswith("time,")
+    begin = time.monotonic()
+    while shell.poll() is None:  # the write that finds no reader
+        refused(lab.client, 1)
+        assert time.monotonic() - begin < 59
+        time.sleep(0.05)
+    assert shell.stderr.read() == "status 0\n"
+    shell.stdout.close(), shell.stderr.close()
