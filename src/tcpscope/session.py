@@ -21,6 +21,7 @@ from tcpscope.kernel.spec import Spec
 
 RING_BYTES = 4 << 20
 POLL_SECONDS = 0.1
+_LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
 READY_FD = "TCPSCOPE_READY_FD"
 
 
@@ -105,7 +106,7 @@ class Stop:
         poll = select.poll()
         for fd in (self._read, *descriptors):
             poll.register(fd, select.POLLIN)
-        poll.poll(max(0, seconds) * 1000)
+        poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000)
 
 
 class Session:
