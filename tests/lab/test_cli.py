@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def test_run_tells_what_was_done_and_what_was_counted() -> None:
     assert "server | listen(fd, 2) on [2001:db8::2]:8080, never accepts" in text
     assert "client | 4 connects: 4 connected, 0 failed" in text
     assert "server | accept queue of the listener: 3, limit 2" in text
-    assert "server | TcpExtListenOverflows +3" in text
+    overflows = re.search(r"^server \| TcpExtListenOverflows \+(\d+)$", text, re.MULTILINE)
+    assert overflows and int(overflows[1]) >= 3  # last ACK, data and FIN of the fourth, and what came again
     assert "server | TcpExtTCPSynRetrans 0" in text
     assert ours(os.getpid()) == []
 
