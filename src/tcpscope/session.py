@@ -180,7 +180,10 @@ class Session:
         yield from self._ring.batches()
 
     def end(self) -> None:
-        """Detach, and return when no program runs any more: the counters are final then."""
+        """Flush what the probe holds back, detach, and return when no program runs any more: then all is final."""
+        if "flush" in self.loaded.hooks:
+            for _ in self.loaded.iterate("flush"):
+                pass
         self._missed = sum(missed for _, _, missed in self.loaded.program_info().values())
         self.loaded.detach()
         lib.tcpscope_wait_for_programs()

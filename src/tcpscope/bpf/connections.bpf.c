@@ -200,6 +200,18 @@ int BPF_PROG(destroy, struct sock *sk)
 	return 0;
 }
 
+/* At the end: what still waits for its port or its remote end is shown as far as it is known. */
+OVER_MAP("connections")
+SEC("iter/bpf_map_elem")
+int flush(struct bpf_iter__bpf_map_elem *ctx)
+{
+	__u64 *key = ctx->key;
+
+	if (key)
+		syn_sent((struct sock *)*key, cookie_if_any((struct sock *)*key));
+	return 0;
+}
+
 SEC("iter/task_file")
 int seed(struct bpf_iter__task_file *ctx)
 {

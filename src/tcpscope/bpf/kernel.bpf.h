@@ -236,6 +236,10 @@ struct bpf_iter__task_file {                                  /* kernel/bpf/task
 	struct file *file;
 };
 
+struct bpf_iter__bpf_map_elem {                               /* kernel/bpf/map_iter.c */
+	void *key;
+};
+
 struct bpf_iter__tcp {                                        /* net/ipv4/tcp_ipv4.c */
 	struct bpf_iter_meta *meta;
 	struct sock_common *sk_common;

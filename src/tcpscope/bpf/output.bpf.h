@@ -17,6 +17,9 @@
 /* On the first way of a hook: the probe works without it, and the text says what is then not known. */
 #define OPTIONAL(text) __attribute__((btf_decl_tag("optional:" text)))
 
+/* On an iterator over the entries of a map: which map. */
+#define OVER_MAP(name) __attribute__((btf_decl_tag("map:" name)))
+
 #define CPU_SLOTS 128 /* power of two; CPUs beyond share slots, the counters are atomic */
 
 struct counters {

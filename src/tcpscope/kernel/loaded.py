@@ -151,8 +151,13 @@ class Loaded:
 
     def _attach(self) -> None:
         """Iterators first: they do nothing until read. Then the hooks, in the order of the file."""
+        chosen = {hook.program.name: hook.program for hook in self.hooks.values() if hook.program}
         for name, program in self._programs.items():
-            link = lib.bpf_program__attach(program)
+            over = chosen[name].over
+            if over:
+                link = lib.tcpscope_attach_to_map(program, self.map_fd(over))
+            else:
+                link = lib.bpf_program__attach(program)
             if link == ffi.NULL:
                 error = ffi.errno
                 reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only

@@ -63,7 +63,7 @@ const char *tcpscope_log(void)
 
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name)
 {
-	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name);
+	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name, .btf_custom_path = "/sys/kernel/btf/vmlinux");
 
 	return bpf_object__open_mem(data, size, &options);
 }
@@ -134,6 +134,14 @@ long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, 
 }
 
 /* --- iterators and maps ----------------------------------------------------------------------------------------- */
+
+struct bpf_link *tcpscope_attach_to_map(struct bpf_program *program, int map_fd)
+{
+	union bpf_iter_link_info info = {.map.map_fd = map_fd};
+	LIBBPF_OPTS(bpf_iter_attach_opts, options, .link_info = &info, .link_info_len = sizeof(info));
+
+	return bpf_program__attach_iter(program, &options);
+}
 
 int tcpscope_iterate(int link_fd, int netns_fd)
 {

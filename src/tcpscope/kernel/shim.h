@@ -7,7 +7,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+struct bpf_link;
 struct bpf_object;
+struct bpf_program;
 struct btf;
 
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
@@ -24,6 +26,9 @@ void tcpscope_ring_free(struct tcpscope_ring *ring);
 int tcpscope_ring_fd(const struct tcpscope_ring *ring);
 /* Copies whole records of `record_size` into the buffer until it is full or the ring is empty; returns bytes. */
 long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size);
+
+/* Attaches an iterator program to the entries of a map; NULL and errno. */
+struct bpf_link *tcpscope_attach_to_map(struct bpf_program *program, int map_fd);
 
 /* An iterator's file, opened in the network namespace `netns_fd`, or in the current one when it is -1. */
 int tcpscope_iterate(int link_fd, int netns_fd);

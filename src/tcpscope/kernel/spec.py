@@ -19,11 +19,15 @@ from tcpscope.schema import Layout
 
 @dataclass(frozen=True)
 class Program:
-    """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`)."""
+    """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`).
+
+    `without` says what is not known when the hook has no way; `over` names the map whose entries an iterator visits.
+    """
 
     name: str
     section: str
     without: str | None
+    over: str | None = None
 
     @property
     def hook(self) -> str:
@@ -77,7 +81,7 @@ class Spec:
                 continue
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
             found.append((order[symbol.section], symbol.value,
-                          Program(symbol.name, symbol.section, tags.get("optional"))))  # fmt: skip
+                          Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"))))  # fmt: skip
         return tuple(program for *_, program in sorted(found, key=lambda entry: entry[:2]))
 
     @cached_property
