@@ -63,6 +63,10 @@ const char *tcpscope_log(void)
 
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name)
 {
+	/*
+	 * With the path given, libbpf looks for types in the kernel proper only. A type that a kernel lacks (CO-RE asks
+	 * for some) would make it look at the BTF of every module too, which takes CAP_SYS_ADMIN: all of TCP is built in.
+	 */
 	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name, .btf_custom_path = "/sys/kernel/btf/vmlinux");
 
 	return bpf_object__open_mem(data, size, &options);
