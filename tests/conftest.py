@@ -122,7 +122,9 @@ class RunningTool:
 
     def wait_until_ready(self, timeout: float = DEADLINE) -> None:
         """Return when the tool's hooks are attached; fail if it ends before."""
-        if not select.select([self._read_end], [], [], timeout)[0]:
+        poll = select.poll()  # not select(): a test may hold more than 1024 file descriptors
+        poll.register(self._read_end)
+        if not poll.poll(timeout * 1000):
             pytest.fail(f"{self.argv[-1]} was not ready after {timeout:g} s: {self.stderr}")
         if not os.read(self._read_end, 16):
             done = self.wait()

@@ -71,7 +71,9 @@ class Puppet:
 
     def answer(self) -> Any:
         assert self._process.stdout is not None
-        if not select.select([self._process.stdout], [], [], DEADLINE)[0]:
+        poll = select.poll()  # not select(): a test may hold more than 1024 file descriptors
+        poll.register(self._process.stdout)
+        if not poll.poll(DEADLINE * 1000):
             raise TimeoutError(f"{self.comm} did not answer within {DEADLINE:g} s")
         reply = json.loads(self._process.stdout.readline() or '{"error": "it has ended"}')
         if "error" in reply:
