@@ -222,8 +222,6 @@ static __always_inline struct activity *activity_of(struct sock *sk)
  */
 static __always_inline enum answer answer_to(struct in_hand *packet, int step, int cause, bool abort_on_overflow)
 {
-	struct request_sock *req = packet->req;
-
 	struct request_sock *req = packet->req; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
 
 	if (cause == CAUSE_COOKIE_SENT)
