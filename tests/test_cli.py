@@ -1,0 +1,270 @@
+"""The command line: what is wrong is said in one line, before anything is loaded; names, help, weight."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpscope import cli, tool
+from tcpscope.errors import UnsupportedError
+from tcpscope.filters import Filter
+from tcpscope.kernel import features, loaded
+from tcpscope.tool import Request
+
+
+class Run:
+    """One call of the command line, in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capsys, self._monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Status, standard output, standard error."""
+        self._monkeypatch.setattr(sys, "argv", ["tcpscope", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert isinstance(end.value.code, int)
+        return end.value.code, *self._capsys.readouterr()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(capsys, monkeypatch)
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        pytest.fail("something was loaded")
+
+    monkeypatch.setattr(loaded.Loaded, "__init__", refuse)
+    monkeypatch.setattr(features.Kernel, "__init__", refuse)
+
+
+NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pid}").exists()))
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stats"], "no command 'stats'; did you mean 'states'?"),
+        (["tcpstate"], "no command 'tcpstate'; did you mean 'states'?"),
+        (["xyz"], "no command 'xyz'; there are diagnose, features, lab, list, queue, rtt, states"),
+        (["states", "--columns", "lprot"], "unknown column 'lprot'; did you mean 'lport'?"),
+        (["states", "--columns", "pid,xyz"], "unknown column 'xyz'; there are time, cookie, netns"),
+        (["states", "--columns", ","], "--columns is empty; names with commas between them"),
+        (["queue", "--columns", "acept_queue"], "unknown column 'acept_queue'; did you mean 'accept_queue'?"),
+        (["queue", "--events", "--columns", "setp"], "unknown column 'setp'; did you mean 'step'?"),
+        (["queue", "--columns", "step"], "unknown column 'step'; there are time, netns"),
+        (["rtt", "--columns", "p95_us"], "unknown column 'p95_us'; did you mean 'p99_us'?"),
+        (["rtt", "--columns", "pid"], "unknown column 'pid'; there are time, count"),
+        (["list", "--columns", "holder"], "unknown column 'holder'; did you mean 'holders'?"),
+        (["states", "--port", "65536"], "port '65536' is not a number from 1 to 65535"),
+        (["states", "-L", "0"], "port '0' is not a number from 1 to 65535"),
+        (["states", "-R", "80-70"], "port range '80-70' is reversed; did you mean 70-80?"),
+        (["states", "-R", "http"], "port 'http' is neither a number nor a range; such as 443 or 8000-8100"),
+        (["states", "--raddr", "10.0.0.0/33"], "'10.0.0.0/33' is neither an address nor a network; such as 192.0.2.1"),
+        (["states", "--laddr", "10.0.0.1/8"], "'10.0.0.1/8' has bits set behind its prefix; the network is 10.0.0.0/8"),
+        (["states", "--laddr", "fe80::1%eth0"], "'fe80::1%eth0' has a zone; leave out '%' and what follows"),
+        (["states", "-p", NO_PID], f"no process with PID {NO_PID}"),
+        (["states", "-p", "-1"], "PID '-1' is not a number from 1 to 4194304"),
+        (["states", "--netns", "pid:" + NO_PID], f"no process with PID {NO_PID}"),
+        (["states", "--netns", "no-such"], "no network namespace 'no-such' in /run/netns; give a name"),
+        (["states", "--netns", "/etc/passwd"], "'/etc/passwd' is not a network namespace"),
+        (["states", "--cgroup", "/no/such"], "no cgroup '/no/such' in /"),
+        (["states", "-u", "roott"], "no user 'roott'; did you mean 'root'?"),
+        (["states", "--comm", "sixteen-letters!"], "process name 'sixteen-letters!' has 16 bytes; the kernel keeps 1"),
+        (["states", "-4", "-6"], "-4 and -6 exclude each other; leave out both to see IPv4 and IPv6"),
+        (["states", "-6", "--raddr", "10.0.0.1"], "-6 asks for IPv6, --raddr asks for IPv4; a connection is of one"),
+        (["states", "--port", "80", "-L", "1", "-R", "2"], "--port 80 is neither in --lport 1 nor in --rport 2"),
+        (["queue", "-i", "0"], "--interval 0; a number of seconds above 0"),
+        (["rtt", "-i", "-1"], "--interval -1; a number of seconds above 0"),
+        (["rtt", "-i", "nan"], "--interval nan; a number of seconds above 0"),
+        (["rtt", "-i", "soon"], "Invalid value for '-i' / '--interval': 'soon' is not a valid float"),
+        (["states", "-d", "0"], "--duration 0; a number of seconds above 0"),
+        (["states", "-n", "0"], "Invalid value for '-n' / '--max-events': 0 is not in the range x>=1."),
+        (["states", "--buffer", "5000"], "--buffer 5000; a power of two from 4K to 1024M"),
+        (["states", "--buffer", "2K"], "--buffer 2K; a power of two from 4K to 1024M"),
+        (["states", "--buffer", "2048M"], "--buffer 2048M; a power of two from 4K to 1024M"),
+        (["states", "--buffer", "much"], "--buffer much; a power of two from 4K to 1024M"),
+        (["states", "-o", "xml"], "Invalid value for '-o' / '--output': 'xml' is not one of 'table', 'json', 'csv'."),
+        (["states", "--time", "local"], "Invalid value for '--time': 'local' is not one of 'iso', 'elapsed', 'none'."),
+        (["states", "--colums", "pid"], "No such option"),
+        (["states", "-p"], "Option '-p' requires an argument."),
+        (["states", "80"], "Got unexpected extra argument (80)"),
+        (["states", "-i", "1"], "No such option"),
+        (["rtt", "--by", "rader"], "--by rader; did you mean 'raddr'?"),
+        (["rtt", "--by", "none,raddr"], "--by none,raddr; 'none' and 'connection' stand alone"),
+        (["rtt", "--max-keys", "0"], "--max-keys 0; a number from 1 to 1048576"),
+        (["rtt", "--raddr", ",".join(f"10.{n}.0.0/16" for n in range(0, 20, 2))], "--raddr 10.0.0.0/16,10.2.0.0/16"),
+        (["queue", "--stack"], "--stack; it goes with --events"),
+        (["queue", "--events", "-i", "1"], "--interval 1; with --events rows come as things happen"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_wrong_usage(run: Run, arguments: list[str], message: str) -> None:
+    status, out, err = run(*arguments)
+    assert err.startswith(f"tcpscope: {message}"), err
+    assert len(err.splitlines()) == 1
+    assert (status, out) == (2, "")
+    if message == "No such option":  # click's words change
+        assert arguments[1] in err
+    if "--colums" in arguments:
+        assert "--columns" in err
+
+
+def test_no_arguments_is_a_question(run: Run) -> None:
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert "Usage: tcpscope" in err
+
+
+def test_help_and_version(run: Run) -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for name in tool.names():
+        assert f"  {name} " in out
+    status, out, _ = run("states", "-h")
+    assert status == 0
+    assert "How long was each connection in each state" in out
+    for option in (*cli.FILTERS, *cli.OUTPUT):
+        assert max(option.opts, key=len) in out
+    assert run("--version")[1].startswith("tcpscope ")
+
+
+def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, Request]:
+    """What a tool is asked to do."""
+    asked: list[tuple[str, Request]] = []
+    for name in tool.names():
+        found = tool.find(name)
+        monkeypatch.setattr(found, "run", lambda request, name=name: asked.append((name, request)))
+    assert run(*arguments)[0] == 0
+    return asked[0]
+
+
+def test_the_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, request = request_of(
+        run, monkeypatch, "states", "-p", str(os.getpid()), "--comm", "nginx", "-u", "0", "--cgroup", "7", "--netns",
+        "9", "-4", "-L", "80,443", "-R", "1-9", "--port", "443", "--laddr", "10.0.0.0/8", "--raddr", "::1,10.0.0.1",
+        "-o", "csv", "--columns", "pid, comm", "--no-header", "--time", "none", "-d", "1.5", "-n", "3", "--stats",
+        "--strict", "--explain", "--buffer", "64K", "--debug",
+    )  # fmt: skip
+    assert name == "states"
+    assert request.filter == Filter.from_options(
+        pid=os.getpid(), comm="nginx", uid=0, cgroup=7, netns=9, ipv4=True, lport="80,443", rport="1-9", port=443,
+        laddr="10.0.0.0/8", raddr="::1,10.0.0.1",
+    )  # fmt: skip
+    assert (request.output, request.columns, request.header, request.time) == ("csv", ("pid", "comm"), False, "none")
+    assert (request.duration, request.max_events, request.buffer) == (1.5, 3, 65536)
+    assert request.stats and request.strict and request.explain and request.debug
+    assert request_of(run, monkeypatch, "states")[1].filter.is_empty
+
+
+@pytest.mark.parametrize(("called", "name"), [("tcpstates", "states"), ("tcprtt", "rtt"), ("tcpsynbl", "queue")])
+def test_bcc_names(run: Run, monkeypatch: pytest.MonkeyPatch, called: str, name: str) -> None:
+    assert request_of(run, monkeypatch, called)[0] == name
+
+
+def test_a_name_of_bcc_is_no_second_tool() -> None:
+    assert tool.find("tcpstates") is tool.find("states")
+    aliases = [alias for name in tool.names() for alias in tool.find(name).aliases]
+    assert len(aliases) == len(set(aliases))
+    assert not set(aliases) & set(tool.names())
+
+
+def test_a_kernel_without_btf(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(features, "BTF", tmp_path / "vmlinux")
+    status, out, err = run("states", "-d", "0.1")
+    assert (status, out) == (3, "")
+    assert err == (
+        f"tcpscope: this kernel has no BTF ({tmp_path / 'vmlinux'}); it needs CONFIG_DEBUG_INFO_BTF=y\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target", "hook"),
+    [
+        (["states"], "inet_sock_set_state", "'state' of the probe 'connections'"),
+        (["states"], "tcp_destroy_sock", "'destroy' of the probe 'connections'"),
+        (["list"], "tcp", "'existing' of the probe 'sockets'"),
+        (["queue"], "task_file", "'seed' of the probe 'listeners'"),
+    ],
+)
+def test_a_kernel_without_a_hook(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], target: str, hook: str
+) -> None:
+    """Status 3, which hook, and what is missing."""
+    can = features.Kernel.can
+
+    def cannot(kernel: features.Kernel, program: Any) -> features.Answer:
+        missing = features.Answer(False, f"the kernel has no {target}")
+        return missing if program.target == target else can(kernel, program)
+
+    monkeypatch.setattr(features.Kernel, "can", cannot)
+    status, out, err = run(*arguments, "-d", "0.1")
+    assert (status, out) == (3, "")
+    assert err == f"tcpscope: this kernel offers no hook for {hook}; the kernel has no {target}\n"
+
+
+def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    """--explain says what is then not known."""
+    can = features.Kernel.can
+
+    def cannot(kernel: features.Kernel, program: Any) -> features.Answer:
+        return features.Answer(False, "no such luck") if program.hook == "timewait" else can(kernel, program)
+
+    monkeypatch.setattr(features.Kernel, "can", cannot)
+    many = ",".join(f"10.{n}.0.0/16" for n in range(0, 20, 2))
+    status, out, err = run("states", "--explain", "--netns", "1", "--raddr", many)
+    assert (status, err) == (0, "")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "timewait not attached" in lines
+    assert "not known on this kernel: what follows CLOSE" in lines
+    assert "filter --netns 1: decided in the kernel" in lines
+    assert any(line.startswith("filter --raddr") and line.endswith("decided in user space") for line in lines)
+
+
+def test_a_known_error_later_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(request: Request) -> None:
+        raise UnsupportedError("it", "helps")
+
+    monkeypatch.setattr(tool.find("states"), "run", fail)
+    assert run("states") == (3, "", "tcpscope: it; helps\n")
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a fresh Python has after `code`."""
+    script = f"{code}\nimport sys; sys.stderr.write(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stderr.split())
+
+
+HEAVY = {"pyroute2", "hypothesis", "scapy", "pytest", "cffi", "mesonpy", "numpy", "asyncio", "ssl", "http", "email"}
+
+
+def test_weight_of_the_library() -> None:
+    loaded_modules = modules_after("import tcpscope")
+    # An editable install has a loader of its own.
+    editable = modules_after("pass")
+    assert "tcpscope.cli" not in loaded_modules
+    assert not (HEAVY | {"click", "msgspec", "_libbpf"}) & (loaded_modules - editable)
+
+
+def test_weight_of_the_command_line() -> None:
+    """Starting a tool imports that tool, and nothing of the lab, the diagnosis, or what they need."""
+    loaded_modules = modules_after(
+        "import sys; sys.argv = ['tcpscope', 'states', '--help']\n"
+        "from tcpscope.cli import main\n"
+        "try: main()\nexcept SystemExit: pass"
+    )  # fmt: skip
+    editable = modules_after("pass")
+    assert not HEAVY & (loaded_modules - editable)
+    ours = {name for name in loaded_modules if name.startswith("tcpscope.")}
+    assert "tcpscope.tools.states" in ours
+    assert not {name for name in ours if name.startswith(("tcpscope.lab", "tcpscope.diagnose", "tcpscope.tools.r"))}
