@@ -14,7 +14,9 @@ from tcpscope.output import Column
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5}
 _NAMED = {"pid": 7, "uid": 5, "lport": 5, "rport": 5, "family": 2, "netns": 10, "cookie": 8, "role": 8,
           "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12, "cause": 18, "answer": 10}  # fmt: skip
-_HEADERS = {"family": "IP", "in_state_us": "IN STATE(us)"}
+_HEADERS = {"family": "IP", "in_state_us": "IN STATE(us)", "accept_queue": "ACCEPTQ", "accept_limit": "LIMIT",
+            "limit_from": "LIMIT FROM", "syn_queue": "SYNQ", "accepts_per_s": "ACCEPT/s", "since_accept_ms": "LAST(ms)",
+            "oldest_wait_ms": "WAIT(ms)", "rx_queue_bytes": "RECV-Q", "tx_queue_bytes": "SEND-Q"}  # fmt: skip
 
 
 class Sink:

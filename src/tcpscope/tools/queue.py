@@ -147,7 +147,8 @@ def _refresh(request: Request, sink: Any, rows: list[Any], when: Any) -> None:
     page = io.BytesIO()
     sink._stream = page
     sink.rows(rows)
-    lines = [f"{when or ''}  {len(rows)} listeners", *page.getvalue().decode().splitlines()]
+    number = f"{len(rows)} listener{'' if len(rows) == 1 else 's'}"
+    lines = [f"{when}  {number}" if when else number, *page.getvalue().decode().splitlines()]
     text = "\n".join(line[: size.columns] for line in lines[: size.lines - 1])
     request.stream.write(f"\x1b[H\x1b[J{text}\n".encode())
 
