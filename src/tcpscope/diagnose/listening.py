@@ -81,15 +81,17 @@ class Listening:
         self._settle()
 
     def live(self) -> str:
+        number = len(self.histories)
+        shown = f"{number} listener{'' if number == 1 else 's'}"
         if not self.exact:
-            return f"{len(self.histories)} listeners, {sum(h.drops for h in self.histories.values())} packets dropped"
+            return f"{shown}, {sum(h.drops for h in self.histories.values())} packets dropped"
         refused = Counter[str]()
         for history in self.histories.values():
             for (_, cause), n in (history.last.refused or {}).items():
                 refused[cause] += n
             for (_, cause), n in (history.first.refused or {}).items():
                 refused[cause] -= n
-        return f"{len(self.histories)} listeners, {refused.total() - refused['COOKIE_SENT']} handshakes refused"
+        return f"{shown}, {refused.total() - refused['COOKIE_SENT']} refusals"
 
     def refused(self, history: History, counter: str) -> int | None:
         """Where refusals are not seen: how many of the namespace's counter `counter` are this listener's.

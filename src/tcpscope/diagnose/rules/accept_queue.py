@@ -46,10 +46,10 @@ class AcceptQueue(Rule):
         if seen.exact:
             count: int | None = history.count("ACCEPT_QUEUE_FULL")
             at_syn, at_ack = history.count("ACCEPT_QUEUE_FULL", "syn"), history.count("ACCEPT_QUEUE_FULL", "ack")
-            refused = f"{count} handshakes refused: {at_syn} at the SYN, {at_ack} at the final ACK"
+            refused = f"{count} refusals: {at_syn} at the SYN, {at_ack} at the final ACK; who tries again is counted again"
         else:
             count = seen.refused(history, "ListenOverflows")
-            number = "handshakes refused, their number is not known" if count is None else f"{count} handshakes refused"
+            number = "refusals, their number is not known" if count is None else f"{count} refusals"
             refused = f"{number} ({history.drops} packets dropped; a refused final ACK counts twice there)"
         observed = [
             refused,
