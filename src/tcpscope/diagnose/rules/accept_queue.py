@@ -46,7 +46,7 @@ class AcceptQueue(Rule):
         if seen.exact:
             count: int | None = history.count("ACCEPT_QUEUE_FULL")
             at_syn, at_ack = history.count("ACCEPT_QUEUE_FULL", "syn"), history.count("ACCEPT_QUEUE_FULL", "ack")
-            refused = f"{count} refusals: {at_syn} at the SYN, {at_ack} at the final ACK; who tries again is counted again"
+            refused = f"{count} refusals, {at_syn} at the SYN, {at_ack} at the final ACK; repeats count again"
         else:
             count = seen.refused(history, "ListenOverflows")
             number = "refusals, their number is not known" if count is None else f"{count} refusals"
