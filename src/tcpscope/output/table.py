@@ -69,5 +69,12 @@ class _Cell:
         if isinstance(value, float):
             return self.pad(f"{value:.6f}" if self.kind == "time" else f"{value:.1f}")
         if isinstance(value, list):
-            return self.pad(", ".join(map(str, value)))
-        return self.pad(str(value))
+            return self.pad(_printable(", ".join(map(str, value))))
+        return self.pad(_printable(str(value)))
+
+
+def _printable(text: str) -> str:
+    """A process may call itself anything: a line of its own, or an escape sequence that repaints the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
