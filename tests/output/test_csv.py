@@ -1,0 +1,33 @@
+"""CSV that a CSV reader reads back."""
+
+import csv
+import io
+from types import SimpleNamespace
+from typing import Any
+
+from tcpscope.output import Column, open_sink
+
+COLUMNS = (Column("pid"), Column("comm", "comm"), Column("stack", "stack"))
+
+
+def read_back(*rows: dict[str, Any], columns: tuple[Column, ...] = COLUMNS, header: bool = True) -> list[list[str]]:
+    stream = io.BytesIO()
+    sink = open_sink("csv", columns, stream, header)
+    sink.rows([SimpleNamespace(**row) for row in rows])
+    sink.record("stats", {"seen": 1})
+    return list(csv.reader(io.StringIO(stream.getvalue().decode(), newline="")))
+
+
+def test_names_then_rows() -> None:
+    assert read_back({"pid": 1, "comm": "a", "stack": None}) == [["pid", "comm", "stack"], ["1", "a", ""]]
+    assert read_back(header=False) == []
+
+
+def test_what_needs_quotes() -> None:
+    """A process may call itself anything."""
+    for name in ('a,b"c', "a\nb", "'", "é"):
+        assert read_back({"pid": None, "comm": name, "stack": ["f+0x1", "g+0x2"]})[1] == ["", name, "f+0x1 < g+0x2"]
+
+
+def test_one_column() -> None:
+    assert read_back({"pid": 3}, columns=COLUMNS[:1]) == [["pid"], ["3"]]

@@ -1,0 +1,73 @@
+"""The table: aligned, nothing cut, `-` for what is not known."""
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+from tcpscope.output import Column, open_sink
+
+COLUMNS = (Column("pid"), Column("comm", "comm"), Column("raddr", "address"), Column("tx_bytes", unit="bytes"))
+
+
+def table(*rows: dict[str, Any], columns: tuple[Column, ...] = COLUMNS, header: bool = True) -> list[str]:
+    stream = io.BytesIO()
+    sink = open_sink("table", columns, stream, header)
+    sink.rows([])
+    sink.rows([SimpleNamespace(**row) for row in rows])
+    return stream.getvalue().decode().splitlines()
+
+
+def test_columns_are_aligned() -> None:
+    lines = table(
+        {"pid": 1, "comm": "init", "raddr": "192.0.2.1", "tx_bytes": 5},
+        {"pid": 4194304, "comm": "fifteen-letters", "raddr": "::1", "tx_bytes": 1234567},
+    )
+    assert lines == [
+        "    PID COMM            RADDR           TX(bytes)",
+        "      1 init            192.0.2.1               5",
+        "4194304 fifteen-letters ::1               1234567",
+    ]
+
+
+def test_an_address_is_never_cut() -> None:
+    long = "2001:db8:1111:2222:3333:4444:5555:6666"
+    assert long in table({"pid": 1, "comm": "a", "raddr": long, "tx_bytes": 0})[1]
+
+
+def test_unknown_is_not_zero() -> None:
+    row = table({"pid": None, "comm": None, "raddr": None, "tx_bytes": 0})[1]
+    assert row.split() == ["-", "-", "-", "0"]
+
+
+def test_a_name_cannot_write_to_the_terminal() -> None:
+    """A process may call itself anything, also a line of its own or an escape sequence."""
+    lines = table({"pid": 1, "comm": "a\n\x1b[2Jé", "raddr": "::1", "tx_bytes": 0})
+    assert len(lines) == 2
+    assert lines[1].split() == ["1", "a\\n\\x1b[2Jé", "::1", "0"]
+    (line,) = table({"holders": ["a\nb(1)"]}, columns=(Column("holders", "list"),), header=False)
+    assert line == "a\\nb(1)"
+
+
+def test_titles_once_or_not_at_all() -> None:
+    row = {"pid": 1, "comm": "a", "raddr": "::1", "tx_bytes": 0}
+    assert len(table(row, row)) == 3
+    assert len(table(row, header=False)) == 1
+    assert table() == ["    PID COMM            RADDR           TX(bytes)"]
+
+
+def test_a_stack_stands_below_its_row() -> None:
+    columns = (Column("pid"), Column("stack", "stack"))
+    lines = table({"pid": 7, "stack": ["tcp_v4_rcv+0x1", "ip_rcv+0x2"]}, {"pid": 8, "stack": None}, columns=columns)
+    assert [line.strip() for line in lines] == ["PID", "7", "tcp_v4_rcv+0x1", "ip_rcv+0x2", "8"]
+
+
+def test_kinds() -> None:
+    columns = (Column("ok", "bool"), Column("rate", "float"), Column("time", "time"), Column("holders", "list"))
+    line = table({"ok": True, "rate": 2.25, "time": 1.5, "holders": ["a(1)", "b(2)"]}, columns=columns)[1]
+    assert line.split() == ["yes", "2.2", "1.500000", "a(1),", "b(2)"]
+
+
+def test_statistics_have_no_place() -> None:
+    stream = io.BytesIO()
+    open_sink("table", COLUMNS, stream).record("stats", {"seen": 1})
+    assert stream.getvalue() == b""

@@ -1,0 +1,183 @@
+"""From the BTF of a C struct to rows: the description is the object's own, the bytes are made here."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcpscope.errors import UsageError
+from tcpscope.filters import address_bytes
+from tcpscope.kernel.spec import Spec
+from tcpscope.schema import Clock, Decoder, Layout, comm_text
+
+PROBES = ("connections", "listeners", "rtt", "sockets")
+TRANSITION = Spec.of("connections").layout("transition")
+VALUES: dict[str, Any] = {
+    "time": 5_000_000_000, "cookie": 7, "netns": 4026531840, "lport": 40001, "rport": 443,
+    "laddr": address_bytes("192.0.2.1"), "raddr": address_bytes("2001:db8::1"), "family": 4, "pid": 42, "uid": 0,
+    "comm": b"nginx".ljust(16, b"\0"), "cgroup": 1, "role": 1, "old_state": 1, "new_state": 4, "followed_by": 2,
+    "in_state_us": 1234,
+}  # fmt: skip
+
+
+def record(layout: Layout = TRANSITION, **changes: Any) -> bytes:
+    """The bytes of one event, as the kernel would send it; what lies between the fields is not zero."""
+    data = bytearray(b"\xee" * layout.size)
+    for field in layout.fields:
+        struct.pack_into(f"<{field.format}", data, field.offset, (VALUES | changes)[field.name])
+    return bytes(data)
+
+
+def decode(*records: bytes, layout: Layout = TRANSITION, **options: Any) -> list[Any]:
+    return layout.decoder(Clock("none"), **options).rows(b"".join(records))
+
+
+def test_the_layout_is_that_of_the_c_struct() -> None:
+    assert TRANSITION.size == 120
+    assert [(f.name, f.offset, f.size) for f in TRANSITION.fields][:7] == [
+        ("time", 0, 8), ("cookie", 8, 8), ("netns", 16, 4), ("lport", 20, 2), ("rport", 22, 2), ("laddr", 24, 16),
+        ("raddr", 40, 16),
+    ]  # fmt: skip
+    ends = sorted((f.offset, f.offset + f.size) for f in TRANSITION.fields)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_every_column_is_described(probe: str) -> None:
+    """Nothing is shown without a description, and a unit is in the name."""
+    spec = Spec.of(probe)
+    names = [type_.name for type_ in spec.btf.types if type_.name and spec.btf.find(type_.name, type_.kind) is not None]
+    layouts = [spec.layout(name) for name in dict.fromkeys(names) if _is_event(spec, name)]
+    assert layouts
+    for layout in layouts:
+        for field in layout.fields:
+            assert field.doc, field
+            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", "stack"), field
+            if field.unit and field.kind != "time":
+                assert field.name.endswith(f"_{field.unit}"), field
+
+
+def _is_event(spec: Spec, name: str) -> bool:
+    """An event is a struct with an anchor."""
+    return any(f"{name}_anchor" == type_.name for type_ in spec.btf.types)
+
+
+def test_a_row() -> None:
+    (row,) = decode(record())
+    assert msgspec.structs.asdict(row) == {
+        "cookie": 7, "netns": 4026531840, "lport": 40001, "rport": 443, "laddr": "192.0.2.1", "raddr": "2001:db8::1",
+        "family": 4, "pid": 42, "uid": 0, "comm": "nginx", "cgroup": 1, "role": "ACTIVE", "old_state": "ESTABLISHED",
+        "new_state": "FIN_WAIT1", "followed_by": "TIME_WAIT", "in_state_us": 1234,
+    }  # fmt: skip
+
+
+def test_not_known_is_none_and_zero_is_zero() -> None:
+    unknown = {
+        "cookie": 0, "lport": 0, "rport": 0, "raddr": bytes(16), "pid": 0, "uid": 0xFFFFFFFF, "comm": bytes(16),
+        "cgroup": 0, "role": 0, "followed_by": 0, "in_state_us": 2**64 - 1,
+    }  # fmt: skip
+    (row,) = decode(record(**unknown))
+    assert {name for name, value in msgspec.structs.asdict(row).items() if value is None} == set(unknown)
+    (row,) = decode(record(uid=0, in_state_us=0, laddr=bytes(16)))
+    assert (row.uid, row.in_state_us, row.laddr) == (0, 0, "::")
+
+
+def test_a_value_without_a_name_is_shown_as_it_is() -> None:
+    (row,) = decode(record(new_state=99))
+    assert row.new_state == "99"
+
+
+def test_a_batch_is_rows_in_order() -> None:
+    rows = decode(*(record(lport=port) for port in (3, 1, 2)))
+    assert [row.lport for row in rows] == [3, 1, 2]
+    assert decode() == []
+
+
+def test_a_cut_record_is_an_error() -> None:
+    with pytest.raises(struct.error):
+        decode(record()[:-1])
+
+
+def test_columns_in_the_order_asked_for() -> None:
+    layout = TRANSITION.select(("rport", "pid", "lport"))
+    (row,) = decode(record(), layout=layout)
+    assert row.__struct_fields__ == ("rport", "pid", "lport")
+    assert (row.rport, row.pid, row.lport) == (443, 42, 40001)
+    with pytest.raises(UsageError, match="unknown column 'lprot'; did you mean 'lport'"):
+        TRANSITION.select(("lprot",))
+
+
+def test_raw_values_are_those_of_the_struct() -> None:
+    (row,) = decode(record(pid=0), raw=True)
+    assert (row.pid, row.old_state, row.laddr) == (0, 1, address_bytes("192.0.2.1"))
+
+
+def test_internal_fields_only_when_asked_for() -> None:
+    assert "in_cgroup" not in [field.name for field in TRANSITION.fields]
+    internal = Spec.of("connections").layout("transition", internal=True)
+    assert "in_cgroup" in [field.name for field in internal.fields]
+    assert not any(field.name.startswith("padding") for field in internal.fields)
+
+
+def test_a_stack() -> None:
+    layout = Spec.of("listeners").layout("overflow").select(("stack",))
+    field = layout.fields[0]
+    data = bytearray(layout.size)
+    struct.pack_into("<2Q", data, field.offset, 0xFFFFFFFF81000010, 0xFFFFFFFF81000020)
+    (row,) = decode(bytes(data), layout=layout)
+    assert row.stack == ["0xffffffff81000010", "0xffffffff81000020"]
+    (row,) = decode(bytes(data), layout=layout, frame=lambda address: f"f+{address & 0xFF}")
+    assert row.stack == ["f+16", "f+32"]
+
+
+def test_clocks() -> None:
+    now = time.monotonic_ns()
+    decoder = TRANSITION.select(("time",)).decoder(Clock("iso"))
+    text = decoder.rows(record(time=now))[0].time
+    assert abs(datetime.fromisoformat(text).timestamp() - datetime.now(UTC).timestamp()) < 5
+    assert text.endswith("Z") and len(text) == len("2026-01-01T00:00:00.000000Z")
+    clock = Clock("elapsed")
+    (row,) = TRANSITION.select(("time",)).decoder(clock).rows(record(time=clock.start_ns + 1_500_000_000))
+    assert row.time == 1.5
+    assert "time" not in [field.name for field in TRANSITION.decoder(Clock("none")).fields]
+
+
+def test_iso_times_keep_their_order_over_a_second() -> None:
+    clock = Clock("iso")
+    stamps = [clock.read(clock.start_ns + n * 333_333_333) for n in range(9)]
+    assert stamps == sorted(stamps)
+    assert len(set(stamps)) == 9
+
+
+@given(st.binary(max_size=16))
+def test_any_name_of_a_process_is_text(data: bytes) -> None:
+    text = comm_text(data.ljust(16, b"\0"))
+    assert "\0" not in text
+    text.encode()
+
+
+def test_names_that_are_not_utf8_are_not_lost() -> None:
+    assert comm_text(b"caf\xe9\0\0\0") == "caf\\xe9"
+    assert comm_text("café".encode() + b"\0rest") == "café"
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**16 - 1), st.integers(0, 2**32 - 1)), max_size=5))
+def test_whatever_the_kernel_sends_becomes_rows(values: list[tuple[int, int, int]]) -> None:
+    rows = decode(*(record(in_state_us=a, lport=b, uid=c) for a, b, c in values))
+    assert [(row.in_state_us, row.lport, row.uid) for row in rows] == [
+        (None if a == 2**64 - 1 else a, b or None, None if c == 2**32 - 1 else c) for a, b, c in values
+    ]
+
+
+def test_the_row_types_encode_as_json() -> None:
+    (row,) = decode(record())
+    assert msgspec.json.decode(msgspec.json.encode(row))["raddr"] == "2001:db8::1"
+    assert isinstance(TRANSITION.decoder(), Decoder)
