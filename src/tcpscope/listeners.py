@@ -70,6 +70,11 @@ class Listener:
     refused: dict[tuple[str, str], int] | None = field(default=None, repr=False)
 
     @property
+    def key(self) -> tuple[int, int | None]:
+        """What tells it from others, also from a later one at the same address where the kernel gives cookies."""
+        return self.socket, self.cookie
+
+    @property
     def limit_from(self) -> str:
         """Where the limit of the accept queue comes from. Derived: listen() cuts its backlog to somaxconn."""
         if self.accept_limit < self.somaxconn:
@@ -212,15 +217,15 @@ class Rates:
     """Accepts per second between two snapshots of the same listener."""
 
     def __init__(self) -> None:
-        self._before: dict[int, tuple[float, int]] = {}
+        self._before: dict[tuple[int, int | None], tuple[float, int]] = {}
 
     def rate(self, listener: Listener) -> float | None:
         if listener.accepts is None:
             return None
         now = time.monotonic()
-        before = self._before.get(listener.socket)
-        self._before[listener.socket] = (now, listener.accepts)
-        if before is None or now <= before[0]:
+        before = self._before.get(listener.key)
+        self._before[listener.key] = (now, listener.accepts)
+        if before is None or now <= before[0] or listener.accepts < before[1]:
             return None
         return round((listener.accepts - before[1]) / (now - before[0]), 1)
 

@@ -19,8 +19,9 @@ from functools import cache
 from typing import Any
 
 from tcpscope import listeners
-from tcpscope.errors import UsageError
+from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.symbols import Symbols
+from tcpscope.listeners import Listener
 from tcpscope.output import Column
 from tcpscope.schema import Clock, Decoder
 from tcpscope.session import Session, Stop, monotonic_ns
@@ -82,17 +83,21 @@ class Queue(Stream):
                 self._run_table(request, session, stop)
 
     def _run_events(self, request: Request, session: Session, stop: Stop) -> None:
+        exact = listeners.sees_refusals(session)
+        if not exact:
+            _refuse_peers(request)
         decoder = self.decoder(session, request)
         sink = request.sink(map(Column.of, decoder.fields))
+        before = {} if exact else {listener.key: listener.drops for listener in listeners.snapshot(session)}
         if not request.ready(session):
             return
         sink.rows([])
-        if listeners.sees_refusals(session):
+        if exact:
             batches: Iterator[list[Any]] = self.rows(session, stop, request)
         else:
             print("tcpscope: this kernel's functions cannot be hooked: drops of each listener are sampled; "
                   "cause, step and peer are not known", file=sys.stderr)  # fmt: skip
-            batches = _sampled(decoder, session, stop, request)
+            batches = _sampled(decoder, session, before, stop, request)
         for rows in batches:
             sink.rows(rows)
             request.stream.flush()
@@ -153,33 +158,47 @@ def _refresh(request: Request, sink: Any, rows: list[Any], when: Any) -> None:
     request.stream.write(f"\x1b[H\x1b[J{text}\n".encode())
 
 
-def _sampled(decoder: Decoder, session: Session, stop: Stop, request: Request) -> Iterator[list[Any]]:
+def _refuse_peers(request: Request) -> None:
+    for option, value in request.filter.describe():
+        if option in ("--rport", "--raddr"):
+            raise UnsupportedError(f"{option} {value}", "peers are not known where functions cannot be hooked")
+
+
+def _sampled(
+    decoder: Decoder, session: Session, before: dict[tuple[int, int | None], int], stop: Stop, request: Request
+) -> Iterator[list[Any]]:
     """Rows like those of the events, from what the listeners' own drop counts have grown between two looks."""
-    before = {listener.socket: listener.drops for listener in listeners.snapshot(session)}
     clock = Clock(request.time)
     while True:
         stop.wait(_SAMPLE_SECONDS)
+        found = listeners.snapshot(session)
         rows = []
-        for listener in listeners.snapshot(session):
-            grown = (listener.drops - before.get(listener.socket, 0)) % (1 << 32)
-            before[listener.socket] = listener.drops
-            if grown:
-                values = {
-                    "time": clock.read(monotonic_ns()), "cause": "UNKNOWN", "count": grown,
-                    "pid": listener.owner.pid if listener.owner else None,
-                    "comm": listener.owner.comm if listener.owner else None,
-                    "uid": listener.owner.uid if listener.owner else None,
-                }  # fmt: skip
-                rows.append(decoder.row_type(*(
-                    values.get(f.name, getattr(listener, f.name, None)) for f in decoder.fields
-                )))
-                session.stats.seen += 1
+        for listener in found:
+            if grown := _grown(before.get(listener.key, 0), listener.drops):
+                rows.append(_sample(decoder, listener, grown, clock))
+        before = {listener.key: listener.drops for listener in found}
+        session.stats.seen += len(rows)
         left = None if request.max_events is None else request.max_events - session.stats.shown
         session.stats.shown += len(rows[:left])
         session.stats.filtered += len(rows) - len(rows[:left])
         yield rows[:left]
         if stop or (left is not None and len(rows) >= left):
             return
+
+
+def _grown(before: int, now: int) -> int:
+    """The count has 32 bits and wraps; one that has become smaller is that of another listener at the same address."""
+    grown = (now - before) % (1 << 32)
+    return grown if grown < 1 << 31 else now
+
+
+def _sample(decoder: Decoder, listener: Listener, count: int, clock: Clock) -> Any:
+    owner = listener.owner
+    values = {
+        "time": clock.read(monotonic_ns()), "cause": "UNKNOWN", "count": count,
+        "pid": owner.pid if owner else None, "comm": owner.comm if owner else None, "uid": owner.uid if owner else None,
+    }  # fmt: skip
+    return decoder.row_type(*(values.get(f.name, getattr(listener, f.name, None)) for f in decoder.fields))
 
 
 tool = Queue()
