@@ -120,7 +120,7 @@ def _namespaces(filter: Filter) -> Iterator[int]:
         finally:
             os.close(descriptor)
     if refused and filter.netns != own:
-        print(f"tcpscope: the namespaces of {refused} processes could not be looked at", file=sys.stderr)
+        print(f"tcpscope: could not look into the network namespaces of {refused} processes", file=sys.stderr)
 
 
 tool = List()
