@@ -190,6 +190,7 @@ def test_netem_delays_and_loses_or_says_that_it_cannot() -> None:
         started = time.monotonic()
         client.connect(address)
         assert time.monotonic() - started >= 0.040
+        until(lambda: lab.server.counters()["TcpPassiveOpens"] == 1)  # the last ACK is not under way any more
         lab.client.netem(loss_percent=100)
         sent = lab.server.counters()["TcpInSegs"]
         client.send(b"x")
