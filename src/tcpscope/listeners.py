@@ -6,7 +6,7 @@ import struct
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -17,6 +17,7 @@ from tcpscope.output import Column
 from tcpscope.schema import comm_text
 from tcpscope.session import Session
 
+UNREAD = 2**64 - 1
 STEPS = ("syn", "ack")
 CAUSES = ("ACCEPT_QUEUE_FULL", "SYN_QUEUE_FULL", "COOKIE_SENT", "SYN_QUEUE_RESERVED", "OTHER")
 _MIB = {
@@ -37,6 +38,14 @@ class Holder(msgspec.Struct, frozen=True, order=True):
 
     def __str__(self) -> str:
         return f"{self.comm}({self.pid})"
+
+
+class NetCounters(NamedTuple):
+    """A namespace's ListenDrops, ListenOverflows and TCPReqQFullDrop; read only where refusals have to be sampled."""
+
+    drops: int
+    overflows: int
+    full: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,8 @@ class Listener:
     since_accept_us: int | None
     oldest_wait_us: int | None
     refused: dict[tuple[str, str], int] | None = field(default=None, repr=False)
+    counters: NetCounters | None = field(default=None, repr=False)
+    wanted: bool = True
 
     @property
     def key(self) -> tuple[int, int | None]:
@@ -123,14 +134,14 @@ def sees_refusals(session: Session) -> bool:
     )
 
 
-def snapshot(session: Session) -> list[Listener]:
-    """Every listener that the filter wants, with every process that holds it."""
+def snapshot(session: Session, all_: bool = False) -> list[Listener]:
+    """Every listener that the filter wants, with every process that holds it; with `all_` the others too."""
     layout = session.spec.layout("listener", internal=True)
     decode = layout.decoder(raw=True).rows
     records = [row for piece in session.loaded.iterate("snapshot") for row in decode(piece)]
     exact = sees_refusals(session)
     accepts = session.loaded.hooks["accept"].program is not None
-    return list(_join(records, exact, accepts, session.residual))
+    return [own for own in _join(records, exact, accepts, session.residual) if own.wanted or all_]
 
 
 def _join(records: Iterable[Any], exact: bool, accepts: bool, residual: Filter) -> Iterator[Listener]:
@@ -142,11 +153,10 @@ def _join(records: Iterable[Any], exact: bool, accepts: bool, residual: Filter) 
         if record.wanted and filtering.matches(residual, record):
             wanted.add(record.socket)
     for socket, (record, holders) in listeners.items():
-        if socket in wanted:
-            yield _listener(record, tuple(sorted(set(holders))), exact, accepts)
+        yield _listener(record, tuple(sorted(set(holders))), exact, accepts, socket in wanted)
 
 
-def _listener(record: Any, holders: tuple[Holder, ...], exact: bool, accepts: bool) -> Listener:
+def _listener(record: Any, holders: tuple[Holder, ...], exact: bool, accepts: bool, wanted: bool) -> Listener:
     counts = struct.unpack("<18Q", record.refused)
     refused = {
         (step, cause): counts[s * 6 + c]
@@ -175,6 +185,10 @@ def _listener(record: Any, holders: tuple[Holder, ...], exact: bool, accepts: bo
         since_accept_us=since if accepts else None,
         oldest_wait_us=max(0, record.now_ns // 1000 - record.oldest_synack_us) if waiting else None,
         refused=refused if exact else None,
+        counters=None if record.net_drops == UNREAD else NetCounters(
+            record.net_drops, record.net_overflows, record.net_full
+        ),
+        wanted=wanted,
     )
 
 

@@ -15,6 +15,7 @@
 #include "connection.bpf.h"
 
 #define STACK_DEPTH 24
+#define MAX_CPUS 8192 /* CONFIG_NR_CPUS at the most */
 #define CAUSES (CAUSE_OTHER + 1)
 #define STEPS (STEP_ACK + 1)
 
@@ -97,6 +98,9 @@ struct listener {
 	__u8 padding[3];
 	__u64 accepts;
 	__u64 last_accept_ns;
+	__u64 net_overflows;    /* the counters of the namespace, for samples; all bits set if they cannot be read */
+	__u64 net_drops;
+	__u64 net_full;
 	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */
 	__u64 now_ns;
 	__u64 refused[STEPS][CAUSES];
@@ -111,6 +115,7 @@ const volatile __u32 mib_reqq_full_cookies;
 const volatile __u32 mib_reqq_full_drop;
 const volatile bool send_events;
 const volatile bool send_stacks;
+const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit; /* without one of them user space samples */
 
 /* --- the kernel's counters of this CPU -------------------------------------------------------------------------- */
 
@@ -134,13 +139,13 @@ struct {
 } in_hand SEC(".maps");
 
 /*
- * The distance from a per-CPU pointer to this CPU's copy. The kernel's own variable for it is not in the BTF of 5.10,
+ * The distance from a per-CPU pointer to the copy of the CPU whose element of `in_hand` this is. The kernel's own variable for it is not in the BTF of 5.10,
  * and reading its address from kallsyms would need CAP_SYSLOG. But the same distance lies between what our per-CPU
  * array holds and what a look-up of it returns. Pointers become numbers by being read back from the stack.
  */
-static __always_inline __u64 this_cpu_offset(struct in_hand *mine)
+static __always_inline __u64 cpu_offset(struct in_hand *element)
 {
-	void *array = &in_hand, *copy = mine;
+	void *array = &in_hand, *copy = element;
 	__u64 array_address = 0, copy_address = 0, base = 0;
 
 	bpf_probe_read_kernel(&array_address, sizeof(array_address), &array);
@@ -150,15 +155,39 @@ static __always_inline __u64 this_cpu_offset(struct in_hand *mine)
 	return copy_address - base;
 }
 
-static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
+static __always_inline void mib_read_of(struct sock *sk, struct in_hand *copy, struct mib *mib)
 {
-	struct sock *sk = mine->sk;
-	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + this_cpu_offset(mine);
+	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(copy);
 
 	bpf_probe_read_kernel(&mib->overflows, 8, counters + mib_listen_overflows * 8);
 	bpf_probe_read_kernel(&mib->drops, 8, counters + mib_listen_drops * 8);
 	bpf_probe_read_kernel(&mib->cookies, 8, counters + mib_reqq_full_cookies * 8);
 	bpf_probe_read_kernel(&mib->full, 8, counters + mib_reqq_full_drop * 8);
+}
+
+static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
+{
+	mib_read_of(mine->sk, mine, mib);
+	return 0;
+}
+
+struct net_sum {
+	struct sock *sk;
+	struct mib sum;
+};
+
+static long net_sum_add(__u32 cpu, struct net_sum *net)
+{
+	__u32 zero = 0;
+	struct in_hand *copy = bpf_map_lookup_percpu_elem(&in_hand, &zero, cpu);
+	struct mib mib = {};
+
+	if (!copy)
+		return 1; /* no further CPU */
+	mib_read_of(net->sk, copy, &mib);
+	net->sum.overflows += mib.overflows;
+	net->sum.drops += mib.drops;
+	net->sum.full += mib.full;
 	return 0;
 }
 
@@ -489,6 +518,12 @@ int seed(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
+/* Then the events are made from snapshots, which needs every listener of a namespace beside its counters. */
+static __always_inline bool sampled(void)
+{
+	return send_events && !(hooked_syn_exit && hooked_ack4_exit && hooked_ack6_exit);
+}
+
 /* A record for each process that holds a listener, in whatever network namespace: files know no namespaces. */
 SEC("iter/task_file")
 int snapshot(struct bpf_iter__task_file *ctx)
@@ -507,15 +542,26 @@ int snapshot(struct bpf_iter__task_file *ctx)
 	sk = tcp_sock_of_file(file);
 	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
 		return 0;
+	cookie_give(file, STATE_LISTEN);
 	identity_read(sk, &record.id);
 	record.id.cookie = cookie_if_any(sk);
-	if (!filter_identity(&record.id))
+	record.wanted = filter_identity(&record.id);
+	if (!record.wanted && !sampled())
 		return 0;
 	owner_of_task(task, &record.owner);
-	record.wanted = filter_owner(&record.owner);
+	record.wanted = record.wanted && filter_owner(&record.owner);
 	queues_read(sk, &record.queues);
 	record.fd = ctx->fd;
 	record.socket = key = (__u64)sk;
+	record.net_drops = -1;
+	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem)) {
+		struct net_sum net = {.sk = sk};
+
+		bpf_loop(MAX_CPUS, net_sum_add, &net, 0);
+		record.net_overflows = net.sum.overflows;
+		record.net_drops = net.sum.drops;
+		record.net_full = net.sum.full;
+	}
 	record.drops = BPF_CORE_READ(sk, sk_drops.counter);
 	record.now_ns = bpf_ktime_get_ns();
 	icsk = (struct inet_connection_sock *)sk;

@@ -6,8 +6,8 @@ With --events one row per refused handshake: which queue, at which step (SYN or 
 and limits at that moment; --stack adds the kernel stack.
 
 The refusals are read off the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and
-TCPReqQFullDoCookies exactly. Where functions cannot be hooked, each listener's count of drops is sampled instead: it
-grows by one for a refused SYN and by two for a refused final ACK, and step, peer and cause are not known.
+SyncookiesSent exactly. Where functions cannot be hooked they are sampled: the number is that of TcpExtListenDrops, the
+listener is the one whose socket has dropped packets meanwhile; the peer is not known, cause and step only at times.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 from tcpscope import listeners
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.symbols import Symbols
-from tcpscope.listeners import Listener
 from tcpscope.output import Column
+from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
 from tcpscope.session import Session, Stop, monotonic_ns
 from tcpscope.tool import Option, Request, Stream
@@ -88,7 +88,9 @@ class Queue(Stream):
             _refuse_peers(request)
         decoder = self.decoder(session, request)
         sink = request.sink(map(Column.of, decoder.fields))
-        before = {} if exact else {listener.key: listener.drops for listener in listeners.snapshot(session)}
+        sampler = Sampler()
+        if not exact:
+            sampler.look(listeners.snapshot(session, all_=True))
         if not request.ready(session):
             return
         sink.rows([])
@@ -97,7 +99,7 @@ class Queue(Stream):
         else:
             print("tcpscope: this kernel's functions cannot be hooked: drops of each listener are sampled; "
                   "cause, step and peer are not known", file=sys.stderr)  # fmt: skip
-            batches = _sampled(decoder, session, before, stop, request)
+            batches = _sampled(decoder, session, sampler, stop, request)
         for rows in batches:
             sink.rows(rows)
             request.stream.flush()
@@ -165,19 +167,17 @@ def _refuse_peers(request: Request) -> None:
 
 
 def _sampled(
-    decoder: Decoder, session: Session, before: dict[tuple[int, int | None], int], stop: Stop, request: Request
+    decoder: Decoder, session: Session, sampler: Sampler, stop: Stop, request: Request
 ) -> Iterator[list[Any]]:
-    """Rows like those of the events, from what the listeners' own drop counts have grown between two looks."""
+    """Rows like those of the events, of what was refused between two looks."""
     clock = Clock(request.time)
     while True:
         stop.wait(_SAMPLE_SECONDS)
-        found = listeners.snapshot(session)
-        rows = []
-        for listener in found:
-            if grown := _grown(before.get(listener.key, 0), listener.drops):
-                rows.append(_sample(decoder, listener, grown, clock))
-        before = {listener.key: listener.drops for listener in found}
-        session.stats.seen += len(rows)
+        samples = sampler.look(listeners.snapshot(session, all_=True))
+        when = clock.read(monotonic_ns())
+        rows = [_row(decoder, sample, when) for sample in samples if sample.listener.wanted]
+        session.stats.seen += len(samples)
+        session.stats.filtered += len(samples) - len(rows)
         left = None if request.max_events is None else request.max_events - session.stats.shown
         session.stats.shown += len(rows[:left])
         session.stats.filtered += len(rows) - len(rows[:left])
@@ -186,19 +186,13 @@ def _sampled(
             return
 
 
-def _grown(before: int, now: int) -> int:
-    """The count has 32 bits and wraps; one that has become smaller is that of another listener at the same address."""
-    grown = (now - before) % (1 << 32)
-    return grown if grown < 1 << 31 else now
-
-
-def _sample(decoder: Decoder, listener: Listener, count: int, clock: Clock) -> Any:
-    owner = listener.owner
+def _row(decoder: Decoder, sample: Sample, when: str | float) -> Any:
+    owner = sample.listener.owner
     values = {
-        "time": clock.read(monotonic_ns()), "cause": "UNKNOWN", "count": count,
+        "time": when, "cause": sample.cause or "UNKNOWN", "step": sample.step, "count": sample.count,
         "pid": owner.pid if owner else None, "comm": owner.comm if owner else None, "uid": owner.uid if owner else None,
     }  # fmt: skip
-    return decoder.row_type(*(values.get(f.name, getattr(listener, f.name, None)) for f in decoder.fields))
+    return decoder.row_type(*(values.get(f.name, getattr(sample.listener, f.name, None)) for f in decoder.fields))
 
 
 tool = Queue()

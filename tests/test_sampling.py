@@ -1,0 +1,92 @@
+"""The sampler without a kernel: snapshots go in, refusals come out."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcpscope.listeners import Listener, NetCounters
+from tcpscope.sampling import Sampler, _divide
+
+NETNS = 4026531840
+LISTENER = Listener(
+    socket=1, cookie=1, netns=NETNS, family=4, laddr="0.0.0.0", lport=80, holders=(), accept_queue=0, accept_limit=5,
+    syn_queue=0, somaxconn=4096, max_syn_backlog=256, syncookies=1, abort_on_overflow=False, drops=0, accepts=0,
+    since_accept_us=None, oldest_wait_us=None, counters=NetCounters(0, 0, 0),
+)  # fmt: skip
+
+
+def at(drops: int, *counters: int, **more: object) -> Listener:
+    return replace(LISTENER, drops=drops, counters=NetCounters(*counters), **more)  # type: ignore[arg-type]
+
+
+def looks(*snapshots: list[Listener]) -> list[list[tuple[int, int, str | None, str | None]]]:
+    sampler = Sampler()
+    return [[(s.listener.socket, s.count, s.cause, s.step) for s in sampler.look(each)] for each in snapshots]
+
+
+def test_the_first_look_sets_the_start() -> None:
+    assert looks([at(7, 5, 5, 0)], [at(7, 5, 5, 0)]) == [[], []]
+
+
+def test_refused_syns() -> None:
+    assert looks([at(0, 0, 0, 0)], [at(3, 3, 3, 0)]) == [[], [(1, 3, "ACCEPT_QUEUE_FULL", "SYN")]]
+    assert looks([at(0, 0, 0, 0)], [at(3, 3, 0, 3)]) == [[], [(1, 3, "SYN_QUEUE_FULL", "SYN")]]
+    assert looks([at(0, 0, 0, 0)], [at(3, 3, 1, 1)]) == [[], [(1, 3, None, "SYN")]]
+
+
+def test_a_refused_ack_is_two_packets() -> None:
+    assert looks([at(0, 0, 0, 0)], [at(4, 2, 2, 0)]) == [[], [(1, 2, "ACCEPT_QUEUE_FULL", None)]]
+
+
+def test_packets_that_were_not_refused() -> None:
+    assert looks([at(0, 0, 0, 0)], [at(4, 0, 0, 0)], [at(4, 0, 0, 0)]) == [[], [], []]
+
+
+def test_two_listeners() -> None:
+    other = {"socket": 2, "cookie": 2}
+    start = [at(0, 0, 0, 0), at(0, 0, 0, 0, **other)]
+    assert looks(start, [at(3, 5, 5, 0), at(2, 5, 5, 0, **other)])[1] == [
+        (1, 3, "ACCEPT_QUEUE_FULL", "SYN"),
+        (2, 2, "ACCEPT_QUEUE_FULL", "SYN"),
+    ]
+    assert [row[:2] for row in looks(start, [at(6, 5, 5, 0), at(2, 5, 5, 0, **other)])[1]] == [(1, 4), (2, 1)]
+
+
+def test_a_refusal_under_way_waits_for_its_other_half() -> None:
+    counter_first = looks([at(0, 0, 0, 0)], [at(0, 1, 1, 0)], [at(1, 1, 1, 0)], [at(1, 1, 1, 0)])
+    packet_first = looks([at(0, 0, 0, 0)], [at(1, 0, 0, 0)], [at(1, 1, 1, 0)], [at(1, 1, 1, 0)])
+    assert counter_first == packet_first == [[], [], [(1, 1, "ACCEPT_QUEUE_FULL", "SYN")], []]
+
+
+def test_a_refusal_whose_listener_is_gone_does_not_wait_for_ever() -> None:
+    assert looks([at(0, 0, 0, 0)], [at(0, 1, 1, 0)], [at(0, 1, 1, 0)], [at(1, 1, 1, 0)]) == [[], [], [], []]
+
+
+def test_a_new_listener_at_the_same_address() -> None:
+    born = at(2, 9, 9, 0, cookie=5)
+    assert looks([at(7, 7, 7, 0)], [born]) == [[], [(1, 2, "ACCEPT_QUEUE_FULL", "SYN")]]
+    no_cookie = [at(7, 7, 7, 0, cookie=None)], [at(2, 9, 9, 0, cookie=None)]
+    assert looks(*no_cookie) == [[], [(1, 2, "ACCEPT_QUEUE_FULL", "SYN")]]
+
+
+def test_the_count_of_packets_wraps() -> None:
+    assert looks([at(2**32 - 1, 5, 5, 0)], [at(1, 7, 7, 0)])[1] == [(1, 2, "ACCEPT_QUEUE_FULL", "SYN")]
+
+
+def test_without_counters_packets_stand_for_refusals() -> None:
+    bare = replace(LISTENER, counters=None)
+    assert looks([bare], [replace(bare, drops=4)]) == [[], [(1, 4, None, None)]]
+
+
+def test_the_first_listener_of_a_namespace() -> None:
+    assert looks([], [at(2, 2, 2, 0)])[1] == [(1, 2, "ACCEPT_QUEUE_FULL", "SYN")]
+    assert looks([], [at(2, 9, 9, 0)])[1] == [(1, 2, None, "SYN")]  # the others are older
+
+
+@given(st.integers(0, 1 << 40), st.lists(st.integers(0, 1 << 32), min_size=1).filter(any))
+def test_divide(total: int, shares: list[int]) -> None:
+    parts = _divide(total, shares)
+    assert sum(parts) == total
+    assert all(abs(part - total * share / sum(shares)) <= 1 for part, share in zip(parts, shares, strict=True))
+    assert all(part == 0 for part, share in zip(parts, shares, strict=True) if not share)
