@@ -127,10 +127,13 @@ class Loaded:
             for hook in self.hooks.values()
             if f"hooked_{hook.name}" in self.spec.variables
         }
+        values = hooked | self._setup.constants
+        if not values:
+            return  # an object may have no constants, and then no section for them
         size = ffi.new("size_t *")
         start = lib.bpf_map__initial_value(self._map(".rodata"), size)
         memory = ffi.buffer(start, size[0])
-        for name, value in (hooked | self._setup.constants).items():
+        for name, value in values.items():
             variable = self.spec.variables[name]
             memory[variable.offset : variable.offset + variable.size] = self.spec.pack(variable.type, value)
 
