@@ -154,10 +154,13 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
         client = lab.client.socket(socket.AF_INET)
         client.setblocking(False)
         assert client.connect_ex((lab.server.ipv4, PORT + 1)) == errno.EINPROGRESS
-        addresses = plain.wait_for(lambda rows: rows)[0]["stack"]
-        names = named.wait_for(lambda rows: rows)[0]["stack"]
+        plain.wait_for(lambda rows: rows)
+        named.wait_for(lambda rows: rows)
         client.close()
     listener.close()
+    assert plain.done is not None and named.done is not None
+    assert all(row["stack"] for row in (*plain.done.rows, *named.done.rows))
+    addresses, names = plain.done.rows[0]["stack"], named.done.rows[0]["stack"]
     assert any(name.startswith("tcp_conn_request+0x") for name in names)
     if addresses != names:  # a lax perf_event_paranoid shows the names to everybody
         assert all(address.startswith("0xffff") for address in addresses)

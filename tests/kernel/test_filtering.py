@@ -32,9 +32,9 @@ Rule = Callable[[Row], bool]
 
 LONG = "fifteen-letters"  # as many as the kernel keeps
 FEW = {
-    "pid of a server", "comm of full length", "uid of root", "cgroup above", "IPv6", "lport list and range", "port", "rport",
-    "laddr network", "raddr all IPv6", "eight networks", "many networks, raddr all", "many networks and an owner",
-    "several at once",
+    "pid of a server", "comm of full length", "uid of root", "cgroup above", "IPv6", "lport list and range", "port",
+    "rport", "laddr network", "raddr all IPv6", "eight networks", "many networks, raddr all",
+    "many networks and an owner", "several at once",
 }  # fmt: skip
 """What each kernel of the matrix is asked: every option once. The kernel of this machine is asked everything."""
 

@@ -1,0 +1,236 @@
+"""The way into the kernel: which one is chosen, what happens when it is refused, what the user then reads."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tcpscope.errors import TcpscopeError, UnsupportedError
+from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.loaded import Loaded, Ring, Setup, plan, plan_refusals, verifier_summary
+from tcpscope.kernel.spec import Spec
+
+BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
+CONNECTIONS = Spec.of("connections")
+
+# The first way compiles, and no verifier takes it: an integer is followed as a pointer.
+OWN = """
+#include "kernel.bpf.h"
+#include "output.bpf.h"
+const volatile bool hooked_state, hooked_extra;
+SEC("tp_btf/inet_sock_set_state") int state__bad(__u64 *ctx) { return *(int *)ctx[1]; }
+SEC("tp_btf/inet_sock_set_state") int state__good(__u64 *ctx) { counters[0].seen++; return 0; }
+OPTIONAL("something") SEC("tp_btf/inet_sock_set_state") int extra(__u64 *ctx) { return *(int *)ctx[1]; }
+char LICENSE[] SEC("license") = "GPL";
+"""
+# Experiment K: a tracepoint program that follows skb->sk directly.
+NAIVE = """
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+struct sock { int whatever; };
+struct sk_buff { void *next, *prev, *dev; struct sock *sk; } __attribute__((preserve_access_index));
+struct context { __u64 common; struct sk_buff *skb; void *location; };
+SEC("tracepoint/skb/kfree_skb") int drop(struct context *ctx)
+{
+	struct sk_buff *skb = ctx->skb;
+	char text[16] = {};
+#pragma unroll
+	for (int i = 0; i < 40; i++)
+		text[i & 15] += bpf_get_prandom_u32();
+	bpf_trace_printk(text, sizeof(text), skb->sk);
+	return 0;
+}
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+def compiled(folder: Path, name: str, text: str) -> Spec:
+    source = folder / f"{name}.bpf.c"
+    source.write_text(text)
+    subprocess.run(
+        ["clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-D__TARGET_ARCH_x86", "-idirafter",
+         "/usr/include/x86_64-linux-gnu", "-I", BPF, "-c", source, "-o", source.with_suffix(".o")],
+        check=True,
+    )  # fmt: skip
+    return Spec(name, source.with_suffix(".o").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    return Kernel()
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Spec:
+    return compiled(tmp_path_factory.mktemp("own"), "own", OWN)
+
+
+@pytest.fixture(scope="module")
+def naive(tmp_path_factory: pytest.TempPathFactory) -> Spec:
+    return compiled(tmp_path_factory.mktemp("naive"), "naive", NAIVE)
+
+
+def test_the_first_way_that_is_not_refused() -> None:
+    hooks = plan(CONNECTIONS, {})
+    assert {name: hook.program.name for name, hook in hooks.items() if hook.program and "__" in hook.program.name} == {
+        "connect": "connect__fentry", "accept": "accept__fexit", "timewait": "timewait__fexit",
+    }  # fmt: skip
+    assert not any(hook.refused for hook in hooks.values())
+    assert list(hooks) == list(CONNECTIONS.hooks)
+
+
+def test_why_each_better_way_was_not_taken() -> None:
+    refused = {"accept__fexit": "no trampolines", "accept__syscall": "not asked", "timewait__fexit": "no function"}
+    hooks = plan(CONNECTIONS, refused | {"timewait__kprobe": "no kprobes"})
+    assert hooks["accept"].program is not None
+    assert (hooks["accept"].program.name, hooks["accept"].refused) == (
+        "accept__kretprobe", {"accept__fexit": "no trampolines"},
+    )  # fmt: skip
+    assert hooks["timewait"].program is None
+    assert hooks["timewait"].refused == {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"}
+    assert hooks["timewait"].without == "what follows CLOSE"
+
+
+def test_a_hook_that_is_not_wanted_is_not_planned() -> None:
+    assert plan(CONNECTIONS, {}, frozenset({"seed", "accept"})).keys() == CONNECTIONS.hooks.keys() - {"seed", "accept"}
+
+
+LOG = """libbpf: something before
+libbpf: prog 'drop': BPF program load failed: Permission denied
+libbpf: prog 'drop': -- BEGIN PROG LOAD LOG --
+{lines}
+processed 312 insns (limit 1000000) max_states_per_insn 0
+-- END PROG LOAD LOG --
+libbpf: failed to load program 'drop'
+"""
+
+
+def test_the_end_of_the_verifiers_log() -> None:
+    lines = [f"{n}: (bf) r1 = r{n % 9}" for n in range(80)] + ["R7 invalid mem access 'inv'"]
+    text = verifier_summary(LOG.format(lines="\n".join(lines)))
+    assert text.startswith("the verifier's last words (75 lines before left out): 75: (bf) r1")
+    assert "R7 invalid mem access 'inv' | in programs of type kprobe and tracepoint follow kernel pointers with" in text
+    assert "processed" not in text
+    assert "\n" not in text
+    assert len(text) < 500
+
+
+def test_a_log_without_the_verifiers_words() -> None:
+    assert verifier_summary("libbpf: first\nlibbpf: failed to find it\n") == "failed to find it"
+    assert verifier_summary("") == ""
+    other = verifier_summary(LOG.format(lines="back-edge from insn 5 to 3"))
+    assert other == "the verifier's last words (0 lines before left out): back-edge from insn 5 to 3"
+
+
+@pytest.mark.kernel
+def test_a_refused_program_is_struck_out(own: Spec, kernel: Kernel) -> None:
+    """The next way of its hook is taken; an optional hook without another stays away."""
+    loaded = Loaded(own, kernel)
+    try:
+        state, extra = loaded.hooks["state"], loaded.hooks["extra"]
+        assert state.program is not None
+        assert state.program.name == "state__good"
+        assert state.refused == {"state__bad": "refused by the kernel (Permission denied)"}
+        assert (extra.program, extra.without) == (None, "something")
+        assert set(loaded.program_info()) == {"state__good"}
+    finally:
+        loaded.close()
+    loaded.close()  # once more is no error
+
+
+@pytest.mark.kernel
+def test_a_hook_without_a_way_left(own: Spec, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says which program, and why, in one line."""
+    only_bad = tuple(program for program in own.programs if program.name == "state__bad")
+    spec = Spec("own", own.data)
+    monkeypatch.setattr(spec, "programs", only_bad)
+    with pytest.raises(UnsupportedError, match="own: program 'state__bad': refused by the kernel") as caught:
+        Loaded(spec, kernel)
+    assert "invalid mem access" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.kernel
+def test_experiment_k(naive: Spec, kernel: Kernel) -> None:
+    """A user's own object that follows skb->sk directly: the verifier's last words and the hint, not 80 lines."""
+    with pytest.raises(TcpscopeError) as caught:
+        Loaded(naive, kernel)
+    text = str(caught.value)
+    assert text.startswith(
+        "naive: program 'drop': refused by the kernel (Permission denied); the verifier's last words"
+    )
+    assert "invalid mem access" in text
+    assert "BPF_CORE_READ" in text
+    left_out = int(text.partition("last words (")[2].partition(" ")[0])
+    assert left_out > 60
+    assert len(text) < 1000
+    assert "\n" not in text
+    assert "libbpf" not in text
+
+
+@pytest.mark.kernel
+def test_what_runs_and_what_it_counted(own: Spec, kernel: Kernel) -> None:
+    loaded = Loaded(own, kernel)
+    try:
+        counters = loaded.memory("counters").cast("Q")
+        before = counters[0]
+        _refused_connection()
+        assert counters[0] >= before + 2
+        loaded.detach()
+        after = counters[0]
+        _refused_connection()
+        assert counters[0] == after
+    finally:
+        loaded.close()
+
+
+def _refused_connection() -> None:
+    with socket.socket() as client:
+        client.connect_ex(("127.0.0.1", 9))
+
+
+@pytest.mark.kernel
+def test_nothing_is_left_behind(kernel: Kernel) -> None:
+    """File descriptors: programs, maps, links, the ring, the iterators."""
+    fds = Path("/proc/self/fd")
+
+    def run() -> int:
+        setup = Setup(entries={"events": 4096, "connections": 64, "listening": 64})
+        loaded = Loaded(CONNECTIONS, kernel, setup)
+        ring = Ring(loaded.map_fd("events"), CONNECTIONS.layout("transition").size)
+        assert all(isinstance(piece, bytes) for piece in loaded.iterate("seed"))
+        assert list(ring.batches()) is not None
+        del ring
+        loaded.close()
+        return len(list(fds.iterdir()))
+
+    assert run() == run()
+
+
+@pytest.fixture(scope="module")
+def sockets(kernel: Kernel) -> Iterator[Loaded]:
+    loaded = Loaded(Spec.of("sockets"), kernel)
+    yield loaded
+    loaded.close()
+
+
+@pytest.mark.kernel
+def test_an_iterator_in_a_namespace_that_is_none(sockets: Loaded) -> None:
+    with Path("/dev/null").open() as wrong, pytest.raises(OSError, match="iterator 'existing': Invalid argument"):
+        list(sockets.iterate("existing", wrong.fileno()))
+
+
+@pytest.mark.kernel
+def test_all_ways_but_the_refused_are_really_there(kernel: Kernel) -> None:
+    """What the kernel is said to have, it has: every hook of every probe attaches by its planned way."""
+    for probe in ("connections", "listeners", "rtt", "sockets"):
+        spec = Spec.of(probe)
+        planned = plan(spec, plan_refusals(spec, kernel))
+        loaded = Loaded(spec, kernel)
+        taken = {name: hook.program for name, hook in loaded.hooks.items()}
+        loaded.close()
+        assert taken == {name: hook.program for name, hook in planned.items()}

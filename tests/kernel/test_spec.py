@@ -1,0 +1,138 @@
+"""What an object says of itself, read without root and without a kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from tcpscope.errors import MalformedError, TcpscopeError
+from tcpscope.filters import Filter
+from tcpscope.kernel import elf, filtering
+from tcpscope.kernel.spec import Program, Spec
+
+PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir()
+                if path.name.endswith(".bpf.o"))  # fmt: skip
+CONNECTIONS = Spec.of("connections")
+
+
+def test_a_program() -> None:
+    program = Program("accept__fexit", "fexit/inet_csk_accept", None)
+    assert (program.hook, program.type, program.target) == ("accept", "fexit", "inet_csk_accept")
+    plain = Program("state", "tp_btf/inet_sock_set_state", None)
+    assert (plain.hook, plain.type) == ("state", "tp_btf")
+
+
+def test_programs_stand_in_the_order_of_the_file() -> None:
+    """So the first way of a hook is the best one."""
+    ways = {name: [way.name for way in ways] for name, ways in CONNECTIONS.hooks.items()}
+    assert ways["connect"] == ["connect__fentry", "connect__kprobe", "connect__retransmit"]
+    assert ways["accept"] == ["accept__fexit", "accept__kretprobe", "accept__syscall"]
+    assert ways["state"] == ["state"]
+    assert CONNECTIONS.section("accept__fexit") == "fexit/inet_csk_accept"
+
+
+def test_an_optional_hook_says_what_is_then_not_known() -> None:
+    assert CONNECTIONS.hooks["timewait"][0].without == "what follows CLOSE"
+    assert CONNECTIONS.hooks["state"][0].without is None
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_every_way_but_the_plain_one_has_a_name(probe: str) -> None:
+    """One logical hook is one name; functions that are only called are no programs."""
+    spec = Spec.of(probe)
+    assert spec.programs
+    names = [program.name for program in spec.programs]
+    assert len(names) == len(set(names))
+    for program in spec.programs:
+        assert program.type in ("tp_btf", "fentry", "fexit", "kprobe", "kretprobe", "iter"), program
+        assert program.target
+    for name, ways in spec.hooks.items():
+        assert all(way.without is None for way in ways[1:]), name
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_objects_are_stripped(probe: str) -> None:
+    """BTF and its relocations stay, DWARF and the place of the build do not."""
+    data = (files("tcpscope") / "bpf" / f"{probe}.bpf.o").read_bytes()
+    names = elf.sections(data)
+    assert {".BTF", ".BTF.ext"} <= names.keys()
+    assert not [name for name in names if name.startswith(".debug")]
+    assert str(Path(__file__).parents[2]).encode() not in data
+
+
+def test_variables() -> None:
+    variables = CONNECTIONS.variables
+    assert variables["filter"].section == ".rodata"
+    assert variables["counters"].section == ".bss"
+    assert variables["filter_lport"].size == 65536 // 8
+    places = sorted((v.section, v.offset, v.offset + v.size) for v in variables.values())
+    for (section, _, end), (other, start, _) in itertools.pairwise(places):
+        assert section != other or end <= start
+    assert CONNECTIONS.section_size(".bss") >= variables["counters"].size
+
+
+class Network(ctypes.Structure):
+    _fields_ = (
+        ("address", ctypes.c_uint64 * 2),
+        ("mask", ctypes.c_uint64 * 2),
+        ("family", ctypes.c_uint64),
+    )
+
+
+class InKernel(ctypes.Structure):
+    """`struct filter` of bpf/filter.bpf.h, once more."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("netns", ctypes.c_uint32),
+        ("family", ctypes.c_uint8),
+        *((f"has_{name}", ctypes.c_bool) for name in ("pid", "uid", "comm", "lport", "rport", "port")),
+        ("laddr_count", ctypes.c_uint8),
+        ("raddr_count", ctypes.c_uint8),
+        ("cgroup", ctypes.c_uint64),
+        ("comm", ctypes.c_char * 16),
+        ("laddr", Network * 8),
+        ("raddr", Network * 8),
+    )
+
+
+def test_packing_a_filter() -> None:
+    """The bytes that the kernel gets, read by a C struct that does not come from BTF."""
+    wanted = Filter.from_options(pid=1, uid=0, comm="nginx", netns=4026531840, ipv4=True, cgroup=2**40,
+                                 laddr="10.0.0.0/8,192.0.2.1", rport=443)  # fmt: skip
+    variable = CONNECTIONS.variables["filter"]
+    data = CONNECTIONS.pack(variable.type, filtering.constants(wanted)["filter"])
+    assert len(data) == variable.size == ctypes.sizeof(InKernel)
+    packed = InKernel.from_buffer_copy(data)
+    assert (packed.pid, packed.uid, packed.netns, packed.family) == (1, 0, 4026531840, 4)
+    assert (packed.has_pid, packed.has_uid, packed.has_comm) == (True, True, True)
+    assert (packed.has_lport, packed.has_rport, packed.has_port) == (False, True, False)
+    assert (packed.laddr_count, packed.raddr_count, packed.cgroup) == (2, 0, 2**40)
+    assert packed.comm == b"nginx"
+    first = packed.laddr[0]
+    assert bytes(first.address) == bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 0])
+    assert bytes(first.mask) == b"\xff" * 13 + bytes(3)
+    assert first.family == 4
+    assert bytes(packed.laddr[1].mask) == b"\xff" * 16
+
+
+def test_packing_numbers() -> None:
+    pid = next(member for member in CONNECTIONS.btf.struct("owner").members if member.name == "pid")
+    assert CONNECTIONS.pack(pid.type_id, 258) == b"\x02\x01\0\0"
+    assert CONNECTIONS.pack(pid.type_id, -1) == b"\xff" * 4
+    with pytest.raises(OverflowError):
+        CONNECTIONS.pack(pid.type_id, 1 << 32)
+    assert CONNECTIONS.pack(pid.type_id, b"ab") == b"ab\0\0"
+
+
+def test_what_is_no_object() -> None:
+    with pytest.raises(MalformedError, match="not a little-endian ELF64 object"):
+        Spec("mine", b"#!/bin/sh\n")
+    header = (files("tcpscope") / "bpf" / "connections.bpf.o").read_bytes()[:60] + bytes(4)  # no sections at all
+    with pytest.raises(TcpscopeError, match=r"mine: no \.BTF section; compile with clang -g"):
+        Spec("mine", header)

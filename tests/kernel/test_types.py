@@ -1,0 +1,121 @@
+"""The hand-written types of bpf/kernel.bpf.h against the running kernel's BTF: every field is there, of its kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from tcpscope.kernel.btf import Btf, Enum, Int, Kind, Member, Struct, Type
+from tcpscope.kernel.features import BTF
+from tcpscope.kernel.spec import Spec
+
+HEADER = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf/kernel.bpf.h"
+PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir()
+                if path.name.endswith(".bpf.o"))  # fmt: skip
+
+MAY_BE_MISSING = {
+    "proto_accept_arg": "came with the second signature of inet_csk_accept (6.10); only asked whether it exists",
+    "mptcp_sock": "with CONFIG_MPTCP only; its field is asked for before it is read",
+}
+OTHER_KINDS = {
+    ("netns_ipv4", "sysctl_tcp_syncookies"): "an int before 5.15: read at any width",
+    ("netns_ipv4", "sysctl_tcp_abort_on_overflow"): "an int before 5.15: read at any width",
+}
+"""Fields whose size may differ from ours, and why that does no harm."""
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Btf:
+    return Btf.parse(BTF.read_bytes())
+
+
+def declared() -> set[str]:
+    """The structs and typedefs of the header that have fields."""
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    text = text.partition("preserve_access_index")[2].partition("#pragma clang attribute pop")[0]
+    structs = re.findall(r"^struct (\w+) *\{", text, re.MULTILINE)
+    return {*structs, *re.findall(r"^typedef struct .*\} (\w+);", text, re.MULTILINE)}
+
+
+def find(btf: Btf, name: str) -> Struct | None:
+    """A struct, or what is behind a typedef."""
+    found = btf.find(name, Kind.STRUCT)
+    if found is None and (alias := btf.find(name, Kind.TYPEDEF)):
+        found = btf.resolve(alias.id)
+    return found if isinstance(found, Struct) else None
+
+
+def kind(btf: Btf, type_: Type) -> str:
+    if isinstance(type_, Enum | Int):
+        return "number"
+    return {Kind.UNION: "struct", Kind.FWD: "struct"}.get(type_.kind, type_.kind.name.lower())
+
+
+def differences(ours: Btf, mine: Struct, theirs: Btf, real: str, path: str) -> Iterator[str]:
+    for member in mine.members:
+        there = theirs.field(real, member.name)
+        if there is None:
+            yield f"{path}.{member.name} does not exist"
+            continue
+        yield from _compare(ours, member, theirs, there, real, f"{path}.{member.name}")
+
+
+def _compare(ours: Btf, member: Member, theirs: Btf, there: Member, real: str, path: str) -> Iterator[str]:
+    mine, other = ours.resolve(member.type_id), theirs.resolve(there.type_id)
+    if kind(ours, mine) != kind(theirs, other):
+        yield f"{path} is a {kind(ours, mine)} here and a {kind(theirs, other)} there"
+    elif isinstance(mine, Struct) and not mine.name and isinstance(other, Struct):
+        for inner in mine.members:
+            if inner.name not in [field.name for field in other.members]:
+                yield f"{path}.{inner.name} does not exist"
+    elif kind(ours, mine) == "number" and (real, member.name) not in OTHER_KINDS and not there.bitfield_size:
+        sizes = ours.size_of(member.type_id), theirs.size_of(there.type_id)
+        if sizes[0] != sizes[1]:
+            yield f"{path} has {sizes[0]} bytes here and {sizes[1]} there"
+
+
+@pytest.mark.kernel
+def test_every_field_exists(kernel: Btf) -> None:
+    wrong, seen = [], set()
+    for probe in PROBES:
+        ours = Spec.of(probe).btf
+        for name in sorted(declared()):
+            mine = find(ours, name)
+            if mine is None:
+                continue
+            seen.add(name)
+            real = name.partition("___")[0]
+            theirs = find(kernel, real)
+            if theirs is None:
+                if real not in MAY_BE_MISSING:
+                    wrong.append(f"{real} does not exist")
+                continue
+            if theirs.name:
+                wrong += differences(ours, mine, kernel, real, real)
+            else:  # behind a typedef
+                there = {member.name: member for member in theirs.members}
+                for member in mine.members:
+                    if member.name not in there:
+                        wrong.append(f"{real}.{member.name} does not exist")
+                    else:
+                        wrong += _compare(ours, member, kernel, there[member.name], real, f"{real}.{member.name}")
+    assert wrong == []
+    # Otherwise the list above says less than it seems to.
+    assert {"sock_common", "sock", "tcp_sock", "task_struct", "pt_regs___kernel", "kuid_t", "possible_net_t"} <= seen
+
+
+def test_the_header_holds_nothing_that_no_probe_uses() -> None:
+    used = {name for probe in PROBES for name in declared() if find(Spec.of(probe).btf, name)}
+    # Types that the programs only name in a question (does it exist?) or reach by other fields.
+    assert declared() - used == set()
+
+
+def test_the_exceptions_are_exceptions() -> None:
+    """A line that is no longer needed is a line too many."""
+    names = {name.partition("___")[0] for name in declared()}
+    assert MAY_BE_MISSING.keys() <= names
+    assert {struct for struct, _ in OTHER_KINDS} <= names
