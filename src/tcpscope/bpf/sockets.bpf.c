@@ -81,6 +81,9 @@ int existing(struct bpf_iter__tcp *ctx)
 		struct tcp_timewait_sock *timewait = bpf_skc_to_tcp_timewait_sock(common);
 
 		small_socket_read(common, &record);
+		/* A request. The kernel tells the two apart for itself; to a reader both are SYN_RECV, as in ss. */
+		if (record.state == STATE_NEW_SYN_RECV)
+			record.state = STATE_SYN_RECV;
 		if (timewait) {
 			record.timewait = true;
 			record.state = timewait->tw_sk.tw_substate;
