@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from tcpscope.kernel.btf import Btf
-from tcpscope.kernel.features import BTF
+from tcpscope.kernel.features import BTF, Kernel
 from tcpscope.tool import names
 
 pytestmark = pytest.mark.kernel
@@ -48,3 +48,22 @@ def test_text_names_hooks_and_privileges():
     )
     assert "queue  (probe listeners, needs CAP_BPF, CAP_PERFMON" in done.stdout
     assert "tp_btf/inet_sock_set_state" in done.stdout
+
+
+def test_no_program_is_refused_that_should_load(report):
+    """A way is passed over for what the kernel lacks, never because the verifier did not like the program."""
+    refused = [
+        (entry["probe"], hook["hook"], why)
+        for entry in report["tools"]
+        for hook in entry["hooks"]
+        for why in hook["refused"].values()
+        if "refused by the kernel" in why
+    ]
+    assert refused == []
+
+
+def test_every_hook_is_attached_where_functions_can_be_hooked(report):
+    if not (Kernel().fentry or Kernel().kprobe):
+        assert any(hook["way"] is None for entry in report["tools"] for hook in entry["hooks"])
+        return
+    assert all(hook["way"] for entry in report["tools"] for hook in entry["hooks"])
