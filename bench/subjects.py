@@ -54,7 +54,6 @@ TABLE, JSON, TCPSTATES = (subject.name for subject in STATES[:3])
 RTT = (
     _tcpscope("rtt", "-i", "60", rows=False),
     _libbpf("tcprtt", rows=False),
-    _bcc("tcprtt", rows=False),
 )
 QUEUE = (
     _tcpscope("queue", rows=False),
@@ -64,7 +63,10 @@ QUEUE = (
 PEERS = (
     *(_libbpf(f"tcp{n}") for n in ("connect", "connlat", "life", "top", "tracer")),
     *(_bpftrace(f"tcp{n}") for n in ("accept", "connect", "drop", "life", "retrans", "synbl")),
-    *(_bcc(f"tcp{n}") for n in ("accept", "connect", "connlat", "drop", "life", "retrans", "synbl", "top", "tracer")),
+    *(
+        _bcc(f"tcp{n}")
+        for n in ("accept", "connect", "connlat", "drop", "life", "retrans", "rtt", "synbl", "top", "tracer")
+    ),
 )
 """The other TCP tools of the peers, to see which of them this kernel takes."""
 

@@ -108,6 +108,24 @@ static void one_connection(int listener, const struct sockaddr_in *server, const
 	close(child);
 }
 
+/* The last packets of a batch may still wait for their turn: with the namespace they would go, and never be handled. */
+static void wait_until_closed(void)
+{
+	int in_use;
+
+	do {
+		FILE *file = fopen("/proc/self/net/sockstat", "r");
+
+		in_use = 0;
+		while (file && !feof(file) && fscanf(file, "TCP: inuse %d", &in_use) != 1)
+			fscanf(file, "%*[^\n]\n");
+		if (file)
+			fclose(file);
+		if (in_use > 1) /* the listener is one */
+			sleep_until(now(CLOCK_MONOTONIC) + 1000000);
+	} while (in_use > 1);
+}
+
 static void connections(int batches, int count, int exchanges)
 {
 	struct sockaddr_in server = address(0x7f4d0001, PORT); /* 127.77.0.1 */
@@ -123,6 +141,7 @@ static void connections(int batches, int count, int exchanges)
 		for (int i = 0; i < count; i++)
 			one_connection(listener, &server, NULL, exchanges);
 		printf("%lld %lld\n", (now(CLOCK_MONOTONIC) - wall) / count, (now(CLOCK_THREAD_CPUTIME_ID) - cpu) / count);
+		wait_until_closed();
 		close(listener);
 	}
 }
@@ -139,6 +158,8 @@ static void rate(int per_second, int seconds)
 
 		for (; made < due; made++) {
 			if (made % BATCH == 0) {
+				if (made)
+					wait_until_closed();
 				close(listener);
 				new_namespace();
 				listener = listen_at(&server);
@@ -148,6 +169,7 @@ static void rate(int per_second, int seconds)
 		sleep_until(start + ms * 1000000);
 	}
 	printf("%lld %lld\n", made, now(CLOCK_MONOTONIC) - start);
+	wait_until_closed();
 	close(listener);
 }
 
