@@ -90,8 +90,8 @@ def shown(row: dict[str, Any]) -> Shown:
     dual = row["family"] == 6 and row["laddr"] == "::" and row["state"] == "LISTEN"
     return Shown(
         row["state"],
-        row["rx_queue_bytes"],
-        row["tx_queue_bytes"],
+        row["accept_queue"] if row["state"] == "LISTEN" else row["rx_queue_bytes"],
+        row["accept_limit"] if row["state"] == "LISTEN" else row["tx_queue_bytes"],
         ("*" if dual else row["laddr"], row["lport"]),
         (row["raddr"] or "", row["rport"] or 0),
         row["cookie"],
@@ -227,7 +227,9 @@ def test_the_states_are_all_there(site: Site) -> None:
 def test_queues(site: Site) -> None:
     rows = listed(site, "-L", f"{MAPPED},{WAITING}")
     (listener,) = (row for row in rows if (row["lport"], row["state"]) == (WAITING, "LISTEN"))
-    assert (listener["rx_queue_bytes"], listener["tx_queue_bytes"]) == (3, 3)
+    assert (listener["accept_queue"], listener["accept_limit"]) == (3, 3)
+    assert listener["rx_queue_bytes"] is listener["tx_queue_bytes"] is None
+    assert all(row["accept_queue"] is row["accept_limit"] is None for row in rows if row["state"] != "LISTEN")
     waiting = [row for row in rows if row["lport"] == WAITING and row["state"] != "LISTEN"]
     assert sorted((row["state"], row["rx_queue_bytes"]) for row in waiting) == [
         ("CLOSE_WAIT", 1),
@@ -286,4 +288,4 @@ def test_mptcp(site: Site) -> None:
         (row,) = tool.wait().rows
     (expected,) = (found for found in ss(site.other).values() if found.local[1] == 7100)
     assert [held["pid"] for held in row["holders"]] == [os.getpid()]
-    assert (row["state"], row["tx_queue_bytes"]) == (expected.state, expected.send_q) == ("LISTEN", 4)
+    assert (row["state"], row["accept_limit"]) == (expected.state, expected.send_q) == ("LISTEN", 4)

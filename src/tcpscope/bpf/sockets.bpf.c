@@ -18,9 +18,11 @@ struct existing {
 	bool timewait; /* a small timewait socket: it has no owner any more */
 	__u8 padding[2];
 	__u32 rx_queue_bytes UNIT("bytes") UNKNOWN_IS("max")
-		DOC("received and not yet read; of a listener: connections that wait for accept()");
+		DOC("received and not yet read, a FIN counts too; null for a listener");
 	__u32 tx_queue_bytes UNIT("bytes") UNKNOWN_IS("max")
-		DOC("sent and not yet acknowledged, or not yet sent; of a listener: limit of its accept queue");
+		DOC("sent and not yet acknowledged, or not yet sent; null for a listener");
+	__u32 accept_queue UNKNOWN_IS("max") DOC("connections that wait for accept(); null but for a listener");
+	__u32 accept_limit UNKNOWN_IS("max") DOC("limit of the accept queue; null but for a listener");
 	__u32 uid DOC("user that made the socket") UNKNOWN_IS("max");
 	__u64 socket;
 };
@@ -45,8 +47,9 @@ static __always_inline void full_socket_read(struct tcp_sock *tcp, struct existi
 	identity_read(sk, &record->id);
 	record->uid = BPF_CORE_READ(sk, sk_uid.val);
 	if (record->state == STATE_LISTEN) {
-		record->rx_queue_bytes = BPF_CORE_READ(sk, sk_ack_backlog);
-		record->tx_queue_bytes = BPF_CORE_READ(sk, sk_max_ack_backlog);
+		record->accept_queue = BPF_CORE_READ(sk, sk_ack_backlog);
+		record->accept_limit = BPF_CORE_READ(sk, sk_max_ack_backlog);
+		record->rx_queue_bytes = record->tx_queue_bytes = -1;
 		return;
 	}
 	/* As tcp_diag_get_info() computes them. copied_seq runs ahead of rcv_nxt by the FIN. */
@@ -67,7 +70,7 @@ SEC("iter/tcp")
 int existing(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *common = ctx->sk_common;
-	struct existing record = {};
+	struct existing record = {.accept_queue = -1, .accept_limit = -1};
 	struct tcp_sock *tcp;
 
 	if (!common)

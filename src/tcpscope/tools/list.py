@@ -2,7 +2,7 @@
 
 Like `ss -tanpe`, for all network namespaces that can be seen, without walking /proc: the holders come from the kernel's
 own list of open files. Sockets without a file are there too: handshakes, TIME_WAIT, what waits in an accept queue.
-For a listener RX QUEUE is the length of its accept queue and TX QUEUE its limit.
+Where ss writes a listener's accept queue and its limit under Recv-Q and Send-Q, here they have columns of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tcpscope.schema import comm_text
 from tcpscope.session import Session, Stop
 from tcpscope.tool import Request, Tool
 
-_TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "laddr", "lport", "raddr", "rport", "holders")
+_TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_limit", "laddr", "lport", "raddr",
+          "rport", "holders")  # fmt: skip
 
 
 class List(Tool):
@@ -120,7 +121,7 @@ def _namespaces(filter: Filter) -> Iterator[int]:
         finally:
             os.close(descriptor)
     if refused and filter.netns != own:
-        print(f"tcpscope: could not look into the network namespaces of {refused} processes", file=sys.stderr)
+        print(f"tcpscope: could not look into the network namespaces of {refused} process{'' if refused == 1 else 'es'}", file=sys.stderr)
 
 
 tool = List()
