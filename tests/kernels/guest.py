@@ -130,7 +130,7 @@ class Guest:
             machine.wait()
 
     def _virtme(self, kvm: bool) -> list[str]:
-        script = shlex.join(["sh", str(Path(__file__).with_name("guest.sh")), str(self.shared)])
+        script = shlex.join(["sh", str(Path(__file__).with_name("guest.sh")), str(self.shared), str(TREE)])
         return [
             *(sys.executable, str(Path(__file__).with_name("boot.py"))),
             *("--kimg", self.image.vmlinuz, "--mods", "auto"),

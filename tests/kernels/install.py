@@ -39,4 +39,4 @@ def staged(folder: Path) -> dict[str, str]:
         raise BuildError("\n".join((done.stdout + done.stderr).splitlines()[-40:]))
     site = next(folder.rglob("tcpscope/__init__.py")).parents[1]
     compileall.compile_dir(site, quiet=1)
-    return {"PYTHONPATH": str(site), **editable_off}
+    return {"PYTHONPATH": str(site)}
