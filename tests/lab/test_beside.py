@@ -15,7 +15,7 @@ READY = "import os, signal, sys\nos.write(int(os.environ['TCPSCOPE_READY_FD']), 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     """The tool is a Python text given as its second argument."""
-    monkeypatch.setattr(Tool, "command", (sys.executable, "-c", "import sys; sys.argv.pop(0); exec(sys.argv[1])"))
+    monkeypatch.setattr(Tool, "command", (sys.executable, "-u", "-c", "import sys; sys.argv.pop(0); exec(sys.argv[1])"))
     yield []
 
 
@@ -40,7 +40,7 @@ def test_output_until_the_interrupt(lines: list[tuple[str, str]]) -> None:
     tool = start(READY.partition("\n")[0] + "\n" + code, lines)
     tool.wait_until_ready()
     tool.end()
-    assert sorted(lines) == [("queue", "first"), ("queue", "last"), ("queue", "stats")]
+    assert lines == [("queue", "first"), ("queue", "stats"), ("queue", "last")]
     tool.kill()  # once more is no error
 
 

@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import IO
 
 from tcpscope.errors import TcpscopeError
 from tcpscope.lab import processes
@@ -45,7 +44,7 @@ class Tool:
                 [*self.command, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stderr=subprocess.STDOUT,  # one stream keeps the order of the lines
                 text=True,
                 errors="replace",
                 pass_fds=[ready],
@@ -53,15 +52,11 @@ class Tool:
             )
         finally:
             os.close(ready)
-        self._readers = [
-            threading.Thread(target=self._read, args=(stream, emit), daemon=True)
-            for stream in (self._process.stdout, self._process.stderr)
-        ]
-        for reader in self._readers:
-            reader.start()
+        self._reader = threading.Thread(target=self._read, args=(emit,), daemon=True)
+        self._reader.start()
 
-    def _read(self, stream: IO[str], emit: Emit) -> None:
-        for line in stream:
+    def _read(self, emit: Emit) -> None:
+        for line in self._process.stdout or ():
             emit(self.name, line.rstrip("\n"))
 
     def wait_until_ready(self, deadline: float = DEADLINE) -> None:
@@ -82,8 +77,7 @@ class Tool:
                 status = self._process.wait(deadline)
             except subprocess.TimeoutExpired:
                 raise TcpscopeError(f"'tcpscope {self.name}' did not end within {deadline:g} s of SIGINT") from None
-            for reader in self._readers:
-                reader.join(max(0.0, end - time.monotonic()))
+            self._reader.join(max(0.0, end - time.monotonic()))
         finally:
             self.kill()
         if status:
