@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.subjects import JSON, PEERS, QUEUE, RTT, STATES, TABLE, TCPSTATES
+from bench.subjects import JSON, PEERS, QUEUE, RTT, STATES, TABLE, TCPSTATES, Subject
 
 TEXT = Path(__file__).with_name("page.md")
 Figures = Sequence[float]
@@ -195,10 +195,13 @@ def _user(micro: dict[str, Any] | None) -> str:
 
 def _attach(parts: Sequence[dict[str, Any]]) -> str:
     titles = ["tool", *(f"Linux {part['kernel']}" for part in parts)]
-    rows = [
-        [f"{s.project}: `{s.name}`", *(part["absent"].get(s.name, "works").replace("|", "/") for part in parts)]
-        for s in (*STATES, *RTT, *QUEUE, *PEERS)
-    ]
+
+    def answer(subject: Subject, part: dict[str, Any]) -> str:
+        if subject in PEERS and not part["plan"]["others"]:
+            return "not tried"
+        return str(part["absent"].get(subject.name, "works")).replace("|", "/")
+
+    rows = [[f"{s.project}: `{s.name}`", *(answer(s, part) for part in parts)] for s in (*STATES, *RTT, *QUEUE, *PEERS)]
     return table(titles, rows).replace("---:", "---")
 
 
