@@ -120,6 +120,7 @@ struct inet_connection_sock {                                 /* include/net/ine
 struct tcp_rack {                                             /* include/linux/tcp.h, as struct tcp_sock.rack */
 	__u64 mstamp;
 	__u32 rtt_us;
+	__u32 end_seq;
 };
 
 struct tcp_sock {                                             /* include/linux/tcp.h */

@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * Round-trip times, one sample for each acknowledgement that moved its connection forward.
+ * Round-trip times, one sample for each acknowledgement that delivered a newer packet than all before.
  *
  * tcp_probe fires for each segment that an established connection receives, before the segment is processed. What the
  * kernel measured from the segment before stands in the socket then: rack.rtt_us, the time from the last transmission
- * of the newest delivered packet (rack.mstamp) until its acknowledgement. A sample is taken when that packet is another
- * one than at the last look: a receiver of data gives none, however many segments it gets. The handshake's sample is
- * taken when the connection is established (nothing but the smoothed RTT holds it then), the last one at its end.
+ * of the newest delivered packet (rack.mstamp, rack.end_seq) until its acknowledgement. A sample is taken when that
+ * packet is another one than at the last look: a receiver of data gives none, however many segments it gets. Packets
+ * that were sent together have the same time, so the time alone does not tell them apart. A packet is what TCP handed
+ * down, up to 64 KB where the device cuts it. Without SACK the kernel keeps no such record: then only the handshake is
+ * seen.
+ * The handshake's sample is taken when the connection is established (nothing but the smoothed RTT holds it then). One
+ * more look is taken at each change of state. A connection that one side has closed does not pass tcp_probe; where
+ * functions can be hooked its segments are seen in tcp_rcv_state_process.
  */
 
 #include "kernel.bpf.h"
@@ -31,9 +36,8 @@ struct rtt_key {
 	__u32 pid;
 	__u16 lport;
 	__u16 rport;
-	__u32 epoch; /* changes with the interval, so that one can be read while the next is filled */
 	__u8 family;
-	__u8 padding[3];
+	__u8 padding[7];
 	char comm[16];
 };
 
@@ -42,24 +46,34 @@ struct rtt_value {
 	__u32 max_us[MAX_SHARDS]; /* by CPU: 5.10 has no compare-and-exchange */
 	__u32 min_us[MAX_SHARDS]; /* 0: none yet; stored plus one */
 	__u32 buckets[BUCKETS];
+	__u32 owner_pid;     /* by connection: the last owner, who may be another one after accept() */
+	char owner_comm[16];
+	__u32 padding;
 };
 
 const struct rtt_key *rtt_key_anchor __attribute__((unused));
 const struct rtt_value *rtt_value_anchor __attribute__((unused));
 
-struct {
+/* Two of them, in turn: while the one of the last interval is read and emptied, the other is filled. */
+struct rtts {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 4096);
 	__type(key, struct rtt_key);
 	__type(value, struct rtt_value);
-} rtts SEC(".maps");
+} rtts_even SEC(".maps"), rtts_odd SEC(".maps");
+
+/* The newest delivered packet. */
+struct delivered {
+	__u64 mstamp;
+	__u64 end_seq;
+};
 
 /* Inserted when a connection is first seen, deleted at tcp_destroy_sock. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
 	__type(key, __u64); /* address of the struct sock */
-	__type(value, __u64); /* rack.mstamp at the last look */
+	__type(value, struct delivered); /* at the last look */
 } last_seen SEC(".maps");
 
 /* Filled by user space before loading. */
@@ -97,9 +111,19 @@ static __always_inline __u32 bucket_of(__u32 us)
 	return ((log2 - SUB_BITS + 1) << SUB_BITS) + ((us >> (log2 - SUB_BITS)) & ((1 << SUB_BITS) - 1));
 }
 
+static __always_inline struct rtt_value *find_or_add(void *map, const struct rtt_key *key)
+{
+	struct rtt_value *value = bpf_map_lookup_elem(map, key);
+
+	if (value)
+		return value;
+	bpf_map_update_elem(map, key, &new_value, BPF_NOEXIST);
+	return bpf_map_lookup_elem(map, key);
+}
+
 static __noinline int record(struct sock *sk, const struct identity *id, const struct owner *owner, __u32 us)
 {
-	struct rtt_key key = {.epoch = epoch};
+	struct rtt_key key = {};
 	struct rtt_value *value;
 	__u32 shard = bpf_get_smp_processor_id() & (MAX_SHARDS - 1);
 	__u32 bucket = bucket_of(us);
@@ -116,18 +140,18 @@ static __noinline int record(struct sock *sk, const struct identity *id, const s
 		key.family = id->family;
 	if (by_connection)
 		key.cookie = id->cookie;
-	if ((by_pid || by_connection) && owner) {
+	if (by_pid && owner) {
 		key.pid = owner->pid;
 		__builtin_memcpy(key.comm, owner->comm, 16);
 	}
-	value = bpf_map_lookup_elem(&rtts, &key);
-	if (!value) {
-		bpf_map_update_elem(&rtts, &key, &new_value, BPF_NOEXIST);
-		value = bpf_map_lookup_elem(&rtts, &key);
-	}
+	value = epoch & 1 ? find_or_add(&rtts_odd, &key) : find_or_add(&rtts_even, &key);
 	if (!value) {
 		COUNT(lost);
 		return 0;
+	}
+	if (by_connection && owner && owner->pid) {
+		value->owner_pid = owner->pid;
+		__builtin_memcpy(value->owner_comm, owner->comm, 16);
 	}
 	__sync_fetch_and_add(&value->buckets[bucket & (BUCKETS - 1)], 1);
 	__sync_fetch_and_add(&value->sum_us, us);
@@ -155,22 +179,29 @@ static __noinline int sample(struct sock *sk, __u64 cookie, __u32 us)
 	return record(sk, &id, owner, us);
 }
 
+static __always_inline struct delivered delivered_read(struct tcp_sock *tcp)
+{
+	struct delivered newest = {.mstamp = BPF_CORE_READ(tcp, rack.mstamp), .end_seq = BPF_CORE_READ(tcp, rack.end_seq)};
+
+	return newest;
+}
+
 static __always_inline void look(struct sock *sk, __u64 cookie)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	__u64 mstamp = BPF_CORE_READ(tcp, rack.mstamp);
+	struct delivered newest = delivered_read(tcp);
 	__u64 key = (__u64)sk;
-	__u64 *seen = bpf_map_lookup_elem(&last_seen, &key);
+	struct delivered *seen = bpf_map_lookup_elem(&last_seen, &key);
 
 	if (!seen) {
 		/* Older than the tool: what was measured before it was seen is not counted. */
-		if (bpf_map_update_elem(&last_seen, &key, &mstamp, BPF_ANY))
+		if (bpf_map_update_elem(&last_seen, &key, &newest, BPF_ANY))
 			COUNT(table_full);
 		return;
 	}
-	if (*seen == mstamp)
+	if (seen->mstamp == newest.mstamp && seen->end_seq == newest.end_seq)
 		return;
-	*seen = mstamp;
+	*seen = newest;
 	sample(sk, cookie, smoothed ? BPF_CORE_READ(tcp, srtt_us) >> 3 : BPF_CORE_READ(tcp, rack.rtt_us));
 }
 
@@ -178,20 +209,44 @@ static __always_inline void look(struct sock *sk, __u64 cookie)
 static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	__u64 mstamp = BPF_CORE_READ(tcp, rack.mstamp);
+	struct delivered newest = delivered_read(tcp);
 	__u32 us = BPF_CORE_READ(tcp, srtt_us) >> 3;
 	__u64 key = (__u64)sk;
 
-	if (bpf_map_update_elem(&last_seen, &key, &mstamp, BPF_ANY))
+	if (bpf_map_update_elem(&last_seen, &key, &newest, BPF_ANY))
 		COUNT(table_full);
 	if (us)
 		sample(sk, cookie, us);
+}
+
+/* Only connections; this function also gets the segments of handshakes and of listeners. */
+static __always_inline bool half_closed_state(__u8 state)
+{
+	return state == STATE_CLOSE_WAIT || state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2 ||
+	       state == STATE_CLOSING || state == STATE_LAST_ACK;
 }
 
 SEC("tp_btf/tcp_probe")
 int BPF_PROG(segment, struct sock *sk)
 {
 	look(sk, COOKIE_OF(sk));
+	return 0;
+}
+
+OPTIONAL("but for one at each change of state, samples of connections that one side has closed")
+SEC("fentry/tcp_rcv_state_process")
+int BPF_PROG(half_closed__fentry, struct sock *sk)
+{
+	if (half_closed_state(sk->__sk_common.skc_state))
+		look(sk, COOKIE_OF(sk));
+	return 0;
+}
+
+SEC("kprobe/tcp_rcv_state_process")
+int BPF_KPROBE(half_closed__kprobe, struct sock *sk)
+{
+	if (half_closed_state(BPF_CORE_READ(sk, __sk_common.skc_state)))
+		look(sk, cookie_if_any(sk));
 	return 0;
 }
 
@@ -204,7 +259,7 @@ int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 		connection_transition(sk, old_state, new_state);
 	if (new_state == STATE_ESTABLISHED)
 		look_at_handshake(sk, COOKIE_OF(sk));
-	else if (new_state == STATE_CLOSE && old_state != STATE_LISTEN && old_state != STATE_SYN_SENT)
+	else if (old_state == STATE_ESTABLISHED || half_closed_state(old_state))
 		look(sk, COOKIE_OF(sk));
 	return 0;
 }

@@ -1,9 +1,10 @@
 """How long is the round trip, and to whom?
 
-One sample for each acknowledgement that moved its connection forward: the time from the last transmission of the packet
-that was delivered last until its acknowledgement, as the kernel measures it (rack.rtt_us). A receiver of data gives no
-samples, however many segments it gets. With --smoothed the kernel's smoothed RTT at that moment instead, as `ss -ti`
-shows it. Percentiles are known to 1/8 of their value; count, min, max and mean are exact.
+One sample for each acknowledgement that delivered a newer packet than all before: the time from its last transmission
+until then, as the kernel measures it (rack.rtt_us). A packet is what TCP hands to the device, up to 64 KB. A receiver
+of data gives no samples, however many segments it gets. The handshake gives one, too; without SACK it is the only one.
+With --smoothed the kernel's smoothed RTT at that moment instead, as `ss -ti` shows it. Percentiles are known to 1/8 of
+their value; count, min, max and mean are exact.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from tcpscope.filters import address_text
 from tcpscope.kernel import filtering
 from tcpscope.kernel._libbpf import lib
 from tcpscope.output import Column
-from tcpscope.output.histogram import Histogram
+from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.schema import Clock, comm_text
 from tcpscope.session import Session, Stop, monotonic_ns
 from tcpscope.tool import Option, Request, Tool
@@ -51,7 +52,6 @@ _VALUES = (
     Column("mean_us", "float", unit="us", doc="average"),
     Column("histogram", "list", doc="[from_us, to_us, count] by power of two"),
 )
-_GRACE_KEYS = 64
 
 
 class Rtt(Tool):
@@ -63,7 +63,8 @@ class Rtt(Tool):
                "or several with commas.", str, "none"),
         Option(("--smoothed",), "The smoothed RTT, as ss -ti shows it, instead of each measurement."),
         Option(("--histogram",), "Draw the distribution for each key too."),
-        Option(("--max-keys",), "So many keys at the most; samples of further ones are counted as lost.", int, 4096),
+        Option(("--max-keys",), "So many keys at the most in an interval; samples of further ones count as lost.",
+               int, 4096),
     )  # fmt: skip
 
     def run(self, request: Request) -> None:
@@ -77,7 +78,7 @@ class Rtt(Tool):
             "smoothed": request.options["smoothed"],
         }
         skip = () if owner else ("accept", "seed")
-        entries = {"rtts": max_keys + _GRACE_KEYS} | ({} if owner else {"connections": 1, "listening": 1})
+        entries = {"rtts_even": max_keys, "rtts_odd": max_keys} | ({} if owner else {"connections": 1, "listening": 1})
         request.filter = filtering.kernel_only(request.filter, "rtt")
         columns = _columns(request, by)
         with (
@@ -88,7 +89,8 @@ class Rtt(Tool):
             report = _Report(request, by, columns)
             if not request.ready(session):
                 return
-            reader = _Reader(session, max_keys + _GRACE_KEYS)
+            reader = _Reader(session, max_keys)
+            report.owners = reader.owners
             while not stop:
                 deadline = time.monotonic() + (request.interval or 1e9)
                 while not stop and time.monotonic() < deadline:
@@ -96,7 +98,9 @@ class Rtt(Tool):
                 if request.interval and not stop:
                     report.write(reader.take(), total=False)
             session.end()
-            reader.take()
+            last = reader.take()
+            if request.interval:
+                report.write(last, total=False)
             report.write(reader.total, total=True)
             session.stats.shown = sum(histogram.count for histogram in reader.total.values())
             request.finish(session.account(), report.sink)
@@ -113,7 +117,7 @@ def _parse_by(text: str) -> tuple[str, ...]:
 
 
 class _Reader:
-    """Takes the distributions out of the kernel's map, an epoch at a time: while one is read the next is filled."""
+    """Takes the distributions out of the kernel's two maps in turn: while one is read the other is filled."""
 
     def __init__(self, session: Session, capacity: int) -> None:
         self._session = session
@@ -122,17 +126,20 @@ class _Reader:
         self._key = session.spec.layout("rtt_key", internal=True)
         self._value = session.spec.layout("rtt_value", internal=True)
         self.total: dict[Any, Histogram] = {}
+        self.owners: dict[Any, dict[str, Any]] = {}
 
     def take(self) -> dict[Any, Histogram]:
         """What was measured since the last call, by key; `total` grows by it."""
-        ended = self._epoch[0]
-        self._epoch[0] = ended + 1
+        ended = "rtts_odd" if self._epoch[0] & 1 else "rtts_even"
+        self._epoch[0] += 1
         lib.tcpscope_wait_for_programs()
         found: dict[Any, Histogram] = {}
-        for raw, key, value in self._session.loaded.entries("rtts", self._key, self._value, self._capacity):
-            if key.epoch == ended:
-                found[_plain(key)] = _histogram(value)
-                self._session.loaded.delete("rtts", raw)
+        for raw, key, value in self._session.loaded.entries(ended, self._key, self._value, self._capacity):
+            name = _plain(key)
+            found[name] = _histogram(value)
+            if value.owner_pid:
+                self.owners[name] = {"pid": value.owner_pid, "comm": comm_text(value.owner_comm)}
+            self._session.loaded.delete(ended, raw)
         for name, histogram in found.items():
             self.total[name] = self.total[name] + histogram if name in self.total else histogram
         return found
@@ -165,7 +172,14 @@ def _histogram(value: Any) -> Histogram:
     shards = len(value.max_us) // 4
     lowest = [n - 1 for n in struct.unpack(f"<{shards}I", value.min_us) if n]
     highest = struct.unpack(f"<{shards}I", value.max_us)
-    return Histogram(buckets, value.sum_us, min(lowest, default=None), max(highest) if lowest else None)
+    # Two runs of the program on one CPU, or on one shard, may overtake each other: then the bucket is what is known.
+    filled = [index for index, n in enumerate(buckets) if n]
+    return Histogram(
+        buckets,
+        value.sum_us,
+        min([*lowest, bucket_start(filled[0] + 1) - 1]) if filled else None,
+        max([*highest, bucket_start(filled[-1])]) if filled else None,
+    )
 
 
 def _keys(by: tuple[str, ...]) -> tuple[Column, ...]:
@@ -193,6 +207,7 @@ class _Report:
         self._draw = request.output == "table" and (request.options["histogram"] or not by)
         self._keys = [column.name for column in _keys(by)]
         self.sink = request.sink(self._columns)
+        self.owners: dict[Any, dict[str, Any]] = {}
 
     def write(self, found: dict[Any, Histogram], total: bool) -> None:
         when = None if self._request.time == "none" else self._clock.read(monotonic_ns())
@@ -211,7 +226,7 @@ class _Report:
 
     def _make(self, key: _Key, histogram: Histogram, when: Any, total: bool) -> Any:
         mean = histogram.mean
-        values = {name: getattr(key, name) for name in self._keys} | {
+        values = {name: getattr(key, name) for name in self._keys} | self.owners.get(key, {}) | {
             "time": when,
             "count": histogram.count,
             "min_us": histogram.min,
