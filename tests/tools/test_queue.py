@@ -464,9 +464,11 @@ def test_filters(site: Site, run_tool: type[RunningTool]) -> None:
         (wanted,) = run.start()
         rport = wanted.getsockname()[1]
         tools = [
-            stack.enter_context(run_tool("queue", "--events", "--netns", str(run.server.inode), *words))
+            stack.enter_context(run_tool("queue", "--events", "--netns", str(run.server.inode), *words, ready=False))
             for words in (("-L", str(run.port)), ("-R", str(rport)), ("-p", str(os.getpid())), ("-p", "1"))
         ]
+        for tool in tools:  # they start together
+            tool.wait_until_ready()
         seen = run.change("ListenOverflows"), other.change("ListenOverflows")
         wanted.close()
         (again,) = (run.client.socket(run.kind),)
