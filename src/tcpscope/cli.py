@@ -154,6 +154,11 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> toolbox.Request:
         columns = tuple(name.strip() for name in columns.split(",") if name.strip())
         if not columns:
             raise UsageError("--columns is empty", "names with commas between them")
+        for name in columns:
+            if columns.count(name) > 1:
+                raise UsageError(f"--columns has '{name}' twice")
+        if "time" in columns and values["time"] == "none":
+            raise UsageError("--columns has 'time'", "which --time none takes away")
     own = {option.name: values.pop(option.name) for option in tool.options}
     return toolbox.Request(filter=filter, columns=columns, options=own, **values)
 

@@ -42,8 +42,15 @@ class Events:
             filter=Filter.from_options(**filters), output="json", time=time, columns=columns, duration=duration,
             max_events=max_events, buffer=buffer or RING_BYTES, options=options,
         )  # fmt: skip
-        self._stop = Stop(duration)
+        if time not in ("iso", "elapsed", "none"):
+            raise UsageError(f"time '{time}'", "allowed: iso, elapsed, none")
+        known = [option.name for option in found.options]
+        for name in options:
+            if name not in known:
+                hint = did_you_mean(name, known) or f"there are {', '.join(known) or 'none'}"
+                raise UsageError(f"unknown option '{name}'", hint)
         self._session = found.open(self._request)
+        self._stop = Stop(duration)
 
     def batches(self) -> Iterator[list[Row]]:
         """Lists of events as they were read: never empty."""

@@ -21,6 +21,7 @@ from tcpscope.kernel.spec import Spec
 
 RING_BYTES = 4 << 20
 POLL_SECONDS = 0.1
+_GRACE_SECONDS = 0.05  # a program runs for microseconds
 _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
 READY_FD = "TCPSCOPE_READY_FD"
 
@@ -140,14 +141,12 @@ class Session:
             setup.constants["wakeup_bytes"] = ring_bytes // 4
         self.loaded = Loaded(self.spec, self.kernel, setup)
         self.stats = Stats()
-        self._final: Stats | None = None
         try:
             self._counters = self.loaded.memory("counters")
             self.layout = self.spec.layout(event) if event else None
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
-            if "seed" in self.loaded.hooks:
-                for _ in self.loaded.iterate("seed"):
-                    pass
+            if "seed" in self.loaded.hooks:  # once more: what was made while the hooks were being attached
+                self.loaded.run("seed")
         except BaseException:
             self.loaded.close()
             raise
@@ -182,18 +181,16 @@ class Session:
     def end(self) -> None:
         """Flush what the probe holds back, detach, and return when no program runs any more: then all is final."""
         if "flush" in self.loaded.hooks:
-            for _ in self.loaded.iterate("flush"):
-                pass
+            self.loaded.run("flush")
         self._missed = sum(missed for _, _, missed in self.loaded.program_info().values())
         self.loaded.detach()
-        lib.tcpscope_wait_for_programs()
+        if lib.tcpscope_wait_for_programs() < 0:  # not to be had with nohz_full
+            time.sleep(_GRACE_SECONDS)
 
     _missed = 0
 
     def account(self) -> Stats:
         """The statistics so far: what was counted in the kernel, and `shown`, which the caller counts in `stats`."""
-        if self._final is not None:
-            return self._final
         totals = {"seen": 0, "filtered": 0, "lost": 0, "table_full": 0}
         words = self._counters.cast("Q")
         for base in range(0, len(words), 8):

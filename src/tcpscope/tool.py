@@ -100,6 +100,12 @@ class Request:
         if self.strict:
             stats.check()
 
+    def refuse_peers(self, why: str) -> None:
+        """UsageError if the filter asks for a remote end where there is none."""
+        for option, value in self.filter.describe():
+            if option in ("--rport", "--raddr"):
+                raise UsageError(f"{option} {value}", why)
+
 
 def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
     """How this run is done on this kernel: hooks in use, what better ways were refused and why, who filters."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpscope.output.histogram import SUB_BITS, Histogram, bucket_start, merge
+from tcpscope.output.histogram import SUB_BITS, Histogram, bucket_start
 
 BUCKETS = 256
 
@@ -59,7 +59,7 @@ def test_percentiles_do_not_cross(found: list[int]) -> None:
 def test_a_sum_is_the_histogram_of_both(first: list[int], second: list[int]) -> None:
     both = histogram(first) + histogram(second)
     assert both == histogram(first + second)
-    assert merge([histogram(first), histogram(second)]) == both
+    assert histogram(first) + histogram(second) == both
     assert both.count == len(first) + len(second)
     assert both.mean == pytest.approx(statistics.fmean(first + second))
 
@@ -76,7 +76,6 @@ def test_octaves_cover_everything(found: list[int]) -> None:
 def test_nothing() -> None:
     empty = histogram([])
     assert (empty.count, empty.mean, empty.percentile(50), empty.octaves()) == (0, None, None, [])
-    assert merge([]) is None
     assert (empty + histogram([5])).min == 5
 
 

@@ -154,7 +154,9 @@ static __noinline int owner_of_task(struct task_struct *task, struct owner *owne
 	owner->pid = BPF_CORE_READ(task, tgid);
 	owner->uid = BPF_CORE_READ(task, cred, uid.val);
 	owner->cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
-	BPF_CORE_READ_INTO(&owner->comm, task, group_leader, comm);
+	/* Up to the NUL: before 5.17 the bytes behind it are those of an older name. */
+	__builtin_memset(owner->comm, 0, sizeof(owner->comm));
+	BPF_CORE_READ_STR_INTO(&owner->comm, task, group_leader, comm);
 	if (filter.cgroup)
 		owner->in_cgroup = below_filter_cgroup(task);
 	return 0;
@@ -290,7 +292,10 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 	}
 	if (!identity_complete(connection))
 		identity_read(sk, &connection->id);
-	if (new_state == STATE_LISTEN)
+	if (new_state == STATE_SYN_SENT) /* in inet_sport the port of an earlier connection may stand */
+		connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
+	/* listen() without bind(): the port is chosen only after this, and the children cannot be told whose they are. */
+	if (new_state == STATE_LISTEN && connection->id.lport)
 		listening_add(connection);
 	else if (old_state == STATE_LISTEN && new_state == STATE_CLOSE)
 		listening_remove(connection);

@@ -2,7 +2,7 @@
 /*
  * Listeners: their SYN queue and accept queue, and every handshake that is refused because one of them is full.
  *
- * No packet tracepoint shows these refusals. The kernel counts them, though, on the CPU that handles the packet and in
+ * No packet tracepoint shows all of these refusals. The kernel counts them, though, on the CPU that handles the packet and in
  * the middle of one function call. So the counters of that CPU are read when the function is entered and when it has
  * returned: what has grown in between is what this very packet was refused for. Nothing is guessed from queue lengths,
  * and the events sum to the counters exactly.
@@ -324,8 +324,8 @@ static __always_inline bool reserved_quarter(struct sock *sk)
 }
 
 /*
- * A v4-mapped handshake passes tcp_v6_syn_recv_sock and, inside, tcp_v4_syn_recv_sock. The inner one reports and moves
- * `before` on, so the outer one finds nothing grown.
+ * A v4-mapped handshake passes tcp_v6_syn_recv_sock and, inside, tcp_v4_syn_recv_sock. The inner one reports and puts
+ * the packet down, so the outer one finds none. Nor does an exit whose entry was missed.
  */
 static __always_inline void handshake_exit(void *ctx, int step)
 {
@@ -337,17 +337,15 @@ static __always_inline void handshake_exit(void *ctx, int step)
 		return;
 	before = packet->before;
 	mib_read(packet, &now);
-	packet->before = now;
-	if (now.drops == before.drops) {
-		if (now.cookies != before.cookies)
-			refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
-		return;
-	}
-	refusal(ctx, packet, step,
-		now.overflows != before.overflows                         ? CAUSE_ACCEPT_QUEUE_FULL
-		: now.full != before.full                                 ? CAUSE_SYN_QUEUE_FULL
-		: step == STEP_SYN && reserved_quarter(packet->sk)        ? CAUSE_SYN_QUEUE_RESERVED
-									  : CAUSE_OTHER);
+	if (now.drops != before.drops)
+		refusal(ctx, packet, step,
+			now.overflows != before.overflows                  ? CAUSE_ACCEPT_QUEUE_FULL
+			: now.full != before.full                          ? CAUSE_SYN_QUEUE_FULL
+			: step == STEP_SYN && reserved_quarter(packet->sk) ? CAUSE_SYN_QUEUE_RESERVED
+									   : CAUSE_OTHER);
+	else if (now.cookies != before.cookies)
+		refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
+	packet->sk = NULL;
 }
 
 /* --- hooks ------------------------------------------------------------------------------------------------------ */

@@ -14,6 +14,8 @@ import msgspec
 from tcpscope.cli import COMMON, FILTERS, filter_of
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
+from tcpscope.errors import UsageError
+from tcpscope.output.table import printable
 from tcpscope.session import Stop, announce_ready, drop_privileges
 from tcpscope.tool import Request
 
@@ -25,6 +27,9 @@ _WIDTH = 100
 def _run(**values: Any) -> None:
     request = Request(filter=filter_of(values), **{k: v for k, v in values.items() if v is not None})
     request.duration = values["duration"] or _DEFAULT_SECONDS
+    if request.output == "csv":
+        raise UsageError("--output csv", "findings are no rows: table or json")
+    request.refuse_peers("a listener has no remote end, and one overflow refuses many peers")
     rules = all_rules()
     with Stop() as stop:
         sources: dict[type[Any], Source] = {}
@@ -77,7 +82,7 @@ def _print(request: Request, findings: list[Finding], sources: list[Source], wat
         write(msgspec.json.Encoder().encode_lines(findings))
         return
     for number, finding in enumerate(findings, 1):
-        write("\n".join([*_text(number, finding), "", ""]).encode())
+        write("\n".join([*map(printable, _text(number, finding)), "", ""]).encode())
     if not findings:
         write(b"Nothing found.\n")
     write(f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}.\n".encode())

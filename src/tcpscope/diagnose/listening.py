@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tcpscope import listeners
+from tcpscope.kernel import netns
 from tcpscope.listeners import Listener
 from tcpscope.session import RING_BYTES, Session
 from tcpscope.tool import Request
@@ -23,19 +24,18 @@ class History:
     refused     (step, cause) -> count, from the first snapshot to the last; empty where only drops are known
     drops       packets dropped at this listener in that time: a refused SYN counts once, a refused final ACK twice
                 (tcp_listendrop(), and again when the packet is thrown away)
-    fullest     the snapshot in which its accept queue was longest
     full_seen   snapshots in which the accept queue was full, of `looks`
-    peers       remote address -> refused handshakes, of the first ones
+    peers       (cause, remote address) -> refusals, of the first ones
     """
 
     first: Listener
     last: Listener
-    fullest: Listener
     full_seen: int = 0
     looks: int = 0
+    longest_accept_queue: int = 0
     longest_syn_queue: int = 0
     refused: Counter[tuple[str, str]] = field(default_factory=Counter)
-    peers: Counter[str] = field(default_factory=Counter)
+    peers: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def drops(self) -> int:
@@ -66,6 +66,7 @@ class Listening:
         self._follow = self.session.batches
         self.histories: dict[int, History] = {}
         self._counters_before: dict[int, dict[str, int]] = {}
+        self._counters_now: dict[int, dict[str, int]] = {}
         self.counters: dict[int, dict[str, int]] = {}
         self._look(newborn=False)
 
@@ -112,7 +113,7 @@ class Listening:
             history = self.histories.get(listener.socket)
             if history is None or history.first.cookie != listener.cookie:
                 history = self.histories[listener.socket] = History(
-                    _unborn(listener) if newborn else listener, listener, listener
+                    _unborn(listener) if newborn else listener, listener
                 )
                 if listener.netns not in self._counters_before:
                     self._counters_before[listener.netns] = namespace_counters(listener)
@@ -120,21 +121,28 @@ class Listening:
             history.looks += 1
             history.full_seen += listener.accept_queue > listener.accept_limit
             history.longest_syn_queue = max(history.longest_syn_queue, listener.syn_queue)
-            if listener.accept_queue > history.fullest.accept_queue:
-                history.fullest = listener
+            history.longest_accept_queue = max(history.longest_accept_queue, listener.accept_queue)
+            if counters := namespace_counters(listener):
+                self._counters_now[listener.netns] = counters
 
     def _drain(self) -> None:
         for batch in self._follow():
             for event in self._decode(batch):
                 history = self._history_of(event)
                 self.session.stats.shown += 1
-                if history and (event.raddr in history.peers or len(history.peers) < _PEERS):
-                    history.peers[event.raddr] += 1
+                if history is None:
+                    continue
+                history.longest_accept_queue = max(history.longest_accept_queue, event.accept_queue)
+                history.longest_syn_queue = max(history.longest_syn_queue, event.syn_queue)
+                peer = (event.cause, event.raddr)
+                if peer in history.peers or len(history.peers) < _PEERS:
+                    history.peers[peer] += 1
 
     def _history_of(self, event: Any) -> History | None:
         for history in self.histories.values():
             own = history.last
-            if own.netns == event.netns and own.lport == event.lport and own.laddr == event.laddr:
+            same = own.netns == event.netns and own.lport == event.lport and own.laddr == event.laddr
+            if same and (event.cookie == own.cookie or None in (event.cookie, own.cookie)):
                 return history
         return None
 
@@ -144,7 +152,7 @@ class Listening:
             for key, n in (history.last.refused or {}).items():
                 history.refused[key] = n - (history.first.refused or {}).get(key, 0)
             before = self._counters_before.get(history.last.netns, {})
-            now = namespace_counters(history.last)
+            now = self._counters_now.get(history.last.netns, {})
             self.counters[history.last.netns] = {k: now[k] - before[k] for k in now if k in before}
 
 
@@ -158,6 +166,8 @@ def namespace_counters(listener: Listener) -> dict[str, int]:
     """The kernel's own counters of the listener's network namespace (TcpExt...), empty if they cannot be read."""
     for holder in listener.holders:
         try:
+            if _has_left(holder.pid, listener.netns):
+                continue
             lines = Path(f"/proc/{holder.pid}/net/netstat").read_text().splitlines()
         except OSError:
             continue
@@ -166,3 +176,14 @@ def namespace_counters(listener: Listener) -> dict[str, int]:
                 pairs = dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
                 return {name: pairs[name] for name in COUNTERS if name in pairs}
     return {}
+
+
+def _has_left(pid: int, inode: int) -> bool:
+    """Whether a process is in another network namespace than the one in which it made its socket.
+
+    Without privileges that cannot be seen; few programs change their namespace, so it is taken to have stayed.
+    """
+    try:
+        return netns.inode_of(f"/proc/{pid}/ns/net") != inode
+    except PermissionError:
+        return False

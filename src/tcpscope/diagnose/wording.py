@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,17 +27,22 @@ def whose(listener: Listener) -> str:
 def about_limit(listener: Listener) -> str:
     """Where the limit comes from."""
     if listener.accept_limit < listener.somaxconn:
-        return f"the limit {listener.accept_limit} is the backlog given to listen(); somaxconn is {listener.somaxconn}"
+        limit, somaxconn = listener.accept_limit, listener.somaxconn
+        return f"the limit {limit} is the backlog given to listen(); somaxconn is {somaxconn} now"
     if listener.accept_limit == listener.somaxconn:
         return f"the limit {listener.accept_limit} is somaxconn: listen() asked for that much or more and was cut to it"
     return f"the limit {listener.accept_limit} is older than the present somaxconn of {listener.somaxconn}"
 
 
-def peers(history: History) -> Iterator[str]:
-    """The remote addresses most often refused."""
-    if history.peers:
-        top = ", ".join(f"{address} ({n})" for address, n in history.peers.most_common(_PEERS_SHOWN))
-        more = len(history.peers) - _PEERS_SHOWN
+def peers(history: History, *causes: str) -> Iterator[str]:
+    """The remote addresses most often refused for one of these causes."""
+    found = Counter[str]()
+    for (cause, address), n in history.peers.items():
+        if cause in causes:
+            found[address] += n
+    if found:
+        top = ", ".join(f"{address} ({n})" for address, n in found.most_common(_PEERS_SHOWN))
+        more = len(found) - _PEERS_SHOWN
         yield f"from {top}" + (f" and {more} more addresses" if more > 0 else "")
 
 
@@ -91,7 +97,7 @@ def facts(history: History, **numbers: Any) -> dict[str, Any]:
         "netns": listener.netns, "laddr": listener.laddr, "lport": listener.lport, "cookie": listener.cookie,
         "pids": [holder.pid for holder in listener.holders],
         "comm": listener.owner.comm if listener.owner else None,
-        "accept_queue": history.fullest.accept_queue, "syn_queue": history.longest_syn_queue,
+        "accept_queue": history.longest_accept_queue, "syn_queue": history.longest_syn_queue,
         "accept_limit": listener.accept_limit, "limit_from": listener.limit_from,
         "somaxconn": listener.somaxconn, "max_syn_backlog": listener.max_syn_backlog,
         "syncookies": listener.syncookies, "abort_on_overflow": listener.abort_on_overflow,

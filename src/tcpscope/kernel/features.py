@@ -150,6 +150,7 @@ def require_capabilities(*names: str) -> None:
 def drop_capabilities(keep: tuple[str, ...] = ()) -> None:
     """Give up every capability of this process but `keep`, for good."""
     _, permitted = capability_masks()
+    _check(lib.tcpscope_no_new_privileges())
     mask = permitted & sum(1 << _CAPABILITIES[name] for name in keep)
     _check(lib.tcpscope_set_capabilities(mask, mask))
 

@@ -153,9 +153,15 @@ class Loaded:
                              last[0].removeprefix("libbpf: "))  # fmt: skip
 
     def _attach(self) -> None:
-        """Iterators first: they do nothing until read. Then the hooks, in the order of the file."""
+        """Iterators, the hook that forgets sockets, the seed, then the others: their first event finds its owner."""
         chosen = {hook.program.name: hook.program for hook in self.hooks.values() if hook.program}
-        for name, program in self._programs.items():
+        seeded = False
+        early = [name for name in self._programs if chosen[name].type == "iter" or chosen[name].hook == "destroy"]
+        for name in (*early, *(name for name in self._programs if name not in early)):
+            if name not in early and "seed" in self._links and not seeded:
+                seeded = True
+                self.run("seed")
+            program = self._programs[name]
             over = chosen[name].over
             if over:
                 link = lib.tcpscope_attach_to_map(program, self.map_fd(over))
@@ -208,6 +214,11 @@ class Loaded:
     def delete(self, name: str, key: bytes) -> None:
         """Delete an entry of a hash map; that it is gone already is no error."""
         lib.bpf_map_delete_elem(self.map_fd(name), ffi.from_buffer(key))
+
+    def run(self, name: str) -> None:
+        """Run an iterator that has no output."""
+        for _ in self.iterate(name):
+            pass
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
         """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs missed by recursion."""

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -295,6 +296,11 @@ int tcpscope_set_capabilities(uint64_t effective, uint64_t permitted)
 	};
 
 	return syscall(SYS_capset, &header, data) ? -errno : 0;
+}
+
+int tcpscope_no_new_privileges(void)
+{
+	return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
 }
 
 int tcpscope_wait_for_programs(void)

@@ -51,6 +51,7 @@ int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info);
 
 /* Capability sets of this thread as bit masks. */
 int tcpscope_capabilities(uint64_t *effective, uint64_t *permitted);
+int tcpscope_no_new_privileges(void); /* exec cannot bring them back */
 int tcpscope_set_capabilities(uint64_t effective, uint64_t permitted);
 
 /* Returns once every BPF program that was running when it was called has ended (membarrier). */

@@ -5,7 +5,6 @@ Buckets are as in bpf/rtt.bpf.c: exact below 8, then 8 per power of two, so a va
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 SUB_BITS = 3
@@ -85,11 +84,3 @@ class Histogram:
             bar = "*" * round(n * _BAR / most)
             lines.append(f"{low:>9} -> {high:<9}: {n:<8} |{bar:<{_BAR}}|")
         return lines
-
-
-def merge(histograms: Sequence[Histogram]) -> Histogram | None:
-    """The sum of all, None if there is none."""
-    total: Histogram | None = None
-    for histogram in histograms:
-        total = histogram if total is None else total + histogram
-    return total

@@ -69,11 +69,11 @@ class _Cell:
         if isinstance(value, float):
             return self.pad(f"{value:.6f}" if self.kind == "time" else f"{value:.1f}")
         if isinstance(value, list):
-            return self.pad(_printable(", ".join(map(str, value))))
-        return self.pad(_printable(str(value)))
+            return self.pad(printable(", ".join(map(str, value))))
+        return self.pad(printable(str(value)))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A process may call itself anything: a line of its own, or an escape sequence that repaints the terminal."""
     if text.isprintable():
         return text

@@ -21,7 +21,7 @@ from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
 from tcpscope.schema import comm_text
-from tcpscope.session import Session, Stop
+from tcpscope.session import Session, Stats, Stop
 from tcpscope.tool import Request, Tool
 
 _TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_limit", "laddr", "lport", "raddr",
@@ -56,6 +56,8 @@ class List(Tool):
             if shown == 0:
                 sink.rows([])
             request.stream.flush()
+            if request.stats or request.strict:
+                request.finish(Stats(seen=seen, shown=shown, filtered=seen - shown), sink)
 
 
 def sockets(session: Session, filter: Filter) -> Iterator[list[dict[str, Any]]]:
@@ -121,7 +123,8 @@ def _namespaces(filter: Filter) -> Iterator[int]:
         finally:
             os.close(descriptor)
     if refused and filter.netns != own:
-        print(f"tcpscope: could not look into the network namespaces of {refused} process{'' if refused == 1 else 'es'}", file=sys.stderr)
+        number = f"{refused} process{'' if refused == 1 else 'es'}"
+        print(f"tcpscope: could not look into the network namespaces of {number}", file=sys.stderr)
 
 
 tool = List()

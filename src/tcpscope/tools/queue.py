@@ -67,6 +67,7 @@ class Queue(Stream):
             super().check(request)
         else:
             request.choose(listeners.COLUMNS)
+            request.refuse_peers("a listener has no remote end; with --events the peers are known")
 
     def decoder(self, session: Session, request: Request) -> Decoder:
         assert session.layout is not None
@@ -128,6 +129,8 @@ class Queue(Stream):
             if left == 0:
                 break
             stop.wait(request.interval or 1.0)
+        if request.stats or request.strict:
+            request.finish(session.account(), sink)
 
 
 @cache

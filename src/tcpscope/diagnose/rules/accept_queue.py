@@ -34,14 +34,14 @@ class AcceptQueue(Rule):
             if seen.exact:
                 refused = history.count("ACCEPT_QUEUE_FULL") > 0
             else:
-                refused = history.full_seen > 0 and history.drops > 0
+                refused = bool(history.drops and (history.full_seen or seen.refused(history, "ListenOverflows")))
             if refused:
                 yield self._finding(seen, history)
             elif history.full_seen:
                 yield self._full(history)
 
     def _finding(self, seen: Listening, history: History) -> Finding:
-        listener, fullest = history.last, history.fullest
+        listener = history.last
         at_syn = at_ack = None
         if seen.exact:
             count: int | None = history.count("ACCEPT_QUEUE_FULL")
@@ -53,10 +53,10 @@ class AcceptQueue(Rule):
             refused = f"{number} ({history.drops} packets dropped; a refused final ACK counts twice there)"
         observed = [
             refused,
-            f"accept queue {fullest.accept_queue} at most, limit {listener.accept_limit}; "
+            f"accept queue {history.longest_accept_queue} at most, limit {listener.accept_limit}; "
             f"{_accepts(history)}{_waiting(history)}",
             about_limit(listener),
-            *peers(history),
+            *peers(history, "ACCEPT_QUEUE_FULL"),
             *counters_agree(seen, listener, ("ListenOverflows",)),
         ]
         return Finding(
@@ -76,7 +76,7 @@ class AcceptQueue(Rule):
             severity="warning",
             title=f"accept queue full on {listener.name}, {whose(listener)}",
             observed=[
-                f"accept queue {history.fullest.accept_queue}, limit {listener.accept_limit}, full in "
+                f"accept queue {history.longest_accept_queue}, limit {listener.accept_limit}, full in "
                 f"{history.full_seen} of {history.looks} looks; nothing was refused in this time; "
                 f"{_accepts(history)}{_waiting(history)}",
                 about_limit(listener),

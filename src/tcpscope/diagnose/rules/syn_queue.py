@@ -42,7 +42,10 @@ class SynQueue(Rule):
             cookies = history.count("COOKIE_SENT")
             if not seen.exact and not history.full_seen:
                 full = seen.refused(history, "TCPReqQFullDrop") or 0
-                reserved = (seen.refused(history, "ListenDrops") or 0) - full
+                reserved = 0
+                if history.last.syncookies == 0:
+                    overflows = seen.refused(history, "ListenOverflows") or 0
+                    reserved = (seen.refused(history, "ListenDrops") or 0) - full - overflows
             always = history.last.syncookies == 2  # cookies for every SYN: no sign of an overflow
             if full + reserved or (cookies and not always):
                 yield self._finding(seen, history, full, reserved, cookies)
@@ -62,7 +65,7 @@ class SynQueue(Rule):
             f"SYN queue {history.longest_syn_queue} at most, limit {listener.accept_limit}; "
             f"tcp_syncookies={listener.syncookies}, tcp_max_syn_backlog={listener.max_syn_backlog}",
             about_limit(listener),
-            *peers(history),
+            *peers(history, "SYN_QUEUE_FULL", "SYN_QUEUE_RESERVED", "COOKIE_SENT"),
             *counters_agree(seen, listener, ("TCPReqQFullDrop", "TCPReqQFullDoCookies")),
         ]
         why = WHY + (WHY_DROP if full else "") + (WHY_RESERVED if reserved else "") + (WHY_COOKIE if cookies else "")
