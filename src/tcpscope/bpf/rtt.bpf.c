@@ -68,12 +68,18 @@ struct delivered {
 	__u64 end_seq;
 };
 
+/* The cookie stays that of the first look: on 5.10 a socket gets it when somebody asks, and its key must not change. */
+struct last_look {
+	struct delivered newest;
+	__u64 cookie;
+};
+
 /* Inserted when a connection is first seen, deleted at tcp_destroy_sock. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
 	__type(key, __u64); /* address of the struct sock */
-	__type(value, struct delivered); /* at the last look */
+	__type(value, struct last_look);
 } last_seen SEC(".maps");
 
 /* Filled by user space before loading. */
@@ -189,31 +195,31 @@ static __always_inline struct delivered delivered_read(struct tcp_sock *tcp)
 static __always_inline void look(struct sock *sk, __u64 cookie)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	struct delivered newest = delivered_read(tcp);
+	struct last_look now = {.newest = delivered_read(tcp), .cookie = cookie};
 	__u64 key = (__u64)sk;
-	struct delivered *seen = bpf_map_lookup_elem(&last_seen, &key);
+	struct last_look *seen = bpf_map_lookup_elem(&last_seen, &key);
 
 	if (!seen) {
 		/* Older than the tool: what was measured before it was seen is not counted. */
-		if (bpf_map_update_elem(&last_seen, &key, &newest, BPF_ANY))
+		if (bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
 			COUNT(table_full);
 		return;
 	}
-	if (seen->mstamp == newest.mstamp && seen->end_seq == newest.end_seq)
+	if (seen->newest.mstamp == now.newest.mstamp && seen->newest.end_seq == now.newest.end_seq)
 		return;
-	*seen = newest;
-	sample(sk, cookie, smoothed ? BPF_CORE_READ(tcp, srtt_us) >> 3 : BPF_CORE_READ(tcp, rack.rtt_us));
+	seen->newest = now.newest;
+	sample(sk, seen->cookie, smoothed ? BPF_CORE_READ(tcp, srtt_us) >> 3 : BPF_CORE_READ(tcp, rack.rtt_us));
 }
 
 /* 0: the SYN or SYN-ACK was retransmitted, and nobody knows which one was answered. */
 static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	struct delivered newest = delivered_read(tcp);
+	struct last_look now = {.newest = delivered_read(tcp), .cookie = cookie};
 	__u32 us = BPF_CORE_READ(tcp, srtt_us) >> 3;
 	__u64 key = (__u64)sk;
 
-	if (bpf_map_update_elem(&last_seen, &key, &newest, BPF_ANY))
+	if (bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
 		COUNT(table_full);
 	if (us)
 		sample(sk, cookie, us);
