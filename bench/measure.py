@@ -24,6 +24,14 @@ _PROBE_ADDRESS = re.compile(rb"127\.1\.(\d+)\.(\d+)")
 _LOST = re.compile(rb"lost (\d+)", re.IGNORECASE)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How long a program may take for anything, and the share of a processor below which it counts as idle."""
+
+    patience_s: float
+    idle: float
+
+
 class CannotRun(Exception):
     """The program ended by itself; the message is the last thing that it said."""
 
@@ -31,9 +39,9 @@ class CannotRun(Exception):
 class Running:
     """A program that was started, with its output in files, until the end of the `with` block."""
 
-    def __init__(self, subject: Subject, patience_s: float, stdout: int | None = None) -> None:
+    def __init__(self, subject: Subject, limits: Limits, stdout: int | None = None) -> None:
         self.subject = subject
-        self._patience_s = patience_s
+        self._limits = limits
         self._folder = tempfile.TemporaryDirectory(prefix="tcpscope-bench-")
         self.out = Path(self._folder.name, "out")
         self.err = Path(self._folder.name, "err")
@@ -88,11 +96,11 @@ class Running:
 
     def attached(self) -> None:
         """Wait until it has loaded its programs and has nothing more to do. CannotRun if it ends or never does."""
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self._limits.patience_s
         while not self.programs():
             self.check()
             if time.monotonic() > deadline:
-                raise CannotRun(f"not ready after {self._patience_s:.0f} s")
+                raise CannotRun(f"not ready after {self._limits.patience_s:.0f} s")
             time.sleep(0.02)
         self.settled()
         self.check()
@@ -100,13 +108,13 @@ class Running:
             raise CannotRun(reason(said))
 
     def settled(self) -> None:
-        """Wait until it has worked off what there is: asleep, and less than 3 % of a processor, three times 100 ms."""
-        deadline = time.monotonic() + self._patience_s
+        """Wait until it has worked off what there is: asleep, and next to idle, three times 100 ms."""
+        deadline = time.monotonic() + self._limits.patience_s
         calm, before = 0, self.cpu_ns()
         while calm < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
             now = self.cpu_ns()
-            calm = calm + 1 if now - before < 3_000_000 and not self._wants_processor() else 0
+            calm = calm + 1 if now - before < self._limits.idle * 1e8 and not self._wants_processor() else 0
             before = now
 
     def _wants_processor(self) -> bool:
@@ -121,7 +129,7 @@ class Running:
         """End it as Ctrl-C does; rows about our traffic that it printed, and events that it says were lost."""
         self._process.send_signal(signal.SIGINT)
         try:
-            self._process.wait(self._patience_s)
+            self._process.wait(self._limits.patience_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
         rows = 0
@@ -156,13 +164,13 @@ def bpf_stats() -> Iterator[None]:
         BPF_STATS.write_text(before)
 
 
-def ready_ms(subject: Subject, interval_ms: int, patience_s: float) -> float:
+def ready_ms(subject: Subject, interval_ms: int, limits: Limits) -> float:
     """From exec to the beginning of the first connection that shows up in the program's output."""
     master, slave = pty.openpty()
     try:
-        with workload.Probe(interval_ms) as probe, Running(subject, patience_s, stdout=slave) as running:
+        with workload.Probe(interval_ms) as probe, Running(subject, limits, stdout=slave) as running:
             started_ns = running.started_ns
-            first = _first_probe(running, master, patience_s)
+            first = _first_probe(running, master, limits.patience_s)
     finally:
         os.close(master)
         os.close(slave)
@@ -199,11 +207,11 @@ class Cost:
     seconds: float = 0
 
 
-def cost(subject: Subject | None, made: Traffic, patience_s: float) -> Cost:
+def cost(subject: Subject | None, made: Traffic, limits: Limits) -> Cost:
     """Make this traffic while the program runs, or while nothing does."""
     if subject is None:
         return _cost(made())
-    with Running(subject, patience_s) as running:
+    with Running(subject, limits) as running:
         running.attached()
         cpu, programs = running.cpu_ns(), running.programs()
         done = made()

@@ -29,7 +29,7 @@ class Plan:
     connections: int
     stats_rounds: int
     probe_ms: int
-    patience_s: float
+    limits: measure.Limits
     burst_rounds: int = 0
     burst_per_second: int = 10_000
     burst_seconds: int = 6
@@ -40,14 +40,16 @@ class Plan:
     """How often a program takes part that compiles at every start. One such start can take minutes in a guest."""
 
 
+REAL = measure.Limits(patience_s=20, idle=0.03)
+EMULATED = measure.Limits(patience_s=400, idle=0.5)
 PLANS = {
-    "host": Plan(starts=15, rounds=9, batches=5, connections=4000, stats_rounds=3, probe_ms=1, patience_s=20,
+    "host": Plan(starts=15, rounds=9, batches=5, connections=4000, stats_rounds=3, probe_ms=1, limits=REAL,
                  burst_rounds=3),
-    "guest": Plan(starts=3, rounds=3, batches=5, connections=100, stats_rounds=1, probe_ms=10, patience_s=400,
+    "guest": Plan(starts=3, rounds=3, batches=5, connections=100, stats_rounds=1, probe_ms=10, limits=EMULATED,
                   others=False),
-    "quick-host": Plan(starts=3, rounds=2, batches=3, connections=1000, stats_rounds=1, probe_ms=1, patience_s=10,
+    "quick-host": Plan(starts=3, rounds=2, batches=3, connections=1000, stats_rounds=1, probe_ms=1, limits=REAL,
                        burst_rounds=1, burst_seconds=2),
-    "quick-guest": Plan(starts=1, rounds=1, batches=3, connections=50, stats_rounds=1, probe_ms=20, patience_s=200,
+    "quick-guest": Plan(starts=1, rounds=1, batches=3, connections=50, stats_rounds=1, probe_ms=20, limits=EMULATED,
                         others=False, compiling_rounds=0),
 }  # fmt: skip
 
@@ -72,7 +74,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
     say(f"start to ready, {plan.starts} times")
     slow = plan.compiling_rounds
     result["ready"] = _rounds(
-        plan.starts, slow, groups["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.patience_s), say
+        plan.starts, slow, groups["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.limits), say
     )
     for title, group in groups.items():
         exchanges = plan.exchanges if title == "rtt" else 0
@@ -81,7 +83,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             return workload.connections(plan.batches, plan.connections, exchanges)
 
         def once(subject: Subject | None, traffic: measure.Traffic = traffic) -> dict[str, Any]:
-            return asdict(measure.cost(subject, traffic, plan.patience_s))
+            return asdict(measure.cost(subject, traffic, plan.limits))
 
         rounds = plan.rounds if title == "states" else -(-plan.rounds // 2)
         say(f"{title}: cost, {rounds} rounds")
@@ -96,7 +98,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
             slow,
             groups["states"],
             lambda s: asdict(
-                measure.cost(s, lambda: workload.rate(plan.burst_per_second, plan.burst_seconds), plan.patience_s)
+                measure.cost(s, lambda: workload.rate(plan.burst_per_second, plan.burst_seconds), plan.limits)
             ),
             say,
         )
@@ -136,7 +138,7 @@ def absent(subjects: Iterable[Subject], plan: Plan, say: Callable[[str], None]) 
                 found[subject.name] = "left out: it compiles at every start"
             continue
         try:
-            with measure.Running(subject, plan.patience_s) as running:
+            with measure.Running(subject, plan.limits) as running:
                 running.attached()
         except FileNotFoundError as error:
             found[subject.name] = f"not installed: {error.filename}"
