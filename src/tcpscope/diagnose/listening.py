@@ -185,5 +185,5 @@ def _has_left(pid: int, inode: int) -> bool:
     """
     try:
         return netns.inode_of(f"/proc/{pid}/ns/net") != inode
-    except PermissionError:
+    except OSError:
         return False
