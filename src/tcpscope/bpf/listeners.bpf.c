@@ -520,6 +520,18 @@ static __always_inline bool sampled(void)
 	return send_events && !(hooked_syn_exit && hooked_ack4_exit && hooked_ack6_exit);
 }
 
+/* Has a stack of its own: that of its caller is full. */
+static __noinline int net_counters_read(struct sock *sk, struct listener *record)
+{
+	struct mib sum = {};
+
+	mib_sum(sk, &sum);
+	record->net_overflows = sum.overflows;
+	record->net_drops = sum.drops;
+	record->net_full = sum.full;
+	return 0;
+}
+
 /* A record for each process that holds a listener, in whatever network namespace: files know no namespaces. */
 SEC("iter/task_file")
 int snapshot(struct bpf_iter__task_file *ctx)
@@ -550,14 +562,8 @@ int snapshot(struct bpf_iter__task_file *ctx)
 	record.fd = ctx->fd;
 	record.socket = key = (__u64)sk;
 	record.net_drops = -1;
-	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem)) {
-		struct mib sum = {};
-
-		mib_sum(sk, &sum);
-		record.net_overflows = sum.overflows;
-		record.net_drops = sum.drops;
-		record.net_full = sum.full;
-	}
+	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
+		net_counters_read(sk, &record);
 	record.drops = BPF_CORE_READ(sk, sk_drops.counter);
 	record.now_ns = bpf_ktime_get_ns();
 	icsk = (struct inet_connection_sock *)sk;
