@@ -76,20 +76,26 @@ class Pair:
             self.took_us.append((time.monotonic() - started) * 1e6)
 
     def end(self) -> None:
-        """The client closes first. When this returns both ends have had the acknowledgement of their FIN."""
-        until(lambda: Tcp(self.far).unacked == 0, "the acknowledgement of the last answer")
-        local = self.near.getsockname()[1]
-        started = time.monotonic()
+        """The client closes first, then the server."""
+        self.ports = (self.near.getsockname()[1], self.port)
+        self.closed = time.monotonic()
         self.near.close()
         assert self.far.recv(1) == b""
         self.far.close()
-        self.took_us.append((time.monotonic() - started) * 1e6)
-        self.ports = (local, self.port)
 
     def gone(self, lab: Lab) -> bool:
         ends = {(found.lport, found.rport): found.state for host in lab.hosts for found in host.sockets()}
         near, far = ends.get(self.ports), ends.get(self.ports[::-1])
-        return near in (None, "TIME_WAIT") and far is None
+        if near not in (None, "TIME_WAIT") or far is not None:
+            return False
+        self.took_us.append((time.monotonic() - self.closed) * 1e6)
+        return True
+
+
+def acknowledge(made: socket.socket) -> bool:
+    """At once, for a while, and not every second segment."""
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+    return True
 
 
 def unread(made: socket.socket) -> int:
@@ -236,11 +242,11 @@ def test_packets_sent_together_are_told_apart(site: Lab) -> None:
         pair = Pair(site)
         for _ in range(60):  # more than the first window: the others wait for acknowledgements
             pair.near.send(b"x" * 100, MSG_EOR)
-        until(lambda: Tcp(pair.near).unacked == 0 and unread(pair.far) == 6000, "acknowledgements")
+        until(lambda: acknowledge(pair.far) and Tcp(pair.near).unacked == 0 and unread(pair.far) == 6000, "all of it")
         pair.near.close()
         until(lambda: any(s.state == "FIN_WAIT2" for s in site.client.sockets()), "the acknowledgement of the FIN")
         (row,) = tools.done("raw")
-        assert row["count"] == capture.newer() > 30
+        assert row["count"] == capture.newer() > 12
         pair.far.close()
 
 
@@ -265,28 +271,30 @@ def test_a_connection_that_one_side_has_closed(site: Lab) -> None:
 # --- how long ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ms", [5, 50])
-def test_a_path_of_known_delay(site: Lab, ms: int, family: str) -> None:
+def test_a_path_of_known_delay(site: Lab, ms: int) -> None:
     number = 10
-    with Tools(site.client, raw="", smooth="--smoothed") as tools, ExitStack() as stack:
+    with Tools(site.client, raw="--by rport", smooth="--by rport --smoothed") as tools, ExitStack() as stack:
         delay(site.client, ms / 2)
         stack.callback(site.client.netem)
         delay(site.server, ms / 2)
         stack.callback(site.server.netem)
-        pair = Pair(site, family)
-        pair.exchange(number)
-        smoothed = Tcp(pair.near).rtt_us
-        all_ended(site, [pair])
-        (raw,) = tools.done("raw")
-        (smooth,) = tools.done("smooth")
-    assert raw["count"] == smooth["count"] == number + 2
-    slowest = max(pair.took_us)
-    assert ms * 1000 <= raw["min_us"] <= raw["p50_us"] <= raw["p90_us"] <= raw["p99_us"] <= raw["max_us"] <= slowest
-    # The acknowledgement comes with the answer at the latest.
-    median = sorted(pair.took_us)[math.ceil(len(pair.took_us) / 2) - 1]
-    assert raw["p50_us"] <= median * 9 / 8
-    assert ms * 1000 <= smooth["min_us"] <= smoothed <= smooth["max_us"] <= slowest
+        pairs, smoothed = [Pair(site, family) for family in FAMILIES], {}
+        for pair in pairs:
+            pair.exchange(number)
+            smoothed[pair.port] = Tcp(pair.near).rtt_us
+        all_ended(site, pairs)
+        raws = {row["rport"]: row for row in tools.done("raw")}
+        smooths = {row["rport"]: row for row in tools.done("smooth")}
+    for pair in pairs:
+        raw, smooth = raws[pair.port], smooths[pair.port]
+        assert raw["count"] == smooth["count"] == number + 2
+        slowest = max(pair.took_us)
+        assert ms * 1000 <= raw["min_us"] <= raw["p50_us"] <= raw["p90_us"] <= raw["p99_us"] <= raw["max_us"] <= slowest
+        # The acknowledgement comes with the answer at the latest.
+        median = sorted(pair.took_us)[math.ceil(len(pair.took_us) / 2) - 1]
+        assert raw["p50_us"] <= median * 9 / 8
+        assert ms * 1000 <= smooth["min_us"] <= smoothed[pair.port] <= smooth["max_us"] <= slowest
 
 
 def test_smoothed_is_what_ss_shows(site: Lab) -> None:
@@ -364,12 +372,14 @@ def test_the_owner_is_who_accepted(site: Lab) -> None:
             "child = os.fork()\n"
             "if not child:\n"
             "    open('/proc/self/comm', 'w').write('child')\n"
-            "    made = listener.accept()[0]\n"
+            "    theirs.recv(1); made = listener.accept()[0]\n"
             "    for _ in range(5): made.recv(100); made.sendall(b'answer')\n"
             "    made.recv(1); made.close(); theirs.send(b'x'); os._exit(0)"
         )
         near = site.client.socket(socket.AF_INET)
         near.connect((site.server.ipv4, port))
+        until(lambda: any((s.lport, s.state) == (port, "ESTABLISHED") for s in site.server.sockets()), "the handshake")
+        parent.do("ours.send(b'x')")
         for _ in range(5):
             near.sendall(b"request")
             assert near.recv(100) == b"answer"
