@@ -27,8 +27,7 @@ def whose(listener: Listener) -> str:
 def about_limit(listener: Listener) -> str:
     """Where the limit comes from."""
     if listener.accept_limit < listener.somaxconn:
-        limit, somaxconn = listener.accept_limit, listener.somaxconn
-        return f"the limit {limit} is the backlog given to listen(); somaxconn is {somaxconn} now"
+        return f"the limit {listener.accept_limit} is the backlog given to listen(); somaxconn is {listener.somaxconn}"
     if listener.accept_limit == listener.somaxconn:
         return f"the limit {listener.accept_limit} is somaxconn: listen() asked for that much or more and was cut to it"
     return f"the limit {listener.accept_limit} is older than the present somaxconn of {listener.somaxconn}"
