@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tcpscope.errors import TcpscopeError, UnsupportedError
-from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.btf import Kind
+from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.loaded import Loaded, Ring, Setup, plan, plan_refusals, verifier_summary
-from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.spec import Program, Spec
 
 BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
 CONNECTIONS = Spec.of("connections")
@@ -234,3 +235,31 @@ def test_all_ways_but_the_refused_are_really_there(kernel: Kernel) -> None:
         taken = {name: hook.program for name, hook in loaded.hooks.items()}
         loaded.close()
         assert taken == {name: hook.program for name, hook in planned.items()}
+
+
+class Poorer(Kernel):
+    """The running kernel without some kinds of programs."""
+
+    def __init__(self, *without: str) -> None:
+        super().__init__()
+        self.without = without
+
+    def can(self, program: Program) -> Answer:
+        return Answer(False, "not today") if program.type in self.without else super().can(program)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("probe", ["connections", "listeners", "rtt"])
+def test_every_worse_way_is_taken_by_the_verifier_too(probe: str) -> None:
+    """Kernel probes instead of trampolines, then neither, with everything switched on that costs stack."""
+    spec = Spec.of(probe)
+    constants = {name: True for name in ("send_events", "send_stacks", "want_owner") if name in spec.variables}
+    entries = {"connections": 64, "listening": 64} | ({"events": 4096} if spec.btf.find("events", Kind.VAR) else {})
+    for without in (("fentry", "fexit"), ("fentry", "fexit", "kprobe", "kretprobe")):
+        loaded = Loaded(spec, Poorer(*without), Setup(constants=dict(constants), entries=dict(entries)))
+        taken = {hook.name: hook.program.type for hook in loaded.hooks.values() if hook.program}
+        why = {reason for hook in loaded.hooks.values() for reason in hook.refused.values()}
+        loaded.close()
+        assert not set(without) & set(taken.values())
+        assert {"tp_btf", "iter"} & set(taken.values())
+        assert "not today" in why

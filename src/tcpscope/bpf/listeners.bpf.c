@@ -155,38 +155,16 @@ static __always_inline __u64 cpu_offset(struct in_hand *element)
 	return copy_address - base;
 }
 
-static __always_inline void mib_read_of(struct sock *sk, struct in_hand *copy, struct mib *mib)
+static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
 {
-	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(copy);
+	struct sock *sk = mine->sk;
+	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(mine);
 
 	bpf_probe_read_kernel(&mib->overflows, 8, counters + mib_listen_overflows * 8);
 	bpf_probe_read_kernel(&mib->drops, 8, counters + mib_listen_drops * 8);
 	bpf_probe_read_kernel(&mib->cookies, 8, counters + mib_reqq_full_cookies * 8);
 	bpf_probe_read_kernel(&mib->full, 8, counters + mib_reqq_full_drop * 8);
-}
-
-static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
-{
-	mib_read_of(mine->sk, mine, mib);
 	return 0;
-}
-
-/* The namespace's counters over all CPUs. A loop, not bpf_loop(): 5.10 refuses an object with callbacks, used or not. */
-static __always_inline void mib_sum(struct sock *sk, struct mib *sum)
-{
-	__u32 zero = 0;
-
-	for (__u32 cpu = 0; cpu < MAX_CPUS; cpu++) {
-		struct in_hand *copy = bpf_map_lookup_percpu_elem(&in_hand, &zero, cpu);
-		struct mib mib = {};
-
-		if (!copy)
-			break;
-		mib_read_of(sk, copy, &mib);
-		sum->overflows += mib.overflows;
-		sum->drops += mib.drops;
-		sum->full += mib.full;
-	}
 }
 
 static __noinline int queues_read(struct sock *sk, struct queues *queues)
@@ -520,17 +498,39 @@ static __always_inline bool sampled(void)
 	return send_events && !(hooked_syn_exit && hooked_ack4_exit && hooked_ack6_exit);
 }
 
-/* Has a stack of its own: that of its caller is full. */
+/*
+ * The namespace's counters over all CPUs. A loop, not bpf_loop(): 5.10 refuses an object with callbacks, used or not.
+ */
 static __noinline int net_counters_read(struct sock *sk, struct listener *record)
 {
-	struct mib sum = {};
+	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics);
+	__u32 zero = 0;
 
-	mib_sum(sk, &sum);
-	record->net_overflows = sum.overflows;
-	record->net_drops = sum.drops;
-	record->net_full = sum.full;
+	record->net_drops = 0;
+	for (__u32 cpu = 0; cpu < MAX_CPUS; cpu++) {
+		struct in_hand *copy = bpf_map_lookup_percpu_elem(&in_hand, &zero, cpu);
+		__u64 value = 0, offset;
+
+		if (!copy)
+			break;
+		offset = cpu_offset(copy);
+		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_overflows * 8);
+		record->net_overflows += value;
+		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_drops * 8);
+		record->net_drops += value;
+		bpf_probe_read_kernel(&value, 8, counters + offset + mib_reqq_full_drop * 8);
+		record->net_full += value;
+	}
 	return 0;
 }
+
+/* A record has no room on the stack of 512 bytes. Snapshots are read one after the other, so one place is enough. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct listener);
+} scratch SEC(".maps");
 
 /* A record for each process that holds a listener, in whatever network namespace: files know no namespaces. */
 SEC("iter/task_file")
@@ -538,7 +538,8 @@ int snapshot(struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
-	struct listener record = {};
+	struct listener *record;
+	__u32 zero = 0;
 	struct activity *activity;
 	struct inet_connection_sock *icsk;
 	struct request_sock *oldest;
@@ -550,33 +551,37 @@ int snapshot(struct bpf_iter__task_file *ctx)
 	sk = tcp_sock_of_file(file);
 	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
 		return 0;
-	cookie_give(file, STATE_LISTEN);
-	identity_read(sk, &record.id);
-	record.id.cookie = cookie_if_any(sk);
-	record.wanted = filter_identity(&record.id);
-	if (!record.wanted && !sampled())
+	record = bpf_map_lookup_elem(&scratch, &zero);
+	if (!record)
 		return 0;
-	owner_of_task(task, &record.owner);
-	record.wanted = record.wanted && filter_owner(&record.owner);
-	queues_read(sk, &record.queues);
-	record.fd = ctx->fd;
-	record.socket = key = (__u64)sk;
-	record.net_drops = -1;
+	__builtin_memset(record, 0, sizeof(*record));
+	cookie_give(file, STATE_LISTEN);
+	identity_read(sk, &record->id);
+	record->id.cookie = cookie_if_any(sk);
+	record->wanted = filter_identity(&record->id);
+	if (!record->wanted && !sampled())
+		return 0;
+	owner_of_task(task, &record->owner);
+	record->wanted = record->wanted && filter_owner(&record->owner);
+	queues_read(sk, &record->queues);
+	record->fd = ctx->fd;
+	record->socket = key = (__u64)sk;
+	record->net_drops = -1;
 	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
-		net_counters_read(sk, &record);
-	record.drops = BPF_CORE_READ(sk, sk_drops.counter);
-	record.now_ns = bpf_ktime_get_ns();
+		net_counters_read(sk, record);
+	record->drops = BPF_CORE_READ(sk, sk_drops.counter);
+	record->now_ns = bpf_ktime_get_ns();
 	icsk = (struct inet_connection_sock *)sk;
 	oldest = BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
 	if (oldest)
-		record.oldest_synack_us = BPF_CORE_READ((struct tcp_request_sock *)oldest, snt_synack);
+		record->oldest_synack_us = BPF_CORE_READ((struct tcp_request_sock *)oldest, snt_synack);
 	activity = bpf_map_lookup_elem(&activities, &key);
 	if (activity) {
-		record.accepts = activity->accepts;
-		record.last_accept_ns = activity->last_accept_ns;
-		__builtin_memcpy(record.refused, activity->refused, sizeof(record.refused));
+		record->accepts = activity->accepts;
+		record->last_accept_ns = activity->last_accept_ns;
+		__builtin_memcpy(record->refused, activity->refused, sizeof(record->refused));
 	}
-	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	bpf_seq_write(ctx->meta->seq, record, sizeof(*record));
 	return 0;
 }
 
