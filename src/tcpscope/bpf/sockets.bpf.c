@@ -32,6 +32,7 @@ const struct existing *existing_anchor __attribute__((unused));
 struct holder {
 	struct owner owner;
 	__u64 socket;
+	__u64 cookie;
 	__u32 fd DOC("file descriptor");
 	bool wanted; /* passes the filter */
 	__u8 padding[3];
@@ -115,6 +116,7 @@ int holders(struct bpf_iter__task_file *ctx)
 	owner_of_task(task, &record.owner);
 	record.wanted = filter_owner(&record.owner);
 	record.socket = (__u64)sk;
+	record.cookie = cookie_if_any(sk);
 	record.fd = ctx->fd;
 	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
 	return 0;

@@ -28,6 +28,9 @@ _TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_l
           "rport", "holders")  # fmt: skip
 
 
+_Key = tuple[int, int]  # address and cookie of a socket
+
+
 class List(Tool):
     probes = ("sockets",)
     capabilities = ("CAP_BPF", "CAP_PERFMON")
@@ -61,26 +64,26 @@ class List(Tool):
 
 
 def sockets(session: Session, filter: Filter) -> Iterator[list[dict[str, Any]]]:
-    """All sockets that the filter wants, as mappings of the columns, a namespace at a time."""
+    """All sockets that the filter wants, as mappings of the columns, a namespace at a time.
+
+    Holders are looked for last: all sockets have a cookie by then. It tells a socket from a later one at its address.
+    """
+    found = list(_pieces(session, filter))
     holders, wanted = _holders(session)
     owner_asked = filtering.asks_owner(filter)
     layout = session.spec.layout("existing", internal=True)
     decode, names = layout.decoder().rows, [field.name for field in layout.fields]
     raw = layout.decoder(raw=True).rows
-    for descriptor in _namespaces(filter):
+    for pieces in found:
         rows = []
-        try:
-            pieces = list(session.loaded.iterate("existing", descriptor))
-        except PermissionError:
-            print("tcpscope: other network namespaces cannot be entered without CAP_SYS_ADMIN", file=sys.stderr)
-            return
         for piece in pieces:
             for row, plain in zip(decode(piece), raw(piece), strict=True):
-                if owner_asked and plain.socket not in wanted:
+                key = (plain.socket, plain.cookie)
+                if owner_asked and key not in wanted:
                     continue
                 if not filtering.matches(session.residual, plain):
                     continue
-                own = holders.get(plain.socket, ())
+                own = holders.get(key, ())
                 values = {name: getattr(row, name) for name in names}
                 values["holders"] = list(own)
                 values["pid"] = own[0].pid if own else None
@@ -89,17 +92,28 @@ def sockets(session: Session, filter: Filter) -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
-def _holders(session: Session) -> tuple[dict[int, tuple[Holder, ...]], set[int]]:
+def _pieces(session: Session, filter: Filter) -> Iterator[list[bytes]]:
+    """The records of each namespace."""
+    for descriptor in _namespaces(filter):
+        try:
+            yield list(session.loaded.iterate("existing", descriptor))
+        except PermissionError:
+            print("tcpscope: other network namespaces cannot be entered without CAP_SYS_ADMIN", file=sys.stderr)
+            return
+
+
+def _holders(session: Session) -> tuple[dict[_Key, tuple[Holder, ...]], set[_Key]]:
     """Socket -> its holders, and the sockets that a wanted process holds."""
     decode = session.spec.layout("holder", internal=True).decoder(raw=True).rows
     found = defaultdict(set)
     wanted = set()
     for piece in session.loaded.iterate("holders"):
         for record in decode(piece):
-            found[record.socket].add(Holder(record.pid, comm_text(record.comm), record.uid, record.fd))
+            key = (record.socket, record.cookie)
+            found[key].add(Holder(record.pid, comm_text(record.comm), record.uid, record.fd))
             if record.wanted:
-                wanted.add(record.socket)
-    return {socket: tuple(sorted(own)) for socket, own in found.items()}, wanted
+                wanted.add(key)
+    return {key: tuple(sorted(own)) for key, own in found.items()}, wanted
 
 
 def _namespaces(filter: Filter) -> Iterator[int]:
