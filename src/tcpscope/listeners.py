@@ -127,11 +127,18 @@ def open_session(
 
 def sees_refusals(session: Session) -> bool:
     """Whether every refusal is seen as it happens; otherwise they can only be sampled."""
+    return why_sampled(session) is None
+
+
+def why_sampled(session: Session) -> str | None:
+    """Why refusals are not seen as they happen; None if they are."""
     hooks = session.loaded.hooks
-    return all(
-        name in hooks and hooks[name].program is not None
-        for name in ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit")
-    )
+    for name in ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit"):
+        if name not in hooks:
+            return "the kernel's BTF does not number its counters"
+        if hooks[name].program is None:
+            return list(hooks[name].refused.values())[-1]
+    return None
 
 
 def snapshot(session: Session, all_: bool = False) -> list[Listener]:

@@ -14,6 +14,7 @@ from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.spec import Program
 
 BTF = Path("/sys/kernel/btf/vmlinux")
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _TRIAL_FUNCTION = "tcp_connect"  # global, on every kernel that has TCP
 _ALWAYS_CARRIED = 6
@@ -166,6 +167,22 @@ def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
         return bool(lib.bpf_map_lookup_elem(map_fd, key, value) == 0 or ffi.errno != errno.EPERM)
     finally:
         _check(lib.tcpscope_set_capabilities(effective, permitted))
+
+
+def perf_event_denied() -> str:
+    """Why a kernel probe may be refused in spite of CAP_PERFMON; empty if not for this reason.
+
+    Debian and Ubuntu know a level 3 of the sysctl ("security,perf: Allow further restriction of perf_event_open"),
+    which asks for more. Programs of type fentry and tp_btf do not pass there.
+    """
+    try:
+        level = int(_PARANOID.read_text())
+    except (OSError, ValueError):
+        return ""
+    effective, _ = capability_masks()
+    if level <= 2 or effective >> _CAPABILITIES["CAP_SYS_ADMIN"] & 1:
+        return ""
+    return f"kernel.perf_event_paranoid is {level}: kernel probes need CAP_SYS_ADMIN"
 
 
 def _check(status: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
-from tcpscope.kernel.features import Kernel, require_capabilities
+from tcpscope.kernel.features import Kernel, perf_event_denied, require_capabilities
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.schema import Layout
 
@@ -170,7 +170,8 @@ class Loaded:
             if link == ffi.NULL:
                 error = ffi.errno
                 reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only
-                raise _Refused(name, f"cannot be attached ({reason})")
+                denied = perf_event_denied() if error in (errno.EACCES, errno.EPERM) else ""
+                raise _Refused(name, f"cannot be attached ({denied or reason})")
             self._links[name] = link
 
     def _map(self, name: str) -> Any:

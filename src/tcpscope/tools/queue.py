@@ -98,7 +98,7 @@ class Queue(Stream):
         if exact:
             batches: Iterator[list[Any]] = self.rows(session, stop, request)
         else:
-            print("tcpscope: this kernel's functions cannot be hooked: refusals are sampled five times a second; "
+            print(f"tcpscope: {listeners.why_sampled(session)}: refusals are sampled five times a second; "
                   "their peers are not known, cause and step only at times", file=sys.stderr)  # fmt: skip
             batches = _sampled(decoder, session, sampler, stop, request)
         for rows in batches:
