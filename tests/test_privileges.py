@@ -141,6 +141,15 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
     if hooks["syn_enter"].program is None:
         pytest.skip(f"no stacks: {next(iter(hooks['syn_enter'].refused.values()))}")
     needed = {*toolbox.find("queue").capabilities, *memory}
+    paranoid = int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) > 2
+    if paranoid and any(hook.program and "kprobe" in hook.program.type for hook in hooks.values()):
+        # Without it refusals are sampled, and the reason is said.
+        arguments = ("queue", "--events", "--netns", str(lab.server.inode))
+        with run_tool(*arguments, prefix=only(*needed)) as tool:
+            pass
+        assert tool.done is not None
+        assert "kernel probes need CAP_SYS_ADMIN): refusals are sampled" in tool.done.stderr
+        needed.add("CAP_SYS_ADMIN")
     arguments = ("queue", "--events", "--stack", "--netns", str(lab.server.inode))
     listener = lab.server.socket(socket.AF_INET)
     listener.bind((lab.server.ipv4, PORT + 1))

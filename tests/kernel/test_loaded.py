@@ -232,9 +232,9 @@ def test_all_ways_but_the_refused_are_really_there(kernel: Kernel) -> None:
         spec = Spec.of(probe)
         planned = plan(spec, plan_refusals(spec, kernel))
         loaded = Loaded(spec, kernel)
-        taken = {name: hook.program for name, hook in loaded.hooks.items()}
+        differing = {name: hook.refused for name, hook in loaded.hooks.items() if hook.program != planned[name].program}
         loaded.close()
-        assert taken == {name: hook.program for name, hook in planned.items()}
+        assert differing == {}
 
 
 class Poorer(Kernel):
