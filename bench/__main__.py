@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ def main() -> int:
     options = parser.parse_args()
     if os.geteuid():
         os.execvp("sudo", ["sudo", sys.executable, "-m", "bench", *sys.argv[1:]])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started ends too
     if options.measure:
         result = part.run(part.PLANS[options.measure], lambda line: print(line, flush=True))
         print(_TAKE + json.dumps(result), flush=True)
@@ -73,11 +75,15 @@ def take(command: list[str]) -> dict[str, Any]:
     with subprocess.Popen(command, cwd=installed.TREE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         result: dict[str, Any] | None = None
-        for line in process.stdout:
-            if line.startswith(_TAKE):
-                result = json.loads(line.removeprefix(_TAKE))
-            else:
-                print(line, end="", flush=True)
+        try:
+            for line in process.stdout:
+                if line.startswith(_TAKE):
+                    result = json.loads(line.removeprefix(_TAKE))
+                else:
+                    print(line, end="", flush=True)
+        except BaseException:
+            process.terminate()
+            raise
     if result is None:
         sys.exit(f"no result from: {' '.join(map(str, map(Path, command[:4])))} ...")
     return result
