@@ -267,6 +267,14 @@ static __always_inline bool identity_complete(const struct connection *connectio
 	return connection->id.lport && (connection->id.rport || connection->role == ROLE_LISTENER);
 }
 
+/* A socket may be connected again after a disconnect, and its address may be another one's after it: begin anew. */
+static __always_inline void connection_begin(struct connection *connection, enum role role)
+{
+	listening_remove(connection);
+	__builtin_memset(connection, 0, sizeof(*connection));
+	connection->role = role;
+}
+
 /* What a change of state tells about a connection. Call it before using the table entry. */
 static __always_inline struct connection *connection_transition(struct sock *sk, int old_state, int new_state)
 {
@@ -280,15 +288,11 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 		return NULL;
 
 	if (new_state == STATE_SYN_SENT || new_state == STATE_LISTEN) {
-		/* In the caller's context. A socket may be connected again after a disconnect: begin anew. */
-		connection->id.lport = connection->id.rport = 0;
-		connection->accepted = false;
-		connection->followed_by = 0;
-		connection->state_since_ns = 0;
-		connection->role = new_state == STATE_LISTEN ? ROLE_LISTENER : ROLE_ACTIVE;
+		/* In the caller's context. */
+		connection_begin(connection, new_state == STATE_LISTEN ? ROLE_LISTENER : ROLE_ACTIVE);
 		owner_of_current(&connection->opener);
 	} else if (new_state == STATE_SYN_RECV && old_state == STATE_LISTEN) {
-		connection->role = ROLE_PASSIVE;
+		connection_begin(connection, ROLE_PASSIVE);
 	}
 	if (!identity_complete(connection))
 		identity_read(sk, &connection->id);
