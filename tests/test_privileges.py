@@ -171,10 +171,11 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
     unknown = [row for row in (*plain.done.rows, *named.done.rows) if not row["stack"]]
     assert unknown == []
     addresses, names = plain.done.rows[0]["stack"], named.done.rows[0]["stack"]
-    assert any(name.startswith("tcp_conn_request+0x") for name in names)
+    assert any(name.startswith("tcp_rcv_state_process+0x") for name in names)
+    assert any(name.startswith("tcp_conn_request") for name in names)
     if addresses != names:  # a lax perf_event_paranoid shows the names to everybody
         assert all(address.startswith("0xffff") for address in addresses)
-    assert len(addresses) == len(names)
+    assert len(addresses) in (len(names), len(names) - 1)  # the function itself may be known by name alone
 
 
 @pytest.mark.kernel

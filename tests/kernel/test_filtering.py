@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,7 +328,8 @@ def test_each_filter_lets_through_what_it_says(cast: Cast, seen: Seen) -> None:
     rules = options_and_rules(cast)
     for name, (rows, stats) in seen.by_rule.items():
         rule = rules[name][1]
-        assert list(map(key, rows)) == [key(row) for row in seen.everything if rule(row)], name
+        # As multisets: what happens on two CPUs at once reaches two rings in any order.
+        assert Counter(map(key, rows)) == Counter(key(row) for row in seen.everything if rule(row)), name
         assert stats.shown == len(rows), name
         assert stats.seen == stats.shown + stats.filtered, name
         assert stats.lossless, name
@@ -361,7 +363,7 @@ def test_the_kernel_decides_as_filter_matches(cast: Cast, seen: Seen) -> None:
             }
             if wanted.matches(plain):
                 expected.append(key(row))
-        assert list(map(key, rows)) == expected, wanted
+        assert Counter(map(key, rows)) == Counter(expected), wanted
         assert stats.seen == stats.shown + stats.filtered, wanted
         shown += bool(expected)
     assert shown or len(seen.at_random) < 16

@@ -80,7 +80,8 @@ class Queue(Stream):
         if not request.options.get("events"):
             raise UsageError("'queue' makes no events by itself", "options={'events': True} asks for them")
         if listeners.sees_refusals(session):
-            yield from super().rows(session, stop, request)
+            for rows in super().rows(session, stop, request):
+                yield _with_function(rows) if request.options.get("stack") else rows
             return
         sampler = Sampler()
         sampler.look(listeners.snapshot(session, all_=True))
@@ -141,6 +142,16 @@ class Queue(Stream):
             stop.wait(request.interval or 1.0)
         if request.stats or request.strict:
             request.finish(session.account(), sink)
+
+
+def _with_function(rows: list[Any]) -> list[Any]:
+    """Rows whose stacks begin with the function that refused: the trampolines of 7.2 leave no frame of it behind."""
+    for row in rows:
+        stack, step = getattr(row, "stack", None), getattr(row, "step", None)
+        named = stack and any("+" in frame for frame in stack)
+        if named and step == "SYN" and not any("tcp_conn_request" in frame for frame in stack):
+            stack.insert(0, "tcp_conn_request")
+    return rows
 
 
 @cache
