@@ -104,6 +104,14 @@ def key(row: Row) -> tuple[Any, ...]:
     return tuple(row[name] for name in names)
 
 
+def by_socket(rows: list[Row]) -> list[tuple[Any, ...]]:
+    """The keys of rows, those of one socket together and in their order.
+
+    What two processors do to two sockets at the same time may lie in one order in one ring, in another in the next.
+    """
+    return sorted(map(key, rows), key=lambda values: (values[3], values[5] or 0))
+
+
 @pytest.fixture(scope="module")
 def cast() -> Iterator[Cast]:
     mount = filters._cgroup_mount()
