@@ -147,9 +147,9 @@ class Queue(Stream):
 def _with_function(rows: list[Any]) -> list[Any]:
     """Rows whose stacks begin with the function that refused: the trampolines of 7.2 leave no frame of it behind."""
     for row in rows:
-        stack, step = getattr(row, "stack", None), getattr(row, "step", None)
-        named = stack and any("+" in frame for frame in stack)
-        if named and step == "SYN" and not any("tcp_conn_request" in frame for frame in stack):
+        stack: list[str] = getattr(row, "stack", None) or []
+        named = any("+" in frame for frame in stack)
+        if named and row.step == "SYN" and not any("tcp_conn_request" in frame for frame in stack):
             stack.insert(0, "tcp_conn_request")
     return rows
 
