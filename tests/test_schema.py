@@ -60,7 +60,7 @@ def test_every_column_is_described(probe: str) -> None:
     for layout in layouts:
         for field in layout.fields:
             assert field.doc, field
-            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", "stack"), field
+            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", "stack", "errno"), field
             if field.unit and field.kind != "time":
                 assert field.name.endswith(f"_{field.unit}"), field
 

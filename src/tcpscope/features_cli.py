@@ -12,20 +12,20 @@ import msgspec
 from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError
 from tcpscope.kernel.features import Kernel
-from tcpscope.kernel.loaded import Hook, Loaded, plan, plan_refusals
+from tcpscope.kernel.loaded import Hook, Loaded, Setup, plan, plan_refusals
 from tcpscope.kernel.spec import Spec
 
 
-def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], str | None]:
-    """The hooks of a probe as this kernel takes them, and what stands in the way of knowing better.
+def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Hook], str | None]:
+    """The hooks of a probe for an event as this kernel takes them, and what stands in the way of knowing better.
 
     With privileges the probe is really attached, for a moment; without them only what can be read is told.
     """
     spec = Spec.of(probe)
     try:
-        loaded = Loaded(spec, kernel)
+        loaded = Loaded(spec, kernel, Setup(event=event))
     except TcpscopeError as error:
-        return plan(spec, plan_refusals(spec, kernel)), str(error)
+        return plan(spec, plan_refusals(spec, kernel), event=event), str(error)
     hooks = loaded.hooks
     loaded.close()
     return hooks, None
@@ -33,14 +33,11 @@ def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], str | None]:
 
 def report(kernel: Kernel) -> list[dict[str, Any]]:
     """For every tool: its hooks, the way each is attached, why not a better one, and what is then not known."""
-    examined: dict[str, tuple[dict[str, Hook], str | None]] = {}
     result = []
     for name in toolbox.names():
         tool = toolbox.find(name)
         for probe in tool.probes:
-            if probe not in examined:
-                examined[probe] = examine(probe, kernel)
-            hooks, doubt = examined[probe]
+            hooks, doubt = examine(probe, getattr(tool, "event", None), kernel)
             result.append({
                 "tool": name, "probe": probe, "doubt": doubt,
                 "capabilities": list(tool.capabilities),

@@ -4,7 +4,7 @@ The C struct is the only description of an event. Its fields carry tags (see `bp
 
     doc:TEXT       what it means; a field without one is internal and not shown
     unit:TEXT      us, ns, bytes, ...; also the end of the field's name
-    kind:TEXT      address, comm, time, stack: how the bytes are to be read
+    kind:TEXT      address, comm, time, stack, errno: how the bytes are to be read
     unknown:TEXT   zero or max (all bits set): the value that stands for "not known" and becomes None
 
 Nested structs are flattened, so the parts that all events share are described once.
@@ -12,6 +12,7 @@ Nested structs are flattened, so the parts that all events share are described o
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -184,6 +185,11 @@ def comm_text(data: bytes) -> str:
     return data.partition(b"\0")[0].decode(errors="backslashreplace")
 
 
+def errno_text(number: int) -> str:
+    """ECONNREFUSED for 111; "none" where there was no error."""
+    return errno.errorcode.get(number, str(number)) if number else "none"
+
+
 class Decoder:
     """A batch of records to a list of rows. Row types are msgspec structs, so that they encode quickly.
 
@@ -218,6 +224,8 @@ class Decoder:
             convert = address_text
         elif field.kind == "comm":
             convert = comm_text
+        elif field.kind == "errno":
+            convert = errno_text
         elif field.kind == "stack":
             frame = self._frame
             convert = lambda v: [frame(a) for a in struct.unpack(f"<{len(v) // 8}Q", v) if a]  # noqa: E731

@@ -135,7 +135,7 @@ class Session:
         self.kernel = kernel or Kernel()
         decided, self.residual = filtering.split(filter)
         setup = Setup(constants=filtering.constants(decided) | (constants or {}), entries=dict(entries or {}),
-                      skip=frozenset(skip), debug=debug)  # fmt: skip
+                      event=event, skip=frozenset(skip), debug=debug)  # fmt: skip
         if event:
             setup.entries["events"] = ring_bytes
             setup.constants["wakeup_bytes"] = ring_bytes // 4

@@ -76,12 +76,12 @@ def naive(tmp_path_factory: pytest.TempPathFactory) -> Spec:
 
 
 def test_the_first_way_that_is_not_refused() -> None:
-    hooks = plan(CONNECTIONS, {})
+    hooks = plan(CONNECTIONS, {}, event="transition")
     assert {name: hook.program.name for name, hook in hooks.items() if hook.program and "__" in hook.program.name} == {
         "connect": "connect__fentry", "accept": "accept__fexit", "timewait": "timewait__fexit",
+        "graft": "graft__fentry",
     }  # fmt: skip
     assert not any(hook.refused for hook in hooks.values())
-    assert list(hooks) == list(CONNECTIONS.hooks)
 
 
 def test_why_each_better_way_was_not_taken() -> None:
@@ -97,7 +97,23 @@ def test_why_each_better_way_was_not_taken() -> None:
 
 
 def test_a_hook_that_is_not_wanted_is_not_planned() -> None:
-    assert plan(CONNECTIONS, {}, frozenset({"seed", "accept"})).keys() == CONNECTIONS.hooks.keys() - {"seed", "accept"}
+    every = plan(CONNECTIONS, {}).keys()
+    assert plan(CONNECTIONS, {}, frozenset({"seed", "state"})).keys() == every - {"seed", "state"}
+
+
+def test_an_event_has_the_hooks_that_it_needs() -> None:
+    assert "connected" in plan(CONNECTIONS, {}, event="attempt")
+    assert not {"accept", "live"} & plan(CONNECTIONS, {}, event="attempt").keys()
+    assert "connected" not in plan(CONNECTIONS, {}, event="life")
+    assert {"accept", "live", "reset_sent"} <= plan(CONNECTIONS, {}, event="life").keys()
+
+
+def test_a_hook_that_another_program_makes_needless_is_not_planned() -> None:
+    assert "accept_uring" not in plan(CONNECTIONS, {}, event="accepted")
+    refused = dict.fromkeys(("accept__fexit", "accept__kretprobe"), "no functions")
+    hooks = plan(CONNECTIONS, refused, event="accepted")
+    assert "graft" not in hooks
+    assert hooks["accept_uring"].program is not None
 
 
 LOG = """libbpf: something before

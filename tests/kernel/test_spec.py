@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -33,6 +34,10 @@ def test_programs_stand_in_the_order_of_the_file() -> None:
     assert ways["accept"] == ["accept__fexit", "accept__kretprobe", "accept__syscall"]
     assert ways["state"] == ["state"]
     assert CONNECTIONS.section("accept__fexit") == "fexit/inet_csk_accept"
+    source = (Path(__file__).parents[2] / "src/tcpscope/bpf/connections.bpf.c").read_text()
+    places = [re.search(rf"\b{program.name}\(|\b{program.name},", source) for program in CONNECTIONS.programs]
+    assert all(places)
+    assert [place.start() for place in places if place] == sorted(place.start() for place in places if place)
 
 
 def test_an_optional_hook_says_what_is_then_not_known() -> None:

@@ -19,6 +19,8 @@ PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") 
 
 MAY_BE_MISSING = {
     "proto_accept_arg": "came with the second signature of inet_csk_accept (6.10); only asked whether it exists",
+    "io_kiocb": "with CONFIG_IO_URING",
+    "io_uring_cqe": "with CONFIG_IO_URING",
     "mptcp_sock": "with CONFIG_MPTCP only; its field is asked for before it is read",
 }
 OTHER_KINDS = {

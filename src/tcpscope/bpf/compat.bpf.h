@@ -44,15 +44,19 @@ static __always_inline __u64 cookie_if_any(struct sock *sk)
 /* The cookie, given now if need be. For sockets that the verifier knows as such: tp_btf, fentry, iterators. */
 #define COOKIE_OF(sk) (have_cookie_helper() ? bpf_get_socket_cookie(sk) : cookie_if_any((struct sock *)(sk)))
 
-/* Numbers of accept and accept4: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h. */
+/* Numbers of accept, accept4 and connect: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h. */
 #if defined(__TARGET_ARCH_x86)
 #define SYSCALL_NUMBER(regs) ((int)((struct pt_regs___kernel *)(regs))->orig_ax)
 #define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 43 || SYSCALL_NUMBER(regs) == 288)
+#define SYSCALL_IS_CONNECT(regs) (SYSCALL_NUMBER(regs) == 42)
 #define SYSCALL_ARGUMENT_1(regs) (((struct pt_regs___kernel *)(regs))->di)
+#define SYSCALL_ARGUMENT_2(regs) (((struct pt_regs___kernel *)(regs))->si)
 #elif defined(__TARGET_ARCH_arm64)
 #define SYSCALL_ARGUMENT_1(regs) (((struct pt_regs___kernel *)(regs))->orig_x0)
 #define SYSCALL_NUMBER(regs) (((struct pt_regs___kernel *)(regs))->syscallno)
 #define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 202 || SYSCALL_NUMBER(regs) == 242)
+#define SYSCALL_IS_CONNECT(regs) (SYSCALL_NUMBER(regs) == 203)
+#define SYSCALL_ARGUMENT_2(regs) (((struct pt_regs___kernel *)(regs))->regs[1])
 #endif
 
 /* Value of a small integer field whose width differs between kernels, read by address. */

@@ -1,149 +1,117 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* Birth, life and death of connections: every change of state, with its owner and the time spent in the old state. */
+/*
+ * Birth, life and death of connections. One set of hooks and one table, and several kinds of events made from them, each
+ * in a header of its own; a run asks for one kind (`emits_...`), and the verifier removes the others.
+ */
 
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
 #include "output.bpf.h"
 #include "filter.bpf.h"
 #include "connection.bpf.h"
+#include "transition.bpf.h"
+#include "attempt.bpf.h"
+#include "accepted.bpf.h"
+#include "life.bpf.h"
+#include "step.bpf.h"
 
-enum followed_by {
-	FOLLOWED_BY_UNKNOWN,
-	FOLLOWED_BY_NOTHING,
-	FOLLOWED_BY_TIME_WAIT,
-	FOLLOWED_BY_FIN_WAIT2,
-} __attribute__((packed));
-
-/* What user space reads: one change of state. */
-struct transition {
-	__u64 time_ns KIND("time") UNIT("ns") DOC("when it happened");
-	struct identity id;
-	struct owner owner;
-	enum role role DOC("who opened it: active = this host, passive = the remote end") UNKNOWN_IS("zero");
-	enum tcp_state old_state DOC("state before");
-	enum tcp_state new_state DOC("state after");
-	enum followed_by followed_by UNKNOWN_IS("zero")
-		DOC("what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing");
-	__u32 padding;
-	__u64 in_state_us UNIT("us") UNKNOWN_IS("max") DOC("time spent in the old state");
-};
-
-const struct transition *transition_anchor __attribute__((unused));
-
-/* Filled by user space before loading: which of the optional hooks this kernel took. */
-const volatile bool hooked_timewait;
-
-static __noinline int transition_emit(struct connection *connection, const struct identity *id, __u64 cookie,
-				      const struct held *change)
+/* Does this change matter for the events of this run? The table is spared what they do not need. */
+static __always_inline bool matters(struct sock *sk, int old_state, int new_state)
 {
-	const struct owner *owner = connection_owner(connection);
-	struct transition *event;
-
-	COUNT(seen);
-	if (!filter_pass(id, owner)) {
-		COUNT(filtered);
-		return 0;
-	}
-	event = event_reserve(sizeof(*event));
-	if (!event)
-		return 0;
-	event->time_ns = change->time_ns;
-	event->id = *id;
-	event->id.cookie = cookie;
-	event->old_state = change->old_state;
-	event->new_state = change->new_state;
-	event->padding = 0;
-	event->in_state_us = -1;
-	event->followed_by = FOLLOWED_BY_UNKNOWN;
-	if (connection) {
-		event->owner = *owner;
-		event->role = connection->role;
-		if (connection->state_since_ns)
-			event->in_state_us = (change->time_ns - connection->state_since_ns) / 1000;
-		if (change->new_state == STATE_CLOSE && hooked_timewait)
-			event->followed_by = connection->followed_by == STATE_TIME_WAIT   ? FOLLOWED_BY_TIME_WAIT
-					     : connection->followed_by == STATE_FIN_WAIT2 ? FOLLOWED_BY_FIN_WAIT2
-											  : FOLLOWED_BY_NOTHING;
-	} else {
-		__builtin_memset(&event->owner, 0, sizeof(event->owner));
-		event->role = ROLE_UNKNOWN;
-	}
-	if (!event->owner.pid)
-		event->owner.uid = -1;
-	event_submit(event);
-	return 0;
+	if (emits_attempt)
+		return new_state == STATE_SYN_SENT || old_state == STATE_SYN_SENT || connection_find(sk);
+	if (emits_accepted)
+		return new_state == STATE_LISTEN || old_state == STATE_LISTEN || old_state == STATE_SYN_RECV;
+	return true;
 }
 
-/* The first transition of a connection happens before its ports or its remote end are set: it waits for them. */
-static __always_inline void transition_release(struct connection *connection, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct held *change, __u64 cookie)
 {
-	struct held held = connection->held;
+	struct identity unlisted = {};
+	const struct identity *id = &unlisted;
+	struct connection *connection;
 
-	if (!held.time_ns)
-		return;
-	connection->held.time_ns = 0;
-	transition_emit(connection, &connection->id, cookie, &held);
-	connection->state_since_ns = held.time_ns;
+	attempt_before(sk, change->new_state);
+	connection = connection_transition(sk, change->old_state, change->new_state);
+	if (connection) {
+		connection->id.cookie = cookie;
+		id = &connection->id;
+		if (change->new_state == STATE_SYN_SENT ||
+		    (change->new_state == STATE_SYN_RECV && change->old_state == STATE_LISTEN))
+			connection->opened_ns = change->time_ns;
+	} else {
+		unlisted.cookie = cookie;
+		identity_read(sk, &unlisted);
+	}
+	transition_changed(connection, id, change);
+	attempt_changed(sk, connection, id, change);
+	life_changed(sk, connection, id, change);
+	step_changed(connection, id, change);
+	return 0;
 }
 
 SEC("tp_btf/inet_sock_set_state")
 int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
-	struct connection *connection;
-	__u64 cookie;
 
-	if (sk->sk_protocol != IPPROTO_TCP)
+	if (sk->sk_protocol != IPPROTO_TCP || !matters(sk, old_state, new_state))
 		return 0;
 	change.time_ns = bpf_ktime_get_ns();
-	cookie = COOKIE_OF(sk);
-	connection = connection_transition(sk, old_state, new_state);
-	if (!connection) {
-		struct identity id = {};
-
-		identity_read(sk, &id);
-		transition_emit(NULL, &id, cookie, &change);
-		return 0;
-	}
-	transition_release(connection, cookie);
-	if (new_state == STATE_SYN_SENT || (new_state == STATE_SYN_RECV && old_state == STATE_LISTEN)) {
-		connection->held = change;
-		return 0;
-	}
-	transition_emit(connection, &connection->id, cookie, &change);
-	connection->state_since_ns = change.time_ns;
-	return 0;
+	/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after this. */
+	return state_changed(sk, &change, old_state == STATE_LISTEN && new_state == STATE_SYN_RECV ? 0 : COOKIE_OF(sk));
 }
 
-/* The SYN is about to leave: the local port is chosen. Without functions to hook, its first retransmission tells. */
-static __always_inline void syn_sent(struct sock *sk, __u64 cookie)
-{
-	struct connection *connection = connection_find(sk);
-
-	if (!connection || !connection->held.time_ns)
-		return;
-	identity_read(sk, &connection->id);
-	transition_release(connection, cookie);
-}
-
+FOR("transition")
 SEC("fentry/tcp_connect")
 int BPF_PROG(connect__fentry, struct sock *sk)
 {
-	syn_sent(sk, COOKIE_OF(sk));
+	transition_syn_sent(sk);
 	return 0;
 }
 
 SEC("kprobe/tcp_connect")
 int BPF_KPROBE(connect__kprobe, struct sock *sk)
 {
-	syn_sent(sk, cookie_if_any(sk));
+	transition_syn_sent(sk);
 	return 0;
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
 int BPF_PROG(connect__retransmit, struct sock *sk)
 {
-	syn_sent(sk, COOKIE_OF(sk));
+	transition_syn_sent(sk);
+	return 0;
+}
+
+/* connect(), and sendto() with MSG_FASTOPEN: what it returns. */
+FOR("attempt")
+SEC("fexit/__inet_stream_connect")
+int BPF_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg, int result)
+{
+	struct sock *sk = tcp_sock_of_socket(socket);
+	struct remote_address to = {};
+
+	if (!sk)
+		return 0;
+	bpf_probe_read_kernel(&to, sizeof(to), address);
+	attempt_returned(sk, &to, result);
+	return 0;
+}
+
+SEC("tp_btf/sys_exit")
+int BPF_PROG(connected__syscall, struct pt_regs *regs, long result)
+{
+	struct remote_address to = {};
+	struct sock *sk;
+
+	if (!SYSCALL_IS_CONNECT(regs))
+		return 0;
+	sk = tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs));
+	if (!sk)
+		return 0;
+	bpf_probe_read_user(&to, sizeof(to), (void *)SYSCALL_ARGUMENT_2(regs));
+	attempt_returned(sk, &to, result);
 	return 0;
 }
 
@@ -156,6 +124,7 @@ static __always_inline void timewait(struct sock *sk, int state)
 }
 
 /* The socket is about to be replaced by a small timewait socket, unless none could be had. */
+FOR("transition")
 OPTIONAL("what follows CLOSE")
 SEC("fexit/inet_twsk_alloc")
 int BPF_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
@@ -172,43 +141,205 @@ int BPF_KPROBE(timewait__kprobe, struct sock *sk, int state)
 	return 0;
 }
 
+/* accept() returns `child` to the current process. `listener` is NULL where it is not known. */
+static __noinline int accepted(struct sock *child, struct sock *listener)
+{
+	struct connection *connection;
+	struct identity *id;
+
+	if (!child)
+		return 0;
+	connection = connection_find(child);
+	if (connection && (connection->accepted || connection->role == ROLE_ACTIVE || connection->role == ROLE_LISTENER))
+		return 0; /* seen by another hook; or not a child at all, but what a number that is no descriptor points to */
+	connection = connection_accepted(child);
+	if (!connection)
+		return 0; /* counted as table_full */
+	id = &connection->id;
+	if (!identity_complete(connection))
+		identity_read(child, id);
+	if (!id->cookie)
+		id->cookie = cookie_if_any(child);
+	if (!listener) {
+		struct listening *found = listening_for(id);
+
+		if (found)
+			listener = (struct sock *)found->sk;
+	}
+	if (emits_accepted)
+		accepted_emit(id, &connection->accepter, connection->opened_ns, listener);
+	if (emits_step)
+		step_emit(bpf_ktime_get_ns(), id, &connection->accepter, STEP_ACCEPT);
+	return 0;
+}
+
+/* Without functions to hook: the completion of an accept that was asked for through io_uring. */
+FOR("transition accepted life step")
+UNLESS("accept__fexit")
+OPTIONAL("connections accepted through io_uring")
+SEC("tp_btf/io_uring_complete")
+int BPF_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring_cqe *completion)
+{
+	int fd = BPF_CORE_READ(completion, res);
+	struct sock *child;
+
+	if (fd < 0 || BPF_CORE_READ(request, opcode) != IORING_OP_ACCEPT)
+		return 0;
+	child = tcp_sock_of_fd(fd);
+	return child ? accepted(child, tcp_sock_of_file(BPF_CORE_READ(request, file))) : 0;
+}
+
+FOR("transition accepted life step")
 SEC("fexit/inet_csk_accept")
 int accept__fexit(__u64 *ctx)
 {
-	connection_accepted(ACCEPTED_CHILD(ctx));
-	return 0;
+	return accepted(ACCEPTED_CHILD(ctx), (struct sock *)CTX_SLOT(ctx, 0));
 }
 
 SEC("kretprobe/inet_csk_accept")
 int BPF_KRETPROBE(accept__kretprobe, struct sock *child)
 {
-	connection_accepted(child);
-	return 0;
+	return accepted(child, NULL);
 }
 
 SEC("tp_btf/sys_exit")
 int BPF_PROG(accept__syscall, struct pt_regs *regs, long fd)
 {
-	connection_accepted(sock_of_accept(regs, fd));
+	struct sock *child = sock_of_accept(regs, fd);
+
+	return child ? accepted(child, tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs))) : 0;
+}
+
+/* A call that was already waiting in inet_csk_accept() when that was hooked passes here when it wakes up. */
+FOR("transition accepted life step")
+UNLESS("accept__syscall")
+OPTIONAL("who accepts by a call that began before the tool")
+SEC("fentry/security_sock_graft")
+int BPF_PROG(graft__fentry, struct sock *child)
+{
+	return BPF_CORE_READ(child, sk_protocol) == IPPROTO_TCP ? accepted(child, NULL) : 0;
+}
+
+SEC("kprobe/security_sock_graft")
+int BPF_KPROBE(graft__kprobe, struct sock *child)
+{
+	return BPF_CORE_READ(child, sk_protocol) == IPPROTO_TCP ? accepted(child, NULL) : 0;
+}
+
+FOR("life")
+SEC("tp_btf/tcp_send_reset")
+int BPF_PROG(reset_sent, struct sock *sk)
+{
+	struct connection *connection = sk ? connection_find(sk) : NULL;
+
+	if (!connection)
+		return 0;
+	if (connection->closed_ns || was_established(BPF_CORE_READ(sk, __sk_common.skc_state)))
+		connection->reset = RESET_SENT;
+	life_resolve(sk, connection);
 	return 0;
+}
+
+/*
+ * Called for a RST that came, and for data that came after close(), which is answered by one. Without the packet at hand
+ * the two cannot be told apart where the application has closed.
+ */
+static __always_inline void reset_received(struct sock *sk, enum reset reset)
+{
+	struct connection *connection = connection_find(sk);
+
+	if (connection)
+		connection->reset = reset;
+}
+
+#define TCP_FLAGS_AT 13 /* in the header */
+#define TCP_FLAG_RST 0x04
+
+FOR("life")
+SEC("fentry/tcp_reset")
+int BPF_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	unsigned char *header = BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, transport_header);
+	__u8 flags = 0;
+
+	bpf_probe_read_kernel(&flags, sizeof(flags), header + TCP_FLAGS_AT);
+	reset_received(sk, flags & TCP_FLAG_RST ? RESET_RECEIVED : RESET_SENT);
+	return 0;
+}
+
+SEC("tp_btf/tcp_receive_reset")
+int BPF_PROG(reset_received__tracepoint, struct sock *sk)
+{
+	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	bool closed = (state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) &&
+		      BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN;
+
+	reset_received(sk, closed ? RESET_SEEN : RESET_RECEIVED);
+	return 0;
+}
+
+/* What waited for more will not get it. */
+static __always_inline void resolve(struct sock *sk, struct connection *connection)
+{
+	if (emits_transition)
+		transition_syn_sent(sk);
+	if (emits_attempt)
+		attempt_resolve(connection, 0);
+	if (emits_life)
+		life_resolve(sk, connection);
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int BPF_PROG(destroy, struct sock *sk)
 {
+	struct connection *connection = connection_find(sk);
+
+	if (!connection)
+		return 0;
+	if (!emits_transition)
+		resolve(sk, connection);
 	connection_forget(sk);
 	return 0;
 }
 
-/* At the end: what still waits for its port or its remote end is shown as far as it is known. */
+/* At the end of a run. */
+FOR("transition attempt life")
 OVER_MAP("connections")
 SEC("iter/bpf_map_elem")
 int flush(struct bpf_iter__bpf_map_elem *ctx)
 {
 	__u64 *key = ctx->key;
+	struct connection *connection = key ? connection_find((struct sock *)*key) : NULL;
 
-	if (key)
-		syn_sent((struct sock *)*key, cookie_if_any((struct sock *)*key));
+	if (connection)
+		resolve((struct sock *)*key, connection);
+	return 0;
+}
+
+/* Those that are open now. */
+FOR("life")
+OVER_MAP("connections")
+SEC("iter/bpf_map_elem")
+int live(struct bpf_iter__bpf_map_elem *ctx)
+{
+	struct closing closing = {.end = END_OPEN};
+	struct connection *connection;
+	__u64 *key = ctx->key;
+	struct sock *sk;
+
+	if (!key)
+		return 0;
+	sk = (struct sock *)*key;
+	connection = connection_find(sk);
+	closing.state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	if (!connection || !was_established(closing.state))
+		return 0;
+	closing.time_ns = bpf_ktime_get_ns();
+	if (!identity_complete(connection))
+		identity_read(sk, &connection->id);
+	if (!connection->id.cookie)
+		connection->id.cookie = cookie_if_any(sk);
+	life_emit(sk, connection, &connection->id, &closing);
 	return 0;
 }
 
@@ -219,7 +350,7 @@ int seed(struct bpf_iter__task_file *ctx)
 	struct file *file = ctx->file;
 
 	if (task && file)
-		connection_seed(task, file, 0);
+		connection_seed(task, file, emits_attempt ? STATE_SYN_SENT : emits_accepted ? STATE_LISTEN : 0);
 	return 0;
 }
 

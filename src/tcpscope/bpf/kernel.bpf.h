@@ -19,11 +19,29 @@
 
 #define AF_INET 2
 #define AF_INET6 10
+#define AF_UNSPEC 0
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
+#define IORING_OP_ACCEPT 13 /* include/uapi/linux/io_uring.h */
 #define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
+
+/* include/net/tcp_states.h */
+enum tcp_state {
+	STATE_ESTABLISHED = 1,
+	STATE_SYN_SENT,
+	STATE_SYN_RECV,
+	STATE_FIN_WAIT1,
+	STATE_FIN_WAIT2,
+	STATE_TIME_WAIT,
+	STATE_CLOSE,
+	STATE_CLOSE_WAIT,
+	STATE_LAST_ACK,
+	STATE_LISTEN,
+	STATE_CLOSING,
+	STATE_NEW_SYN_RECV,
+} __attribute__((packed));
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
@@ -74,6 +92,7 @@ struct sock_common {                                          /* include/net/soc
 	unsigned short skc_family;
 	volatile unsigned char skc_state;
 	possible_net_t skc_net;
+	unsigned long skc_flags;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
@@ -86,7 +105,13 @@ struct sock {                                                 /* include/net/soc
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
 	kuid_t sk_uid;
+	int sk_err;
+	__u8 sk_shutdown;
 	__u16 sk_protocol;
+};
+
+enum sock_flags {                                             /* include/net/sock.h */
+	SOCK_DONE,
 };
 
 struct socket {                                               /* include/linux/net.h */
@@ -123,13 +148,32 @@ struct tcp_rack {                                             /* include/linux/t
 	__u32 end_seq;
 };
 
+struct minmax_sample {                                        /* include/linux/win_minmax.h */
+	__u32 v;
+};
+
+struct minmax {                                               /* include/linux/win_minmax.h */
+	struct minmax_sample s[3];
+};
+
 struct tcp_sock {                                             /* include/linux/tcp.h */
 	struct inet_connection_sock inet_conn;
+	__u64 bytes_received;
+	__u32 segs_in;
+	__u32 data_segs_in;
 	__u32 rcv_nxt;
 	__u32 copied_seq;
+	__u32 segs_out;
+	__u32 data_segs_out;
+	__u64 bytes_sent;
+	__u64 bytes_acked;
+	__u64 bytes_retrans;
 	__u32 write_seq;
+	__u32 snd_nxt;
 	__u32 snd_una;
 	__u32 srtt_us;
+	struct minmax rtt_min;
+	__u32 total_retrans;
 	struct tcp_rack rack;
 };
 
@@ -212,12 +256,23 @@ struct proto_accept_arg {};                                   /* include/net/soc
 
 struct pt_regs___kernel {                                     /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)
+	unsigned long si;
 	unsigned long di;
 	unsigned long orig_ax;
 #elif defined(__TARGET_ARCH_arm64)
+	__u64 regs[31];
 	__u64 orig_x0;
 	int syscallno;
 #endif
+};
+
+struct io_kiocb {                                             /* include/linux/io_uring_types.h */
+	struct file *file;
+	__u8 opcode;
+};
+
+struct io_uring_cqe {                                         /* include/uapi/linux/io_uring.h */
+	__s32 res;
 };
 
 struct bpf_array {                                            /* include/linux/bpf.h */

@@ -11,11 +11,17 @@
 
 #define UNIT(text) __attribute__((btf_decl_tag("unit:" text)))
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
-#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))       /* address, comm, time, stack */
+#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))       /* address, comm, time, stack, errno */
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
 /* On the first way of a hook: the probe works without it, and the text says what is then not known. */
 #define OPTIONAL(text) __attribute__((btf_decl_tag("optional:" text)))
+
+/* On the first way of a hook: which events need it; without the tag all of them do. */
+#define FOR(events) __attribute__((btf_decl_tag("for:" events)))
+
+/* On the first way of a hook: it is not needed where that program is attached. */
+#define UNLESS(program) __attribute__((btf_decl_tag("unless:" program)))
 
 /* On an iterator over the entries of a map: which map. */
 #define OVER_MAP(name) __attribute__((btf_decl_tag("map:" name)))

@@ -37,10 +37,17 @@ class Hook:
 
 @dataclass
 class Setup:
-    """How an object is to be loaded: read-only globals, sizes of maps, hooks that this run does not need."""
+    """How an object is to be loaded.
+
+    constants  read-only globals; `emits_EVENT` and `hooked_HOOK` are set by the loader where the object has them
+    entries    sizes of maps
+    event      the event that is wanted, for an object that can send several
+    skip       hooks that this run does not need
+    """
 
     constants: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
+    event: str | None = None
     skip: frozenset[str] = frozenset()
     debug: bool = False
 
@@ -72,7 +79,7 @@ class Loaded:
         self._data = ffi.from_buffer(spec.data)
         refused = plan_refusals(spec, kernel)
         while True:
-            self.hooks = plan(spec, refused, self._setup.skip)
+            self.hooks = plan(spec, refused, self._setup.skip, self._setup.event)
             for hook in self.hooks.values():
                 if hook.program is None and hook.without is None:
                     raise UnsupportedError(
@@ -127,6 +134,8 @@ class Loaded:
             for hook in self.hooks.values()
             if f"hooked_{hook.name}" in self.spec.variables
         }
+        if f"emits_{self._setup.event}" in self.spec.variables:
+            hooked[f"emits_{self._setup.event}"] = True
         values = hooked | self._setup.constants
         if not values:
             return  # an object may have no constants, and then no section for them
@@ -255,16 +264,19 @@ def plan_refusals(spec: Spec, kernel: Kernel) -> dict[str, str]:
     return {name: answer.why for name, answer in answers.items() if not answer}
 
 
-def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset()) -> dict[str, Hook]:
+def plan(
+    spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset(), event: str | None = None
+) -> dict[str, Hook]:
     """For each hook that is wanted: the first way that is not refused."""
     hooks = {}
     for name, ways in spec.hooks.items():
-        if name in skip:
+        if name in skip or (event and ways[0].events is not None and event not in ways[0].events):
             continue
         best = next((way for way in ways if way.name not in refused), None)
         better = ways[: ways.index(best)] if best else ways
         hooks[name] = Hook(name, best, {way.name: refused[way.name] for way in better}, ways[0].without)
-    return hooks
+    attached = {hook.program.name for hook in hooks.values() if hook.program}
+    return {name: hook for name, hook in hooks.items() if spec.hooks[name][0].unless not in attached}
 
 
 def verifier_summary(log: str) -> str:

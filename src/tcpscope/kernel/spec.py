@@ -1,7 +1,9 @@
 """What a BPF object file says of itself. Pure: needs no root and no kernel.
 
 A program called `hook` or `hook__way` is one way to attach the logical hook `hook`; the ways are tried in the order of
-the file. A program with the tag `optional:TEXT` may be missing, and TEXT says what is then not known.
+the file. What holds for the hook stands on its first way: with the tag `optional:TEXT` it may be missing, and TEXT says
+what is then not known; with `for:EVENTS` only these events need it; with `unless:PROGRAM` it is not needed where that
+program is attached.
 """
 
 from __future__ import annotations
@@ -21,13 +23,18 @@ from tcpscope.schema import Layout
 class Program:
     """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`).
 
-    `without` says what is not known when the hook has no way; `over` names the map whose entries an iterator visits.
+    without  what is not known when the hook has no way; None: it cannot be done without
+    over     the map whose entries an iterator visits
+    events   those that need the hook; None: all
+    unless   a program that makes the hook needless
     """
 
     name: str
     section: str
-    without: str | None
+    without: str | None = None
     over: str | None = None
+    events: frozenset[str] | None = None
+    unless: str | None = None
 
     @property
     def hook(self) -> str:
@@ -72,17 +79,18 @@ class Spec:
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:
-        """All programs in the order of the file; functions in .text are their callees."""
-        order = {name: at for at, name in enumerate(self._sections)}
+        """All programs in the order of the source, which is that of their BTF; functions in .text are their callees."""
         found = []
         for symbol in self._symbols:
             function = self.btf.find(symbol.name, B.Kind.FUNC)
             if function is None or symbol.section in ("", ".text"):
                 continue
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
-            found.append((order[symbol.section], symbol.value,
-                          Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"))))  # fmt: skip
-        return tuple(program for *_, program in sorted(found, key=lambda entry: entry[:2]))
+            events = frozenset(tags["for"].split()) if "for" in tags else None
+            program = Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"), events,
+                              tags.get("unless"))  # fmt: skip
+            found.append((function.id, program))
+        return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))
 
     @cached_property
     def hooks(self) -> dict[str, tuple[Program, ...]]:

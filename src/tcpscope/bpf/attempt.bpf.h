@@ -1,0 +1,255 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * An active open and its outcome.
+ *
+ * The state tells most: SYN_SENT to ESTABLISHED, or to CLOSE with an error in the socket, which is what the kernel counts
+ * as TcpAttemptFails (tcp_done()). A CLOSE without an error is the work of whoever closes: of connect() itself, which
+ * could not send a SYN, or of the application, which gave up. Then what connect() returns is waited for; if nothing
+ * comes before the socket dies, the application gave up. A connect() that fails before SYN_SENT (no route) has only
+ * what it returns.
+ */
+#ifndef TCPSCOPE_ATTEMPT_BPF_H
+#define TCPSCOPE_ATTEMPT_BPF_H
+
+#include "connection.bpf.h"
+#include "event.bpf.h"
+
+enum outcome {
+	OUTCOME_ESTABLISHED,
+	OUTCOME_REFUSED,
+	OUTCOME_TIMED_OUT,
+	OUTCOME_UNREACHABLE,
+	OUTCOME_RESET,
+	OUTCOME_ABORTED,
+	OUTCOME_KILLED,
+	OUTCOME_FAILED,
+} __attribute__((packed));
+
+struct attempt {
+	struct event event;
+	enum outcome outcome
+		DOC("how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why");
+	bool syn_sent DOC("a SYN has left: the kernel counts it as TcpActiveOpens");
+	__u16 padding;
+	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket, or of connect() if no SYN was sent");
+	__u32 syn_retrans DOC("retransmissions of the SYN");
+	__u32 padding2;
+	__u64 latency_us UNIT("us") UNKNOWN_IS("max") DOC("from the call of connect() to the outcome");
+};
+
+const struct attempt *attempt_anchor __attribute__((unused));
+
+const volatile bool emits_attempt;
+const volatile __u64 attempt_min_us;     /* a shorter latency is not asked for */
+const volatile bool attempt_failed_only; /* nor one that succeeded */
+
+/* include/uapi/asm-generic/errno.h, errno-base.h */
+#define EINTR 4
+#define EINVAL 22
+#define ENETDOWN 100
+#define ENETUNREACH 101
+#define ECONNABORTED 103
+#define ECONNRESET 104
+#define EISCONN 106
+#define ETIMEDOUT 110
+#define ECONNREFUSED 111
+#define EHOSTDOWN 112
+#define EHOSTUNREACH 113
+#define EALREADY 114
+#define EINPROGRESS 115
+#define ERESTARTSYS 512 /* include/linux/errno.h: up to ERESTART_RESTARTBLOCK the kernel's own */
+#define ERESTART_RESTARTBLOCK 516
+#define ERRNO_UNKNOWN ((__u32)-1)
+
+/* What is known when it ends. */
+struct ending {
+	__u64 time_ns;
+	__u64 began_ns; /* 0: not known */
+	__u32 errno;
+	__u32 syn_retrans;
+	bool syn_sent;
+	enum outcome outcome;
+};
+
+static __always_inline enum outcome outcome_of(__u32 error)
+{
+	switch (error) {
+	case 0:
+		return OUTCOME_ESTABLISHED;
+	case ECONNREFUSED:
+		return OUTCOME_REFUSED;
+	case ETIMEDOUT:
+		return OUTCOME_TIMED_OUT;
+	case ENETDOWN:
+	case ENETUNREACH:
+	case EHOSTDOWN:
+	case EHOSTUNREACH:
+		return OUTCOME_UNREACHABLE;
+	case ECONNRESET:
+		return OUTCOME_RESET;
+	case ECONNABORTED:
+		return OUTCOME_KILLED;
+	default:
+		return OUTCOME_FAILED;
+	}
+}
+
+static __noinline int attempt_emit(const struct identity *id, const struct owner *owner, const struct ending *ending)
+{
+	__u64 latency_us = ending->began_ns ? (ending->time_ns - ending->began_ns) / 1000 : -1;
+	struct attempt *event;
+
+	if ((attempt_failed_only && ending->outcome == OUTCOME_ESTABLISHED) || latency_us < attempt_min_us ||
+	    (attempt_min_us && !ending->began_ns)) {
+		COUNT(seen);
+		COUNT(filtered);
+		return 0;
+	}
+	event = event_begin(sizeof(*event), ending->time_ns, id, owner);
+	if (!event)
+		return 0;
+	event->outcome = ending->outcome;
+	event->syn_sent = ending->syn_sent;
+	event->errno = ending->errno;
+	event->syn_retrans = ending->syn_retrans;
+	event->padding = event->padding2 = 0;
+	event->latency_us = latency_us;
+	event_submit(event);
+	return 0;
+}
+
+/* Its socket was closed without an error, and now it is known by whom: 0 = not by connect(). */
+static __always_inline void attempt_resolve(struct connection *connection, __u32 error)
+{
+	struct ending ending = {
+		.time_ns = connection->closed_ns,
+		.began_ns = connection->opened_ns,
+		.syn_retrans = connection->syn_retrans,
+		.syn_sent = connection->syn_sent,
+		.errno = error,
+		.outcome = outcome_of(error),
+	};
+
+	if (connection->attempt != ATTEMPT_CLOSED)
+		return;
+	connection->attempt = ATTEMPT_NONE;
+	if (!error) {
+		/* Closed by the application; or, without a SYN, by a call whose return is not hooked. */
+		ending.outcome = ending.syn_sent ? OUTCOME_ABORTED : OUTCOME_FAILED;
+		ending.errno = ending.syn_sent ? 0 : ERRNO_UNKNOWN;
+	}
+	attempt_emit(&connection->id, &connection->opener, &ending);
+}
+
+/* Before the entry begins anew. */
+static __always_inline void attempt_before(struct sock *sk, int new_state)
+{
+	struct connection *connection;
+
+	if (!emits_attempt || new_state != STATE_SYN_SENT)
+		return;
+	connection = connection_find(sk);
+	if (connection)
+		attempt_resolve(connection, 0);
+}
+
+/* `id` is the connection's, if there is one. */
+static __always_inline void attempt_changed(struct sock *sk, struct connection *connection, const struct identity *id,
+					    const struct held *change)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	struct ending ending = {.time_ns = change->time_ns};
+
+	if (!emits_attempt)
+		return;
+	if (change->new_state == STATE_SYN_SENT) {
+		if (connection)
+			connection->attempt = ATTEMPT_OPEN;
+		return;
+	}
+	/* Out of SYN_SENT, or out of SYN_RECV after both ends have sent a SYN. Without an entry the table was full. */
+	if (change->new_state != STATE_ESTABLISHED && change->new_state != STATE_CLOSE)
+		return;
+	if (connection ? connection->attempt != ATTEMPT_OPEN : change->old_state != STATE_SYN_SENT)
+		return;
+	ending.syn_retrans = BPF_CORE_READ(tp, total_retrans);
+	ending.syn_sent = BPF_CORE_READ(tp, segs_out) > 0;
+	ending.errno = change->new_state == STATE_CLOSE ? BPF_CORE_READ(sk, sk_err) : 0;
+	ending.outcome = outcome_of(ending.errno);
+	if (connection) {
+		if (change->new_state == STATE_CLOSE && !ending.errno) {
+			connection->attempt = ATTEMPT_CLOSED;
+			connection->closed_ns = ending.time_ns;
+			connection->syn_retrans = ending.syn_retrans;
+			connection->syn_sent = ending.syn_sent;
+			if (!ending.syn_sent) /* in inet_sport the port of an earlier connection may stand */
+				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
+			return;
+		}
+		connection->attempt = ending.errno ? ATTEMPT_REPORTED : ATTEMPT_NONE;
+		ending.began_ns = connection->opened_ns;
+	} else if (change->new_state == STATE_CLOSE && !ending.errno) {
+		ending.outcome = OUTCOME_FAILED;
+		ending.errno = ERRNO_UNKNOWN;
+	}
+	attempt_emit(id, connection ? &connection->opener : NULL, &ending);
+}
+
+/* struct sockaddr_in and sockaddr_in6 */
+struct remote_address {
+	__u16 family;
+	__be16 port;
+	__be32 v4; /* flow label of IPv6 */
+	__u8 v6[16];
+};
+
+/* connect() failed before it had chosen a route: the socket does not know its remote end, its caller does. */
+static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, __u32 error)
+{
+	struct ending ending = {
+		.time_ns = bpf_ktime_get_ns(),
+		.errno = error,
+		.outcome = outcome_of(error),
+	};
+	struct identity id = {.cookie = cookie_if_any(sk)};
+	struct owner owner = {};
+
+	identity_read(sk, &id);
+	id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
+	id.rport = bpf_ntohs(to->port);
+	if (to->family == AF_INET) {
+		map_v4(id.raddr, to->v4);
+		id.family = 4;
+	} else if (to->family == AF_INET6) {
+		__builtin_memcpy(id.raddr, to->v6, 16);
+		id.family = is_v4_mapped(id.raddr) ? 4 : 6;
+	} else {
+		id.rport = 0;
+	}
+	owner_of_current(&owner);
+	return attempt_emit(&id, &owner, &ending);
+}
+
+/* connect() returns. */
+static __always_inline void attempt_returned(struct sock *sk, const struct remote_address *to, long result)
+{
+	__u32 error = result < 0 ? -result : 0;
+	struct connection *connection = connection_find(sk);
+	enum attempt_stage stage = connection ? connection->attempt : ATTEMPT_NONE;
+
+	if (stage == ATTEMPT_CLOSED) {
+		attempt_resolve(connection, error);
+		return;
+	}
+	if (stage == ATTEMPT_REPORTED) /* here is the error that was shown before */
+		connection->attempt = ATTEMPT_NONE;
+	if (stage != ATTEMPT_NONE || !error)
+		return;
+	/* Not answers to an attempt but to its repetition, or interruptions of one that goes on. */
+	if (error == EISCONN || error == EALREADY || error == EINPROGRESS || error == EINTR ||
+	    (error >= ERESTARTSYS && error <= ERESTART_RESTARTBLOCK))
+		return;
+	attempt_failed_early(sk, to, error);
+}
+
+#endif

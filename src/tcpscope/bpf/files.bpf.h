@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/* From open files to TCP sockets. */
+#ifndef TCPSCOPE_FILES_BPF_H
+#define TCPSCOPE_FILES_BPF_H
+
+#include "kernel.bpf.h"
+#include "compat.bpf.h"
+
+/* The TCP socket of a socket, or NULL. Behind an MPTCP one stands its first subflow: for a listener the one that listens. */
+static __always_inline struct sock *tcp_sock_of_socket(struct socket *socket)
+{
+	struct sock *sk = BPF_CORE_READ(socket, sk);
+	__u16 family;
+
+	if (sk && bpf_core_field_exists(struct mptcp_sock, first) && BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
+		sk = BPF_CORE_READ((struct mptcp_sock *)sk, first);
+	if (!sk || BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
+		return NULL;
+	family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	return family == AF_INET || family == AF_INET6 ? sk : NULL;
+}
+
+/* The TCP socket behind a file, or NULL. Sockets are the files of the file system "sockfs". */
+static __always_inline struct sock *tcp_sock_of_file(struct file *file)
+{
+	struct inode *inode = BPF_CORE_READ(file, f_inode);
+
+	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) != S_IFSOCK || BPF_CORE_READ(inode, i_sb, s_magic) != SOCKFS_MAGIC)
+		return NULL;
+	return tcp_sock_of_socket((struct socket *)BPF_CORE_READ(file, private_data));
+}
+
+/* Give a TCP socket in that state its cookie, where the kernel lets us: events know the socket by address only. */
+static __always_inline void cookie_give(struct file *file, enum tcp_state state)
+{
+	struct socket *socket;
+
+	if (!have_cookie_helper())
+		return;
+	socket = bpf_sock_from_file(file);
+	if (socket && socket->sk && socket->sk->sk_protocol == IPPROTO_TCP && socket->sk->__sk_common.skc_state == state)
+		bpf_get_socket_cookie(socket->sk);
+}
+
+/* The TCP socket behind a file descriptor of the current process, or NULL. */
+static __noinline struct sock *tcp_sock_of_fd(__u32 fd)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct file **files = BPF_CORE_READ(task, files, fdt, fd);
+	struct file *file;
+
+	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
+		return NULL;
+	return tcp_sock_of_file(file);
+}
+
+/*
+ * Where functions cannot be hooked: the socket that accept() is about to return as a file descriptor.
+ * Runs at every system call's exit, so it looks at the number first.
+ */
+static __always_inline struct sock *sock_of_accept(struct pt_regs *regs, long fd)
+{
+	return fd >= 0 && SYSCALL_IS_ACCEPT(regs) ? tcp_sock_of_fd(fd) : NULL;
+}
+
+#endif

@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/* Who an event is about: both ends of the connection, and the process that owns it. */
+#ifndef TCPSCOPE_IDENTITY_BPF_H
+#define TCPSCOPE_IDENTITY_BPF_H
+
+#include "kernel.bpf.h"
+#include "output.bpf.h"
+
+/* Both ends, as every event shows them. Addresses are 16 bytes: IPv4 stands in its v4-mapped form. */
+struct identity {
+	__u64 cookie DOC("socket cookie, what ss -e prints as sk:") UNKNOWN_IS("zero");
+	__u32 netns DOC("network namespace, as inode number");
+	__u16 lport DOC("local port") UNKNOWN_IS("zero");
+	__u16 rport DOC("remote port") UNKNOWN_IS("zero");
+	__u8 laddr[16] KIND("address") DOC("local address");
+	__u8 raddr[16] KIND("address") DOC("remote address") UNKNOWN_IS("zero");
+	__u8 family DOC("IP version of the packets: a v4-mapped socket talks IPv4");
+	__u8 padding[7];
+};
+
+/* The process that called connect(), listen() or accept(), not the one on the CPU. */
+struct owner {
+	__u32 pid DOC("process that owns the socket") UNKNOWN_IS("zero");
+	__u32 uid DOC("user of that process") UNKNOWN_IS("max");
+	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
+	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");
+	__u8 in_cgroup; /* below the cgroup of the filter */
+	__u8 padding[7];
+};
+
+static __always_inline void map_v4(__u8 *mapped, __be32 v4)
+{
+	__builtin_memset(mapped, 0, 10);
+	mapped[10] = mapped[11] = 0xff;
+	__builtin_memcpy(mapped + 12, &v4, 4);
+}
+
+static __always_inline bool is_v4_mapped(const __u8 *address)
+{
+	const __u32 *words = (const __u32 *)address;
+
+	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
+}
+
+/*
+ * Both ends as the socket has them now. Read by address, so it serves every program type.
+ * The port in skc_num is gone once the socket is unhashed, just before the last transition; inet_sport stays.
+ * The remote end of a child is not set yet when it enters SYN_RECV, nor the local port of a connect in SYN_SENT.
+ */
+static __noinline int identity_read(struct sock *sk, struct identity *id)
+{
+	struct sock_common *common = &sk->__sk_common;
+	__u16 family = BPF_CORE_READ(common, skc_family);
+
+	id->netns = BPF_CORE_READ(common, skc_net.net, ns.inum);
+	id->lport = BPF_CORE_READ(common, skc_num);
+	if (!id->lport)
+		id->lport = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
+	id->rport = bpf_ntohs(BPF_CORE_READ(common, skc_dport));
+	if (family == AF_INET6) {
+		BPF_CORE_READ_INTO(&id->raddr, common, skc_v6_daddr);
+		BPF_CORE_READ_INTO(&id->laddr, common, skc_v6_rcv_saddr);
+	}
+	if (family == AF_INET || is_v4_mapped(id->raddr)) {
+		map_v4(id->raddr, BPF_CORE_READ(common, skc_daddr));
+		map_v4(id->laddr, BPF_CORE_READ(common, skc_rcv_saddr));
+		family = AF_INET;
+	} else if (is_v4_mapped(id->laddr)) {
+		family = AF_INET;
+	}
+	id->family = family == AF_INET ? 4 : 6;
+	if (!id->rport)
+		__builtin_memset(id->raddr, 0, 16);
+	return 0;
+}
+
+#endif

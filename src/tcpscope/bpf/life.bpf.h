@@ -1,0 +1,206 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * A connection from birth to death: what it did, who closed it and how.
+ *
+ * It ends when it enters CLOSE. How is known then, if a FIN of each end was seen or the socket has an error. Otherwise
+ * somebody closes it in this very moment, and whether a RST leaves will be seen after this: so the row waits for
+ * tcp_send_reset or tcp_destroy_sock, of which one follows in the same call.
+ */
+#ifndef TCPSCOPE_LIFE_BPF_H
+#define TCPSCOPE_LIFE_BPF_H
+
+#include "connection.bpf.h"
+#include "event.bpf.h"
+
+#define RCV_SHUTDOWN 1 /* include/net/sock.h */
+#ifndef ECONNABORTED
+#define ECONNABORTED 103
+#endif
+
+enum end {
+	END_UNKNOWN,
+	END_OPEN,
+	END_FIN,
+	END_FIN_WAIT2,
+	END_RST_RECEIVED,
+	END_RST_SENT,
+	END_RST,
+	END_TIMEOUT,
+	END_KEEPALIVE,
+	END_KILLED,
+} __attribute__((packed));
+
+enum closer {
+	CLOSER_UNKNOWN,
+	CLOSER_LOCAL,
+	CLOSER_REMOTE,
+} __attribute__((packed));
+
+struct life {
+	struct event event;
+	enum role role DOC("who opened it: active = this host, passive = the remote end") UNKNOWN_IS("zero");
+	enum tcp_state state DOC("state in which it ended, or in which an open one is");
+	enum end end UNKNOWN_IS("zero")
+		DOC("how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait "
+		    "socket waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by "
+		    "ss -K; OPEN: it has not");
+	enum closer closed_by UNKNOWN_IS("zero") DOC("whose FIN or RST came first");
+	__u32 errno KIND("errno") DOC("error of the socket");
+	__u64 tx_bytes UNIT("bytes") DOC("data sent, retransmissions included");
+	__u64 acked_bytes UNIT("bytes") DOC("data that the remote end has acknowledged");
+	__u64 rx_bytes UNIT("bytes") DOC("data received");
+	__u32 tx_segs DOC("segments sent, retransmissions and those without data included");
+	__u32 rx_segs DOC("segments received");
+	__u32 tx_data_segs DOC("segments sent with data");
+	__u32 rx_data_segs DOC("segments received with data");
+	__u32 retrans DOC("retransmitted segments, of the handshake too");
+	__u32 syn_retrans UNKNOWN_IS("max") DOC("of these: of the SYN, or of a passive connection's SYN-ACK");
+	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
+	__u32 min_rtt_us UNIT("us") UNKNOWN_IS("max") DOC("smallest round-trip time of the last five minutes");
+	__u32 handshake_us UNIT("us") UNKNOWN_IS("max")
+		DOC("from connect() to ESTABLISHED; of a passive connection from its SYN-ACK to the answer");
+	__u32 padding;
+	__u64 duration_us UNIT("us") UNKNOWN_IS("max") DOC("from connect() or, passive, the handshake's end, to the end");
+	__u64 established_us UNIT("us") UNKNOWN_IS("max") DOC("from ESTABLISHED to the end");
+};
+
+const struct life *life_anchor __attribute__((unused));
+
+const volatile bool emits_life;
+
+struct closing {
+	__u64 time_ns;
+	enum tcp_state state;
+	enum end end;
+	__u32 errno;
+};
+
+/* Our FIN has been sent and acknowledged: it has a sequence number like a byte. */
+static __always_inline bool fin_acked(struct sock *sk, int state)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return after_fin(state) && BPF_CORE_READ(tp, snd_una) == BPF_CORE_READ(tp, write_seq);
+}
+
+/* The remote end's FIN has come, and all before it: tcp_fin(). */
+static __always_inline bool fin_received(struct sock *sk)
+{
+	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_DONE) & 1;
+}
+
+static __noinline int life_emit(struct sock *sk, const struct connection *connection, const struct identity *id,
+				const struct closing *closing)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	struct life *event;
+
+	event = event_begin(sizeof(*event), closing->time_ns, id, connection_owner(connection));
+	if (!event)
+		return 0;
+	event->role = connection ? connection->role : ROLE_UNKNOWN;
+	event->state = closing->state;
+	event->end = closing->end;
+	event->errno = closing->errno;
+	event->closed_by = CLOSER_UNKNOWN;
+	if (closing->state == STATE_CLOSE_WAIT || closing->state == STATE_LAST_ACK ||
+	    (closing->state == STATE_ESTABLISHED && closing->end == END_RST_RECEIVED))
+		event->closed_by = CLOSER_REMOTE;
+	else if (closing->state != STATE_ESTABLISHED || closing->end == END_RST_SENT || closing->end == END_KILLED)
+		event->closed_by = CLOSER_LOCAL;
+
+	/* bytes_received and bytes_acked count a SYN and a FIN like a byte, as sequence numbers do. */
+	event->tx_bytes = BPF_CORE_READ(tp, bytes_sent);
+	event->acked_bytes = acked_data(sk, closing->state);
+	event->rx_bytes = BPF_CORE_READ(tp, bytes_received) - fin_received(sk);
+	event->tx_segs = BPF_CORE_READ(tp, segs_out);
+	event->rx_segs = BPF_CORE_READ(tp, segs_in);
+	event->tx_data_segs = BPF_CORE_READ(tp, data_segs_out);
+	event->rx_data_segs = BPF_CORE_READ(tp, data_segs_in);
+	event->retrans = BPF_CORE_READ(tp, total_retrans);
+	event->srtt_us = BPF_CORE_READ(tp, srtt_us) >> 3;
+	event->min_rtt_us = BPF_CORE_READ(tp, rtt_min.s[0].v);
+	event->syn_retrans = event->handshake_us = -1;
+	event->duration_us = event->established_us = -1;
+	event->padding = 0;
+	if (connection) {
+		if (connection->opened_ns)
+			event->duration_us = (closing->time_ns - connection->opened_ns) / 1000;
+		if (connection->established_ns) {
+			event->established_us = (closing->time_ns - connection->established_ns) / 1000;
+			event->syn_retrans = connection->syn_retrans;
+			event->handshake_us = connection->handshake_us;
+		}
+	}
+	event_submit(event);
+	return 0;
+}
+
+/* How a connection has ended whose end waited until now. */
+static __always_inline void life_resolve(struct sock *sk, struct connection *connection)
+{
+	struct closing closing = {.time_ns = connection->closed_ns, .state = connection->closed_in};
+
+	if (!closing.time_ns)
+		return;
+	connection->closed_ns = 0;
+	if (connection->reset == RESET_SENT)
+		closing.end = END_RST_SENT;
+	else if (closing.state == STATE_FIN_WAIT2)
+		closing.end = END_FIN_WAIT2;
+	life_emit(sk, connection, &connection->id, &closing);
+}
+
+/* What is only to be had while the handshake ends. */
+static __always_inline void life_established(struct sock *sk, struct connection *connection,
+					     const struct held *change)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	connection->established_ns = change->time_ns;
+	connection->syn_retrans = BPF_CORE_READ(tp, total_retrans);
+	connection->handshake_us = -1;
+	if (connection->role == ROLE_PASSIVE) {
+		/* tcp_synack_rtt_meas(); after a retransmission it measures the last one only */
+		if (!connection->syn_retrans && BPF_CORE_READ(tp, srtt_us))
+			connection->handshake_us = BPF_CORE_READ(tp, srtt_us) >> 3;
+	} else if (connection->opened_ns) {
+		connection->handshake_us = (change->time_ns - connection->opened_ns) / 1000;
+	}
+}
+
+/* `id` is the connection's, if there is one. */
+static __always_inline void life_changed(struct sock *sk, struct connection *connection, const struct identity *id,
+					 const struct held *change)
+{
+	struct closing closing = {.time_ns = change->time_ns, .state = change->old_state};
+	enum reset reset = connection ? connection->reset : RESET_NONE;
+
+	if (!emits_life)
+		return;
+	if (connection && change->new_state == STATE_ESTABLISHED)
+		life_established(sk, connection, change);
+	if (change->new_state != STATE_CLOSE || !was_established(change->old_state))
+		return;
+	closing.errno = BPF_CORE_READ(sk, sk_err);
+	if (closing.errno == ECONNABORTED)
+		closing.end = END_KILLED;
+	else if (reset == RESET_RECEIVED)
+		closing.end = END_RST_RECEIVED;
+	else if (reset == RESET_SEEN)
+		closing.end = END_RST;
+	else if (reset == RESET_SENT)
+		closing.end = closing.errno ? END_KEEPALIVE : END_RST_SENT; /* tcp_keepalive_timer() */
+	else if (closing.errno)
+		closing.end = END_TIMEOUT;
+	else if (fin_acked(sk, closing.state) && fin_received(sk))
+		closing.end = END_FIN;
+	else if (connection && closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) {
+		connection->closed_ns = closing.time_ns;
+		connection->closed_in = closing.state;
+		return;
+	}
+	life_emit(sk, connection, id, &closing);
+}
+
+#endif
