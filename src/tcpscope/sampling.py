@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from tcpscope.listeners import Listener, NetCounters
 
+SECONDS = 0.2  # between two looks
+LIMITS = "refusals are sampled five times a second; their peers are not known, cause and step only at times"
 Key = tuple[int, int | None]
 
 

@@ -1,11 +1,13 @@
 """The engine: rules are found, findings ordered, and what they say of limits is right."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
 from tcpscope.diagnose import Finding, all_rules, ordered, wording
-from tcpscope.diagnose.listening import Listening
+from tcpscope.diagnose.listening import History, Listening
+from tests.test_sampling import at
 
 
 def finding(severity: str, count: int, title: str = "") -> Finding:
@@ -44,3 +46,30 @@ def test_proposed_limits_are_powers_of_two_within_reason(value, power):
 @pytest.mark.parametrize(("us", "text"), [(850_000, "850 ms"), (12_340_000, "12.3 s")])
 def test_times_read_well(us, text):
     assert wording.seconds(us) == text
+
+
+def sampled(*, full_seen: int, syncookies: int, **causes: int) -> dict[str, dict[str, object]]:
+    """Rule -> the facts it finds where refusals were sampled, with so many of each cause."""
+    seen = Listening.__new__(Listening)
+    listener = at(9, 9, 9, 0, syncookies=syncookies)
+    refused = Counter({("UNKNOWN", cause): n for cause, n in causes.items()})
+    seen.exact, seen.counters = False, {}
+    seen.histories = {listener.socket: History(listener, listener, full_seen=full_seen, looks=1, sampled=refused)}
+    return {rule.name: found.facts for rule in all_rules() for found in rule.check(seen)}
+
+
+def test_sampled_refusals_count_for_the_queue_that_was_full():
+    assert sampled(full_seen=1, syncookies=1, ACCEPT_QUEUE_FULL=3)["accept_queue"]["count"] == 3
+    facts = sampled(full_seen=0, syncookies=0, SYN_QUEUE_FULL=4)
+    assert list(facts) == ["syn_queue"]
+    assert (facts["syn_queue"]["count"], facts["syn_queue"]["dropped"], facts["syn_queue"]["reserved"]) == (4, 4, 0)
+
+
+def test_sampled_refusals_of_no_certain_cause_are_not_counted_for_one():
+    facts = sampled(full_seen=1, syncookies=0, ACCEPT_QUEUE_FULL=3, UNKNOWN=2)
+    assert list(facts) == ["accept_queue"]
+    assert facts["accept_queue"]["count"] is None
+    facts = sampled(full_seen=0, syncookies=0, SYN_QUEUE_FULL=3, UNKNOWN=2)
+    assert list(facts) == ["syn_queue"]
+    assert (facts["syn_queue"]["count"], facts["syn_queue"]["dropped"]) == (None, None)
+    assert sampled(full_seen=0, syncookies=1, UNKNOWN=2) == {}

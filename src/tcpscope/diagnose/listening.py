@@ -10,6 +10,7 @@ from typing import Any
 from tcpscope import listeners
 from tcpscope.kernel import netns
 from tcpscope.listeners import Listener
+from tcpscope.sampling import LIMITS, Sampler
 from tcpscope.session import RING_BYTES, Session
 from tcpscope.tool import Request
 
@@ -21,7 +22,7 @@ _PEERS = 4096  # distinct remote addresses remembered per listener
 class History:
     """One listener over the time of watching.
 
-    refused     (step, cause) -> count, from the first snapshot to the last; empty where only drops are known
+    sampled     (step, cause) -> refusals, where they are sampled: UNKNOWN is a step or a cause that is not certain
     drops       packets dropped at this listener in that time: a refused SYN counts once, a refused final ACK twice
                 (tcp_listendrop(), and again when the packet is thrown away)
     full_seen   snapshots in which the accept queue was full, of `looks`
@@ -34,7 +35,7 @@ class History:
     looks: int = 0
     longest_accept_queue: int = 0
     longest_syn_queue: int = 0
-    refused: Counter[tuple[str, str]] = field(default_factory=Counter)
+    sampled: Counter[tuple[str, str]] = field(default_factory=Counter)
     peers: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
@@ -46,6 +47,14 @@ class History:
         if self.first.accepts is None or self.last.accepts is None:
             return None
         return self.last.accepts - self.first.accepts
+
+    @property
+    def refused(self) -> Counter[tuple[str, str]]:
+        """(step, cause) -> count. Exact ones come from the kernel's table, not from the events, which may be lost."""
+        if self.last.refused is None:
+            return self.sampled
+        before = self.first.refused or {}
+        return Counter({key: n - before.get(key, 0) for key, n in self.last.refused.items()})
 
     def count(self, cause: str, step: str | None = None) -> int:
         return sum(n for (s, c), n in self.refused.items() if c == cause and step in (None, s))
@@ -59,7 +68,9 @@ class Listening:
             request.filter, events=True, ring_bytes=RING_BYTES, debug=request.debug
         )
         self.sessions = [self.session]
-        self.exact = listeners.sees_refusals(self.session)
+        self.why_sampled = listeners.why_sampled(self.session)
+        self.exact = self.why_sampled is None
+        self._sampler = Sampler()
         assert self.session.layout is not None
         names = ("netns", "lport", "laddr", "cookie", "raddr", "cause", "step", "accept_queue", "syn_queue")
         self._decode = self.session.layout.select(names).decoder().rows
@@ -84,32 +95,17 @@ class Listening:
     def live(self) -> str:
         number = len(self.histories)
         shown = f"{number} listener{'' if number == 1 else 's'}"
-        if not self.exact:
-            return f"{shown}, {sum(h.drops for h in self.histories.values())} packets dropped"
-        refused = Counter[str]()
-        for history in self.histories.values():
-            for (_, cause), n in (history.last.refused or {}).items():
-                refused[cause] += n
-            for (_, cause), n in (history.first.refused or {}).items():
-                refused[cause] -= n
-        return f"{shown}, {refused.total() - refused['COOKIE_SENT']} refusals"
-
-    def refused(self, history: History, counter: str) -> int | None:
-        """Where refusals are not seen: how many of the namespace's counter `counter` are this listener's.
-
-        All of them if no other listener of the namespace dropped anything, otherwise that cannot be said.
-        """
-        dropping = [own for own in self.histories.values() if own.last.netns == history.last.netns and own.drops]
-        return self.counters.get(history.last.netns, {}).get(counter) if dropping == [history] else None
+        refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, str]]())
+        return f"{shown}, {sum(n for (_, cause), n in refused.items() if cause != 'COOKIE_SENT')} refusals"
 
     def blind_spots(self) -> list[str]:
-        if self.exact:
-            return []
-        return ["step and peer of refused handshakes are not known, and their number comes from the counters of the "
-                "namespace: this kernel's functions cannot be hooked"]  # fmt: skip
+        return [] if self.exact else [f"{self.why_sampled}: {LIMITS}"]
 
     def _look(self, newborn: bool = True) -> None:
-        for listener in listeners.snapshot(self.session):
+        found = listeners.snapshot(self.session, all_=not self.exact)
+        for listener in found:
+            if not listener.wanted:
+                continue
             history = self.histories.get(listener.socket)
             if history is None or history.first.cookie != listener.cookie:
                 history = self.histories[listener.socket] = History(
@@ -124,6 +120,11 @@ class Listening:
             history.longest_accept_queue = max(history.longest_accept_queue, listener.accept_queue)
             if counters := namespace_counters(listener):
                 self._counters_now[listener.netns] = counters
+        if not self.exact:
+            for sample in self._sampler.look(found):
+                if sample.listener.wanted:
+                    step, cause = sample.step or "UNKNOWN", sample.cause or "UNKNOWN"
+                    self.histories[sample.listener.socket].sampled[step, cause] += sample.count
 
     def _drain(self) -> None:
         for batch in self._follow():
@@ -147,13 +148,9 @@ class Listening:
         return None
 
     def _settle(self) -> None:
-        """The exact counts come from the kernel's per-listener table, not from the events, which may be lost."""
-        for history in self.histories.values():
-            for key, n in (history.last.refused or {}).items():
-                history.refused[key] = n - (history.first.refused or {}).get(key, 0)
-            before = self._counters_before.get(history.last.netns, {})
-            now = self._counters_now.get(history.last.netns, {})
-            self.counters[history.last.netns] = {k: now[k] - before[k] for k in now if k in before}
+        for inode, now in self._counters_now.items():
+            before = self._counters_before.get(inode, {})
+            self.counters[inode] = {name: now[name] - before[name] for name in now if name in before}
 
 
 def _unborn(listener: Listener) -> Listener:

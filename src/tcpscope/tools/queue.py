@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from tcpscope import listeners
+from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.symbols import Symbols
 from tcpscope.output import Column
@@ -31,7 +31,6 @@ _TABLE = ("laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limi
           "syn_drops", "cookies", "accepts_per_s", "since_accept_ms", "oldest_wait_ms")  # fmt: skip
 _EVENTS = ("time", "laddr", "lport", "pid", "comm", "raddr", "rport", "cause", "step", "answer", "accept_queue",
            "accept_limit", "syn_queue", "syncookies", "count")  # fmt: skip
-_SAMPLE_SECONDS = 0.2
 
 
 class Queue(Stream):
@@ -109,8 +108,7 @@ class Queue(Stream):
         if exact:
             batches: Iterator[list[Any]] = self.rows(session, stop, request)
         else:
-            print(f"tcpscope: {listeners.why_sampled(session)}: refusals are sampled five times a second; "
-                  "their peers are not known, cause and step only at times", file=sys.stderr)  # fmt: skip
+            print(f"tcpscope: {listeners.why_sampled(session)}: {sampling.LIMITS}", file=sys.stderr)
             batches = _sampled(decoder, session, sampler, stop, request)
         for rows in batches:
             sink.rows(rows)
@@ -196,7 +194,7 @@ def _sampled(
     """Rows like those of the events, of what was refused between two looks."""
     clock = Clock(request.time)
     while True:
-        stop.wait(_SAMPLE_SECONDS)
+        stop.wait(sampling.SECONDS)
         samples = sampler.look(listeners.snapshot(session, all_=True))
         when = clock.read(monotonic_ns())
         rows = [_row(decoder, sample, when) for sample in samples if sample.listener.wanted]

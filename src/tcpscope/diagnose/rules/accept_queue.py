@@ -31,26 +31,22 @@ class AcceptQueue(Rule):
 
     def check(self, seen: Listening) -> Iterator[Finding]:
         for history in seen.histories.values():
-            if seen.exact:
-                refused = history.count("ACCEPT_QUEUE_FULL") > 0
-            else:
-                refused = bool(history.drops and (history.full_seen or seen.refused(history, "ListenOverflows")))
-            if refused:
-                yield self._finding(seen, history)
+            unsure = history.count("UNKNOWN") if history.full_seen else 0
+            if history.count("ACCEPT_QUEUE_FULL") or unsure:
+                yield self._finding(seen, history, unsure)
             elif history.full_seen:
                 yield self._full(history)
 
-    def _finding(self, seen: Listening, history: History) -> Finding:
+    def _finding(self, seen: Listening, history: History, unsure: int) -> Finding:
         listener = history.last
+        count = history.count("ACCEPT_QUEUE_FULL")
         at_syn = at_ack = None
         if seen.exact:
-            count: int | None = history.count("ACCEPT_QUEUE_FULL")
             at_syn, at_ack = history.count("ACCEPT_QUEUE_FULL", "syn"), history.count("ACCEPT_QUEUE_FULL", "ack")
             refused = f"{count} refusals, {at_syn} at the SYN, {at_ack} at the final ACK; repeats count again"
         else:
-            count = seen.refused(history, "ListenOverflows")
-            number = "refusals, their number is not known" if count is None else f"{count} refusals"
-            refused = f"{number} ({history.drops} packets dropped; a refused final ACK counts twice there)"
+            refused = f"{count} refusals" + (f", and {unsure} for this or another reason" if unsure else "")
+            refused += f" (sampled); {history.drops} packets dropped, a refused final ACK counts twice there"
         observed = [
             refused,
             f"accept queue {history.longest_accept_queue} at most, limit {listener.accept_limit}; "
@@ -65,8 +61,8 @@ class AcceptQueue(Rule):
             title=f"accept queue overflow on {listener.name}, {whose(listener)}",
             observed=observed,
             why=WHY + (WHY_RESET if listener.abort_on_overflow else ""),
-            remedies=list(_remedies(history, count or history.drops)),
-            facts=facts(history, count=count, at_syn=at_syn, at_ack=at_ack),
+            remedies=list(_remedies(history, count + unsure)),
+            facts=facts(history, count=None if unsure else count, at_syn=at_syn, at_ack=at_ack),
         )
 
     def _full(self, history: History) -> Finding:

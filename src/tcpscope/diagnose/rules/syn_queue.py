@@ -40,24 +40,24 @@ class SynQueue(Rule):
             full = history.count("SYN_QUEUE_FULL")
             reserved = history.count("SYN_QUEUE_RESERVED")
             cookies = history.count("COOKIE_SENT")
-            if not seen.exact and not history.full_seen:
-                full = seen.refused(history, "TCPReqQFullDrop") or 0
-                reserved = 0
-                if history.last.syncookies == 0:
-                    overflows = seen.refused(history, "ListenOverflows") or 0
-                    reserved = (seen.refused(history, "ListenDrops") or 0) - full - overflows
+            # With cookies nothing is reserved; with a full accept queue it is that which refuses.
+            possible = not history.full_seen and history.last.syncookies == 0
+            unsure = history.count("UNKNOWN") if possible else 0
             always = history.last.syncookies == 2  # cookies for every SYN: no sign of an overflow
-            if full + reserved or (cookies and not always):
-                yield self._finding(seen, history, full, reserved, cookies)
+            if full + reserved + unsure or (cookies and not always):
+                yield self._finding(seen, history, full, reserved, unsure, cookies)
 
-    def _finding(self, seen: Listening, history: History, full: int, reserved: int, cookies: int) -> Finding:
+    def _finding(
+        self, seen: Listening, history: History, full: int, reserved: int, unsure: int, cookies: int
+    ) -> Finding:
         listener = history.last
-        dropped = full + reserved
+        dropped = full + reserved + unsure
         observed = []
         if dropped:
             parts = [f"{full} because the queue was full"] if full else []
-            unsure = "" if seen.exact else " (or for another reason: on this kernel only their number is known)"
-            parts += [f"{reserved} because its last quarter is reserved{unsure}"] if reserved else []
+            parts += [f"{reserved} because its last quarter is reserved"] if reserved else []
+            if unsure:
+                parts.append(f"{unsure} for one of these reasons or another: the queue full, its last quarter reserved")
             observed.append(f"{dropped} SYNs dropped: {', '.join(parts)}")
         if cookies:
             observed.append(f"{cookies} SYNs answered by a SYN cookie")
@@ -68,15 +68,22 @@ class SynQueue(Rule):
             *peers(history, "SYN_QUEUE_FULL", "SYN_QUEUE_RESERVED", "COOKIE_SENT"),
             *counters_agree(seen, listener, ("TCPReqQFullDrop", "TCPReqQFullDoCookies")),
         ]
-        why = WHY + (WHY_DROP if full else "") + (WHY_RESERVED if reserved else "") + (WHY_COOKIE if cookies else "")
+        why = WHY + (WHY_DROP if full or unsure else "") + (WHY_RESERVED if reserved or unsure else "")
+        why += WHY_COOKIE if cookies else ""
         return Finding(
             rule=self.name,
             severity="critical" if dropped else "warning",
             title=f"SYN queue overflow on {listener.name}, {whose(listener)}",
             observed=observed,
             why=why + CAUSES,
-            remedies=list(_remedies(history, full, reserved, cookies)),
-            facts=facts(history, count=dropped + cookies, dropped=full, reserved=reserved, cookies=cookies),
+            remedies=list(_remedies(history, full, reserved + unsure, cookies)),
+            facts=facts(
+                history,
+                count=None if unsure else dropped + cookies,
+                dropped=None if unsure else full,
+                reserved=None if unsure else reserved,
+                cookies=cookies if seen.exact else None,
+            ),
         )
 
 
