@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+import tcpscope
 from tcpscope import cli, tool
-from tcpscope.errors import UnsupportedError
+from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.filters import Filter
-from tcpscope.kernel import features, loaded
+from tcpscope.kernel import features, loaded, netns
 from tcpscope.tool import Request
 
 
@@ -119,6 +120,15 @@ def test_wrong_usage(run: Run, arguments: list[str], message: str) -> None:
         assert "--columns" in err
 
 
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_namespace_that_does_not_exist(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "exists", lambda inode: inode != 7)
+    message = "no network namespace 7; no process, mount, open file or socket holds it"
+    assert run("states", "--netns", "7") == (2, "", f"tcpscope: {message}\n")
+    with pytest.raises(UsageError, match=message):
+        tcpscope.open("states", netns=7)
+
+
 def test_no_arguments_is_a_question(run: Run) -> None:
     status, out, err = run()
     assert (status, out) == (2, "")
@@ -149,15 +159,16 @@ def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tu
 
 
 def test_the_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Path("/proc/self/ns/net").stat().st_ino
     name, request = request_of(
         run, monkeypatch, "states", "-p", str(os.getpid()), "--comm", "nginx", "-u", "0", "--cgroup", "7", "--netns",
-        "9", "-4", "-L", "80,443", "-R", "1-9", "--port", "443", "--laddr", "10.0.0.0/8", "--raddr", "::1,10.0.0.1",
-        "-o", "csv", "--columns", "pid, comm", "--no-header", "--time", "none", "-d", "1.5", "-n", "3", "--stats",
-        "--strict", "--explain", "--buffer", "64K", "--debug",
+        str(own), "-4", "-L", "80,443", "-R", "1-9", "--port", "443", "--laddr", "10.0.0.0/8", "--raddr",
+        "::1,10.0.0.1", "-o", "csv", "--columns", "pid, comm", "--no-header", "--time", "none", "-d", "1.5", "-n", "3",
+        "--stats", "--strict", "--explain", "--buffer", "64K", "--debug",
     )  # fmt: skip
     assert name == "states"
     assert request.filter == Filter.from_options(
-        pid=os.getpid(), comm="nginx", uid=0, cgroup=7, netns=9, ipv4=True, lport="80,443", rport="1-9", port=443,
+        pid=os.getpid(), comm="nginx", uid=0, cgroup=7, netns=own, ipv4=True, lport="80,443", rport="1-9", port=443,
         laddr="10.0.0.0/8", raddr="::1,10.0.0.1",
     )  # fmt: skip
     assert (request.output, request.columns, request.header, request.time) == ("csv", ("pid", "comm"), False, "none")
@@ -221,12 +232,12 @@ def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: R
 
     monkeypatch.setattr(features.Kernel, "can", cannot)
     many = ",".join(f"10.{n}.0.0/16" for n in range(0, 20, 2))
-    status, out, err = run("states", "--explain", "--netns", "1", "--raddr", many)
+    status, out, err = run("states", "--explain", "--cgroup", "1", "--raddr", many)
     assert (status, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "timewait not attached" in lines
     assert "not known on this kernel: what follows CLOSE" in lines
-    assert "filter --netns 1: decided in the kernel" in lines
+    assert "filter --cgroup 1: decided in the kernel" in lines
     assert any(line.startswith("filter --raddr") and line.endswith("decided in user space") for line in lines)
 
 

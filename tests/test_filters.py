@@ -258,6 +258,9 @@ def test_netns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "NAMED", tmp_path)
     assert filters.parse_netns("blue") == own
     assert filters.parse_netns("1234") == own
+    monkeypatch.setattr(netns, "exists", lambda inode: False)
+    assert error(filters.parse_netns, 1234).startswith("no network namespace 1234; ")
+    monkeypatch.setattr(netns, "exists", lambda inode: None)
     assert filters.parse_netns(1234) == 1234
     assert (
         error(filters.parse_netns, "blu") == f"no network namespace 'blu' in {tmp_path}; did you mean 'blue'?"
@@ -269,7 +272,8 @@ def test_netns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "network namespace '4294967296' is not a number" in error(filters.parse_netns, 2**32)
 
 
-def test_from_options() -> None:
+def test_from_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "exists", lambda inode: True)
     assert Filter.from_options() == Filter()
     assert Filter().is_empty
     wanted = Filter.from_options(

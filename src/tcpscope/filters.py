@@ -245,14 +245,17 @@ def parse_cgroup(value: str | int) -> int:
 def parse_netns(value: str | int) -> int:
     """The inode number of a network namespace: the number, its name in /run/netns, `pid:N`, or a path to it.
 
-    A number is not looked for: a namespace may be held by nothing that can be seen.
+    A number is taken as it is where it cannot be known whether there is such a namespace.
     """
     text = str(value).strip()
     names = [path.name for path in namespaces.named()]
     if isinstance(value, str) and text in names:
         path = str(namespaces.NAMED / text)
     elif _is_number(text):
-        return _number(text, "network namespace", 1, 2**32 - 1)
+        inode = _number(text, "network namespace", 1, 2**32 - 1)
+        if namespaces.exists(inode) is False:
+            raise UsageError(f"no network namespace {inode}", "no process, mount, open file or socket holds it")
+        return inode
     elif text.startswith("pid:"):
         path = f"/proc/{parse_pid(text.removeprefix('pid:'))}/ns/net"
     elif "/" in text:

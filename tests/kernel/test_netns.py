@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tcpscope import filters
+from tcpscope.errors import UsageError
 from tcpscope.kernel import netns
 
 
@@ -63,6 +65,72 @@ def test_one_that_only_a_process_holds() -> None:
         process.stdin.close()
         process.wait()
     assert inode not in netns.visible().namespaces
+
+
+HOLDERS = {
+    "a process": "held = None",
+    "an open file": "held = os.open('/proc/thread-self/ns/net', os.O_RDONLY); home()",
+    "a socket": "held = socket.socket(); home()",
+    "a thread": "threading.Thread(target=time.sleep, args=(1000,), daemon=True).start(); home()",
+}
+HOLDS = """
+import ctypes, os, socket, threading, time
+ours = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+enter = ctypes.CDLL(None, use_errno=True).setns
+def home():
+    assert enter(ours, 0) == 0
+assert ctypes.CDLL(None).unshare(0x40000000) == 0
+print(os.stat("/proc/thread-self/ns/net").st_ino, flush=True)
+{hold}
+print("held", flush=True)
+input()
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_whatever_holds_one_it_exists(holder: str) -> None:
+    """And no longer than that. Who has only heard its number cannot tell one holder from another."""
+    command = [sys.executable, "-c", HOLDS.format(hold=HOLDERS[holder])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        inode = int(process.stdout.readline())
+        assert process.stdout.readline() == b"held\n"
+        assert (inode in netns.visible().namespaces) == (holder == "a process")
+        assert netns.exists(inode) is True
+        assert filters.parse_netns(inode) == inode
+        process.communicate(b"\n")
+    if netns.visible().hidden_processes:  # who may not look at all processes cannot tell
+        assert netns.exists(inode) is None
+        assert filters.parse_netns(inode) == inode
+        return
+    assert netns.exists(inode) is False
+    with pytest.raises(UsageError, match=f"no network namespace {inode}; "):
+        filters.parse_netns(inode)
+
+
+@pytest.mark.kernel
+def test_a_mount_elsewhere_holds_one(tmp_path: Path) -> None:
+    """In a mount namespace of its own, where nobody but its process sees it."""
+    script = (
+        f"mount -t tmpfs none {tmp_path} && touch {tmp_path}/held && unshare --net={tmp_path}/held true && "
+        f"stat -Lc %i {tmp_path}/held && read line"
+    )
+    command = ["unshare", "--mount", "sh", "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        inode = int(process.stdout.readline())
+        assert inode not in netns.visible().namespaces
+        assert netns.exists(inode) is True
+        process.communicate(b"\n")
+
+
+def test_without_privilege_it_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible = netns.visible()
+    monkeypatch.setattr(netns, "visible", lambda: netns.Visible(visible.namespaces, 1))
+    assert netns.exists(7) is None
+    assert netns.exists(inode_of_process("self")) is True
 
 
 def test_what_is_gone_and_what_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """The network namespaces that can be seen from here.
 
 The kernel has no list of them. A namespace is known by what holds it: a process, or a file in /run/netns to
-which `ip netns add` binds it (namespaces(7), ip-netns(8)). One that only a socket or an open file holds
-cannot be seen; neither can that of a thread which has left its process's namespace.
+which `ip netns add` binds it (namespaces(7), ip-netns(8)). `visible` finds these. A thread which has left its
+process's namespace, a mount elsewhere, an open file or a socket may hold one, too: only `exists` looks so far.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 NAMED = Path("/run/netns")
 PROC = Path("/proc")
+_FIRST_PIDS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h: the namespace of all processes
 
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
 _CLONE_NEWNET = 0x40000000
@@ -51,7 +52,7 @@ def visible() -> Visible:
             names.setdefault(inode, path.name)
             found.setdefault(inode, str(path))
     hidden = 0
-    for path in _of_processes():
+    for path in (process / "ns/net" for process in _processes()):
         try:
             found.setdefault(_inode_in_link(path), str(path))
         except PermissionError:
@@ -59,6 +60,46 @@ def visible() -> Visible:
         except OSError:
             continue  # the process is gone
     return Visible({inode: Namespace(inode, path, names.get(inode)) for inode, path in found.items()}, hidden)
+
+
+def exists(inode: int) -> bool | None:
+    """Whether anything holds a network namespace of this inode; None if not all that might can be looked at."""
+    seen = visible()
+    if inode in seen.namespaces:
+        return True
+    text, mounts, hidden = f"net:[{inode}]", set[str](), seen.hidden_processes
+    for process in _processes():
+        try:
+            space = str((process / "ns/mnt").readlink())
+            if space not in mounts and f" {text} " in (process / "mountinfo").read_text(errors="replace"):
+                return True
+            mounts.add(space)
+            if any(str(link.readlink()) == text for link in process.glob("task/*/ns/net")):
+                return True
+            if any(_held_by(link, inode) for link in (process / "fd").iterdir()):
+                return True
+        except PermissionError:
+            hidden += 1
+        except OSError:
+            continue  # the process is gone
+    everything = (PROC / "1").exists() and str((PROC / "self/ns/pid").readlink()) == _FIRST_PIDS
+    return None if hidden or not everything else False
+
+
+def _held_by(link: Path, inode: int) -> bool:
+    """Whether an open file (/proc/PID/fd/N) is this namespace, or a socket in it."""
+    try:
+        target = str(link.readlink())
+    except FileNotFoundError:
+        return False
+    if not target.startswith("socket:["):
+        return target == f"net:[{inode}]"
+    from tcpscope.kernel._libbpf import lib
+
+    found: int = lib.tcpscope_socket_netns(int(link.parts[-3]), int(link.name))
+    if -found in (errno.EPERM, errno.EACCES):
+        raise PermissionError(-found, os.strerror(-found), str(link))
+    return found == inode
 
 
 def named() -> list[Path]:
@@ -82,8 +123,8 @@ def inode_of(path: str | os.PathLike[str]) -> int:
         os.close(fd)
 
 
-def _of_processes() -> Iterator[Path]:
-    return (entry / "ns/net" for entry in PROC.iterdir() if entry.name.isdecimal())
+def _processes() -> Iterator[Path]:
+    return (entry for entry in PROC.iterdir() if entry.name.isdecimal())
 
 
 def _inode_in_link(path: Path) -> int:

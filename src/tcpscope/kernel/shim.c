@@ -9,11 +9,14 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <linux/membarrier.h>
+#include <linux/sockios.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -271,6 +274,25 @@ int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info)
 	info->run_count = kernel_info.run_cnt;
 	info->missed = kernel_info.recursion_misses;
 	return 0;
+}
+
+/* --- other processes -------------------------------------------------------------------------------------------- */
+
+int64_t tcpscope_socket_netns(int pid, int fd)
+{
+	int process, socket = -1, netns = -1;
+	struct stat status;
+	int64_t result;
+
+	process = syscall(SYS_pidfd_open, pid, 0);
+	if (process >= 0)
+		socket = syscall(SYS_pidfd_getfd, process, fd, 0);
+	if (socket >= 0)
+		netns = ioctl(socket, SIOCGSKNS);
+	result = netns >= 0 && !fstat(netns, &status) ? (int64_t)status.st_ino : -errno;
+	for (int *fds = (int[]){process, socket, netns, -1}; *fds >= 0; fds++)
+		close(*fds);
+	return result;
 }
 
 /* --- this process ----------------------------------------------------------------------------------------------- */

@@ -54,6 +54,9 @@ int tcpscope_capabilities(uint64_t *effective, uint64_t *permitted);
 int tcpscope_no_new_privileges(void); /* exec cannot bring them back */
 int tcpscope_set_capabilities(uint64_t effective, uint64_t permitted);
 
+/* The inode of the network namespace of a process's socket `fd`. The process is not disturbed. */
+int64_t tcpscope_socket_netns(int pid, int fd);
+
 /* Returns once every BPF program that was running when it was called has ended (membarrier). */
 int tcpscope_wait_for_programs(void);
 /* end */
