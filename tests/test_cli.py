@@ -105,6 +105,10 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["rtt", "--max-keys", "0"], "--max-keys 0; a number from 1 to 1048576"),
         (["rtt", "--raddr", ",".join(f"10.{n}.0.0/16" for n in range(0, 20, 2))], "--raddr 10.0.0.0/16,10.2.0.0/16"),
         (["queue", "--stack"], "--stack; it goes with --events"),
+        (["queue", "--buffer", "64K"], "--buffer; it goes with --events"),
+        (["list", "--time", "none"], "No such option"),
+        (["list", "--buffer", "64K"], "No such option"),
+        (["rtt", "--buffer", "64K"], "No such option"),
         (["queue", "--events", "-i", "1"], "--interval 1; with --events rows come as things happen"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -146,6 +150,15 @@ def test_help_and_version(run: Run) -> None:
     for option in (*cli.FILTERS, *cli.OUTPUT):
         assert max(option.opts, key=len) in out
     assert run("--version")[1].startswith("tcpscope ")
+
+
+@pytest.mark.parametrize("name", tool.names())
+def test_a_tool_has_the_options_that_it_has_a_use_for(run: Run, name: str) -> None:
+    """They follow from what the tool is."""
+    found, text = tool.find(name), run(name, "--help")[1]
+    used = {"--interval": found.intervals, "--time": found.timed, "--buffer": isinstance(found, tool.Stream)}
+    assert {option: option in text for option in used} == used
+    assert "[default: 4M]" in text or not used["--buffer"]
 
 
 def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, Request]:

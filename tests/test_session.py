@@ -49,7 +49,7 @@ def test_the_account() -> None:
     assert stats == Stats(seen=11, shown=5, filtered=5, lost=1)
     assert stats.line() == "seen 11 = shown 5 + filtered 5 + lost 1"
     assert not stats.lossless
-    with pytest.raises(LossError, match="larger --buffer"):
+    with pytest.raises(LossError, match="narrower filter"):
         stats.check()
     Stats(seen=3, shown=3).check()
     for silent in (Stats(table_full=2), Stats(missed=1)):

@@ -69,8 +69,10 @@ def _seconds(ctx: click.Context, parameter: click.Parameter, value: float | None
     return value
 
 
-def _bytes(ctx: click.Context, parameter: click.Parameter, value: str) -> int:
+def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """4096, 64K, 4M: a power of two of at least a page, as the kernel wants it."""
+    if value is None:
+        return None
     digits, factor = value, 1
     if value[-1:].upper() in ("K", "M"):
         digits, factor = value[:-1], 1 << (10 if value[-1].upper() == "K" else 20)
@@ -102,16 +104,19 @@ COMMON = (
     click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
     click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),
 )  # fmt: skip
+TIME = click.Option(["--time"], type=click.Choice(["iso", "elapsed", "none"]), default="iso", show_default=True,
+                    help="Time stamps: UTC, seconds since the start, or none.")  # fmt: skip
+BUFFER = click.Option(["--buffer"], callback=_bytes, metavar="SIZE",
+                      help="Ring buffer between kernel and tool.  [default: 4M]")  # fmt: skip
 OUTPUT = (
     *COMMON,
     click.Option(["--columns"], metavar="NAMES", help="Columns, in this order."),
     click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="No line of titles."),
-    click.Option(["--time"], type=click.Choice(["iso", "elapsed", "none"]), default="iso", show_default=True,
-                 help="Time stamps: UTC, seconds since the start, or none."),
-    click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N", help="End after so many rows."),
+    TIME,
+    click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N",
+                 help="At most so many rows; a stream ends then."),
     click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
-    click.Option(["--buffer"], default="4M", show_default=True, callback=_bytes, metavar="SIZE",
-                 help="Ring buffer between kernel and tool."),
+    BUFFER,
 )  # fmt: skip
 INTERVAL = click.Option(["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS",
                         help="Print every so often.")  # fmt: skip
@@ -119,7 +124,7 @@ _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
 
 def command_of(tool: toolbox.Tool) -> click.Command:
-    """The click command of a tool: the options of all tools, and its own."""
+    """The click command of a tool: its own options, and those of all tools that it has a use for."""
     own = [
         click.Option(
             list(option.flags),
@@ -136,9 +141,12 @@ def command_of(tool: toolbox.Tool) -> click.Command:
     def callback(**values: Any) -> None:
         tool.run(request_of(tool, values))
 
-    interval = (INTERVAL,) if tool.intervals else ()
-    return click.Command(tool.name, params=[*own, *interval, *FILTERS, *OUTPUT], callback=callback,
-                         help=f"\b\n{tool.help}", short_help=tool.summary)  # fmt: skip
+    useless = {
+        option for option, used in ((INTERVAL, tool.intervals), (TIME, tool.timed), (BUFFER, tool.event)) if not used
+    }
+    shared = [option for option in (INTERVAL, *FILTERS, *OUTPUT) if option not in useless]
+    return click.Command(tool.name, params=[*own, *shared], callback=callback, help=f"\b\n{tool.help}",
+                         short_help=tool.summary)  # fmt: skip
 
 
 def filter_of(values: dict[str, Any]) -> Filter:
@@ -157,7 +165,7 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> toolbox.Request:
         for name in columns:
             if columns.count(name) > 1:
                 raise UsageError(f"--columns has '{name}' twice")
-        if "time" in columns and values["time"] == "none":
+        if "time" in columns and values.get("time") == "none":
             raise UsageError("--columns has 'time'", "which --time none takes away")
     own = {option.name: values.pop(option.name) for option in tool.options}
     return toolbox.Request(filter=filter, columns=columns, options=own, **values)

@@ -10,7 +10,7 @@ from typing import Any
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.schema import Row
-from tcpscope.session import RING_BYTES, Stats, Stop
+from tcpscope.session import Stats, Stop
 from tcpscope.tool import Request, Stream, find, names
 
 
@@ -40,7 +40,7 @@ class Events:
         self._tool = found
         self._request = Request(
             filter=Filter.from_options(**filters), output="json", time=time, columns=columns, duration=duration,
-            max_events=max_events, buffer=buffer or RING_BYTES, options=options,
+            max_events=max_events, buffer=buffer, options=options,
         )  # fmt: skip
         if time not in ("iso", "elapsed", "none"):
             raise UsageError(f"time '{time}'", "allowed: iso, elapsed, none")

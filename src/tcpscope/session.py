@@ -61,10 +61,10 @@ class Stats:
             text += f"; {self.missed} program runs missed"
         return text
 
-    def check(self) -> None:
+    def check(self, hint: str = "a narrower filter helps") -> None:
         """LossError if anything was lost."""
         if not self.lossless:
-            raise LossError(f"events were lost: {self.line()}", "a larger --buffer or a narrower filter helps")
+            raise LossError(f"events were lost: {self.line()}", hint)
 
 
 class Stop:

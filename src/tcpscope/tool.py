@@ -53,7 +53,7 @@ class Request:
     stats: bool = False
     strict: bool = False
     explain: bool = False
-    buffer: int = RING_BYTES
+    buffer: int | None = None
     debug: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     stream: BinaryIO = field(default_factory=lambda: sys.stdout.buffer)
@@ -91,14 +91,17 @@ class Request:
         announce_ready()
         return True
 
-    def finish(self, stats: Stats, sink: Sink | None = None) -> None:
-        """The account at the end: on stderr, and in the output under --stats where the format has a place."""
+    def finish(self, stats: Stats, sink: Sink | None = None, more: str = "--buffer") -> None:
+        """The account at the end: on stderr, and in the output under --stats where the format has a place.
+
+        `more` is the option of which more helps against loss.
+        """
         if self.stats and sink is not None:
             sink.record("stats", {name: getattr(stats, name) for name in stats.__dataclass_fields__})
         self.stream.flush()
         print(f"tcpscope: {stats.line()}", file=sys.stderr)
         if self.strict:
-            stats.check()
+            stats.check(f"a larger {more} or a narrower filter helps")
 
     def refuse_peers(self, why: str) -> None:
         """UsageError if the filter asks for a remote end where there is none."""
@@ -131,6 +134,8 @@ class Tool:
     probes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
     intervals = False  # prints every --interval
+    timed = True  # its rows have a --time
+    event = ""  # the event struct that comes through the --buffer
     capabilities: tuple[str, ...] = ("CAP_BPF", "CAP_PERFMON")
 
     def run(self, request: Request) -> None:
@@ -173,7 +178,7 @@ class Stream(Tool):
         self.check(request)
         return Session(
             self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip,
-            ring_bytes=request.buffer, debug=request.debug,
+            ring_bytes=request.buffer or RING_BYTES, debug=request.debug,
         )  # fmt: skip
 
     def rows(self, session: Session, stop: Stop, request: Request) -> Iterator[list[Row]]:

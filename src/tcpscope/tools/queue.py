@@ -24,7 +24,7 @@ from tcpscope.kernel.symbols import Symbols
 from tcpscope.output import Column
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
-from tcpscope.session import Session, Stop, monotonic_ns
+from tcpscope.session import RING_BYTES, Session, Stop, monotonic_ns
 from tcpscope.tool import Option, Request, Stream
 
 _TABLE = ("laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from", "syn_queue", "overflows",
@@ -53,12 +53,13 @@ class Queue(Stream):
     def open(self, request: Request) -> Session:
         if request.options.get("events") and request.interval is not None:
             raise UsageError(f"--interval {request.interval:g}", "with --events rows come as things happen")
-        if request.options.get("stack") and not request.options.get("events"):
-            raise UsageError("--stack", "it goes with --events")
+        for option, given in (("--stack", request.options.get("stack")), ("--buffer", request.buffer)):
+            if given and not request.options.get("events"):
+                raise UsageError(option, "it goes with --events")
         self.check(request)
         return listeners.open_session(
             request.filter, events=bool(request.options.get("events")), stacks=bool(request.options.get("stack")),
-            ring_bytes=request.buffer, debug=request.debug,
+            ring_bytes=request.buffer or RING_BYTES, debug=request.debug,
         )  # fmt: skip
 
     def check(self, request: Request) -> None:

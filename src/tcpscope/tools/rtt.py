@@ -4,7 +4,7 @@ One sample for each acknowledgement that delivered a newer packet than all befor
 until then, as the kernel measures it (rack.rtt_us). A packet is what TCP hands to the device, up to 64 KB. A receiver
 of data gives no samples, however many segments it gets. The handshake gives one, too; without SACK it is the only one.
 With --smoothed the kernel's smoothed RTT at that moment instead, as `ss -ti` shows it. Percentiles are known to 1/8 of
-their value; count, min, max and mean are exact.
+their value; count, min, max and mean are exact. With -n only the keys with the most samples are shown, each time.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Rtt(Tool):
                 report.write(last, total=False)
             report.write(reader.total, total=True)
             session.stats.shown = sum(histogram.count for histogram in reader.total.values())
-            request.finish(session.account(), report.sink)
+            request.finish(session.account(), report.sink, more="--max-keys")
 
 
 def _parse_by(text: str) -> tuple[str, ...]:
