@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tcpscope import tool as toolbox
+from tcpscope.features_cli import report
 from tcpscope.kernel.features import Kernel
 from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Spec
@@ -126,6 +128,14 @@ def test_list(lab: Lab, memory: set[str], run_tool: type[RunningTool]) -> None:
     assert len(done.rows[0]["holders"]) == 1
     assert "without CAP_SYS_ADMIN" in done.stderr
     assert done.status == 0
+    with run_tool("list", "--netns", str(lab.server.inode), prefix=only(*needed), ready=False) as tool:
+        done = tool.wait()
+    assert (done.status, done.stdout) == (4, "")
+    assert done.stderr == f"tcpscope: cannot enter network namespace {lab.server.inode}; needs CAP_SYS_ADMIN\n"
+    with run_tool(*arguments, prefix=only(*needed, "CAP_SYS_ADMIN")) as tool:
+        done = tool.wait()
+    assert {own, lab.server.inode} <= {row["netns"] for row in done.rows}  # the lab's has a name
+    assert re.match(r"tcpscope: could not look into .* process(es)? without CAP_SYS_PTRACE\n", done.stderr)
     with run_tool(*arguments, prefix=only(*needed, "CAP_SYS_ADMIN", "CAP_SYS_PTRACE")) as tool:
         done = tool.wait()
     listener.close()
@@ -173,9 +183,21 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
     addresses, names = plain.done.rows[0]["stack"], named.done.rows[0]["stack"]
     assert any(name.startswith("tcp_rcv_state_process+0x") for name in names)
     assert any(name.startswith("tcp_conn_request") for name in names)
+    assert ("names need CAP_SYSLOG" in plain.done.stderr) == (addresses != names)
+    assert "CAP_SYSLOG" not in named.done.stderr
     if addresses != names:  # a lax perf_event_paranoid shows the names to everybody
         assert all(address.startswith("0xffff") for address in addresses)
     assert len(addresses) in (len(names), len(names) - 1)  # the function itself may be known by name alone
+
+
+def test_features_and_pages_name_them(memory: set[str]) -> None:
+    pages = Path(__file__).parent.parent / "docs/tools"
+    for entry in report(Kernel()):
+        tool = toolbox.find(entry["tool"])
+        assert set(entry["capabilities"]) == {*tool.capabilities, *memory}
+        assert entry["for_more"].items() >= tool.for_more.items()
+        section = (pages / f"{entry['tool']}.md").read_text().partition("\n## Privileges\n")[2].partition("\n## ")[0]
+        assert [name for name in (*entry["capabilities"], *entry["for_more"]) if name not in section] == []
 
 
 @pytest.mark.kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ import msgspec
 
 from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError
-from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.features import Kernel, perf_event_paranoid
 from tcpscope.kernel.loaded import Hook, Loaded, Setup, plan, plan_refusals
 from tcpscope.kernel.spec import Spec
 
@@ -31,16 +32,32 @@ def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Ho
     return hooks, None
 
 
+def needed(tool: toolbox.Tool, kernel: Kernel) -> list[str]:
+    """The capabilities without which the tool does not start on this kernel."""
+    memory = () if kernel.accounts_memory_by_cgroup else ("CAP_SYS_RESOURCE",)
+    return [*tool.capabilities, *memory]
+
+
+def for_more(tool: toolbox.Tool, hooks: Mapping[str, Hook]) -> dict[str, str]:
+    """Capabilities that the tool can do without on this kernel -> what they are for."""
+    level = perf_event_paranoid()
+    probes = [hook.name for hook in hooks.values() if hook.program and hook.program.type in ("kprobe", "kretprobe")]
+    if level > 2 and probes:
+        reason = f"{', '.join(probes)}: kernel.perf_event_paranoid is {level}"
+        return {"CAP_SYS_ADMIN": reason} | dict(tool.for_more)
+    return dict(tool.for_more)
+
+
 def report(kernel: Kernel) -> list[dict[str, Any]]:
     """For every tool: its hooks, the way each is attached, why not a better one, and what is then not known."""
     result = []
     for name in toolbox.names():
         tool = toolbox.find(name)
         for probe in tool.probes:
-            hooks, doubt = examine(probe, getattr(tool, "event", None), kernel)
+            hooks, doubt = examine(probe, tool.event or None, kernel)
             result.append({
                 "tool": name, "probe": probe, "doubt": doubt,
-                "capabilities": list(tool.capabilities),
+                "capabilities": needed(tool, kernel), "for_more": for_more(tool, hooks),
                 "hooks": [
                     {"hook": hook.name, "way": hook.program.section if hook.program else None,
                      "refused": dict(hook.refused),
@@ -59,6 +76,8 @@ def _run(json: bool) -> None:
     print(f"Linux {platform.release()}")
     for entry in found:
         print(f"\n{entry['tool']}  (probe {entry['probe']}, needs {', '.join(entry['capabilities'])})")
+        for capability, purpose in entry["for_more"].items():
+            print(f"  with {capability} also {purpose}")
         if entry["doubt"]:
             print(f"  cannot tell for sure: {entry['doubt']}")
         for hook in entry["hooks"]:

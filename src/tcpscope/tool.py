@@ -9,15 +9,16 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 from tcpscope import tools
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.kernel import filtering
+from tcpscope.kernel.loaded import PRIVILEGES
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column, Sink, open_sink
 from tcpscope.schema import Clock, Decoder, Layout, Row
@@ -136,7 +137,8 @@ class Tool:
     intervals = False  # prints every --interval
     timed = True  # its rows have a --time
     event = ""  # the event struct that comes through the --buffer
-    capabilities: tuple[str, ...] = ("CAP_BPF", "CAP_PERFMON")
+    capabilities: tuple[str, ...] = PRIVILEGES
+    for_more: ClassVar[Mapping[str, str]] = {}  # a capability that it can do without -> what it is for
 
     def run(self, request: Request) -> None:
         raise NotImplementedError

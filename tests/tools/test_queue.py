@@ -607,11 +607,12 @@ def test_the_next_socket_at_an_address_begins_anew(site: Site) -> None:
 
 
 @sampled
-def test_a_peer_that_cannot_be_known_is_refused(run_tool: type[RunningTool]) -> None:
-    with run_tool("queue", "--events", "--rport", "1", ready=False) as tool:
+@pytest.mark.parametrize("words", [("--rport", "1"), ("--stack",)])
+def test_what_samples_do_not_know_is_refused(run_tool: type[RunningTool], words: tuple[str, ...]) -> None:
+    with run_tool("queue", "--events", *words, ready=False) as tool:
         done = tool.wait()
     assert done.status == 3
-    assert "--rport" in done.stderr
+    assert words[0] in done.stderr
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

@@ -135,6 +135,11 @@ def capability_masks() -> tuple[int, int]:
     return effective[0], permitted[0]
 
 
+def has_capability(name: str) -> bool:
+    """Whether this thread has it, effectively."""
+    return bool(capability_masks()[0] >> _CAPABILITIES[name] & 1)
+
+
 def require_capabilities(*names: str) -> None:
     """NotPermittedError that names the ones of `names` this process does not have."""
     effective, _ = capability_masks()
@@ -169,18 +174,22 @@ def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
         _check(lib.tcpscope_set_capabilities(effective, permitted))
 
 
-def perf_event_denied() -> str:
-    """Why a kernel probe may be refused in spite of CAP_PERFMON; empty if not for this reason.
+def perf_event_paranoid() -> int:
+    """Above 2, kernel probes need CAP_SYS_ADMIN; -1 if the kernel does not say.
 
     Debian and Ubuntu know a level 3 of the sysctl ("security,perf: Allow further restriction of perf_event_open"),
-    which asks for more. Programs of type fentry and tp_btf do not pass there.
+    which asks for more than CAP_PERFMON. Programs of type fentry and tp_btf do not pass there.
     """
     try:
-        level = int(_PARANOID.read_text())
+        return int(_PARANOID.read_text())
     except (OSError, ValueError):
-        return ""
-    effective, _ = capability_masks()
-    if level <= 2 or effective >> _CAPABILITIES["CAP_SYS_ADMIN"] & 1:
+        return -1
+
+
+def perf_event_denied() -> str:
+    """Why a kernel probe may be refused in spite of CAP_PERFMON; empty if not for this reason."""
+    level = perf_event_paranoid()
+    if level <= 2 or has_capability("CAP_SYS_ADMIN"):
         return ""
     return f"kernel.perf_event_paranoid is {level}: kernel probes need CAP_SYS_ADMIN"
 

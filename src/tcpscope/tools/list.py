@@ -11,12 +11,14 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
+from tcpscope.errors import NotPermittedError, TcpscopeError
 from tcpscope.filters import Filter
 from tcpscope.kernel import filtering, netns
+from tcpscope.kernel.features import has_capability
 from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
@@ -33,6 +35,10 @@ _Key = tuple[int, int]  # address and cookie of a socket
 
 class List(Tool):
     probes = ("sockets",)
+    for_more: ClassVar = {
+        "CAP_SYS_ADMIN": "other network namespaces than its own",
+        "CAP_SYS_PTRACE": "network namespaces without a name",
+    }
     timed = False
 
     def run(self, request: Request) -> None:
@@ -44,7 +50,7 @@ class List(Tool):
         columns = request.choose((*map(Column.of, Spec.of("sockets").layout("existing").fields), *extra), _TABLE)
         with Stop(request.duration) as stop, Session("sockets", None, request.filter, debug=request.debug) as session:
             sink = request.sink(columns)
-            if not request.ready(session, keep=("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")):
+            if not request.ready(session, keep=tuple(self.for_more)):
                 return
             type_ = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
             seen = shown = 0
@@ -98,6 +104,10 @@ def _pieces(session: Session, filter: Filter) -> Iterator[list[bytes]]:
         try:
             yield list(session.loaded.iterate("existing", descriptor))
         except PermissionError:
+            if filter.netns is not None:
+                raise NotPermittedError(
+                    f"cannot enter network namespace {filter.netns}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
+                ) from None
             print("tcpscope: other network namespaces cannot be entered without CAP_SYS_ADMIN", file=sys.stderr)
             return
 
@@ -121,6 +131,12 @@ def _namespaces(filter: Filter) -> Iterator[int]:
     visible = netns.visible()
     own = netns.inode_of("/proc/self/ns/net")
     refused = visible.hidden_processes
+    without = "" if has_capability("CAP_SYS_PTRACE") else " without CAP_SYS_PTRACE"
+    if filter.netns is not None and filter.netns not in visible.namespaces:
+        number = f"network namespace {filter.netns}"
+        if refused and without:
+            raise NotPermittedError(f"cannot find {number}", "needs CAP_SYS_PTRACE", ("CAP_SYS_PTRACE",))
+        raise TcpscopeError(f"cannot enter {number}", "no process that can be seen is in it, and it has no name")
     for inode, namespace in visible.namespaces.items():
         if filter.netns not in (None, inode):
             continue
@@ -136,9 +152,9 @@ def _namespaces(filter: Filter) -> Iterator[int]:
             yield descriptor
         finally:
             os.close(descriptor)
-    if refused and filter.netns != own:
+    if refused and filter.netns is None:
         number = f"{refused} process{'' if refused == 1 else 'es'}"
-        print(f"tcpscope: could not look into the network namespaces of {number}", file=sys.stderr)
+        print(f"tcpscope: could not look into the network namespaces of {number}{without}", file=sys.stderr)
 
 
 tool = List()

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
@@ -37,6 +37,7 @@ class Queue(Stream):
     """Two views of the probe `listeners`: its snapshots, and with --events its event stream."""
 
     intervals = True
+    for_more: ClassVar = {"CAP_SYSLOG": "names of functions in --stack; without it, addresses"}
 
     def __init__(self) -> None:
         super().__init__(
@@ -97,7 +98,7 @@ class Queue(Stream):
     def _run_events(self, request: Request, session: Session, stop: Stop) -> None:
         exact = listeners.sees_refusals(session)
         if not exact:
-            _refuse_peers(request)
+            _refuse_unknown(request)
         decoder = self.decoder(session, request)
         sink = request.sink(map(Column.of, decoder.fields))
         sampler = Sampler()
@@ -106,6 +107,8 @@ class Queue(Stream):
         if not request.ready(session):
             return
         sink.rows([])
+        if request.options.get("stack") and not len(_symbols()):
+            print("tcpscope: --stack shows addresses: the names need CAP_SYSLOG", file=sys.stderr)
         if exact:
             batches: Iterator[list[Any]] = self.rows(session, stop, request)
         else:
@@ -183,10 +186,13 @@ def _refresh(request: Request, sink: Any, rows: list[Any], when: Any) -> None:
     request.stream.write(f"\x1b[H\x1b[J{text}\n".encode())
 
 
-def _refuse_peers(request: Request) -> None:
+def _refuse_unknown(request: Request) -> None:
+    """UnsupportedError for what samples cannot know."""
     for option, value in request.filter.describe():
         if option in ("--rport", "--raddr"):
             raise UnsupportedError(f"{option} {value}", "peers are not known where functions cannot be hooked")
+    if request.options.get("stack"):
+        raise UnsupportedError("--stack", "there are no stacks where functions cannot be hooked")
 
 
 def _sampled(
