@@ -20,6 +20,7 @@ import pytest
 from tcpscope.errors import LossError
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.session import Stats, Stop
+from tcpscope.tool import names
 from tests.conftest import RunningTool, until
 
 REFUSED = 9  # nobody listens there
@@ -221,6 +222,51 @@ def test_a_full_disk(lab: Lab, run_tool: type[RunningTool], output: str) -> None
             done = tool.wait()
     assert done.status == 1
     assert done.stderr.splitlines() == ["tcpscope: No space left on device"]
+
+
+OUTPUTS = [
+    *([name, "-d", "0.2", "--stats", "-o", output] for name in names() for output in ("table", "json", "csv")),
+    *(["diagnose", "-d", "0.2", "--stats", "-o", output] for output in ("table", "json")),
+    *([name, "--explain"] for name in names()),
+    ["features"], ["features", "--json"], ["--version"], ["--help"], ["states", "--help"], ["lab", "--help"],
+]  # fmt: skip
+
+
+def redirected(words: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a shell, with a standard stream closed or sent elsewhere."""
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "tcpscope", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words", OUTPUTS, ids=" ".join)
+def test_a_disk_that_was_full_before(words: list[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)):  # a row for who shows listeners
+        done = redirected(words, ">/dev/full")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1:] == ["tcpscope: No space left on device"]
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("words", [[name, "-d", "0.2", "-o", "csv"] for name in names()] + [["features"]], ids=" ".join)
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_closed_stream(words: list[str], redirection: str) -> None:
+    """Without stdout there is nothing to do; what is for stderr never lands in stdout."""
+    done = redirected(words, redirection)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "tcpscope: " not in done.stdout
+    if ">&-" in redirection.split():
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == ("" if "2>&-" in redirection else "tcpscope: standard output is closed\n")
+    else:
+        assert done.returncode == 0
+        assert done.stdout
+
+
+def test_a_disk_that_was_full_before_for_stderr() -> None:
+    """The account cannot be written, which is no success; the rows are."""
+    done = redirected(["states", "-d", "0.2", "-o", "csv"], "2>/dev/full")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("time,")
 
 
 @pytest.mark.parametrize("arguments", [("states",), ("queue", "-i", "0.1"), ("rtt", "-i", "0.1"), ("list",)])

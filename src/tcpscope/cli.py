@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -179,7 +179,19 @@ def tcpscope() -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit: a known error is one line and its status, never a traceback."""
+    _open_standard_streams()
+    if sys.stdout is None:
+        sys.exit(_fail("standard output is closed", 1))
     sys.exit(_guarded(lambda: tcpscope.main(prog_name="tcpscope", standalone_mode=False)))
+
+
+def _open_standard_streams() -> None:
+    """What was closed by who called us: its number would be given to the next file, and be written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stderr is None:  # then print() would take stdout
+        sys.stderr = os.fdopen(2, "w")
 
 
 def _guarded(run: Callable[[], Any]) -> int:
@@ -198,18 +210,26 @@ def _guarded(run: Callable[[], Any]) -> int:
         return _fail(str(error), error.exit_status)
     except (BrokenPipeError, _ReaderGoneError):
         # The reader has gone, which is its right. stdout must not be flushed again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
         return 0
     except (KeyboardInterrupt, click.Abort):
         return 0
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up(sys.stdout)
         if os.environ.get("TCPSCOPE_TRACEBACK"):
             raise
         return _fail(str(error.strerror or error) + (f": {error.filename}" if error.filename else ""), 1)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"tcpscope: {message}", file=sys.stderr)
+    try:
+        print(f"tcpscope: {message}", file=sys.stderr)
+    except OSError:
+        _give_up(sys.stderr)
     return status
+
+
+def _give_up(stream: TextIO) -> None:
+    """What is left in its buffer cannot be written, and Python tries again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
