@@ -12,6 +12,7 @@ listener is the one whose socket has dropped packets meanwhile; the peer is not 
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any, ClassVar
 from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.symbols import Symbols
-from tcpscope.output import Column
+from tcpscope.output import Column, open_sink
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
 from tcpscope.session import RING_BYTES, Session, Stop, monotonic_ns
@@ -135,7 +136,7 @@ class Queue(Stream):
             if left is not None:
                 rows, left = rows[:left], left - len(rows[:left])
             if request.interactive:
-                _refresh(request, sink := request.sink(columns), rows, when)
+                _refresh(request, columns, rows, when)
             else:
                 sink.rows(_project(rows, columns))
             request.stream.flush()
@@ -172,14 +173,11 @@ def _project(rows: list[Any], columns: tuple[Column, ...]) -> list[Any]:
     return [type_(*(getattr(row, column.name) for column in columns)) for row in rows]
 
 
-def _refresh(request: Request, sink: Any, rows: list[Any], when: Any) -> None:
+def _refresh(request: Request, columns: tuple[Column, ...], rows: list[Any], when: Any) -> None:
     """Draw the table anew, cut to what the terminal has."""
-    import io
-
     size = shutil.get_terminal_size()
     page = io.BytesIO()
-    sink._stream = page
-    sink.rows(rows)
+    open_sink(request.output, columns, page, request.header).rows(rows)
     number = f"{len(rows)} listener{'' if len(rows) == 1 else 's'}"
     lines = [f"{when}  {number}" if when else number, *page.getvalue().decode().splitlines()]
     text = "\n".join(line[: size.columns] for line in lines[: size.lines - 1])
