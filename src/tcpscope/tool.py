@@ -117,7 +117,10 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
         yield f"probe {session.spec.name}"
         for hook in session.loaded.hooks.values():
             yield f"  {hook.name:<10} {hook.program.section if hook.program else 'not attached'}"
-            yield from (f"  {'':<10} not {session.spec.section(name)}: {why}" for name, why in hook.refused.items())
+            for name, why in hook.refused.items():
+                yield f"  {'':<10} not {session.spec.section(name)}: {why}"
+                if name in session.loaded.verifier:
+                    yield from (f"  {'':<12} {line}" for line in session.loaded.verifier[name].split(" | "))
             if hook.program is None and hook.without:
                 yield f"  {'':<10} not known on this kernel: {hook.without}"
         here = dict(session.residual.describe())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tcpscope.errors import TcpscopeError, UnsupportedError
+from tcpscope.filters import Filter
 from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.loaded import Loaded, Ring, Setup, plan, plan_refusals, verifier_summary
 from tcpscope.kernel.spec import Program, Spec
+from tcpscope.tool import explain
 
 BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
 CONNECTIONS = Spec.of("connections")
@@ -151,7 +155,14 @@ def test_a_refused_program_is_struck_out(own: Spec, kernel: Kernel) -> None:
         state, extra = loaded.hooks["state"], loaded.hooks["extra"]
         assert state.program is not None
         assert state.program.name == "state__good"
-        assert state.refused == {"state__bad": "refused by the kernel (Permission denied)"}
+        assert list(state.refused) == ["state__bad"]
+        assert re.match(
+            r"refused by the kernel \(Permission denied\): R\d invalid mem access '\w+'$", state.refused["state__bad"]
+        )
+        said = list(explain(Filter(), [SimpleNamespace(spec=own, loaded=loaded, residual=Filter())]))
+        at = next(n for n, line in enumerate(said) if "not tp_btf/inet_sock_set_state: refused" in line)
+        assert "the verifier's last words" in said[at + 1]
+        assert any("invalid mem access" in line for line in said[at + 2 :])
         assert (extra.program, extra.without) == (None, "something")
         assert set(loaded.program_info()) == {"state__good"}
     finally:

@@ -53,13 +53,13 @@ class Setup:
 
 
 class _Refused(Exception):
-    """The kernel refused one program."""
+    """The kernel refused one program. `log` has the verifier's words, if it was the verifier."""
 
-    def __init__(self, program: str, reason: str, details: str = "") -> None:
+    def __init__(self, program: str, reason: str, log: str = "") -> None:
         super().__init__(program)
         self.program = program
         self.reason = reason
-        self.details = details
+        self.log = log
 
 
 class Loaded:
@@ -77,6 +77,7 @@ class Loaded:
         self._links: dict[str, Any] = {}
         self._programs: dict[str, Any] = {}
         self._data = ffi.from_buffer(spec.data)
+        self.verifier: dict[str, str] = {}  # program that was refused -> the end of the verifier's log
         refused = plan_refusals(spec, kernel)
         while True:
             self.hooks = plan(spec, refused, self._setup.skip, self._setup.event)
@@ -93,10 +94,13 @@ class Loaded:
             except _Refused as refusal:
                 self.close()
                 if refusal.program not in spec_names(spec) or refusal.program in refused:
-                    raise TcpscopeError(f"{spec.name}: {refusal.reason}", refusal.details) from None
+                    raise TcpscopeError(f"{spec.name}: {refusal.reason}", verifier_summary(refusal.log)) from None
                 if self._last_way(refusal.program, refused):
                     raise self._final(refusal) from None
-                refused[refusal.program] = refusal.reason
+                last = verifier_lines(refusal.log)[-1:]
+                refused[refusal.program] = ": ".join([refusal.reason, *last])
+                if last:
+                    self.verifier[refusal.program] = verifier_summary(refusal.log)
             except BaseException:
                 self.close()
                 raise
@@ -106,7 +110,8 @@ class Loaded:
         return all(way.name in refused or way.name == program for way in ways) and ways[0].without is None
 
     def _final(self, refusal: _Refused) -> TcpscopeError:
-        return UnsupportedError(f"{self.spec.name}: program '{refusal.program}': {refusal.reason}", refusal.details)
+        what = f"{self.spec.name}: program '{refusal.program}': {refusal.reason}"
+        return UnsupportedError(what, verifier_summary(refusal.log))
 
     def _load(self) -> None:
         lib.tcpscope_log_start(self._setup.debug)
@@ -150,7 +155,7 @@ class Loaded:
         log = ffi.string(lib.tcpscope_log()).decode(errors="replace")
         found = re.search(r"prog '(\w+)': (?:BPF program load failed|failed to (?:load|find|prepare))", log)
         if found:
-            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", verifier_summary(log))
+            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", log)
         if error == errno.EPERM and not self._kernel.accounts_memory_by_cgroup:
             return NotPermittedError(
                 f"{self.spec.name}: no memory for BPF maps within the limit of locked memory",
@@ -279,13 +284,18 @@ def plan(
     return {name: hook for name, hook in hooks.items() if spec.hooks[name][0].unless not in attached}
 
 
+def verifier_lines(log: str) -> list[str]:
+    """What the verifier says of a program in libbpf's log, the reason last; empty if it was not asked."""
+    lines = log.partition("-- BEGIN PROG LOAD LOG --\n")[2].partition("-- END PROG LOAD LOG --")[0].splitlines()
+    statistics = ("processed ", "verification time", "stack depth")
+    return [line for line in lines if line.strip() and not line.startswith(statistics)]
+
+
 def verifier_summary(log: str) -> str:
     """The end of a verifier's log, where the reason stands, with a hint for the commonest mistake."""
-    _, begin, rest = log.partition("-- BEGIN PROG LOAD LOG --\n")
-    if not begin:
+    lines = verifier_lines(log)
+    if not lines:
         return log.strip().rpartition("\n")[2].removeprefix("libbpf: ")
-    lines = [line for line in rest.partition("-- END PROG LOAD LOG --")[0].splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("processed ", "verification time", "stack depth"))]
     shown = lines[-_VERIFIER_LINES:]
     text = f"the verifier's last words ({len(lines) - len(shown)} lines before left out): " + " | ".join(shown)
     if "invalid mem access 'inv'" in text or "invalid mem access 'scalar'" in text:
