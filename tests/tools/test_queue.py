@@ -85,14 +85,14 @@ class Run:
     def __init__(self, site: Site, family: str = "4", backlog: int = BACKLOG, port: int = 0, protocol: int = 0) -> None:
         self.site, self.server, self.client = site, site.lab.server, site.lab.client
         self.port = port or next(ports)
-        self.kind = socket.AF_INET6 if family == "6" else socket.AF_INET
+        self.kind = socket.AF_INET6 if family in ("6", "only6") else socket.AF_INET
         self.target = (self.server.address(self.kind), self.port)
         listens = socket.AF_INET if family == "4" else socket.AF_INET6
-        self.laddr = "::" if family == "mapped" else self.target[0]
+        self.laddr = "::" if family in ("mapped", "only6") else self.target[0]
         self.listener = self.server.socket(listens, protocol=protocol)
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == "mapped":
-            self.listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if listens == socket.AF_INET6:
+            self.listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, family == "only6")
         self.listener.bind((self.laddr, self.port))
         self.listener.listen(backlog)
         self.clients: list[socket.socket] = []
@@ -645,6 +645,27 @@ class Table:
 def table(site: Site) -> Iterator[Table]:
     with RunningTool("queue", "-i", "0.05", "--time", "elapsed", "--netns", str(site.lab.server.inode)) as tool:
         yield Table(tool)
+
+
+@pytest.mark.parametrize(("option", "shown"), [("-4", {"4", "mapped"}), ("-6", {"6", "only6", "mapped"})])
+def test_a_listener_of_both_families_is_of_each(
+    site: Site, run_tool: type[RunningTool], option: str, shown: set[str]
+) -> None:
+    """Witness: to which of the listeners a client of that family gets."""
+    kind = {"-4": socket.AF_INET, "-6": socket.AF_INET6}[option]
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(Run(site, name)) for name in ("4", "6", "mapped", "only6")}
+        reached = set()
+        for name, run in runs.items():
+            client = stack.enter_context(run.client.socket(kind))
+            if client.connect_ex((run.server.address(kind), run.port)) == 0:
+                reached.add(name)
+        lports = ",".join(str(run.port) for run in runs.values())
+        with run_tool("queue", "-i", "0.05", option, "-L", lports, "--netns", str(site.lab.server.inode)) as tool:
+            tool.wait_for(lambda rows: len(rows) >= 2 * len(shown))
+    assert tool.done is not None
+    assert {name for name, run in runs.items() if any(row["lport"] == run.port for row in tool.done.rows)} == shown
+    assert reached == shown
 
 
 def test_table_as_ss_and_the_counters_say(site: Site, table: Table) -> None:

@@ -524,6 +524,22 @@ static __noinline int net_counters_read(struct sock *sk, struct listener *record
 	return 0;
 }
 
+/* A listener on :: takes IPv4 too, unless it is for IPv6 only (IPV6_V6ONLY, net.ipv6.bindv6only): -4 and -6 mean it. */
+static __always_inline bool listener_wanted(struct sock *sk, struct identity *id)
+{
+	struct sock_common *common = &sk->__sk_common;
+	const __u64 *address = (const __u64 *)id->laddr;
+	__u8 family = id->family;
+	bool wanted;
+
+	if (filter.family == 4 && family == 6 && !address[0] && !address[1] &&
+	    !BPF_CORE_READ_BITFIELD_PROBED(common, skc_ipv6only))
+		id->family = 4;
+	wanted = filter_identity(id);
+	id->family = family;
+	return wanted;
+}
+
 /* A record has no room on the stack of 512 bytes. Snapshots are read one after the other, so one place is enough. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -558,7 +574,7 @@ int snapshot(struct bpf_iter__task_file *ctx)
 	cookie_give(file, STATE_LISTEN);
 	identity_read(sk, &record->id);
 	record->id.cookie = cookie_if_any(sk);
-	record->wanted = filter_identity(&record->id);
+	record->wanted = listener_wanted(sk, &record->id);
 	if (!record->wanted && !sampled())
 		return 0;
 	owner_of_task(task, &record->owner);
