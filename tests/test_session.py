@@ -19,7 +19,7 @@ import pytest
 
 from tcpscope.errors import LossError
 from tcpscope.lab.hosts import Host, Lab
-from tcpscope.session import Stats, Stop
+from tcpscope.session import Stats
 from tcpscope.tool import names
 from tests.conftest import RunningTool, until
 
@@ -56,26 +56,6 @@ def test_the_account() -> None:
     for silent in (Stats(table_full=2), Stats(missed=1)):
         assert not silent.lossless
     assert Stats(table_full=2).line().endswith("; 2 times a table was full")
-
-
-def test_stop() -> None:
-    with Stop() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop
-        stop.wait(60)  # does not wait
-    stop.stop()  # after its end it is no error
-    with Stop(0.05) as stop:
-        begin = time.monotonic()
-        stop.wait(60)
-        assert time.monotonic() - begin < 30
-        assert stop
-    read, write = os.pipe()
-    with Stop() as stop:
-        os.write(write, b"x")
-        stop.wait(60, read)  # nor does it while there is something to read
-        assert not stop
-    os.close(read), os.close(write)
 
 
 @pytest.mark.kernel

@@ -10,7 +10,8 @@ from typing import Any
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.schema import Row
-from tcpscope.session import Stats, Stop
+from tcpscope.session import Stats
+from tcpscope.stop import Stop
 from tcpscope.tool import Request, Stream, find, names
 
 

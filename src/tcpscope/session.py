@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -18,11 +16,11 @@ from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
 from tcpscope.kernel.loaded import Loaded, Ring, Setup
 from tcpscope.kernel.spec import Spec
+from tcpscope.stop import Stop
 
 RING_BYTES = 4 << 20
 POLL_SECONDS = 0.1
 _GRACE_SECONDS = 0.05  # a program runs for microseconds
-_LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
 READY_FD = "TCPSCOPE_READY_FD"
 
 
@@ -65,49 +63,6 @@ class Stats:
         """LossError if anything was lost."""
         if not self.lossless:
             raise LossError(f"events were lost: {self.line()}", hint)
-
-
-class Stop:
-    """Asked to stop? By a signal, a deadline, or the code. As a context manager it catches SIGINT and SIGTERM."""
-
-    def __init__(self, duration: float | None = None) -> None:
-        self.deadline = None if duration is None else time.monotonic() + duration
-        self.stopped = self._closed = False
-        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, lambda *_: self.stop())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self.close()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            os.close(self._read)
-            os.close(self._write)
-
-    def stop(self) -> None:
-        self.stopped = True
-        if not self._closed:
-            os.write(self._write, b"x")
-
-    def __bool__(self) -> bool:
-        return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
-
-    def wait(self, seconds: float, *descriptors: int) -> None:
-        """Until one of the descriptors is readable, the time is over, or a stop is asked for."""
-        if self.deadline is not None:
-            seconds = min(seconds, self.deadline - time.monotonic())
-        poll = select.poll()
-        for fd in (self._read, *descriptors):
-            poll.register(fd, select.POLLIN)
-        poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000)
 
 
 class Session:

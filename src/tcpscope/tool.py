@@ -22,7 +22,8 @@ from tcpscope.kernel.loaded import PRIVILEGES
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column, Sink, open_sink
 from tcpscope.schema import Clock, Decoder, Layout, Row
-from tcpscope.session import RING_BYTES, Session, Stats, Stop, announce_ready, drop_privileges
+from tcpscope.session import RING_BYTES, Session, Stats, announce_ready, drop_privileges
+from tcpscope.stop import Stop
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from tcpscope.filters import Filter, address_bytes
 from tcpscope.kernel import filtering
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Host, Lab
-from tcpscope.session import Session, Stats, Stop
+from tcpscope.session import Session, Stats
+from tcpscope.stop import Stop
 from tests.conftest import until
 from tests.puppets import Puppet
 

@@ -16,7 +16,8 @@ from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
 from tcpscope.errors import UsageError
 from tcpscope.output.table import printable
-from tcpscope.session import Stop, announce_ready, drop_privileges
+from tcpscope.session import announce_ready, drop_privileges
+from tcpscope.stop import Stop
 from tcpscope.tool import Request
 
 _POLL_SECONDS = 0.2

@@ -23,7 +23,8 @@ from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
 from tcpscope.schema import comm_text
-from tcpscope.session import Session, Stats, Stop
+from tcpscope.session import Session, Stats
+from tcpscope.stop import Stop
 from tcpscope.tool import Request, Tool
 
 _TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_limit", "laddr", "lport", "raddr",

@@ -25,7 +25,8 @@ from tcpscope.kernel.symbols import Symbols
 from tcpscope.output import Column, open_sink
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
-from tcpscope.session import RING_BYTES, Session, Stop, monotonic_ns
+from tcpscope.session import RING_BYTES, Session, monotonic_ns
+from tcpscope.stop import Stop
 from tcpscope.tool import Option, Request, Stream
 
 _TABLE = ("laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from", "syn_queue", "overflows",

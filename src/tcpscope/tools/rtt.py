@@ -22,7 +22,8 @@ from tcpscope.kernel._libbpf import lib
 from tcpscope.output import Column
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.schema import Clock, comm_text
-from tcpscope.session import Session, Stop, monotonic_ns
+from tcpscope.session import Session, monotonic_ns
+from tcpscope.stop import Stop
 from tcpscope.tool import Option, Request, Tool
 
 _KEYS = {

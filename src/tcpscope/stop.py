@@ -1,0 +1,54 @@
+"""When a run ends: at a signal, at a deadline, or because the code says so; and waiting that notices."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from typing import Any
+
+_LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
+
+
+class Stop:
+    """Asked to stop? By a signal, a deadline, or the code. As a context manager it catches SIGINT and SIGTERM."""
+
+    def __init__(self, duration: float | None = None) -> None:
+        self.deadline = None if duration is None else time.monotonic() + duration
+        self.stopped = self._closed = False
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, lambda *_: self.stop())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self.close()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._read)
+            os.close(self._write)
+
+    def stop(self) -> None:
+        self.stopped = True
+        if not self._closed:
+            os.write(self._write, b"x")
+
+    def __bool__(self) -> bool:
+        return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
+
+    def wait(self, seconds: float, *descriptors: int) -> None:
+        """Until one of the descriptors is readable, the time is over, or a stop is asked for."""
+        if self.deadline is not None:
+            seconds = min(seconds, self.deadline - time.monotonic())
+        poll = select.poll()
+        for fd in (self._read, *descriptors):
+            poll.register(fd, select.POLLIN)
+        poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000)
