@@ -190,6 +190,7 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
     assert len(addresses) in (len(names), len(names) - 1)  # the function itself may be known by name alone
 
 
+@pytest.mark.kernel
 def test_features_and_pages_name_them(memory: set[str]) -> None:
     pages = Path(__file__).parent.parent / "docs/tools"
     for entry in report(Kernel()):
