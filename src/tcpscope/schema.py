@@ -17,7 +17,6 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,8 +32,7 @@ _FORMATS = {(1, False): "B", (2, False): "H", (4, False): "I", (8, False): "Q",
             (1, True): "b", (2, True): "h", (4, True): "i", (8, True): "q"}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(msgspec.Struct, frozen=True):
     """One column: `name` as in JSON, `offset` and `size` in bytes, `format` as the struct module writes it."""
 
     name: str
@@ -56,8 +54,7 @@ class Field:
         return plain if self.unknown is None else plain | None
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """A struct of an event: `size` bytes per record, `fields` in the order of the C struct."""
 
     name: str

@@ -22,10 +22,11 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from typing import NamedTuple
+
+import msgspec
 
 from tcpscope.errors import BtfError
 
@@ -93,8 +94,7 @@ _TAILS[Kind.DECL_TAG] = _Tail(once=1)
 _TAILS[Kind.ENUM64] = _Tail(each=3, name=0)
 
 
-@dataclass(frozen=True, slots=True)
-class Type:
+class Type(msgspec.Struct, frozen=True):
     """What every type has. `name` is empty for the anonymous ones."""
 
     id: int
@@ -102,8 +102,7 @@ class Type:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Int(Type):
+class Int(Type, frozen=True):
     """`BTF_KIND_INT`: `bits` of `size` bytes hold the value."""
 
     size: int
@@ -113,30 +112,26 @@ class Int(Type):
     is_bool: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Float(Type):
+class Float(Type, frozen=True):
     """`BTF_KIND_FLOAT`."""
 
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Ref(Type):
+class Ref(Type, frozen=True):
     """A pointer, typedef, const, volatile, restrict or type tag: it leads to another type."""
 
     type_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Array(Type):
+class Array(Type, frozen=True):
     """`BTF_KIND_ARRAY`: `count` elements of type `type_id`."""
 
     type_id: int
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(msgspec.Struct, frozen=True):
     """A member of a struct or union. `bitfield_size` is 0 for an ordinary one."""
 
     name: str
@@ -145,16 +140,14 @@ class Member:
     bitfield_size: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Struct(Type):
+class Struct(Type, frozen=True):
     """`BTF_KIND_STRUCT` or `BTF_KIND_UNION`: `size` bytes."""
 
     size: int
     members: tuple[Member, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Enum(Type):
+class Enum(Type, frozen=True):
     """`BTF_KIND_ENUM` or `BTF_KIND_ENUM64`: pairs of name and value, in the order of the source.
 
     Before clang 15 and Linux 6.0 signed enums are not marked as such: there -1 reads as 4294967295.
@@ -165,39 +158,34 @@ class Enum(Type):
     values: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Fwd(Type):
+class Fwd(Type, frozen=True):
     """`BTF_KIND_FWD`: a struct or union that is declared and not defined."""
 
     is_union: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Func(Type):
+class Func(Type, frozen=True):
     """`BTF_KIND_FUNC`: `type_id` is its `FuncProto`; linkage 0 static, 1 global, 2 extern."""
 
     type_id: int
     linkage: int
 
 
-@dataclass(frozen=True, slots=True)
-class FuncProto(Type):
+class FuncProto(Type, frozen=True):
     """`BTF_KIND_FUNC_PROTO`: pairs of name and type id. A last pair `("", 0)` stands for `...`."""
 
     return_id: int
     params: tuple[tuple[str, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Var(Type):
+class Var(Type, frozen=True):
     """`BTF_KIND_VAR`: a global variable; linkage 0 static, 1 global, 2 extern."""
 
     type_id: int
     linkage: int
 
 
-@dataclass(frozen=True, slots=True)
-class SectionVar:
+class SectionVar(msgspec.Struct, frozen=True):
     """Where a variable lies in its section. clang leaves `offset` to the loader: it is in the ELF symbols."""
 
     type_id: int
@@ -205,16 +193,14 @@ class SectionVar:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Datasec(Type):
+class Datasec(Type, frozen=True):
     """`BTF_KIND_DATASEC`: the variables of one ELF section. clang leaves `size` to the loader, too."""
 
     size: int
     variables: tuple[SectionVar, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class DeclTag(Type):
+class DeclTag(Type, frozen=True):
     """`BTF_KIND_DECL_TAG`: `name` is the tag's text, on a member or parameter, or (-1) on the whole type."""
 
     type_id: int

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from tcpscope.errors import MalformedError
 
@@ -19,8 +20,7 @@ _SHT_SYMTAB = 2
 _SHT_NOBITS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Symbol:
+class Symbol(msgspec.Struct, frozen=True):
     """A named place. `section` is the name of the section it is in, empty if it is in none."""
 
     name: str
@@ -29,8 +29,7 @@ class Symbol:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Section:
+class _Section(msgspec.Struct, frozen=True):
     name: str
     type: int
     link: int

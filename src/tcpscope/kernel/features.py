@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from tcpscope.errors import NotPermittedError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
@@ -20,8 +21,7 @@ _TRIAL_FUNCTION = "tcp_connect"  # global, on every kernel that has TCP
 _ALWAYS_CARRIED = 6
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """Yes or no, and why not."""
 
     yes: bool

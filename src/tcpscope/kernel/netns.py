@@ -13,8 +13,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 NAMED = Path("/run/netns")
 PROC = Path("/proc")
@@ -24,8 +25,7 @@ _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
 _CLONE_NEWNET = 0x40000000
 
 
-@dataclass(frozen=True, slots=True)
-class Namespace:
+class Namespace(msgspec.Struct, frozen=True):
     """A network namespace: `path` opens it while its holder lives; `name` is its file in /run/netns."""
 
     inode: int
@@ -33,8 +33,7 @@ class Namespace:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Visible:
+class Visible(msgspec.Struct, frozen=True):
     """What was found, by inode (our own namespace first), and how many processes could not be looked at."""
 
     namespaces: dict[int, Namespace]

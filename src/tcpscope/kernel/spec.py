@@ -8,10 +8,11 @@ program is attached.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from tcpscope.errors import TcpscopeError
 from tcpscope.kernel import btf as B
@@ -19,8 +20,7 @@ from tcpscope.kernel import elf
 from tcpscope.schema import Layout
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(msgspec.Struct, frozen=True):
     """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`).
 
     without  what is not known when the hook has no way; None: it cannot be done without
@@ -49,8 +49,7 @@ class Program:
         return self.section.partition("/")[2]
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(msgspec.Struct, frozen=True):
     """A global: where it lies in its section."""
 
     section: str
@@ -75,7 +74,7 @@ class Spec:
     @cache
     def of(cls, probe: str) -> Spec:
         """The object that this package ships for `probe`."""
-        return cls(probe, (files("tcpscope") / "bpf" / f"{probe}.bpf.o").read_bytes())
+        return cls(probe, _shipped(f"{probe}.bpf.o"))
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:
@@ -142,3 +141,13 @@ class Spec:
     def layout(self, name: str, internal: bool = False) -> Layout:
         """The layout of the struct `name`; with `internal` also of the fields that are not for showing."""
         return Layout.of(self.btf, name, internal)
+
+
+def _shipped(name: str) -> bytes:
+    """A file of `bpf/`. Mostly it lies beside the code: to import importlib.resources would take 5 ms of each start."""
+    try:
+        return (Path(__file__).parents[1] / "bpf" / name).read_bytes()
+    except FileNotFoundError:  # an editable install has it elsewhere
+        from importlib.resources import files
+
+        return (files("tcpscope") / "bpf" / name).read_bytes()
