@@ -28,6 +28,7 @@ import pytest
 
 from tcpscope.lab import processes
 from tcpscope.lab.hosts import Lab
+from tests import forks
 
 DEADLINE = 120.0  # seconds; emulated kernels are twenty times slower than real ones
 POLL = 0.005
@@ -60,7 +61,10 @@ class CompletedRun:
 
 
 class RunningTool:
-    """`python -m tcpscope ARGUMENTS` in a process that does not outlive the test."""
+    """`python -m tcpscope ARGUMENTS` in a process that does not outlive the test.
+
+    Python itself is only started where it matters: with a prefix, an environment or files of its own.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,7 @@ class RunningTool:
         self.argv = [*prefix, sys.executable, "-m", "tcpscope", *arguments, *machine]
         self.done: CompletedRun | None = None
         self._ready = ready
+        self._forked = not (prefix or env or options)
         self._env = {**os.environ, **(env or {})}
         self._options = options
         self._out: list[str] = []
@@ -82,12 +87,7 @@ class RunningTool:
     def __enter__(self) -> RunningTool:
         self._read_end, write_end = os.pipe()
         try:
-            self.process = processes.start(
-                self.argv,
-                **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | self._options,
-                pass_fds=[write_end],
-                env={**self._env, READY_FD: str(write_end)},
-            )
+            self.process = self._start(write_end)
         finally:
             os.close(write_end)
         self.pid = self.process.pid
@@ -105,6 +105,16 @@ class RunningTool:
                 self.__exit__(None, None, None)
                 raise
         return self
+
+    def _start(self, write_end: int) -> subprocess.Popen[bytes] | forks.Fork:
+        if self._forked:
+            return forks.start(self.argv[3:], self._env, READY_FD, write_end)
+        return processes.start(
+            self.argv,
+            **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | self._options,
+            pass_fds=[write_end],
+            env={**self._env, READY_FD: str(write_end)},
+        )
 
     def __exit__(self, *_: object) -> None:
         try:
