@@ -10,8 +10,6 @@ from tcpscope.kernel.btf import Btf
 from tcpscope.kernel.features import BTF, Kernel
 from tcpscope.tool import names
 
-pytestmark = pytest.mark.kernel
-
 
 @pytest.fixture(scope="module")
 def report():
@@ -20,11 +18,13 @@ def report():
     return json.loads(done.stdout)
 
 
+@pytest.mark.kernel
 def test_every_tool_is_there_and_needs_no_guess(report):
     assert sorted(entry["tool"] for entry in report["tools"]) == names()
     assert all(entry["doubt"] is None for entry in report["tools"])
 
 
+@pytest.mark.kernel
 def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
     kernel = Btf.parse(BTF.read_bytes())
     for entry in report["tools"]:
@@ -34,6 +34,7 @@ def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
                 assert kernel.func_params(target) is not None
 
 
+@pytest.mark.kernel
 def test_what_is_not_attached_says_why_and_what_is_then_not_known(report):
     for entry in report["tools"]:
         for hook in entry["hooks"]:
@@ -50,6 +51,7 @@ def test_text_names_hooks_and_privileges():
     assert "tp_btf/inet_sock_set_state" in done.stdout
 
 
+@pytest.mark.kernel
 def test_no_program_is_refused_that_should_load(report):
     """A way is passed over for what the kernel lacks, never because the verifier did not like the program."""
     refused = [
@@ -62,6 +64,7 @@ def test_no_program_is_refused_that_should_load(report):
     assert refused == []
 
 
+@pytest.mark.kernel
 def test_every_hook_is_attached_where_functions_can_be_hooked(report):
     if not (Kernel().fentry or Kernel().kprobe):
         assert any(hook["way"] is None for entry in report["tools"] for hook in entry["hooks"])

@@ -59,7 +59,6 @@ def test_run_tells_what_was_done_and_what_was_counted() -> None:
     assert ours(os.getpid()) == []
 
 
-@pytest.mark.kernel
 def test_run_with_a_tool_beside() -> None:
     done = subprocess.run(
         [*RUN, "close-order", "--pause-ms", "1", "--", "states", "-o", "json"], capture_output=True, text=True

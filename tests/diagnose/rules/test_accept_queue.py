@@ -6,8 +6,6 @@ from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Lab
 from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
 
-pytestmark = pytest.mark.kernel
-
 
 def findings(tool, rule):
     return [row for row in tool.done.rows if row.get("rule") == rule]
@@ -17,6 +15,7 @@ def diagnose(run_tool, lab: Lab, *arguments: str):
     return run_tool("diagnose", "--netns", str(lab.server.inode), "-d", "300", *arguments)
 
 
+@pytest.mark.kernel
 def test_overflow_is_found_and_explained(lab, run_tool):
     scenario = AcceptOverflow(synack_retries=0)
     scenario.setup(lab)
@@ -59,6 +58,7 @@ def test_limit_cut_by_somaxconn_names_somaxconn(lab, run_tool):
     assert somaxconn["command"].endswith(f"net.core.somaxconn={somaxconn['proposed']}")
 
 
+@pytest.mark.kernel
 def test_queue_that_is_full_and_refuses_nothing_is_a_warning(lab, run_tool):
     scenario = AcceptOverflow(clients=6)
     scenario.setup(lab)
@@ -69,6 +69,7 @@ def test_queue_that_is_full_and_refuses_nothing_is_a_warning(lab, run_tool):
     assert (finding["severity"], finding["facts"]["count"]) == ("warning", 0)
 
 
+@pytest.mark.kernel
 def test_nothing_is_found_where_nothing_is_wrong(lab, run_tool):
     scenario = AcceptOverflow(clients=3)
     scenario.setup(lab)
