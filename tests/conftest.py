@@ -83,6 +83,9 @@ class RunningTool:
         self._options = options
         self._out: list[str] = []
         self._err: list[str] = []
+        self._rows: list[dict[str, Any]] = []
+        self._stats: dict[str, int] | None = None
+        self._decoded = 0
 
     def __enter__(self) -> RunningTool:
         self._read_end, write_end = os.pipe()
@@ -153,10 +156,15 @@ class RunningTool:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows so far (JSON)."""
-        return [record for record in self._records() if record.keys() != {"stats"}]
-
-    def _records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in list(self._out) if line.startswith("{") and line.endswith("\n")]
+        for line in self._out[self._decoded :]:  # each once: tests ask again and again
+            self._decoded += 1
+            if line.startswith("{") and line.endswith("\n"):
+                record = json.loads(line)
+                if record.keys() == {"stats"}:
+                    self._stats = record["stats"]
+                else:
+                    self._rows.append(record)
+        return self._rows.copy()
 
     def wait_for(
         self, predicate: Callable[[list[dict[str, Any]]], Any], timeout: float = DEADLINE
@@ -188,8 +196,7 @@ class RunningTool:
                 pytest.fail(f"{' '.join(self.argv)} did not end within {timeout:g} s: {self.stderr}")
             for reader in self._readers:
                 reader.join(max(0.0, end - time.monotonic()))
-            stats = [record["stats"] for record in self._records() if record.keys() == {"stats"}]
-            self.done = CompletedRun(self.rows, self.stderr, status, stats[-1] if stats else None, self.stdout)
+            self.done = CompletedRun(self.rows, self.stderr, status, self._stats, self.stdout)
         return self.done
 
 
