@@ -646,7 +646,7 @@ class Table:
         return found[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def table(site: Site) -> Iterator[Table]:
     with RunningTool("queue", "-i", "0.05", "--time", "elapsed", "--netns", str(site.lab.server.inode)) as tool:
         yield Table(tool)
