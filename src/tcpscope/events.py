@@ -45,7 +45,7 @@ class Events:
         )  # fmt: skip
         if time not in ("iso", "elapsed", "none"):
             raise UsageError(f"time '{time}'", "allowed: iso, elapsed, none")
-        known = [option.name for option in found.options]
+        known = [option.name for option in found.event_options]
         for name in options:
             if name not in known:
                 hint = did_you_mean(name, known) or f"there are {', '.join(known) or 'none'}"

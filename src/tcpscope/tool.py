@@ -24,6 +24,7 @@ from tcpscope.output import Column, Sink, open_sink
 from tcpscope.schema import Clock, Decoder, Layout, Row
 from tcpscope.session import RING_BYTES, Session, Stats, announce_ready, drop_privileges
 from tcpscope.stop import Stop
+from tcpscope.summary import Summary
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Stream(Tool):
 
     probe, event  the object and its event struct
     columns       shown in a table; the machine formats have all
-    skip          hooks of the probe that this tool does not need
+    summaries     what its rows can be put together to
+    constants     read-only globals of the object, from the request
     """
 
     def __init__(
@@ -164,35 +166,72 @@ class Stream(Tool):
         *,
         aliases: tuple[str, ...] = (),
         options: tuple[Option, ...] = (),
-        skip: tuple[str, ...] = (),
+        summaries: tuple[Summary, ...] = (),
         constants: Callable[[Request], dict[str, Any]] = lambda request: {},
     ) -> None:
         self.probes = (probe,)
         self.event = event
         self.columns = tuple(columns)
         self.aliases = aliases
-        self.options = options
-        self.skip = skip
+        self.event_options = options
+        self.summaries = summaries
+        self.intervals = self.intervals or bool(summaries)
+        self.options = (
+            *options,
+            *(Option((f"--{summary.option}",), f"{summary.help} By default by {','.join(summary.by)}.")
+              for summary in summaries),
+            *((Option(("--by",), "The columns that it is done by, with commas.", str),) if summaries else ()),
+        )  # fmt: skip
         self.constants = constants
+
+    def layout(self, request: Request) -> Layout:
+        """The event struct as its object describes it: needs no kernel."""
+        return Spec.of(self.probes[0]).layout(self.event)
+
+    def skip(self, request: Request) -> tuple[str, ...]:
+        """Hooks that this run can do without."""
+        return ()
+
+    def begin(self, session: Session, request: Request) -> None:
+        """Called when everything is attached, before the first row is read."""
 
     def check(self, request: Request) -> None:
         """UsageError for what can be known to be wrong before anything is loaded."""
-        request.select(Spec.of(self.probes[0]).layout(self.event), self.columns)
+        if not self.asked(request):
+            request.select(self.layout(request), self.columns)
+
+    def asked(self, request: Request) -> Summary | None:
+        """The summary that is asked for in place of rows."""
+        asked = [summary for summary in self.summaries if request.options.get(summary.option)]
+        if len(asked) > 1:
+            raise UsageError(" and ".join(f"--{summary.option}" for summary in asked), "one of them at a time")
+        if not asked and self.summaries:
+            goes_with = " or ".join(f"--{summary.option}" for summary in self.summaries)
+            for option, value in (("--by", request.options.get("by")), ("--interval", request.interval)):
+                if value is not None:
+                    text = f"{value:g}" if isinstance(value, float) else value
+                    raise UsageError(f"{option} {text}", f"goes with {goes_with}")
+        return asked[0] if asked else None
 
     def open(self, request: Request) -> Session:
         """The probe, attached as this tool needs it."""
         self.check(request)
         return Session(
-            self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip,
+            self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip(request),
             ring_bytes=request.buffer or RING_BYTES, debug=request.debug,
         )  # fmt: skip
 
-    def rows(self, session: Session, stop: Stop, request: Request) -> Iterator[list[Row]]:
-        """Decoded batches; an empty one when nothing is new. Counts what it gives as shown."""
-        assert session.layout is not None
-        decode = self.decoder(session, request).rows
+    def rows(
+        self, session: Session, stop: Stop, request: Request, decoder: Decoder | None = None
+    ) -> Iterator[list[Row]]:
+        """Decoded batches; an empty one when nothing is new. Counts what it gives as shown.
+
+        With a `decoder` its rows, and all of them: --max-events is then the business of who puts them together.
+        """
+        decode = (decoder or self.decoder(session, request)).rows
         keep = residual_filter(session)
-        left = request.max_events
+        left = None if decoder else request.max_events
+        self.begin(session, request)
         for batch in session.follow(stop):
             rows = decode(batch)
             wanted = keep(batch, rows) if keep else rows
@@ -211,6 +250,9 @@ class Stream(Tool):
         return request.select(session.layout, self.columns).decoder(Clock(request.time))
 
     def run(self, request: Request) -> None:
+        if summary := self.asked(request):
+            summary.run(self, request)
+            return
         with Stop(request.duration) as stop, self.open(request) as session:
             decoder = self.decoder(session, request)
             sink = request.sink(map(Column.of, decoder.fields))

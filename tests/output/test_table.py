@@ -6,7 +6,7 @@ from typing import Any
 
 from tcpscope.output import Column, open_sink
 
-COLUMNS = (Column("pid"), Column("comm", "comm"), Column("raddr", "address"), Column("tx_bytes", unit="bytes"))
+COLUMNS = (Column("pid"), Column("comm", "comm"), Column("raddr", "address"), Column("sent_bytes", unit="bytes"))
 
 
 def table(*rows: dict[str, Any], columns: tuple[Column, ...] = COLUMNS, header: bool = True) -> list[str]:
@@ -19,29 +19,29 @@ def table(*rows: dict[str, Any], columns: tuple[Column, ...] = COLUMNS, header: 
 
 def test_columns_are_aligned() -> None:
     lines = table(
-        {"pid": 1, "comm": "init", "raddr": "192.0.2.1", "tx_bytes": 5},
-        {"pid": 4194304, "comm": "fifteen-letters", "raddr": "::1", "tx_bytes": 1234567},
+        {"pid": 1, "comm": "init", "raddr": "192.0.2.1", "sent_bytes": 5},
+        {"pid": 4194304, "comm": "fifteen-letters", "raddr": "::1", "sent_bytes": 1234567},
     )
     assert lines == [
-        "    PID COMM            RADDR           TX(bytes)",
-        "      1 init            192.0.2.1               5",
-        "4194304 fifteen-letters ::1               1234567",
+        "    PID COMM            RADDR           SENT(bytes)",
+        "      1 init            192.0.2.1                 5",
+        "4194304 fifteen-letters ::1                 1234567",
     ]
 
 
 def test_an_address_is_never_cut() -> None:
     long = "2001:db8:1111:2222:3333:4444:5555:6666"
-    assert long in table({"pid": 1, "comm": "a", "raddr": long, "tx_bytes": 0})[1]
+    assert long in table({"pid": 1, "comm": "a", "raddr": long, "sent_bytes": 0})[1]
 
 
 def test_unknown_is_not_zero() -> None:
-    row = table({"pid": None, "comm": None, "raddr": None, "tx_bytes": 0})[1]
+    row = table({"pid": None, "comm": None, "raddr": None, "sent_bytes": 0})[1]
     assert row.split() == ["-", "-", "-", "0"]
 
 
 def test_a_name_cannot_write_to_the_terminal() -> None:
     """A process may call itself anything, also a line of its own or an escape sequence."""
-    lines = table({"pid": 1, "comm": "a\n\x1b[2Jé", "raddr": "::1", "tx_bytes": 0})
+    lines = table({"pid": 1, "comm": "a\n\x1b[2Jé", "raddr": "::1", "sent_bytes": 0})
     assert len(lines) == 2
     assert lines[1].split() == ["1", "a\\n\\x1b[2Jé", "::1", "0"]
     (line,) = table({"holders": ["a\nb(1)"]}, columns=(Column("holders", "list"),), header=False)
@@ -49,10 +49,10 @@ def test_a_name_cannot_write_to_the_terminal() -> None:
 
 
 def test_titles_once_or_not_at_all() -> None:
-    row = {"pid": 1, "comm": "a", "raddr": "::1", "tx_bytes": 0}
+    row = {"pid": 1, "comm": "a", "raddr": "::1", "sent_bytes": 0}
     assert len(table(row, row)) == 3
     assert len(table(row, header=False)) == 1
-    assert table() == ["    PID COMM            RADDR           TX(bytes)"]
+    assert table() == ["    PID COMM            RADDR           SENT(bytes)"]
 
 
 def test_a_stack_stands_below_its_row() -> None:

@@ -16,16 +16,21 @@ from tcpscope.schema import Field
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One column of the output. `unit` and `doc` come from the event's C struct where there is one."""
+    """One column of the output. `unit` and `doc` come from the event's C struct where there is one.
+
+    `width` is that of the longest value, where that is known.
+    """
 
     name: str
     kind: str = "int"
     unit: str = ""
     doc: str = ""
+    width: int = 0
 
     @classmethod
     def of(cls, field: Field) -> Column:
-        return cls(field.name, field.kind, field.unit, field.doc)
+        width = max(map(len, field.labels.values())) if field.labels else 0
+        return cls(field.name, field.kind, field.unit, field.doc, width)
 
 
 class Sink(Protocol):

@@ -5,10 +5,34 @@ Buckets are as in bpf/rtt.bpf.c: exact below 8, then 8 per power of two, so a va
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
+
+from tcpscope.output import Column
 
 SUB_BITS = 3
+BUCKETS = (64 - SUB_BITS + 1) << SUB_BITS
 _BAR = 40
+
+COLUMNS = (
+    Column("count", doc="values"),
+    Column("min_us", unit="us", doc="shortest"),
+    Column("p50_us", unit="us", doc="half of them are not longer; known to 1/8"),
+    Column("p90_us", unit="us", doc="90 % are not longer; known to 1/8"),
+    Column("p99_us", unit="us", doc="99 % are not longer; known to 1/8"),
+    Column("max_us", unit="us", doc="longest"),
+    Column("mean_us", "float", unit="us", doc="average"),
+    Column("histogram", "list", doc="[from_us, to_us, count] by power of two"),
+)
+
+
+def bucket_of(value: int) -> int:
+    """The index of the bucket that `value` falls into."""
+    if value < 1 << SUB_BITS:
+        return value
+    octave = value.bit_length() - SUB_BITS
+    return (octave << SUB_BITS) + (value >> octave - 1 & (1 << SUB_BITS) - 1)
 
 
 def bucket_start(index: int) -> int:
@@ -27,6 +51,15 @@ class Histogram:
     sum: int
     min: int | None
     max: int | None
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> Histogram:
+        """That of values below 2**64."""
+        known = list(values)
+        buckets = [0] * BUCKETS
+        for value in known:
+            buckets[bucket_of(value)] += 1
+        return cls(tuple(buckets), sum(known), min(known, default=None), max(known, default=None))
 
     @property
     def count(self) -> int:
@@ -84,3 +117,18 @@ class Histogram:
             bar = "*" * round(n * _BAR / most)
             lines.append(f"{low:>9} -> {high:<9}: {n:<8} |{bar:<{_BAR}}|")
         return lines
+
+
+def figures(histogram: Histogram) -> dict[str, Any]:
+    """The values of COLUMNS."""
+    mean = histogram.mean
+    return {
+        "count": histogram.count,
+        "min_us": histogram.min,
+        "p50_us": histogram.percentile(50),
+        "p90_us": histogram.percentile(90),
+        "p99_us": histogram.percentile(99),
+        "max_us": histogram.max,
+        "mean_us": None if mean is None else round(mean, 1),
+        "histogram": [list(octave) for octave in histogram.octaves()],
+    }

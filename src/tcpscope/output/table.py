@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 
 from tcpscope.output import Column
 
-_WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5}
+_WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5, "errno": 12}
 _NAMED = {"pid": 7, "uid": 5, "lport": 5, "rport": 5, "family": 2, "netns": 10, "cookie": 8, "role": 8,
-          "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12, "cause": 18, "answer": 10}  # fmt: skip
+          "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12, "cause": 18, "answer": 10, "tx_bytes": 10,
+          "rx_bytes": 10}  # fmt: skip
 _HEADERS = {"family": "IP", "in_state_us": "IN STATE(us)", "accept_queue": "ACCEPTQ", "accept_limit": "LIMIT",
             "limit_from": "LIMIT FROM", "syn_queue": "SYNQ", "accepts_per_s": "ACCEPT/s", "since_accept_ms": "LAST(ms)",
             "oldest_wait_ms": "WAIT(ms)", "rx_queue_bytes": "RECV-Q", "tx_queue_bytes": "SEND-Q"}  # fmt: skip
@@ -68,7 +69,7 @@ class _Cell:
         self.header = _HEADERS.get(column.name, f"{title}({column.unit})" if column.unit else title)
         if column.kind == "time":
             self.header = "TIME"
-        self.width = max(_NAMED.get(column.name, _WIDTHS.get(column.kind, 0)), len(self.header))
+        self.width = max(_NAMED.get(column.name, _WIDTHS.get(column.kind, column.width)), len(self.header))
         if column.kind == "stack":
             self.header, self.width = "", 0
         self.right = column.kind in ("int", "float")

@@ -79,16 +79,18 @@ class Queue(Stream):
         frame = _symbols().name if stack else hex
         return request.select(session.layout, default).decoder(Clock(request.time), frame=frame)
 
-    def rows(self, session: Session, stop: Stop, request: Request) -> Iterator[list[Any]]:
+    def rows(
+        self, session: Session, stop: Stop, request: Request, decoder: Decoder | None = None
+    ) -> Iterator[list[Any]]:
         if not request.options.get("events"):
             raise UsageError("'queue' makes no events by itself", "options={'events': True} asks for them")
         if listeners.sees_refusals(session):
-            for rows in super().rows(session, stop, request):
+            for rows in super().rows(session, stop, request, decoder):
                 yield _with_function(rows) if request.options.get("stack") else rows
             return
         sampler = Sampler()
         sampler.look(listeners.snapshot(session, all_=True))
-        yield from _sampled(self.decoder(session, request), session, sampler, stop, request)
+        yield from _sampled(decoder or self.decoder(session, request), session, sampler, stop, request)
 
     def run(self, request: Request) -> None:
         with Stop(request.duration) as stop, self.open(request) as session:

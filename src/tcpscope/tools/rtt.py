@@ -19,7 +19,7 @@ from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import filtering
 from tcpscope.kernel._libbpf import lib
-from tcpscope.output import Column
+from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.schema import Clock, comm_text
 from tcpscope.session import Session, monotonic_ns
@@ -43,17 +43,6 @@ _KEY_COLUMNS = (
     Column("rport", doc="remote port"),
     Column("cookie", doc="socket cookie, what ss -e prints as sk:"),
 )
-_VALUES = (
-    Column("count", doc="samples"),
-    Column("min_us", unit="us", doc="shortest"),
-    Column("p50_us", unit="us", doc="half of the samples are not longer; known to 1/8"),
-    Column("p90_us", unit="us", doc="90 % are not longer; known to 1/8"),
-    Column("p99_us", unit="us", doc="99 % are not longer; known to 1/8"),
-    Column("max_us", unit="us", doc="longest"),
-    Column("mean_us", "float", unit="us", doc="average"),
-    Column("histogram", "list", doc="[from_us, to_us, count] by power of two"),
-)
-
 
 class Rtt(Tool):
     probes = ("rtt",)
@@ -103,7 +92,7 @@ class Rtt(Tool):
             if request.interval:
                 report.write(last, total=False)
             report.write(reader.total, total=True)
-            session.stats.shown = sum(histogram.count for histogram in reader.total.values())
+            session.stats.shown = sum(distribution.count for distribution in reader.total.values())
             request.finish(session.account(), report.sink, more="--max-keys")
 
 
@@ -141,8 +130,8 @@ class _Reader:
             if value.owner_pid:
                 self.owners[name] = {"pid": value.owner_pid, "comm": comm_text(value.owner_comm)}
             self._session.loaded.delete(ended, raw)
-        for name, histogram in found.items():
-            self.total[name] = self.total[name] + histogram if name in self.total else histogram
+        for name, distribution in found.items():
+            self.total[name] = self.total[name] + distribution if name in self.total else distribution
         return found
 
 
@@ -192,8 +181,8 @@ def _columns(request: Request, by: tuple[str, ...]) -> tuple[Column, ...]:
     """The columns to show, or a UsageError."""
     stamp = () if request.time == "none" else (Column("time", "time", doc="when it was read"),)
     period = (Column("total", "bool", doc="over the whole run, not an interval"),)
-    available = (*stamp, *_keys(by), *_VALUES, *period)
-    default = tuple(column.name for column in (*stamp, *_keys(by), *_VALUES[:-1], *period))
+    available = (*stamp, *_keys(by), *histogram.COLUMNS, *period)
+    default = tuple(column.name for column in available if column.name != "histogram")
     return request.choose(available, default)
 
 
@@ -216,29 +205,18 @@ class _Report:
         if self._request.max_events is not None:
             ordered = ordered[: self._request.max_events]
         if not self._draw:
-            self.sink.rows([self._make(key, histogram, when, total) for key, histogram in ordered])
-        for key, histogram in ordered if self._draw else ():
-            self.sink.rows([self._make(key, histogram, when, total)])
-            drawing = "\n".join(["", *histogram.draw("us"), "", ""])
+            self.sink.rows([self._make(key, distribution, when, total) for key, distribution in ordered])
+        for key, distribution in ordered if self._draw else ():
+            self.sink.rows([self._make(key, distribution, when, total)])
+            drawing = "\n".join(["", *distribution.draw("us"), "", ""])
             self._request.stream.write(drawing.encode())
         if not ordered:
             self.sink.rows([])
         self._request.stream.flush()
 
-    def _make(self, key: _Key, histogram: Histogram, when: Any, total: bool) -> Any:
-        mean = histogram.mean
-        values = {name: getattr(key, name) for name in self._keys} | self.owners.get(key, {}) | {
-            "time": when,
-            "count": histogram.count,
-            "min_us": histogram.min,
-            "p50_us": histogram.percentile(50),
-            "p90_us": histogram.percentile(90),
-            "p99_us": histogram.percentile(99),
-            "max_us": histogram.max,
-            "mean_us": None if mean is None else round(mean, 1),
-            "histogram": [list(octave) for octave in histogram.octaves()],
-            "total": total,
-        }
+    def _make(self, key: _Key, distribution: Histogram, when: Any, total: bool) -> Any:
+        values = {name: getattr(key, name) for name in self._keys} | self.owners.get(key, {})
+        values |= histogram.figures(distribution) | {"time": when, "total": total}
         return self._row(*(values[column.name] for column in self._columns))
 
 

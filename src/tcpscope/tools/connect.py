@@ -1,0 +1,19 @@
+"""Who opens connections, to whom, and with what outcome?
+
+One row per active open, when its outcome is known: established, refused, timed out, unreachable, reset, aborted by the
+application, killed, or failed for another reason, with the errno; its latency, the retransmissions of the SYN, both
+ends, and the owner. Attempts that fail before a SYN is sent (no route, no free port) are shown too.
+"""
+
+from tcpscope.summary import Summary
+from tcpscope.tool import Option, Stream
+
+tool = Stream(
+    "connections",
+    "attempt",
+    ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "outcome", "errno", "latency_us", "syn_retrans"),
+    aliases=("tcpconnect",),
+    options=(Option(("--failed",), "Only those that did not succeed."),),
+    summaries=(Summary("count", "Count them.", ("raddr", "rport")),),
+    constants=lambda request: {"attempt_failed_only": bool(request.options.get("failed"))},
+)

@@ -1,0 +1,39 @@
+"""Which connections are slow to be made?
+
+One row per active open, when its outcome is known, with the time from connect() until then: until the SYN-ACK came, or
+until it was refused or given up. With --min only the slow ones, decided in the kernel; one whose beginning was not seen
+has no latency and is not among them. With --histogram the distribution for each outcome.
+"""
+
+import re
+from typing import Any
+
+from tcpscope.errors import UsageError
+from tcpscope.summary import Summary
+from tcpscope.tool import Option, Request, Stream
+
+_FACTORS = {"us": 1, "ms": 1000, "s": 1_000_000}
+
+
+def microseconds(text: str) -> int:
+    """10ms, 1.5s, 300us in microseconds; UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(us|ms|s)", text.strip())
+    if not found:
+        raise UsageError(f"--min {text}", "a time with its unit: 300us, 10ms, 1.5s")
+    return round(float(found[1]) * _FACTORS[found[2]])
+
+
+def _constants(request: Request) -> dict[str, Any]:
+    least = request.options.get("min")
+    return {"attempt_min_us": 0 if least is None else microseconds(least)}
+
+
+tool = Stream(
+    "connections",
+    "attempt",
+    ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "latency_us", "syn_retrans", "outcome"),
+    aliases=("tcpconnlat",),
+    options=(Option(("--min",), "Only those that took at least so long: 10ms.", str),),
+    summaries=(Summary("histogram", "The distribution of the latency.", ("outcome",), "latency_us"),),
+    constants=_constants,
+)
