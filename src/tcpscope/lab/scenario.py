@@ -180,7 +180,15 @@ class Scenario:
         host.sysctl(name, value)
         self.step(host.role, f"{name} = {value}")
 
-    def listen(self, lab: Lab, backlog: int, family: str = "4", closes: str | None = None, pause: float = 0) -> Program:
+    def listen(
+        self,
+        lab: Lab,
+        backlog: int,
+        family: str = "4",
+        closes: str | None = None,
+        pause: float = 0,
+        with_client: bool = True,
+    ) -> Program:
         """Start the server and the client program. `family` is one of FAMILIES; `mapped` is IPv4 to a `::`
         listener."""
         kind = socket.AF_INET if family == "4" else socket.AF_INET6
@@ -196,9 +204,11 @@ class Scenario:
             pause=pause,
         )
         target = socket.AF_INET6 if family == "6" else socket.AF_INET
-        self.client = Program(lab.client, "client", family=target, address=lab.server.address(target), port=PORT)
+        if with_client:
+            self.client = Program(lab.client, "client", family=target, address=lab.server.address(target), port=PORT)
         found = self.server.hear("listening")
-        self.client.hear("ready")
+        if with_client:
+            self.client.hear("ready")
         self._listener = Listener(
             address=address,
             port=found["port"],

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 
 def report(what: str, **details: object) -> None:
@@ -37,7 +36,8 @@ def serve(listener: socket.socket, closes: str, pause: float) -> None:
 
 def main() -> None:
     config = json.loads(sys.argv[1])
-    Path("/proc/self/comm").write_text("lab-server")
+    with open("/proc/self/comm", "w") as comm:  # noqa: PTH123 (pathlib would take a fifth of the start)
+        comm.write("lab-server")
     listener = socket.socket(config["family"])
     if config["family"] == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, config["address"] != "::")

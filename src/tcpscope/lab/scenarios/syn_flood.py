@@ -41,7 +41,7 @@ class SynFlood(Scenario):
     def prepare(self, lab: Lab) -> None:
         self.sysctl(lab.server, "tcp_syncookies", self.syncookies)
         self.sysctl(lab.server, "tcp_max_syn_backlog", self.max_syn_backlog)
-        self.listen(lab, self.backlog, self.family)
+        self.listen(lab, self.backlog, self.family, with_client=False)
         self._kind = socket.AF_INET6 if self.family == "6" else socket.AF_INET
         lab.client.blackhole(NOBODY[self._kind])
 
