@@ -137,10 +137,10 @@ class Session:
         """Flush what the probe holds back, detach, and return when no program runs any more: then all is final."""
         if "flush" in self.loaded.hooks:
             self.loaded.run("flush")
-        self._missed = sum(missed for _, _, missed in self.loaded.program_info().values())
         self.loaded.detach()
         if lib.tcpscope_wait_for_programs() < 0:  # not to be had with nohz_full
             time.sleep(_GRACE_SECONDS)
+        self._missed = sum(missed for _, _, missed in self.loaded.program_info().values())
 
     _missed = 0
 
