@@ -21,7 +21,7 @@ Traffic = Callable[[], workload.Made]
 
 BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _PROBE_ADDRESS = re.compile(rb"127\.1\.(\d+)\.(\d+)")
-_LOST = re.compile(rb"lost (\d+)", re.IGNORECASE)
+_LOST = re.compile(rb"lost (\d+)|(?<=; )(\d+) program runs missed", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Running:
                 rows += workload.MARK in line
                 if b"Lost " in line:  # bpftrace says it among the rows
                     said += line
-        return rows, sum(map(int, _LOST.findall(said)))
+        return rows, sum(int(lost or missed) for lost, missed in _LOST.findall(said))
 
 
 def reason(text: str) -> str:
