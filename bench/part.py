@@ -13,7 +13,7 @@ from typing import Any
 
 from bench import measure, workload
 from bench.measure import CannotRun
-from bench.subjects import PEERS, QUEUE, RTT, STATES, Subject
+from bench.subjects import GROUPS, PEERS, Group, Subject
 
 TRACEFS = Path("/sys/kernel/tracing")
 CLONE_NEWNS = 0x20000
@@ -67,36 +67,40 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         "bpf": {},
         "burst": {},
     }
-    asked: dict[str, Sequence[Subject]] = {"states": STATES, "rtt": RTT, "queue": QUEUE}
-    result["absent"] = absent((*(PEERS if plan.others else ()), *chain(*asked.values())), plan, say)
-    groups = {title: [s for s in group if s.name not in result["absent"]] for title, group in asked.items()}
+    asked = chain(*(group.subjects for group in GROUPS))
+    result["absent"] = absent((*(PEERS if plan.others else ()), *asked), plan, say)
+    present = {group.title: [s for s in group.subjects if s.name not in result["absent"]] for group in GROUPS}
 
     say(f"start to ready, {plan.starts} times")
     slow = plan.compiling_rounds
     result["ready"] = _rounds(
-        plan.starts, slow, groups["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.limits), say
+        plan.starts, slow, present["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.limits), say
     )
-    for title, group in groups.items():
-        exchanges = plan.exchanges if title == "rtt" else 0
+    for group in GROUPS:
+        exchanges = plan.exchanges if group.title == "rtt" else 0
 
         def traffic(exchanges: int = exchanges) -> workload.Made:
             return workload.connections(plan.batches, plan.connections, exchanges)
 
-        def once(subject: Subject | None, traffic: measure.Traffic = traffic) -> dict[str, Any]:
-            return asdict(measure.cost(subject, traffic, plan.limits))
+        def once(subject: Subject | None, group: Group = group, traffic: measure.Traffic = traffic) -> dict[str, Any]:
+            cost = asdict(measure.cost(subject, traffic, plan.limits))
+            if group.per_connection:
+                cost["events"] = cost["connections"] * group.per_connection
+            return cost
 
-        rounds = plan.rounds if title == "states" else -(-plan.rounds // 2)
+        title, subjects = group.title, present[group.title]
+        rounds = plan.rounds if group.reference else -(-plan.rounds // 2)
         say(f"{title}: cost, {rounds} rounds")
-        result["cost"][title] = _rounds(rounds, slow, [None, *group], once, say)
+        result["cost"][title] = _rounds(rounds, slow, [None, *subjects], once, say)
         say(f"{title}: run time of the BPF programs, {plan.stats_rounds} rounds")
         with measure.bpf_stats():
-            result["bpf"][title] = _rounds(plan.stats_rounds, 0, group, once, say)
+            result["bpf"][title] = _rounds(plan.stats_rounds, 0, subjects, once, say)
     if plan.burst_rounds:
         say(f"loss at {plan.burst_per_second} connections/s for {plan.burst_seconds} s, {plan.burst_rounds} rounds")
         result["burst"] = _rounds(
             plan.burst_rounds,
             slow,
-            groups["states"],
+            present["states"],
             lambda s: asdict(
                 measure.cost(s, lambda: workload.rate(plan.burst_per_second, plan.burst_seconds), plan.limits)
             ),

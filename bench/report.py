@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.subjects import JSON, PEERS, QUEUE, RTT, STATES, TABLE, TCPSTATES, Subject
+from bench.subjects import GROUPS, JSON, PEERS, STATES, TABLE, Group, Subject
 
 TEXT = Path(__file__).with_name("page.md")
 Figures = Sequence[float]
@@ -83,27 +83,32 @@ def _kernel(part: dict[str, Any] | None, where: str) -> str:
         f"{where}, Linux {part['kernel']}, {part['cpus']} processors, {part['began']}, load {load}. "
         f"{plan['rounds']} rounds of {plan['batches']} x {plan['connections']:,} connections, {plan['starts']} starts. "
         f"Without a tool a connection takes {spread([cost['wall_ns'] for cost in nothing])} ns.",
-        "",
-        "Every change of state, a row per event:",
-        "",
-        _states(part),
     ]
-    if part["burst"]:
-        lines += ["", f"At {plan['burst_per_second']:,} connections per second for {plan['burst_seconds']} s, "
-                  f"which is {plan['burst_per_second'] * 10:,} events per second:", "", _burst(part)]  # fmt: skip
-    for title, text in (("rtt", f"Round-trip times; {plan['exchanges']} exchanges of a byte on each connection:"),
-                        ("queue", "The queues of listeners:")):  # fmt: skip
-        lines += ["", text, "", _aggregate(part, title)]
+    for group in GROUPS:
+        if group.title not in part["cost"]:
+            continue
+        lines += ["", group.text.format(exchanges=plan["exchanges"]), ""]
+        lines.append(_rows(part, group) if group.reference else _aggregate(part, group))
+        if group.title == "states" and part["burst"]:
+            lines += ["", f"At {plan['burst_per_second']:,} connections per second for {plan['burst_seconds']} s, "
+                      f"which is {plan['burst_per_second'] * 10:,} events per second:", "", _burst(part)]  # fmt: skip
     return "\n".join(lines)
 
 
-def _states(part: dict[str, Any]) -> str:
-    costs, runs = part["cost"]["states"], part["bpf"]["states"]
+def _rows(part: dict[str, Any], group: Group) -> str:
+    """Programs that print a row per event."""
+    costs, runs, reference = part["cost"][group.title], part["bpf"][group.title], group.reference or ""
+    ready = part["ready"] if group.title == "states" else None
+    short = reference.split()[0]
     rows = []
-    for subject in STATES:
+
+    def ratio(figures: Figures, name: str) -> str:
+        return "1" if name == reference else spread(figures, 2)
+
+    for subject in group.subjects:
         name = subject.name
         if name in part["absent"]:
-            rows.append([f"{subject.project}: `{name}`", "does not run here", *[""] * 9])
+            rows.append([f"{subject.project}: `{name}`", "does not run here", *[""] * (9 if ready else 8)])
             continue
         mine = [cost for cost in costs[name] if cost]
         wall = added(costs, name, "wall_ns")
@@ -111,27 +116,23 @@ def _states(part: dict[str, Any]) -> str:
         events = per_event(costs, name)
         rows.append([
             f"{subject.project}: `{name}`",
-            spread(known(part["ready"][name])),
+            *([spread(known(ready[name]))] if ready else []),
             spread(known(wall)),
-            _ratio(ratios(wall, added(costs, TCPSTATES, "wall_ns")), name),
+            ratio(ratios(wall, added(costs, reference, "wall_ns")), name),
             spread(known(cpu)),
-            _ratio(ratios(cpu, added(costs, TCPSTATES, "cpu_ns")), name),
+            ratio(ratios(cpu, added(costs, reference, "cpu_ns")), name),
             spread(known(events)),
-            _ratio(ratios(events, per_event(costs, TCPSTATES)), name),
+            ratio(ratios(events, per_event(costs, reference)), name),
             f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
             spread(bpf_time(runs, name, "events")),
             _lost(mine),
         ])  # fmt: skip
     return table(
-        ["tool", "start to ready, ms", "added per connection, ns", "x `tcpstates`", "the same by CPU time, ns",
-         "x `tcpstates`", "tool's CPU per event, ns", "x `tcpstates`", "peak memory, MB", "BPF time per event, ns",
-         "lost at full speed"],
+        ["tool", *(["start to ready, ms"] if ready else []), "added per connection, ns", f"x `{short}`",
+         "the same by CPU time, ns", f"x `{short}`", "tool's CPU per event, ns", f"x `{short}`", "peak memory, MB",
+         "BPF time per event, ns", "lost at full speed"],
         rows,
     )  # fmt: skip
-
-
-def _ratio(figures: Figures, name: str) -> str:
-    return "1" if name == TCPSTATES else spread(figures, 2)
 
 
 def _lost(costs: Sequence[Any]) -> str:
@@ -154,10 +155,11 @@ def _burst(part: dict[str, Any]) -> str:
     return table(["tool", "events per second, really", "lost"], rows)
 
 
-def _aggregate(part: dict[str, Any], title: str) -> str:
-    costs, runs = part["cost"][title], part["bpf"][title]
+def _aggregate(part: dict[str, Any], group: Group) -> str:
+    """Programs that put together what they see."""
+    costs, runs = part["cost"][group.title], part["bpf"][group.title]
     rows = []
-    for subject in {"rtt": RTT, "queue": QUEUE}[title]:
+    for subject in group.subjects:
         name = subject.name
         if name in part["absent"]:
             rows.append([f"{subject.project}: `{name}`", "does not run here", "", "", ""])
@@ -201,8 +203,12 @@ def _attach(parts: Sequence[dict[str, Any]]) -> str:
             return "not tried"
         return str(part["absent"].get(subject.name, "works")).replace("|", "/")
 
-    rows = [[f"{s.project}: `{s.name}`", *(answer(s, part) for part in parts)] for s in (*STATES, *RTT, *QUEUE, *PEERS)]
+    rows = [[f"{s.project}: `{s.name}`", *(answer(s, part) for part in parts)] for s in (*_all(), *PEERS)]
     return table(titles, rows).replace("---:", "---")
+
+
+def _all() -> list[Subject]:
+    return [subject for group in GROUPS for subject in group.subjects]
 
 
 def _targets(results: dict[str, Any]) -> str:
@@ -222,16 +228,22 @@ def _targets(results: dict[str, Any]) -> str:
     for where in ("host", "guest"):
         if not (part := results.get(where)):
             continue
-        costs, on = part["cost"]["states"], f"Linux {part['kernel']}"
+        on = f"Linux {part['kernel']}"
         if where == "host":
             target(f"start to ready, {on}", 250, known(part["ready"][TABLE]), "ms")
-        for name in (TABLE, JSON):
-            for clock, title in (("wall_ns", "by the clock"), ("cpu_ns", "by CPU time")):
-                one, other = added(costs, name, clock), added(costs, TCPSTATES, clock)
-                target(f"added time {title}, `{name}`, {on}", 0.5, ratios(one, other), "x `tcpstates`", digits=2)
-        for name in (TABLE, JSON):
-            one, other = per_event(costs, name), per_event(costs, TCPSTATES)
-            target(f"CPU per event, `{name}`, {on}", 1, ratios(one, other), "x `tcpstates`", digits=2)
+        for group in GROUPS:
+            costs, reference = part["cost"].get(group.title), group.reference
+            if not costs or not reference or reference in part["absent"]:
+                continue
+            unit = f"x `{reference.split()[0]}`"
+            mine = [subject.name for subject in group.subjects if subject.project == "tcpscope"]
+            for name in mine:
+                for clock, title in (("wall_ns", "by the clock"), ("cpu_ns", "by CPU time")):
+                    one, other = added(costs, name, clock), added(costs, reference, clock)
+                    target(f"added time {title}, `{name}`, {on}", 0.5, ratios(one, other), unit, digits=2)
+            for name in mine:
+                one, other = per_event(costs, name), per_event(costs, reference)
+                target(f"CPU per event, `{name}`, {on}", 1, ratios(one, other), unit, digits=2)
     if micro:
         target("batch drain", 5, [figure / 1e6 for figure in micro["drain"]], "million events/s", atleast=True)
         target("JSON lines", 300, [figure / 1e3 for figure in micro["json"]], "thousand rows/s", atleast=True)

@@ -51,6 +51,16 @@ STATES = (
 
 TABLE, JSON, TCPSTATES = (subject.name for subject in STATES[:3])
 
+CONNECT = (
+    _tcpscope("connect"),
+    _tcpscope("connect", "-o", "json"),
+    _libbpf("tcpconnect", "-t"),
+)
+LIFE = (
+    _tcpscope("life"),
+    _tcpscope("life", "-o", "json"),
+    _libbpf("tcplife", "-T"),
+)
 RTT = (
     _tcpscope("rtt", "-i", "60", rows=False),
     _libbpf("tcprtt", rows=False),
@@ -60,8 +70,32 @@ QUEUE = (
     _libbpf("tcpsynbl", rows=False),
 )
 
+
+@dataclass(frozen=True)
+class Group:
+    """Programs that answer the same question, over the same traffic.
+
+    reference       the peer that the others are held against, if each prints a row per event
+    per_connection  how many rows a connection is; None: each change of state, which the traffic program knows
+    """
+
+    title: str
+    text: str
+    subjects: tuple[Subject, ...]
+    reference: str | None = None
+    per_connection: int | None = None
+
+
+GROUPS = (
+    Group("states", "Every change of state, a row per event:", STATES, "tcpstates -T"),
+    Group("connect", "Active opens, a row per connection:", CONNECT, "tcpconnect -t", 1),
+    Group("life", "Connections that have ended, a row at each end:", LIFE, "tcplife -T", 2),
+    Group("rtt", "Round-trip times; {exchanges} exchanges of a byte on each connection:", RTT),
+    Group("queue", "The queues of listeners:", QUEUE),
+)
+
 PEERS = (
-    *(_libbpf(f"tcp{n}") for n in ("connect", "connlat", "life", "top", "tracer")),
+    *(_libbpf(f"tcp{n}") for n in ("connlat", "top", "tracer")),
     *(_bpftrace(f"tcp{n}") for n in ("accept", "connect", "drop", "life", "retrans", "synbl")),
     *(
         _bcc(f"tcp{n}")
