@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/* The kernel's own counters of the processor at hand, to be read before and after a function call. */
+#ifndef TCPSCOPE_MIB_BPF_H
+#define TCPSCOPE_MIB_BPF_H
+
+#include "kernel.bpf.h"
+#include "output.bpf.h"
+
+/* Filled by user space before loading. The numbers of the counters are an anonymous enum: CO-RE cannot name it. */
+const volatile __u32 mib_listen_overflows;
+const volatile __u32 mib_listen_drops;
+const volatile __u32 mib_reqq_full_cookies;
+const volatile __u32 mib_reqq_full_drop;
+
+struct mib {
+	__u64 overflows, drops, cookies, full;
+};
+
+/* The packet in hand on this CPU. Softirqs do not nest, so one place per CPU is enough. */
+struct in_hand {
+	struct sock *sk;
+	struct sk_buff *skb;
+	struct request_sock *req;
+	struct mib before;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct in_hand);
+} in_hand SEC(".maps");
+
+/*
+ * The distance from a per-CPU pointer to the copy of the CPU whose element of `in_hand` this is. The kernel's own variable
+ * for it is not in the BTF of 5.10, and reading its address from kallsyms would need CAP_SYSLOG. But the same distance
+ * lies between what our per-CPU array holds and what a look-up of it returns. Pointers become numbers by being read back
+ * from the stack.
+ */
+static __always_inline __u64 cpu_offset(struct in_hand *element)
+{
+	void *array = &in_hand, *copy = element;
+	__u64 array_address = 0, copy_address = 0, base = 0;
+
+	bpf_probe_read_kernel(&array_address, sizeof(array_address), &array);
+	bpf_probe_read_kernel(&copy_address, sizeof(copy_address), &copy);
+	bpf_probe_read_kernel(&base, sizeof(base),
+			      (void *)(array_address + bpf_core_field_offset(struct bpf_array, pptrs)));
+	return copy_address - base;
+}
+
+static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
+{
+	struct sock *sk = mine->sk;
+	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(mine);
+
+	bpf_probe_read_kernel(&mib->overflows, 8, counters + mib_listen_overflows * 8);
+	bpf_probe_read_kernel(&mib->drops, 8, counters + mib_listen_drops * 8);
+	bpf_probe_read_kernel(&mib->cookies, 8, counters + mib_reqq_full_cookies * 8);
+	bpf_probe_read_kernel(&mib->full, 8, counters + mib_reqq_full_drop * 8);
+	return 0;
+}
+
+#endif

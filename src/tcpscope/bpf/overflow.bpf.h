@@ -1,0 +1,153 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/* A handshake that was refused, or answered with a cookie, because a queue is full. */
+#ifndef TCPSCOPE_OVERFLOW_BPF_H
+#define TCPSCOPE_OVERFLOW_BPF_H
+
+#include "connection.bpf.h"
+#include "event.bpf.h"
+#include "mib.bpf.h"
+#include "queues.bpf.h"
+
+#define STACK_DEPTH 24
+
+enum answer {
+	ANSWER_UNKNOWN,
+	ANSWER_NONE,
+	ANSWER_SYN_COOKIE,
+	ANSWER_RST,
+} __attribute__((packed));
+
+struct overflow {
+	struct event event;
+	struct queues queues;
+	enum cause cause DOC("what was full; UNKNOWN when sampled");
+	enum step step DOC("at which step of the handshake") UNKNOWN_IS("zero");
+	enum answer answer DOC("what the peer got") UNKNOWN_IS("zero");
+	__u8 padding;
+	__u32 count DOC("how many; 1 unless sampled");
+	__u32 padding2;
+	__u64 stack[STACK_DEPTH] KIND("stack") DOC("kernel stack, innermost first") UNKNOWN_IS("zero");
+};
+
+const struct overflow *overflow_anchor __attribute__((unused));
+
+const volatile bool send_events;
+const volatile bool send_stacks;
+
+/* The remote end of a handshake: from the packet, because at the SYN there is no request yet. */
+static __always_inline void peer_read(struct sk_buff *skb, struct identity *id)
+{
+	unsigned char *head = BPF_CORE_READ(skb, head);
+	unsigned char *ip = head + BPF_CORE_READ(skb, network_header);
+	__be16 port = 0;
+	__be32 v4 = 0;
+	__u8 version = 0;
+
+	bpf_probe_read_kernel(&port, 2, head + BPF_CORE_READ(skb, transport_header));
+	bpf_probe_read_kernel(&version, 1, ip);
+	id->rport = bpf_ntohs(port);
+	if (version >> 4 == 6) {
+		bpf_probe_read_kernel(id->raddr, 16, ip + 8);
+		id->family = 6;
+	} else {
+		bpf_probe_read_kernel(&v4, 4, ip + 12);
+		map_v4(id->raddr, v4);
+		id->family = 4;
+	}
+}
+
+/*
+ * tcp_abort_on_overflow is looked at by tcp_check_req(), where the final ACK of a request goes. The ACK that answers a
+ * SYN cookie has only a request that was made for the occasion and knows no listener; it is dropped in silence.
+ */
+static __always_inline enum answer answer_to(struct in_hand *packet, int step, int cause, bool abort_on_overflow)
+{
+	struct request_sock *req = packet->req; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
+
+	if (cause == CAUSE_COOKIE_SENT)
+		return ANSWER_SYN_COOKIE;
+	if (step == STEP_ACK && cause == CAUSE_ACCEPT_QUEUE_FULL && abort_on_overflow &&
+	    BPF_CORE_READ(req, __req_common.skc_listener))
+		return ANSWER_RST;
+	return ANSWER_NONE;
+}
+
+static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int cause)
+{
+	struct connection *connection = connection_find(packet->sk);
+	struct activity *activity = activity_of(packet->sk);
+	struct identity id = {};
+	struct overflow *event;
+
+	if (activity && step > 0 && step < STEPS && cause > 0 && cause < CAUSES)
+		__sync_fetch_and_add(&activity->refused[step][cause], 1);
+	if (!send_events)
+		return 0;
+	identity_read(packet->sk, &id);
+	peer_read(packet->skb, &id);
+	id.cookie = cookie_if_any(packet->sk);
+	event = event_begin(sizeof(*event), bpf_ktime_get_ns(), &id, connection_owner(connection));
+	if (!event)
+		return 0;
+	queues_read(packet->sk, &event->queues);
+	event->cause = cause;
+	event->step = step;
+	event->count = 1;
+	event->padding = event->padding2 = 0;
+	event->answer = answer_to(packet, step, cause, event->queues.abort_on_overflow);
+	__builtin_memset(event->stack, 0, sizeof(event->stack));
+	if (send_stacks)
+		bpf_get_stack(ctx, event->stack, sizeof(event->stack), 0);
+	event_submit(event);
+	return 0;
+}
+
+static __always_inline void handshake_enter(struct sock *sk, struct sk_buff *skb, struct request_sock *req)
+{
+	__u32 zero = 0;
+	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
+
+	if (!packet)
+		return;
+	packet->sk = sk;
+	packet->skb = skb;
+	packet->req = req;
+	mib_read(packet, &packet->before);
+}
+
+/* Without cookies the last quarter of tcp_max_syn_backlog is kept for peers that were seen before: tcp_conn_request. */
+static __always_inline bool reserved_quarter(struct sock *sk)
+{
+	struct queues queues = {};
+
+	queues_read(sk, &queues);
+	return !queues.syncookies &&
+	       (int)(queues.max_syn_backlog - queues.syn_queue) < (int)(queues.max_syn_backlog >> 2);
+}
+
+/*
+ * A v4-mapped handshake passes tcp_v6_syn_recv_sock and, inside, tcp_v4_syn_recv_sock. The inner one reports and puts
+ * the packet down, so the outer one finds none. Nor does an exit whose entry was missed.
+ */
+static __always_inline void handshake_exit(void *ctx, int step)
+{
+	__u32 zero = 0;
+	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
+	struct mib before, now = {};
+
+	if (!packet || !packet->sk)
+		return;
+	before = packet->before;
+	mib_read(packet, &now);
+	if (now.drops != before.drops)
+		refusal(ctx, packet, step,
+			now.overflows != before.overflows                  ? CAUSE_ACCEPT_QUEUE_FULL
+			: now.full != before.full                          ? CAUSE_SYN_QUEUE_FULL
+			: step == STEP_SYN && reserved_quarter(packet->sk) ? CAUSE_SYN_QUEUE_RESERVED
+									   : CAUSE_OTHER);
+	else if (now.cookies != before.cookies)
+		refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
+	packet->sk = NULL;
+}
+
+#endif
