@@ -9,11 +9,16 @@
 #include "output.bpf.h"
 #include "filter.bpf.h"
 #include "connection.bpf.h"
+#include "once.bpf.h"
 #include "transition.bpf.h"
 #include "attempt.bpf.h"
 #include "accepted.bpf.h"
 #include "life.bpf.h"
 #include "step.bpf.h"
+
+/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after the child's first change. */
+#define COOKIE_AT(sk, old_state, new_state)                                                        \
+	((old_state) == STATE_LISTEN && (new_state) == STATE_SYN_RECV ? 0 : COOKIE_OF(sk))
 
 /* Does this change matter for the events of this run? The table is spared what they do not need. */
 static __always_inline bool matters(struct sock *sk, int old_state, int new_state)
@@ -55,11 +60,26 @@ int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (sk->sk_protocol != IPPROTO_TCP || !matters(sk, old_state, new_state))
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	once_note(sk, old_state << 8 | new_state);
+	if (!matters(sk, old_state, new_state))
 		return 0;
 	change.time_ns = bpf_ktime_get_ns();
-	/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after this. */
-	return state_changed(sk, &change, old_state == STATE_LISTEN && new_state == STATE_SYN_RECV ? 0 : COOKIE_OF(sk));
+	return state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+}
+
+AGAIN
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(state_again, struct sock *sk, int old_state, int new_state)
+{
+	struct held change = {.old_state = old_state, .new_state = new_state};
+
+	if (sk->sk_protocol != IPPROTO_TCP || !once_missed(sk, old_state << 8 | new_state) ||
+	    !matters(sk, old_state, new_state))
+		return 0;
+	change.time_ns = bpf_ktime_get_ns();
+	return state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
 }
 
 FOR("transition")
@@ -289,8 +309,7 @@ static __always_inline void resolve(struct sock *sk, struct connection *connecti
 		life_resolve(sk, connection);
 }
 
-SEC("tp_btf/tcp_destroy_sock")
-int BPF_PROG(destroy, struct sock *sk)
+static __always_inline int destroyed(struct sock *sk)
 {
 	struct connection *connection = connection_find(sk);
 
@@ -300,6 +319,20 @@ int BPF_PROG(destroy, struct sock *sk)
 		resolve(sk, connection);
 	connection_forget(sk);
 	return 0;
+}
+
+SEC("tp_btf/tcp_destroy_sock")
+int BPF_PROG(destroy, struct sock *sk)
+{
+	once_note(sk, 0);
+	return destroyed(sk);
+}
+
+AGAIN
+SEC("tp_btf/tcp_destroy_sock")
+int BPF_PROG(destroy_again, struct sock *sk)
+{
+	return once_missed(sk, 0) ? destroyed(sk) : 0;
 }
 
 /* At the end of a run. */

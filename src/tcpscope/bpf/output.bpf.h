@@ -23,6 +23,9 @@
 /* On the first way of a hook: it is not needed where that program is attached. */
 #define UNLESS(program) __attribute__((btf_decl_tag("unless:" program)))
 
+/* On the second copy of a program. */
+#define AGAIN __attribute__((btf_decl_tag("again:")))
+
 /* On an iterator over the entries of a map: which map. */
 #define OVER_MAP(name) __attribute__((btf_decl_tag("map:" name)))
 
@@ -33,6 +36,7 @@ struct counters {
 	__u64 filtered;   /* not asked for */
 	__u64 lost;       /* asked for, and the ring or an aggregate had no room */
 	__u64 table_full; /* connections without a place in a table: their later events lack owner and times */
+	__u64 rescued;    /* taken by the second copy of a program, because the first was left out: once.bpf.h */
 } __attribute__((aligned(64)));
 
 /* A .bss map is memory shared with user space: reading the counters takes no system call and no privilege. */

@@ -23,6 +23,7 @@ from tcpscope.schema import Layout
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 BATCH_BYTES = 1 << 20
 _VERIFIER_LINES = 6
+_FORGETTING = ("destroy", "destroy_again")
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class Loaded:
         """Iterators, the hook that forgets sockets, the seed, then the others: their first event finds its owner."""
         chosen = {hook.program.name: hook.program for hook in self.hooks.values() if hook.program}
         seeded = False
-        early = [name for name in self._programs if chosen[name].type == "iter" or chosen[name].hook == "destroy"]
+        early = [name for name in self._programs if chosen[name].type == "iter" or chosen[name].hook in _FORGETTING]
         for name in (*early, *(name for name in self._programs if name not in early)):
             if name not in early and "seed" in self._links and not seeded:
                 seeded = True

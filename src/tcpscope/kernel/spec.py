@@ -27,6 +27,7 @@ class Program(msgspec.Struct, frozen=True):
     over     the map whose entries an iterator visits
     events   those that need the hook; None: all
     unless   a program that makes the hook needless
+    again    the second copy of a program, which takes what the first was left out of
     """
 
     name: str
@@ -35,6 +36,7 @@ class Program(msgspec.Struct, frozen=True):
     over: str | None = None
     events: frozenset[str] | None = None
     unless: str | None = None
+    again: bool = False
 
     @property
     def hook(self) -> str:
@@ -87,7 +89,7 @@ class Spec:
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
             events = frozenset(tags["for"].split()) if "for" in tags else None
             program = Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"), events,
-                              tags.get("unless"))  # fmt: skip
+                              tags.get("unless"), "again" in tags)  # fmt: skip
             found.append((function.id, program))
         return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))
 

@@ -1,0 +1,54 @@
+"""bpf/once.bpf.h: an event is taken once, by whichever of the two copies of a program is free for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tcpscope.filters import Filter
+from tcpscope.lab.hosts import Lab
+from tcpscope.session import Session
+from tests.conftest import until
+from tests.puppets import Puppet
+
+pytestmark = pytest.mark.kernel
+
+CONNECTIONS = 20
+STEPS = (
+    "CLOSE>SYN_SENT", "SYN_SENT>ESTABLISHED", "LISTEN>SYN_RECV", "SYN_RECV>ESTABLISHED", "ESTABLISHED>FIN_WAIT1",
+    "ESTABLISHED>CLOSE_WAIT", "FIN_WAIT1>FIN_WAIT2", "CLOSE_WAIT>LAST_ACK", "FIN_WAIT2>CLOSE", "LAST_ACK>CLOSE",
+)  # fmt: skip
+SECOND_ALONE = ("state", "destroy")
+FIRST_ALONE = ("state_again", "destroy_again")
+
+
+@pytest.mark.parametrize("skip", [(), SECOND_ALONE, FIRST_ALONE], ids=["both", "second alone", "first alone"])
+def test_each_event_once(lab: Lab, skip: tuple[str, ...]) -> None:
+    """Without the first copy everything is as if it had been left out each time."""
+    with Session("connections", "transition", Filter(netns=lab.client.inode), skip=skip) as session:
+        assert session.layout is not None
+        decode = session.layout.decoder().rows
+        rows: list[Any] = []
+        Puppet(lab.client, "both-ends").do(
+            "listener = socket.create_server(('127.0.0.1', 0))\n"
+            "for n in range(count):\n"
+            "    client = socket.create_connection(listener.getsockname()); child, _ = listener.accept()\n"
+            "    client.close(); child.recv(1); child.close()",
+            count=CONNECTIONS,
+        )  # fmt: skip
+
+        def all_closed() -> bool:
+            rows.extend(row for batch in session.batches() for row in decode(batch))
+            return sum(row.new_state == "CLOSE" for row in rows) >= 2 * CONNECTIONS
+
+        until(all_closed, "both ends of all connections to be closed")
+        session.end()
+        steps = Counter(f"{row.old_state}>{row.new_state}" for row in rows)
+        assert {step: steps[step] for step in STEPS} == dict.fromkeys(STEPS, CONNECTIONS)
+        counters = session.counters()
+        if skip == SECOND_ALONE:
+            assert counters["rescued"] >= counters["seen"] > 0
+        if skip == FIRST_ALONE:
+            assert counters["rescued"] == 0
