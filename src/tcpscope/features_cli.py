@@ -81,11 +81,11 @@ def _run(json: bool) -> None:
         if entry["doubt"]:
             print(f"  cannot tell for sure: {entry['doubt']}")
         for hook in entry["hooks"]:
-            print(f"  {hook['hook']:<11} {hook['way'] or 'not attached'}")
+            print(f"  {hook['hook']:<14} {hook['way'] or 'not attached'}")
             for why in dict.fromkeys(hook["refused"].values()):
-                print(f"  {'':<11} no better way: {why}" if hook["way"] else f"  {'':<11} {why}")
+                print(f"  {'':<14} no better way: {why}" if hook["way"] else f"  {'':<14} {why}")
             if hook["not_known"]:
-                print(f"  {'':<11} not known here: {hook['not_known']}")
+                print(f"  {'':<14} not known here: {hook['not_known']}")
 
 
 features = click.Command(

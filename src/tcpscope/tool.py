@@ -118,13 +118,13 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
     for session in sessions:
         yield f"probe {session.spec.name}"
         for hook in session.loaded.hooks.values():
-            yield f"  {hook.name:<10} {hook.program.section if hook.program else 'not attached'}"
+            yield f"  {hook.name:<14} {hook.program.section if hook.program else 'not attached'}"
             for name, why in hook.refused.items():
-                yield f"  {'':<10} not {session.spec.section(name)}: {why}"
+                yield f"  {'':<14} not {session.spec.section(name)}: {why}"
                 if name in session.loaded.verifier:
-                    yield from (f"  {'':<12} {line}" for line in session.loaded.verifier[name].split(" | "))
+                    yield from (f"  {'':<16} {line}" for line in session.loaded.verifier[name].split(" | "))
             if hook.program is None and hook.without:
-                yield f"  {'':<10} not known on this kernel: {hook.without}"
+                yield f"  {'':<14} not known on this kernel: {hook.without}"
         here = dict(session.residual.describe())
         for option, value in filter.describe():
             yield f"  filter {option} {value}: decided in {'user space' if option in here else 'the kernel'}"
