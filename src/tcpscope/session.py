@@ -115,7 +115,6 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        self.account()
         self.loaded.close()
 
     def batches(self) -> Iterator[memoryview]:
@@ -134,12 +133,16 @@ class Session:
         yield from self._ring.batches()
 
     def end(self) -> None:
-        """Flush what the probe holds back, detach, and return when no program runs any more: then all is final."""
+        """Flush what the probe holds back, detach, and return when no program runs any more: then all is final.
+
+        First nothing new is held back; the hook that forgets sockets stays until the flush has looked at them.
+        """
         if "flush" in self.loaded.hooks:
+            self.loaded.detach("state", "state_again")
+            _wait_for_programs()
             self.loaded.run("flush")
         self.loaded.detach()
-        if lib.tcpscope_wait_for_programs() < 0:  # not to be had with nohz_full
-            time.sleep(_GRACE_SECONDS)
+        _wait_for_programs()
         # On 5.10 the kernel does not count them; the second copies then have rescued more than is known to be missed.
         again = {hook.program.name for hook in self.loaded.hooks.values() if hook.program and hook.program.again}
         missed = (missed for name, (*_, missed) in self.loaded.program_info().items() if name not in again)
@@ -154,7 +157,7 @@ class Session:
             seen=totals["seen"] + self.stats.seen,
             shown=self.stats.shown,
             filtered=totals["filtered"] + self.stats.filtered,
-            lost=totals["lost"],
+            lost=totals["lost"] + self.stats.lost,
             table_full=totals["table_full"],
             missed=self._missed,
         )
@@ -164,6 +167,12 @@ class Session:
         names = ("seen", "filtered", "lost", "table_full", "rescued")
         words = self._counters.cast("Q")
         return {name: sum(words[at::8]) for at, name in enumerate(names)}
+
+
+def _wait_for_programs() -> None:
+    """Return when no BPF program runs any more that runs now."""
+    if lib.tcpscope_wait_for_programs() < 0:  # not to be had with nohz_full
+        time.sleep(_GRACE_SECONDS)
 
 
 def monotonic_ns() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ from tcpscope.stop import Stop
 if TYPE_CHECKING:
     from tcpscope.tool import Request, Stream
 
+MAX_KINDS = 65536
+"""Rows of further kinds count as lost: nobody reads so many, and a machine in trouble makes them without end."""
+
 _COUNT = Column("count", doc="rows")
 _TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
 
@@ -31,6 +34,8 @@ class Summary:
 
     by  columns that make a kind; --by chooses others
     of  a column in us whose distribution is asked for; None: the rows are only counted
+
+    --max-events is the number of kinds that are printed each time; the account has the rows of all of them.
     """
 
     option: str
@@ -59,16 +64,19 @@ class Summary:
             read = kind if self.of is None else session.layout.select(dict.fromkeys((*names, self.of)))
             value_of = attrgetter(self.of) if self.of else None
             report = _Report(request, sink, columns, names, draw=bool(self.of) and request.output == "table")
-            whole, period = _Groups(), _Groups()
+            whole, period = _Groups(bool(self.of)), _Groups(bool(self.of))
             deadline = time.monotonic() + request.interval if request.interval else None
             for rows in tool.rows(session, stop, request, read.decoder(Clock("none"))):
                 if rows:
                     kinds, values = list(map(kind_of, rows)), list(map(value_of, rows)) if value_of else []
-                    whole.add(kinds, values)
-                    period.add(kinds, values)
+                    left_out = whole.add(kinds, values)
+                    session.stats.shown -= left_out
+                    session.stats.lost += left_out
+                    if deadline:
+                        period.add(kinds, values)
                 if deadline and request.interval and time.monotonic() >= deadline:
                     report.write(period, total=False)
-                    period = _Groups()
+                    period = _Groups(bool(self.of))
                     deadline += request.interval
             if deadline:
                 report.write(period, total=False)
@@ -88,25 +96,38 @@ class Summary:
 @dataclass
 class _Group:
     count: int = 0
-    values: Histogram = field(default_factory=lambda: Histogram.of(()))
+    values: Histogram | None = None
 
 
 class _Groups:
-    """What has been seen of each kind."""
+    """What has been seen of each kind, and with `distributed` the distribution of its numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, distributed: bool) -> None:
         self._groups: dict[tuple[Any, ...], _Group] = {}
+        self._distributed = distributed
 
-    def add(self, kinds: Sequence[tuple[Any, ...]], values: Sequence[int | None]) -> None:
-        """A batch: the kind of each row, and its number (no numbers at all if rows are only counted)."""
+    def add(self, kinds: Sequence[tuple[Any, ...]], values: Sequence[int | None]) -> int:
+        """A batch: the kind of each row, and its number (none at all if rows are only counted).
+
+        Returns how many rows were left out because there are kinds enough.
+        """
+        left_out = 0
         for kind, count in Counter(kinds).items():
-            self._groups.setdefault(kind, _Group()).count += count
+            if kind in self._groups:
+                self._groups[kind].count += count
+            elif len(self._groups) < MAX_KINDS:
+                self._groups[kind] = _Group(count, Histogram.of(()) if self._distributed else None)
+            else:
+                left_out += count
         known: dict[tuple[Any, ...], list[int]] = {}
         for kind, value in zip(kinds, values, strict=bool(values)):
-            if value is not None:
+            if value is not None and kind in self._groups:
                 known.setdefault(kind, []).append(value)
         for kind, numbers in known.items():
-            self._groups[kind].values += Histogram.of(numbers)
+            group = self._groups[kind]
+            assert group.values is not None
+            group.values += Histogram.of(numbers)
+        return left_out
 
     def largest(self) -> list[tuple[tuple[Any, ...], _Group]]:
         """All, those with most rows first."""
@@ -134,14 +155,14 @@ class _Report:
             self._sink.rows([self._make(kind, group, when, total) for kind, group in largest])
         for kind, group in largest if self._draw else ():
             self._sink.rows([self._make(kind, group, when, total)])
-            if group.values.count:
+            if group.values and group.values.count:
                 self._request.stream.write("\n".join(["", *group.values.draw("us"), "", ""]).encode())
         if not largest:
             self._sink.rows([])
         self._request.stream.flush()
 
     def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool) -> Any:
-        values = histogram.figures(group.values) | dict(zip(self._names, kind, strict=True))
+        values = dict(zip(self._names, kind, strict=True)) | (histogram.figures(group.values) if group.values else {})
         values |= {"time": when, "count": group.count, "total": total}
         return self._row(*(values[name] for name in self._columns))
 

@@ -164,19 +164,27 @@ int BPF_KPROBE(timewait__kprobe, struct sock *sk, int state)
 /* accept() returns `child` to the current process. `listener` is NULL where it is not known. */
 static __noinline int accepted(struct sock *child, struct sock *listener)
 {
+	struct owner unlisted_owner = {};
+	struct identity unlisted = {};
+	struct identity *id = &unlisted;
+	const struct owner *owner = &unlisted_owner;
 	struct connection *connection;
-	struct identity *id;
+	__u64 queued_ns = 0;
 
-	if (!child)
+	if (!child || BPF_CORE_READ(child, sk_protocol) != IPPROTO_TCP)
 		return 0;
 	connection = connection_find(child);
 	if (connection && (connection->accepted || connection->role == ROLE_ACTIVE || connection->role == ROLE_LISTENER))
 		return 0; /* seen by another hook; or not a child at all, but what a number that is no descriptor points to */
 	connection = connection_accepted(child);
-	if (!connection)
-		return 0; /* counted as table_full */
-	id = &connection->id;
-	if (!identity_complete(connection))
+	if (connection) {
+		id = &connection->id;
+		owner = &connection->accepter;
+		queued_ns = connection->opened_ns;
+	} else {
+		owner_of_current(&unlisted_owner);
+	}
+	if (!connection || !identity_complete(connection))
 		identity_read(child, id);
 	if (!id->cookie)
 		id->cookie = cookie_if_any(child);
@@ -187,26 +195,34 @@ static __noinline int accepted(struct sock *child, struct sock *listener)
 			listener = (struct sock *)found->sk;
 	}
 	if (emits_accepted)
-		accepted_emit(id, &connection->accepter, connection->opened_ns, listener);
+		accepted_emit(id, owner, queued_ns, listener);
 	if (emits_step)
-		step_emit(bpf_ktime_get_ns(), id, &connection->accepter, STEP_ACCEPT);
+		step_emit(bpf_ktime_get_ns(), id, owner, STEP_ACCEPT);
 	return 0;
 }
 
-/* Without functions to hook: the completion of an accept that was asked for through io_uring. */
+/*
+ * Without functions to hook: io_uring's completions. Those of a multishot request come without it, and a result may be
+ * something else than a descriptor. But a child that was seen to be born and now has a descriptor has been accepted.
+ * `completion` is followed directly, so that the verifier refuses kernels that have something else in its place.
+ */
 FOR("transition accepted life step")
-UNLESS("accept__fexit")
+UNLESS("accept__fexit accept__kretprobe")
 OPTIONAL("connections accepted through io_uring")
 SEC("tp_btf/io_uring_complete")
 int BPF_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring_cqe *completion)
 {
-	int fd = BPF_CORE_READ(completion, res);
+	struct connection *connection;
+	int fd = completion->res;
 	struct sock *child;
 
-	if (fd < 0 || BPF_CORE_READ(request, opcode) != IORING_OP_ACCEPT)
+	if (fd < 0 || (request && BPF_CORE_READ(request, opcode) != IORING_OP_ACCEPT))
 		return 0;
 	child = tcp_sock_of_fd(fd);
-	return child ? accepted(child, tcp_sock_of_file(BPF_CORE_READ(request, file))) : 0;
+	connection = child ? connection_find(child) : NULL;
+	if (!connection || connection->role != ROLE_PASSIVE || !connection->opened_ns)
+		return 0;
+	return accepted(child, request ? tcp_sock_of_file(BPF_CORE_READ(request, file)) : NULL);
 }
 
 FOR("transition accepted life step")
@@ -237,13 +253,13 @@ OPTIONAL("who accepts by a call that began before the tool")
 SEC("fentry/security_sock_graft")
 int BPF_PROG(graft__fentry, struct sock *child)
 {
-	return BPF_CORE_READ(child, sk_protocol) == IPPROTO_TCP ? accepted(child, NULL) : 0;
+	return connection_find(child) ? accepted(child, NULL) : 0;
 }
 
 SEC("kprobe/security_sock_graft")
 int BPF_KPROBE(graft__kprobe, struct sock *child)
 {
-	return BPF_CORE_READ(child, sk_protocol) == IPPROTO_TCP ? accepted(child, NULL) : 0;
+	return connection_find(child) ? accepted(child, NULL) : 0;
 }
 
 FOR("life")

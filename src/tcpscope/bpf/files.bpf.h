@@ -46,10 +46,11 @@ static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 static __noinline struct sock *tcp_sock_of_fd(__u32 fd)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct file **files = BPF_CORE_READ(task, files, fdt, fd);
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file **files = BPF_CORE_READ(table, fd);
 	struct file *file;
 
-	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
+	if (fd >= BPF_CORE_READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
 		return NULL;
 	return tcp_sock_of_file(file);
 }

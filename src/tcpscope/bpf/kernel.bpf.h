@@ -212,6 +212,7 @@ struct file {                                                 /* include/linux/f
 };
 
 struct fdtable {                                              /* include/linux/fdtable.h */
+	unsigned int max_fds;
 	struct file **fd;
 };
 

@@ -49,10 +49,16 @@ static __always_inline bool listening_add(const struct identity *id, const struc
 		COUNT(table_full);
 		return false;
 	}
+	if (present->sockets) {
+		present->sk = 0;
+		if (present->owner.pid != owner->pid)
+			present->mixed = 1;
+	} else { /* being removed: nothing of it holds any more */
+		present->owner = *owner;
+		present->sk = (__u64)sk;
+		present->mixed = 0;
+	}
 	__sync_fetch_and_add(&present->sockets, 1);
-	present->sk = 0;
-	if (present->owner.pid != owner->pid)
-		present->mixed = 1;
 	return true;
 }
 
@@ -65,10 +71,9 @@ static __always_inline void listening_remove(const struct identity *id)
 	present = bpf_map_lookup_elem(&listening, &key);
 	if (!present)
 		return;
-	if (present->sockets <= 1)
+	__sync_fetch_and_add(&present->sockets, -1); /* before 5.12 it has no result */
+	if (!present->sockets)
 		bpf_map_delete_elem(&listening, &key);
-	else
-		__sync_fetch_and_add(&present->sockets, -1);
 }
 
 /* The listener of a child: bound to the child's own address, or to any address of its or of either family. */

@@ -20,8 +20,8 @@
 /* On the first way of a hook: which events need it; without the tag all of them do. */
 #define FOR(events) __attribute__((btf_decl_tag("for:" events)))
 
-/* On the first way of a hook: it is not needed where that program is attached. */
-#define UNLESS(program) __attribute__((btf_decl_tag("unless:" program)))
+/* On the first way of a hook: it is not needed where one of these programs is attached. */
+#define UNLESS(programs) __attribute__((btf_decl_tag("unless:" programs)))
 
 /* On the second copy of a program. */
 #define AGAIN __attribute__((btf_decl_tag("again:")))

@@ -245,11 +245,11 @@ class Loaded:
                 result[name] = (info.run_time_ns, info.run_count, info.missed)
         return result
 
-    def detach(self) -> None:
-        """Detach all hooks; maps and counters stay readable."""
-        for link in self._links.values():
-            lib.bpf_link__destroy(link)
-        self._links.clear()
+    def detach(self, *programs: str) -> None:
+        """Detach these programs, or all; maps and counters stay readable."""
+        for name in programs or tuple(self._links):
+            if name in self._links:
+                lib.bpf_link__destroy(self._links.pop(name))
 
     def close(self) -> None:
         """Detach and free everything. May be called twice."""
@@ -282,7 +282,7 @@ def plan(
         better = ways[: ways.index(best)] if best else ways
         hooks[name] = Hook(name, best, {way.name: refused[way.name] for way in better}, ways[0].without)
     attached = {hook.program.name for hook in hooks.values() if hook.program}
-    return {name: hook for name, hook in hooks.items() if spec.hooks[name][0].unless not in attached}
+    return {name: hook for name, hook in hooks.items() if not spec.hooks[name][0].unless & attached}
 
 
 def verifier_lines(log: str) -> list[str]:

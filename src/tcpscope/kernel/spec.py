@@ -2,8 +2,8 @@
 
 A program called `hook` or `hook__way` is one way to attach the logical hook `hook`; the ways are tried in the order of
 the file. What holds for the hook stands on its first way: with the tag `optional:TEXT` it may be missing, and TEXT says
-what is then not known; with `for:EVENTS` only these events need it; with `unless:PROGRAM` it is not needed where that
-program is attached.
+what is then not known; with `for:EVENTS` only these events need it; with `unless:PROGRAMS` it is not needed where one
+of these is attached.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Program(msgspec.Struct, frozen=True):
     without  what is not known when the hook has no way; None: it cannot be done without
     over     the map whose entries an iterator visits
     events   those that need the hook; None: all
-    unless   a program that makes the hook needless
+    unless   programs that make the hook needless
     again    the second copy of a program, which takes what the first was left out of
     """
 
@@ -35,7 +35,7 @@ class Program(msgspec.Struct, frozen=True):
     without: str | None = None
     over: str | None = None
     events: frozenset[str] | None = None
-    unless: str | None = None
+    unless: frozenset[str] = frozenset()
     again: bool = False
 
     @property
@@ -89,7 +89,7 @@ class Spec:
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
             events = frozenset(tags["for"].split()) if "for" in tags else None
             program = Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"), events,
-                              tags.get("unless"), "again" in tags)  # fmt: skip
+                              frozenset(tags.get("unless", "").split()), "again" in tags)  # fmt: skip
             found.append((function.id, program))
         return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))
 
