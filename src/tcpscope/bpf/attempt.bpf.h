@@ -4,9 +4,9 @@
  *
  * The state tells most: SYN_SENT to ESTABLISHED, or to CLOSE with an error in the socket, which is what the kernel counts
  * as TcpAttemptFails (tcp_done()). A CLOSE without an error is the work of whoever closes: of connect() itself, which
- * could not send a SYN, or of the application, which gave up. Then what connect() returns is waited for; if nothing
- * comes before the socket dies, the application gave up. A connect() that fails before SYN_SENT (no route) has only
- * what it returns.
+ * could not send a SYN, or of the application, which gave up. If connect() has returned before, it was the application.
+ * Otherwise what connect() returns is waited for; if nothing comes before the socket dies, the application gave up. A
+ * connect() that fails before SYN_SENT (no route) has only what it returns.
  */
 #ifndef TCPSCOPE_ATTEMPT_BPF_H
 #define TCPSCOPE_ATTEMPT_BPF_H
@@ -31,7 +31,7 @@ struct attempt {
 		DOC("how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why");
 	bool syn_sent DOC("a SYN has left: the kernel counts it as TcpActiveOpens");
 	__u16 padding;
-	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket, or of connect() if no SYN was sent");
+	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket or, where it has none, of connect()");
 	__u32 syn_retrans DOC("retransmissions of the SYN");
 	__u32 padding2;
 	__u64 latency_us UNIT("us") UNKNOWN_IS("max") DOC("from the call of connect() to the outcome");
@@ -45,7 +45,7 @@ const volatile bool attempt_failed_only; /* nor one that succeeded */
 
 /* include/uapi/asm-generic/errno.h, errno-base.h */
 #define EINTR 4
-#define EINVAL 22
+#define EPIPE 32
 #define ENETDOWN 100
 #define ENETUNREACH 101
 #define ECONNABORTED 103
@@ -118,6 +118,15 @@ static __noinline int attempt_emit(const struct identity *id, const struct owner
 	return 0;
 }
 
+/*
+ * What a connect() gets that waits while another thread disconnects the socket. EPIPE came with "tcp: allow again
+ * tcp_disconnect() when threads are waiting".
+ */
+static __always_inline bool is_disconnected(__u32 error)
+{
+	return error == ECONNRESET || error == ECONNABORTED || error == EPIPE;
+}
+
 /* Its socket was closed without an error, and now it is known by whom: 0 = not by connect(). */
 static __always_inline void attempt_resolve(struct connection *connection, __u32 error)
 {
@@ -137,6 +146,10 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 		/* Closed by the application; or, without a SYN, by a call whose return is not hooked. */
 		ending.outcome = ending.syn_sent ? OUTCOME_ABORTED : OUTCOME_FAILED;
 		ending.errno = ending.syn_sent ? 0 : ERRNO_UNKNOWN;
+	} else if (ending.syn_sent && is_disconnected(error)) {
+		ending.outcome = OUTCOME_ABORTED;
+	} else {
+		ending.syn_sent = false; /* tcp_connect() has failed: what it counted as sent did not leave */
 	}
 	attempt_emit(&connection->id, &connection->opener, &ending);
 }
@@ -177,7 +190,7 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 	ending.errno = change->new_state == STATE_CLOSE ? BPF_CORE_READ(sk, sk_err) : 0;
 	ending.outcome = outcome_of(ending.errno);
 	if (connection) {
-		if (change->new_state == STATE_CLOSE && !ending.errno) {
+		if (change->new_state == STATE_CLOSE && !ending.errno && !connection->connect_returned) {
 			connection->attempt = ATTEMPT_CLOSED;
 			connection->closed_ns = ending.time_ns;
 			connection->syn_retrans = ending.syn_retrans;
@@ -186,6 +199,8 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 			return;
 		}
+		if (change->new_state == STATE_CLOSE && !ending.errno) /* the application, after connect() had returned */
+			ending.outcome = OUTCOME_ABORTED;
 		connection->attempt = ending.errno ? ATTEMPT_REPORTED : ATTEMPT_NONE;
 		ending.began_ns = connection->opened_ns;
 	} else if (change->new_state == STATE_CLOSE && !ending.errno) {
@@ -195,7 +210,9 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 	attempt_emit(id, connection ? &connection->opener : NULL, &ending);
 }
 
-/* struct sockaddr_in and sockaddr_in6 */
+#define SOCKADDR_IN_SIZE 16 /* sizeof(struct sockaddr_in) */
+
+/* struct sockaddr_in, and sockaddr_in6 without its scope */
 struct remote_address {
 	__u16 family;
 	__be16 port;
@@ -203,8 +220,26 @@ struct remote_address {
 	__u8 v6[16];
 };
 
+/* What is shorter is refused, and what follows it in memory is no address. */
+static __always_inline bool remote_address_fits(const struct remote_address *to, int size)
+{
+	if (to->family == AF_INET)
+		return size >= SOCKADDR_IN_SIZE;
+	return to->family == AF_INET6 && size >= (int)sizeof(*to);
+}
+
+/* As long as it was given: behind it no memory need be. `read` is bpf_probe_read_kernel or bpf_probe_read_user. */
+#define REMOTE_ADDRESS_READ(read, to, address, size)                                                \
+	({                                                                                          \
+		read(to, SOCKADDR_IN_SIZE, (void *)(address));                                      \
+		if ((int)(size) >= (int)sizeof(*(to)))                                              \
+			read((void *)(to) + SOCKADDR_IN_SIZE, sizeof(*(to)) - SOCKADDR_IN_SIZE,     \
+			     (void *)(address) + SOCKADDR_IN_SIZE);                                 \
+	})
+
 /* connect() failed before it had chosen a route: the socket does not know its remote end, its caller does. */
-static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, __u32 error)
+static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, int size,
+					   __u32 error)
 {
 	struct ending ending = {
 		.time_ns = bpf_ktime_get_ns(),
@@ -217,39 +252,46 @@ static __noinline int attempt_failed_early(struct sock *sk, const struct remote_
 	identity_read(sk, &id);
 	id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 	id.rport = bpf_ntohs(to->port);
-	if (to->family == AF_INET) {
+	if (!remote_address_fits(to, size)) {
+		id.rport = 0;
+		__builtin_memset(id.raddr, 0, 16);
+	} else if (to->family == AF_INET) {
 		map_v4(id.raddr, to->v4);
 		id.family = 4;
-	} else if (to->family == AF_INET6) {
+	} else {
 		__builtin_memcpy(id.raddr, to->v6, 16);
 		id.family = is_v4_mapped(id.raddr) ? 4 : 6;
-	} else {
-		id.rport = 0;
 	}
 	owner_of_current(&owner);
 	return attempt_emit(&id, &owner, &ending);
 }
 
 /* connect() returns. */
-static __always_inline void attempt_returned(struct sock *sk, const struct remote_address *to, long result)
+static __always_inline void attempt_returned(struct sock *sk, const struct remote_address *to, int size,
+					     long result)
 {
 	__u32 error = result < 0 ? -result : 0;
 	struct connection *connection = connection_find(sk);
 	enum attempt_stage stage = connection ? connection->attempt : ATTEMPT_NONE;
+	/* Not answers to an attempt but to its repetition, or interruptions of one that goes on. */
+	bool says_nothing = error == EISCONN || error == EALREADY || error == EINPROGRESS || error == EINTR ||
+			    (error >= ERESTARTSYS && error <= ERESTART_RESTARTBLOCK);
 
-	if (stage == ATTEMPT_CLOSED) {
-		attempt_resolve(connection, error);
+	if (to->family == AF_UNSPEC) { /* disconnects; another thread may be waiting */
+		if (stage == ATTEMPT_REPORTED && !error)
+			connection->attempt = ATTEMPT_NONE;
 		return;
 	}
-	if (stage == ATTEMPT_REPORTED) /* here is the error that was shown before */
+	if (stage == ATTEMPT_OPEN)
+		connection->connect_returned = true;
+	else if (says_nothing) /* the outcome may have come before the system call's end */
+		return;
+	else if (stage == ATTEMPT_CLOSED)
+		attempt_resolve(connection, error);
+	else if (stage == ATTEMPT_REPORTED) /* here is the error that was shown before */
 		connection->attempt = ATTEMPT_NONE;
-	if (stage != ATTEMPT_NONE || !error)
-		return;
-	/* Not answers to an attempt but to its repetition, or interruptions of one that goes on. */
-	if (error == EISCONN || error == EALREADY || error == EINPROGRESS || error == EINTR ||
-	    (error >= ERESTARTSYS && error <= ERESTART_RESTARTBLOCK))
-		return;
-	attempt_failed_early(sk, to, error);
+	else if (stage == ATTEMPT_NONE && error && !is_disconnected(error))
+		attempt_failed_early(sk, to, size, error);
 }
 
 #endif

@@ -51,12 +51,14 @@ static __always_inline __u64 cookie_if_any(struct sock *sk)
 #define SYSCALL_IS_CONNECT(regs) (SYSCALL_NUMBER(regs) == 42)
 #define SYSCALL_ARGUMENT_1(regs) (((struct pt_regs___kernel *)(regs))->di)
 #define SYSCALL_ARGUMENT_2(regs) (((struct pt_regs___kernel *)(regs))->si)
+#define SYSCALL_ARGUMENT_3(regs) (((struct pt_regs___kernel *)(regs))->dx)
 #elif defined(__TARGET_ARCH_arm64)
 #define SYSCALL_ARGUMENT_1(regs) (((struct pt_regs___kernel *)(regs))->orig_x0)
 #define SYSCALL_NUMBER(regs) (((struct pt_regs___kernel *)(regs))->syscallno)
 #define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 202 || SYSCALL_NUMBER(regs) == 242)
 #define SYSCALL_IS_CONNECT(regs) (SYSCALL_NUMBER(regs) == 203)
 #define SYSCALL_ARGUMENT_2(regs) (((struct pt_regs___kernel *)(regs))->regs[1])
+#define SYSCALL_ARGUMENT_3(regs) (((struct pt_regs___kernel *)(regs))->regs[2])
 #endif
 
 /* Value of a small integer field whose width differs between kernels, read by address. */

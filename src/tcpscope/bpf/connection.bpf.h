@@ -59,6 +59,7 @@ struct connection {
 	bool in_listening;      /* this listener is counted in `listening` */
 	bool accepted;          /* `accepter` is filled; set after it, so a reader never sees half an owner */
 	bool syn_sent;          /* valid once closed in SYN_SENT */
+	bool connect_returned;  /* while still in SYN_SENT; a byte of its own, as others write `attempt` meanwhile */
 	enum role role;
 	enum tcp_state followed_by;
 	enum tcp_state closed_in;

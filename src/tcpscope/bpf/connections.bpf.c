@@ -114,8 +114,8 @@ int BPF_PROG(connected__fexit, struct socket *socket, void *address, int size, i
 
 	if (!sk)
 		return 0;
-	bpf_probe_read_kernel(&to, sizeof(to), address);
-	attempt_returned(sk, &to, result);
+	REMOTE_ADDRESS_READ(bpf_probe_read_kernel, &to, address, size);
+	attempt_returned(sk, &to, size, result);
 	return 0;
 }
 
@@ -130,8 +130,8 @@ int BPF_PROG(connected__syscall, struct pt_regs *regs, long result)
 	sk = tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs));
 	if (!sk)
 		return 0;
-	bpf_probe_read_user(&to, sizeof(to), (void *)SYSCALL_ARGUMENT_2(regs));
-	attempt_returned(sk, &to, result);
+	REMOTE_ADDRESS_READ(bpf_probe_read_user, &to, SYSCALL_ARGUMENT_2(regs), SYSCALL_ARGUMENT_3(regs));
+	attempt_returned(sk, &to, SYSCALL_ARGUMENT_3(regs), result);
 	return 0;
 }
 

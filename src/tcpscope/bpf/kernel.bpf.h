@@ -258,6 +258,7 @@ struct proto_accept_arg {};                                   /* include/net/soc
 
 struct pt_regs___kernel {                                     /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)
+	unsigned long dx;
 	unsigned long si;
 	unsigned long di;
 	unsigned long orig_ax;
