@@ -1,0 +1,168 @@
+"""`connlat` against the client's own clock, and its summaries against its rows.
+
+The same connections pass four tools at a time: one shows each, one only the slow ones, two put them together.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from statistics import mean
+from typing import NamedTuple
+
+import pytest
+
+from tcpscope.lab.hosts import Lab, held
+from tcpscope.tools.connlat import microseconds
+from tests.conftest import CompletedRun, RunningTool, until
+from tests.puppets import Puppet
+
+SILENT, NOWHERE = "198.51.100.7", "203.0.113.7"
+QUICK, SLOW, REFUSED, GIVEN_UP, UNROUTED, OLDER = 6000, 6001, 6002, 6003, 6004, 6005
+TIMES = 20
+LEAST_US = 500_000
+
+# What the client saw of each connection: its remote port, the outcome, and the time between two looks at its clock.
+CALLS = r"""
+import select
+saw = []
+def connect(address, port):
+    global s
+    s = socket.socket()
+    begin = time.monotonic()
+    s.setblocking(False)
+    s.connect_ex((address, port))
+    return begin
+def finish(begin, port):
+    poll = select.poll()
+    poll.register(s, select.POLLOUT)
+    poll.poll()
+    saw.append((port, time.monotonic() - begin))
+    s.close()
+def several(address, port, times):
+    for _ in range(times):
+        finish(connect(address, port), port)
+"""
+
+
+class Seen(NamedTuple):
+    rows: CompletedRun
+    slow: CompletedRun
+    whole: CompletedRun
+    drawn: CompletedRun
+    saw: dict[int, list[float]]  # us, by remote port
+
+
+@pytest.fixture(scope="module")
+def seen() -> Iterator[Seen]:
+    with Lab() as lab, ExitStack() as stack:
+        lab.server.blackhole("198.51.100.0/24")
+        client, here = Puppet(lab.client, "client"), ("--netns", str(lab.client.inode))
+        address = lab.server.ipv4
+        for port in (QUICK, SLOW):
+            listener = lab.server.socket(socket.AF_INET)
+            listener.bind((address, port))
+            listener.listen(2 * TIMES)
+        client.do(CALLS)
+        client.do("connect(address, port); older = s", address=SILENT, port=OLDER)
+        started = [
+            RunningTool("connlat", *here),
+            RunningTool("connlat", "--min", "0.5s", *here),
+            RunningTool("connlat", "--histogram", "--by", "outcome,rport", "-i", "0.5", *here),
+            RunningTool("connlat", "--histogram", "--time", "none", "-o", "table", *here),
+        ]
+        tools = [stack.enter_context(tool) for tool in started]
+        client.do("several(address, port, times)", address=address, port=QUICK, times=TIMES)
+        client.do("several(address, port, times)", address=address, port=REFUSED, times=TIMES)
+        with held(lab.server):
+            client.do("begin = connect(address, port)", address=address, port=SLOW)
+            until(lambda: any(s.rport == SLOW and s.retransmits for s in lab.client.sockets()), "a second SYN")
+        client.do("finish(begin, port)", port=SLOW)
+        client.do(
+            "begin = connect(address, port); select.select([], [], [], 0.6); s.close()\n"
+            "saw.append((port, time.monotonic() - begin))",
+            address=SILENT, port=GIVEN_UP,
+        )  # fmt: skip
+        client.do("connect(address, port); s.close(); saw.append((port, -1)); older.close()",
+                  address=NOWHERE, port=UNROUTED)  # fmt: skip
+        tools[0].wait_for(lambda rows: len(rows) >= 2 * TIMES + 4)
+        saw: dict[int, list[float]] = {}
+        for port, span in client.ask("saw"):
+            saw.setdefault(port, []).append(span * 1e6)
+        done = [tool.stop() for tool in tools]
+        assert [run.status for run in done] == [0] * 4
+        yield Seen(*done, saw)
+
+
+def latencies(run: CompletedRun, port: int) -> list[int | None]:
+    return [row["latency_us"] for row in run.rows if row["rport"] == port]
+
+
+@pytest.mark.kernel
+def test_latency(seen: Seen) -> None:
+    for port, spans in seen.saw.items():
+        found = latencies(seen.rows, port)
+        assert len(found) == len(spans)
+        if port == UNROUTED:
+            assert found == [None]
+            continue
+        assert all(us <= span + 1 for us, span in zip(found, spans, strict=True)), (port, found, spans)
+        # The program may be woken up late, but not each time.
+        nearest = min(range(len(spans)), key=lambda number: spans[number] - found[number])
+        assert spans[nearest] - found[nearest] <= max(1000, 0.1 * spans[nearest])
+    assert latencies(seen.rows, OLDER) == [None]
+    assert min(latencies(seen.rows, SLOW)) >= 900_000
+    assert [row["syn_retrans"] for row in seen.rows.rows if row["rport"] == SLOW] == [1]
+
+
+@pytest.mark.kernel
+def test_only_the_slow_ones(seen: Seen) -> None:
+    """What has no latency is not slow."""
+    assert sorted(row["rport"] for row in seen.slow.rows) == [SLOW, GIVEN_UP]
+    assert all(row["latency_us"] >= LEAST_US for row in seen.slow.rows)
+    assert seen.slow.stats is not None
+    assert seen.slow.stats["seen"] - seen.slow.stats["filtered"] == 2
+
+
+@pytest.mark.kernel
+def test_histogram(seen: Seen) -> None:
+    """By outcome and port, so that each kind is one that the client has measured."""
+    whole = {row["rport"]: row for row in seen.whole.rows if row["total"]}
+    outcomes = {QUICK: "ESTABLISHED", SLOW: "ESTABLISHED", REFUSED: "REFUSED", GIVEN_UP: "ABORTED",
+                UNROUTED: "UNREACHABLE", OLDER: "ABORTED"}  # fmt: skip
+    assert {port: row["outcome"] for port, row in whole.items()} == outcomes
+    for port, row in whole.items():
+        assert row["count"] == len(seen.saw.get(port, [0]))
+        if port in (UNROUTED, OLDER):
+            assert row["min_us"] is row["max_us"] is row["mean_us"] is row["p50_us"] is None
+            assert row["histogram"] == []
+            continue
+        assert sum(count for *_, count in row["histogram"]) == row["count"]
+        assert row["min_us"] <= row["p50_us"] <= row["p90_us"] <= row["p99_us"] <= row["max_us"]
+        assert row["min_us"] <= min(seen.saw[port]) + 1
+        assert row["max_us"] <= max(seen.saw[port]) + 1
+        assert row["mean_us"] <= mean(seen.saw[port]) + 1
+    assert whole[SLOW]["min_us"] == whole[SLOW]["max_us"] >= 900_000
+    parts: dict[int, int] = {}
+    for row in seen.whole.rows:
+        if not row["total"]:
+            parts[row["rport"]] = parts.get(row["rport"], 0) + row["count"]
+    assert parts == {port: row["count"] for port, row in whole.items()}
+
+
+@pytest.mark.kernel
+def test_histogram_is_drawn(seen: Seen) -> None:
+    lines = seen.drawn.stdout.splitlines()
+    assert lines[0].split()[:2] == ["OUTCOME", "COUNT"]
+    kinds = [line.split()[:2] for line in lines[1:] if line[:1].isalpha()]
+    assert kinds == [["ESTABLISHED", str(TIMES + 1)], ["REFUSED", str(TIMES)], ["ABORTED", "2"], ["UNREACHABLE", "1"]]
+    drawn = sum(int(line.partition(":")[2].split()[0]) for line in lines if " -> " in line)
+    assert drawn == 2 * TIMES + 2  # those that have a latency
+    assert "*" * 40 in seen.drawn.stdout
+
+
+def test_times_with_units() -> None:
+    assert [microseconds(text) for text in ("300us", "10ms", "1.5s", " 2s ", "0us", "0.5ms")] == [
+        300, 10_000, 1_500_000, 2_000_000, 0, 500,
+    ]  # fmt: skip
