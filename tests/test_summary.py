@@ -1,0 +1,201 @@
+"""Rows put together: the events are made here, so that what must come out is known. No kernel is needed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tcpscope import summary
+from tcpscope.errors import UsageError
+from tcpscope.kernel.spec import Spec
+from tcpscope.schema import Decoder, Layout
+from tcpscope.session import Stats
+from tcpscope.stop import Stop
+from tcpscope.summary import Summary
+from tcpscope.tool import Request
+
+ATTEMPT = Spec.of("connections").layout("attempt")
+COUNT = Summary("count", "", ("comm", "outcome"))
+LATENCY = Summary("histogram", "", ("outcome",), "latency_us")
+NOT_KNOWN = 2**64 - 1
+OUTCOMES = {"ESTABLISHED": 0, "REFUSED": 1, "TIMED_OUT": 2}
+
+
+def event(comm: str = "web", outcome: str = "ESTABLISHED", latency_us: int = 100, rport: int = 80) -> bytes:
+    data = bytearray(ATTEMPT.size)
+    values = {"comm": comm.encode(), "outcome": OUTCOMES[outcome], "latency_us": latency_us, "rport": rport}
+    for name, value in values.items():
+        field = ATTEMPT.field(name)
+        struct.pack_into(f"<{field.format}", data, field.offset, value)
+    return bytes(data)
+
+
+class Source:
+    """A tool whose events are given, batch by batch, and a clock that goes on by a second with each batch."""
+
+    def __init__(self, *batches: list[bytes], monkeypatch: pytest.MonkeyPatch | None = None) -> None:
+        self.batches = batches
+        self.now = 0.0
+        if monkeypatch:
+            monkeypatch.setattr(summary, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def layout(self, request: Request) -> Layout:
+        return ATTEMPT
+
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Any]:
+        yield SimpleNamespace(layout=ATTEMPT, account=Stats)
+
+    def rows(self, session: Any, stop: Stop, request: Request, decoder: Decoder) -> Iterator[list[Any]]:
+        for batch in self.batches:
+            self.now += 1
+            yield decoder.rows(b"".join(batch))
+
+
+class Ready(Request):
+    """No hooks, no privileges to give up."""
+
+    def ready(self, *sessions: Any, keep: Any = ()) -> bool:
+        return True
+
+
+def run(what: Summary, source: Source, **request: Any) -> str:
+    stream = io.BytesIO()
+    request = {"output": "json", "time": "none"} | request
+    what.run(source, Ready(stream=stream, **request))  # type: ignore[arg-type]
+    return stream.getvalue().decode()
+
+
+def rows(*arguments: Any, **request: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run(*arguments, **request).splitlines()]
+
+
+def test_counts_of_each_kind() -> None:
+    source = Source([event(), event("db")], [], [event("db"), event("db", "REFUSED")])
+    assert rows(COUNT, source) == [
+        {"comm": "db", "outcome": "ESTABLISHED", "count": 2, "total": True},
+        {"comm": "db", "outcome": "REFUSED", "count": 1, "total": True},
+        {"comm": "web", "outcome": "ESTABLISHED", "count": 1, "total": True},
+    ]
+
+
+def test_by_one_column() -> None:
+    source = Source([event(), event("db"), event("db")])
+    assert rows(COUNT, source, options={"by": "comm"}) == [
+        {"comm": "db", "count": 2, "total": True},
+        {"comm": "web", "count": 1, "total": True},
+    ]
+
+
+def test_by_what_is_not_known() -> None:
+    """It is a kind of its own."""
+    found = rows(COUNT, Source([event(""), event(""), event("db")]), options={"by": "comm, comm"})
+    assert found == [{"comm": None, "count": 2, "total": True}, {"comm": "db", "count": 1, "total": True}]
+
+
+def test_by_the_value_itself() -> None:
+    found = rows(LATENCY, Source([event(latency_us=5), event(latency_us=5), event()]), options={"by": "latency_us"})
+    assert [(row["latency_us"], row["count"], row["max_us"]) for row in found] == [(5, 2, 5), (100, 1, 100)]
+
+
+def test_most_first_and_no_more_than_asked_for() -> None:
+    source = [event("a"), *[event("b")] * 3, *[event("c")] * 2]
+    found = rows(COUNT, Source(source), options={"by": "comm"}, max_events=2)
+    assert [(row["comm"], row["count"]) for row in found] == [("b", 3), ("c", 2)]
+
+
+def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every two seconds what came in them, the rest at the end, then everything."""
+    batches = [[event()], [event(), event("db")], [], [], [event("db")]]
+    found = rows(COUNT, Source(*batches, monkeypatch=monkeypatch), options={"by": "comm"}, interval=2.0)
+    assert [(row["comm"], row["count"], row["total"]) for row in found] == [
+        ("web", 2, False), ("db", 1, False), ("db", 1, False), ("db", 2, True), ("web", 2, True),
+    ]  # fmt: skip
+
+
+def test_distribution() -> None:
+    """Values are exact below 8; those that are not known are counted, and change nothing else."""
+    values = [*range(1, 6), NOT_KNOWN]
+    events = [event(latency_us=us) for us in values]
+    (row,) = rows(LATENCY, Source(events[:3], events[3:]))
+    assert row == {
+        "outcome": "ESTABLISHED", "count": 6, "min_us": 1, "p50_us": 3, "p90_us": 5, "p99_us": 5, "max_us": 5,
+        "mean_us": 3.0, "histogram": [[1, 1, 1], [2, 3, 2], [4, 7, 2]], "total": True,
+    }  # fmt: skip
+
+
+def test_zero_is_a_value() -> None:
+    (row,) = rows(LATENCY, Source([event(latency_us=0)]))
+    assert (row["min_us"], row["max_us"], row["mean_us"], row["histogram"]) == (0, 0, 0.0, [[0, 0, 1]])
+
+
+def test_nothing_known() -> None:
+    (row,) = rows(LATENCY, Source([event(latency_us=NOT_KNOWN)] * 2))
+    assert row["count"] == 2
+    assert [row[name] for name in ("min_us", "p50_us", "max_us", "mean_us")] == [None] * 4
+    assert row["histogram"] == []
+
+
+def test_each_kind_has_its_own_values() -> None:
+    source = Source([event(latency_us=1), event(outcome="REFUSED", latency_us=1000), event(latency_us=3)])
+    assert [(row["outcome"], row["min_us"], row["max_us"]) for row in rows(LATENCY, source)] == [
+        ("ESTABLISHED", 1, 3), ("REFUSED", 1000, 1000),
+    ]  # fmt: skip
+
+
+def test_drawn_in_a_table() -> None:
+    """Below each kind that has values; the column with the numbers is for machines."""
+    source = Source([event(latency_us=1), event(latency_us=3), event(outcome="REFUSED", latency_us=NOT_KNOWN)])
+    lines = run(LATENCY, source, output="table").splitlines()
+    assert [line.split()[0] for line in lines if line] == ["OUTCOME", "ESTABLISHED", "us", "1", "2", "REFUSED"]
+    assert "HISTOGRAM" not in lines[0]
+    assert [line.count("*") for line in lines if "->" in line] == [40, 40]
+
+
+def test_a_count_is_not_drawn() -> None:
+    lines = run(COUNT, Source([event()]), output="table").splitlines()
+    assert [" ".join(line.split()) for line in lines] == ["COMM OUTCOME COUNT TOTAL", "web ESTABLISHED 1 yes"]
+
+
+def test_nothing_came() -> None:
+    """The titles say that all is well."""
+    assert run(COUNT, Source([], []), output="table").split() == ["COMM", "OUTCOME", "COUNT", "TOTAL"]
+    assert rows(COUNT, Source([])) == []
+    assert rows(LATENCY, Source([])) == []
+
+
+def test_columns_are_chosen() -> None:
+    found = rows(COUNT, Source([event(), event("db")]), columns=("count", "comm"))
+    assert [list(row) for row in found] == [["count", "comm"]] * 2
+    text = run(LATENCY, Source([event()]), output="csv", columns=("max_us", "outcome"))
+    assert list(csv.reader(io.StringIO(text))) == [["max_us", "outcome"], ["100", "ESTABLISHED"]]
+    with pytest.raises(UsageError, match="unknown column 'laddr'"):
+        run(COUNT, Source([]), columns=("laddr",))
+
+
+def test_time_of_a_row() -> None:
+    assert all(row["time"] >= 0 for row in rows(COUNT, Source([event()]), time="elapsed"))
+    assert rows(COUNT, Source([event()]), time="iso")[0]["time"].endswith("Z")
+
+
+@pytest.mark.parametrize(
+    ("by", "error"),
+    [
+        (" , ", "--by is empty"),
+        ("time", "--by has 'time'"),
+        ("comm,time", "--by has 'time'"),
+        ("com", "unknown column 'com'"),
+        ("count", "unknown column 'count'"),
+    ],
+)
+def test_wrong_usage(by: str, error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        run(COUNT, Source([event()]), options={"by": by})
