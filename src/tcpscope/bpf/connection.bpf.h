@@ -55,11 +55,13 @@ struct connection {
 	__u64 closed_ns;        /* entered CLOSE, and whoever closed it is still at it: see life.bpf.h, attempt.bpf.h */
 	__u32 syn_retrans;      /* valid once established, or closed in SYN_SENT */
 	__u32 handshake_us;     /* of a child; valid once established */
+	__u32 data_segs_before; /* received with data before it entered FIN_WAIT1 */
 	struct held held;
 	bool in_listening;      /* this listener is counted in `listening` */
 	bool accepted;          /* `accepter` is filled; set after it, so a reader never sees half an owner */
 	bool syn_sent;          /* valid once closed in SYN_SENT */
 	bool connect_returned;  /* while still in SYN_SENT; a byte of its own, as others write `attempt` meanwhile */
+	bool timewait;          /* tcp_time_wait() was called, whether or not a timewait socket could be had */
 	enum role role;
 	enum tcp_state followed_by;
 	enum tcp_state closed_in;
@@ -153,33 +155,38 @@ static __always_inline bool after_fin(int state)
 	return was_established(state) && state != STATE_ESTABLISHED && state != STATE_CLOSE_WAIT;
 }
 
-/*
- * Bytes of data that the remote end has acknowledged: what was sent for the first time, less what is on its way.
- * tcpi_bytes_acked is one more where this host opened the connection, for the SYN, and one more after the FIN.
- */
-static __noinline __u64 acked_data(struct sock *sk, int state)
+/* Our FIN has been sent and acknowledged: it has a sequence number like a byte. */
+static __always_inline bool fin_acked(struct sock *sk, int state)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u32 una = BPF_CORE_READ(tp, snd_una), nxt = BPF_CORE_READ(tp, snd_nxt);
-	__u32 on_its_way = nxt - una;
 
-	if (on_its_way && after_fin(state) && nxt == BPF_CORE_READ(tp, write_seq))
-		on_its_way--;
-	return BPF_CORE_READ(tp, bytes_sent) - BPF_CORE_READ(tp, bytes_retrans) - on_its_way;
+	return after_fin(state) && BPF_CORE_READ(tp, snd_una) == BPF_CORE_READ(tp, write_seq);
 }
 
-/* Who opened a connection that is older than the tool: only an active open has an acknowledged SYN among its bytes. */
-static __always_inline enum role role_of_older(struct sock *sk, int state)
+/* Bytes that the remote end has acknowledged, with the SYN of an active open, but without the FIN. */
+static __always_inline __u64 acked_before_fin(struct sock *sk, int state)
+{
+	return BPF_CORE_READ((struct tcp_sock *)sk, bytes_acked) - fin_acked(sk, state);
+}
+
+/*
+ * Who opened a connection that is older than the tool: only an active open has an acknowledged SYN among its bytes.
+ * The data among them is what was sent for the first time, less what is on its way. Where this host has thrown away
+ * what it sent, that was counted as sent and not as retransmitted, and nothing can be told.
+ */
+static __noinline enum role role_of_older(struct sock *sk, int state)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u64 flags;
+	__u32 nxt = BPF_CORE_READ(tp, snd_nxt);
+	__u32 on_its_way = nxt - BPF_CORE_READ(tp, snd_una);
+	__u64 syn;
 
 	if (!was_established(state))
 		return ROLE_UNKNOWN;
-	flags = BPF_CORE_READ(tp, bytes_acked) - acked_data(sk, state);
-	if (after_fin(state) && BPF_CORE_READ(tp, snd_una) == BPF_CORE_READ(tp, write_seq))
-		flags--;
-	return flags == 1 ? ROLE_ACTIVE : flags == 0 ? ROLE_PASSIVE : ROLE_UNKNOWN;
+	if (on_its_way && after_fin(state) && nxt == BPF_CORE_READ(tp, write_seq))
+		on_its_way--;
+	syn = acked_before_fin(sk, state) + on_its_way + BPF_CORE_READ(tp, bytes_retrans) - BPF_CORE_READ(tp, bytes_sent);
+	return syn == 1 ? ROLE_ACTIVE : syn == 0 ? ROLE_PASSIVE : ROLE_UNKNOWN;
 }
 
 /* Both ports are set; a listener has only one. From then on the identity is not read again. */

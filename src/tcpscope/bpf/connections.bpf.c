@@ -37,6 +37,7 @@ static __always_inline int state_changed(struct sock *sk, const struct held *cha
 	struct connection *connection;
 
 	attempt_before(sk, change->new_state);
+	life_before(sk, change);
 	connection = connection_transition(sk, change->old_state, change->new_state);
 	if (connection) {
 		connection->id.cookie = cookie;
@@ -135,29 +136,31 @@ int BPF_PROG(connected__syscall, struct pt_regs *regs, long result)
 	return 0;
 }
 
-static __always_inline void timewait(struct sock *sk, int state)
+static __always_inline void timewait(struct sock *sk, int state, bool made)
 {
 	struct connection *connection = connection_find(sk);
 
-	if (connection)
+	if (!connection)
+		return;
+	connection->timewait = true;
+	if (made)
 		connection->followed_by = state;
 }
 
 /* The socket is about to be replaced by a small timewait socket, unless none could be had. */
-FOR("transition")
+FOR("transition life")
 OPTIONAL("what follows CLOSE")
 SEC("fexit/inet_twsk_alloc")
 int BPF_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
 {
-	if (timewait_sock)
-		timewait(sk, state);
+	timewait(sk, state, timewait_sock);
 	return 0;
 }
 
 SEC("kprobe/tcp_time_wait")
 int BPF_KPROBE(timewait__kprobe, struct sock *sk, int state)
 {
-	timewait(sk, state);
+	timewait(sk, state, true);
 	return 0;
 }
 

@@ -100,8 +100,13 @@ struct sock_common {                                          /* include/net/soc
 	struct sock *skc_listener;                            /* of a request */
 };
 
+struct sk_buff_head {                                         /* include/linux/skbuff.h */
+	__u32 qlen;
+};
+
 struct sock {                                                 /* include/net/sock.h */
 	struct sock_common __sk_common;
+	struct sk_buff_head sk_receive_queue;
 	atomic_t sk_drops;
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
@@ -175,6 +180,7 @@ struct tcp_sock {                                             /* include/linux/t
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;
+	int linger2;
 	struct tcp_rack rack;
 };
 

@@ -11,10 +11,12 @@
 
 #include "connection.bpf.h"
 #include "event.bpf.h"
+#include "transition.bpf.h" /* hooked_timewait */
 
 #define RCV_SHUTDOWN 1 /* include/net/sock.h */
 #ifndef ECONNABORTED
 #define ECONNABORTED 103
+#define ECONNRESET 104
 #endif
 
 enum end {
@@ -47,7 +49,7 @@ struct life {
 	enum closer closed_by UNKNOWN_IS("zero") DOC("whose FIN or RST came first");
 	__u32 errno KIND("errno") DOC("error of the socket");
 	__u64 tx_bytes UNIT("bytes") DOC("data sent, retransmissions included");
-	__u64 acked_bytes UNIT("bytes") DOC("data that the remote end has acknowledged");
+	__u64 acked_bytes UNIT("bytes") UNKNOWN_IS("max") DOC("data that the remote end has acknowledged");
 	__u64 rx_bytes UNIT("bytes") DOC("data received");
 	__u32 tx_segs DOC("segments sent, retransmissions and those without data included");
 	__u32 rx_segs DOC("segments received");
@@ -75,18 +77,22 @@ struct closing {
 	__u32 errno;
 };
 
-/* Our FIN has been sent and acknowledged: it has a sequence number like a byte. */
-static __always_inline bool fin_acked(struct sock *sk, int state)
-{
-	struct tcp_sock *tp = (struct tcp_sock *)sk;
-
-	return after_fin(state) && BPF_CORE_READ(tp, snd_una) == BPF_CORE_READ(tp, write_seq);
-}
-
 /* The remote end's FIN has come, and all before it: tcp_fin(). */
 static __always_inline bool fin_received(struct sock *sk)
 {
 	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_DONE) & 1;
+}
+
+/*
+ * Both FINs are sent, and close() has thrown away data that was not read: tcp_close() empties the queue before it enters
+ * CLOSE, tcp_disconnect() after it. The remote end's FIN may be unread, too.
+ */
+static __always_inline bool unread_thrown_away(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return !BPF_CORE_READ(sk, sk_receive_queue.qlen) &&
+	       (__s32)(BPF_CORE_READ(tp, rcv_nxt) - BPF_CORE_READ(tp, copied_seq)) > 1;
 }
 
 static __noinline int life_emit(struct sock *sk, const struct connection *connection, const struct identity *id,
@@ -98,7 +104,7 @@ static __noinline int life_emit(struct sock *sk, const struct connection *connec
 	event = event_begin(sizeof(*event), closing->time_ns, id, connection_owner(connection));
 	if (!event)
 		return 0;
-	event->role = connection ? connection->role : ROLE_UNKNOWN;
+	event->role = connection && connection->role ? connection->role : role_of_older(sk, closing->state);
 	event->state = closing->state;
 	event->end = closing->end;
 	event->errno = closing->errno;
@@ -111,7 +117,7 @@ static __noinline int life_emit(struct sock *sk, const struct connection *connec
 
 	/* bytes_received and bytes_acked count a SYN and a FIN like a byte, as sequence numbers do. */
 	event->tx_bytes = BPF_CORE_READ(tp, bytes_sent);
-	event->acked_bytes = acked_data(sk, closing->state);
+	event->acked_bytes = event->role ? acked_before_fin(sk, closing->state) - (event->role == ROLE_ACTIVE) : -1;
 	event->rx_bytes = BPF_CORE_READ(tp, bytes_received) - fin_received(sk);
 	event->tx_segs = BPF_CORE_READ(tp, segs_out);
 	event->rx_segs = BPF_CORE_READ(tp, segs_in);
@@ -136,6 +142,21 @@ static __noinline int life_emit(struct sock *sk, const struct connection *connec
 	return 0;
 }
 
+/*
+ * Nobody holds the socket, and no FIN has come: a timewait socket takes over; or, with TCP_LINGER2 below zero or if data
+ * came along with the acknowledgement of our FIN, tcp_v4_rcv() sends a RST when this one is gone.
+ */
+static __always_inline enum end end_in_fin_wait2(struct sock *sk, const struct connection *connection)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	if (hooked_timewait)
+		return connection->timewait ? END_FIN_WAIT2 : END_RST_SENT;
+	if (BPF_CORE_READ(tp, linger2) < 0)
+		return END_RST_SENT;
+	return BPF_CORE_READ(tp, data_segs_in) == connection->data_segs_before ? END_FIN_WAIT2 : END_UNKNOWN;
+}
+
 /* How a connection has ended whose end waited until now. */
 static __always_inline void life_resolve(struct sock *sk, struct connection *connection)
 {
@@ -147,7 +168,7 @@ static __always_inline void life_resolve(struct sock *sk, struct connection *con
 	if (connection->reset == RESET_SENT)
 		closing.end = END_RST_SENT;
 	else if (closing.state == STATE_FIN_WAIT2)
-		closing.end = END_FIN_WAIT2;
+		closing.end = end_in_fin_wait2(sk, connection);
 	life_emit(sk, connection, &connection->id, &closing);
 }
 
@@ -169,6 +190,13 @@ static __always_inline void life_established(struct sock *sk, struct connection 
 	}
 }
 
+/* One that nobody held when the tool began may end with its first change of state: it needs a place to wait, too. */
+static __always_inline void life_before(struct sock *sk, const struct held *change)
+{
+	if (emits_life && change->new_state == STATE_CLOSE && was_established(change->old_state))
+		connection_find_or_add(sk);
+}
+
 /* `id` is the connection's, if there is one. */
 static __always_inline void life_changed(struct sock *sk, struct connection *connection, const struct identity *id,
 					 const struct held *change)
@@ -180,6 +208,8 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 		return;
 	if (connection && change->new_state == STATE_ESTABLISHED)
 		life_established(sk, connection, change);
+	else if (connection && change->new_state == STATE_FIN_WAIT1)
+		connection->data_segs_before = BPF_CORE_READ((struct tcp_sock *)sk, data_segs_in);
 	if (change->new_state != STATE_CLOSE || !was_established(change->old_state))
 		return;
 	closing.errno = BPF_CORE_READ(sk, sk_err);
@@ -190,12 +220,14 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 	else if (reset == RESET_SEEN)
 		closing.end = END_RST;
 	else if (reset == RESET_SENT)
-		closing.end = closing.errno ? END_KEEPALIVE : END_RST_SENT; /* tcp_keepalive_timer() */
+		closing.end = closing.errno && closing.errno != ECONNRESET ? END_KEEPALIVE /* tcp_keepalive_timer() */
+									   : END_RST_SENT;
 	else if (closing.errno)
 		closing.end = END_TIMEOUT;
 	else if (fin_acked(sk, closing.state) && fin_received(sk))
 		closing.end = END_FIN;
-	else if (connection && closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) {
+	else if (connection && ((closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) ||
+				unread_thrown_away(sk))) {
 		connection->closed_ns = closing.time_ns;
 		connection->closed_in = closing.state;
 		return;
