@@ -401,8 +401,11 @@ int seed(struct bpf_iter__task_file *ctx)
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
 
-	if (task && file)
-		connection_seed(task, file, emits_attempt ? STATE_SYN_SENT : emits_accepted ? STATE_LISTEN : 0);
+	if (!task || !file)
+		return 0;
+	if (emits_accepted)
+		cookie_give(file, STATE_LISTEN);
+	connection_seed(task, file, emits_attempt ? STATE_SYN_SENT : emits_accepted ? STATE_LISTEN : 0);
 	return 0;
 }
 
