@@ -354,6 +354,28 @@ def test_unread_data_after_both_fins(site: Site) -> None:
     pair.client.close()
 
 
+def test_a_reset_with_data_on_its_way(site: Site) -> None:
+    """What had not been acknowledged by then is not among the acknowledged bytes, at either end."""
+    pair = opened(site)
+    pair.exchange()
+    with losing(site.lab.client):
+        pair.client.do("of[port].sendall(bytes(3000)); linger(port, 0)")
+        info = pair.client.info()
+        pair.client.close()
+        row = pair.row(pair.client)
+    check_end(row, "RST_SENT", "LOCAL", "ESTABLISHED")
+    assert (row["acked_bytes"], row["rx_bytes"]) == (info["acked"] - 1, info["received"]) == (5000, 700)
+    assert 8000 <= info["tx_bytes"] <= row["tx_bytes"]
+    # The reset was lost, too: the server hears of it when it sends.
+    pair.server.do("of[port].send(b'anybody?')")
+    pair.server.reaches(CLOSE)
+    row = pair.row(pair.server)
+    check_end(row, "RST_RECEIVED", "REMOTE", "ESTABLISHED", "ECONNRESET")
+    check_numbers(row, pair.server.info(), False, False)
+    assert (row["tx_bytes"], row["acked_bytes"], row["rx_bytes"]) == (708, 700, 5000)
+    pair.server.close()
+
+
 def told_apart() -> bool:
     """tcp_reset() takes the packet since 5.13; before, and where functions cannot be hooked, nothing tells."""
     return hooked("reset_received__fentry") and Kernel().parameters("tcp_reset") == 2
@@ -532,7 +554,9 @@ def test_a_slow_handshake(site: Site) -> None:
         puppet.do("close(port)")
     for host, lport, rport in ((site.lab.client, cport, port), (site.lab.server, port, cport)):
         row = site.row(host, lport=lport, rport=rport)
-        assert (end - begin) * 1e6 <= row["handshake_us"] <= (after - before) * 1e6 + 50_000 * (host is site.lab.server)
+        assert (end - begin) * 1e6 <= row["handshake_us"]
+        if host is site.lab.client:  # at the server it ends a little later
+            assert row["handshake_us"] <= (after - before) * 1e6
         assert row["syn_retrans"] == 0
 
 
@@ -720,6 +744,29 @@ def test_owner_is_kept_after_its_end(site: Site) -> None:
     assert (row["acked_bytes"], row["rx_bytes"]) == (5000, 700)
     pair.server.close()
     check_end(pair.row(pair.server), "FIN", "REMOTE", "LAST_ACK")
+
+
+def test_fast_open_without_success(site: Site) -> None:
+    """The server does not take the data in the SYN, and the kernel sends it again."""
+    other = opened(site, accept=False)
+    other.client.close()
+    other.client.do("of[port] = socket.socket(); of[port].sendto(b'early', socket.MSG_FASTOPEN, (address, port))",
+                    address=site.lab.server.ipv4)  # fmt: skip
+    other.server.do("first, _ = listeners[port].accept(); first.close(); of[port], _ = listeners[port].accept()\n"
+                    "read(port, 5)")  # fmt: skip
+    for end in (other.client, other.server):
+        end.do("of[port].shutdown(socket.SHUT_WR)")
+    cport = other.client.ask("of[port].getsockname()[1]")
+    for end in (other.client, other.server):
+        end.reaches(CLOSE)
+    client = site.row(site.lab.client, lport=cport, rport=other.port)
+    server = site.row(site.lab.server, lport=other.port, rport=cport)
+    check_numbers(client, other.client.info())
+    check_numbers(server, other.server.info())
+    assert (client["tx_bytes"], client["acked_bytes"], client["retrans"], client["syn_retrans"]) == (10, 5, 1, 0)
+    assert server["rx_bytes"] == 5
+    for end in (other.client, other.server):
+        end.close()
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["4", "6"])
