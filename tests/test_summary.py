@@ -44,6 +44,7 @@ class Source:
     def __init__(self, *batches: list[bytes], monkeypatch: pytest.MonkeyPatch | None = None) -> None:
         self.batches = batches
         self.now = 0.0
+        self.stats = Stats()
         if monkeypatch:
             monkeypatch.setattr(summary, "time", SimpleNamespace(monotonic=lambda: self.now))
 
@@ -52,11 +53,12 @@ class Source:
 
     @contextmanager
     def open(self, request: Request) -> Iterator[Any]:
-        yield SimpleNamespace(layout=ATTEMPT, account=Stats)
+        yield SimpleNamespace(layout=ATTEMPT, account=lambda: self.stats, stats=self.stats)
 
     def rows(self, session: Any, stop: Stop, request: Request, decoder: Decoder) -> Iterator[list[Any]]:
         for batch in self.batches:
             self.now += 1
+            self.stats.shown += len(batch)
             yield decoder.rows(b"".join(batch))
 
 
@@ -199,3 +201,13 @@ def test_time_of_a_row() -> None:
 def test_wrong_usage(by: str, error: str) -> None:
     with pytest.raises(UsageError, match=error):
         run(COUNT, Source([event()]), options={"by": by})
+
+
+def test_kinds_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes when there are kinds enough is lost, and counted; a kind that is there already goes on."""
+    monkeypatch.setattr(summary, "MAX_KINDS", 2)
+    batches = [event("a"), event("b")], [event("a"), event("c"), event("d"), event("c")]
+    source = Source(*batches)
+    rows = [json.loads(line) for line in run(COUNT, source).splitlines()]
+    assert {row["comm"]: row["count"] for row in rows} == {"a": 2, "b": 1}
+    assert (source.stats.shown, source.stats.lost) == (3, 3)
