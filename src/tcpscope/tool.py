@@ -193,7 +193,7 @@ class Stream(Tool):
         return ()
 
     def begin(self, session: Session, request: Request) -> None:
-        """Called when everything is attached, before the first row is read."""
+        """Called when everything is attached, before anybody is told that the tool is ready."""
 
     def check(self, request: Request) -> None:
         """UsageError for what can be known to be wrong before anything is loaded."""
@@ -216,10 +216,16 @@ class Stream(Tool):
     def open(self, request: Request) -> Session:
         """The probe, attached as this tool needs it."""
         self.check(request)
-        return Session(
+        session = Session(
             self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip(request),
             ring_bytes=request.buffer or RING_BYTES, debug=request.debug,
         )  # fmt: skip
+        try:
+            self.begin(session, request)
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def rows(
         self, session: Session, stop: Stop, request: Request, decoder: Decoder | None = None
@@ -231,7 +237,6 @@ class Stream(Tool):
         decode = (decoder or self.decoder(session, request)).rows
         keep = residual_filter(session)
         left = None if decoder else request.max_events
-        self.begin(session, request)
         for batch in session.follow(stop):
             rows = decode(batch)
             wanted = keep(batch, rows) if keep else rows
