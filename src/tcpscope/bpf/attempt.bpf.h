@@ -180,10 +180,11 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 			connection->attempt = ATTEMPT_OPEN;
 		return;
 	}
-	/* Out of SYN_SENT, or out of SYN_RECV after both ends have sent a SYN. Without an entry the table was full. */
+	/* Out of SYN_SENT, whether its beginning was seen or not; or out of SYN_RECV after both ends have sent a SYN. */
 	if (change->new_state != STATE_ESTABLISHED && change->new_state != STATE_CLOSE)
 		return;
-	if (connection ? connection->attempt != ATTEMPT_OPEN : change->old_state != STATE_SYN_SENT)
+	if (change->old_state != STATE_SYN_SENT &&
+	    !(change->old_state == STATE_SYN_RECV && connection && connection->attempt == ATTEMPT_OPEN))
 		return;
 	ending.syn_retrans = BPF_CORE_READ(tp, total_retrans);
 	ending.syn_sent = BPF_CORE_READ(tp, segs_out) > 0;
@@ -204,10 +205,13 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 		connection->attempt = ending.errno ? ATTEMPT_REPORTED : ATTEMPT_NONE;
 		ending.began_ns = connection->opened_ns;
 	} else if (change->new_state == STATE_CLOSE && !ending.errno) {
-		ending.outcome = OUTCOME_FAILED;
-		ending.errno = ERRNO_UNKNOWN;
+		if (!ending.syn_sent) /* the return of connect() tells, and has no entry that says that it was told */
+			return;
+		ending.outcome = OUTCOME_ABORTED;
 	}
 	attempt_emit(id, connection ? &connection->opener : NULL, &ending);
+	if (change->new_state == STATE_ESTABLISHED) /* the table is for attempts */
+		connection_forget(sk);
 }
 
 #define SOCKADDR_IN_SIZE 16 /* sizeof(struct sockaddr_in) */
