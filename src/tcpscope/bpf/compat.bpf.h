@@ -61,6 +61,16 @@ static __always_inline __u64 cookie_if_any(struct sock *sk)
 #define SYSCALL_ARGUMENT_3(regs) (((struct pt_regs___kernel *)(regs))->regs[2])
 #endif
 
+/*
+ * "mptcp: avoid additional __inet_stream_connect() call" (6.6) and "mptcp: get rid of msk->subflow" came together. Before,
+ * the first subflow is connected as a socket of its own, by the same function within that of the MPTCP socket.
+ */
+static __always_inline bool subflow_is_connected_apart(struct socket *socket)
+{
+	return bpf_core_field_exists(struct mptcp_sock, subflow) &&
+	       BPF_CORE_READ(socket, sk, sk_protocol) == IPPROTO_MPTCP;
+}
+
 /* Value of a small integer field whose width differs between kernels, read by address. */
 #define READ_ANY_WIDTH(pointer, field) BPF_CORE_READ_BITFIELD_PROBED(pointer, field)
 

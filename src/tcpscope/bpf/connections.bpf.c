@@ -113,7 +113,7 @@ int BPF_PROG(connected__fexit, struct socket *socket, void *address, int size, i
 	struct sock *sk = tcp_sock_of_socket(socket);
 	struct remote_address to = {};
 
-	if (!sk)
+	if (!sk || subflow_is_connected_apart(socket))
 		return 0;
 	REMOTE_ADDRESS_READ(bpf_probe_read_kernel, &to, address, size);
 	attempt_returned(sk, &to, size, result);

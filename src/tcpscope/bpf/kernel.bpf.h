@@ -186,6 +186,7 @@ struct tcp_sock {                                             /* include/linux/t
 
 struct mptcp_sock {                                           /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 	struct sock *first;
+	struct socket *subflow;                               /* until 6.5 */
 };
 
 struct sk_buff {                                              /* include/linux/skbuff.h */
