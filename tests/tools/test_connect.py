@@ -67,10 +67,12 @@ def blocking(address, port, **how):
 
 def started(address, port, **how):
     '''Returns before the outcome is known.'''
-    global begin
+    global begin, after
     made(address, **how).setblocking(False)
     begin = time.monotonic()
-    return name(s.connect_ex((address, port)))
+    error = s.connect_ex((address, port))
+    after = time.monotonic()
+    return name(error)
 
 def outcome(fetch=True):
     '''Of what was started. Without `fetch` the error stays in the socket.'''
@@ -413,8 +415,7 @@ def test_unreachable_behind_a_router(site: Site) -> None:
     site.close()
     server.sysctl("ip_forward", 0)
     assert saw[0] == "EHOSTUNREACH"
-    row = site.row(port, saw, outcome="UNREACHABLE", syn_sent=True, raddr=BEHIND)
-    assert row["latency_us"] >= 0.9 * span_us(saw)
+    site.row(port, saw, outcome="UNREACHABLE", syn_sent=True, raddr=BEHIND)
 
 
 def test_no_free_port(site: Site) -> None:
@@ -471,14 +472,14 @@ def test_aborted(site: Site, way: str, family: str) -> None:
     port = new_port()
     before = site.lab.client.counters()["TcpAttemptFails"]
     assert site.call("started", SILENT[family], port) == "EINPROGRESS"
-    begin, laddr, lport = site.client.ask("(begin, *local())")
+    begin, after, laddr, lport = site.client.ask("(begin, after, *local())")
     site.client.do(f"closing = time.monotonic()\n{ABORTS[way]}\nend = time.monotonic()")
     closing, end = site.client.ask("(closing, end)")
     # The row does not wait until the socket is destroyed.
     row = site.row(port, outcome="ABORTED", errno="none", syn_sent=True, syn_retrans=0, laddr=laddr, lport=lport,
                    raddr=SILENT[family])  # fmt: skip
     site.close()
-    assert (closing - begin) * 1e6 - 1000 <= row["latency_us"] <= (end - begin) * 1e6 + 1
+    assert (closing - after) * 1e6 - 1 <= row["latency_us"] <= (end - begin) * 1e6 + 1
     assert site.lab.client.counters()["TcpAttemptFails"] == before  # it is nobody's failure
 
 
@@ -579,7 +580,8 @@ def test_an_interrupted_call(site: Site, how: str) -> None:
     saw = site.client.ask("outcome()")
     site.close()
     row = site.row(port, saw, outcome="ESTABLISHED")
-    assert row["latency_us"] >= 40_000
+    if how == "timeout":
+        assert row["latency_us"] >= 50_000 - 10_000  # the time is counted in jiffies
 
 
 @pytest.mark.parametrize("bound", [False, True])
