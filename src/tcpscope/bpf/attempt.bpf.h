@@ -43,22 +43,6 @@ const volatile bool emits_attempt;
 const volatile __u64 attempt_min_us;     /* a shorter latency is not asked for */
 const volatile bool attempt_failed_only; /* nor one that succeeded */
 
-/* include/uapi/asm-generic/errno.h, errno-base.h */
-#define EINTR 4
-#define EPIPE 32
-#define ENETDOWN 100
-#define ENETUNREACH 101
-#define ECONNABORTED 103
-#define ECONNRESET 104
-#define EISCONN 106
-#define ETIMEDOUT 110
-#define ECONNREFUSED 111
-#define EHOSTDOWN 112
-#define EHOSTUNREACH 113
-#define EALREADY 114
-#define EINPROGRESS 115
-#define ERESTARTSYS 512 /* include/linux/errno.h: up to ERESTART_RESTARTBLOCK the kernel's own */
-#define ERESTART_RESTARTBLOCK 516
 #define ERRNO_UNKNOWN ((__u32)-1)
 
 /* What is known when it ends. */

@@ -149,6 +149,12 @@ static __always_inline bool was_established(int state)
 	       state == STATE_CLOSE_WAIT || state == STATE_LAST_ACK || state == STATE_CLOSING;
 }
 
+/* It carried data, or might have: with TCP Fast Open a child is accepted, reads and writes in SYN_RECV. */
+static __always_inline bool had_life(const struct connection *connection, int state)
+{
+	return was_established(state) || (state == STATE_SYN_RECV && connection && connection->accepted);
+}
+
 /* In these states our FIN is the last that there is to send. */
 static __always_inline bool after_fin(int state)
 {

@@ -27,6 +27,23 @@
 #define IORING_OP_ACCEPT 13 /* include/uapi/linux/io_uring.h */
 #define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
 
+/* include/uapi/asm-generic/errno.h, errno-base.h */
+#define EINTR 4
+#define EPIPE 32
+#define ENETDOWN 100
+#define ENETUNREACH 101
+#define ECONNABORTED 103
+#define ECONNRESET 104
+#define EISCONN 106
+#define ETIMEDOUT 110
+#define ECONNREFUSED 111
+#define EHOSTDOWN 112
+#define EHOSTUNREACH 113
+#define EALREADY 114
+#define EINPROGRESS 115
+#define ERESTARTSYS 512 /* include/linux/errno.h: up to ERESTART_RESTARTBLOCK the kernel's own */
+#define ERESTART_RESTARTBLOCK 516
+
 /* include/net/tcp_states.h */
 enum tcp_state {
 	STATE_ESTABLISHED = 1,
@@ -180,6 +197,7 @@ struct tcp_sock {                                             /* include/linux/t
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;
+	__u8 repair : 1;
 	int linger2;
 	struct tcp_rack rack;
 };

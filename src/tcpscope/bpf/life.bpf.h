@@ -14,10 +14,6 @@
 #include "transition.bpf.h" /* hooked_timewait */
 
 #define RCV_SHUTDOWN 1 /* include/net/sock.h */
-#ifndef ECONNABORTED
-#define ECONNABORTED 103
-#define ECONNRESET 104
-#endif
 
 enum end {
 	END_UNKNOWN,
@@ -110,9 +106,9 @@ static __noinline int life_emit(struct sock *sk, const struct connection *connec
 	event->errno = closing->errno;
 	event->closed_by = CLOSER_UNKNOWN;
 	if (closing->state == STATE_CLOSE_WAIT || closing->state == STATE_LAST_ACK ||
-	    (closing->state == STATE_ESTABLISHED && closing->end == END_RST_RECEIVED))
+	    (!after_fin(closing->state) && closing->end == END_RST_RECEIVED))
 		event->closed_by = CLOSER_REMOTE;
-	else if (closing->state != STATE_ESTABLISHED || closing->end == END_RST_SENT || closing->end == END_KILLED)
+	else if (after_fin(closing->state) || closing->end == END_RST_SENT || closing->end == END_KILLED)
 		event->closed_by = CLOSER_LOCAL;
 
 	/* bytes_received and bytes_acked count a SYN and a FIN like a byte, as sequence numbers do. */
@@ -190,11 +186,24 @@ static __always_inline void life_established(struct sock *sk, struct connection 
 	}
 }
 
-/* One that nobody held when the tool began may end with its first change of state: it needs a place to wait, too. */
+/* Before the entry is looked for. */
 static __always_inline void life_before(struct sock *sk, const struct held *change)
 {
-	if (emits_life && change->new_state == STATE_CLOSE && was_established(change->old_state))
+	struct connection *connection;
+
+	if (!emits_life)
+		return;
+	/* One that nobody held when the tool began may end with its first change of state: it needs a place to wait, too. */
+	if (change->new_state == STATE_CLOSE && was_established(change->old_state))
 		connection_find_or_add(sk);
+	if (change->new_state != STATE_SYN_SENT)
+		return;
+	/* It was disconnected without a RST (no memory for one), and its numbers are zero since then. */
+	connection = connection_find(sk);
+	if (connection && connection->closed_ns) {
+		COUNT(seen);
+		COUNT(lost);
+	}
 }
 
 /* `id` is the connection's, if there is one. */
@@ -210,7 +219,7 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 		life_established(sk, connection, change);
 	else if (connection && change->new_state == STATE_FIN_WAIT1)
 		connection->data_segs_before = BPF_CORE_READ((struct tcp_sock *)sk, data_segs_in);
-	if (change->new_state != STATE_CLOSE || !was_established(change->old_state))
+	if (change->new_state != STATE_CLOSE || !had_life(connection, change->old_state))
 		return;
 	closing.errno = BPF_CORE_READ(sk, sk_err);
 	if (closing.errno == ECONNABORTED)
@@ -222,11 +231,13 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 	else if (reset == RESET_SENT)
 		closing.end = closing.errno && closing.errno != ECONNRESET ? END_KEEPALIVE /* tcp_keepalive_timer() */
 									   : END_RST_SENT;
-	else if (closing.errno)
-		closing.end = END_TIMEOUT;
 	else if (fin_acked(sk, closing.state) && fin_received(sk))
 		closing.end = END_FIN;
-	else if (connection && ((closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) ||
+	else if (closing.errno == ECONNRESET || closing.errno == EPIPE) /* tcp_reset(), and no place to note it */
+		closing.end = END_RST;
+	else if (closing.errno)
+		closing.end = END_TIMEOUT;
+	else if (connection && !BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, repair) && ((closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) ||
 				unread_thrown_away(sk))) {
 		connection->closed_ns = closing.time_ns;
 		connection->closed_in = closing.state;

@@ -46,8 +46,7 @@ static __always_inline void step_changed(const struct connection *connection, co
 	if (change->new_state == STATE_ESTABLISHED &&
 	    (change->old_state == STATE_SYN_SENT || (connection && connection->role == ROLE_ACTIVE)))
 		step_emit(change->time_ns, id, owner, STEP_CONNECT);
-	else if (change->new_state == STATE_CLOSE && change->old_state != STATE_LISTEN &&
-		 change->old_state != STATE_SYN_SENT && change->old_state != STATE_SYN_RECV)
+	else if (change->new_state == STATE_CLOSE && had_life(connection, change->old_state))
 		step_emit(change->time_ns, id, owner, STEP_CLOSE);
 }
 
