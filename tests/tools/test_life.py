@@ -802,3 +802,28 @@ def test_fast_open(site: Site, family: int) -> None:
     assert opens() == [count + 1 for count in before]
     for puppet in (site.client, site.server):
         puppet.do("close(port)")
+
+
+def test_fast_open_without_an_end_of_the_handshake(site: Site) -> None:
+    """The child is accepted and reads in SYN_RECV, since its SYN-ACK is lost, and dies there."""
+    port = next(ports)
+    site.server.do(
+        "listen(port, socket.AF_INET, address)\n"
+        "listeners[port].setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)",
+        port=port, address=site.lab.server.ipv4,
+    )  # fmt: skip
+    with losing(site.lab.server):
+        site.client.do(
+            "of[port] = socket.socket(); of[port].setblocking(False)\n"
+            "try: of[port].sendto(b'early', socket.MSG_FASTOPEN, (address, port))\n"
+            "except BlockingIOError: pass\n"
+            "cport = of[port].getsockname()[1]",
+            port=port, address=site.lab.server.ipv4,
+        )  # fmt: skip
+        site.server.do("of[port], _ = listeners[port].accept(); read(port, 5); linger(port, 0); close(port)")
+        row = site.row(site.lab.server, lport=port, rport=site.client.ask("cport"))
+        site.client.do("close(port)")
+    check_end(row, "RST_SENT", "LOCAL", "SYN_RECV")
+    assert (row["pid"], row["role"], row["rx_bytes"]) == (site.server.pid, "PASSIVE", 5)
+    assert row["duration_us"] is not None
+    assert row["established_us"] is row["handshake_us"] is None
