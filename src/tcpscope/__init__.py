@@ -2,9 +2,9 @@
 
     import tcpscope
 
-    with tcpscope.open("states", rport=443) as events:
+    with tcpscope.open("connect", rport=443) as events:
         for e in events:
-            print(e.time, e.comm, e.raddr, e.old_state, e.new_state, e.in_state_us)
+            print(e.time, e.comm, e.raddr, e.outcome, e.latency_us)
 
 Events are typed structs whose attributes are the columns of the tool; None means not known.
 """
@@ -51,7 +51,7 @@ def open(
 ) -> Events:
     """The events of a tool, from the moment of the call; a context manager and an iterator.
 
-    tool        name of a tool that makes events: "states", or "queue" with options={"events": True}
+    tool        name of a tool that makes events, such as "connect"; its own options: {"failed": True} in `options`
     duration    seconds after which the iteration ends; max_events the number of events; None: never
     time        "iso", "elapsed" (seconds since the start) or "none"
     columns     only these; all by default

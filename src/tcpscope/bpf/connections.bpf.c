@@ -294,7 +294,9 @@ static __always_inline void reset_received(struct sock *sk, enum reset reset)
 #define TCP_FLAGS_AT 13 /* in the header */
 #define TCP_FLAG_RST 0x04
 
+/* tcp_reset() is given the packet since 5.11. */
 FOR("life")
+ARGUMENTS(2)
 SEC("fentry/tcp_reset")
 int BPF_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
 {

@@ -23,6 +23,9 @@
 /* On the first way of a hook: it is not needed where one of these programs is attached. */
 #define UNLESS(programs) __attribute__((btf_decl_tag("unless:" programs)))
 
+/* How many arguments the hooked function must have at the least, where some kernels have fewer. */
+#define ARGUMENTS(count) __attribute__((btf_decl_tag("arguments:" #count)))
+
 /* On the second copy of a program. */
 #define AGAIN __attribute__((btf_decl_tag("again:")))
 

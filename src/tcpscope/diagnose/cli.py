@@ -85,7 +85,7 @@ def _print(request: Request, findings: list[Finding], sources: list[Source], wat
     for number, finding in enumerate(findings, 1):
         write("\n".join([*map(printable, _text(number, finding)), "", ""]).encode())
     if not findings:
-        write(b"Nothing found.\n")
+        write(b"Nothing found. What is judged so far: full accept queues and SYN queues.\n")
     write(f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}.\n".encode())
     for source in sources:
         for blind in source.blind_spots():

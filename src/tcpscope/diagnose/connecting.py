@@ -52,4 +52,6 @@ class Connecting:
                 f"{self.failed} failed to open")  # fmt: skip
 
     def blind_spots(self) -> list[str]:
-        return []
+        if not self.failed:
+            return []
+        return [f"{self.failed} active opens failed, which no rule judges yet: 'tcpscope connect --failed' shows them"]

@@ -96,9 +96,9 @@ class Kernel:
     def can(self, program: Program) -> Answer:
         """Whether this kernel has what `program` hooks. Yes is not a promise: attaching may still be refused."""
         if program.type in ("fentry", "fexit"):
-            return self._has_function(program.target) and self._fentry_on(program.target)
+            return self._has_arguments(program) and self._fentry_on(program.target)
         if program.type in ("kprobe", "kretprobe"):
-            return self._has_function(program.target) and self.kprobe
+            return self._has_arguments(program) and self.kprobe
         if program.type == "tp_btf":
             return self._has_typedef(f"btf_trace_{program.target}", f"tracepoint {program.target}")
         if program.type == "iter":
@@ -106,8 +106,12 @@ class Kernel:
                              f"iterator {program.target}")  # fmt: skip
         return Answer(True)
 
-    def _has_function(self, name: str) -> Answer:
-        return self._has(self.parameters(name) is not None, f"function {name}")
+    def _has_arguments(self, program: Program) -> Answer:
+        """Is there such a function, with as many arguments as the program reads?"""
+        count = self.parameters(program.target)
+        if count is not None and count < program.arguments:
+            return Answer(False, f"{program.target}() has {count} of the {program.arguments} arguments that are needed")
+        return self._has(count is not None, f"function {program.target}")
 
     def _has_typedef(self, name: str, what: str) -> Answer:
         return self._has(bool(lib.tcpscope_btf_has_typedef(self._btf, name.encode())), what)

@@ -23,11 +23,12 @@ from tcpscope.schema import Layout
 class Program(msgspec.Struct, frozen=True):
     """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`).
 
-    without  what is not known when the hook has no way; None: it cannot be done without
-    over     the map whose entries an iterator visits
-    events   those that need the hook; None: all
-    unless   programs that make the hook needless
-    again    the second copy of a program, which takes what the first was left out of
+    without    what is not known when the hook has no way; None: it cannot be done without
+    over       the map whose entries an iterator visits
+    events     those that need the hook; None: all
+    unless     programs that make the hook needless
+    again      the second copy of a program, which takes what the first was left out of
+    arguments  how many the hooked function must have at the least
     """
 
     name: str
@@ -37,6 +38,7 @@ class Program(msgspec.Struct, frozen=True):
     events: frozenset[str] | None = None
     unless: frozenset[str] = frozenset()
     again: bool = False
+    arguments: int = 0
 
     @property
     def hook(self) -> str:
@@ -89,7 +91,8 @@ class Spec:
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
             events = frozenset(tags["for"].split()) if "for" in tags else None
             program = Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"), events,
-                              frozenset(tags.get("unless", "").split()), "again" in tags)  # fmt: skip
+                              frozenset(tags.get("unless", "").split()), "again" in tags,
+                              int(tags.get("arguments", 0)))  # fmt: skip
             found.append((function.id, program))
         return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))
 
