@@ -183,8 +183,15 @@ def _refresh(request: Request, columns: tuple[Column, ...], rows: list[Any], whe
     open_sink(request.output, columns, page, request.header).rows(rows)
     number = f"{len(rows)} listener{'' if len(rows) == 1 else 's'}"
     lines = [f"{when}  {number}" if when else number, *page.getvalue().decode().splitlines()]
-    text = "\n".join(line[: size.columns] for line in lines[: size.lines - 1])
+    if any(len(line) > size.columns for line in lines):
+        lines[0] += "; cut to fit: see --columns"
+    text = "\n".join(_cut(line, size.columns) for line in lines[: size.lines - 1])
     request.stream.write(f"\x1b[H\x1b[J{text}\n".encode())
+
+
+def _cut(line: str, width: int) -> str:
+    """The line, or as much of it as fits with a mark that there is more."""
+    return line if len(line) <= width else line[: width - 1] + ">"
 
 
 def _refuse_unknown(request: Request) -> None:
