@@ -272,7 +272,7 @@ def test_both_close(site: Site, family: str) -> None:
         row = pair.row(which)
         check_numbers(row, which.info())
         check_end(row, "FIN", closed_by, state)
-        assert row["syn_retrans"] == row["retrans"] == 0
+        assert row["syn_retrans"] == 0  # others there may be: a slow machine lets timers run out
         assert 0 < row["handshake_us"] <= (pair.after - pair.before) * 1e6
         assert (begin - pair.after) * 1e6 - 1 <= row["established_us"] <= row["duration_us"]
         assert row["duration_us"] <= (end - pair.before) * 1e6 + 1
