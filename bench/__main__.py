@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few rounds, to see that all works; writes no page")
     parser.add_argument("--only", choices=["host", "micro", "guest"], help="this part; the rest from the last run")
+    parser.add_argument("--groups", default="", help="with --only: these groups of tools, with commas")
     parser.add_argument("--report", action="store_true", help="write the page anew from the last run")
     parser.add_argument("--measure", choices=part.PLANS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -30,7 +31,8 @@ def main() -> int:
         os.execvp("sudo", ["sudo", sys.executable, "-m", "bench", *sys.argv[1:]])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that was started ends too
     if options.measure:
-        result = part.run(part.PLANS[options.measure], lambda line: print(line, flush=True))
+        groups = [group for group in options.groups.split(",") if group]
+        result = part.run(part.PLANS[options.measure], lambda line: print(line, flush=True), groups)
         print(_TAKE + json.dumps(result), flush=True)
         return 0
     results: dict[str, Any] = {}
@@ -40,7 +42,7 @@ def main() -> int:
         for package in subjects.missing_packages():
             print(f"package {package} is not installed: what it holds is left out", flush=True)
         began = time.monotonic()
-        measure(results, options.only, "quick-" if options.quick else "")
+        measure(results, options.only, "quick-" if options.quick else "", options.groups)
         print(f"measured for {time.monotonic() - began:.0f} s", flush=True)
     text = report.page(results)
     if options.quick:
@@ -52,11 +54,11 @@ def main() -> int:
     return 0
 
 
-def measure(results: dict[str, Any], only: str | None, prefix: str) -> None:
+def measure(results: dict[str, Any], only: str | None, prefix: str, groups: str) -> None:
     """Take the parts that were asked for."""
     print("building", flush=True)
     installed.build()
-    me = [sys.executable, "-m", "bench", "--measure"]
+    me = [sys.executable, "-m", "bench", "--groups", groups, "--measure"]
     if only in (None, "host"):
         results["host"] = take([*me, f"{prefix}host"])
     if only in (None, "micro"):

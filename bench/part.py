@@ -54,8 +54,9 @@ PLANS = {
 }  # fmt: skip
 
 
-def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
-    """Everything, as plain data."""
+def run(plan: Plan, say: Callable[[str], None], titles: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything, or the groups called `titles`, as plain data."""
+    wanted = [group for group in GROUPS if not titles or group.title in titles]
     prepare()
     result: dict[str, Any] = {
         "kernel": ".".join(platform.release().split(".")[:2]),
@@ -66,17 +67,20 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         "cost": {},
         "bpf": {},
         "burst": {},
+        "ready": {},
+        "others": plan.others and not titles,
     }
-    asked = chain(*(group.subjects for group in GROUPS))
-    result["absent"] = absent((*(PEERS if plan.others else ()), *asked), plan, say)
-    present = {group.title: [s for s in group.subjects if s.name not in result["absent"]] for group in GROUPS}
+    asked = chain(*(group.subjects for group in wanted))
+    result["absent"] = absent((*(PEERS if result["others"] else ()), *asked), plan, say)
+    present = {group.title: [s for s in group.subjects if s.name not in result["absent"]] for group in wanted}
 
-    say(f"start to ready, {plan.starts} times")
     slow = plan.compiling_rounds
-    result["ready"] = _rounds(
-        plan.starts, slow, present["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.limits), say
-    )
-    for group in GROUPS:
+    if "states" in present:
+        say(f"start to ready, {plan.starts} times")
+        result["ready"] = _rounds(
+            plan.starts, slow, present["states"], lambda s: measure.ready_ms(s, plan.probe_ms, plan.limits), say
+        )
+    for group in wanted:
         exchanges = plan.exchanges if group.title == "rtt" else 0
 
         def traffic(exchanges: int = exchanges) -> workload.Made:
@@ -95,7 +99,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> dict[str, Any]:
         say(f"{title}: run time of the BPF programs, {plan.stats_rounds} rounds")
         with measure.bpf_stats():
             result["bpf"][title] = _rounds(plan.stats_rounds, 0, subjects, once, say)
-    if plan.burst_rounds:
+    if plan.burst_rounds and "states" in present:
         say(f"loss at {plan.burst_per_second} connections/s for {plan.burst_seconds} s, {plan.burst_rounds} rounds")
         result["burst"] = _rounds(
             plan.burst_rounds,

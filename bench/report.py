@@ -77,8 +77,7 @@ def _kernel(part: dict[str, Any] | None, where: str) -> str:
     if not part:
         return ""
     plan, load = part["plan"], f"{part['load_before']:.1f} before, {part['load_after']:.1f} after"
-    costs = part["cost"]["states"]
-    nothing = [cost for cost in costs["nothing"] if cost]
+    nothing = [cost for cost in next(iter(part["cost"].values()))["nothing"] if cost]
     lines = [
         f"{where}, Linux {part['kernel']}, {part['cpus']} processors, {part['began']}, load {load}. "
         f"{plan['rounds']} rounds of {plan['batches']} x {plan['connections']:,} connections, {plan['starts']} starts. "
@@ -199,7 +198,8 @@ def _attach(parts: Sequence[dict[str, Any]]) -> str:
     titles = ["tool", *(f"Linux {part['kernel']}" for part in parts)]
 
     def answer(subject: Subject, part: dict[str, Any]) -> str:
-        if subject in PEERS and not part["plan"]["others"]:
+        tried = any(subject in group.subjects for group in GROUPS if group.title in part["cost"])
+        if not tried and not (subject in PEERS and part.get("others", part["plan"]["others"])):
             return "not tried"
         return str(part["absent"].get(subject.name, "works")).replace("|", "/")
 
@@ -230,7 +230,7 @@ def _targets(results: dict[str, Any]) -> str:
             continue
         on = f"Linux {part['kernel']}"
         if where == "host":
-            target(f"start to ready, {on}", 250, known(part["ready"][TABLE]), "ms")
+            target(f"start to ready, {on}", 250, known(part["ready"].get(TABLE, [])), "ms")
         for group in GROUPS:
             costs, reference = part["cost"].get(group.title), group.reference
             if not costs or not reference or reference in part["absent"]:
@@ -255,6 +255,6 @@ def _targets(results: dict[str, Any]) -> str:
             rate = median(c["events"] / c["seconds"] for c in burst) if burst else 0
             if burst and rate < 95_000:
                 rows[-1][3] = f"**not shown**: the traffic came to {rate:,.0f} events/s only"
-            peak = [cost["peak_kb"] / 1024 for cost in host["cost"]["states"][name] if cost]
+            peak = [cost["peak_kb"] / 1024 for cost in host["cost"].get("states", {}).get(name, []) if cost]
             target(f"peak memory of `{name}`", 45, peak, "MB", digits=1)
     return table(["", "target", "measured", "reached"], rows)
