@@ -466,7 +466,10 @@ def test_stacks(site: Site, run_tool: type[RunningTool]) -> None:
 def test_filters(site: Site, run_tool: type[RunningTool]) -> None:
     with Run(site) as run, Run(site) as other, ExitStack() as stack:
         run.fill(), other.fill()
-        (wanted,) = run.start()
+        wanted = run.client.socket(run.kind)
+        wanted.setblocking(False)
+        wanted.bind(("0.0.0.0", 0))
+        run.clients.append(wanted)
         rport = wanted.getsockname()[1]
         tools = [
             stack.enter_context(run_tool("queue", "--events", "--netns", str(run.server.inode), *words, ready=False))
@@ -475,12 +478,7 @@ def test_filters(site: Site, run_tool: type[RunningTool]) -> None:
         for tool in tools:  # they start together
             tool.wait_until_ready()
         seen = run.change("ListenOverflows"), other.change("ListenOverflows")
-        wanted.close()
-        (again,) = (run.client.socket(run.kind),)
-        again.setblocking(False)
-        again.bind(("0.0.0.0", rport))
-        again.connect_ex(run.target)
-        run.clients.append(again)
+        wanted.connect_ex(run.target)
         other.start()
         run.refused(seen[0] + 1), other.refused(seen[1] + 1)
         by_lport, by_rport, by_pid, nothing = tools
