@@ -15,7 +15,7 @@ from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.filters import Filter
 from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
-from tcpscope.kernel.loaded import Loaded, Ring, Setup, plan, plan_refusals, verifier_summary
+from tcpscope.kernel.loaded import Loaded, Ring, Setup, plan, plan_refusals, verifier_lines, verifier_summary
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.tool import explain
 
@@ -83,7 +83,7 @@ def test_the_first_way_that_is_not_refused() -> None:
     hooks = plan(CONNECTIONS, {}, event="transition")
     assert {name: hook.program.name for name, hook in hooks.items() if hook.program and "__" in hook.program.name} == {
         "connect": "connect__fentry", "accept": "accept__fexit", "timewait": "timewait__fexit",
-        "graft": "graft__fentry",
+        "graft": "graft__fentry", "flush": "flush__each",
     }  # fmt: skip
     assert not any(hook.refused for hook in hooks.values())
 
@@ -98,6 +98,14 @@ def test_why_each_better_way_was_not_taken() -> None:
     assert hooks["timewait"].program is None
     assert hooks["timewait"].refused == {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"}
     assert hooks["timewait"].without == "what follows CLOSE"
+
+
+def test_a_way_that_needs_what_the_kernel_lacks(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "enumerator", lambda name: None if name == "BPF_FUNC_for_each_map_elem" else 1)
+    flush = plan(CONNECTIONS, plan_refusals(CONNECTIONS, kernel))["flush"]
+    assert flush.program is not None
+    assert flush.program.name == "flush__element"
+    assert flush.refused == {"flush__each": "the kernel has no BPF_FUNC_for_each_map_elem"}
 
 
 def test_a_hook_that_is_not_wanted_is_not_planned() -> None:
@@ -138,6 +146,15 @@ def test_the_end_of_the_verifiers_log() -> None:
     assert "processed" not in text
     assert "\n" not in text
     assert len(text) < 500
+
+
+def test_the_report_that_newer_kernels_add_to_the_verifiers_log() -> None:
+    """Linux 7.3: it stands behind the reason, and ends with a suggestion that fits few cases."""
+    lines = ["0: (79) r1 = *(u64 *)(r1 +8)", "1: (79) r3 = *(u64 *)(r1 +24)", "R1 invalid mem access 'scalar'"]
+    report = "\nVerification failed: Register Type Safety: Invalid dereference\n\nReason:\n  R1 is no pointer.\n"
+    log = LOG.format(lines="\n".join([*lines, report]))
+    assert verifier_lines(log) == lines
+    assert verifier_summary(log) == verifier_summary(LOG.format(lines="\n".join(lines)))
 
 
 def test_a_log_without_the_verifiers_words() -> None:

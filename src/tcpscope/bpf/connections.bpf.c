@@ -356,37 +356,47 @@ int BPF_PROG(destroy_again, struct sock *sk)
 	return once_missed(sk, 0) ? destroyed(sk) : 0;
 }
 
-/* At the end of a run. */
+/*
+ * All entries of the table, in two ways. An iteration over all maps ends with a call without one, which is the moment to
+ * visit them with "bpf: Add bpf_for_each_map_elem() helper" (5.13). Before, there is an iterator over the entries of one
+ * map, which some kernels refuse that have iterators otherwise.
+ *
+ * This one at the end of a run.
+ */
+static long flush_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
+{
+	resolve((struct sock *)*key, connection);
+	return 0;
+}
+
 FOR("transition attempt life")
+NEEDS("BPF_FUNC_for_each_map_elem")
+SEC("iter/bpf_map")
+int flush__each(struct bpf_iter__bpf_map *ctx)
+{
+	if (!ctx->map)
+		bpf_for_each_map_elem(&connections, flush_entry, NULL, 0);
+	return 0;
+}
+
 OVER_MAP("connections")
 SEC("iter/bpf_map_elem")
-int flush(struct bpf_iter__bpf_map_elem *ctx)
+int flush__element(struct bpf_iter__bpf_map_elem *ctx)
 {
 	__u64 *key = ctx->key;
 	struct connection *connection = key ? connection_find((struct sock *)*key) : NULL;
 
-	if (connection)
-		resolve((struct sock *)*key, connection);
-	return 0;
+	return connection ? flush_entry(NULL, key, connection, NULL) : 0;
 }
 
 /* Those that are open now. */
-FOR("life")
-OVER_MAP("connections")
-SEC("iter/bpf_map_elem")
-int live(struct bpf_iter__bpf_map_elem *ctx)
+static long live_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
 {
 	struct closing closing = {.end = END_OPEN};
-	struct connection *connection;
-	__u64 *key = ctx->key;
-	struct sock *sk;
+	struct sock *sk = (struct sock *)*key;
 
-	if (!key)
-		return 0;
-	sk = (struct sock *)*key;
-	connection = connection_find(sk);
 	closing.state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	if (!connection || !was_established(closing.state))
+	if (!was_established(closing.state))
 		return 0;
 	closing.time_ns = bpf_ktime_get_ns();
 	if (!identity_complete(connection))
@@ -395,6 +405,26 @@ int live(struct bpf_iter__bpf_map_elem *ctx)
 		connection->id.cookie = cookie_if_any(sk);
 	life_emit(sk, connection, &connection->id, &closing);
 	return 0;
+}
+
+FOR("life")
+NEEDS("BPF_FUNC_for_each_map_elem")
+SEC("iter/bpf_map")
+int live__each(struct bpf_iter__bpf_map *ctx)
+{
+	if (!ctx->map)
+		bpf_for_each_map_elem(&connections, live_entry, NULL, 0);
+	return 0;
+}
+
+OVER_MAP("connections")
+SEC("iter/bpf_map_elem")
+int live__element(struct bpf_iter__bpf_map_elem *ctx)
+{
+	__u64 *key = ctx->key;
+	struct connection *connection = key ? connection_find((struct sock *)*key) : NULL;
+
+	return connection ? live_entry(NULL, key, connection, NULL) : 0;
 }
 
 SEC("iter/task_file")

@@ -320,6 +320,12 @@ struct bpf_iter__task_file {                                  /* kernel/bpf/task
 	struct file *file;
 };
 
+struct bpf_map;                                               /* include/linux/bpf.h */
+
+struct bpf_iter__bpf_map {                                    /* kernel/bpf/map_iter.c */
+	struct bpf_map *map;
+};
+
 struct bpf_iter__bpf_map_elem {                               /* kernel/bpf/map_iter.c */
 	void *key;
 };

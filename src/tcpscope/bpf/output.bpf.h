@@ -26,6 +26,9 @@
 /* How many arguments the hooked function must have at the least, where some kernels have fewer. */
 #define ARGUMENTS(count) __attribute__((btf_decl_tag("arguments:" #count)))
 
+/* On a way of a hook: an enumerator of the kernel's, such as a helper's number, without which it has no chance. */
+#define NEEDS(enumerator) __attribute__((btf_decl_tag("needs:" enumerator)))
+
 /* On the second copy of a program. */
 #define AGAIN __attribute__((btf_decl_tag("again:")))
 

@@ -95,6 +95,8 @@ class Kernel:
 
     def can(self, program: Program) -> Answer:
         """Whether this kernel has what `program` hooks. Yes is not a promise: attaching may still be refused."""
+        if program.needs and self.enumerator(program.needs) is None:
+            return Answer(False, f"the kernel has no {program.needs}")
         if program.type in ("fentry", "fexit"):
             return self._has_arguments(program) and self._fentry_on(program.target)
         if program.type in ("kprobe", "kretprobe"):

@@ -206,11 +206,13 @@ class Loaded:
         mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section))
         return memoryview(mapped)[variable.offset : variable.offset + variable.size]
 
-    def iterate(self, name: str, netns_fd: int = -1) -> Iterator[bytes]:
+    def iterate(self, hook: str, netns_fd: int = -1) -> Iterator[bytes]:
         """Run an iterator to its end, in the network namespace of `netns_fd` or in this one: pieces of its output."""
-        fd = lib.tcpscope_iterate(lib.bpf_link__fd(self._links[name]), netns_fd)
+        program = self.hooks[hook].program
+        assert program is not None
+        fd = lib.tcpscope_iterate(lib.bpf_link__fd(self._links[program.name]), netns_fd)
         if fd < 0:
-            raise OSError(-fd, f"iterator '{name}': {os.strerror(-fd)}")
+            raise OSError(-fd, f"iterator '{hook}': {os.strerror(-fd)}")
         with os.fdopen(fd, "rb", buffering=0) as file:
             while piece := file.read(1 << 18):
                 yield piece
@@ -231,9 +233,9 @@ class Loaded:
         """Delete an entry of a hash map; that it is gone already is no error."""
         lib.bpf_map_delete_elem(self.map_fd(name), ffi.from_buffer(key))
 
-    def run(self, name: str) -> None:
+    def run(self, hook: str) -> None:
         """Run an iterator that has no output."""
-        for _ in self.iterate(name):
+        for _ in self.iterate(hook):
             pass
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
@@ -286,8 +288,12 @@ def plan(
 
 
 def verifier_lines(log: str) -> list[str]:
-    """What the verifier says of a program in libbpf's log, the reason last; empty if it was not asked."""
-    lines = log.partition("-- BEGIN PROG LOAD LOG --\n")[2].partition("-- END PROG LOAD LOG --")[0].splitlines()
+    """What the verifier says of a program in libbpf's log, the reason last; empty if it was not asked.
+
+    Since 7.3 a report of some fifty lines with excerpts of the source follows the reason: left out.
+    """
+    said = log.partition("-- BEGIN PROG LOAD LOG --\n")[2].partition("-- END PROG LOAD LOG --")[0]
+    lines = said.partition("\nVerification failed: ")[0].splitlines()
     statistics = ("processed ", "verification time", "stack depth")
     return [line for line in lines if line.strip() and not line.startswith(statistics)]
 

@@ -29,6 +29,7 @@ class Program(msgspec.Struct, frozen=True):
     unless     programs that make the hook needless
     again      the second copy of a program, which takes what the first was left out of
     arguments  how many the hooked function must have at the least
+    needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem; empty: none
     """
 
     name: str
@@ -39,6 +40,7 @@ class Program(msgspec.Struct, frozen=True):
     unless: frozenset[str] = frozenset()
     again: bool = False
     arguments: int = 0
+    needs: str = ""
 
     @property
     def hook(self) -> str:
@@ -92,7 +94,7 @@ class Spec:
             events = frozenset(tags["for"].split()) if "for" in tags else None
             program = Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"), events,
                               frozenset(tags.get("unless", "").split()), "again" in tags,
-                              int(tags.get("arguments", 0)))  # fmt: skip
+                              int(tags.get("arguments", 0)), tags.get("needs", ""))  # fmt: skip
             found.append((function.id, program))
         return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))
 

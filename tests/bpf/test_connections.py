@@ -1,0 +1,86 @@
+"""bpf/connections.bpf.c: both ways to visit the entries of the table visit all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tcpscope.errors import UnsupportedError
+from tcpscope.filters import Filter
+from tcpscope.kernel.features import Answer, Kernel
+from tcpscope.kernel.spec import Program
+from tcpscope.lab.hosts import Lab, held
+from tcpscope.session import Session
+from tests.puppets import Puppet
+
+pytestmark = pytest.mark.kernel
+
+CONNECTIONS = 20
+
+
+class Only(Kernel):
+    """This kernel, which visits the entries of a map only in the way `way`."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self._way = way
+
+    def can(self, program: Program) -> Answer:
+        if program.hook in ("flush", "live") and not program.name.endswith(self._way):
+            return Answer(False, "the other way is tried")
+        return super().can(program)
+
+
+def open_session(way: str, event: str, lab: Lab) -> Session:
+    kernel = Only(way)
+    try:
+        return Session("connections", event, Filter(netns=lab.client.inode), kernel=kernel)
+    except UnsupportedError as error:
+        # On a kernel where everything else can be hooked too, a refusal would be a fault of ours.
+        if "flush" not in str(error) or (way == "__element" and kernel.fentry):
+            raise
+        pytest.skip(f"{error}; {error.hint}")
+
+
+def rows_of(session: Session) -> list[Any]:
+    assert session.layout is not None
+    decode = session.layout.decoder().rows
+    return [row for batch in session.batches() for row in decode(batch)]
+
+
+@pytest.mark.parametrize("way", ["__each", "__element"])
+def test_those_that_are_open_now(lab: Lab, way: str) -> None:
+    puppet = Puppet(lab.client)
+    with open_session(way, "life", lab) as session:
+        puppet.do(
+            "listener = socket.create_server(('127.0.0.1', 0))\n"
+            "ends = [(socket.create_connection(listener.getsockname()), listener.accept()[0]) for n in range(count)]",
+            count=CONNECTIONS,
+        )
+        ports = puppet.ask("[client.getsockname()[1] for client, _ in ends]")
+        session.loaded.run("live")
+        rows = rows_of(session)
+        assert sorted(row.lport for row in rows if row.role == "ACTIVE") == sorted(ports)
+        assert sorted(row.rport for row in rows if row.role == "PASSIVE") == sorted(ports)
+        assert {row.end for row in rows} == {"OPEN"}
+
+
+@pytest.mark.parametrize("way", ["__each", "__element"])
+def test_what_waits_at_the_end(lab: Lab, way: str) -> None:
+    """In SYN_SENT an entry waits for its first change, if nothing tells the local port before the run ends."""
+    puppet = Puppet(lab.client)
+    with open_session(way, "transition", lab) as session, held(lab.server):
+        session.loaded.detach("connect__fentry", "connect__kprobe", "connect__retransmit")
+        puppet.do(
+            "clients = [socket.socket() for n in range(count)]\n"
+            "for client in clients: client.setblocking(False); client.connect_ex((address, 7))",
+            count=CONNECTIONS,
+            address=str(lab.server.ipv4),
+        )
+        assert not rows_of(session)
+        session.end()
+        rows = rows_of(session)
+        ports = puppet.ask("[client.getsockname()[1] for client in clients]")
+        assert sorted(row.lport for row in rows) == sorted(ports)
+        assert {f"{row.old_state}>{row.new_state}" for row in rows} == {"CLOSE>SYN_SENT"}
