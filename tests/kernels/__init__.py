@@ -11,7 +11,7 @@ class Kernel:
     name: str
     """What the kernel is called in commands and tables: its version up to the second number."""
     suite: str
-    """The Debian suite whose ``linux-image-amd64`` is this kernel; the newest one there is taken."""
+    """The Debian suite that has it; of several packages of that version the newest is taken."""
 
 
 KERNELS = (

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from tests.kernels import Kernel
 
 MIRROR_VARIABLE = "TCPSCOPE_DEBIAN_MIRROR"
 CACHE_VARIABLE = "TCPSCOPE_CACHE"
-META_PACKAGE = "linux-image-amd64"
 KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")
 
 
@@ -125,7 +124,8 @@ def cached(kernel: Kernel) -> Image | None:
         image = Image(**json.loads(record.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return image if Path(image.vmlinuz).exists() and image.modules.exists() else None
+    whole = Path(image.vmlinuz).exists() and image.modules.exists()
+    return image if whole and image.release.startswith(f"{kernel.name}.") else None
 
 
 def get(kernel: Kernel, *, fresh: bool = False) -> Image:
@@ -147,16 +147,22 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def newest(version: str, packages: Iterable[str]) -> str | None:
+    """The package of the newest kernel of this version: a suite may hold several versions, backports does."""
+    pattern = re.compile(rf"linux-image-{re.escape(version)}\.\d+(-\d+|\+deb\d+)-amd64")
+    found = [package for package in packages if pattern.fullmatch(package)]
+    return max(found, key=lambda package: [int(number) for number in re.findall(r"\d+", package)], default=None)
+
+
 def _fetch(kernel: Kernel, cache: Path) -> Image:
     with tempfile.TemporaryDirectory(prefix=f".{kernel.name}-", dir=cache) as temporary:
         work = Path(temporary)
         apt = _Apt(work / "apt", machine_mirror().sources(kernel.suite))
         print(f"kernel {kernel.name}: reading the package list of {kernel.suite}", flush=True)
         apt.run("apt-get", "update")
-        meta = apt.depends(META_PACKAGE)
-        package = next((p for p in meta if re.match(r"linux-image-\d", p)), None)
+        package = newest(kernel.name, apt.run("apt-cache", "pkgnames", "linux-image-").split())
         if package is None:
-            raise FetchError(f"{META_PACKAGE} of {kernel.suite} depends on no kernel: {', '.join(meta)}")
+            raise FetchError(f"{kernel.suite} has no kernel {kernel.name}")
         # From 7.2 on the image is empty and its two halves are packages of their own.
         parts = [p for p in apt.depends(package) if re.match(r"linux-(binary|modules)-\d", p)]
         print(f"kernel {kernel.name}: fetching {package}", flush=True)

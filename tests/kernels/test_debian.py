@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import KERNELS, debian
+from tests.kernels import KERNELS, Kernel, debian
 from tests.kernels.debian import FetchError, Mirror, find_mirror, source_entries
 
 DEBIAN = 'ID=debian\nVERSION_CODENAME=bookworm\nPRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\n'
@@ -79,3 +79,20 @@ def test_a_cached_kernel_needs_no_network(tmp_path: Path, monkeypatch: pytest.Mo
     assert debian.get(kernel).modules == root / "lib/modules/6.1.0-1-amd64"
     (root / "vmlinuz").unlink()
     assert debian.cached(kernel) is None
+    (root / "vmlinuz").touch()
+    assert debian.cached(kernel) is not None
+    (tmp_path / "6.2").symlink_to(root)
+    assert debian.cached(Kernel("6.2", "bookworm")) is None
+
+
+def test_the_newest_kernel_of_a_version() -> None:
+    """Names as Debian has them, with the flavours and the versions that are not meant."""
+    packages = [
+        "linux-image-amd64", "linux-image-5.10.0-9-amd64", "linux-image-5.10.0-46-amd64",
+        "linux-image-5.10.0-47-rt-amd64", "linux-image-5.10.0-47-cloud-amd64", "linux-image-5.10.0-47-amd64-dbg",
+        "linux-image-7.2.9+deb13-amd64", "linux-image-7.2.12+deb13-amd64", "linux-image-7.3.4+deb13-amd64",
+        "linux-image-7.20.1+deb13-amd64", "linux-image-7.2.13+deb13-amd64-unsigned",
+    ]  # fmt: skip
+    assert debian.newest("5.10", packages) == "linux-image-5.10.0-46-amd64"
+    assert debian.newest("7.2", packages) == "linux-image-7.2.12+deb13-amd64"
+    assert debian.newest("7.1", packages) is None
