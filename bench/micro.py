@@ -14,6 +14,7 @@ from typing import Any
 
 from tcpscope import tool as toolbox
 from tcpscope.filters import Filter
+from tcpscope.kernel.loaded import BATCH_BYTES
 from tcpscope.output import Column, open_sink
 from tcpscope.schema import Clock, Layout
 from tcpscope.session import Session
@@ -63,7 +64,7 @@ def _rows(layout: Layout, data: bytes, format_: str) -> list[float]:
     decoder = layout.decoder(Clock())
     with Path("/dev/null").open("wb") as nothing:
         sink = open_sink(format_, map(Column.of, decoder.fields), nothing)
-        piece = (1 << 20) // layout.size * layout.size
+        piece = BATCH_BYTES // layout.size * layout.size
         batches = [data[at : at + piece] for at in range(0, len(data), piece)]
 
         def work() -> None:

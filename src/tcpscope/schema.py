@@ -138,7 +138,7 @@ def _labels(enumerators: dict[int, str]) -> dict[int, str]:
 class _Cache(dict[Any, Any]):
     """A dict that computes what it does not hold; emptied when it grows, so that it cannot leak."""
 
-    def __init__(self, compute: Callable[[Any], Any], limit: int = 1 << 16) -> None:
+    def __init__(self, compute: Callable[[Any], Any], limit: int = 1 << 14) -> None:
         self.compute = compute
         self.limit = limit
 
@@ -159,7 +159,7 @@ class Clock:
         self.mode = mode
         self.start_ns = time.monotonic_ns()
         self._to_wall_ns = time.time_ns() - time.monotonic_ns()
-        self._milliseconds = _Cache(_iso_milliseconds, limit=4096)
+        self._milliseconds = _Cache(_iso_milliseconds, limit=64)  # rows come nearly in order
 
     def read(self, monotonic_ns: int) -> str | float:
         """One time stamp, as the mode says."""
