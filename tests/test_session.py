@@ -19,7 +19,7 @@ import pytest
 
 from tcpscope.errors import LossError
 from tcpscope.lab.hosts import Host, Lab
-from tcpscope.session import Stats
+from tcpscope.session import Stats, missed_runs
 from tcpscope.tool import names
 from tests.conftest import RunningTool, until
 
@@ -56,6 +56,20 @@ def test_the_account() -> None:
     for silent in (Stats(table_full=2), Stats(missed=1)):
         assert not silent.lossless
     assert Stats(table_full=2).line().endswith("; 2 times a table was full")
+
+
+@pytest.mark.parametrize(("missed", "rescued", "lost"), [
+    ({"state": 0, "state_again": 0, "accept": 0}, 0, 0),
+    ({"state": 3, "state_again": 0, "accept": 2}, 3, 2),  # the second copy has taken them
+    ({"state": 3, "state_again": 0, "accept": 0}, 1, 0),  # of events that this run does not need
+    ({"state": 0, "state_again": 5, "accept": 0}, 0, 0),  # the first copy was there
+    ({"state": 3, "state_again": 2, "accept": 1}, 1, 3),  # both may be of the same event
+    ({"state": 3, "state_again": 4, "destroy": 2, "destroy_again": 0, "accept": 1}, 2, 4),
+    ({"state": 0, "state_again": 4, "accept": 0}, 7, 0),  # 5.10 counts nothing
+])  # fmt: skip
+def test_what_was_missed(missed: dict[str, int], rescued: int, lost: int) -> None:
+    assert missed_runs(missed, {name for name in missed if name.endswith("_again")}, rescued) == lost
+
 
 
 @pytest.mark.kernel

@@ -775,11 +775,11 @@ def test_older_than_the_tool(site: Site) -> None:
     assert (row["outcome"], row["errno"]) == ("ABORTED", "none")
 
 
-@pytest.mark.parametrize("ending", ["established", "reset"])
+@pytest.mark.parametrize("ending", ["established", "reset", "closed"])
 def test_both_ends_begin(site: Site, ending: str) -> None:
     """SYNs that cross on their way: each end opens actively, and there is no listener."""
     client, server, port = site.lab.client, site.lab.server, new_port()
-    lport = 32000 + (ending == "reset")
+    lport = 32000 + ["established", "reset", "closed"].index(ending)
     opens = client.counters()["TcpActiveOpens"]
     with held(client):
         with held(server):
@@ -790,6 +790,12 @@ def test_both_ends_begin(site: Site, ending: str) -> None:
         until(lambda: any(s.rport == port and s.state == "SYN_RECV" for s in client.sockets()), "the other SYN")
         if ending == "reset":
             site.server.do("s.close()")
+        elif ending == "closed":
+            site.close()
+    if ending == "closed":
+        site.row(port, outcome="ABORTED", errno="none", lport=lport, syn_sent=True)
+        site.server.do("s.close()")
+        return
     saw = site.client.ask("outcome()")
     site.close()
     site.server.do("s.close()")

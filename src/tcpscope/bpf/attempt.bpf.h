@@ -156,6 +156,7 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 	struct ending ending = {.time_ns = change->time_ns};
+	bool failed;
 
 	if (!emits_attempt)
 		return;
@@ -164,18 +165,23 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 			connection->attempt = ATTEMPT_OPEN;
 		return;
 	}
-	/* Out of SYN_SENT, whether its beginning was seen or not; or out of SYN_RECV after both ends have sent a SYN. */
-	if (change->new_state != STATE_ESTABLISHED && change->new_state != STATE_CLOSE)
+	/*
+	 * Out of SYN_SENT, whether its beginning was seen or not; or out of SYN_RECV after both ends have sent a SYN, where
+	 * close() sends a FIN.
+	 */
+	failed = change->new_state == STATE_CLOSE ||
+		 (change->old_state == STATE_SYN_RECV && change->new_state == STATE_FIN_WAIT1);
+	if (change->new_state != STATE_ESTABLISHED && !failed)
 		return;
 	if (change->old_state != STATE_SYN_SENT &&
 	    !(change->old_state == STATE_SYN_RECV && connection && connection->attempt == ATTEMPT_OPEN))
 		return;
 	ending.syn_retrans = BPF_CORE_READ(tp, total_retrans);
 	ending.syn_sent = BPF_CORE_READ(tp, segs_out) > 0;
-	ending.errno = change->new_state == STATE_CLOSE ? BPF_CORE_READ(sk, sk_err) : 0;
+	ending.errno = failed ? BPF_CORE_READ(sk, sk_err) : 0;
 	ending.outcome = outcome_of(ending.errno);
 	if (connection) {
-		if (change->new_state == STATE_CLOSE && !ending.errno && !connection->connect_returned) {
+		if (failed && !ending.errno && !connection->connect_returned) {
 			connection->attempt = ATTEMPT_CLOSED;
 			connection->closed_ns = ending.time_ns;
 			connection->syn_retrans = ending.syn_retrans;
@@ -184,11 +190,11 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 			return;
 		}
-		if (change->new_state == STATE_CLOSE && !ending.errno) /* the application, after connect() had returned */
+		if (failed && !ending.errno) /* the application, after connect() had returned */
 			ending.outcome = OUTCOME_ABORTED;
 		connection->attempt = ending.errno ? ATTEMPT_REPORTED : ATTEMPT_NONE;
 		ending.began_ns = connection->opened_ns;
-	} else if (change->new_state == STATE_CLOSE && !ending.errno) {
+	} else if (failed && !ending.errno) {
 		if (!ending.syn_sent) /* the return of connect() tells, and has no entry that says that it was told */
 			return;
 		ending.outcome = OUTCOME_ABORTED;

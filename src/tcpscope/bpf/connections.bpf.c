@@ -20,11 +20,11 @@
 #define COOKIE_AT(sk, old_state, new_state)                                                        \
 	((old_state) == STATE_LISTEN && (new_state) == STATE_SYN_RECV ? 0 : COOKIE_OF(sk))
 
-/* Does this change matter for the events of this run? The table is spared what they do not need. */
-static __always_inline bool matters(struct sock *sk, int old_state, int new_state)
+/* Does this change matter for the events of this run? The states alone tell, so most changes cost next to nothing. */
+static __always_inline bool matters(int old_state, int new_state)
 {
 	if (emits_attempt)
-		return new_state == STATE_SYN_SENT || old_state == STATE_SYN_SENT || connection_find(sk);
+		return new_state == STATE_SYN_SENT || old_state == STATE_SYN_SENT || old_state == STATE_SYN_RECV;
 	if (emits_accepted)
 		return new_state == STATE_LISTEN || old_state == STATE_LISTEN || old_state == STATE_SYN_RECV;
 	return true;
@@ -36,6 +36,8 @@ static __always_inline int state_changed(struct sock *sk, const struct held *cha
 	const struct identity *id = &unlisted;
 	struct connection *connection;
 
+	if (emits_attempt && change->old_state == STATE_SYN_RECV && !connection_find(sk))
+		return 0; /* a child; an attempt that has met another one from the other end has an entry */
 	attempt_before(sk, change->new_state);
 	life_before(sk, change);
 	connection = connection_transition(sk, change->old_state, change->new_state);
@@ -61,11 +63,9 @@ int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (sk->sk_protocol != IPPROTO_TCP)
+	if (!matters(old_state, new_state) || sk->sk_protocol != IPPROTO_TCP)
 		return 0;
 	once_note(sk, old_state << 8 | new_state);
-	if (!matters(sk, old_state, new_state))
-		return 0;
 	change.time_ns = bpf_ktime_get_ns();
 	return state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
 }
@@ -76,8 +76,8 @@ int BPF_PROG(state_again, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (sk->sk_protocol != IPPROTO_TCP || !once_missed(sk, old_state << 8 | new_state) ||
-	    !matters(sk, old_state, new_state))
+	if (!matters(old_state, new_state) || sk->sk_protocol != IPPROTO_TCP ||
+	    !once_missed(sk, old_state << 8 | new_state))
 		return 0;
 	change.time_ns = bpf_ktime_get_ns();
 	return state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));

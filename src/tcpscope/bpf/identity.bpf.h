@@ -42,28 +42,35 @@ static __always_inline bool is_v4_mapped(const __u8 *address)
 	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
 }
 
+/* As much of a struct sock_common as says who it is. The verifier refuses the program where that is not enough. */
+#define COMMON_BYTES 96
+
 /*
- * Both ends as the socket has them now. Read by address, so it serves every program type.
+ * Both ends as the socket has them now. Read by address, so it serves every program type, and in one piece: a read is a
+ * call, and costs more than what it copies.
  * The port in skc_num is gone once the socket is unhashed, just before the last transition; inet_sport stays.
  * The remote end of a child is not set yet when it enters SYN_RECV, nor the local port of a connect in SYN_SENT.
  */
 static __noinline int identity_read(struct sock *sk, struct identity *id)
 {
-	struct sock_common *common = &sk->__sk_common;
-	__u16 family = BPF_CORE_READ(common, skc_family);
+	__u64 copy[COMMON_BYTES / 8] = {};
+	const struct sock_common *common = (const struct sock_common *)copy;
+	__u16 family;
 
-	id->netns = BPF_CORE_READ(common, skc_net.net, ns.inum);
-	id->lport = BPF_CORE_READ(common, skc_num);
+	bpf_probe_read_kernel(copy, sizeof(copy), sk);
+	family = common->skc_family;
+	id->netns = BPF_CORE_READ(common->skc_net.net, ns.inum);
+	id->lport = common->skc_num;
 	if (!id->lport)
 		id->lport = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
-	id->rport = bpf_ntohs(BPF_CORE_READ(common, skc_dport));
+	id->rport = bpf_ntohs(common->skc_dport);
 	if (family == AF_INET6) {
-		BPF_CORE_READ_INTO(&id->raddr, common, skc_v6_daddr);
-		BPF_CORE_READ_INTO(&id->laddr, common, skc_v6_rcv_saddr);
+		__builtin_memcpy(id->raddr, &common->skc_v6_daddr, 16);
+		__builtin_memcpy(id->laddr, &common->skc_v6_rcv_saddr, 16);
 	}
 	if (family == AF_INET || is_v4_mapped(id->raddr)) {
-		map_v4(id->raddr, BPF_CORE_READ(common, skc_daddr));
-		map_v4(id->laddr, BPF_CORE_READ(common, skc_rcv_saddr));
+		map_v4(id->raddr, common->skc_daddr);
+		map_v4(id->laddr, common->skc_rcv_saddr);
 		family = AF_INET;
 	} else if (is_v4_mapped(id->laddr)) {
 		family = AF_INET;
