@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tcpscope import features_cli
+from tcpscope.errors import NotPermittedError, UnsupportedError
 from tcpscope.kernel.btf import Btf
 from tcpscope.kernel.features import BTF, Kernel
 from tcpscope.tool import names
@@ -21,7 +23,7 @@ def report():
 @pytest.mark.kernel
 def test_every_tool_is_there_and_needs_no_guess(report):
     assert sorted(entry["tool"] for entry in report["tools"]) == names()
-    assert all(entry["doubt"] is None for entry in report["tools"])
+    assert all(entry["works"] is True and entry["why"] is None for entry in report["tools"])
 
 
 @pytest.mark.kernel
@@ -41,6 +43,20 @@ def test_what_is_not_attached_says_why_and_what_is_then_not_known(report):
             if hook["way"] is None:
                 assert hook["refused"]
                 assert hook["not_known"]
+
+
+@pytest.mark.parametrize(("error", "works", "said"), [
+    (UnsupportedError("no hook for 'state'"), False, "does not work here: no hook for 'state'"),
+    (NotPermittedError("missing CAP_BPF", "run as root"), None, "cannot tell for sure: missing CAP_BPF; run as root"),
+])  # fmt: skip
+def test_what_does_not_work_is_told_from_what_is_not_known(error, works, said, monkeypatch, capsys):
+    def loaded(*_):
+        raise error
+
+    monkeypatch.setattr(features_cli, "Loaded", loaded)
+    assert {entry["works"] for entry in features_cli.report(Kernel())} == {works}
+    features_cli.features.main([], standalone_mode=False)
+    assert f"  {said}\n" in capsys.readouterr().out
 
 
 def test_text_names_hooks_and_privileges():

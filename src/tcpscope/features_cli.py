@@ -11,14 +11,14 @@ import click
 import msgspec
 
 from tcpscope import tool as toolbox
-from tcpscope.errors import TcpscopeError
+from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.kernel.features import Kernel, perf_event_paranoid
 from tcpscope.kernel.loaded import Hook, Loaded, Setup, plan, plan_refusals
 from tcpscope.kernel.spec import Spec
 
 
-def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Hook], str | None]:
-    """The hooks of a probe for an event as this kernel takes them, and what stands in the way of knowing better.
+def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
+    """The hooks of a probe for an event as this kernel takes them, whether it works, and why not or why that is not known.
 
     With privileges the probe is really attached, for a moment; without them only what can be read is told.
     """
@@ -26,10 +26,11 @@ def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Ho
     try:
         loaded = Loaded(spec, kernel, Setup(event=event))
     except TcpscopeError as error:
-        return plan(spec, plan_refusals(spec, kernel), event=event), str(error)
+        works = False if isinstance(error, UnsupportedError) else None
+        return plan(spec, plan_refusals(spec, kernel), event=event), works, str(error)
     hooks = loaded.hooks
     loaded.close()
-    return hooks, None
+    return hooks, True, ""
 
 
 def needed(tool: toolbox.Tool, kernel: Kernel) -> list[str]:
@@ -54,9 +55,9 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
     for name in toolbox.names():
         tool = toolbox.find(name)
         for probe in tool.probes:
-            hooks, doubt = examine(probe, tool.event or None, kernel)
+            hooks, works, why = examine(probe, tool.event or None, kernel)
             result.append({
-                "tool": name, "probe": probe, "doubt": doubt,
+                "tool": name, "probe": probe, "works": works, "why": why or None,
                 "capabilities": needed(tool, kernel), "for_more": for_more(tool, hooks),
                 "hooks": [
                     {"hook": hook.name, "way": hook.program.section if hook.program else None,
@@ -78,8 +79,8 @@ def _run(json: bool) -> None:
         print(f"\n{entry['tool']}  (probe {entry['probe']}, needs {', '.join(entry['capabilities'])})")
         for capability, purpose in entry["for_more"].items():
             print(f"  with {capability} also {purpose}")
-        if entry["doubt"]:
-            print(f"  cannot tell for sure: {entry['doubt']}")
+        if entry["why"]:
+            print(f"  {'cannot tell for sure' if entry['works'] is None else 'does not work here'}: {entry['why']}")
         for hook in entry["hooks"]:
             print(f"  {hook['hook']:<14} {hook['way'] or 'not attached'}")
             for why in dict.fromkeys(hook["refused"].values()):
