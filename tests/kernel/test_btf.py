@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import subprocess
 import time
@@ -21,7 +20,9 @@ from tcpscope.kernel import btf, elf
 from tcpscope.kernel.btf import Btf, Kind
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
-BPFTOOL = shutil.which("bpftool", path="/usr/sbin:/usr/local/sbin:/usr/bin")
+# Ubuntu's in /usr/sbin only works for the kernel that runs.
+BPFTOOLS = (*Path("/usr/lib").glob("linux-tools*/**/bpftool"), Path("/usr/sbin/bpftool"))
+BPFTOOL = next((str(path) for path in BPFTOOLS if path.exists()), None)
 
 
 class Blob:
