@@ -18,7 +18,7 @@ from tcpscope.kernel.spec import Spec
 
 
 def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
-    """The hooks of a probe for an event as this kernel takes them, whether it works, and why not or why that is not known.
+    """The hooks of a probe for an event as this kernel takes them, whether it works, and why not or why nobody knows.
 
     With privileges the probe is really attached, for a moment; without them only what can be read is told.
     """
