@@ -93,6 +93,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["states", "--buffer", "5000"], "--buffer 5000; a power of two from 4K to 1024M"),
         (["states", "--buffer", "2K"], "--buffer 2K; a power of two from 4K to 1024M"),
         (["states", "--buffer", "2048M"], "--buffer 2048M; a power of two from 4K to 1024M"),
+        (["states", "--buffer", "9" * 5000], f"--buffer {'9' * 5000}; a power of two from 4K to 1024M"),
         (["states", "--buffer", "much"], "--buffer much; a power of two from 4K to 1024M"),
         (["states", "-o", "xml"], "Invalid value for '-o' / '--output': 'xml' is not one of 'table', 'json', 'csv'."),
         (["states", "--time", "local"], "Invalid value for '--time': 'local' is not one of 'iso', 'elapsed', 'none'."),

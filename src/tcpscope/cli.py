@@ -14,6 +14,7 @@ import click
 from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import Filter
+from tcpscope.output import printable
 
 _OTHERS = {
     "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
@@ -76,7 +77,7 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     digits, factor = value, 1
     if value[-1:].upper() in ("K", "M"):
         digits, factor = value[:-1], 1 << (10 if value[-1].upper() == "K" else 20)
-    size = int(digits) * factor if digits.isascii() and digits.isdigit() else 0
+    size = int(digits) * factor if digits.isascii() and digits.isdigit() and len(digits) <= 10 else 0
     if size < 4096 or size & (size - 1) or size > 1 << 30:
         raise UsageError(f"--buffer {value}", "a power of two from 4K to 1024M")
     return size
@@ -224,7 +225,7 @@ def _guarded(run: Callable[[], Any]) -> int:
 
 def _fail(message: str, status: int) -> int:
     try:
-        print(f"tcpscope: {message}", file=sys.stderr)
+        print(f"tcpscope: {printable(message)}", file=sys.stderr)
     except OSError:
         _give_up(sys.stderr)
     return status

@@ -192,6 +192,10 @@ class Stream(Tool):
         """Hooks that this run can do without."""
         return ()
 
+    def ring_bytes(self, request: Request) -> int:
+        """The size of the ring buffer unless --buffer gives another."""
+        return RING_BYTES
+
     def begin(self, session: Session, request: Request) -> None:
         """Called when everything is attached, before anybody is told that the tool is ready."""
 
@@ -218,7 +222,7 @@ class Stream(Tool):
         self.check(request)
         session = Session(
             self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip(request),
-            ring_bytes=request.buffer or RING_BYTES, debug=request.debug,
+            ring_bytes=request.buffer or self.ring_bytes(request), debug=request.debug,
         )  # fmt: skip
         try:
             self.begin(session, request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,11 +14,15 @@ from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.spec import Program
 from tcpscope.lab.hosts import Lab, held
 from tcpscope.session import Session
+from tests.conftest import until
 from tests.puppets import Puppet
+from tests.tables import left
 
 pytestmark = pytest.mark.kernel
 
 CONNECTIONS = 20
+TFO_WITHOUT_COOKIES = 0x207  # client, server, neither needs a cookie
+ESTABLISHED, SYN_RECV = 1, 3
 
 
 class Only(Kernel):
@@ -27,7 +33,7 @@ class Only(Kernel):
         self._way = way
 
     def can(self, program: Program) -> Answer:
-        if program.hook in ("flush", "live") and not program.name.endswith(self._way):
+        if program.hook in ("gap", "flush", "live") and not program.name.endswith(self._way):
             return Answer(False, "the other way is tried")
         return super().can(program)
 
@@ -84,3 +90,48 @@ def test_what_waits_at_the_end(lab: Lab, way: str) -> None:
         ports = puppet.ask("[client.getsockname()[1] for client in clients]")
         assert sorted(row.lport for row in rows) == sorted(ports)
         assert {f"{row.old_state}>{row.new_state}" for row in rows} == {"CLOSE>SYN_SENT"}
+
+
+def test_an_attempt_that_found_no_place(lab: Lab) -> None:
+    """Its outcome is told by the state alone, and once: what connect() returns is no second attempt."""
+    puppet = Puppet(lab.client)
+    one = {"connections": 1}
+    with Session("connections", "attempt", Filter(netns=lab.client.inode), entries=one) as session, held(lab.server):
+        puppet.do(
+            "waiting = socket.socket(); waiting.setblocking(False); waiting.connect_ex((address, 7))\n"
+            "for n in range(count): socket.socket().connect_ex(('127.0.0.1', 7))",
+            count=CONNECTIONS,
+            address=str(lab.server.ipv4),
+        )
+        assert [(row.outcome, row.errno, row.pid) for row in rows_of(session)] == [
+            ("REFUSED", "ECONNREFUSED", None)
+        ] * CONNECTIONS  # fmt: skip
+        assert session.counters()["table_full"] == CONNECTIONS
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_has_been_accepted_needs_no_place(lab: Lab, early: bool) -> None:
+    """With TCP Fast Open a child is accepted before its handshake has ended; then it gives up its place at that end."""
+    for host in lab.hosts:
+        host.sysctl("tcp_fastopen", TFO_WITHOUT_COOKIES)
+    client, server = Puppet(lab.client), Puppet(lab.server)
+    state = "child.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]"
+    with Session("connections", "accepted", Filter(netns=lab.server.inode)) as session:
+        server.do(
+            "listener = socket.create_server((address, 7))\n"
+            "listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)",
+            address=lab.server.ipv4,
+        )
+        with held(lab.server) if early else nullcontext():
+            client.do(
+                "made = socket.socket(); made.setblocking(False)\n"
+                "try: made.sendto(b'early', flags, (address, 7))\n"
+                "except BlockingIOError: pass",
+                address=lab.server.ipv4,
+                flags=socket.MSG_FASTOPEN,
+            )
+            server.do("child, _ = listener.accept()")
+            assert not early or server.ask(state) == SYN_RECV
+        until(lambda: server.ask(state) == ESTABLISHED, "the end of the handshake")
+        assert [row.rport for row in rows_of(session)] == [client.ask("made.getsockname()[1]")]
+        assert left(session, lab.server) == ["connections", "listening"]  # the listener's

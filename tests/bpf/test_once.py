@@ -52,3 +52,23 @@ def test_each_event_once(lab: Lab, skip: tuple[str, ...]) -> None:
             assert counters["rescued"] >= counters["seen"] > 0
         if skip == FIRST_ALONE:
             assert counters["rescued"] == 0
+
+
+def test_a_note_that_stays_hides_nothing(lab: Lab) -> None:
+    """The second copy is left out of the first attempt of a socket, and the first copy of the third."""
+    puppet = Puppet(lab.client)
+    with Session("connections", "transition", Filter(netns=lab.client.inode)) as session:
+        assert session.layout is not None
+        decode = session.layout.decoder().rows
+        puppet.do("os.sched_setaffinity(0, {0}); client = socket.socket()")  # notes are the processor's, before 7.0
+        for copy in ("state_again", None, "state"):
+            if copy:
+                session.loaded.detach(copy)
+            puppet.do("assert client.connect_ex(('127.0.0.1', 7)) == 111")
+            if copy:
+                session.loaded.attach(copy)
+        session.end()
+        rows = [row for batch in session.batches() for row in decode(batch)]
+        assert [f"{row.old_state}>{row.new_state}" for row in rows] == ["CLOSE>SYN_SENT", "SYN_SENT>CLOSE"] * 3
+        assert session.counters()["rescued"] >= 2  # other traffic of the machine, too
+        assert session.account().missed == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.filters import Filter
 from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
-from tcpscope.kernel.loaded import Loaded, Ring, Setup, plan, plan_refusals, verifier_lines, verifier_summary
+from tcpscope.kernel.loaded import Loaded, Ring, Setup, pieces, plan, plan_refusals, verifier_lines, verifier_summary
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.tool import explain
 
@@ -83,17 +84,17 @@ def test_the_first_way_that_is_not_refused() -> None:
     hooks = plan(CONNECTIONS, {}, event="transition")
     assert {name: hook.program.name for name, hook in hooks.items() if hook.program and "__" in hook.program.name} == {
         "connect": "connect__fentry", "accept": "accept__fexit", "timewait": "timewait__fexit",
-        "graft": "graft__fentry", "flush": "flush__each",
+        "graft": "graft__fentry", "gap": "gap__each", "flush": "flush__each",
     }  # fmt: skip
     assert not any(hook.refused for hook in hooks.values())
 
 
 def test_why_each_better_way_was_not_taken() -> None:
-    refused = {"accept__fexit": "no trampolines", "accept__syscall": "not asked", "timewait__fexit": "no function"}
-    hooks = plan(CONNECTIONS, refused | {"timewait__kprobe": "no kprobes"})
-    assert hooks["accept"].program is not None
-    assert (hooks["accept"].program.name, hooks["accept"].refused) == (
-        "accept__kretprobe", {"accept__fexit": "no trampolines"},
+    refused = {"connect__fentry": "no trampolines", "connect__retransmit": "not asked"}
+    hooks = plan(CONNECTIONS, refused | {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"})
+    assert hooks["connect"].program is not None
+    assert (hooks["connect"].program.name, hooks["connect"].refused) == (
+        "connect__kprobe", {"connect__fentry": "no trampolines"},
     )  # fmt: skip
     assert hooks["timewait"].program is None
     assert hooks["timewait"].refused == {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"}
@@ -106,6 +107,18 @@ def test_a_way_that_needs_what_the_kernel_lacks(kernel: Kernel, monkeypatch: pyt
     assert flush.program is not None
     assert flush.program.name == "flush__element"
     assert flush.refused == {"flush__each": "the kernel has no BPF_FUNC_for_each_map_elem"}
+
+
+def test_an_iterator_that_pauses_goes_on() -> None:
+    """None is EAGAIN: a million objects were met, and there is nothing to give yet."""
+    answers = [None, b"first", None, None, b"second", b""]
+
+    class File(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes | None:
+            return answers.pop(0)
+
+    assert list(pieces(File())) == [b"first", b"second"]
+    assert not answers
 
 
 def test_a_hook_that_is_not_wanted_is_not_planned() -> None:
@@ -122,8 +135,7 @@ def test_an_event_has_the_hooks_that_it_needs() -> None:
 
 def test_a_hook_that_another_program_makes_needless_is_not_planned() -> None:
     assert "accept_uring" not in plan(CONNECTIONS, {}, event="accepted")
-    refused = dict.fromkeys(("accept__fexit", "accept__kretprobe"), "no functions")
-    hooks = plan(CONNECTIONS, refused, event="accepted")
+    hooks = plan(CONNECTIONS, {"accept__fexit": "no functions"}, event="accepted")
     assert "graft" not in hooks
     assert hooks["accept_uring"].program is not None
 
@@ -254,6 +266,14 @@ def test_nothing_is_left_behind(kernel: Kernel) -> None:
         return len(list(fds.iterdir()))
 
     assert run() == run()
+
+
+@pytest.mark.kernel
+def test_the_kernels_btf_is_given_back_and_read_anew(own: Spec) -> None:
+    kernel = Kernel()
+    Loaded(own, kernel).close()
+    assert "_btf" not in vars(kernel)
+    assert kernel.parameters("tcp_connect") == 1
 
 
 @pytest.fixture(scope="module")

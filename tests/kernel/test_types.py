@@ -19,12 +19,14 @@ PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") 
 
 MAY_BE_MISSING = {
     "proto_accept_arg": "came with the second signature of inet_csk_accept (6.10); only asked whether it exists",
+    "tp_transition_snapshot": "its field is only asked whether it exists",
     "io_kiocb": "with CONFIG_IO_URING",
     "io_uring_cqe": "with CONFIG_IO_URING",
     "mptcp_sock": "with CONFIG_MPTCP only; its field is asked for before it is read",
 }
 FIELDS_THAT_MAY_BE_MISSING = {
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
+    ("tp_transition_snapshot", "srcu_gp"): "came in 7.0; only asked whether it exists",
 }
 OTHER_KINDS = {
     ("netns_ipv4", "sysctl_tcp_syncookies"): "an int before 5.15: read at any width",
@@ -112,6 +114,17 @@ def test_every_field_exists(kernel: Btf) -> None:
     assert wrong == []
     # Otherwise the list above says less than it seems to.
     assert {"sock_common", "sock", "tcp_sock", "task_struct", "pt_regs___kernel", "kuid_t", "possible_net_t"} <= seen
+
+
+@pytest.mark.kernel
+def test_what_is_read_of_a_socket_in_one_piece(kernel: Btf) -> None:
+    """identity.bpf.h copies so much, and then reads these fields in the copy."""
+    (size,) = map(int, re.findall(r"#define COMMON_BYTES (\d+)", (HEADER.parent / "identity.bpf.h").read_text()))
+    for name in ("skc_daddr", "skc_rcv_saddr", "skc_dport", "skc_num", "skc_family", "skc_net", "skc_v6_daddr",
+                 "skc_v6_rcv_saddr"):  # fmt: skip
+        field = kernel.field("sock_common", name)
+        assert field is not None
+        assert field.bit_offset // 8 + kernel.size_of(field.type_id) <= size
 
 
 def test_the_header_holds_nothing_that_no_probe_uses() -> None:

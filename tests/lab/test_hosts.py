@@ -1,8 +1,6 @@
 """Two hosts: made, usable at once, apart from each other and from the machine, gone afterwards."""
 
 import errno
-import gzip
-import platform
 import select
 import signal
 import socket
@@ -19,6 +17,7 @@ import pytest
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.lab.hosts import Lab, _flush_backlogs, held
 from tcpscope.lab.namespaces import NAMES, start_time
+from tests.lacks import no_netem
 
 pytestmark = pytest.mark.kernel
 
@@ -37,16 +36,6 @@ def listen(lab: Lab, family: int, backlog: int = 16) -> tuple[socket.socket, tup
     listener.bind((lab.server.address(family), 0))
     listener.listen(backlog)
     return listener, listener.getsockname()[:2]
-
-
-def kernel_has_netem() -> bool:
-    """Asked of the kernel's build, not of netem()."""
-    config = Path("/proc/config.gz")
-    if config.exists():
-        lines = gzip.decompress(config.read_bytes()).decode().splitlines()
-        return any(line.startswith("CONFIG_NET_SCH_NETEM=") for line in lines)
-    modules = Path("/lib/modules", platform.release())
-    return any("sch_netem" in (modules / name).read_text() for name in ("modules.dep", "modules.builtin"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,7 +168,7 @@ def test_blackhole_swallows(lab: Lab, family: int) -> None:
 
 def test_netem_delays_and_loses_or_says_that_it_cannot() -> None:
     with Lab() as lab:
-        if not kernel_has_netem():
+        if no_netem():
             with pytest.raises(UnsupportedError, match="netem"):
                 lab.client.netem(delay_ms=40)
             lab.client.netem()  # what is not there can be removed

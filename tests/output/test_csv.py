@@ -25,8 +25,13 @@ def test_names_then_rows() -> None:
 
 def test_what_needs_quotes() -> None:
     """A process may call itself anything."""
-    for name in ('a,b"c', "a\nb", "'", "é"):
+    for name in ('a,b"c', "'", "é"):
         assert read_back({"pid": None, "comm": name, "stack": ["f+0x1", "g+0x2"]})[1] == ["", name, "f+0x1 < g+0x2"]
+
+
+def test_what_would_repaint_the_terminal() -> None:
+    for name, shown in (("\x1b]2;gone", "\\x1b]2;gone"), ("a\nb", "a\\nb"), ("\x9b2J", "\\x9b2J")):
+        assert read_back({"pid": None, "comm": name, "stack": None})[1] == ["", shown, ""]
 
 
 def test_one_column() -> None:

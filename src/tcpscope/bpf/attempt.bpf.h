@@ -111,6 +111,12 @@ static __always_inline bool is_disconnected(__u32 error)
 	return error == ECONNRESET || error == ECONNABORTED || error == EPIPE;
 }
 
+/* What an answer brings, or that there was none. Before the first SYN of a socket it can only be a BPF program's word. */
+static __always_inline bool is_answer(struct sock *sk, __u32 error)
+{
+	return (error == ECONNREFUSED || error == ETIMEDOUT) && BPF_CORE_READ((struct tcp_sock *)sk, write_seq);
+}
+
 /* Its socket was closed without an error, and now it is known by whom: 0 = not by connect(). */
 static __always_inline void attempt_resolve(struct connection *connection, __u32 error)
 {
@@ -138,18 +144,6 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 	attempt_emit(&connection->id, &connection->opener, &ending);
 }
 
-/* Before the entry begins anew. */
-static __always_inline void attempt_before(struct sock *sk, int new_state)
-{
-	struct connection *connection;
-
-	if (!emits_attempt || new_state != STATE_SYN_SENT)
-		return;
-	connection = connection_find(sk);
-	if (connection)
-		attempt_resolve(connection, 0);
-}
-
 /* `id` is the connection's, if there is one. */
 static __always_inline void attempt_changed(struct sock *sk, struct connection *connection, const struct identity *id,
 					    const struct held *change)
@@ -161,8 +155,10 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 	if (!emits_attempt)
 		return;
 	if (change->new_state == STATE_SYN_SENT) {
-		if (connection)
+		if (connection) {
 			connection->attempt = ATTEMPT_OPEN;
+			connection->stale_error = BPF_CORE_READ(sk, sk_err);
+		}
 		return;
 	}
 	/*
@@ -178,7 +174,10 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 		return;
 	ending.syn_retrans = BPF_CORE_READ(tp, total_retrans);
 	ending.syn_sent = BPF_CORE_READ(tp, segs_out) > 0;
-	ending.errno = failed ? BPF_CORE_READ(sk, sk_err) : 0;
+	ending.errno = failed ? error_of(sk, connection) : 0;
+	/* tcp_connect() erases what an earlier attempt has left. If it was not reached, connect() tells. */
+	if (!ending.syn_sent && connection && !connection->error && ending.errno == connection->stale_error)
+		ending.errno = 0;
 	ending.outcome = outcome_of(ending.errno);
 	if (connection) {
 		if (failed && !ending.errno && !connection->connect_returned) {
@@ -284,7 +283,7 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 		attempt_resolve(connection, error);
 	else if (stage == ATTEMPT_REPORTED) /* here is the error that was shown before */
 		connection->attempt = ATTEMPT_NONE;
-	else if (stage == ATTEMPT_NONE && error && !is_disconnected(error))
+	else if (stage == ATTEMPT_NONE && error && !is_disconnected(error) && !is_answer(sk, error))
 		attempt_failed_early(sk, to, size, error);
 }
 

@@ -35,6 +35,55 @@ static __always_inline bool have_cookie_helper(void)
 	return bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_check_mtu);
 }
 
+/*
+ * Since "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast" (7.0) a process may lose the processor
+ * within a program of a tracepoint, and go on with the next one on another processor. The field came with it.
+ */
+static __always_inline bool tracepoints_are_preemptible(void)
+{
+	return bpf_core_field_exists(struct tp_transition_snapshot, srcu_gp);
+}
+
+extern void bpf_preempt_disable(void) __ksym __weak; /* since 6.10 */
+extern void bpf_preempt_enable(void) __ksym __weak;
+
+/*
+ * From here to `processor_release` the program keeps the processor where it would not otherwise: at a tracepoint since 7.0,
+ * at a function of a kernel that puts processes aside in the kernel. Before 6.10 nothing can be done about it.
+ */
+static __always_inline void processor_keep(void)
+{
+	if (bpf_preempt_disable)
+		bpf_preempt_disable();
+}
+
+static __always_inline void processor_release(void)
+{
+	if (bpf_preempt_disable)
+		bpf_preempt_enable();
+}
+
+/*
+ * BPF_PROG() of libbpf, for tp_btf, fentry and fexit, that keeps the processor. Otherwise one that is put aside in the middle
+ * has the kernel leave the program out for all others on its processor, and shares what it writes with them.
+ */
+#define TRACING_PROG(name, args...)                                                                \
+	name(unsigned long long *ctx);                                                             \
+	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args);       \
+	typeof(name(0)) name(unsigned long long *ctx)                                              \
+	{                                                                                          \
+		typeof(name(0)) result;                                                            \
+                                                                                                   \
+		processor_keep();                                                                  \
+		_Pragma("GCC diagnostic push")                                                     \
+		_Pragma("GCC diagnostic ignored \"-Wint-conversion\"")                             \
+		result = kept_##name(___bpf_ctx_cast(args));                                       \
+		_Pragma("GCC diagnostic pop")                                                      \
+		processor_release();                                                               \
+		return result;                                                                     \
+	}                                                                                          \
+	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args)
+
 /* The cookie as it stands, 0 if the kernel has not given one yet. For sockets that are only known by address. */
 static __always_inline __u64 cookie_if_any(struct sock *sk)
 {

@@ -49,6 +49,7 @@ struct connection {
 	struct identity id;     /* see identity_complete() */
 	struct owner opener;    /* who called connect() or listen(); for a child, who listens */
 	struct owner accepter;  /* who called accept() */
+	__u64 changed_ns;       /* when its state was last seen to change */
 	__u64 state_since_ns;   /* 0: not seen */
 	__u64 opened_ns;        /* entered SYN_SENT or, as a child, SYN_RECV; 0: not seen */
 	__u64 established_ns;   /* 0: not seen */
@@ -56,13 +57,17 @@ struct connection {
 	__u32 syn_retrans;      /* valid once established, or closed in SYN_SENT */
 	__u32 handshake_us;     /* of a child; valid once established */
 	__u32 data_segs_before; /* received with data before it entered FIN_WAIT1 */
+	__u32 error;            /* that ends it, if it was told before: see error_reported() */
+	__u32 stale_error;      /* was in the socket when it entered SYN_SENT */
 	struct held held;
 	bool in_listening;      /* this listener is counted in `listening` */
 	bool accepted;          /* `accepter` is filled; set after it, so a reader never sees half an owner */
 	bool syn_sent;          /* valid once closed in SYN_SENT */
 	bool connect_returned;  /* while still in SYN_SENT; a byte of its own, as others write `attempt` meanwhile */
+	bool told;              /* accepted before it was ESTABLISHED, and shown */
 	bool timewait;          /* tcp_time_wait() was called, whether or not a timewait socket could be had */
 	enum role role;
+	enum tcp_state state;   /* after the last change that was seen; 0: there was none, or the next one is not followed */
 	enum tcp_state followed_by;
 	enum tcp_state closed_in;
 	enum attempt_stage attempt;
@@ -235,18 +240,10 @@ static __always_inline void connection_begin(struct connection *connection, enum
 	connection->role = role;
 }
 
-/* What a change of state tells about a connection. Call it before using the table entry. */
-static __always_inline struct connection *connection_transition(struct sock *sk, int old_state, int new_state)
+/* What a change of state tells about a connection. */
+static __always_inline void connection_changed(struct sock *sk, struct connection *connection, int old_state,
+					       int new_state)
 {
-	struct connection *connection;
-
-	if (new_state == STATE_CLOSE)
-		connection = connection_find(sk);
-	else
-		connection = connection_find_or_add(sk);
-	if (!connection)
-		return NULL;
-
 	if (new_state == STATE_SYN_SENT || new_state == STATE_LISTEN) {
 		/* In the caller's context. */
 		connection_begin(connection, new_state == STATE_LISTEN ? ROLE_LISTENER : ROLE_ACTIVE);
@@ -269,7 +266,50 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 		if (listener && !listener->mixed)
 			connection->opener = listener->owner;
 	}
+}
+
+/* The entry of a socket whose state changes, up to date. Call it before using the entry. */
+static __always_inline struct connection *connection_transition(struct sock *sk, int old_state, int new_state)
+{
+	struct connection *connection = new_state == STATE_CLOSE ? connection_find(sk) : connection_find_or_add(sk);
+
+	if (connection)
+		connection_changed(sk, connection, old_state, new_state);
 	return connection;
+}
+
+/*
+ * Does this error of the socket end the connection? In an active open any does. Later it comes from a RST, from
+ * `ss -K`, or from a timer that gives up, and then it is the soft error where there is one. What ICMP said to a socket with
+ * IP_RECVERR ends nothing.
+ */
+static __always_inline bool error_ends(struct sock *sk, const struct connection *connection, __u32 error)
+{
+	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+
+	return state == STATE_SYN_SENT || (state == STATE_SYN_RECV && connection && connection->role == ROLE_ACTIVE) ||
+	       error == ECONNRESET || error == EPIPE || error == ECONNABORTED || error == ETIMEDOUT ||
+	       error == (__u32)BPF_CORE_READ(sk, sk_err_soft);
+}
+
+/* The owner is told of an error. */
+static __always_inline void error_reported(struct sock *sk)
+{
+	__u32 error = BPF_CORE_READ(sk, sk_err);
+	struct connection *connection = error ? connection_find(sk) : NULL;
+
+	if (connection && error_ends(sk, connection, error))
+		connection->error = error;
+}
+
+/* Why it is being closed: the error that is in the socket, or was; 0: none. */
+static __always_inline __u32 error_of(struct sock *sk, const struct connection *connection)
+{
+	__u32 error = BPF_CORE_READ(sk, sk_err);
+
+	if (error && error_ends(sk, connection, error))
+		return error;
+	return connection ? connection->error : 0;
 }
 
 /* accept() returns `child` to the current process. */

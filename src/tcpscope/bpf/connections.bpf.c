@@ -15,6 +15,7 @@
 #include "accepted.bpf.h"
 #include "life.bpf.h"
 #include "step.bpf.h"
+#include "gap.bpf.h"
 
 /* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after the child's first change. */
 #define COOKIE_AT(sk, old_state, new_state)                                                        \
@@ -30,28 +31,59 @@ static __always_inline bool matters(int old_state, int new_state)
 	return true;
 }
 
+/* A socket that closes needs no entry any more; but a life that nobody held when the tool began may wait in one. */
+static __always_inline struct connection *entry_for(struct sock *sk, const struct held *change)
+{
+	if (change->new_state != STATE_CLOSE || (emits_life && was_established(change->old_state)))
+		return connection_find_or_add(sk);
+	return connection_find(sk);
+}
+
+/* A socket is connected again, and what waited for more will not get it. */
+static __always_inline void before_anew(struct connection *connection)
+{
+	if (emits_attempt)
+		attempt_resolve(connection, 0);
+	if (emits_life)
+		life_lost(connection);
+}
+
 static __always_inline int state_changed(struct sock *sk, const struct held *change, __u64 cookie)
 {
+	bool is_child = change->new_state == STATE_SYN_RECV && change->old_state == STATE_LISTEN;
 	struct identity unlisted = {};
 	const struct identity *id = &unlisted;
 	struct connection *connection;
+	bool after_gap = false;
 
 	if (emits_attempt && change->old_state == STATE_SYN_RECV && !connection_find(sk))
 		return 0; /* a child; an attempt that has met another one from the other end has an entry */
-	attempt_before(sk, change->new_state);
-	life_before(sk, change);
-	connection = connection_transition(sk, change->old_state, change->new_state);
+	connection = entry_for(sk, change);
 	if (connection) {
+		/* A child is a new socket; what stands at its address is one that has gone. */
+		after_gap = gap(sk, connection, is_child ? STATE_CLOSE : change->old_state);
+		if (after_gap && (change->old_state == STATE_SYN_SENT || change->old_state == STATE_SYN_RECV)) {
+			/* It began unseen: what stands here is of the connection before it. */
+			before_anew(connection);
+			connection_begin(connection, ROLE_UNKNOWN);
+		}
+		if (change->new_state == STATE_SYN_SENT)
+			before_anew(connection);
+		connection_changed(sk, connection, change->old_state, change->new_state);
+		connection->changed_ns = change->time_ns;
+		barrier();
+		connection->state = is_followed(change->new_state) ? change->new_state : 0;
 		connection->id.cookie = cookie;
 		id = &connection->id;
-		if (change->new_state == STATE_SYN_SENT ||
-		    (change->new_state == STATE_SYN_RECV && change->old_state == STATE_LISTEN))
+		if (change->new_state == STATE_SYN_SENT || is_child)
 			connection->opened_ns = change->time_ns;
 	} else {
 		unlisted.cookie = cookie;
 		identity_read(sk, &unlisted);
 	}
-	transition_changed(connection, id, change);
+	if (emits_accepted && connection && connection->told)
+		connection_forget(sk);
+	transition_changed(connection, id, change, after_gap);
 	attempt_changed(sk, connection, id, change);
 	life_changed(sk, connection, id, change);
 	step_changed(connection, id, change);
@@ -59,33 +91,35 @@ static __always_inline int state_changed(struct sock *sk, const struct held *cha
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (!matters(old_state, new_state) || sk->sk_protocol != IPPROTO_TCP)
-		return 0;
-	once_note(sk, old_state << 8 | new_state);
-	change.time_ns = bpf_ktime_get_ns();
-	return state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+	if (matters(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP) {
+		once_note(sk, old_state << 8 | new_state);
+		change.time_ns = bpf_ktime_get_ns();
+		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+	}
+	return 0;
 }
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(state_again, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (!matters(old_state, new_state) || sk->sk_protocol != IPPROTO_TCP ||
-	    !once_missed(sk, old_state << 8 | new_state))
-		return 0;
-	change.time_ns = bpf_ktime_get_ns();
-	return state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+	if (matters(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP &&
+	    once_missed(sk, old_state << 8 | new_state)) {
+		change.time_ns = bpf_ktime_get_ns();
+		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+	}
+	return 0;
 }
 
 FOR("transition")
 SEC("fentry/tcp_connect")
-int BPF_PROG(connect__fentry, struct sock *sk)
+int TRACING_PROG(connect__fentry, struct sock *sk)
 {
 	transition_syn_sent(sk);
 	return 0;
@@ -99,7 +133,7 @@ int BPF_KPROBE(connect__kprobe, struct sock *sk)
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
-int BPF_PROG(connect__retransmit, struct sock *sk)
+int TRACING_PROG(connect__retransmit, struct sock *sk)
 {
 	transition_syn_sent(sk);
 	return 0;
@@ -108,7 +142,7 @@ int BPF_PROG(connect__retransmit, struct sock *sk)
 /* connect(), and sendto() with MSG_FASTOPEN: what it returns. */
 FOR("attempt")
 SEC("fexit/__inet_stream_connect")
-int BPF_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg, int result)
+int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg, int result)
 {
 	struct sock *sk = tcp_sock_of_socket(socket);
 	struct remote_address to = {};
@@ -121,7 +155,7 @@ int BPF_PROG(connected__fexit, struct socket *socket, void *address, int size, i
 }
 
 SEC("tp_btf/sys_exit")
-int BPF_PROG(connected__syscall, struct pt_regs *regs, long result)
+int TRACING_PROG(connected__syscall, struct pt_regs *regs, long result)
 {
 	struct remote_address to = {};
 	struct sock *sk;
@@ -151,7 +185,7 @@ static __always_inline void timewait(struct sock *sk, int state, bool made)
 FOR("transition life")
 OPTIONAL("what follows CLOSE")
 SEC("fexit/inet_twsk_alloc")
-int BPF_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
+int TRACING_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
 {
 	timewait(sk, state, timewait_sock);
 	return 0;
@@ -197,10 +231,16 @@ static __noinline int accepted(struct sock *child, struct sock *listener)
 		if (found)
 			listener = (struct sock *)found->sk;
 	}
-	if (emits_accepted)
-		accepted_emit(id, owner, queued_ns, listener);
 	if (emits_step)
 		step_emit(bpf_ktime_get_ns(), id, owner, STEP_ACCEPT);
+	if (emits_accepted) {
+		accepted_emit(id, owner, queued_ns, listener);
+		/* The table is for those that wait; but one that will be ESTABLISHED would then come in anew. */
+		if (BPF_CORE_READ(child, __sk_common.skc_state) != STATE_SYN_RECV)
+			connection_forget(child);
+		else if (connection)
+			connection->told = true;
+	}
 	return 0;
 }
 
@@ -210,10 +250,10 @@ static __noinline int accepted(struct sock *child, struct sock *listener)
  * `completion` is followed directly, so that the verifier refuses kernels that have something else in its place.
  */
 FOR("transition accepted life step")
-UNLESS("accept__fexit accept__kretprobe")
+UNLESS("accept__fexit")
 OPTIONAL("connections accepted through io_uring")
 SEC("tp_btf/io_uring_complete")
-int BPF_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring_cqe *completion)
+int TRACING_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring_cqe *completion)
 {
 	struct connection *connection;
 	int fd = completion->res;
@@ -230,19 +270,14 @@ int BPF_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring
 
 FOR("transition accepted life step")
 SEC("fexit/inet_csk_accept")
-int accept__fexit(__u64 *ctx)
+int TRACING_PROG(accept__fexit)
 {
 	return accepted(ACCEPTED_CHILD(ctx), (struct sock *)CTX_SLOT(ctx, 0));
 }
 
-SEC("kretprobe/inet_csk_accept")
-int BPF_KRETPROBE(accept__kretprobe, struct sock *child)
-{
-	return accepted(child, NULL);
-}
-
+/* A kretprobe would come to mind, but it has few places for calls under way, and loses the others without a count. */
 SEC("tp_btf/sys_exit")
-int BPF_PROG(accept__syscall, struct pt_regs *regs, long fd)
+int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 {
 	struct sock *child = sock_of_accept(regs, fd);
 
@@ -254,7 +289,7 @@ FOR("transition accepted life step")
 UNLESS("accept__syscall")
 OPTIONAL("who accepts by a call that began before the tool")
 SEC("fentry/security_sock_graft")
-int BPF_PROG(graft__fentry, struct sock *child)
+int TRACING_PROG(graft__fentry, struct sock *child)
 {
 	return connection_find(child) ? accepted(child, NULL) : 0;
 }
@@ -265,9 +300,37 @@ int BPF_KPROBE(graft__kprobe, struct sock *child)
 	return connection_find(child) ? accepted(child, NULL) : 0;
 }
 
+/*
+ * The socket's error is told to its owner. Before "tcp: fix race in tcp_write_err()" (6.10) that comes before the change
+ * of state, and the owner, on another processor, may have fetched and so erased it by then. This function wakes the owner
+ * up; the tracepoint comes after it.
+ */
+FOR("attempt life")
+OPTIONAL("an error that was fetched just before its socket was closed")
+SEC("fentry/sock_def_error_report")
+int TRACING_PROG(error__fentry, struct sock *sk)
+{
+	error_reported(sk);
+	return 0;
+}
+
+SEC("kprobe/sock_def_error_report")
+int BPF_KPROBE(error__kprobe, struct sock *sk)
+{
+	error_reported(sk);
+	return 0;
+}
+
+SEC("tp_btf/inet_sk_error_report")
+int TRACING_PROG(error__tracepoint, struct sock *sk)
+{
+	error_reported(sk);
+	return 0;
+}
+
 FOR("life")
 SEC("tp_btf/tcp_send_reset")
-int BPF_PROG(reset_sent, struct sock *sk)
+int TRACING_PROG(reset_sent, struct sock *sk)
 {
 	struct connection *connection = sk ? connection_find(sk) : NULL;
 
@@ -298,7 +361,7 @@ static __always_inline void reset_received(struct sock *sk, enum reset reset)
 FOR("life")
 ARGUMENTS(2)
 SEC("fentry/tcp_reset")
-int BPF_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
+int TRACING_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
 {
 	unsigned char *header = BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, transport_header);
 	__u8 flags = 0;
@@ -309,7 +372,7 @@ int BPF_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
 }
 
 SEC("tp_btf/tcp_receive_reset")
-int BPF_PROG(reset_received__tracepoint, struct sock *sk)
+int TRACING_PROG(reset_received__tracepoint, struct sock *sk)
 {
 	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	bool closed = (state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) &&
@@ -336,6 +399,7 @@ static __always_inline int destroyed(struct sock *sk)
 
 	if (!connection)
 		return 0;
+	gap(sk, connection, STATE_CLOSE);
 	if (!emits_transition)
 		resolve(sk, connection);
 	connection_forget(sk);
@@ -343,26 +407,52 @@ static __always_inline int destroyed(struct sock *sk)
 }
 
 SEC("tp_btf/tcp_destroy_sock")
-int BPF_PROG(destroy, struct sock *sk)
+int TRACING_PROG(destroy, struct sock *sk)
 {
 	once_note(sk, 0);
-	return destroyed(sk);
+	destroyed(sk);
+	return 0;
 }
 
 AGAIN
 SEC("tp_btf/tcp_destroy_sock")
-int BPF_PROG(destroy_again, struct sock *sk)
+int TRACING_PROG(destroy_again, struct sock *sk)
 {
-	return once_missed(sk, 0) ? destroyed(sk) : 0;
+	if (once_missed(sk, 0))
+		destroyed(sk);
+	return 0;
 }
 
 /*
  * All entries of the table, in two ways. An iteration over all maps ends with a call without one, which is the moment to
  * visit them with "bpf: Add bpf_for_each_map_elem() helper" (5.13). Before, there is an iterator over the entries of one
- * map, which some kernels refuse that have iterators otherwise.
- *
- * This one at the end of a run.
+ * map, which some kernels refuse that have iterators otherwise. FOR() stands before it.
  */
+#define FOR_EACH_CONNECTION(hook, entry)                                                           \
+	NEEDS("BPF_FUNC_for_each_map_elem")                                                        \
+	SEC("iter/bpf_map")                                                                        \
+	int hook##__each(struct bpf_iter__bpf_map *ctx)                                            \
+	{                                                                                          \
+		if (!ctx->map)                                                                     \
+			bpf_for_each_map_elem(&connections, entry, NULL, 0);                       \
+		return 0;                                                                          \
+	}                                                                                          \
+                                                                                                   \
+	OVER_MAP("connections")                                                                    \
+	SEC("iter/bpf_map_elem")                                                                   \
+	int hook##__element(struct bpf_iter__bpf_map_elem *ctx)                                    \
+	{                                                                                          \
+		__u64 *key = ctx->key;                                                             \
+		struct connection *connection = key ? connection_find((struct sock *)*key) : NULL; \
+                                                                                                   \
+		return connection ? entry(NULL, key, connection, NULL) : 0;                        \
+	}
+
+FOR("transition attempt life step")
+OPTIONAL("gaps in what was seen of connections that are open at the end")
+FOR_EACH_CONNECTION(gap, gap_entry)
+
+/* At the end of a run. */
 static long flush_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
 {
 	resolve((struct sock *)*key, connection);
@@ -370,24 +460,7 @@ static long flush_entry(struct bpf_map *table, const __u64 *key, struct connecti
 }
 
 FOR("transition attempt life")
-NEEDS("BPF_FUNC_for_each_map_elem")
-SEC("iter/bpf_map")
-int flush__each(struct bpf_iter__bpf_map *ctx)
-{
-	if (!ctx->map)
-		bpf_for_each_map_elem(&connections, flush_entry, NULL, 0);
-	return 0;
-}
-
-OVER_MAP("connections")
-SEC("iter/bpf_map_elem")
-int flush__element(struct bpf_iter__bpf_map_elem *ctx)
-{
-	__u64 *key = ctx->key;
-	struct connection *connection = key ? connection_find((struct sock *)*key) : NULL;
-
-	return connection ? flush_entry(NULL, key, connection, NULL) : 0;
-}
+FOR_EACH_CONNECTION(flush, flush_entry)
 
 /* Those that are open now. */
 static long live_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
@@ -408,24 +481,7 @@ static long live_entry(struct bpf_map *table, const __u64 *key, struct connectio
 }
 
 FOR("life")
-NEEDS("BPF_FUNC_for_each_map_elem")
-SEC("iter/bpf_map")
-int live__each(struct bpf_iter__bpf_map *ctx)
-{
-	if (!ctx->map)
-		bpf_for_each_map_elem(&connections, live_entry, NULL, 0);
-	return 0;
-}
-
-OVER_MAP("connections")
-SEC("iter/bpf_map_elem")
-int live__element(struct bpf_iter__bpf_map_elem *ctx)
-{
-	__u64 *key = ctx->key;
-	struct connection *connection = key ? connection_find((struct sock *)*key) : NULL;
-
-	return connection ? live_entry(NULL, key, connection, NULL) : 0;
-}
+FOR_EACH_CONNECTION(live, live_entry)
 
 SEC("iter/task_file")
 int seed(struct bpf_iter__task_file *ctx)

@@ -42,7 +42,7 @@ static __always_inline bool is_v4_mapped(const __u8 *address)
 	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
 }
 
-/* As much of a struct sock_common as says who it is. The verifier refuses the program where that is not enough. */
+/* As much of a struct sock_common as says who it is; tests/kernel/test_types.py holds it against the kernels. */
 #define COMMON_BYTES 96
 
 /*

@@ -26,6 +26,7 @@
 #define S_IFSOCK 0140000
 #define IORING_OP_ACCEPT 13 /* include/uapi/linux/io_uring.h */
 #define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
+#define NSEC_PER_SEC 1000000000LL /* include/vdso/time64.h */
 
 /* include/uapi/asm-generic/errno.h, errno-base.h */
 #define EINTR 4
@@ -129,6 +130,7 @@ struct sock {                                                 /* include/net/soc
 	__u32 sk_max_ack_backlog;
 	kuid_t sk_uid;
 	int sk_err;
+	int sk_err_soft;
 	__u8 sk_shutdown;
 	__u16 sk_protocol;
 };
@@ -280,6 +282,10 @@ struct task_struct {                                          /* include/linux/s
 };
 
 struct proto_accept_arg {};                                   /* include/net/sock.h, since 6.10 */
+
+struct tp_transition_snapshot {                               /* kernel/tracepoint.c */
+	unsigned long srcu_gp;                                /* since 7.0 */
+};
 
 struct pt_regs___kernel {                                     /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)

@@ -186,21 +186,10 @@ static __always_inline void life_established(struct sock *sk, struct connection 
 	}
 }
 
-/* Before the entry is looked for. */
-static __always_inline void life_before(struct sock *sk, const struct held *change)
+/* It was disconnected without a RST (no memory for one), and its numbers are zero since then. */
+static __always_inline void life_lost(const struct connection *connection)
 {
-	struct connection *connection;
-
-	if (!emits_life)
-		return;
-	/* One that nobody held when the tool began may end with its first change of state: it needs a place to wait, too. */
-	if (change->new_state == STATE_CLOSE && was_established(change->old_state))
-		connection_find_or_add(sk);
-	if (change->new_state != STATE_SYN_SENT)
-		return;
-	/* It was disconnected without a RST (no memory for one), and its numbers are zero since then. */
-	connection = connection_find(sk);
-	if (connection && connection->closed_ns) {
+	if (connection->closed_ns) {
 		COUNT(seen);
 		COUNT(lost);
 	}
@@ -221,7 +210,7 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 		connection->data_segs_before = BPF_CORE_READ((struct tcp_sock *)sk, data_segs_in);
 	if (change->new_state != STATE_CLOSE || !had_life(connection, change->old_state))
 		return;
-	closing.errno = BPF_CORE_READ(sk, sk_err);
+	closing.errno = error_of(sk, connection);
 	if (closing.errno == ECONNABORTED)
 		closing.end = END_KILLED;
 	else if (reset == RESET_RECEIVED)

@@ -18,7 +18,7 @@
 
 OPTIONAL("overflow events, their peers and steps; overflows are sampled instead")
 SEC("fentry/tcp_conn_request")
-int BPF_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
+int TRACING_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
 {
 	handshake_enter(sk, skb, NULL);
 	return 0;
@@ -33,7 +33,7 @@ int BPF_KPROBE(syn_enter__kprobe, void *rsk_ops, void *af_ops, struct sock *sk, 
 
 OPTIONAL("overflow events at the SYN")
 SEC("fexit/tcp_conn_request")
-int syn_exit__fexit(void *ctx)
+int TRACING_PROG(syn_exit__fexit)
 {
 	handshake_exit(ctx, STEP_SYN);
 	return 0;
@@ -48,7 +48,7 @@ int syn_exit__kretprobe(void *ctx)
 
 OPTIONAL("overflow events at the final ACK, IPv4")
 SEC("fentry/tcp_v4_syn_recv_sock")
-int BPF_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
+int TRACING_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
 	handshake_enter(sk, skb, req);
 	return 0;
@@ -63,7 +63,7 @@ int BPF_KPROBE(ack4_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 
 OPTIONAL("overflow events at the final ACK, IPv4")
 SEC("fexit/tcp_v4_syn_recv_sock")
-int ack4_exit__fexit(void *ctx)
+int TRACING_PROG(ack4_exit__fexit)
 {
 	handshake_exit(ctx, STEP_ACK);
 	return 0;
@@ -78,7 +78,7 @@ int ack4_exit__kretprobe(void *ctx)
 
 OPTIONAL("overflow events at the final ACK, IPv6")
 SEC("fentry/tcp_v6_syn_recv_sock")
-int BPF_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
+int TRACING_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
 	handshake_enter(sk, skb, req);
 	return 0;
@@ -93,7 +93,7 @@ int BPF_KPROBE(ack6_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 
 OPTIONAL("overflow events at the final ACK, IPv6")
 SEC("fexit/tcp_v6_syn_recv_sock")
-int ack6_exit__fexit(void *ctx)
+int TRACING_PROG(ack6_exit__fexit)
 {
 	handshake_exit(ctx, STEP_ACK);
 	return 0;
@@ -108,14 +108,14 @@ int ack6_exit__kretprobe(void *ctx)
 
 OPTIONAL("accepts per second and the time of the last one")
 SEC("fexit/inet_csk_accept")
-int accept__fexit(__u64 *ctx)
+int TRACING_PROG(accept__fexit)
 {
 	accepted_from((struct sock *)CTX_SLOT(ctx, 0), ACCEPTED_CHILD(ctx));
 	return 0;
 }
 
 SEC("tp_btf/sys_exit")
-int BPF_PROG(accept__syscall, struct pt_regs *regs, long fd)
+int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 {
 	struct sock *child = sock_of_accept(regs, fd);
 
@@ -125,7 +125,7 @@ int BPF_PROG(accept__syscall, struct pt_regs *regs, long fd)
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
 {
 	__u64 key = (__u64)sk;
 
@@ -143,7 +143,7 @@ int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 }
 
 SEC("tp_btf/tcp_destroy_sock")
-int BPF_PROG(destroy, struct sock *sk)
+int TRACING_PROG(destroy, struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 

@@ -1,16 +1,22 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * The kernel does not start a program on a CPU where it runs already (__bpf_trace_run): a softirq that interrupts it and
- * passes the same tracepoint is left out. So such a program is attached twice. The first one notes each event that it
- * takes; the second, which the tracepoint calls after it, takes those that it does not find noted. That is exact for one
- * interruption, and there are not more: softirqs do not nest.
+ * With "bpf: Prevent bpf program recursion for raw tracepoint probes" (6.1) the kernel does not start a program on a CPU
+ * where it runs already: a softirq that interrupts it and passes the same tracepoint is left out. So such a program is
+ * attached twice. The first one notes each event that it takes; the second, which the tracepoint calls after it, takes
+ * those that it does not find noted. That is exact for one interruption, and there are not more: softirqs do not nest.
  *
- * Only the first makes notes and only the second wipes them, and neither interrupts itself.
+ * Processes do not nest either, as long as none loses the processor within the programs: they keep it.
+ *
+ * Only the first makes notes and only the second wipes them. A note stays when the second was left out, until the next
+ * event of its socket: each has one note, and no change of state comes twice without another between. More sockets than
+ * there are places, in one interruption of the second, would take the note from it that it looks for: its event would come
+ * twice.
  */
 #ifndef TCPSCOPE_ONCE_BPF_H
 #define TCPSCOPE_ONCE_BPF_H
 
 #include "kernel.bpf.h"
+#include "compat.bpf.h"
 #include "output.bpf.h"
 
 #define NOTES 8
@@ -22,6 +28,7 @@ struct note {
 
 struct notes {
 	struct note note[NOTES];
+	__u64 next; /* to be given up when none is free: its second program was left out */
 };
 
 struct {
@@ -31,43 +38,79 @@ struct {
 	__type(value, struct notes);
 } noted SEC(".maps");
 
-/* For the first of the two programs: something has happened at a socket, `what` in a word. */
-static __always_inline void once_note(struct sock *sk, __u32 what)
-{
-	__u32 zero = 0;
-	struct notes *notes = bpf_map_lookup_elem(&noted, &zero);
+/* The same where the second program may run on another processor, which costs more: socket -> what. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u64);
+	__type(value, __u64);
+} noted_anywhere SEC(".maps");
 
-	if (!notes)
-		return;
+static __always_inline struct note *note_of(struct notes *notes, __u64 sk)
+{
 #pragma unroll
 	for (int i = 0; i < NOTES; i++)
-		if (!notes->note[i].sk) {
-			notes->note[i].what = what;
-			notes->note[i].sk = (__u64)sk;
-			return;
-		}
-	/* Left over: the second program was not attached yet, or was itself left out. */
-	__builtin_memset(notes, 0, sizeof(*notes));
-	notes->note[0].what = what;
-	notes->note[0].sk = (__u64)sk;
+		if (notes->note[i].sk == sk)
+			return &notes->note[i];
+	return NULL;
+}
+
+/* For the first of the two programs: something has happened at a socket, `what` in a word. */
+static __always_inline void once_note(struct sock *sk, __u64 what)
+{
+	__u64 key = (__u64)sk;
+	__u32 zero = 0;
+	struct notes *notes;
+	struct note *note;
+
+	if (tracepoints_are_preemptible()) {
+		if (bpf_map_update_elem(&noted_anywhere, &key, &what, BPF_ANY))
+			COUNT(table_full);
+		return;
+	}
+	notes = bpf_map_lookup_elem(&noted, &zero);
+	if (!notes)
+		return;
+	note = note_of(notes, key);
+	if (!note)
+		note = note_of(notes, 0);
+	if (!note)
+		note = &notes->note[notes->next++ % NOTES];
+	/* Taken first: whatever interrupts this then, with a note of its own to make, looks for another place. */
+	note->sk = key;
+	barrier();
+	note->what = what;
 }
 
 /* For the second: was the first one left out? */
-static __always_inline bool once_missed(struct sock *sk, __u32 what)
+static __always_inline bool once_missed(struct sock *sk, __u64 what)
 {
+	__u64 key = (__u64)sk, *found;
+	bool taken = false;
 	__u32 zero = 0;
-	struct notes *notes = bpf_map_lookup_elem(&noted, &zero);
+	struct notes *notes;
+	struct note *note;
 
-	if (!notes)
-		return false;
-#pragma unroll
-	for (int i = 0; i < NOTES; i++)
-		if (notes->note[i].what == what && notes->note[i].sk == (__u64)sk) {
-			notes->note[i].sk = 0;
-			return false;
+	if (tracepoints_are_preemptible()) {
+		found = bpf_map_lookup_elem(&noted_anywhere, &key);
+		if (found) {
+			taken = *found == what;
+			bpf_map_delete_elem(&noted_anywhere, &key);
 		}
-	COUNT(rescued);
-	return true;
+	} else {
+		notes = bpf_map_lookup_elem(&noted, &zero);
+		if (!notes)
+			return false;
+		note = note_of(notes, key);
+		if (note) {
+			taken = note->what == what;
+			note->sk = 0;
+		}
+	}
+	if (!taken)
+		COUNT(rescued);
+	return !taken;
 }
 
 #endif

@@ -43,6 +43,7 @@ struct counters {
 	__u64 lost;       /* asked for, and the ring or an aggregate had no room */
 	__u64 table_full; /* connections without a place in a table: their later events lack owner and times */
 	__u64 rescued;    /* taken by the second copy of a program, because the first was left out: once.bpf.h */
+	__u64 unseen;     /* gaps: changes of a connection's state, one or several in a row, that no program was given */
 } __attribute__((aligned(64)));
 
 /* A .bss map is memory shared with user space: reading the counters takes no system call and no privilege. */

@@ -233,7 +233,7 @@ static __always_inline bool half_closed_state(__u8 state)
 }
 
 SEC("tp_btf/tcp_probe")
-int BPF_PROG(segment, struct sock *sk)
+int TRACING_PROG(segment, struct sock *sk)
 {
 	look(sk, COOKIE_OF(sk));
 	return 0;
@@ -241,7 +241,7 @@ int BPF_PROG(segment, struct sock *sk)
 
 OPTIONAL("but for one at each change of state, samples of connections that one side has closed")
 SEC("fentry/tcp_rcv_state_process")
-int BPF_PROG(half_closed__fentry, struct sock *sk)
+int TRACING_PROG(half_closed__fentry, struct sock *sk)
 {
 	if (half_closed_state(sk->__sk_common.skc_state))
 		look(sk, COOKIE_OF(sk));
@@ -257,7 +257,7 @@ int BPF_KPROBE(half_closed__kprobe, struct sock *sk)
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
 {
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
@@ -271,28 +271,21 @@ int BPF_PROG(state, struct sock *sk, int old_state, int new_state)
 }
 
 SEC("fexit/inet_csk_accept")
-int accept__fexit(__u64 *ctx)
+int TRACING_PROG(accept__fexit)
 {
 	connection_accepted(ACCEPTED_CHILD(ctx));
 	return 0;
 }
 
-SEC("kretprobe/inet_csk_accept")
-int BPF_KRETPROBE(accept__kretprobe, struct sock *child)
-{
-	connection_accepted(child);
-	return 0;
-}
-
 SEC("tp_btf/sys_exit")
-int BPF_PROG(accept__syscall, struct pt_regs *regs, long fd)
+int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 {
 	connection_accepted(sock_of_accept(regs, fd));
 	return 0;
 }
 
 SEC("tp_btf/tcp_destroy_sock")
-int BPF_PROG(destroy, struct sock *sk)
+int TRACING_PROG(destroy, struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 

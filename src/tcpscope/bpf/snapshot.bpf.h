@@ -40,7 +40,7 @@ static __always_inline bool sampled(void)
 }
 
 /*
- * The namespace's counters over all CPUs. A loop, not bpf_loop(): 5.10 refuses an object with callbacks, used or not.
+ * The namespace's counters over all CPUs. A loop, not bpf_loop(): 5.10 refuses a program with callbacks, used or not.
  */
 static __noinline int net_counters_read(struct sock *sk, struct listener *record)
 {

@@ -69,9 +69,9 @@ static __always_inline void transition_release(struct connection *connection)
 	connection->state_since_ns = held.time_ns;
 }
 
-/* `id` is the connection's, if there is one. */
+/* `id` is the connection's, if there is one. `after_gap`: when it entered the old state is not known. */
 static __always_inline void transition_changed(struct connection *connection, const struct identity *id,
-					       const struct held *change)
+					       const struct held *change, bool after_gap)
 {
 	if (!emits_transition)
 		return;
@@ -80,6 +80,8 @@ static __always_inline void transition_changed(struct connection *connection, co
 		return;
 	}
 	transition_release(connection);
+	if (after_gap)
+		connection->state_since_ns = 0;
 	if (change->new_state == STATE_SYN_SENT ||
 	    (change->new_state == STATE_SYN_RECV && change->old_state == STATE_LISTEN)) {
 		connection->held = *change;

@@ -15,7 +15,7 @@ from tcpscope.cli import COMMON, FILTERS, filter_of
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
 from tcpscope.errors import UsageError
-from tcpscope.output.table import printable
+from tcpscope.output import printable
 from tcpscope.session import announce_ready, drop_privileges
 from tcpscope.stop import Stop
 from tcpscope.tool import Request

@@ -76,6 +76,7 @@ class Listening:
         self._decode = self.session.layout.select(names).decoder().rows
         self._follow = self.session.batches
         self.histories: dict[int, History] = {}
+        self._by_address: dict[tuple[int, int, str], list[History]] = {}
         self._counters_before: dict[int, dict[str, int]] = {}
         self._counters_now: dict[int, dict[str, int]] = {}
         self.counters: dict[int, dict[str, int]] = {}
@@ -120,6 +121,10 @@ class Listening:
             history.longest_accept_queue = max(history.longest_accept_queue, listener.accept_queue)
             if counters := namespace_counters(listener):
                 self._counters_now[listener.netns] = counters
+        self._by_address.clear()
+        for history in self.histories.values():
+            own = history.last
+            self._by_address.setdefault((own.netns, own.lport, own.laddr), []).append(history)
         if not self.exact:
             for sample in self._sampler.look(found):
                 if sample.listener.wanted:
@@ -140,10 +145,8 @@ class Listening:
                     history.peers[peer] += 1
 
     def _history_of(self, event: Any) -> History | None:
-        for history in self.histories.values():
-            own = history.last
-            same = own.netns == event.netns and own.lport == event.lport and own.laddr == event.laddr
-            if same and (event.cookie == own.cookie or None in (event.cookie, own.cookie)):
+        for history in self._by_address.get((event.netns, event.lport, event.laddr), ()):
+            if event.cookie == history.last.cookie or None in (event.cookie, history.last.cookie):
                 return history
         return None
 

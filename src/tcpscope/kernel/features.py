@@ -37,12 +37,19 @@ class Kernel:
     def __init__(self) -> None:
         if not BTF.exists():
             raise UnsupportedError(f"this kernel has no BTF ({BTF})", "it needs CONFIG_DEBUG_INFO_BTF=y")
+        self._tried: dict[str, Answer] = {}
+
+    @cached_property
+    def _btf(self) -> Any:
         lib.tcpscope_log_start(False)
         btf = lib.btf__load_vmlinux_btf()
         if btf == ffi.NULL:
             raise UnsupportedError(f"cannot read {BTF}: {os.strerror(ffi.errno)}")
-        self._btf = ffi.gc(btf, lib.btf__free)
-        self._tried: dict[str, Answer] = {}
+        return ffi.gc(btf, lib.btf__free)
+
+    def release(self) -> None:
+        """Give back the memory of its BTF, six megabytes; it is read anew if something else is asked."""
+        self.__dict__.pop("_btf", None)
 
     def parameters(self, function: str) -> int | None:
         """How many parameters a kernel function has; None if there is no such function."""

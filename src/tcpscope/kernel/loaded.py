@@ -7,6 +7,7 @@ are loaded and attached, and a program that is refused all the same is struck ou
 from __future__ import annotations
 
 import errno
+import io
 import mmap
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
-from tcpscope.kernel.features import Kernel, perf_event_denied, require_capabilities
+from tcpscope.kernel.features import Kernel, has_capability, perf_event_denied, require_capabilities
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.schema import Layout
 
@@ -80,6 +81,7 @@ class Loaded:
         self._data = ffi.from_buffer(spec.data)
         self.verifier: dict[str, str] = {}  # program that was refused -> the end of the verifier's log
         refused = plan_refusals(spec, kernel)
+        kernel.release()  # libbpf reads its own, and needs most memory then
         while True:
             self.hooks = plan(spec, refused, self._setup.skip, self._setup.event)
             for hook in self.hooks.values():
@@ -119,6 +121,8 @@ class Loaded:
         self._object = lib.tcpscope_open(self._data, len(self.spec.data), self.spec.name.encode())
         if self._object == ffi.NULL:
             raise TcpscopeError(f"{self.spec.name}: not a BPF object: {os.strerror(ffi.errno)}")
+        if not has_capability("CAP_SYS_ADMIN"):
+            lib.tcpscope_leave_modules(self._object)
         chosen = {hook.program.name: hook for hook in self.hooks.values() if hook.program}
         program = lib.bpf_object__next_program(self._object, ffi.NULL)
         while program != ffi.NULL:
@@ -163,9 +167,8 @@ class Loaded:
                 "this kernel needs CAP_SYS_RESOURCE too, or a larger 'ulimit -l'",
                 ("CAP_SYS_RESOURCE",),
             )
-        last = log.strip().splitlines()[-1:] or [""]
-        return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}",
-                             last[0].removeprefix("libbpf: "))  # fmt: skip
+        said = [line.removeprefix("libbpf: ") for line in log.splitlines() if "failed to load object" not in line]
+        return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}", "; ".join(said[-2:]))
 
     def _attach(self) -> None:
         """Iterators, the hook that forgets sockets, the seed, then the others: their first event finds its owner."""
@@ -176,18 +179,7 @@ class Loaded:
             if name not in early and "seed" in self._links and not seeded:
                 seeded = True
                 self.run("seed")
-            program = self._programs[name]
-            over = chosen[name].over
-            if over:
-                link = lib.tcpscope_attach_to_map(program, self.map_fd(over))
-            else:
-                link = lib.bpf_program__attach(program)
-            if link == ffi.NULL:
-                error = ffi.errno
-                reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only
-                denied = perf_event_denied() if error in (errno.EACCES, errno.EPERM) else ""
-                raise _Refused(name, f"cannot be attached ({denied or reason})")
-            self._links[name] = link
+            self.attach(name, chosen[name].over)
 
     def _map(self, name: str) -> Any:
         found = lib.bpf_object__find_map_by_name(self._object, name.encode())
@@ -214,8 +206,7 @@ class Loaded:
         if fd < 0:
             raise OSError(-fd, f"iterator '{hook}': {os.strerror(-fd)}")
         with os.fdopen(fd, "rb", buffering=0) as file:
-            while piece := file.read(1 << 18):
-                yield piece
+            yield from pieces(file)
 
     def entries(self, name: str, key: Layout, value: Layout, capacity: int) -> list[tuple[bytes, Any, Any]]:
         """All entries of a hash map: key bytes, raw rows of `key` and `value`. They may come and go meanwhile."""
@@ -247,6 +238,20 @@ class Loaded:
                 result[name] = (info.run_time_ns, info.run_count, info.missed)
         return result
 
+    def attach(self, name: str, over: str | None = None) -> None:
+        """Attach a program, an iterator to the map `over`; again after `detach`, too."""
+        program = self._programs[name]
+        if over:
+            link = lib.tcpscope_attach_to_map(program, self.map_fd(over))
+        else:
+            link = lib.bpf_program__attach(program)
+        if link == ffi.NULL:
+            error = ffi.errno
+            reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only
+            denied = perf_event_denied() if error in (errno.EACCES, errno.EPERM) else ""
+            raise _Refused(name, f"cannot be attached ({denied or reason})")
+        self._links[name] = link
+
     def detach(self, *programs: str) -> None:
         """Detach these programs, or all; maps and counters stay readable."""
         for name in programs or tuple(self._links):
@@ -260,6 +265,17 @@ class Loaded:
         if self._object != ffi.NULL:
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
+
+
+def pieces(file: io.RawIOBase) -> Iterator[bytes]:
+    """What an iterator writes, to its end.
+
+    A read that has met a million objects and has nothing to give returns EAGAIN, None here (MAX_ITER_OBJECTS in
+    kernel/bpf/bpf_iter.c): the next one goes on from there.
+    """
+    while (piece := file.read(1 << 18)) != b"":
+        if piece is not None:
+            yield piece
 
 
 def spec_names(spec: Spec) -> set[str]:

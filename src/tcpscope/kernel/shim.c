@@ -76,6 +76,15 @@ struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name
 	return bpf_object__open_mem(data, size, &options);
 }
 
+/*
+ * A kernel function that is declared weak and missing in the kernel proper is looked for in the modules too. Before 1.3
+ * libbpf takes it for an error that it may not, but asks only once: here, in vain, where an error does no harm.
+ */
+void tcpscope_leave_modules(struct bpf_object *object)
+{
+	bpf_program__set_attach_target(bpf_object__next_program(object, NULL), 0, "no such function");
+}
+
 /* --- ring buffer ------------------------------------------------------------------------------------------------ */
 
 struct tcpscope_ring {

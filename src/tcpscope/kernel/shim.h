@@ -13,6 +13,7 @@ struct bpf_program;
 struct btf;
 
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
+void tcpscope_leave_modules(struct bpf_object *object);
 
 /* cffi */
 /* libbpf's own messages since the last start, the last 64 KiB of them; with debug also all of them to stderr. */

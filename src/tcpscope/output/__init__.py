@@ -53,3 +53,10 @@ def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header:
     module = importlib.import_module(f"{__name__}.{format_}")
     sink: Sink = module.Sink(tuple(columns), stream, header)
     return sink
+
+
+def printable(text: str) -> str:
+    """A process may call itself anything: a line of its own, or an escape sequence that repaints the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

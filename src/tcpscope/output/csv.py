@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, BinaryIO
 
-from tcpscope.output import Column
+from tcpscope.output import Column, printable
 
 
 class Sink:
@@ -36,5 +36,6 @@ class Sink:
 
 
 def _cells(values: Sequence[Any]) -> list[Any]:
-    """Lists (a stack) become one cell."""
-    return [" < ".join(map(str, v)) if isinstance(v, list) else v for v in values]
+    """Lists (a stack) become one cell. Names are the process's own choice, and a terminal may be what reads them."""
+    cells = (" < ".join(map(str, v)) if isinstance(v, list) else v for v in values)
+    return [printable(cell) if isinstance(cell, str) else cell for cell in cells]

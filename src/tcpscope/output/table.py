@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, BinaryIO
 
-from tcpscope.output import Column
+from tcpscope.output import Column, printable
 
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5, "errno": 12}
 _NAMED = {"pid": 7, "uid": 5, "lport": 5, "rport": 5, "family": 2, "netns": 10, "cookie": 8, "role": 8,
@@ -99,10 +99,3 @@ class _Cell:
         if isinstance(value, list):
             return self.pad(printable(", ".join(map(str, value))))
         return self.pad(printable(str(value)))
-
-
-def printable(text: str) -> str:
-    """A process may call itself anything: a line of its own, or an escape sequence that repaints the terminal."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -5,16 +5,21 @@ the time of the handshake, the duration with and without it, who closed first, a
 the tool are shown with what the kernel still knows. With --live the open ones come first.
 """
 
-from tcpscope.session import Session
+from tcpscope.session import RING_BYTES, Session
 from tcpscope.summary import Summary
 from tcpscope.tool import Option, Request, Stream
 
+LIVE_RING_BYTES = 16 << 20  # the rows of a full table, all at once
+
 
 class Life(Stream):
-    """The open connections are events too: an iterator over the table makes them."""
+    """The open connections are events too: a visit to all entries of the table makes them."""
 
     def skip(self, request: Request) -> tuple[str, ...]:
         return () if request.options.get("live") else ("live",)
+
+    def ring_bytes(self, request: Request) -> int:
+        return LIVE_RING_BYTES if request.options.get("live") else RING_BYTES
 
     def begin(self, session: Session, request: Request) -> None:
         if request.options.get("live"):
@@ -27,6 +32,6 @@ tool = Life(
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "tx_bytes", "rx_bytes", "retrans", "srtt_us",
      "duration_us", "closed_by", "end"),
     aliases=("tcplife",),
-    options=(Option(("--live",), "Begin with the connections that are open now."),),
+    options=(Option(("--live",), "Begin with the connections that are open now; the buffer has 16M then."),),
     summaries=(Summary("count", "Count them.", ("end", "closed_by")),),
 )  # fmt: skip

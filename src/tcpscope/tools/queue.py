@@ -147,6 +147,7 @@ class Queue(Stream):
                 break
             stop.wait(request.interval or 1.0)
         if request.stats or request.strict:
+            session.end()
             request.finish(session.account(), sink)
 
 
@@ -220,6 +221,7 @@ def _sampled(
         session.stats.filtered += len(rows) - len(rows[:left])
         yield rows[:left]
         if stop or (left is not None and len(rows) >= left):
+            session.end()
             return
 
 

@@ -10,6 +10,7 @@ their value; count, min, max and mean are exact. With -n only the keys with the 
 from __future__ import annotations
 
 import struct
+import sys
 import time
 from typing import Any
 
@@ -18,11 +19,10 @@ import msgspec
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import filtering
-from tcpscope.kernel._libbpf import lib
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.schema import Clock, comm_text
-from tcpscope.session import Session, monotonic_ns
+from tcpscope.session import Session, monotonic_ns, wait_for_programs
 from tcpscope.stop import Stop
 from tcpscope.tool import Option, Request, Tool
 
@@ -34,6 +34,9 @@ _KEYS = {
     "pid": ("pid", "comm"),
     "connection": ("pid", "comm", "laddr", "lport", "raddr", "rport", "cookie"),
 }
+_TOTAL_KEYS = 16384
+"""So many keys, or --max-keys if that is more, have a total: one takes 2 KB, and connections come without end."""
+
 _KEY_COLUMNS = (
     Column("pid", doc="process that owns the connection"),
     Column("comm", "comm", doc="name of that process"),
@@ -92,7 +95,10 @@ class Rtt(Tool):
             if request.interval:
                 report.write(last, total=False)
             report.write(reader.total, total=True)
-            session.stats.shown = sum(distribution.count for distribution in reader.total.values())
+            if reader.without_total:
+                print(f"tcpscope: {len(reader.total)} keys have a total; {reader.without_total} samples of others are "
+                      "in the intervals only", file=sys.stderr)  # fmt: skip
+            session.stats.shown = reader.samples
             request.finish(session.account(), report.sink, more="--max-keys")
 
 
@@ -117,13 +123,16 @@ class _Reader:
         self._value = session.spec.layout("rtt_value", internal=True)
         self.total: dict[Any, Histogram] = {}
         self.owners: dict[Any, dict[str, Any]] = {}
+        self.samples = self.without_total = 0
 
     def take(self) -> dict[Any, Histogram]:
-        """What was measured since the last call, by key; `total` grows by it."""
+        """What was measured since the last call, by key; `total` grows by it, as far as there is room."""
         ended = "rtts_odd" if self._epoch[0] & 1 else "rtts_even"
         self._epoch[0] += 1
-        lib.tcpscope_wait_for_programs()
+        wait_for_programs()
         found: dict[Any, Histogram] = {}
+        for name in self.owners.keys() - self.total.keys():
+            del self.owners[name]
         for raw, key, value in self._session.loaded.entries(ended, self._key, self._value, self._capacity):
             name = _plain(key)
             found[name] = _histogram(value)
@@ -131,7 +140,13 @@ class _Reader:
                 self.owners[name] = {"pid": value.owner_pid, "comm": comm_text(value.owner_comm)}
             self._session.loaded.delete(ended, raw)
         for name, distribution in found.items():
-            self.total[name] = self.total[name] + distribution if name in self.total else distribution
+            self.samples += distribution.count
+            if name in self.total:
+                self.total[name] += distribution
+            elif len(self.total) < max(self._capacity, _TOTAL_KEYS):
+                self.total[name] = distribution
+            else:
+                self.without_total += distribution.count
         return found
 
 

@@ -1,0 +1,24 @@
+"""What the running kernel lacks, so that a test expects something else: asked of the kernel, not of what is tested."""
+
+from __future__ import annotations
+
+import gzip
+import platform
+from pathlib import Path
+
+from tcpscope.kernel.features import Kernel
+
+
+def functions_cannot_be_hooked() -> bool:
+    kernel = Kernel()
+    return not kernel.fentry and not kernel.kprobe
+
+
+def no_netem() -> bool:
+    """By its build."""
+    config = Path("/proc/config.gz")
+    if config.exists():
+        lines = gzip.decompress(config.read_bytes()).decode().splitlines()
+        return not any(line.startswith("CONFIG_NET_SCH_NETEM=") for line in lines)
+    modules = Path("/lib/modules", platform.release())
+    return not any("sch_netem" in (modules / name).read_text() for name in ("modules.dep", "modules.builtin"))
