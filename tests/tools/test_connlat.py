@@ -88,8 +88,7 @@ def seen() -> Iterator[Seen]:
             "saw.append((port, least, time.monotonic() - begin))",
             address=SILENT, port=GIVEN_UP,
         )  # fmt: skip
-        client.do("connect(address, port); s.close(); saw.append((port, 0, -1)); older.close()",
-                  address=NOWHERE, port=UNROUTED)  # fmt: skip
+        client.do("finish(connect(address, port), port); older.close()", address=NOWHERE, port=UNROUTED)
         tools[0].wait_for(lambda rows: len(rows) >= 2 * TIMES + 4)
         least: dict[int, list[float]] = {}
         saw: dict[int, list[float]] = {}
@@ -115,9 +114,10 @@ def test_latency(seen: Seen) -> None:
             continue
         assert all(us <= span + 1 for us, span in zip(found, spans, strict=True)), (port, found, spans)
         assert all(us >= span - 1 for us, span in zip(found, seen.least[port], strict=True)), (port, found, seen.least)
-        # The program may be woken up late, but not each time.
+        # The program may be woken up late, but not each time. What a call takes that sends nothing is not latency.
         nearest = min(range(len(spans)), key=lambda number: spans[number] - found[number])
-        assert len(spans) == 1 or spans[nearest] - found[nearest] <= max(1000, 0.1 * spans[nearest])
+        apart = spans[nearest] - found[nearest] - min(seen.saw[UNROUTED])
+        assert len(spans) == 1 or apart <= max(1000, 0.1 * spans[nearest])
     assert latencies(seen.rows, OLDER) == [None]
     assert min(seen.least[SLOW]) >= 900_000
     assert min(seen.least[GIVEN_UP]) >= 590_000

@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 from tcpscope.filters import Filter
-from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Host, Lab
-from tcpscope.schema import Field, Layout
 from tcpscope.session import Session
 from tests.conftest import RunningTool, until
 from tests.puppets import Puppet
+from tests.tables import left
 from tests.tools.mix import Mix
 
-CONNECTIONS = Spec.of("connections")
 EVENTS = ("attempt", "accepted", "life", "step", "transition")
 STEP = 20_000
 
@@ -42,7 +40,6 @@ def test_a_mix_of_connections(lab: Lab) -> None:
 
         # A connection outlives its program: the last FIN may still be on its way.
         until(lambda: [ended(host, life) for host in lab.hosts] == [connected, connected], "the end of each connection")
-        until(lambda: len(connect.rows) >= 2000 and len(accept.rows) >= connected, "their beginnings")
         tools = {tool.argv[3]: tool.stop() for tool in (connect, accept, life, tracer)}
     counted = {host: Counter(host.counters()) - before[host] for host in lab.hosts}
     for done in tools.values():
@@ -90,21 +87,6 @@ def loop(begin, end):
             with socket.socket() as refused:
                 refused.connect_ex((address, 7778))
 """
-
-
-def left(session: Session, host: Host) -> list[str]:
-    """The tables that have entries of this host, once for each."""
-    address = Layout("sk", 8, (Field("sk", 0, 8, "Q", "int", "", "", None, None),))
-    connection = CONNECTIONS.layout("connection").select(["netns"])
-    address_of_listener = CONNECTIONS.layout("listen_key", internal=True).select(["netns"])
-    listener = CONNECTIONS.layout("listening", internal=True).select(["sockets"])
-    entries = session.loaded.entries
-    return [
-        *("connections" for _, _, row in entries("connections", address, connection, 70_000)
-          if row.netns == host.inode),
-        *("listening" for _, row, _ in entries("listening", address_of_listener, listener, 10_000)
-          if row.netns == host.inode),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [pytest.param(2000, marks=pytest.mark.kernel), 100_000])

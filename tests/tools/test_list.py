@@ -155,16 +155,25 @@ def site() -> Iterator[Site]:
             for number in range(1, 6):
                 packet = syn(f"198.51.100.{number}", 10_000, host.ipv4, REQUESTS, 1_000_000)
                 raw.sendto(packet, (host.ipv4, 0))
+        # A FIN alone is acknowledged by a timer, and all acknowledgements must be here before none comes any more.
+        for state, number in (("FIN_WAIT2", 2), ("CLOSE_WAIT", 1), ("TIME_WAIT", 1), ("SYN_RECV", 5)):
+            has(host, state, number)
         # Nothing comes back any more: FIN_WAIT1 with an owner and without, LAST_ACK.
         far.do("ends[7].close()")
         bob.do("kept[7].recv(1)")
         other.hold()
         bob.do("kept[5].shutdown(socket.SHUT_WR); kept[6].close(); kept[7].close()")
         bob.do("lost = socket.socket(); lost.setblocking(False); lost.connect_ex(('198.51.100.77', 9))")
-        wanted = set(SS_STATES.values()) - {"CLOSE", "CLOSING"}
-        until(lambda: wanted <= {found.state for found in host.sockets()}, "a socket in each state")
+        has(host, "FIN_WAIT1", 2)
+        has(host, "LAST_ACK", 1)
+        has(host, "SYN_SENT", 1)
         yield Site(host, other, alice, bob, child)
         os.kill(child, signal.SIGKILL)
+
+
+def has(host: Host, state: str, number: int) -> None:
+    """Wait until so many of its sockets are in that state."""
+    until(lambda: sum(found.state == state for found in host.sockets()) >= number, f"{number} x {state}")
 
 
 STATES_OF_BOB = """
