@@ -13,6 +13,8 @@ More than a few such tests in a run are no accident, and fail. The summary names
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from _pytest.runner import runtestprotocol
 
@@ -35,12 +37,20 @@ def most() -> int:
     return MOST_OF_THE_MACHINE if functions_cannot_be_hooked() else MOST
 
 
+def end_what_is_shared(item: pytest.Item) -> None:
+    """A file's tool says only at its end what it has missed; and what a file shares is kept, even its error."""
+    with suppress(Exception, BaseExceptionGroup, pytest.fail.Exception):  # the test has failed, and that is reported
+        item.session._setupstate.teardown_exact(item.session)
+
+
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for run in range(1, RUNS + 1):
         _missed.clear()
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         failed = any(report.failed for report in reports)
+        if failed:
+            end_what_is_shared(item)
         if not (failed and _missed and run < RUNS and len(_again) < most()):
             break
         _again.append(f"{item.nodeid}: {sum(_missed)} times no program was run")

@@ -349,7 +349,9 @@ def test_a_call_that_began_before_the_tool_on_a_shared_port(site: Site) -> None:
     shared = None
     for _ in range(40):  # until the kernel has chosen the listener that is waited at
         rport = site.connect(port)
-        until(lambda rport=rport: any(s.rport == rport for s in site.lab.server.sockets()), "the child")
+        child = (port, rport, "ESTABLISHED")  # not the request
+        until(lambda child=child: any((s.lport, s.rport, s.state) == child for s in site.lab.server.sockets()),
+              "the child")
         if site.server.ask("bool(select.select([listeners[port]], [], [], 0)[0])", port=port):
             site.server.do("accept(port)")
         else:

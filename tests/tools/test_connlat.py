@@ -6,6 +6,7 @@ The same connections pass four tools at a time: one shows each, one only the slo
 from __future__ import annotations
 
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from statistics import mean
@@ -36,9 +37,12 @@ def connect(address, port):
     after = time.monotonic()
     return begin
 def finish(begin, port, least=0):
+    global syn_retrans
     poll = select.poll()
     poll.register(s, select.POLLOUT)
     poll.poll()
+    # Takes the socket's lock, so whatever woke us up has done its work. No data was sent: tcpi_total_retrans are SYNs.
+    syn_retrans, = struct.unpack_from("I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)
     saw.append((port, least, time.monotonic() - begin))
     s.close()
 def several(address, port, times):
@@ -54,6 +58,7 @@ class Seen(NamedTuple):
     drawn: CompletedRun
     least: dict[int, list[float]]  # us, by remote port
     saw: dict[int, list[float]]  # at most
+    syn_retrans: int  # of the slow one
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,7 @@ def seen() -> Iterator[Seen]:
             listener.bind((address, port))
             listener.listen(2 * TIMES)
         client.do(CALLS)
+        lab.client.sysctl("tcp_syn_retries", 10)  # however long it takes, the client gives up, not the kernel
         client.do("connect(address, port); older = s", address=SILENT, port=OLDER)
         started = [
             RunningTool("connlat", *here),
@@ -77,11 +83,17 @@ def seen() -> Iterator[Seen]:
         tools = [stack.enter_context(tool) for tool in started]
         client.do("several(address, port, times)", address=address, port=QUICK, times=TIMES)
         client.do("several(address, port, times)", address=address, port=REFUSED, times=TIMES)
+        for port in (QUICK, REFUSED):  # the answer is kept back: it takes so long at least
+            with held(lab.server):
+                client.do("begin = connect(address, port); select.select([], [], [], 0.05)\n"
+                          "least = time.monotonic() - after", address=address, port=port)  # fmt: skip
+            client.do("finish(begin, port, least)", port=port)
         with held(lab.server):
             client.do("begin = connect(address, port)", address=address, port=SLOW)
             until(lambda: any(s.rport == SLOW and s.retransmits for s in lab.client.sockets()), "a second SYN")
             client.do("least = time.monotonic() - after")
         client.do("finish(begin, port, least)", port=SLOW)
+        syn_retrans = client.ask("syn_retrans")
         client.do(
             "begin = connect(address, port); select.select([], [], [], 0.6)\n"
             "least = time.monotonic() - after; s.close()\n"
@@ -89,7 +101,7 @@ def seen() -> Iterator[Seen]:
             address=SILENT, port=GIVEN_UP,
         )  # fmt: skip
         client.do("finish(connect(address, port), port); older.close()", address=NOWHERE, port=UNROUTED)
-        tools[0].wait_for(lambda rows: len(rows) >= 2 * TIMES + 4)
+        tools[0].wait_for(lambda rows: len(rows) >= 2 * TIMES + 6)
         least: dict[int, list[float]] = {}
         saw: dict[int, list[float]] = {}
         for port, *spans in client.ask("saw"):
@@ -97,7 +109,7 @@ def seen() -> Iterator[Seen]:
                 where.setdefault(port, []).append(span * 1e6)
         done = [tool.stop() for tool in tools]
         assert [run.status for run in done] == [0] * 4
-        yield Seen(*done, least, saw)
+        yield Seen(*done, least, saw, syn_retrans)
 
 
 def latencies(run: CompletedRun, port: int) -> list[int | None]:
@@ -114,23 +126,25 @@ def test_latency(seen: Seen) -> None:
             continue
         assert all(us <= span + 1 for us, span in zip(found, spans, strict=True)), (port, found, spans)
         assert all(us >= span - 1 for us, span in zip(found, seen.least[port], strict=True)), (port, found, seen.least)
-        # The program may be woken up late, but not each time. What a call takes that sends nothing is not latency.
-        nearest = min(range(len(spans)), key=lambda number: spans[number] - found[number])
-        apart = spans[nearest] - found[nearest] - min(seen.saw[UNROUTED])
-        assert len(spans) == 1 or apart <= max(1000, 0.1 * spans[nearest])
     assert latencies(seen.rows, OLDER) == [None]
-    assert min(seen.least[SLOW]) >= 900_000
+    assert [max(seen.least[port]) >= 50_000 for port in (QUICK, REFUSED)] == [True, True]
+    assert min(latencies(seen.rows, SLOW)) >= 900_000
     assert min(seen.least[GIVEN_UP]) >= 590_000
-    assert [row["syn_retrans"] for row in seen.rows.rows if row["rport"] == SLOW] == [1]
+    assert [row["syn_retrans"] for row in seen.rows.rows if row["rport"] == SLOW] == [seen.syn_retrans]
+    assert seen.syn_retrans >= 1
 
 
 @pytest.mark.kernel
 def test_only_the_slow_ones(seen: Seen) -> None:
     """What has no latency is not slow."""
-    assert sorted(row["rport"] for row in seen.slow.rows) == [SLOW, GIVEN_UP]
+    slow = Counter(row["rport"] for row in seen.slow.rows)
+    may_be = Counter({port: sum(span + 1 >= LEAST_US for span in spans) for port, spans in seen.saw.items()})
+    del may_be[UNROUTED]
+    assert {SLOW, GIVEN_UP} <= slow.keys()
+    assert slow <= may_be  # the others only where the machine was slow
     assert all(row["latency_us"] >= LEAST_US for row in seen.slow.rows)
     assert seen.slow.stats is not None
-    assert seen.slow.stats["seen"] - seen.slow.stats["filtered"] == 2
+    assert seen.slow.stats["seen"] - seen.slow.stats["filtered"] == slow.total()
 
 
 @pytest.mark.kernel
@@ -164,9 +178,10 @@ def test_histogram_is_drawn(seen: Seen) -> None:
     lines = seen.drawn.stdout.splitlines()
     assert lines[0].split()[:2] == ["OUTCOME", "COUNT"]
     kinds = [line.split()[:2] for line in lines[1:] if line[:1].isalpha()]
-    assert kinds == [["ESTABLISHED", str(TIMES + 1)], ["REFUSED", str(TIMES)], ["ABORTED", "2"], ["UNREACHABLE", "1"]]
+    counts = {"ESTABLISHED": TIMES + 2, "REFUSED": TIMES + 1, "ABORTED": 2, "UNREACHABLE": 1}
+    assert kinds == [[outcome, str(count)] for outcome, count in counts.items()]
     drawn = sum(int(line.partition(":")[2].split()[0]) for line in lines if " -> " in line)
-    assert drawn == 2 * TIMES + 2  # those that have a latency
+    assert drawn == 2 * TIMES + 4  # those that have a latency
     assert "*" * 40 in seen.drawn.stdout
 
 

@@ -85,8 +85,9 @@ def test_both_ends(site: Site, family: int, first: str) -> None:
         puppet.do(f"{name}.close()")
     rows = site.rows(pair, 2)
     assert site.steps(rows) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
-    assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
     assert [row["step"] for row in rows] == ["CONNECT", "ACCEPT", "CLOSE", "CLOSE"]
+    # The ends may close on two processors at a time, and the row of the later one be first.
+    assert rows[0]["time"] <= rows[1]["time"] <= min(row["time"] for row in rows[2:])
     for row in rows:
         host, puppet, lport, rport = (
             (site.lab.client, site.client, pair.cport, pair.port)
@@ -124,7 +125,8 @@ def test_a_reset_is_an_end(site: Site) -> None:
 def test_never_accepted(site: Site) -> None:
     """It ends, as it began, in the listener's name."""
     pair = site.opened(accept=False)
-    until(lambda: any(s.rport == pair.cport for s in site.lab.server.sockets()), "the child")
+    child = (pair.port, pair.cport, "ESTABLISHED")
+    until(lambda: any((s.lport, s.rport, s.state) == child for s in site.lab.server.sockets()), "the child")
     site.server.do("listener.close()")
     rows = site.rows(pair, 2)
     assert site.steps(rows) == {"client": ["CONNECT", "CLOSE"], "server": ["CLOSE"]}
