@@ -14,6 +14,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -137,7 +138,10 @@ def site() -> Iterator[Site]:
         child = bob.ask("child")
         far = Puppet(other, "far")
         far.do(FAR, address=host.ipv4, six=host.ipv6, **ports)
-        bob.do("kept = [states_listener.accept()[0] for _ in range(8)]")
+        # The queue is in the order of the last packets of the handshakes.
+        bob.do("kept = sorted((states_listener.accept()[0] for _ in range(8)),\n"
+               "              key=lambda child: far.index(child.getpeername()[1]))",
+               far=far.ask("[end.getsockname()[1] for end in ends]"))  # fmt: skip
         # FIN_WAIT2 with an owner and without, CLOSE_WAIT, TIME_WAIT.
         bob.do("shut = kept[0]; shut.shutdown(socket.SHUT_WR)")
         bob.do("kept[1].close()")
@@ -156,8 +160,10 @@ def site() -> Iterator[Site]:
                 packet = syn(f"198.51.100.{number}", 10_000, host.ipv4, REQUESTS, 1_000_000)
                 raw.sendto(packet, (host.ipv4, 0))
         # A FIN alone is acknowledged by a timer, and all acknowledgements must be here before none comes any more.
-        for state, number in (("FIN_WAIT2", 2), ("CLOSE_WAIT", 1), ("TIME_WAIT", 1), ("SYN_RECV", 5)):
+        for state, number in (("FIN_WAIT2", 2), ("CLOSE_WAIT", 2), ("TIME_WAIT", 1), ("SYN_RECV", 5)):
             has(host, state, number)
+        until(lambda: not any(found.state in ("LAST_ACK", "FIN_WAIT1") for found in host.sockets()), "the last ones")
+        until(lambda: Path(f"/proc/{child}/comm").read_text() == "bobs child\n", "the child's name")
         # Nothing comes back any more: FIN_WAIT1 with an owner and without, LAST_ACK.
         far.do("ends[7].close()")
         bob.do("kept[7].recv(1)")
@@ -198,9 +204,13 @@ waits[1].close()
 
 def make_time_wait(site: Site) -> None:
     """It lasts a minute, whatever is set."""
-    site.alice.do("s = socket.create_connection(listener.getsockname()); t = listener.accept()[0]; s.close()")
-    site.alice.do("t.recv(1); t.close()")
-    until(lambda: any(found.state == "TIME_WAIT" for found in site.host.sockets()), "TIME_WAIT")
+    site.alice.do("s = socket.create_connection(listener.getsockname()); t = listener.accept()[0]\n"
+                  "sport = s.getsockname()[1]; s.close(); t.recv(1); t.close()")  # fmt: skip
+    sport = site.alice.ask("sport")
+    until(
+        lambda: [found.state for found in site.host.sockets() if sport in (found.lport, found.rport)] == ["TIME_WAIT"],
+        "TIME_WAIT",
+    )
 
 
 def listed(site: Site, *arguments: str) -> Rows:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from tcpscope.lab.hosts import Lab
-from tests.conftest import RunningTool
+from tests.conftest import RunningTool, until
 from tests.puppets import Puppet
 from tests.tools.life.site import (
     CLOSE_WAIT,
@@ -34,10 +34,12 @@ def site() -> Iterator[Site]:
             pair.exchange(5000, 700)
         waiting = Pair(None, lab, server, client, accept=False)
         orphan = Pair(None, lab, server, client)
-        orphan.client.do("of[port].setsockopt(socket.IPPROTO_TCP, socket.TCP_LINGER2, 120)")
         orphan.exchange(11, 22)
+        lab.client.sysctl("tcp_fin_timeout", 3600)  # a full socket for so long, less a minute
         orphan.client.close()
         orphan.server.reaches(CLOSE_WAIT)
+        until(lambda: any((s.rport, s.state) == (orphan.port, "FIN_WAIT2") for s in lab.client.sockets()), "FIN_WAIT2")
+        lab.client.sysctl("tcp_fin_timeout", 60)  # as the tests expect it
         tool = stack.enter_context(
             RunningTool("life", "--live", "--port", f"{PORTS.start}-{PORTS.stop - 1}", "--laddr",
                         f"{lab.server.ipv4},{lab.client.ipv4},{lab.server.ipv6},{lab.client.ipv6}")

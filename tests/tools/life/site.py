@@ -25,11 +25,11 @@ ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE, CLOSE_WAIT, LAST_ACK, CLOSING = 1, 4, 
 
 # What every program knows. `of`: its socket by port of the listener. struct tcp_info: include/uapi/linux/tcp.h.
 LIBRARY = """
-import ctypes, select
+import ctypes, fcntl, select, termios
 of, listeners, libc = {}, {}, ctypes.CDLL(None, use_errno=True)
 U32 = {"srtt_us": 68, "retrans": 100, "tx_segs": 136, "rx_segs": 140, "min_rtt_us": 148, "rx_data_segs": 152,
        "tx_data_segs": 156}
-U64 = {"acked": 120, "received": 128, "tx_bytes": 200}
+U64 = {"acked": 120, "received": 128, "tx_bytes": 200, "bytes_retrans": 208}
 def info(port):
     raw = of[port].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
     found = {name: struct.unpack_from("=I", raw, at)[0] for name, at in U32.items()}
@@ -38,6 +38,9 @@ def reaches(port, state):
     while of[port].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != state:
         select.select([], [], [], 0.001)
     return time.monotonic()
+def acknowledged(port):
+    while struct.unpack("i", fcntl.ioctl(of[port], termios.TIOCOUTQ, bytes(4)))[0]:
+        select.select([], [], [], 0.001)
 def listen(port, family, address):
     listeners[port] = made = socket.socket(family)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -50,6 +53,9 @@ def connect(port, family, address):
     before = time.monotonic()
     made.connect((address, port))
     return made.getsockname()[1], before, time.monotonic()
+def accept(port):
+    of[port], _ = listeners[port].accept()
+    return time.monotonic()
 def read(port, size):
     while size:
         size -= len(of[port].recv(min(size, 65536), socket.MSG_WAITALL))
@@ -151,8 +157,11 @@ class Pair:
         self.cport, self.before, self.after = self.client.ask(
             "connect(port, family, address)", family=kind, address=there
         )
+        # Nothing but SYNs has been sent so far. accept() takes the child's lock: then it is ESTABLISHED.
+        self.syn_retrans = {"ACTIVE": self.client.info()["retrans"]}
         if accept:
-            self.server.do("of[port], _ = listeners[port].accept()")
+            self.accepted = self.server.ask("accept(port)")
+            self.syn_retrans["PASSIVE"] = self.server.info()["retrans"]
 
     def row(self, end: End) -> Row:
         """How this end ended, once it has."""
@@ -166,13 +175,15 @@ class Pair:
         return row
 
     def exchange(self, tx: int = 5000, rx: int = 700) -> None:
-        """The client sends so much and receives so much; both have read all."""
+        """The client sends so much and receives so much; both have read all, and nothing is repeated afterwards."""
         self.client.puppet.tell("of[port].sendall(bytes(size))", port=self.port, size=tx)
         self.server.do("read(port, size)", size=tx)
         self.client.puppet.answer()
         self.server.puppet.tell("of[port].sendall(bytes(size))", port=self.port, size=rx)
         self.client.do("read(port, size)", size=rx)
         self.server.puppet.answer()
+        for end in (self.client, self.server):
+            end.do("acknowledged(port)")
 
 
 def opened(site: Site, family: str = "4", **options: Any) -> Pair:
