@@ -106,7 +106,7 @@ def test_an_attempt_that_found_no_place(lab: Lab) -> None:
         assert [(row.outcome, row.errno, row.pid) for row in rows_of(session)] == [
             ("REFUSED", "ECONNREFUSED", None)
         ] * CONNECTIONS  # fmt: skip
-        assert session.counters()["table_full"] == CONNECTIONS
+        assert session.counters()["table_full"] >= CONNECTIONS  # the sockets of the whole machine look for a place
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -178,9 +178,6 @@ class Client:
             if self.error:
                 return False
             self.connected = True
-            if self.kind == "client resets":
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-                return False
             self.socket.send(SAYS.get(self.kind, b"hello"))
             return True
         if self.kind == "unread":
@@ -189,6 +186,8 @@ class Client:
             heard = self.socket.recv(4096)
         except OSError:
             return False
+        if self.kind == "client resets":  # not before: a RST may overtake the ACK that makes the child
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         return bool(heard) and self.kind == "server closes"
 
 

@@ -117,9 +117,10 @@ static __always_inline void listener_write(struct seq_file *seq, struct task_str
 	record->fd = fd;
 	record->socket = key = (__u64)sk;
 	record->net_drops = -1;
+	/* Before the counters: a refusal in between is then one of the namespace that waits for its packet. */
+	record->drops = BPF_CORE_READ(sk, sk_drops.counter);
 	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
 		net_counters_read(sk, record);
-	record->drops = BPF_CORE_READ(sk, sk_drops.counter);
 	record->now_ns = bpf_ktime_get_ns();
 	icsk = (struct inet_connection_sock *)sk;
 	oldest = BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);

@@ -4,6 +4,7 @@ import pytest
 
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenario import Outcome
 from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
 
 
@@ -15,13 +16,19 @@ def diagnose(run_tool, lab: Lab, *arguments: str):
     return run_tool("diagnose", "--netns", str(lab.server.inode), "-d", "300", *arguments)
 
 
+def overflow(lab: Lab, scenario: AcceptOverflow) -> Outcome:
+    """Requests live long enough for slow machines, and end once the fault is made."""
+    scenario.fault(lab)
+    lab.server.sysctl("tcp_synack_retries", 0)
+    return scenario.settle(lab)
+
+
 @pytest.mark.kernel
 def test_overflow_is_found_and_explained(lab, run_tool):
-    scenario = AcceptOverflow(synack_retries=0)
+    scenario = AcceptOverflow(synack_retries=5)
     scenario.setup(lab)
     with diagnose(run_tool, lab) as tool:
-        scenario.fault(lab)
-        outcome = scenario.settle(lab)
+        outcome = overflow(lab, scenario)
     assert tool.done.status == 0
     (finding,) = findings(tool, "accept_queue")
     facts, overflows = finding["facts"], outcome.counters["TcpExtListenOverflows"]
@@ -45,11 +52,10 @@ def test_overflow_is_found_and_explained(lab, run_tool):
 
 def test_limit_cut_by_somaxconn_names_somaxconn(lab, run_tool):
     lab.server.sysctl("somaxconn", 5)
-    scenario = AcceptOverflow(backlog=5, synack_retries=0)
+    scenario = AcceptOverflow(backlog=5, synack_retries=5)
     scenario.setup(lab)
     with diagnose(run_tool, lab) as tool:
-        scenario.fault(lab)
-        scenario.settle(lab)
+        overflow(lab, scenario)
     (finding,) = findings(tool, "accept_queue")
     assert (finding["facts"]["accept_limit"], finding["facts"]["limit_from"]) == (5, "somaxconn")
     (somaxconn,) = [r for r in finding["remedies"] if r["name"] == "net.core.somaxconn"]
@@ -60,7 +66,7 @@ def test_limit_cut_by_somaxconn_names_somaxconn(lab, run_tool):
 
 @pytest.mark.kernel
 def test_queue_that_is_full_and_refuses_nothing_is_a_warning(lab, run_tool):
-    scenario = AcceptOverflow(clients=6)
+    scenario = AcceptOverflow(clients=6, synack_retries=5)
     scenario.setup(lab)
     with diagnose(run_tool, lab) as tool:
         scenario.fault(lab)
@@ -71,7 +77,7 @@ def test_queue_that_is_full_and_refuses_nothing_is_a_warning(lab, run_tool):
 
 @pytest.mark.kernel
 def test_nothing_is_found_where_nothing_is_wrong(lab, run_tool):
-    scenario = AcceptOverflow(clients=3)
+    scenario = AcceptOverflow(clients=3, synack_retries=5)
     scenario.setup(lab)
     with diagnose(run_tool, lab) as tool:
         scenario.fault(lab)
@@ -82,11 +88,10 @@ def test_nothing_is_found_where_nothing_is_wrong(lab, run_tool):
 
 
 def test_text_names_owner_limit_and_remedy(lab, run_tool):
-    scenario = AcceptOverflow(synack_retries=0)
+    scenario = AcceptOverflow(synack_retries=5)
     scenario.setup(lab)
     with diagnose(run_tool, lab, "-o", "table") as tool:
-        scenario.fault(lab)
-        outcome = scenario.settle(lab)
+        outcome = overflow(lab, scenario)
     text = " ".join(tool.done.stdout.split())
     assert f"accept queue overflow on {outcome.listener.address}:{outcome.listener.port}" in text
     assert f"{outcome.listener.comm} (PID {outcome.listener.pid})" in text

@@ -14,6 +14,7 @@ from tests.puppets import Puppet
 from tests.tools.connect.site import (
     CALLS,
     LISTEN,
+    PATIENT,
     SILENT,
     Site,
     knows,
@@ -33,15 +34,17 @@ def site() -> Iterator[Site]:
         lab.server.blackhole("2001:db8:51::/64")
         client, older, server = Puppet(lab.client, "client"), Puppet(lab.client, "older"), Puppet(lab.server, "server")
         client.do(CALLS), older.do(CALLS), server.do(LISTEN)
-        assert older.ask("started(address, 6999)", address=SILENT["4"]) == "EINPROGRESS"
+        # With the usual number of SYNs it would be given up after two minutes.
+        started = older.ask("started(address, 6999, options=options)", address=SILENT["4"], options=PATIENT)
+        assert started == "EINPROGRESS"
         here = "--netns", str(lab.client.inode)
-        started = [
+        tools = [
             RunningTool("connect", *here),
             RunningTool("connect", "--failed", *here),
             RunningTool("connect", "--count", *here),
             RunningTool("connect", "--count", "--by", "comm,outcome", "-i", "1", "--time", "none", *here),
         ]
-        found = Site(lab, [stack.enter_context(tool) for tool in started], client, server, older)
+        found = Site(lab, [stack.enter_context(tool) for tool in tools], client, server, older)
         yield found
         done = found.tool.stop()
         assert done.status == 0

@@ -36,10 +36,11 @@ def test_established(site: Site, family: str, call: str) -> None:
     saw = site.call(call, address, port)
     laddr, lport = site.client.ask("local()")
     cookie = site.client.ask("cookie()")
+    again = site.client.ask("retransmissions()")
     site.close()
     assert saw[0] == "none"
-    row = site.row(port, saw, outcome="ESTABLISHED", syn_sent=True, syn_retrans=0, raddr=shown(address), lport=lport,
-                   laddr=shown(laddr), family=version(family))  # fmt: skip
+    row = site.row(port, saw, outcome="ESTABLISHED", syn_sent=True, syn_retrans=again, raddr=shown(address),
+                   lport=lport, laddr=shown(laddr), family=version(family))  # fmt: skip
     assert row["latency_us"] is not None
     everywhere = Kernel().enumerator("BPF_FUNC_check_mtu") is not None
     assert row["cookie"] == cookie if everywhere else row["cookie"] in (cookie, None)
@@ -49,6 +50,7 @@ def test_established(site: Site, family: str, call: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_refused(site: Site, family: str, call: str) -> None:
     port, address = new_port(), site.target(family)
+    before = site.syn_retransmissions()
     saw = site.call(call, address, port)
     assert saw[0] == "ECONNREFUSED"
     # Whoever asks again after the error was fetched is not told why, and no new attempt was made.
@@ -56,8 +58,10 @@ def test_refused(site: Site, family: str, call: str) -> None:
     site.close()
     local = site.lab.client.address(socket.AF_INET6 if family == "6" else socket.AF_INET)
     count = 1 if call == "nonblocking" else 2
-    row, *_ = site.rows(port, count, outcome="REFUSED", errno="ECONNREFUSED", syn_sent=True, syn_retrans=0,
-                        raddr=shown(address), laddr=local, family=version(family), pid=site.client.pid)  # fmt: skip
+    rows = site.rows(port, count, outcome="REFUSED", errno="ECONNREFUSED", syn_sent=True, raddr=shown(address),
+                     laddr=local, family=version(family), pid=site.client.pid)  # fmt: skip
+    row = rows[0]
+    assert sum(row["syn_retrans"] for row in rows) == site.syn_retransmissions() - before
     assert row["lport"] is not None
     assert row["latency_us"] <= span_us(saw) + 1
 
@@ -83,9 +87,11 @@ def test_latency_with_a_retransmission(site: Site, family: str) -> None:
         until(lambda: site.retransmitted(port), "a second SYN")
         waited = site.client.ask("time.monotonic() - after")
     saw = site.client.ask("outcome()")
+    again = site.client.ask("retransmissions()")
     site.close()
-    row = site.row(port, saw, outcome="ESTABLISHED", syn_retrans=1, syn_sent=True)
-    assert row["latency_us"] >= waited * 1e6 - 1 >= 900_000
+    row = site.row(port, saw, outcome="ESTABLISHED", syn_retrans=again, syn_sent=True)
+    assert again >= 1  # a third SYN may come a second after the second
+    assert row["latency_us"] >= max(waited * 1e6 - 1, 900_000)
 
 
 def test_timed_out(site: Site) -> None:
@@ -95,7 +101,7 @@ def test_timed_out(site: Site) -> None:
                                     strict=True)]  # fmt: skip
     for puppet, *_ in calls:
         puppet.do(CALLS)
-    before, retransmitted, parts = site.syn_retransmissions(), 0, []
+    before, retransmitted = site.syn_retransmissions(), 0
     for puppet, family, port, how in calls:
         puppet.tell(f"saw = {how}(address, port, options=options)",
                     address=SILENT[family], port=port, options=SYNCNT_1)  # fmt: skip
@@ -107,12 +113,10 @@ def test_timed_out(site: Site) -> None:
         row = site.row(port, saw, owner=puppet, outcome="TIMED_OUT", syn_sent=True, raddr=shown(SILENT[family]),
                        family=version(family))  # fmt: skip
         retransmitted += row["syn_retrans"]
-        parts.append(row["latency_us"] / span_us(saw))
-        assert row["latency_us"] >= 1_000_000
+        assert row["latency_us"] >= 2_900_000  # at least the timers of two SYNs, 1 and 2 s
         assert row["lport"] is not None
         puppet.kill()
     assert retransmitted == site.syn_retransmissions() - before >= len(calls)
-    assert max(parts) >= 0.9  # a program may be woken up late, but not all of them
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -163,7 +167,7 @@ def test_a_neighbour_that_is_not_there(site: Site) -> None:
     site.close()
     assert saw[0] == "EHOSTUNREACH"
     row = site.row(port, saw, outcome="UNREACHABLE", syn_sent=True, raddr=NOBODY)
-    assert row["latency_us"] >= 0.9 * span_us(saw)
+    assert row["latency_us"] >= int(client.sysctl("ipv4/neigh/veth0/retrans_time_ms")) * 1000 - 10_000  # jiffies
 
 
 def test_unreachable_behind_a_router(site: Site) -> None:
@@ -231,17 +235,17 @@ ABORTS = {
 @pytest.mark.parametrize("family", ["4", "6"])
 def test_aborted(site: Site, way: str, family: str) -> None:
     port = new_port()
-    before = site.lab.client.counters()["TcpAttemptFails"]
+    before, fails = site.syn_retransmissions(), site.lab.client.counters()["TcpAttemptFails"]
     assert site.call("started", SILENT[family], port) == "EINPROGRESS"
     begin, after, laddr, lport = site.client.ask("(begin, after, *local())")
     site.client.do(f"closing = time.monotonic()\n{ABORTS[way]}\nend = time.monotonic()")
     closing, end = site.client.ask("(closing, end)")
     # The row does not wait until the socket is destroyed.
-    row = site.row(port, outcome="ABORTED", errno="none", syn_sent=True, syn_retrans=0, laddr=laddr, lport=lport,
-                   raddr=SILENT[family])  # fmt: skip
+    row = site.row(port, outcome="ABORTED", errno="none", syn_sent=True, laddr=laddr, lport=lport, raddr=SILENT[family])
     site.close()
+    assert row["syn_retrans"] == site.syn_retransmissions() - before
     assert (closing - after) * 1e6 - 1 <= row["latency_us"] <= (end - begin) * 1e6 + 1
-    assert site.lab.client.counters()["TcpAttemptFails"] == before  # it is nobody's failure
+    assert site.lab.client.counters()["TcpAttemptFails"] == fails  # it is nobody's failure
 
 
 @pytest.mark.parametrize("way", ["shutdown", "disconnect"])
@@ -263,8 +267,8 @@ def test_aborted_while_another_thread_waits(site: Site, way: str) -> None:
     )  # fmt: skip
     error, seen = site.client.ask("(error, seen)")
     site.close()
-    if error == "EBUSY":
-        assert seen[0] == "ETIMEDOUT"
+    if seen[0] == "ETIMEDOUT":
+        assert error == "EBUSY" or span_us(seen) >= 2_900_000  # or all of this came too late
         site.row(port, seen, outcome="TIMED_OUT")
     else:
         assert error == "none"

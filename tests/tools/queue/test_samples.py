@@ -10,6 +10,7 @@ from tests.conftest import RunningTool, until
 from tests.tools.queue.site import (
     BACKLOG,
     FAMILIES,
+    SMALL_BACKLOG,
     Run,
     Site,
     flood,
@@ -38,16 +39,17 @@ def test_a_packet_that_is_thrown_away_is_no_refusal(site: Site) -> None:
     """A refused ACK counts twice in sk_drops, and the RST that ends its request once more."""
     with Run(site) as run, RunningTool("queue", "-i", "0.05", "-L", str(run.port)) as table:
         run.overflow_at_ack(4)
+        run.end()
         rows = run.agree("ListenOverflows", "ListenDrops")
         counted = sum(row["count"] for row in rows)
         assert {row["cause"] for row in rows} == {"ACCEPT_QUEUE_FULL"}
-        run.end()
-        table.wait_for(lambda rows: rows[-1]["drops"] >= 2 * counted + 4)
+        table.wait_for(lambda rows: rows and rows[-1]["drops"] >= 2 * counted + 4)
         assert sum(row["count"] for row in run.agree("ListenOverflows", "ListenDrops")) == counted
 
 
 def test_a_full_syn_queue_is_sampled(site: Site) -> None:
-    with sysctls(site.lab.server, tcp_syncookies=0), Run(site) as run, Run(site) as other:
+    small = {"backlog": SMALL_BACKLOG}
+    with sysctls(site.lab.server, tcp_syncookies=0), Run(site, **small) as run, Run(site, **small) as other:
         flood(run, 20), flood(other, 30)
         for each in (run, other):
             until(lambda each=each: sum(row["count"] for row in site.rows(each.port)) > 0, "samples")

@@ -175,16 +175,23 @@ class Watch:
 
     def rows(self, host: Host, pair: Pair, samples: int) -> Rows:
         """Of one end, as soon as there are so many samples. That no more come is checked at the very end."""
-        ports = pair.ports if host is self.lab.client else pair.ports[::-1]
-        self._expected[host][ports] = samples
+        self._expected[host][self._ends(host, pair)] = samples
         rows: Rows = []
 
         def enough() -> bool:
-            rows[:] = [row for row in self._tools[host].intervals("watch") if (row["lport"], row["rport"]) == ports]
+            rows[:] = self.so_far(host, pair)
             return sum(row["count"] for row in rows) >= samples
 
-        until(enough, f"{samples} samples of {host.role}:{ports[0]}, there are {rows}", 30)
+        until(enough, f"{samples} samples of {self._ends(host, pair)} at the {host.role}")
         return rows
+
+    def so_far(self, host: Host, pair: Pair) -> Rows:
+        """The intervals of one end."""
+        ends = self._ends(host, pair)
+        return [row for row in self._tools[host].intervals("watch") if (row["lport"], row["rport"]) == ends]
+
+    def _ends(self, host: Host, pair: Pair) -> tuple[int, ...]:
+        return pair.ports if host is self.lab.client else pair.ports[::-1]
 
     def check(self) -> None:
         """Not one sample too many, not one too few, one total for each connection, and the intervals sum to it."""
@@ -217,6 +224,7 @@ def patient_lab() -> Iterator[Lab]:
     with Lab() as lab:
         for host in lab.hosts:
             host.sysctl("tcp_no_metrics_save", 1)
+            host.sysctl("tcp_early_retrans", 0)  # probes of the tail do not wait for rto_min
             for prefix, how in (
                 ("192.0.2.0/24", ["scope", "link", "src", host.ipv4]),
                 ("2001:db8::/64", ["metric", "256"]),

@@ -6,6 +6,7 @@ Two tools watch the hosts of a lab for all tests here; each connection has a por
 from __future__ import annotations
 
 import fcntl
+import os
 import select
 import socket
 import struct
@@ -109,24 +110,28 @@ def test_one_held_back_for_a_time_we_know(watch: Watch) -> None:
     pair.exchanges += 1
     all_ended(watch.lab, [pair])
     rows = watch.rows(watch.lab.client, pair, pair.samples)
-    assert (released - sent) * 1e6 <= max(row["max_us"] for row in rows) <= (end - begin) * 1e6
+    other = max(pair.took_us)  # without the one that is held back
+    assert (released - sent) * 1e6 <= max(row["max_us"] for row in rows) <= max((end - begin) * 1e6, other)
     longest = max(high for row in rows for _, high, count in row["histogram"] if count)
     others = [high for row in rows for _, high, count in row["histogram"] for _ in range(count)]
     others.remove(longest)
-    assert max(others) < 300_000
+    assert max(others) <= 2 * other  # the end of an octave
 
 
 def test_intervals_sum_to_the_total(watch: Watch) -> None:
     """The traffic runs over the borders; how the intervals sum is checked for all connections of `watch`."""
     pairs = [watch.pair(), watch.pair("6")]
-    begun = time.monotonic()
-    while time.monotonic() < begun + 1:  # three borders
+
+    def over_borders() -> bool:
         for pair in pairs:
             pair.exchange()
+        return all(len(watch.so_far(host, pair)) > 2 for pair in pairs for host in watch.lab.hosts)
+
+    until(over_borders, "samples of each in three intervals")
     all_ended(watch.lab, pairs)
     for pair in pairs:
         for host in watch.lab.hosts:
-            assert len(watch.rows(host, pair, pair.samples)) > 2
+            watch.rows(host, pair, pair.samples)
 
 
 def acknowledge(made: socket.socket) -> bool:
@@ -182,6 +187,10 @@ def test_packets_sent_together_are_told_apart(watch: Watch) -> None:
     with ExitStack() as stack:
         delay(client, 20)
         stack.callback(client.netem)
+        # From two processors packets would overtake each other.
+        cpus = os.sched_getaffinity(0)
+        stack.callback(os.sched_setaffinity, 0, cpus)
+        os.sched_setaffinity(0, {min(cpus)})
         capture = Capture(client)
         pair = watch.pair()
         for _ in range(60):  # more than the first window: the others wait for acknowledgements
@@ -193,3 +202,5 @@ def test_packets_sent_together_are_told_apart(watch: Watch) -> None:
         assert number > 12
         watch.rows(client, pair, number)
         pair.far.close()
+        last = (pair.port, "LAST_ACK")
+        until(lambda: not any((s.lport, s.state) == last for s in watch.lab.server.sockets()), "the end")

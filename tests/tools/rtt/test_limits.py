@@ -26,7 +26,7 @@ def test_more_keys_than_there_is_room_for(site: Lab) -> None:
         all_ended(site, pairs)
         for name, status in (("few", 0), ("interval", 0), ("strict", 5)):
             rows = tools.done(name, status, lost=8 * 5)
-            assert sorted(row["lport"] for row in rows) == sorted(pair.ports[0] for pair in pairs[:2])
+            assert sorted((row["lport"], row["rport"]) for row in rows) == sorted(pair.ports for pair in pairs[:2])
             assert [row["count"] for row in rows] == [5, 5]
 
 
@@ -65,7 +65,7 @@ def test_each_interval_has_room_again(site: Lab) -> None:
             pairs.append(Pair(site))
             all_ended(site, pairs[-1:])
             until(
-                lambda: sum(r["count"] for r in tools.intervals("one") if r["rport"] == pairs[-1].ports[0]) == 2,
+                lambda: sum(r["count"] for r in tools.intervals("one") if r["lport"] == pairs[-1].port) == 2,
                 "its samples in an interval",
             )
-        assert {row["rport"]: row["count"] for row in tools.done("one")} == {pair.ports[0]: 2 for pair in pairs}
+        assert {row["lport"]: row["count"] for row in tools.done("one")} == {pair.port: 2 for pair in pairs}

@@ -55,6 +55,7 @@ class AcceptOverflow(Scenario):
         left_over = self.clients - late - early
         self.connect(early)
         clients = self.connected(early)
+        until(lambda: self.waiting(lab) >= early, f"{early} in the accept queue")
         with held(lab.server):
             self.connect(late)
             until(lambda: self.requests(lab) >= late, f"{late} SYNs")
@@ -66,6 +67,9 @@ class AcceptOverflow(Scenario):
         alive = sum(client.errno == 0 for client in clients)
         self.finish(alive)
         self.step("client", f"{alive} times 10 bytes sent and closed")
+
+    def waiting(self, lab: Lab) -> int:
+        return sum(found.recv_q for found in lab.server.sockets() if found.state == "LISTEN")
 
     def requests(self, lab: Lab) -> int:
         return sum(found.state == "SYN_RECV" for found in lab.server.sockets())
