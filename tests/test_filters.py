@@ -22,6 +22,7 @@ from tcpscope import filters
 from tcpscope.errors import NotPermittedError, UnsupportedError, UsageError
 from tcpscope.filters import Filter, PortRange, address_bytes, address_text
 from tcpscope.kernel import netns
+from tests import examples  # noqa: F401  for its settings
 
 ports = st.integers(1, 65535)
 ipv4_addresses = st.ip_addresses(v=4)

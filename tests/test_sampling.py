@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tcpscope.listeners import Listener, NetCounters
 from tcpscope.sampling import Sampler, _divide
+from tests import examples  # noqa: F401  for its settings
 
 NETNS = 4026531840
 LISTENER = Listener(

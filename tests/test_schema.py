@@ -17,6 +17,7 @@ from tcpscope.errors import UsageError
 from tcpscope.filters import address_bytes
 from tcpscope.kernel.spec import Spec
 from tcpscope.schema import Clock, Decoder, Layout, comm_text
+from tests import examples  # noqa: F401  for its settings
 
 PROBES = ("connections", "listeners", "rtt", "sockets")
 TRANSITION = Spec.of("connections").layout("transition")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import socket
 import struct
@@ -21,7 +22,7 @@ from tcpscope.errors import LossError
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.session import Stats, missed_runs
 from tcpscope.tool import names
-from tests.conftest import RunningTool, until
+from tests.conftest import DEADLINE, RunningTool, until
 
 REFUSED = 9  # nobody listens there
 STEPS = 2  # a refused connect() is two changes of state
@@ -128,7 +129,9 @@ def test_a_full_buffer_wakes_the_reader(lab: Lab, run_tool: type[RunningTool]) -
 def test_max_events(lab: Lab, run_tool: type[RunningTool]) -> None:
     """It ends by itself after so many rows; what came besides is in the account."""
     with run_tool("states", "--netns", str(lab.client.inode), "-n", "3") as tool:
+        os.kill(tool.pid, signal.SIGSTOP)  # it ends at the third event, and is to find all of them
         refused(lab.client, 5)
+        os.kill(tool.pid, signal.SIGCONT)
         done = tool.wait()
     assert done.status == 0
     assert len(done.rows) == 3
@@ -139,11 +142,15 @@ def test_max_events(lab: Lab, run_tool: type[RunningTool]) -> None:
 
 
 def test_duration(lab: Lab, run_tool: type[RunningTool]) -> None:
-    begin = time.monotonic()
-    with run_tool("states", "--netns", str(lab.client.inode), "-d", "1") as tool:
-        refused(lab.client, 2)
-        done = tool.wait()
-    assert time.monotonic() - begin >= 1
+    for duration in (1, 8, 64):
+        begin = time.monotonic()
+        with run_tool("states", "--netns", str(lab.client.inode), "-d", str(duration)) as tool:
+            refused(lab.client, 2)
+            made = time.monotonic()
+            done = tool.wait()
+        assert time.monotonic() - begin >= duration
+        if made < begin + duration:  # they were made before it ended
+            break
     assert done.status == 0
     assert len(done.rows) == 2 * STEPS
     assert "tcpscope: seen " in done.stderr
@@ -267,18 +274,31 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((lab.client.ipv4, 4711))
     listener.listen()
-    command = (*arguments, "--netns", str(lab.client.inode), "-o", "table", "-d", "1")
+    command = (*arguments, "--netns", str(lab.client.inode), "-o", "table")
+    wanted = {"states": str(REFUSED), "queue": "4711", "rtt": "COUNT", "list": "4711"}[arguments[0]]
     with run_tool(*command, stdout=theirs, env={"COLUMNS": "", "LINES": ""}) as tool:
         os.close(theirs)
         refused(lab.client, 1)
-        text = _all_of(ours)
-        done = tool.wait()
+        text = _until(ours, wanted)
+        done = tool.stop()
+        text += _all_of(ours)
     listener.close()
     assert done.status == 0
+    assert wanted in text
     assert "Traceback" not in text + done.stderr
-    assert {"states": str(REFUSED), "queue": "4711", "rtt": "COUNT", "list": "4711"}[arguments[0]] in text
     if arguments[0] == "queue":
         assert max(map(len, text.replace("\x1b[H\x1b[J", "\n").splitlines())) <= 40
+
+
+def _until(terminal: int, wanted: str) -> str:
+    """What is written to a terminal, until `wanted` is among it."""
+    text = b""
+    poll = select.poll()
+    poll.register(terminal, select.POLLIN)
+    while wanted.encode() not in text:
+        assert poll.poll(DEADLINE * 1000), text
+        text += os.read(terminal, 1 << 16)
+    return text.decode()
 
 
 def _all_of(terminal: int) -> str:

@@ -17,6 +17,9 @@ def test_stop() -> None:
         stop.wait(60)  # does not wait
     stop.stop()  # after its end it is no error
     with Stop(0.05) as stop:
+        stop.wait(0.1)
+        assert not stop  # the time has not begun
+        stop.begin()
         begin = time.monotonic()
         stop.wait(60)
         assert time.monotonic() - begin < 30

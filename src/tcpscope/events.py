@@ -52,6 +52,7 @@ class Events:
                 raise UsageError(f"unknown option '{name}'", hint)
         self._session = found.open(self._request)
         self._stop = Stop(duration)
+        self._stop.begin()
 
     def batches(self) -> Iterator[list[Row]]:
         """Lists of events as they were read: never empty."""

@@ -12,10 +12,14 @@ _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who wai
 
 
 class Stop:
-    """Asked to stop? By a signal, a deadline, or the code. As a context manager it catches SIGINT and SIGTERM."""
+    """Asked to stop? By a signal, the code, or because `duration` seconds have passed since `begin()`.
+
+    As a context manager it catches SIGINT and SIGTERM.
+    """
 
     def __init__(self, duration: float | None = None) -> None:
-        self.deadline = None if duration is None else time.monotonic() + duration
+        self._duration = duration
+        self.deadline: float | None = None
         self.stopped = self._closed = False
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._previous: dict[int, Any] = {}
@@ -35,6 +39,11 @@ class Stop:
             self._closed = True
             os.close(self._read)
             os.close(self._write)
+
+    def begin(self) -> None:
+        """The duration runs from here: what is watched for a second is not loaded within it."""
+        if self._duration is not None:
+            self.deadline = time.monotonic() + self._duration
 
     def stop(self) -> None:
         self.stopped = True

@@ -55,7 +55,7 @@ class Summary:
         columns = request.choose(available, [column.name for column in available if column.name != "histogram"])
         with Stop(request.duration) as stop, tool.open(request) as session:
             sink = request.sink(columns)
-            if not request.ready(session):
+            if not request.ready(stop, session):
                 return
             assert session.layout is not None
             kind = self._kind(session.layout, request)

@@ -85,13 +85,17 @@ class Request:
     def sink(self, columns: Iterable[Column]) -> Sink:
         return open_sink(self.output, columns, self.stream, self.header)
 
-    def ready(self, *sessions: Session, keep: Sequence[str] = ()) -> bool:
-        """Everything is attached: give up privileges and say so. False when only an explanation was asked for."""
+    def ready(self, stop: Stop, *sessions: Session, keep: Sequence[str] = ()) -> bool:
+        """Everything is attached: give up privileges, say so, and let the duration begin.
+
+        False when only an explanation was asked for.
+        """
         if self.explain:
             self.stream.write("\n".join([*explain(self.filter, sessions), ""]).encode())
             return False
         drop_privileges(sessions, keep)
         announce_ready()
+        stop.begin()
         return True
 
     def finish(self, stats: Stats, sink: Sink | None = None, more: str = "--buffer") -> None:
@@ -265,7 +269,7 @@ class Stream(Tool):
         with Stop(request.duration) as stop, self.open(request) as session:
             decoder = self.decoder(session, request)
             sink = request.sink(map(Column.of, decoder.fields))
-            if not request.ready(session):
+            if not request.ready(stop, session):
                 return
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
             for rows in self.rows(session, stop, request):

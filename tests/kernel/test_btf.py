@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tcpscope.errors import BtfError
 from tcpscope.kernel import btf, elf
 from tcpscope.kernel.btf import Btf, Kind
+from tests import examples  # noqa: F401  for its settings
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 # Ubuntu's in /usr/sbin only works for the kernel that runs.

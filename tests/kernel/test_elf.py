@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tcpscope.errors import MalformedError
 from tcpscope.kernel import elf
+from tests import examples  # noqa: F401  for its settings
 
 SOURCE = """
 const volatile int limit = 3;

@@ -1,6 +1,7 @@
 """Two hosts: made, usable at once, apart from each other and from the machine, gone afterwards."""
 
 import errno
+import os
 import select
 import signal
 import socket
@@ -82,16 +83,17 @@ def test_counters_are_those_of_the_host(lab: Lab) -> None:
     before = lab.server.counters()
     listener, address = listen(lab, socket.AF_INET)
     lab.client.socket(socket.AF_INET).connect(address)
+    until(lambda: lab.server.counters()["TcpPassiveOpens"] - before["TcpPassiveOpens"] == 1)
     after = lab.server.counters()
-    assert after["TcpPassiveOpens"] - before["TcpPassiveOpens"] == 1
     assert {"TcpExtListenOverflows", "TcpExtTCPReqQFullDrop", "Ip6InReceives"} <= set(after)
 
     # The same file, read by a process whose only thread lives there.
     child = lab.server.spawn(["cat", "/proc/net/snmp"], stdout=subprocess.PIPE, text=True)
     names, values = (line.split() for line in child.communicate()[0].splitlines() if line.startswith("Tcp:"))
     seen = dict(zip(names[1:], values[1:], strict=True))
-    assert int(seen["PassiveOpens"]) == after["TcpPassiveOpens"]
-    assert int(seen["InSegs"]) == after["TcpInSegs"]
+    later = lab.server.counters()
+    for name in ("PassiveOpens", "InSegs"):
+        assert after[f"Tcp{name}"] <= int(seen[name]) <= later[f"Tcp{name}"]
     listener.close()
 
 
@@ -135,9 +137,10 @@ def test_frozen_link_moves_nothing_and_thaws(family: int) -> None:
         client.connect(address)
         accepted, _ = listener.accept()
         lab.freeze()
+        frozen = lab.server.counters()["TcpInSegs"]
         client.send(b"x")
         assert select.select([accepted], [], [], 0)[0] == []
-        assert lab.server.counters()["TcpInSegs"] == 2  # SYN, ACK
+        assert lab.server.counters()["TcpInSegs"] == frozen
         lab.thaw()
         assert select.select([accepted], [], [], DEADLINE)[0] == [accepted]  # retransmitted
         assert accepted.recv(2) == b"x"
@@ -209,7 +212,7 @@ def test_nothing_is_left_behind() -> None:
     def traces() -> tuple[object, ...]:
         devices = sorted(Path("/sys/class/net").iterdir())
         mounts = [line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "net:[" in line]
-        return devices, mounts, sorted(NAMES.glob("tcpscope-*")), threading.active_count()
+        return devices, mounts, sorted(NAMES.glob(f"tcpscope-{os.getpid()}-*")), threading.active_count()
 
     before = traces()
     with pytest.raises(RuntimeError, match="in the middle"), Lab() as lab:

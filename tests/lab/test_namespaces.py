@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,15 @@ sys.stdin.read()
 def references(inode: int) -> list[str]:
     """Whoever keeps the namespace: threads in it, and mounts of it."""
     found = []
-    for link in Path("/proc").glob("[0-9]*/task/*/ns/net"):
-        try:
-            if link.stat().st_ino == inode:
-                found.append(str(link))
-        except OSError:
-            continue  # the thread has ended meanwhile
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal():
+            continue
+        with suppress(OSError):  # it has ended meanwhile
+            for thread in (process / "task").iterdir():
+                link = thread / "ns/net"
+                with suppress(OSError):
+                    if link.stat().st_ino == inode:
+                        found.append(str(link))
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     return found + [line for line in mounts if f"net:[{inode}]" in line]
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpscope.output.histogram import SUB_BITS, Histogram, bucket_start
+from tests import examples  # noqa: F401  for its settings
 
 BUCKETS = 256
 

@@ -32,7 +32,7 @@ def _run(**values: Any) -> None:
         raise UsageError("--output csv", "findings are no rows: table or json")
     request.refuse_peers("a listener has no remote end, and one overflow refuses many peers")
     rules = all_rules()
-    with Stop() as stop:
+    with Stop(request.duration) as stop:
         sources: dict[type[Any], Source] = {}
         try:
             kinds: list[type[Any]] = [Connecting, *(rule.source for rule in rules)]
@@ -40,6 +40,7 @@ def _run(**values: Any) -> None:
                 sources[kind] = kind(request)
             drop_privileges([session for source in sources.values() for session in source.sessions])
             announce_ready()
+            stop.begin()
             started = time.monotonic()
             _watch(list(sources.values()), stop, request)
             watched = time.monotonic() - started
@@ -60,17 +61,16 @@ def _run(**values: Any) -> None:
 
 def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
     """Until the time is over or a stop is asked for, with a live line on a terminal."""
-    assert request.duration is not None
     live = sys.stderr.isatty()
     print(f"tcpscope: watching for {request.duration:g} s, Ctrl-C ends it sooner", file=sys.stderr)
     started = time.monotonic()
-    while not stop and (passed := time.monotonic() - started) < request.duration:
+    while not stop:
         for source in sources:
             source.poll()
         if live:
-            text = f"{passed:4.0f} s  " + "; ".join(source.live() for source in sources)
+            text = f"{time.monotonic() - started:4.0f} s  " + "; ".join(source.live() for source in sources)
             print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
-        stop.wait(min(_POLL_SECONDS, max(0.0, request.duration - passed)))
+        stop.wait(_POLL_SECONDS)
     if live:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     for source in sources:

@@ -128,8 +128,8 @@ def play(scenario: Scenario, tool: tuple[str, ...], freeze: bool, keep: bool) ->
                 for line in lines:
                     printer(host.role, line)
             if keep:
-                printer("", f"look around: ip netns exec {lab.server.netns} ss -tan; Ctrl-C ends it")
                 with contextlib.suppress(KeyboardInterrupt):
+                    printer("", f"look around: ip netns exec {lab.server.netns} ss -tan; Ctrl-C ends it")
                     threading.Event().wait()
             if watching:
                 watching.end()

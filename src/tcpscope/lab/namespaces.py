@@ -124,7 +124,7 @@ class Namespace:
         self._closed = True
         self._calls.put(None)
         if threading.current_thread() is not self._worker:
-            self._worker.join(timeout=5)
+            self._worker.join(timeout=60)
 
 
 def _explain(error: OSError) -> TcpscopeError:

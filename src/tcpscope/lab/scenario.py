@@ -249,6 +249,14 @@ class Scenario:
             client = self._clients[found["number"]]
             self._clients[client.number] = dataclasses.replace(client, finish_errno=found["errno"])
 
+    def waiting(self, lab: Lab) -> int:
+        """How many connections wait for accept()."""
+        return sum(found.recv_q for found in lab.server.sockets() if found.state == "LISTEN")
+
+    def queued(self, lab: Lab, number: int) -> None:
+        """Wait until so many wait for accept(): connect() returns a moment before the server has the last ACK."""
+        until(lambda: self.waiting(lab) >= number, f"{number} in the accept queue")
+
     def _look_at_listener(self, lab: Lab) -> None:
         for found in lab.server.sockets():
             if found.state == "LISTEN" and found.lport == self._listener.port:

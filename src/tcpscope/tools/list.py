@@ -51,7 +51,7 @@ class List(Tool):
         columns = request.choose((*map(Column.of, Spec.of("sockets").layout("existing").fields), *extra), _TABLE)
         with Stop(request.duration) as stop, Session("sockets", None, request.filter, debug=request.debug) as session:
             sink = request.sink(columns)
-            if not request.ready(session, keep=tuple(self.for_more)):
+            if not request.ready(stop, session, keep=tuple(self.for_more)):
                 return
             type_ = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
             seen = shown = 0

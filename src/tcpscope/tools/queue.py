@@ -108,7 +108,7 @@ class Queue(Stream):
         sampler = Sampler()
         if not exact:
             sampler.look(listeners.snapshot(session, all_=True))
-        if not request.ready(session):
+        if not request.ready(stop, session):
             return
         sink.rows([])
         if request.options.get("stack") and not len(_symbols()):
@@ -128,11 +128,11 @@ class Queue(Stream):
         if request.time == "none":
             columns = tuple(column for column in columns if column.name != "time")
         sink = request.sink(columns)
-        if not request.ready(session):
+        if not request.ready(stop, session):
             return
         rates, clock = listeners.Rates(), Clock(request.time)
         left = request.max_events
-        while not stop:
+        while True:  # once at least
             when = None if request.time == "none" else clock.read(monotonic_ns())
             found = listeners.by_urgency(listeners.snapshot(session))
             rows = [listeners.row(listener, when, rates.rate(listener)) for listener in found]
@@ -146,6 +146,8 @@ class Queue(Stream):
             if left == 0:
                 break
             stop.wait(request.interval or 1.0)
+            if stop:
+                break
         if request.stats or request.strict:
             session.end()
             request.finish(session.account(), sink)

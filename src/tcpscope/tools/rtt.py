@@ -80,7 +80,7 @@ class Rtt(Tool):
                     debug=request.debug) as session,
         ):  # fmt: skip
             report = _Report(request, by, columns)
-            if not request.ready(session):
+            if not request.ready(stop, session):
                 return
             reader = _Reader(session, max_keys)
             report.owners = reader.owners

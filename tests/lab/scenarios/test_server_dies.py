@@ -14,7 +14,7 @@ pytestmark = pytest.mark.kernel
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resets(family: str) -> None:
     with Lab() as lab:
-        outcome = ServerDies(family=family).run(lab)
+        outcome = ServerDies(family=family, synack_retries=5).run(lab)
     assert not Path(f"/proc/{outcome.listener.pid}").exists()
     assert (outcome.listener.recv_q, outcome.listener.send_q) == (6, 5)  # as it was when it died
     assert outcome.counters["TcpEstabResets"] == 6
@@ -24,7 +24,7 @@ def test_resets(family: str) -> None:
 
 def test_the_two_halves_of_the_fault() -> None:
     with Lab() as lab:
-        scenario = ServerDies(clients=6)
+        scenario = ServerDies(clients=6, synack_retries=5)
         scenario.setup(lab)
         super(ServerDies, scenario).act(lab)  # the six connections exist
         before = scenario.outcome(lab)

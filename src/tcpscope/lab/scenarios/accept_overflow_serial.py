@@ -31,6 +31,7 @@ class AcceptOverflowSerial(Scenario):
 
     def act(self, lab: Lab) -> None:
         for number in range(1, self.clients + 1):
+            self.queued(lab, min(number - 1, self.backlog + 1))
             self.connect(1)
             (client,) = self.connected(1)
             seconds = "" if client.errno == 0 else f" after {client.connect_seconds:.1f} s"
