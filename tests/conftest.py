@@ -189,6 +189,7 @@ class RunningTool:
         """End it in order, and wait until all of its output is here."""
         if self.done is None and self.process.poll() is None:
             self.process.send_signal(number)
+            self.process.send_signal(signal.SIGCONT)  # a test may have failed while it slept
         return self.wait(timeout)
 
     def wait(self, timeout: float = DEADLINE) -> CompletedRun:

@@ -8,14 +8,16 @@ The machine's own kernel runs no BPF in some tasks at all, and what a softirq do
 unseen: a timer that ends a connection, mostly. That was found by ftrace, which sees what happens there, beside a BPF
 program on the same tracepoint. The tool cannot see it either, but it notices the gap and says so (docs/design.md).
 
-More than a few such tests in a run are no accident, and fail. The summary names them.
+More than a few such tests in a run are no accident, and fail. The summary names them. What a file shares is ended
+when one of its tests fails, and made anew for the next one.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
+import traceback
 
 import pytest
+from _pytest.outcomes import TEST_OUTCOME
 from _pytest.runner import runtestprotocol
 
 from tests.lacks import functions_cannot_be_hooked
@@ -24,6 +26,7 @@ RUNS = 3
 MOST, MOST_OF_THE_MACHINE = 3, 10  # tests in one run
 
 _missed: list[int] = []
+_ended: list[str] = []
 _again: list[str] = []
 
 
@@ -37,10 +40,14 @@ def most() -> int:
     return MOST_OF_THE_MACHINE if functions_cannot_be_hooked() else MOST
 
 
-def end_what_is_shared(item: pytest.Item) -> None:
+def end_what_is_shared(item: pytest.Item, report: pytest.TestReport) -> str:
     """A file's tool says only at its end what it has missed; and what a file shares is kept, even its error."""
-    with suppress(Exception, BaseExceptionGroup, pytest.fail.Exception):  # the test has failed, and that is reported
+    try:
         item.session._setupstate.teardown_exact(item.session)
+    except (*TEST_OUTCOME, BaseExceptionGroup) as error:
+        report.sections.append(("the end of what the file shares", "".join(traceback.format_exception(error))))
+        return f"; at the end of what the file shares: {str(error).splitlines()[:1]}"
+    return ""
 
 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
@@ -48,12 +55,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     for run in range(1, RUNS + 1):
         _missed.clear()
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        failed = any(report.failed for report in reports)
-        if failed:
-            end_what_is_shared(item)
+        failed = next((report for report in reports if report.failed), None)
+        ended = ""
+        if failed and len(_ended) < most():  # a file that cannot be set up shall not try it for each test
+            _ended.append(item.nodeid)
+            ended = end_what_is_shared(item, failed)
         if not (failed and _missed and run < RUNS and len(_again) < most()):
             break
-        _again.append(f"{item.nodeid}: {sum(_missed)} times no program was run")
+        _again.append(f"{item.nodeid}: {sum(_missed)} times no program was run{ended}")
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

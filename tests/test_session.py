@@ -19,9 +19,11 @@ from pathlib import Path
 import pytest
 
 from tcpscope.errors import LossError
+from tcpscope.filters import Filter
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.session import Stats, missed_runs
-from tcpscope.tool import names
+from tcpscope.stop import Stop
+from tcpscope.tool import Request, names
 from tests.conftest import DEADLINE, RunningTool, until
 
 REFUSED = 9  # nobody listens there
@@ -130,6 +132,7 @@ def test_max_events(lab: Lab, run_tool: type[RunningTool]) -> None:
     """It ends by itself after so many rows; what came besides is in the account."""
     with run_tool("states", "--netns", str(lab.client.inode), "-n", "3") as tool:
         os.kill(tool.pid, signal.SIGSTOP)  # it ends at the third event, and is to find all of them
+        until(lambda: Path(f"/proc/{tool.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", "it to stop")
         refused(lab.client, 5)
         os.kill(tool.pid, signal.SIGCONT)
         done = tool.wait()
@@ -154,6 +157,16 @@ def test_duration(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert done.status == 0
     assert len(done.rows) == 2 * STEPS
     assert "tcpscope: seen " in done.stderr
+
+
+def test_the_duration_begins_when_all_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tcpscope.tool.drop_privileges", lambda *_: None)
+    with Stop(60) as stop:
+        assert stop.deadline is None
+        before = time.monotonic()
+        assert Request(filter=Filter()).ready(stop)
+        assert stop.deadline is not None
+        assert before + 60 <= stop.deadline <= time.monotonic() + 60
 
 
 @pytest.mark.kernel
@@ -280,8 +293,9 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
         os.close(theirs)
         refused(lab.client, 1)
         text = _until(ours, wanted)
-        done = tool.stop()
+        tool.process.send_signal(signal.SIGINT)
         text += _all_of(ours)
+        done = tool.wait()
     listener.close()
     assert done.status == 0
     assert wanted in text

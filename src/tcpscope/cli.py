@@ -100,7 +100,8 @@ FILTERS = (
 COMMON = (
     click.Option(["-o", "--output"], type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
                  help="Format."),
-    click.Option(["-d", "--duration"], type=float, callback=_seconds, metavar="SECONDS", help="End after this time."),
+    click.Option(["-d", "--duration"], type=float, callback=_seconds, metavar="SECONDS",
+                 help="End so long after the hooks are attached."),
     click.Option(["--stats"], is_flag=True, help="The account of events in the output too (JSON)."),
     click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
     click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),

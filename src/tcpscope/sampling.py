@@ -34,7 +34,8 @@ class Sampler:
     """Compares each snapshot of all listeners with the one before.
 
     A kernel that cannot give the namespace's counters leaves sk_drops alone, which then stands for the refusals. What
-    a listener was refused in the last moment before it was closed is not seen.
+    a listener was refused in the last moment before it was closed is not seen, nor what is refused while a namespace
+    that had no listener before is looked at for the first time.
     """
 
     _drops: dict[Key, int] = field(default_factory=dict)

@@ -17,7 +17,7 @@ from tests.kernels import HOST, KERNELS, ROWS, Kernel, debian, guest, install, k
 from tests.kernels.guest import TREE, Guest
 
 RESULTS = TREE / ".cache/results"
-TIMEOUT_S = 2100
+TIMEOUT_S = 2400
 BOOTS = 2
 PYTEST = (sys.executable, "-m", "pytest", "-p", "tests.kernels.report")
 

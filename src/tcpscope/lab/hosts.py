@@ -283,6 +283,10 @@ class Lab:
         """Take the link down. When this returns no packet is on its way any more, and none of the counters
         that packets move will move."""
         self.client._set_link("down")
+        self.flush()
+
+    def flush(self) -> None:
+        """Wait until everything has been handled that was sent before: a system call may return earlier."""
         for host in self.hosts:
             host.run(_flush_backlogs)
 

@@ -56,7 +56,7 @@ class List(Tool):
             type_ = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
             seen = shown = 0
             for batch in sockets(session, request.filter):
-                if stop:
+                if stop.stopped:  # it ends by itself, so no duration cuts it
                     break
                 rows = [type_(*(row[column.name] for column in columns)) for row in batch]
                 if request.max_events is not None:

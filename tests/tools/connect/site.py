@@ -95,8 +95,11 @@ def raw_connect(address, size):
     return name(0 if libc.connect(s.fileno(), address, size) == 0 else ctypes.get_errno())
 
 def retransmissions():
-    '''Of the SYN, as long as nothing else was sent: tcpi_total_retrans. Takes the socket's lock.'''
-    return struct.unpack_from("I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)[0]
+    '''Of the SYN, as long as nothing else was sent. Takes the socket's lock. 0 when it is closed.'''
+    if s.fileno() < 0:
+        return 0
+    (tcpi_total_retrans,) = struct.unpack_from("I", s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 100)
+    return tcpi_total_retrans
 
 def local():
     return s.getsockname()[:2]
@@ -176,7 +179,7 @@ class Site:
         return any(s.rport == port and s.retransmits for s in self.lab.client.sockets())
 
     def syn_retransmissions(self) -> int:
-        """Of all but the attempt that is older than the tool, which goes on meanwhile."""
+        """Of all but the attempt that is older than the tool, which goes on meanwhile, until it is closed."""
 
         def older() -> int:
             return int(self.older.ask("retransmissions()"))

@@ -88,8 +88,7 @@ def test_a_listener_of_both_families_is_of_each(
 def test_table_as_ss_and_the_counters_say(site: Site, table: Table) -> None:
     with Run(site, "mapped") as run:
         run.overflow_at_ack(4)
-        for made in run.clients:
-            made.close()
+        run.end()
         at_ack = run.change("ListenOverflows")
         run.start(2)
         run.refused(at_ack + 2)
@@ -151,14 +150,11 @@ def test_accepts_and_waiting(site: Site, table: Table) -> None:
         before = time.monotonic()
         for _ in range(4):
             run.listener.accept()[0].close()
-        after = time.monotonic()
         row = table.when(lambda row: (row["accepts"], row["accept_queue"]) == (4, 0), lport=run.port)
         assert row["oldest_wait_ms"] is None
         assert row["since_accept_ms"] <= (time.monotonic() - before) * 1000
-        row = table.when(lambda row: row["accepts"] == 4, lport=run.port)
-        until(lambda: time.monotonic() > after + 0.1, "time to pass")
-        row = table.when(lambda row: row["accepts"] == 4, lport=run.port)
-        assert 100 <= row["since_accept_ms"] <= (time.monotonic() - before) * 1000
+        row = table.when(lambda row: row["accepts"] == 4 and row["since_accept_ms"] >= 100, lport=run.port)
+        assert row["since_accept_ms"] <= (time.monotonic() - before) * 1000
 
 
 def test_where_the_limit_comes_from(site: Site, table: Table) -> None:

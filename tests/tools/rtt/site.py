@@ -224,7 +224,7 @@ def patient_lab() -> Iterator[Lab]:
     with Lab() as lab:
         for host in lab.hosts:
             host.sysctl("tcp_no_metrics_save", 1)
-            host.sysctl("tcp_early_retrans", 0)  # probes of the tail do not wait for rto_min
+            host.sysctl("tcp_early_retrans", 0)  # with several packets out, probes of the tail do not wait for rto_min
             for prefix, how in (
                 ("192.0.2.0/24", ["scope", "link", "src", host.ipv4]),
                 ("2001:db8::/64", ["metric", "256"]),

@@ -61,7 +61,7 @@ class AcceptOverflow(Scenario):
             self.step("server", f"{late} SYN-ACKs were held back until {late} SYNs had come")
         clients += self.connected(late)
         if left_over:
-            self.queued(lab, min(early + late, self.backlog + 1))
+            self.queued(lab, min(early + late, self._listener.send_q + 1))
             self.sysctl(lab.client, "tcp_syn_retries", 1)  # these fail, and soon
             self.connect(left_over)
             clients += self.connected(left_over)

@@ -26,14 +26,19 @@ class AcceptOverflowSerial(Scenario):
     syn_retries: int = parameter(1, "how often the client repeats a SYN (sysctl tcp_syn_retries)")
 
     def prepare(self, lab: Lab) -> None:
-        self.sysctl(lab.client, "tcp_syn_retries", self.syn_retries)
         self.listen(lab, self.backlog, self.family)
 
     def act(self, lab: Lab) -> None:
+        alive, full = 0, self._listener.send_q + 1
+        impatient = False
         for number in range(1, self.clients + 1):
-            self.queued(lab, min(number - 1, self.backlog + 1))
+            self.queued(lab, min(alive, full))
+            if alive >= full and not impatient:  # only those that fail
+                self.sysctl(lab.client, "tcp_syn_retries", self.syn_retries)
+                impatient = True
             self.connect(1)
             (client,) = self.connected(1)
+            alive += client.errno == 0
             seconds = "" if client.errno == 0 else f" after {client.connect_seconds:.1f} s"
             self.step("client", f"connect number {number}: {describe([client])}{seconds}")
             if client.errno == 0:
