@@ -186,6 +186,20 @@ class Pair:
             end.do("acknowledged(port)")
 
 
+    def both_shut_down(self) -> dict[End, Row]:
+        """Both ends send their FIN at once. The row of each, which is what TCP_INFO says at its end."""
+        ends = (self.client, self.server)
+        for end in ends:
+            end.do("of[port].shutdown(socket.SHUT_WR)")
+        rows = {}
+        for end in ends:
+            end.reaches(CLOSE)
+            rows[end] = self.row(end)
+            check_numbers(rows[end], end.info())
+            end.close()
+        return rows
+
+
 def opened(site: Site, family: str = "4", **options: Any) -> Pair:
     return Pair(site, site.lab, site.server, site.client, family, **options)
 

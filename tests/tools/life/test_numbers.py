@@ -35,15 +35,10 @@ def test_retransmissions(site: Site) -> None:
         pair.client.do("of[port].sendall(bytes(3000))")
         until(lambda: pair.client.info()["retrans"] >= 1, "a retransmission")
     pair.server.do("read(port, 3000)")
-    for end in (pair.client, pair.server):
-        end.do("of[port].shutdown(socket.SHUT_WR)")
-    for end in (pair.client, pair.server):
-        end.reaches(CLOSE)
-        row = pair.row(end)
-        check_numbers(row, end.info())
+    rows = pair.both_shut_down()
+    for end, row in rows.items():
         assert (row["syn_retrans"], row["end"]) == (pair.syn_retrans[end.role], "FIN")
-        end.close()
-    row = pair.row(pair.client)
+    row = rows[pair.client]
     assert row["retrans"] >= 1
     assert row["acked_bytes"] == 8000 < row["tx_bytes"]
 
@@ -65,14 +60,8 @@ def test_what_could_not_leave(site: Site) -> None:
     finally:
         route("del")
     pair.server.do("read(port, 3000)")
-    for end in (pair.client, pair.server):
-        end.do("of[port].shutdown(socket.SHUT_WR)")
-    for end in (pair.client, pair.server):
-        end.reaches(CLOSE)
-        row = pair.row(end)
-        check_numbers(row, end.info())
-        end.close()
-    assert pair.row(pair.client)["acked_bytes"] == pair.row(pair.server)["rx_bytes"] == 8000
+    rows = pair.both_shut_down()
+    assert rows[pair.client]["acked_bytes"] == rows[pair.server]["rx_bytes"] == 8000
 
 
 def test_a_lost_handshake(site: Site) -> None:
