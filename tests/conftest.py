@@ -34,7 +34,8 @@ DEADLINE = 120.0  # seconds; emulated kernels are twenty times slower than real 
 POLL = 0.005
 READY_FD = "TCPSCOPE_READY_FD"
 
-pytest.register_assert_rewrite("tests.tools")  # what tests of one tool share
+pytest_plugins = ["tests.record.plugin"]
+pytest.register_assert_rewrite("tests.tools", "tests.record.recording")  # what tests share
 
 
 def pytest_configure(config: pytest.Config) -> None:

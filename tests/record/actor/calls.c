@@ -1,0 +1,417 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/* The commands of a process: its system calls. SLOT is the place of a socket, a number. */
+#define _GNU_SOURCE
+#include "actor.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SO_COOKIE_ 57
+
+socklen_t to_address(const char *text, const char *port, struct sockaddr_storage *address)
+{
+	struct sockaddr_in6 *six = (void *)address;
+	struct sockaddr_in *four = (void *)address;
+
+	memset(address, 0, sizeof(*address));
+	if (strchr(text, ':')) {
+		six->sin6_family = AF_INET6;
+		six->sin6_port = htons(atoi(port));
+		inet_pton(AF_INET6, text, &six->sin6_addr);
+		return sizeof(*six);
+	}
+	four->sin_family = AF_INET;
+	four->sin_port = htons(atoi(port));
+	inet_pton(AF_INET, text, &four->sin_addr);
+	return sizeof(*four);
+}
+
+size_t from_hex(const char *text, void *bytes, size_t room)
+{
+	size_t size = 0;
+	unsigned int byte;
+
+	for (; size < room && sscanf(text, "%2x", &byte) == 1; text += 2)
+		((unsigned char *)bytes)[size++] = byte;
+	return size;
+}
+
+/* The port is what is returned, the address is the data. */
+static void add_end(struct reply *reply, int failed, struct sockaddr_storage *address)
+{
+	char text[INET6_ADDRSTRLEN] = "";
+	const struct sockaddr_in6 *six = (void *)address;
+	const struct sockaddr_in *four = (void *)address;
+
+	outcome(reply, failed ? -1 : ntohs(four->sin_port));
+	if (failed)
+		return;
+	inet_ntop(address->ss_family, address->ss_family == AF_INET6 ? (const void *)&six->sin6_addr : &four->sin_addr, text,
+		  sizeof(text));
+	add(reply, "%s", text);
+}
+
+/* socket SLOT FAMILY TYPE PROTOCOL */
+static void make(struct actor *a, int count, char **w, struct reply *r)
+{
+	int made = socket(atoi(w[1]), atoi(w[2]), atoi(w[3]));
+
+	outcome(r, made);
+	*slot(a, w[0]) = made;
+}
+
+/* fd SLOT */
+static void descriptor(struct actor *a, int count, char **w, struct reply *r)
+{
+	outcome(r, *slot(a, w[0]));
+}
+
+/* option SLOT LEVEL NAME INTEGER|xHEX */
+static void option(struct actor *a, int count, char **w, struct reply *r)
+{
+	char bytes[256];
+	int number = atoi(w[3]);
+
+	if (w[3][0] == 'x') {
+		size_t size = from_hex(w[3] + 1, bytes, sizeof(bytes));
+
+		outcome(r, setsockopt(*slot(a, w[0]), atoi(w[1]), atoi(w[2]), bytes, size));
+	} else {
+		outcome(r, setsockopt(*slot(a, w[0]), atoi(w[1]), atoi(w[2]), &number, sizeof(number)));
+	}
+}
+
+/* get SLOT LEVEL NAME SIZE: the bytes in hex; returned is their first integer */
+static void get(struct actor *a, int count, char **w, struct reply *r)
+{
+	unsigned char bytes[512] = {};
+	socklen_t size = atoi(w[3]) < 512 ? atoi(w[3]) : 512;
+	int failed = getsockopt(*slot(a, w[0]), atoi(w[1]), atoi(w[2]), bytes, &size), first;
+
+	memcpy(&first, bytes, sizeof(first));
+	outcome(r, failed ? -1 : size >= 4 ? first : bytes[0]);
+	if (!failed)
+		add_hex(r, bytes, size);
+}
+
+/* info SLOT [OFFSET SIZE]: TCP_INFO in hex; returned is the state, or that field of it */
+static void info(struct actor *a, int count, char **w, struct reply *r)
+{
+	unsigned char bytes[512] = {};
+	socklen_t size = sizeof(bytes);
+	int failed = getsockopt(*slot(a, w[0]), IPPROTO_TCP, TCP_INFO, bytes, &size);
+	unsigned long long field = 0;
+
+	memcpy(&field, bytes + (count > 2 ? atoi(w[1]) : 0), count > 2 ? atoi(w[2]) : 1);
+	outcome(r, failed ? -1 : (long long)field);
+	if (!failed)
+		add_hex(r, bytes, size);
+}
+
+/* cookie SLOT */
+static void cookie(struct actor *a, int count, char **w, struct reply *r)
+{
+	unsigned long long number = 0;
+	socklen_t size = sizeof(number);
+	int failed = getsockopt(*slot(a, w[0]), SOL_SOCKET, SO_COOKIE_, &number, &size);
+
+	outcome(r, failed ? -1 : (long long)number);
+}
+
+/* ioctl SLOT REQUEST: the integer that it gives */
+static void control(struct actor *a, int count, char **w, struct reply *r)
+{
+	int number = 0, failed = ioctl(*slot(a, w[0]), strtoul(w[1], NULL, 0), &number);
+
+	outcome(r, failed ? -1 : number);
+}
+
+/* bind SLOT ADDRESS PORT */
+static void bind_to(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address;
+	socklen_t size = to_address(w[1], w[2], &address);
+
+	outcome(r, bind(*slot(a, w[0]), (void *)&address, size));
+}
+
+/* listen SLOT BACKLOG */
+static void listens(struct actor *a, int count, char **w, struct reply *r)
+{
+	outcome(r, listen(*slot(a, w[0]), atoi(w[1])));
+}
+
+/* connect SLOT ADDRESS PORT */
+static void connects(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address;
+	socklen_t size = to_address(w[1], w[2], &address);
+	int fd = *slot(a, w[0]);
+
+	r->begin = now_ns();
+	outcome(r, connect(fd, (void *)&address, size));
+}
+
+/* connect_raw SLOT HEX SIZE: a sockaddr byte by byte; disconnect() is one of AF_UNSPEC */
+static void connects_raw(struct actor *a, int count, char **w, struct reply *r)
+{
+	char address[128] = {};
+
+	from_hex(w[1], address, sizeof(address));
+	outcome(r, connect(*slot(a, w[0]), (void *)address, atoi(w[2])));
+}
+
+/* accept LISTENER SLOT [FLAGS]: without flags by accept(), with them by accept4(); returned is the remote port */
+static void accepts(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address = {};
+	socklen_t size = sizeof(address);
+	int listener = *slot(a, w[0]), made;
+
+	r->begin = now_ns();
+	made = count > 2 ? accept4(listener, (void *)&address, &size, atoi(w[2])) : accept(listener, (void *)&address, &size);
+	add_end(r, made < 0, &address);
+	*slot(a, w[1]) = made;
+}
+
+/* blocking SLOT 0|1 */
+static void blocking(struct actor *a, int count, char **w, struct reply *r)
+{
+	int fd = *slot(a, w[0]), flags = fcntl(fd, F_GETFL);
+
+	outcome(r, fcntl(fd, F_SETFL, atoi(w[1]) ? flags & ~O_NONBLOCK : flags | O_NONBLOCK));
+}
+
+/* send SLOT TEXT FLAGS */
+static void sends(struct actor *a, int count, char **w, struct reply *r)
+{
+	int fd = *slot(a, w[0]);
+
+	r->begin = now_ns();
+	outcome(r, send(fd, w[1], strlen(w[1]), atoi(w[2]) | MSG_NOSIGNAL));
+}
+
+/* send_to SLOT TEXT FLAGS ADDRESS PORT: with MSG_FASTOPEN it connects */
+static void sends_to(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address;
+	socklen_t size = to_address(w[3], w[4], &address);
+	int fd = *slot(a, w[0]);
+
+	r->begin = now_ns();
+	outcome(r, sendto(fd, w[1], strlen(w[1]), atoi(w[2]) | MSG_NOSIGNAL, (void *)&address, size));
+}
+
+/* send_all SLOT SIZE: so many bytes, in one call as long as they fit */
+static void sends_all(struct actor *a, int count, char **w, struct reply *r)
+{
+	long long size = atoll(w[1]), sent = 0;
+	char *bytes = calloc(1, size);
+
+	r->begin = now_ns();
+	while (sent < size) {
+		ssize_t more = send(*slot(a, w[0]), bytes + sent, size - sent, MSG_NOSIGNAL);
+
+		if (more < 0) {
+			sent = -1;
+			break;
+		}
+		sent += more;
+	}
+	outcome(r, sent);
+	free(bytes);
+}
+
+/* receive SLOT ROOM FLAGS: the bytes in hex, 64 at most */
+static void receives(struct actor *a, int count, char **w, struct reply *r)
+{
+	static __thread char bytes[1 << 16];
+	size_t asked = strtoul(w[1], NULL, 0), room = asked < sizeof(bytes) ? asked : sizeof(bytes);
+	int fd = *slot(a, w[0]);
+	ssize_t got;
+
+	r->begin = now_ns();
+	got = recv(fd, bytes, room, atoi(w[2]));
+	outcome(r, got);
+	if (got > 0)
+		add_hex(r, bytes, got < 64 ? got : 64);
+}
+
+/* read SLOT SIZE: until so many have come, or the end; returned is how many did */
+static void reads(struct actor *a, int count, char **w, struct reply *r)
+{
+	static __thread char bytes[1 << 16];
+	size_t left = strtoul(w[1], NULL, 0), asked = left;
+	ssize_t more = 1;
+
+	r->begin = now_ns();
+	while (left && more > 0) {
+		more = recv(*slot(a, w[0]), bytes, left < sizeof(bytes) ? left : sizeof(bytes), MSG_WAITALL);
+		left -= more > 0 ? more : 0;
+	}
+	outcome(r, more < 0 ? -1 : (long long)(asked - left));
+}
+
+/* shutdown SLOT HOW */
+static void shuts(struct actor *a, int count, char **w, struct reply *r)
+{
+	int fd = *slot(a, w[0]);
+
+	r->begin = now_ns();
+	outcome(r, shutdown(fd, atoi(w[1])));
+}
+
+/* close SLOT */
+static void closes(struct actor *a, int count, char **w, struct reply *r)
+{
+	int fd = *slot(a, w[0]);
+
+	*slot(a, w[0]) = -1;
+	r->begin = now_ns();
+	outcome(r, close(fd));
+}
+
+/* name SLOT, peer SLOT */
+static void name(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address = {};
+	socklen_t size = sizeof(address);
+
+	add_end(r, getsockname(*slot(a, w[0]), (void *)&address, &size), &address);
+}
+
+static void peer(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address = {};
+	socklen_t size = sizeof(address);
+
+	add_end(r, getpeername(*slot(a, w[0]), (void *)&address, &size), &address);
+}
+
+/* poll SLOT EVENTS MILLISECONDS: returned is what has happened */
+static void polls(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct pollfd polled = {.fd = *slot(a, w[0]), .events = atoi(w[1])};
+	int found;
+
+	r->begin = now_ns();
+	found = poll(&polled, 1, atoi(w[2]));
+	outcome(r, found < 0 ? -1 : polled.revents);
+}
+
+/* give SLOT, take SLOT: a socket from one process to another; only as parts of `pass` */
+static void gives(struct actor *a, int count, char **w, struct reply *r)
+{
+	r->fd = *slot(a, w[0]);
+	outcome(r, r->fd);
+}
+
+static void takes(struct actor *a, int count, char **w, struct reply *r)
+{
+	*slot(a, w[0]) = a->given;
+	outcome(r, a->given);
+}
+
+/* pause MICROSECONDS */
+static void pauses(struct actor *a, int count, char **w, struct reply *r)
+{
+	long long us = atoll(w[0]);
+	struct timespec time = {.tv_sec = us / 1000000, .tv_nsec = us % 1000000 * 1000};
+
+	outcome(r, clock_nanosleep(CLOCK_MONOTONIC, 0, &time, NULL) ? -1 : 0);
+}
+
+/* now: the clock, before and after */
+static void nothing(struct actor *a, int count, char **w, struct reply *r)
+{
+	outcome(r, 0);
+}
+
+/* wait PID: until a child has ended */
+static void waits(struct actor *a, int count, char **w, struct reply *r)
+{
+	outcome(r, waitpid(atoi(w[0]), NULL, 0));
+}
+
+/* become UID */
+static void becomes(struct actor *a, int count, char **w, struct reply *r)
+{
+	int uid = atoi(w[0]);
+
+	outcome(r, setresuid(uid, uid, uid));
+}
+
+/* processor NUMBER: runs there from now on */
+static void processor(struct actor *a, int count, char **w, struct reply *r)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(atoi(w[0]), &set);
+	outcome(r, sched_setaffinity(0, sizeof(set), &set));
+}
+
+static void woken(int number) {}
+
+/* interruptible MILLISECONDS: a signal comes after so long, and the call that it meets is not begun again */
+static void interruptible(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sigaction action = {.sa_handler = woken};
+	int ms = atoi(w[0]);
+	struct itimerspec when = {.it_value = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}};
+	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGALRM};
+	timer_t timer;
+
+	event._sigev_un._tid = syscall(SYS_gettid);
+	sigaction(SIGALRM, &action, NULL);
+	outcome(r, timer_create(CLOCK_MONOTONIC, &event, &timer) || timer_settime(timer, 0, &when, NULL) ? -1 : 0);
+}
+
+const struct entry socket_commands[] = {
+	{"socket", make},
+	{"fd", descriptor},
+	{"option", option},
+	{"get", get},
+	{"info", info},
+	{"cookie", cookie},
+	{"ioctl", control},
+	{"bind", bind_to},
+	{"listen", listens},
+	{"connect", connects},
+	{"connect_raw", connects_raw},
+	{"accept", accepts},
+	{"blocking", blocking},
+	{"send", sends},
+	{"send_to", sends_to},
+	{"send_all", sends_all},
+	{"receive", receives},
+	{"read", reads},
+	{"shutdown", shuts},
+	{"close", closes},
+	{"name", name},
+	{"peer", peer},
+	{"poll", polls},
+	{"give", gives},
+	{"take", takes},
+	{"pause", pauses},
+	{"now", nothing},
+	{"wait", waits},
+	{"become", becomes},
+	{"processor", processor},
+	{"interruptible", interruptible},
+	{},
+};

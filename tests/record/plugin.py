@@ -1,0 +1,146 @@
+"""The pytest plugin of recorded tests: scripts are made when tests are collected, and tests wait for the recording.
+
+    pytest tests/tools/test_states.py              records here what the chosen tests do, and asserts
+    pytest --compose FOLDER                        writes their script only: a guest plays it
+    pytest --recording FOLDER -m recorded          asserts over a recording that was made elsewhere, or before
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.record.recording import Recording, Seen
+from tests.record.script import Script
+from tests.record.watch import Watch
+
+TREE = Path(__file__).resolve().parents[2]
+HERE = TREE / ".cache/recordings/host"
+ACTOR = TREE / ".cache/actor"
+
+Test = Generator[None, Seen, None]
+"""What a recorded test returns: `seen = yield`."""
+
+
+class Recorded:
+    """What the marker of a test holds: how its script is made, and which tools watch it."""
+
+    def __init__(self, function: Callable[..., Test], watches: tuple[Watch, ...]) -> None:
+        self.function, self.watches = function, watches
+
+    def begin(self, parameters: dict[str, Any]) -> tuple[Script, Test]:
+        """Its script, and the test, which waits at its `yield`."""
+        script = Script()
+        test = self.function(script, **parameters)
+        next(test)
+        return script, test
+
+
+def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., None]]:
+    """A test that is played and recorded on every kernel, while these tools run: see tests/record."""
+
+    def decorate(function: Callable[..., Test]) -> Callable[..., None]:
+        how = Recorded(function, watches)
+
+        def test(request: pytest.FixtureRequest, recording: Recording, **parameters: Any) -> None:
+            script, played = how.begin(parameters)
+            found = recording.scenarios.get(name_of(request.node))
+            if found is None or found.text != script.text:
+                pytest.fail("the recording is not of this script: record it again", pytrace=False)
+            if found.failure:
+                pytest.fail(f"it could not be played: {found.failure}", pytrace=False)
+            script.resolve(found)
+            try:
+                played.send(Seen(recording, script))
+            except StopIteration:
+                return
+            pytest.fail("it yields twice", pytrace=False)
+
+        own = list(inspect.signature(function).parameters.values())[1:]
+        given = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("request", "recording")]
+        test.__signature__ = inspect.Signature([*given, *own])  # type: ignore[attr-defined]
+        test.__name__, test.__doc__, test.__module__ = function.__name__, function.__doc__, function.__module__
+        test.__qualname__ = function.__qualname__
+        marked: Callable[..., None] = pytest.mark.kernel(pytest.mark.recorded(how)(test))
+        return marked
+
+    return decorate
+
+
+def name_of(item: pytest.Item) -> str:
+    """Of its scenario."""
+    return item.nodeid.replace("\n", " ")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compose", type=Path, help="only write the script of the recorded tests into this folder")
+    parser.addoption("--recording", type=Path, help="the recording that recorded tests are asserted over")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "recorded(how): played on a kernel and asserted over its recording")
+
+
+_chosen = pytest.StashKey[list[pytest.Item]]()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[_chosen] = [item for item in items if item.get_closest_marker("recorded")]
+    if folder := config.getoption("--compose"):
+        compose(config.stash[_chosen], folder)
+        config.hook.pytest_deselected(items=items)
+        items.clear()
+
+
+def compose(items: list[pytest.Item], folder: Path) -> None:
+    """Write what is played and which tools watch it."""
+    watches: dict[Watch, None] = {}
+    with (folder / "script").open("w") as file:
+        for item in items:
+            marker = item.get_closest_marker("recorded")
+            assert marker is not None
+            how: Recorded = marker.args[0]
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            script, test = how.begin(parameters)
+            test.close()
+            watches |= dict.fromkeys(how.watches)
+            file.write(f"S {name_of(item)}\n{script.text}")
+    (folder / "watches.json").write_text(json.dumps([watch.argv for watch in watches]))
+    shutil.copy(built(), folder / "actor")
+
+
+def built() -> Path:
+    """The actor, compiled anew if its source has changed. Static: a guest reads one file."""
+    sources = sorted((Path(__file__).parent / "actor").iterdir())
+    if not ACTOR.exists() or ACTOR.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        ACTOR.parent.mkdir(exist_ok=True)
+        new = ACTOR.with_suffix(f".{os.getpid()}")
+        flags = ["-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-static", "-pthread"]
+        subprocess.run(["gcc", *flags, "-o", new, *(s for s in sources if s.suffix == ".c")], check=True)
+        new.rename(ACTOR)
+    return ACTOR
+
+
+@pytest.fixture(scope="session")
+def recording(request: pytest.FixtureRequest) -> Iterator[Recording]:
+    """What recorded tests are asserted over."""
+    if folder := request.config.getoption("--recording"):
+        yield Recording(folder)
+        return
+    shutil.rmtree(HERE, ignore_errors=True)
+    HERE.mkdir(parents=True)
+    compose(request.config.stash[_chosen], HERE)
+    done = subprocess.run([sys.executable, "-m", "tests.record.recorder", HERE], cwd=TREE, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"nothing was recorded: {done.stderr.strip()[-2000:]}", pytrace=False)
+    yield Recording(HERE)

@@ -1,0 +1,202 @@
+"""Plays scripts while tools run, and leaves a recording: ``python -m tests.record.recorder FOLDER``, as root.
+
+The folder holds `script`, `watches.json` and `actor`, and afterwards the recording (recording.py). Until the end everything stays in
+memory, so that a guest waits for none of the host's files meanwhile. The tools are forks of this process, which
+has imported them: under emulation Python and its imports are two seconds of each start.
+"""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import json
+import os
+import platform
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.record.watch import Watch
+
+AT_ONCE = 16
+"""Scenarios that are played at a time: their timers run side by side."""
+READY_S, END_S = 240, 120
+READY_FD = "TCPSCOPE_READY_FD"
+
+
+class RecordingError(Exception):
+    """There is no recording; the message is one line and says why."""
+
+
+class Tool:
+    """A tool at work, in a fork of this process."""
+
+    def __init__(self, watch: Watch, folder: Path) -> None:
+        self.watch = watch
+        self._files = [folder / f"{watch.name}.{ending}" for ending in ("out", "err")]
+        self._ready, write = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            os.close(self._ready)
+            self._become(write)
+        os.close(write)
+
+    def _become(self, ready: int) -> NoReturn:
+        from tcpscope import cli
+
+        status = 1
+        try:
+            null = os.open(os.devnull, os.O_RDONLY)
+            opened = [os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644) for file in self._files]
+            for number, descriptor in enumerate((null, *opened, ready)):
+                os.dup2(descriptor, number)
+            os.closerange(4, 1 << 16)
+            os.environ[READY_FD] = "3"
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.argv = ["tcpscope", *self.watch.command]
+            cli.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def wait_until_ready(self, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(self._ready)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000) or not os.read(self._ready, 16):
+            said = self._files[1].read_text(errors="replace").strip()
+            raise RecordingError(f"tcpscope {' '.join(self.watch.argv)} is not ready: {said}")
+        os.close(self._ready)
+
+    def end(self, deadline: float) -> int:
+        """Its exit status."""
+        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        return os.waitstatus_to_exitcode(ended[1])
+
+
+class Actor:
+    """The process that plays."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [folder / "actor", folder / "script", folder / "log", str(AT_ONCE)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+        )
+
+    def wait_for(self, what: str) -> None:
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != f"{what}\n":
+            raise RecordingError(f"the actor ended before '{what}', with status {self._process.wait()}")
+
+    def go_on(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+
+    def end(self) -> None:
+        """Also of those processes whose parents have ended: they are of its session's group."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def record(folder: Path, watches: list[Watch]) -> None:
+    from tcpscope import cli, tool
+
+    for name in tool.names():
+        tool.find(name)
+    assert cli
+    about, began = about_the_kernel(), time.time()
+    shutil.copyfile("/sys/kernel/btf/vmlinux", folder / "btf")
+    gc.freeze()
+    actor = Actor(folder)
+    tools: list[Tool] = []
+    try:
+        actor.wait_for("older")
+        tools += [Tool(watch, folder) for watch in watches]
+        deadline = time.monotonic() + READY_S
+        for each in tools:
+            each.wait_until_ready(deadline)
+        actor.go_on()
+        actor.wait_for("played")
+        for each in tools:
+            os.kill(each.pid, signal.SIGINT)
+        deadline = time.monotonic() + END_S
+        ended = {each.watch.name: (list(each.watch.argv), each.end(deadline)) for each in tools}
+        about["wall_clock_us"] = began * 1e6, time.time() * 1e6
+        (folder / "kernel.json").write_text(json.dumps(about))
+        (folder / "tools.json").write_text(json.dumps(ended))
+        tools.clear()
+    finally:
+        for each in tools:
+            os.kill(each.pid, signal.SIGKILL)
+            os.waitpid(each.pid, 0)
+        actor.end()
+
+
+def about_the_kernel() -> dict[str, Any]:
+    """The release, whether functions can be hooked, and the hooks of each event of each probe, by the kernel's own account."""
+    from tcpscope.kernel.features import Kernel
+    from tcpscope.kernel.loaded import plan, plan_refusals
+    from tcpscope.kernel.spec import Spec
+
+    kernel, hooks = Kernel(), {}
+    for probe in ("connections", "listeners", "rtt", "sockets"):
+        spec = Spec.of(probe)
+        refused = plan_refusals(spec, kernel)
+        events = {event for ways in spec.hooks.values() for event in ways[0].events or ()} or {""}
+        hooks[probe] = {
+            event: {name: hook.program and hook.program.name for name, hook in plan(spec, refused, event=event or None).items()}
+            for event in events
+        }
+    functions = "yes" if kernel.fentry or kernel.kprobe else "no"
+    return {"release": platform.release(), "config": {"functions": functions, "netem": netem()}, "hooks": hooks}
+
+
+def netem() -> str:
+    """Whether the kernel was built with it."""
+    config = Path("/proc/config.gz")
+    if config.exists():
+        lines = gzip.decompress(config.read_bytes()).decode().splitlines()
+        return "yes" if any(line.startswith("CONFIG_NET_SCH_NETEM=") for line in lines) else "no"
+    modules = Path("/lib/modules", platform.release())
+    found = any("sch_netem" in (modules / name).read_text() for name in ("modules.dep", "modules.builtin"))
+    return "yes" if found else "no"
+
+
+def main() -> int:
+    target = Path(sys.argv[1])
+    watches = [Watch(*argv) for argv in json.loads((target / "watches.json").read_text())]
+    with tempfile.TemporaryDirectory(prefix="tcpscope-record-", dir="/tmp") as name:
+        folder = Path(name)
+        for file in ("script", "actor"):
+            shutil.copy(target / file, folder / file)
+        try:
+            record(folder, watches)
+        except RecordingError as error:
+            print(f"no recording: {error}", file=sys.stderr)
+            return 1
+        finally:
+            for file in folder.iterdir():
+                if file.name not in ("script", "actor"):
+                    shutil.copyfile(file, target / file.name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

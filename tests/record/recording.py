@@ -1,0 +1,182 @@
+"""A recording: a folder with the scripts, the actor's log, what the tools wrote and what the kernel said of itself.
+
+    script, log                    see actor/main.c
+    NAME.out, NAME.err             of each tool
+    tools.json                     its command line, exit status
+    kernel.json, btf               release, what tcpscope makes of the kernel, its type information
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpscope.kernel.btf import Btf
+from tests.record.script import Came, Host, Script
+from tests.record.watch import Watch
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """A tool that was recorded; `rows` and `stats` from its JSON lines."""
+
+    argv: list[str]
+    status: int
+    stdout: str
+    stderr: str
+
+    @cached_property
+    def _records(self) -> list[Row]:
+        return [json.loads(line) for line in self.stdout.splitlines() if line.startswith("{")]
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        return [record for record in self._records if record.keys() != {"stats"}]
+
+    @cached_property
+    def stats(self) -> dict[str, int] | None:
+        return next((record["stats"] for record in reversed(self._records) if record.keys() == {"stats"}), None)
+
+    @cached_property
+    def by_netns(self) -> dict[int, list[Row]]:
+        found = defaultdict(list)
+        for row in self.rows:
+            found[row.get("netns", 0)].append(row)
+        return found
+
+    def problems(self) -> list[str]:
+        """What is wrong with its end or its account; nothing, as it should be."""
+        found = [] if self.status == 0 else [f"it ended with status {self.status}: {self.stderr.strip()}"]
+        if self.stats is not None:
+            stats = self.stats
+            if stats["seen"] != stats["shown"] + stats["filtered"] + stats["lost"]:
+                found.append(f"the account does not add up: {stats}")
+            found += [f"{name} {stats[name]}" for name in ("lost", "table_full", "missed") if stats[name]]
+        return found
+
+
+@dataclass
+class Played:
+    """One scenario, as it was played."""
+
+    text: str = ""
+    failure: str = ""
+    calls: dict[int, Came] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
+    inodes: dict[int, int] = field(default_factory=dict)
+
+
+class Machine:
+    """The kernel on which it was recorded, by what it said there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        about = json.loads((folder / "kernel.json").read_text())
+        self.release: str = about["release"]
+        self.config: dict[str, str] = about["config"]
+        self.wall_clock_us: tuple[float, float] = tuple(about["wall_clock_us"])
+        """time.time() of that machine before and after."""
+        self._hooks: dict[str, dict[str, dict[str, str | None]]] = about["hooks"]
+
+    @cached_property
+    def btf(self) -> Btf:
+        return Btf.parse((self._folder / "btf").read_bytes())
+
+    @property
+    def functions_can_be_hooked(self) -> bool:
+        return self.config["functions"] == "yes"
+
+    def hook(self, probe: str, event: str, hook: str) -> str | None:
+        """The program that is attached there for this hook of a probe and event; None for none."""
+        return self._hooks[probe][event].get(hook)
+
+    def parameters(self, function: str) -> int | None:
+        found = self.btf.func_params(function)
+        return None if found is None else len(found)
+
+    def enumerator(self, name: str) -> int | None:
+        return self.btf.enum_value(name)
+
+    @property
+    def gives_cookies(self) -> bool:
+        """Whether tracing programs can ask for a socket's cookie there (5.12). Otherwise it is known if somebody asked."""
+        return self.enumerator("BPF_FUNC_check_mtu") is not None
+
+
+class Recording:
+    """What a folder holds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.machine = Machine(folder)
+
+    @cached_property
+    def scenarios(self) -> dict[str, Played]:
+        found: list[tuple[str, Played]] = []
+        for line in (self.folder / "script").read_text().splitlines(keepends=True):
+            if line.startswith("S "):
+                found.append((line[2:].rstrip("\n"), Played()))
+            else:
+                found[-1][1].text += line
+        for line in (self.folder / "log").read_text().splitlines():
+            kind, scenario, rest = line.split(" ", 2)
+            played = found[int(scenario)][1]
+            if kind == "f":
+                played.failure = played.failure or rest
+                continue
+            numbers = rest.split(" ", 5)
+            if kind == "r":
+                step, begin, end, ret, error, data = numbers
+                played.calls[int(step)] = Came(int(begin), int(end), int(ret), int(error), data)
+            else:
+                (played.pids if kind == "p" else played.inodes)[int(numbers[0])] = int(numbers[1])
+        return dict(found)
+
+    @cached_property
+    def runs(self) -> dict[str, Run]:
+        return {
+            name: Run(argv, status, (self.folder / f"{name}.out").read_text(errors="replace"),
+                      (self.folder / f"{name}.err").read_text(errors="replace"))
+            for name, (argv, status) in json.loads((self.folder / "tools.json").read_text()).items()
+        }  # fmt: skip
+
+
+class Seen:
+    """What a test gets to see behind its `yield`: the recording, as far as it is of its own hosts."""
+
+    def __init__(self, recording: Recording, script: Script) -> None:
+        self.recording, self._script = recording, script
+        self.machine = recording.machine
+
+    def run(self, watch: Watch) -> Run:
+        """The whole run of a tool. It must have ended well, and must have seen everything."""
+        run = self.recording.runs[watch.name]
+        if problems := run.problems():
+            pytest.fail(f"tcpscope {' '.join(run.argv)}: {'; '.join(problems)}", pytrace=False)
+        return run
+
+    def rows(self, watch: Watch, *hosts: Host, **wanted: Any) -> list[Row]:
+        """Its rows of these hosts (of both without one) of which all these columns have these values, in their order."""
+        run = self.run(watch)
+        if len(hosts) == 1:
+            rows = run.by_netns[hosts[0].inode]
+        else:
+            inodes = {host.inode for host in hosts or self._script.hosts}
+            rows = [row for row in run.rows if row["netns"] in inodes]
+        return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+    def row(self, watch: Watch, *hosts: Host, **wanted: Any) -> Row:
+        """The only one of these."""
+        rows = self.rows(watch, *hosts, **wanted)
+        if len(rows) != 1:
+            others = "\n".join(map(str, rows or self.rows(watch, *hosts)))
+            pytest.fail(f"{len(rows)} rows of {watch.argv[0]} with {wanted}, not one:\n{others}")
+        return rows[0]

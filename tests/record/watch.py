@@ -1,0 +1,33 @@
+"""A tool that is recorded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+PORTS = "6000-9999"
+"""Where the scenarios' listeners are, and the targets of their clients: outside of the ports that the kernel chooses."""
+
+
+@dataclass(frozen=True, init=False)
+class Watch:
+    """A command line of tcpscope that runs while scenarios are played, once for all tests that name it.
+
+    Its output is JSON with the account, unless it says otherwise. It sees all scenarios: no network namespace exists yet
+    that it could be asked for. `--port` keeps other programs of the machine away from it.
+    """
+
+    argv: tuple[str, ...]
+
+    def __init__(self, *argv: str) -> None:
+        object.__setattr__(self, "argv", argv)
+
+    @property
+    def name(self) -> str:
+        """Also of its files."""
+        return re.sub(r"[^\w.]+", "_", " ".join(self.argv))
+
+    @property
+    def command(self) -> list[str]:
+        json = () if {"-o", "--output"} & set(self.argv) else ("-o", "json", "--stats")
+        return [*self.argv, *json]
