@@ -41,6 +41,7 @@ class Tool:
         self.watch = watch
         self._files = [folder / f"{watch.name}.{ending}" for ending in ("out", "err")]
         self._ready, write = os.pipe()
+        self._ended = False
         self.pid = os.fork()
         if not self.pid:
             os.close(self._ready)
@@ -82,7 +83,14 @@ class Tool:
             if time.monotonic() > deadline:
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.01)
+        self._ended = True
         return os.waitstatus_to_exitcode(ended[1])
+
+    def kill(self) -> None:
+        """Unless it has ended."""
+        if not self._ended:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
 
 class Actor:
@@ -127,26 +135,35 @@ def record(folder: Path, watches: list[Watch]) -> None:
     actor = Actor(folder)
     tools: list[Tool] = []
     try:
-        actor.wait_for("older")
-        tools += [Tool(watch, folder) for watch in watches]
+        actor.wait_for("tools")
+        tools += [Tool(watch, folder) for watch in watches if not watch.moment]
         deadline = time.monotonic() + READY_S
         for each in tools:
             each.wait_until_ready(deadline)
         actor.go_on()
+        actor.wait_for("moment")
+        looking = [Tool(watch, folder) for watch in watches if watch.moment]
+        tools += looking
+        ended = ends(looking)
+        actor.go_on()
         actor.wait_for("played")
-        for each in tools:
+        others = [each for each in tools if each not in looking]
+        for each in others:
             os.kill(each.pid, signal.SIGINT)
-        deadline = time.monotonic() + END_S
-        ended = {each.watch.name: (list(each.watch.argv), each.end(deadline)) for each in tools}
+        ended |= ends(others)
+        (folder / "tools.json").write_text(json.dumps(ended))
         about["wall_clock_us"] = began * 1e6, time.time() * 1e6
         (folder / "kernel.json").write_text(json.dumps(about))
-        (folder / "tools.json").write_text(json.dumps(ended))
-        tools.clear()
     finally:
         for each in tools:
-            os.kill(each.pid, signal.SIGKILL)
-            os.waitpid(each.pid, 0)
+            each.kill()
         actor.end()
+
+
+def ends(tools: list[Tool]) -> dict[str, tuple[list[str], int]]:
+    """Their command lines and exit statuses, when they have ended."""
+    deadline = time.monotonic() + END_S
+    return {each.watch.name: (list(each.watch.argv), each.end(deadline)) for each in tools}
 
 
 def about_the_kernel() -> dict[str, Any]:
@@ -181,7 +198,7 @@ def netem() -> str:
 
 def main() -> int:
     target = Path(sys.argv[1])
-    watches = [Watch(*argv) for argv in json.loads((target / "watches.json").read_text())]
+    watches = [Watch(*argv, moment=moment) for moment, *argv in json.loads((target / "watches.json").read_text())]
     with tempfile.TemporaryDirectory(prefix="tcpscope-record-", dir="/tmp") as name:
         folder = Path(name)
         for file in ("script", "actor"):

@@ -187,6 +187,13 @@ class Script:
         yield
         self.conduct("tools")
 
+    def moment(self) -> Call:
+        """Wait until the tools that only look (`Watch(..., moment=True)`) have looked. At most once in a scenario."""
+        if not self._tools:
+            self._tools = True
+            self.conduct("tools")
+        return self.conduct("moment")
+
     def step(self, process: object, mode: str, *words: object) -> Call:
         if not self._tools:
             self._tools = True

@@ -6,21 +6,24 @@ import re
 from dataclasses import dataclass
 
 PORTS = "6000-9999"
-"""Where the scenarios' listeners are, and the targets of their clients: outside of the ports that the kernel chooses."""
+"""Where the scenarios' listeners are, and the targets of their clients: no ports that the kernel would choose."""
 
 
 @dataclass(frozen=True, init=False)
 class Watch:
     """A command line of tcpscope that runs while scenarios are played, once for all tests that name it.
 
-    Its output is JSON with the account, unless it says otherwise. It sees all scenarios: no network namespace exists yet
-    that it could be asked for. `--port` keeps other programs of the machine away from it.
+    Its output is JSON with the account, unless it says otherwise. It sees all scenarios: no network namespace exists
+    yet that it could be asked for. `--port` keeps other programs of the machine away from it. One with `moment` ends
+    by itself: it runs once, when all scenarios that ask for it have come to their `script.moment()`, and only looks.
     """
 
     argv: tuple[str, ...]
+    moment: bool
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self, *argv: str, moment: bool = False) -> None:
         object.__setattr__(self, "argv", argv)
+        object.__setattr__(self, "moment", moment)
 
     @property
     def name(self) -> str:

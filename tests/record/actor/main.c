@@ -10,14 +10,15 @@
  *   S NAME                          a scenario begins
  *   STEP PROCESS MODE COMMAND ...   MODE: '!' must succeed, '=' must return 0, '-' may fail, '&' is not waited for (see join)
  *   STEP * ! CONDUCTOR ...          spawn PROCESS HOST COMM | fork, thread PROCESS OF | pass A SLOT B SLOT |
- *                                   kill PROCESS SIGNAL | join STEP | tools
+ *                                   kill PROCESS SIGNAL | join STEP | tools | moment
  *
  * Words have %XX for blanks, a percent sign and what is no ASCII. $N is what step N returned, $N+M so much more.
  * `until OP VALUE SECONDS COMMAND ...` repeats a command until it returns what is asked for.
  *
- * `tools` waits until the tools that are recorded run. When all scenarios are there (or have ended), "older" is printed and a
- * line is waited for on stdin; "played" is printed at the end, and again a line waited for: namespaces last that long,
- * so that the number of one is never given to another.
+ * `tools` waits until the tools that are recorded run, `moment` until those have run that only look at what is there. When
+ * all scenarios have come to it, or have ended, "tools" or "moment" is printed and a line waited for on stdin. "played" is
+ * printed at the end, and again a line waited for: namespaces last that long, so that the number of one is never given
+ * to another.
  *
  * A line of the log:
  *   r SCENARIO STEP BEGIN_NS END_NS RETURNED ERRNO DATA
@@ -47,6 +48,7 @@
 #include <unistd.h>
 
 #define PROCESSES 32
+#define STAGES 2
 #define PATIENCE_NS (180 * 1000000000LL) /* without any answer a scenario is stuck */
 
 long long now_ns(void)
@@ -314,10 +316,12 @@ struct scenario {
 	int count, next, joins; /* joins: the step that is waited for, -1 for none */
 	struct host hosts[2];
 	struct process processes[PROCESSES];
-	bool made, at_tools, over;
+	bool made, over;
+	int stage; /* of the stages, the one that it waits for; STAGES: for none */
 	long long since;
 };
 
+static const char *const stages[STAGES] = {"tools", "moment"};
 static struct scenario *scenarios;
 static int scenario_count;
 static FILE *record;
@@ -371,7 +375,7 @@ static void read_script(const char *path)
 		copy = strdup(line);
 		if (copy[0] == 'S') {
 			scenarios = realloc(scenarios, (scenario_count + 1) * sizeof(*scenarios));
-			scenarios[scenario_count] = (struct scenario){.name = copy + 2, .joins = -1};
+			scenarios[scenario_count] = (struct scenario){.name = copy + 2, .joins = -1, .stage = STAGES};
 			for (int i = 0; i < PROCESSES; i++)
 				scenarios[scenario_count].processes[i] = (struct process){.control = -1, .step = -1};
 			scenario_count++;
@@ -544,8 +548,17 @@ static void conduct(struct scenario *scenario, struct step *step, char *text)
 	}
 }
 
-/* Goes on until something has to be waited for. */
-static void advance(struct scenario *scenario, bool tools_run)
+static int stage_called(const char *name)
+{
+	int stage = 0;
+
+	while (stage < STAGES && strcmp(name, stages[stage]))
+		stage++;
+	return stage;
+}
+
+/* Goes on until something has to be waited for; so many stages have been reached by all. */
+static void advance(struct scenario *scenario, int reached)
 {
 	static char text[MESSAGE];
 
@@ -579,10 +592,11 @@ static void advance(struct scenario *scenario, bool tools_run)
 			finish(scenario);
 			return;
 		}
-		if (!strcmp(text, "tools")) {
-			scenario->at_tools = true;
-			if (!tools_run)
+		scenario->stage = stage_called(text);
+		if (scenario->stage < STAGES) {
+			if (scenario->stage >= reached)
 				return;
+			scenario->stage = STAGES;
 			note(scenario, step, 0);
 			scenario->next++;
 			continue;
@@ -660,20 +674,19 @@ static void wait_for_line(const char *what)
 		errx(1, "nobody answered to '%s'", what);
 }
 
-/* Plays until all have ended, or, before the tools run, until none can go on without them. */
-static void play(int at_once, bool tools_run)
+/* Plays until all have ended or wait for a stage that is yet to come. */
+static void play(int at_once, int reached)
 {
 	for (;;) {
 		int running = 0;
 
 		for (int i = 0; i < scenario_count && running < at_once; i++) {
 			struct scenario *scenario = &scenarios[i];
-			bool waits = scenario->at_tools && !tools_run;
 
-			if (scenario->over || waits)
+			if (scenario->over || (scenario->stage < STAGES && scenario->stage >= reached))
 				continue;
 			running++;
-			advance(scenario, tools_run);
+			advance(scenario, reached);
 			if (!scenario->over && scenario->since + PATIENCE_NS < now_ns()) {
 				fail(scenario, "stuck at step %d: %s", scenario->steps[scenario->next - 1].number,
 				     scenario->steps[scenario->next - 1].text);
@@ -702,9 +715,11 @@ int main(int argc, char **argv)
 	home = open("/proc/self/ns/net", O_RDONLY | O_CLOEXEC);
 	if (!record || home < 0)
 		err(1, "%s", argv[2]);
-	play(atoi(argv[3]), false);
-	wait_for_line("older");
-	play(atoi(argv[3]), true);
+	for (int reached = 0; reached < STAGES; reached++) {
+		play(atoi(argv[3]), reached);
+		wait_for_line(stages[reached]);
+	}
+	play(atoi(argv[3]), STAGES);
 	wait_for_line("played");
 	fclose(record);
 	return 0;
