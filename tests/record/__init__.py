@@ -1,10 +1,10 @@
-"""Recorded tests: what a test does is played by a compiled actor, on each kernel, while the tools run; the test is asserted
+"""Recorded tests: a compiled actor plays what a test does, on each kernel, while the tools run; the test asserts
 afterwards and elsewhere, over what was written down.
 
-A recorded test is a generator. What stands before its `yield` becomes a script (script.py), which the actor plays with
-many others at a time (actor/). What stands behind it reads the recording: the rows of the tools, what every call came to,
-the counters. So a kernel is booted once for all of them, a failure can be looked at again and again, and nothing that is
-asserted depends on how fast Python is there.
+A recorded test is a generator. What stands before its `yield` becomes a script (script.py). The actor plays it with
+many others at a time (actor/). What stands behind it reads the recording: the rows of the tools, what every call came
+to, the counters. So a kernel is booted once for all of them, a failure can be looked at again and again, and nothing
+that is asserted depends on how fast Python is there.
 
     from tests.record import Script, Seen, Watch, recorded
 

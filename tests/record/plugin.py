@@ -140,7 +140,8 @@ def recording(request: pytest.FixtureRequest) -> Iterator[Recording]:
     shutil.rmtree(HERE, ignore_errors=True)
     HERE.mkdir(parents=True)
     compose(request.config.stash[_chosen], HERE)
-    done = subprocess.run([sys.executable, "-m", "tests.record.recorder", HERE], cwd=TREE, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.record.recorder", HERE]
+    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"nothing was recorded: {done.stderr.strip()[-2000:]}", pytrace=False)
     yield Recording(HERE)

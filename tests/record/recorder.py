@@ -1,8 +1,8 @@
 """Plays scripts while tools run, and leaves a recording: ``python -m tests.record.recorder FOLDER``, as root.
 
-The folder holds `script`, `watches.json` and `actor`, and afterwards the recording (recording.py). Until the end everything stays in
-memory, so that a guest waits for none of the host's files meanwhile. The tools are forks of this process, which
-has imported them: under emulation Python and its imports are two seconds of each start.
+The folder holds `script`, `watches.json` and `actor`, and afterwards the recording (recording.py). Until the end
+everything stays in memory, so that a guest waits for none of the host's files meanwhile. The tools are forks of this
+process, which has imported them: under emulation Python and its imports are two seconds of each start.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -113,10 +114,8 @@ class Actor:
 
     def end(self) -> None:
         """Also of those processes whose parents have ended: they are of its session's group."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -167,7 +166,7 @@ def ends(tools: list[Tool]) -> dict[str, tuple[list[str], int]]:
 
 
 def about_the_kernel() -> dict[str, Any]:
-    """The release, whether functions can be hooked, and the hooks of each event of each probe, by the kernel's own account."""
+    """Its release, whether functions can be hooked, and the hooks of each event of each probe, by its own account."""
     from tcpscope.kernel.features import Kernel
     from tcpscope.kernel.loaded import plan, plan_refusals
     from tcpscope.kernel.spec import Spec
@@ -177,9 +176,10 @@ def about_the_kernel() -> dict[str, Any]:
         spec = Spec.of(probe)
         refused = plan_refusals(spec, kernel)
         events = {event for ways in spec.hooks.values() for event in ways[0].events or ()} or {""}
+        plans = {event: plan(spec, refused, event=event or None) for event in events}
         hooks[probe] = {
-            event: {name: hook.program and hook.program.name for name, hook in plan(spec, refused, event=event or None).items()}
-            for event in events
+            event: {name: hook.program and hook.program.name for name, hook in chosen.items()}
+            for event, chosen in plans.items()
         }
     functions = "yes" if kernel.fentry or kernel.kprobe else "no"
     return {"release": platform.release(), "config": {"functions": functions, "netem": netem()}, "hooks": hooks}

@@ -43,7 +43,7 @@ class Run:
 
     @cached_property
     def stats(self) -> dict[str, int] | None:
-        return next((record["stats"] for record in reversed(self._records) if record.keys() == {"stats"}), None)
+        return next((record["stats"] for record in self._records[::-1] if record.keys() == {"stats"}), None)
 
     @cached_property
     def by_netns(self) -> dict[int, list[Row]]:
@@ -107,7 +107,7 @@ class Machine:
 
     @property
     def gives_cookies(self) -> bool:
-        """Whether tracing programs can ask for a socket's cookie there (5.12). Otherwise it is known if somebody asked."""
+        """Whether tracing programs can ask for a socket's cookie (5.12). Elsewhere it is known if somebody has asked."""
         return self.enumerator("BPF_FUNC_check_mtu") is not None
 
 

@@ -10,9 +10,9 @@
         assert call.errno == "ECONNREFUSED"
         assert [row["pid"] for row in seen.rows(STATES, script.client)] == [client.pid] * 2
 
-A `Call` has what came of it once it was played: `ret`, `errno`, `data`, and `begin_us` and `end_us`, the clock before and after the
-system call (CLOCK_MONOTONIC, in which the kernel stamps its events). Before that it can be given to another call in place of a
-number: a port that the kernel will have chosen, say.
+A `Call` has what came of it once it was played: `ret`, `errno`, `data`, and `begin_us` and `end_us`, the clock before
+and after the system call (CLOCK_MONOTONIC, in which the kernel stamps its events). Before that it can be given to
+another call in place of a number: a port that the kernel will have chosen, say.
 """
 
 from __future__ import annotations
@@ -326,7 +326,8 @@ class Host:
 
     def netem(self, delay_ms: float) -> Call:
         """Delay what it sends. Fails where the kernel has no netem: `ret` is not 0 then."""
-        return self.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "netem", "delay", f"{delay_ms}ms", may_fail=True)
+        netem = ("netem", "delay", f"{delay_ms}ms")
+        return self.exec("tc", "qdisc", "replace", "dev", "veth0", "root", *netem, may_fail=True)
 
     def exec(self, *argv: object, may_fail: bool = False) -> Call:
         """Run a program to its end: `ret` is its status, `data` what it wrote."""
@@ -386,10 +387,10 @@ class Process:
         return self._slots[0] - 1
 
     def listener(
-        self, port: object, address: str | None = None, *, backlog: int = 16, dual: bool = False, reuse_port: bool = False,
-        protocol: int = 0,
+        self, port: object, address: str | None = None, *, backlog: int = 16, dual: bool = False,
+        reuse_port: bool = False, protocol: int = 0,
     ) -> Socket:  # fmt: skip
-        """A socket that listens, at the host's IPv4 address or at another one; `dual` takes IPv4 at an IPv6 address, too."""
+        """A socket that listens, at the host's IPv4 address or another one; `dual` takes IPv4 at an IPv6 address, too."""
         address = address or self.host.ipv4
         made = self.socket("6" if ":" in address else "4", protocol=protocol)
         made.option(SOL_SOCKET, SO_REUSEPORT if reuse_port else SO_REUSEADDR, 1)
