@@ -107,8 +107,31 @@ class Machine:
 
     @property
     def gives_cookies(self) -> bool:
-        """Whether tracing programs can ask for a socket's cookie (5.12). Elsewhere it is known if somebody has asked."""
+        """Whether tracing programs can ask for a cookie (5.12). Elsewhere it is known if somebody has asked."""
         return self.enumerator("BPF_FUNC_check_mtu") is not None
+
+
+def read_log(folder: Path) -> dict[str, Played]:
+    """The scenarios by their names, from the script and the actor's log."""
+    found: list[tuple[str, Played]] = []
+    for line in (folder / "script").read_text().splitlines(keepends=True):
+        if line.startswith("S "):
+            found.append((line[2:].rstrip("\n"), Played()))
+        else:
+            found[-1][1].text += line
+    for line in (folder / "log").read_text().splitlines():
+        kind, scenario, rest = line.split(" ", 2)
+        played = found[int(scenario)][1]
+        if kind == "f":
+            played.failure = played.failure or rest
+            continue
+        numbers = rest.split(" ", 5)
+        if kind == "r":
+            step, begin, end, ret, error, data = numbers
+            played.calls[int(step)] = Came(int(begin), int(end), int(ret), int(error), data)
+        else:
+            (played.pids if kind == "p" else played.inodes)[int(numbers[0])] = int(numbers[1])
+    return dict(found)
 
 
 class Recording:
@@ -120,25 +143,7 @@ class Recording:
 
     @cached_property
     def scenarios(self) -> dict[str, Played]:
-        found: list[tuple[str, Played]] = []
-        for line in (self.folder / "script").read_text().splitlines(keepends=True):
-            if line.startswith("S "):
-                found.append((line[2:].rstrip("\n"), Played()))
-            else:
-                found[-1][1].text += line
-        for line in (self.folder / "log").read_text().splitlines():
-            kind, scenario, rest = line.split(" ", 2)
-            played = found[int(scenario)][1]
-            if kind == "f":
-                played.failure = played.failure or rest
-                continue
-            numbers = rest.split(" ", 5)
-            if kind == "r":
-                step, begin, end, ret, error, data = numbers
-                played.calls[int(step)] = Came(int(begin), int(end), int(ret), int(error), data)
-            else:
-                (played.pids if kind == "p" else played.inodes)[int(numbers[0])] = int(numbers[1])
-        return dict(found)
+        return read_log(self.folder)
 
     @cached_property
     def runs(self) -> dict[str, Run]:
@@ -157,7 +162,7 @@ class Seen:
         self.machine = recording.machine
 
     def run(self, watch: Watch) -> Run:
-        """The whole run of a tool. It must have ended well, and must have seen everything."""
+        """The whole run of a tool. It must have ended well and seen everything."""
         run = self.recording.runs[watch.name]
         if problems := run.problems():
             pytest.fail(f"tcpscope {' '.join(run.argv)}: {'; '.join(problems)}", pytrace=False)

@@ -42,7 +42,7 @@ PATIENCE_S = 100
 """How long `until` waits, in the time of the machine that plays."""
 NOBODYS_MAC = "02:00:c0:00:02:ff"
 
-_SAFE = re.compile(r"[^!-$&-~]")
+_SAFE = re.compile(r"[^!-#&-~]")
 
 # Fields of struct tcp_info: include/uapi/linux/tcp.h.
 _U32 = {"unacked": 24, "srtt_us": 68, "retrans": 100, "tx_segs": 136, "rx_segs": 140, "min_rtt_us": 148,
@@ -55,7 +55,9 @@ class ScriptError(Exception):
 
 
 def encoded(word: object) -> str:
-    """A word of a line: without blanks, percent signs and what is no ASCII."""
+    """A word of a line: without blanks, dollar and percent signs, and what is no ASCII."""
+    if isinstance(word, Call | Reference):
+        return str(word)
     text = "".join(_SAFE.sub(lambda found: f"%{ord(found[0]):02X}", chr(byte)) for byte in str(word).encode())
     return text or "%20"
 

@@ -12,7 +12,7 @@
  *   STEP * ! CONDUCTOR ...          spawn PROCESS HOST COMM | fork, thread PROCESS OF | pass A SLOT B SLOT |
  *                                   kill PROCESS SIGNAL | join STEP | tools | moment
  *
- * Words have %XX for blanks, a percent sign and what is no ASCII. $N is what step N returned, $N+M so much more.
+ * Words have %XX for blanks, for dollar and percent signs and for what is no ASCII. $N is what step N returned, $N+M so much more.
  * `until OP VALUE SECONDS COMMAND ...` repeats a command until it returns what is asked for.
  *
  * `tools` waits until the tools that are recorded run, `moment` until those have run that only look at what is there. When
