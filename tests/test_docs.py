@@ -235,6 +235,14 @@ def test_the_example_of_a_scenario(module: types.ModuleType, lab: Lab) -> None:
     assert len(outcome.connected) == outcome.listener.recv_q == 2
 
 
+def test_the_example_of_a_recorded_test(tmp_path: Path) -> None:
+    (tmp_path / "test_example.py").write_text(example("Tests"))
+    command = [sys.executable, "-m", "pytest", "-p", "tests.record.plugin", "-p", "tests.kernels.report", "-c", "/dev/null"]
+    where = ["-p", "no:cacheprovider", "--rootdir", tmp_path, "--record-to", tmp_path / "recording", tmp_path]
+    done = subprocess.run([*command, *where], cwd=TREE, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout
+
+
 def test_the_example_of_a_probe(tmp_path: Path) -> None:
     source, made = tmp_path / "example.bpf.c", tmp_path / "example.bpf.o"
     source.write_text(example("A probe", "c"))

@@ -84,6 +84,7 @@ def name_of(item: pytest.Item) -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compose", type=Path, help="only write the script of the recorded tests into this folder")
     parser.addoption("--recording", type=Path, help="the recording that recorded tests are asserted over")
+    parser.addoption("--record-to", type=Path, default=HERE, help="where a recording is made, if there is none")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -137,11 +138,12 @@ def recording(request: pytest.FixtureRequest) -> Iterator[Recording]:
     if folder := request.config.getoption("--recording"):
         yield Recording(folder)
         return
-    shutil.rmtree(HERE, ignore_errors=True)
-    HERE.mkdir(parents=True)
-    compose(request.config.stash[_chosen], HERE)
-    command = [sys.executable, "-m", "tests.record.recorder", HERE]
+    folder = request.config.getoption("--record-to")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    compose(request.config.stash[_chosen], folder)
+    command = [sys.executable, "-m", "tests.record.recorder", folder]
     done = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"nothing was recorded: {done.stderr.strip()[-2000:]}", pytrace=False)
-    yield Recording(HERE)
+    yield Recording(folder)

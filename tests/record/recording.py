@@ -169,7 +169,7 @@ class Seen:
         return run
 
     def rows(self, watch: Watch, *hosts: Host, **wanted: Any) -> list[Row]:
-        """Its rows of these hosts (of both without one) of which all these columns have these values, in their order."""
+        """Its rows of these hosts (of both without one) in which these columns have these values, in their order."""
         run = self.run(watch)
         if len(hosts) == 1:
             rows = run.by_netns[hosts[0].inode]

@@ -392,7 +392,7 @@ class Process:
         self, port: object, address: str | None = None, *, backlog: int = 16, dual: bool = False,
         reuse_port: bool = False, protocol: int = 0,
     ) -> Socket:  # fmt: skip
-        """A socket that listens, at the host's IPv4 address or another one; `dual` takes IPv4 at an IPv6 address, too."""
+        """A socket that listens, at the host's IPv4 address or another one; `dual` takes IPv4 at an IPv6 one, too."""
         address = address or self.host.ipv4
         made = self.socket("6" if ":" in address else "4", protocol=protocol)
         made.option(SOL_SOCKET, SO_REUSEPORT if reuse_port else SO_REUSEADDR, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -61,7 +60,7 @@ def test_hosts_are_apart(tmp_path: Path) -> None:
         assert not found.failure
     inodes = {inode for found in read_log(tmp_path).values() for inode in found.inodes.values()}
     assert len(inodes) == 10
-    assert os.stat("/proc/self/ns/net").st_ino not in inodes
+    assert Path("/proc/self/ns/net").stat().st_ino not in inodes
 
 
 def test_held_packets_come_in_order_and_lost_ones_never(tmp_path: Path) -> None:

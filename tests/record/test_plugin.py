@@ -1,0 +1,104 @@
+"""Recorded tests, on files of tests of their own: what is played, what is asserted, and what fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = """
+import pytest
+from tests.record import PORTS, Script, Test, Watch, recorded
+
+CONNECT = Watch("connect", "--port", PORTS)
+
+@pytest.mark.parametrize("port", [7000, 7001])
+@recorded(CONNECT)
+def test_refused(script: Script, port: int) -> Test:
+    made = script.client.process("client").socket()
+    call = made.connect(script.server.ipv4, port, may_fail=True)
+    made.close()
+    seen = yield
+    row = seen.row(CONNECT, rport=port)
+    assert (row["outcome"], row["errno"]) == ("REFUSED", call.errno)
+
+@recorded(CONNECT)
+def test_expects_too_much(script: Script) -> Test:
+    script.client.flush()
+    seen = yield
+    seen.row(CONNECT)
+
+@recorded(CONNECT)
+def test_cannot_be_played(script: Script) -> Test:
+    script.client.process("client").socket().connect(script.server.ipv4, 7000)
+    yield
+
+def test_is_not_recorded(): pass
+"""
+
+
+def pytest_in(folder: Path, tree: Path, *arguments: str, text: str = FILE) -> tuple[int, str]:
+    (folder / "test_file.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "tests.record.plugin", "-p", "tests.kernels.report"]
+    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", folder, "--record-to", folder / "recording"]
+    done = subprocess.run([*command, *options, *arguments, folder], cwd=tree, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> Path:
+    """With the file, recorded once."""
+    made = tmp_path_factory.mktemp("recorded")
+    pytest_in(made, tree, "-k", "not cannot")
+    return made
+
+
+def test_it_is_played_and_asserted(folder: Path, tree: Path) -> None:
+    status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "refused or too_much")
+    assert status == 1
+    assert "2 passed" in text and "1 failed" in text
+    assert "0 rows of connect with {}, not one" in text
+
+
+def test_one_of_them_alone_is_asserted_over_the_same_recording(folder: Path, tree: Path) -> None:
+    status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "7001")
+    assert (status, "1 passed" in text) == (0, True), text
+
+
+def test_a_script_that_has_changed_needs_a_new_recording(folder: Path, tree: Path) -> None:
+    changed = FILE.replace("    made.close()\n", "    made.close()\n    script.client.flush()\n")
+    status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "7000", text=changed)
+    assert status == 1
+    assert "the recording is not of this script" in text
+
+
+def test_what_the_actor_gives_up_fails_alone(tmp_path: Path, tree: Path) -> None:
+    status, text = pytest_in(tmp_path, tree, "-k", "cannot or 7000")
+    assert status == 1
+    assert "it could not be played" in text and "Connection refused" in text
+    assert "1 passed" in text and "1 failed" in text
+
+
+def test_a_tool_that_lost_something_fails_each_test_that_asks_it(folder: Path, tmp_path: Path, tree: Path) -> None:
+    for file in (folder / "recording").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tool,) = tmp_path.glob("*.out")
+    *rows, account = tool.read_text().splitlines(keepends=True)
+    stats = json.loads(account)["stats"]
+    stats |= {"seen": stats["seen"] + 3, "lost": 3}
+    tool.write_text("".join([*rows, json.dumps({"stats": stats}) + "\n"]))
+    status, text = pytest_in(folder, tree, "--recording", str(tmp_path), "-k", "7000")
+    assert (status, "lost 3" in text) == (1, True), text
+
+
+def test_only_the_script_is_written(tmp_path: Path, tree: Path) -> None:
+    target = tmp_path / "composed"
+    target.mkdir()
+    pytest_in(tmp_path, tree, "--compose", str(target))
+    assert (target / "script").read_text().count("S ") == 4
+    assert json.loads((target / "watches.json").read_text()) == [[False, "connect", "--port", "6000-9999"]]
+    assert (target / "actor").stat().st_mode & 0o100
+    assert not (target / "log").exists()
