@@ -125,12 +125,18 @@ class Actor:
 def record(folder: Path, watches: list[Watch]) -> None:
     from tcpscope import cli, tool
 
+    began, clock = time.time(), time.monotonic()
     for name in tool.names():
         tool.find(name)
     assert cli
-    about, began = about_the_kernel(), time.time()
+    about = about_the_kernel()
     shutil.copyfile("/sys/kernel/btf/vmlinux", folder / "btf")
     gc.freeze()
+
+    def say(what: str) -> None:
+        print(f"recorder: {what} after {time.monotonic() - clock:.1f} s", flush=True)
+
+    say("the kernel was asked")
     actor = Actor(folder)
     tools: list[Tool] = []
     try:
@@ -139,6 +145,7 @@ def record(folder: Path, watches: list[Watch]) -> None:
         deadline = time.monotonic() + READY_S
         for each in tools:
             each.wait_until_ready(deadline)
+        say(f"{len(tools)} tools ready")
         actor.go_on()
         actor.wait_for("moment")
         looking = [Tool(watch, folder) for watch in watches if watch.moment]
@@ -146,6 +153,7 @@ def record(folder: Path, watches: list[Watch]) -> None:
         ended = ends(looking)
         actor.go_on()
         actor.wait_for("played")
+        say("all was played")
         others = [each for each in tools if each not in looking]
         for each in others:
             os.kill(each.pid, signal.SIGINT)
@@ -153,6 +161,7 @@ def record(folder: Path, watches: list[Watch]) -> None:
         (folder / "tools.json").write_text(json.dumps(ended))
         about["wall_clock_us"] = began * 1e6, time.time() * 1e6
         (folder / "kernel.json").write_text(json.dumps(about))
+        say("all have ended")
     finally:
         for each in tools:
             each.kill()
