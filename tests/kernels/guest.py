@@ -26,7 +26,7 @@ BOOT_TIMEOUT_S = 150
 # Emulation is fastest without AVX, which the guest's C library would use (7 %), and with all of the guest's CPUs in
 # one thread: a thread for each takes twice the processor time, for locks.
 EMULATION = ("--disable-kvm", "--qemu-opt=-cpu", "--qemu-opt=qemu64,+rdrand")
-EMULATION += ("--qemu-opt=-accel", "--qemu-opt=tcg,thread=single", "--qemu-opt=-icount", "--qemu-opt=shift=1")
+EMULATION += ("--qemu-opt=-accel", "--qemu-opt=tcg,thread=single", "--qemu-opt=-icount", "--qemu-opt=shift=0")
 # The kernel panics when its timer check, some milliseconds long, meets a busy host.
 KERNEL_OPTIONS = ("no_timer_check", "mitigations=off", "random.trust_cpu=on")
 

@@ -14,9 +14,30 @@ that is asserted depends on how fast Python is there.
     def test_refused(script: Script) -> Iterator[None]: ...
 """
 
-from tests.record.plugin import Test, recorded
-from tests.record.recording import Seen
-from tests.record.script import Call, Host, Process, Script, Socket
-from tests.record.watch import PORTS, Watch
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.record.plugin import Test, recorded
+    from tests.record.recording import Seen
+    from tests.record.script import Call, Host, Process, Script, Socket
+    from tests.record.watch import PORTS, Watch
+
+_WHERE = {
+    "plugin": ("Test", "recorded"),
+    "recording": ("Seen",),
+    "script": ("Call", "Host", "Process", "Script", "Socket"),
+    "watch": ("PORTS", "Watch"),
+}
 
 __all__ = ["PORTS", "Call", "Host", "Process", "Script", "Seen", "Socket", "Test", "Watch", "recorded"]
+
+
+def __getattr__(name: str) -> Any:
+    """A guest imports the recorder, and pytest only with what needs it: that is seconds there."""
+    for module, names in _WHERE.items():
+        if name in names:
+            return getattr(importlib.import_module(f"tests.record.{module}"), name)
+    raise AttributeError(name)
