@@ -29,6 +29,7 @@ import pytest
 from tcpscope.lab import processes
 from tcpscope.lab.hosts import Lab
 from tests import forks, left_out
+from tests.kernels.report import MARKERS
 
 DEADLINE = 120.0  # seconds; emulated kernels are twenty times slower than real ones
 POLL = 0.005
@@ -39,7 +40,8 @@ pytest.register_assert_rewrite("tests.tools", "tests.record.recording")  # what 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kernel: runs once per kernel of the matrix")
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     config.pluginmanager.register(left_out)
     # A shell lets what it starts in the background ignore it, and so would all that the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)

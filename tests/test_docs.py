@@ -238,7 +238,8 @@ def test_the_example_of_a_scenario(module: types.ModuleType, lab: Lab) -> None:
 def test_the_example_of_a_recorded_test(tmp_path: Path) -> None:
     (tmp_path / "test_example.py").write_text(example("Tests"))
     command = [sys.executable, "-m", "pytest", "-p", "tests.record.plugin", "-p", "tests.kernels.report"]
-    where = ["-c", "/dev/null", "-p", "no:cacheprovider", "--rootdir", tmp_path, "--record-to", tmp_path / "recording", tmp_path]
+    where = ["-c", "/dev/null", "-p", "no:cacheprovider", "--rootdir", tmp_path]
+    where += ["--record-to", tmp_path / "recording", tmp_path]
     done = subprocess.run([*command, *where], cwd=TREE, capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout
 

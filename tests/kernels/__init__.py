@@ -19,9 +19,14 @@ KERNELS = (
     Kernel("6.1", "bookworm"),
     Kernel("6.12", "trixie"),
     Kernel("7.2", "trixie-backports"),
+    Kernel("7.3", "trixie-backports"),
 )
+"""From the oldest to the newest. These two run every test of the kernel, those between them what choice.py says."""
+
+TWO = "two processors"
+"""The row of the newest kernel with two of them: what needs true concurrency."""
 
 HOST = "host"
 """The row of the machine's own kernel."""
 
-ROWS = (HOST, *(kernel.name for kernel in KERNELS))
+ROWS = (HOST, *(kernel.name for kernel in KERNELS), TWO)

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,14 @@ KEYRINGS = ("debian-archive-keyring.gpg", "debian-archive-keyring.pgp")
 
 class FetchError(Exception):
     """A kernel could not be fetched; the message says what to do."""
+
+
+class GoneError(FetchError):
+    """The suite has no such kernel any more. `instead` is the version that follows there, None if there is none."""
+
+    def __init__(self, kernel: Kernel, instead: str | None) -> None:
+        super().__init__(f"{kernel.suite} has no kernel {kernel.name}")
+        self.kernel, self.instead = kernel, instead
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,15 +162,52 @@ def newest(version: str, packages: Iterable[str]) -> str | None:
     return max(found, key=lambda package: [int(number) for number in re.findall(r"\d+", package)], default=None)
 
 
+def following(version: str, packages: Iterable[str]) -> str | None:
+    """The lowest version above this one that is among the packages."""
+    pattern = re.compile(r"linux-image-(\d+\.\d+)\.\d+(?:-\d+|\+deb\d+)-amd64")
+    versions = {match[1] for package in packages if (match := pattern.fullmatch(package))}
+    return min((other for other in versions if numbers(other) > numbers(version)), key=numbers, default=None)
+
+
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
+
+
+def rows(
+    kernels: Iterable[Kernel], fetch: Callable[[Kernel], Image], say: Callable[[str], None]
+) -> dict[str, Image]:
+    """The kernels of the matrix by name.
+
+    One whose package is gone is replaced by the next one of its suite or, if that is of the matrix already, left out; a
+    line says which.
+    """
+    kernels = tuple(kernels)
+    found: dict[str, Image] = {}
+    for kernel in kernels:
+        try:
+            found[kernel.name] = fetch(kernel)
+            continue
+        except GoneError as gone:
+            instead = gone.instead
+        if instead is None or instead in {other.name for other in kernels}:
+            why = f"; {instead} is a row of its own" if instead else ""
+            say(f"kernel {kernel.name}: {kernel.suite} has it no more and none is cached: no such row{why}")
+        else:
+            say(f"kernel {kernel.name}: {kernel.suite} has it no more and none is cached: {instead} instead")
+            found[kernel.name] = fetch(Kernel(instead, kernel.suite))
+    return found
+
+
 def _fetch(kernel: Kernel, cache: Path) -> Image:
     with tempfile.TemporaryDirectory(prefix=f".{kernel.name}-", dir=cache) as temporary:
         work = Path(temporary)
         apt = _Apt(work / "apt", machine_mirror().sources(kernel.suite))
         print(f"kernel {kernel.name}: reading the package list of {kernel.suite}", flush=True)
         apt.run("apt-get", "update")
-        package = newest(kernel.name, apt.run("apt-cache", "pkgnames", "linux-image-").split())
+        packages = apt.run("apt-cache", "pkgnames", "linux-image-").split()
+        package = newest(kernel.name, packages)
         if package is None:
-            raise FetchError(f"{kernel.suite} has no kernel {kernel.name}")
+            raise GoneError(kernel, following(kernel.name, packages))
         # From 7.2 on the image is empty and its two halves are packages of their own.
         parts = [p for p in apt.depends(package) if re.match(r"linux-(binary|modules)-\d", p)]
         print(f"kernel {kernel.name}: fetching {package}", flush=True)

@@ -1,7 +1,8 @@
-"""The pytest plugin behind the matrix: the marker ``kernel``, and every test's outcome as a JSON line.
+"""The pytest plugin behind the matrix: its markers, and every test's outcome as a JSON line.
 
 Load it with ``-p tests.kernels.report``; ``--outcomes FILE`` says where the lines go. They are written as the
-tests end, so that a guest that crashes leaves what it had, and the name of the test that was running.
+tests end, so that a guest that crashes leaves what it had, and the name of the test that was running. ``--between
+PATHS`` leaves out what a kernel between the oldest and the newest need not be asked (choice.py).
 """
 
 import json
@@ -10,17 +11,32 @@ from typing import Any, TextIO
 
 import pytest
 
-MARKER = "kernel: runs once per kernel of the matrix"
+MARKERS = (
+    "kernel: depends on the kernel: runs on the oldest and the newest of the matrix, if need be on those between",
+    "every_kernel: runs on each kernel of the matrix",
+    "concurrent: needs true concurrency: runs with two processors, too",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="write every test's outcome to this file as JSON lines")
+    parser.addoption("--between", help="of the live tests only those of every kernel, and those below these paths (:)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", MARKER)
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
     if path := config.getoption("--outcomes"):
         config.pluginmanager.register(Outcomes(path.open("w", buffering=1)), "tcpscope-outcomes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (paths := config.getoption("--between")) is None:
+        return
+    wanted = tuple(filter(None, paths.split(":")))
+    chosen = [item for item in items if item.get_closest_marker("every_kernel") or item.nodeid.startswith(wanted)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 class Outcomes:
@@ -36,6 +52,7 @@ class Outcomes:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self._of_kernel = {item.nodeid for item in items if item.get_closest_marker("kernel")}
+        self._write(event="collected", count=len(items))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.outcome != "passed":
@@ -46,6 +63,7 @@ class Outcomes:
                 outcome=report.outcome,
                 reason=_reason(report),
                 duration=0.0,
+                setup=0.0,
                 kernel=None,
             )
 
@@ -53,15 +71,16 @@ class Outcomes:
         self._write(event="start", nodeid=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        merged = self._merged.setdefault(report.nodeid, {"outcome": "passed", "reason": "", "duration": 0.0})
-        merged["duration"] += report.duration
+        new = {"outcome": "passed", "reason": "", "duration": 0.0, "setup": 0.0}
+        merged = self._merged.setdefault(report.nodeid, new)
+        merged["duration" if report.when == "call" else "setup"] += report.duration
         if merged["outcome"] == "passed" and (outcome := _outcome(report)) != "passed":
             merged["outcome"] = outcome
             merged["reason"] = _reason(report)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         if merged := self._merged.pop(nodeid, None):
-            merged["duration"] = round(merged["duration"], 3)
+            merged |= {name: round(merged[name], 3) for name in ("duration", "setup")}
             self._write(event="test", nodeid=nodeid, kernel=nodeid in self._of_kernel, **merged)
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:

@@ -17,8 +17,11 @@ class Result:
     outcome: str
     reason: str
     duration_s: float
+    """Of the test itself."""
     kernel: bool | None
     """Whether it carries the marker ``kernel``; None for a module that failed or was skipped as a whole."""
+    setup_s: float = 0.0
+    """Of its fixtures, before and after; what several tests share counts for the first and the last of them."""
 
 
 @dataclass(slots=True)
@@ -55,7 +58,7 @@ def read_outcomes(lines: Iterable[str]) -> tuple[list[Result], str, int | None]:
             case "start":
                 running = record["nodeid"]
             case "test":
-                fields = ("nodeid", "outcome", "reason", "duration", "kernel")
+                fields = ("nodeid", "outcome", "reason", "duration", "kernel", "setup")
                 tests.append(Result(*(record[name] for name in fields)))
                 running = ""
             case "end":
@@ -89,6 +92,13 @@ def make_row(
     return row
 
 
+def joined(row: Row, other: Row) -> Row:
+    """One row of two parts of it: live tests, and those asserted over the recording."""
+    problems = "; ".join(filter(None, (row.problem, other.problem)))
+    total_s = row.total_s + other.total_s
+    return Row(row.name, row.release, [*row.tests, *other.tests], problems, row.boot_s, total_s)
+
+
 def modules_marked_kernel(row: Row) -> list[str]:
     """Return the modules with tests marked ``kernel``, so that a slow guest imports no others.
 
@@ -118,6 +128,17 @@ def skipped_everywhere(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
 def missing_rows(rows: Sequence[Row], expected: Sequence[str]) -> list[str]:
     present = {row.name for row in rows}
     return [name for name in expected if name not in present]
+
+
+def slowest(rows: Sequence[Row], number: int = 20) -> list[str]:
+    """The tests that took longest, of all rows, their fixtures apart."""
+    tests = [(test.duration_s + test.setup_s, row.name, test) for row in rows for test in row.tests]
+    tests.sort(key=lambda entry: -entry[0])
+    return [
+        f"  {test.duration_s:6.1f} s {f'+ {test.setup_s:.1f} s set-up' if test.setup_s >= 0.1 else '':16} "
+        f"{name:>6}  {test.nodeid}"
+        for _, name, test in tests[:number]
+    ]
 
 
 def counts_line(row: Row) -> str:
@@ -151,6 +172,9 @@ def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], boo
             lines += [f"    {name}: {reason}" for name, reason in reasons_by_row]
     if not good and all(row.good for row in rows):
         lines.append("=== no test failed, but the matrix did: see above ===")
+    if expected:
+        lines += ["=== the slowest tests ===", *slowest(rows)]
+        lines += ["=== time of each row ===", *(f"  {row.total_s:6.0f} s  {row.name}" for row in rows)]
     total = Counter(test.outcome for row in rows for test in row.tests)
     passed = total["passed"] + total["xfailed"]
     lines.append(f"{passed} passed, {total['failed']} failed, {total['skipped']} skipped")

@@ -96,3 +96,35 @@ def test_the_newest_kernel_of_a_version() -> None:
     assert debian.newest("5.10", packages) == "linux-image-5.10.0-46-amd64"
     assert debian.newest("7.2", packages) == "linux-image-7.2.12+deb13-amd64"
     assert debian.newest("7.1", packages) is None
+
+
+class Suite:
+    """A suite that has these versions."""
+
+    def __init__(self, *versions: str) -> None:
+        self.packages = [f"linux-image-{version}.4+deb13-amd64" for version in versions]
+
+    def fetch(self, kernel: Kernel) -> debian.Image:
+        if debian.newest(kernel.name, self.packages) is None:
+            raise debian.GoneError(kernel, debian.following(kernel.name, self.packages))
+        return debian.Image(kernel.name, f"{kernel.name}.4", "1", "/", "/vmlinuz")
+
+
+@pytest.mark.parametrize(
+    ("there", "releases", "said"),
+    [
+        (("7.2", "7.3"), {"7.2": "7.2.4", "7.3": "7.3.4"}, ""),
+        (("7.3",), {"7.3": "7.3.4"}, "no such row; 7.3 is a row of its own"),
+        (("7.3", "7.10"), {"7.3": "7.3.4"}, "no such row; 7.3 is a row of its own"),
+        (("7.4", "7.10"), {"7.2": "7.4.4", "7.3": "7.4.4"}, "7.4 instead"),
+        (("7.1",), {}, "none is cached: no such row"),
+    ],
+)
+def test_a_kernel_that_its_suite_has_no_more(there: tuple[str, ...], releases: dict[str, str], said: str) -> None:
+    lines: list[str] = []
+    kernels = (Kernel("7.2", "backports"), Kernel("7.3", "backports"))
+    found = debian.rows(kernels, Suite(*there).fetch, lines.append)
+    assert {name: image.release for name, image in found.items()} == releases
+    assert said in "\n".join(lines)
+    assert all(line.count("\n") == 0 for line in lines)
+    assert bool(lines) == (there != ("7.2", "7.3"))

@@ -24,6 +24,8 @@ from tests.record.script import Script
 from tests.record.watch import Watch
 
 TREE = Path(__file__).resolve().parents[2]
+LIVE = "live.json"
+"""Beside a script that was only written: the files with tests of the kernel that are not recorded."""
 HERE = TREE / ".cache/recordings/host"
 ACTOR = TREE / ".cache/actor"
 
@@ -99,6 +101,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_chosen] = [item for item in items if item.get_closest_marker("recorded")]
     if folder := config.getoption("--compose"):
         compose(config.stash[_chosen], folder)
+        live = {item.nodeid.partition("::")[0] for item in items
+                if item.get_closest_marker("kernel") and not item.get_closest_marker("recorded")}  # fmt: skip
+        (folder / LIVE).write_text(json.dumps(sorted(live)))
         config.hook.pytest_deselected(items=items)
         items.clear()
 

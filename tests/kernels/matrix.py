@@ -1,0 +1,114 @@
+"""The whole run: every row, two at a time, the longest first."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from tests.kernels import HOST, KERNELS, TWO, choice, debian, guest, kvm, progress, rows, summary
+from tests.kernels.rows import RESULTS, log_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be made."""
+
+    name: str
+    make: Callable[[], summary.Row]
+
+
+def run_all(arguments: Sequence[str], *, jobs: int, timeout_s: float) -> int:
+    """Every test here and those of the kernel on every kernel; 0 if all is well."""
+    began = time.monotonic()
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    images = debian.rows(KERNELS, debian.get, print)
+    under_kvm = kvm.usable()
+    seconds, why = progress.expected_s()
+    print(f"this will take about {max(1, round(seconds / 60))} minutes, {why}", flush=True)
+    chosen = rows.compose(arguments)
+    offers = choice.alone(images)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "where.md").write_text(choice.page(images, offers))
+    print(f"{chosen.recorded} recorded tests; host ({platform.release()}): all tests; of the kernels:", flush=True)
+    for name, image in images.items():
+        runs = "all" if name not in offers else "what is recorded, and of the rest what is needed"
+        print(f"  {name} ({image.release}): {runs}", flush=True)
+    shown = progress.Progress()
+    made = _run(_jobs(images, offers, chosen, arguments, timeout_s, under_kvm), jobs, shown)
+    if not arguments and all(row.good for row in made):
+        progress.remember(time.monotonic() - began)
+    for row in made:
+        show_failures(row)
+    return close(made, [HOST, *images, TWO])
+
+
+def _jobs(
+    images: dict[str, debian.Image],
+    offers: dict[str, dict[str, frozenset[str]]],
+    chosen: rows.Chosen,
+    arguments: Sequence[str],
+    timeout_s: float,
+    under_kvm: bool,
+) -> list[Job]:
+    """The rows in the order in which they begin."""
+
+    def job(name: str, of: rows.Chosen, **how: Any) -> Job:
+        image = images.get(name, images[names[-1]])
+        return Job(name, lambda: rows.run_guest(name, image, of, arguments, timeout_s=timeout_s, under_kvm=under_kvm,
+                                                **how))  # fmt: skip
+
+    names = list(images)
+    first, *others = [job(name, chosen) for name in names if name not in offers]
+    between = [job(name, chosen, between=choice.paths(list(only))) for name, only in offers.items()]
+    two = job(TWO, rows.concurrent(arguments), processors=2)
+    return [first, Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), *others, *between, two]
+
+
+def _run(jobs: Sequence[Job], at_once: int, shown: progress.Progress) -> list[summary.Row]:
+    order = {job.name: number for number, job in enumerate(jobs)}
+    lock = threading.Lock()
+
+    def one(job: Job) -> summary.Row:
+        shown.begin(job.name)
+        row = job.make()
+        with lock:
+            save(row)
+            shown.end(job.name, summary.counts_line(row) + (f"; {row.problem}" if row.problem else ""))
+        return row
+
+    with ThreadPoolExecutor(at_once) as pool, shown.shown():
+        try:
+            return sorted(pool.map(one, jobs), key=lambda row: (row.name != HOST, order[row.name]))
+        except BaseException:
+            guest.stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def show_failures(row: summary.Row) -> None:
+    """What pytest said of the tests of a row that failed; the whole of it if the row did not end well."""
+    if row.good or not log_of(row.name).exists():
+        return
+    text = log_of(row.name).read_text(errors="replace")
+    said = [part.partition("short test summary info")[0] for part in text.split("= FAILURES =")[1:]]
+    said += [part.partition("short test summary info")[0] for part in text.split("= ERRORS =")[1:]]
+    print(f"=== what failed on {row.name} ===", *(said or [text[-8000:]]), sep="\n", flush=True)
+
+
+def save(row: summary.Row) -> None:
+    """For `summary`, which puts rows of several commands together."""
+    summary.save(row, RESULTS / f"{row.name.replace(' ', '-')}.json")
+
+
+def close(made: Sequence[summary.Row], expected: Sequence[str] = ()) -> int:
+    lines, good = summary.render(made, expected)
+    if expected and (RESULTS / "where.md").exists():
+        lines = [*lines[:-1], "=== what ran where ===", *(RESULTS / "where.md").read_text().splitlines(), lines[-1]]
+    print("", *lines, sep="\n", flush=True)
+    return 0 if good else 1

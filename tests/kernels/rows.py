@@ -1,0 +1,160 @@
+"""A row of the matrix: the machine's own kernel, or one in a guest, which plays what is recorded and runs the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.kernels import HOST, guest, install, summary
+from tests.kernels.debian import Image
+from tests.kernels.guest import TREE, Guest
+
+RESULTS = TREE / ".cache/results"
+RECORDINGS = TREE / ".cache/recordings"
+SCRIPT = RECORDINGS / "script"
+BOOTS = 2
+PYTEST = (sys.executable, "-m", "pytest", "-p", "tests.kernels.report")
+LIVE = "kernel and not recorded"
+LIVE_FILES = "live.json"
+CONCURRENT = "concurrent"
+
+
+def outcomes_of(name: str) -> Path:
+    """Where the outcomes of a row are written, while it runs, too."""
+    return RESULTS / f"{name.replace(' ', '-')}.jsonl"
+
+
+def log_of(name: str) -> Path:
+    """What pytest printed of a row."""
+    return RESULTS / f"{name.replace(' ', '-')}.log"
+
+
+def run_host(arguments: Sequence[str], show: Callable[[str], None] | None = None) -> summary.Row:
+    """Run all tests here, as root where that can be had. What they print goes to the log if it is not shown."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    outcomes = outcomes_of(HOST)
+    outcomes.unlink(missing_ok=True)
+    command = [*PYTEST, "--outcomes", str(outcomes), *arguments]
+    if os.geteuid() != 0 and shutil.which("sudo"):
+        # Root leaves nothing behind in the tree.
+        keep_clean = ("PYTHONDONTWRITEBYTECODE=1", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis")
+        command = ["sudo", "env", *keep_clean, *command, "-p", "no:cacheprovider"]
+    started = time.monotonic()
+    if show is None:
+        done = subprocess.run(command, cwd=TREE)
+    else:
+        with log_of(HOST).open("w") as log:
+            done = subprocess.run(command, cwd=TREE, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    lines = outcomes.read_text().splitlines() if outcomes.exists() else []
+    total_s = time.monotonic() - started
+    return summary.make_row(HOST, platform.release(), lines, exit_status=done.returncode, total_s=total_s)
+
+
+class Chosen(NamedTuple):
+    """What pytest's arguments choose of the tests of the kernel."""
+
+    script: Path | None
+    """The script of those that are recorded, None if there are none."""
+    recorded: int
+    live: list[str]
+    """The files that have others."""
+
+
+def compose(arguments: Sequence[str], *, marked: str = "", folder: Path = SCRIPT) -> Chosen:
+    """Choose, and write the script into a folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    command = [*PYTEST, "-q", "-p", "no:cacheprovider", "-m", marked, "--compose", str(folder), *arguments]
+    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
+    if not (folder / LIVE_FILES).exists():
+        raise install.BuildError(f"no script could be made:\n{done.stdout}{done.stderr}")
+    recorded = sum(line.startswith("S ") for line in (folder / "script").read_text().splitlines())
+    return Chosen(folder if recorded else None, recorded, json.loads((folder / LIVE_FILES).read_text()))
+
+
+def concurrent(arguments: Sequence[str]) -> Chosen:
+    """Of these the ones that need true concurrency."""
+    return compose(arguments, marked=CONCURRENT, folder=SCRIPT.with_name("script-concurrent"))
+
+
+def run_guest(
+    name: str, image: Image, chosen: Chosen, arguments: Sequence[str], *, timeout_s: float, under_kvm: bool,
+    between: Sequence[str] | None = None, processors: int = 1, show: Callable[[str], None] | None = None,
+) -> summary.Row:  # fmt: skip
+    """Record what was chosen, run the live tests in the same boot, and assert over the recording afterwards, here.
+
+    `between`: of the live tests only those of every kernel and those below these paths. With several processors only
+    what needs them runs. What is printed goes to the row's log and, if given, to `show`.
+    """
+    marked = "" if processors == 1 else f" and {CONCURRENT}"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    outcomes, recording = outcomes_of(name), RECORDINGS / name.replace(" ", "-")
+    for old in (outcomes, outcomes.with_suffix(".asserted")):
+        old.unlink(missing_ok=True)
+    shutil.rmtree(recording, ignore_errors=True)
+    with Guest(image, processors=processors) as machine, log_of(name).open("w", buffering=1) as log:
+
+        def note(line: str) -> None:
+            log.write(f"{line}\n")
+            if show:
+                show(line)
+
+        environment = install.staged(machine.site)
+        there = machine.shared / "recording"
+        within = machine.shared / "outcomes.jsonl"
+        outcomes.symlink_to(within)
+        steps = []
+        if chosen.script:
+            shutil.copytree(chosen.script, there)
+            steps.append(f"{sys.executable} -m tests.record.recorder {there}; echo $? >{there}/status")
+        if chosen.live:
+            pytest = [*PYTEST, "-p", "no:cacheprovider", "--outcomes", str(within), "-m", f"{LIVE}{marked}"]
+            pytest += [] if between is None else ["--between", ":".join(between)]
+            steps.append(f"exec {shlex.join([*pytest, *(arguments or chosen.live)])}")
+        for _ in range(BOOTS):
+            note(f"booting {image.release}")
+            outcome = machine.run(["sh", "-c", "; ".join(steps)], environment, timeout_s, note, kvm=under_kvm)
+            if outcome.problem:
+                for line in ("--- the end of the console ---", *machine.console(), f"--- {outcome.problem}"):
+                    note(line)
+            if outcome.boot_s is not None or guest.stop.is_set():
+                break  # What goes wrong from here on is a result; that a machine does not start is none.
+        outcomes.unlink()
+        if within.exists():
+            shutil.copyfile(within, outcomes)
+        if there.exists():
+            shutil.copytree(there, recording)
+    row = summary.Row(name, image.release, [], outcome.problem, outcome.boot_s, outcome.total_s)
+    if chosen.live:
+        lines = outcomes.read_text().splitlines() if outcomes.exists() else []
+        live = summary.make_row(name, image.release, lines, exit_status=outcome.status, problem=outcome.problem)
+        row.tests, row.problem = live.tests, live.problem
+    if chosen.script:
+        row = summary.joined(row, check(name, image.release, recording, arguments, f"recorded{marked}"))
+    return row
+
+
+def check(name: str, release: str, recording: Path, arguments: Sequence[str], marked: str) -> summary.Row:
+    """Assert over a recording."""
+    started = time.monotonic()
+    status = recording / "status"
+    if not status.exists() or status.read_text().strip() != "0":
+        said = next((line for line in log_of(name).read_text().splitlines() if line.startswith("no recording")), "")
+        return summary.Row(name, release, problem=said or "nothing was recorded")
+    outcomes = outcomes_of(name).with_suffix(".asserted")
+    command = [*PYTEST, "-p", "no:cacheprovider", "--outcomes", str(outcomes), "-m", marked]
+    command += ["--recording", str(recording)]
+    with log_of(name).open("a") as log:
+        done = subprocess.run([*command, *arguments], cwd=TREE, stdout=log, stderr=subprocess.STDOUT)
+    lines = outcomes.read_text().splitlines() if outcomes.exists() else []
+    total_s = time.monotonic() - started
+    return summary.make_row(name, release, lines, exit_status=done.returncode, total_s=total_s)
