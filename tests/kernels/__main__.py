@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
+from tcpscope.kernel.btf import Btf
 from tests import kernels
-from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, rows, summary
+from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, ring, rows, summary
 from tests.kernels.guest import Guest
 
 TIMEOUT_S = 2400
+PAGE = rows.TREE / "docs/kernels.md"
 
 
 def run_kernel(kernel: Kernel, arguments: Sequence[str], *, timeout_s: float) -> int:
@@ -36,6 +39,23 @@ def run_command(kernel: Kernel, command: Sequence[str], *, timeout_s: float) -> 
         return 1 if outcome.status is None else outcome.status
 
 
+def check_ring(files: Sequence[str], *, everything: bool) -> int:
+    """0 if nothing is lacking."""
+    if not files:
+        ring.fetch(everything, print)
+        PAGE.write_text(ring.rewritten(PAGE.read_text()))
+        print(ring.page(), f"written: {PAGE.relative_to(rows.TREE)}", sep="\n")
+    named = [(name, Btf.parse(Path(name).read_bytes())) for name in files]
+    lacking = [
+        f"{name}: {probe}: {lack}"
+        for name, btf in named or ((kernel.release, kernel.btf) for kernel in ring.cached())
+        for probe, lacks in ring.check(btf).items()
+        for lack in lacks
+    ]
+    print(*(lacking or [f"{len(files) or len(ring.cached())} kernels: nothing is lacking"]), sep="\n")
+    return 1 if lacking else 0
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels", description=kernels.__doc__)
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, help="seconds that one guest may take")
@@ -57,6 +77,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     again = add("again", "assert once more over the last recording of a kernel, without a boot", rest="PYTEST_ARGUMENT")
     again.add_argument("--kernel", choices=ROWS, required=True)
     add("summary", "put the results of the last `host` and `run` commands together")
+    ring_ = add("ring", "check all of Debian's kernels without a boot, or BTF files", rest="FILE")
+    ring_.add_argument("--all", action="store_true", help="fetch every kernel, not only the newest of each kind")
     fetch = add("fetch", "fetch the kernels that are missing")
     fetch.add_argument("--fresh", action="store_true", help="fetch all of them, in their newest version")
     return parser.parse_args(arguments)
@@ -81,6 +103,8 @@ def main() -> int:
             recording = rows.RECORDINGS / options.kernel.replace(" ", "-")
             command = [*rows.PYTEST, "-q", "-m", "recorded", "--recording", str(recording), *options.rest]
             return subprocess.run(command, cwd=rows.TREE).returncode
+        case "ring":
+            return check_ring(options.rest, everything=options.all)
         case "summary":
             paths = [rows.RESULTS / f"{name.replace(' ', '-')}.json" for name in ROWS]
             return matrix.close([summary.load(path) for path in paths if path.exists()], ROWS)

@@ -61,7 +61,7 @@ class Mirror:
             raise FetchError("Debian's keys are missing; install the package debian-archive-keyring")
         options = f"[arch=amd64 signed-by=/usr/share/keyrings/{keyring}]"
         lines = [f"deb {options} {self.archive} {suite} main"]
-        if self.security and not suite.endswith("-backports"):
+        if self.security and suite != "sid" and not suite.endswith("-backports"):
             lines.append(f"deb {options} {self.security} {suite}-security main")
         return "\n".join(lines) + "\n"
 
@@ -201,7 +201,7 @@ def rows(
 def _fetch(kernel: Kernel, cache: Path) -> Image:
     with tempfile.TemporaryDirectory(prefix=f".{kernel.name}-", dir=cache) as temporary:
         work = Path(temporary)
-        apt = _Apt(work / "apt", machine_mirror().sources(kernel.suite))
+        apt = apt_of(work / "apt", kernel.suite)
         print(f"kernel {kernel.name}: reading the package list of {kernel.suite}", flush=True)
         apt.run("apt-get", "update")
         packages = apt.run("apt-cache", "pkgnames", "linux-image-").split()
@@ -239,7 +239,7 @@ def _image(kernel: Kernel, root: Path, package_version: str) -> Image:
     return Image(kernel.name, releases[0].name, package_version, str(root), str(vmlinuz[0]))
 
 
-class _Apt:
+class Apt:
     """apt with lists, cache and sources of its own."""
 
     def __init__(self, directory: Path, sources: str) -> None:
@@ -275,6 +275,11 @@ class _Apt:
 
     def version(self, package: str) -> str:
         return self.field(package, "Version")
+
+
+def apt_of(directory: Path, suite: str) -> Apt:
+    """apt for a suite of this machine's mirror."""
+    return Apt(directory, machine_mirror().sources(suite))
 
 
 def _run(*command: str, cwd: Path | None = None) -> str:

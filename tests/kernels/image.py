@@ -17,6 +17,7 @@ from tests.kernels.debian import Image
 
 _BOOT_SECTOR = 512
 _SETUP_SECTORS, _PAYLOAD = 0x1F1, struct.Struct("<II")
+_PROGRAMS = {b"\x28\xb5\x2f\xfd": "zstd", b"\x02\x21\x4c\x18": "lz4"}
 _PAYLOAD_AT = 0x248  # offset and length of what is compressed: Documentation/arch/x86/boot.rst
 
 
@@ -35,12 +36,20 @@ def vmlinux(data: bytes) -> bytes:
         return gzip.decompress(payload[:-4])  # the last four bytes are the size, added by the kernel's build
     if payload.startswith(b"\xfd7zXZ\0"):
         return lzma.LZMADecompressor(lzma.FORMAT_XZ).decompress(payload)
-    if payload.startswith(b"\x28\xb5\x2f\xfd"):
-        done = subprocess.run(["zstd", "-dqc"], input=payload[:-4], capture_output=True)
-        if done.returncode and not done.stdout:
-            raise ImageError(f"zstd: {done.stderr.decode(errors='replace').strip()}")
-        return done.stdout
+    for magic, program in _PROGRAMS.items():
+        if payload.startswith(magic):
+            return _by_program(program, payload[:-4])
     raise ImageError(f"a compression that is not known here: {payload[:4].hex()}")
+
+
+def _by_program(program: str, payload: bytes) -> bytes:
+    try:
+        done = subprocess.run([program, "-dqc"], input=payload, capture_output=True)
+    except FileNotFoundError:
+        raise ImageError(f"the program {program} is missing, which unpacks it") from None
+    if not done.stdout:
+        raise ImageError(f"{program}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout
 
 
 def btf_of(image: Image) -> bytes:
