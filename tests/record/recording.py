@@ -98,6 +98,10 @@ class Machine:
         """The program that is attached there for this hook of a probe and event; None for none."""
         return self._hooks[probe][event].get(hook)
 
+    def hooks(self, probe: str, event: str) -> dict[str, str | None]:
+        """Hook -> the program that is attached there, None for none."""
+        return self._hooks[probe][event]
+
     def parameters(self, function: str) -> int | None:
         found = self.btf.func_params(function)
         return None if found is None else len(found)

@@ -315,9 +315,16 @@ class Host:
     @contextmanager
     def losing(self) -> Iterator[None]:
         """Inside of the block nothing arrives that it sends: it goes to a link address that nobody has."""
-        self.agent("neighbour", self.number, NOBODYS_MAC)
+        self.lose()
         yield
-        self.agent("neighbour", self.number, self.peer.mac)
+        self.find()
+
+    def lose(self) -> Call:
+        """From now on nothing arrives that it sends, until `find()`."""
+        return self.agent("neighbour", self.number, NOBODYS_MAC)
+
+    def find(self) -> Call:
+        return self.agent("neighbour", self.number, self.peer.mac)
 
     def blackhole(self, prefix: str) -> None:
         """Swallow what arrives for `prefix`, and let the peer send it here: its addresses never answer."""

@@ -2,319 +2,364 @@
 
 from __future__ import annotations
 
-import socket
-import time
-from contextlib import ExitStack
-
 import pytest
 
-from tcpscope.lab.hosts import held
-from tests.conftest import until
-from tests.puppets import Puppet
-from tests.tools.life.site import (
-    CLOSE,
-    CLOSE_WAIT,
-    LIBRARY,
-    Pair,
-    Site,
-    check_end,
-    check_numbers,
-    losing,
-    opened,
-    ports,
-)
-
-pytestmark = pytest.mark.kernel
+from tests.record import Call, Script, Test, recorded
+from tests.record.script import IPPROTO_TCP, TCP_FASTOPEN
+from tests.tools.life.site import LIFE, PORT, TFO_WITHOUT_COOKIES, Pair, check_end, check_numbers, ended
 
 
-def test_retransmissions(site: Site) -> None:
+@recorded(LIFE)
+def test_retransmissions(script: Script) -> Test:
     """Data that had to be sent twice counts once as acknowledged."""
-    pair = opened(site)
+    pair = Pair(script)
     pair.exchange()
-    with losing(site.lab.client):
-        pair.client.do("of[port].sendall(bytes(3000))")
-        until(lambda: pair.client.info()["retrans"] >= 1, "a retransmission")
-    pair.server.do("read(port, 3000)")
-    rows = pair.both_shut_down()
-    for end, row in rows.items():
-        assert (row["syn_retrans"], row["end"]) == (pair.syn_retrans[end.role], "FIN")
-    row = rows[pair.client]
+    with script.client.losing():
+        pair.client.socket.send_all(3000)
+        pair.client.socket.until_field("retrans", 1)
+    pair.server.socket.read(3000)
+    infos = pair.both_shut_down()
+    seen = yield
+    for role, last in infos.items():
+        row = pair.row(seen, role)
+        check_numbers(row, last.info)
+        assert (row["syn_retrans"], row["end"]) == (pair.syn_retrans(role), "FIN")
+    row = pair.row(seen, "ACTIVE")
     assert row["retrans"] >= 1
     assert row["acked_bytes"] == 8000 < row["tx_bytes"]
 
 
-def test_what_could_not_leave(site: Site) -> None:
+@recorded(LIFE)
+def test_what_could_not_leave(script: Script) -> Test:
     """Data that this host threw away itself was sent, for the kernel, and not retransmitted."""
-    pair, address = opened(site), site.lab.server.ipv4
+    pair = Pair(script)
     pair.exchange()
-
-    def route(command: str) -> None:
-        site.lab.client.run(
-            site.lab.client._netlink, lambda link: link.route(command, dst=f"{address}/32", type="unreachable")
-        )
-
-    route("add")
-    try:
-        pair.client.do("of[port].sendall(bytes(3000))")
-        assert pair.client.info()["tx_bytes"] > 5000
-    finally:
-        route("del")
-    pair.server.do("read(port, 3000)")
-    rows = pair.both_shut_down()
-    assert rows[pair.client]["acked_bytes"] == rows[pair.server]["rx_bytes"] == 8000
+    script.client.exec("ip", "route", "add", "unreachable", f"{script.server.ipv4}/32")
+    pair.client.socket.send_all(3000)
+    thrown_away = pair.client.socket.info()
+    script.client.exec("ip", "route", "del", "unreachable", f"{script.server.ipv4}/32")
+    pair.server.socket.read(3000)
+    infos = pair.both_shut_down()
+    seen = yield
+    assert thrown_away.info["tx_bytes"] > 5000
+    for role, last in infos.items():
+        check_numbers(pair.row(seen, role), last.info)
+    assert pair.row(seen, "ACTIVE")["acked_bytes"] == pair.row(seen, "PASSIVE")["rx_bytes"] == 8000
 
 
-def test_a_lost_handshake(site: Site) -> None:
+@recorded(LIFE)
+def test_a_lost_handshake(script: Script) -> Test:
     """The SYN-ACK is lost: both ends repeat theirs."""
-    before = [host.counters() for host in site.lab.hosts]
-    with ExitStack() as lost:
-        lost.enter_context(losing(site.lab.server))
-        port = next(ports)
-        site.server.do("listen(port, family, address)", port=port, family=socket.AF_INET, address=site.lab.server.ipv4)
-        site.client.tell("made = connect(port, family, address)", port=port, family=socket.AF_INET,
-                         address=site.lab.server.ipv4)  # fmt: skip
-        until(lambda: all(host.counters()["TcpRetransSegs"] > old["TcpRetransSegs"]
-                          for host, old in zip(site.lab.hosts, before, strict=True)), "both to repeat")  # fmt: skip
-        healed = time.monotonic()  # without a SYN-ACK there was no ACK, and so is no child yet
-    site.client.answer()
-    cport, begin, end = site.client.ask("made")
-    site.server.do("accept(port)")
-    opens = [puppet.ask("info(port)") for puppet in (site.client, site.server)]
-    for puppet in (site.client, site.server):
-        puppet.do("of[port].shutdown(socket.SHUT_WR)")
-    ends = [puppet.ask("(reaches(port, 7), info(port))") for puppet in (site.client, site.server)]
-    client = site.row(site.lab.client, lport=cport, rport=port)
-    server = site.row(site.lab.server, lport=port, rport=cport)
-    for row, first, (_, last) in zip((client, server), opens, ends, strict=True):
-        assert row["syn_retrans"] == first["retrans"] > 0
-        assert row["retrans"] == last["retrans"]
-    assert 1_000_000 <= client["handshake_us"] <= (end - begin) * 1e6
-    assert server["handshake_us"] is None
-    assert server["duration_us"] <= (ends[1][0] - healed) * 1e6 + 1  # since the end of the handshake, not since the SYN
-    for puppet in (site.client, site.server):
-        puppet.do("close(port)")
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    with script.server.losing():
+        near = client.socket()
+        connecting = near.connect(script.server.ipv4, PORT, wait=False)
+        for host in script.hosts:
+            host.until_counter("TcpRetransSegs", 1)
+        healed = server.now()  # without a SYN-ACK there was no ACK, and so is no child yet
+    connecting.join()
+    local = near.name()
+    far = listener.accept()
+    opens = {"ACTIVE": near.info(), "PASSIVE": far.info()}
+    for made in (near, far):
+        made.shutdown()
+    ends = {}
+    for role, made in (("ACTIVE", near), ("PASSIVE", far)):
+        ends[role] = made.until_state("CLOSE"), made.info()
+        made.close()
+    seen = yield
+    rows = {"ACTIVE": ended(seen, script.client, lport=local.ret, rport=PORT),
+            "PASSIVE": ended(seen, script.server, lport=PORT, rport=local.ret)}  # fmt: skip
+    for role, row in rows.items():
+        assert row["syn_retrans"] == opens[role].info["retrans"] > 0
+        assert row["retrans"] == ends[role][1].info["retrans"]
+    assert 1_000_000 <= rows["ACTIVE"]["handshake_us"] <= connecting.took_us
+    assert rows["PASSIVE"]["handshake_us"] is None
+    # Since the end of the handshake, not since the SYN.
+    assert rows["PASSIVE"]["duration_us"] <= ends["PASSIVE"][0].end_us - healed.begin_us + 1
 
 
-def test_a_slow_handshake(site: Site) -> None:
-    """The SYN-ACK is kept back for a time that the test's clock measures."""
-    client, server, port = site.client, site.server, next(ports)
-    server.do("listen(port, family, address)", port=port, family=socket.AF_INET6, address=site.lab.server.ipv6)
-
-    def attempt() -> tuple[float, float, int, float, float] | None:
-        """Unless a timer has run out meanwhile: on a slow machine a second is not long."""
-        sent = site.lab.server.counters()["TcpOutSegs"]
-        with held(site.lab.server):
-            client.tell("made = connect(port, family, address)", port=port, family=socket.AF_INET6,
-                        address=site.lab.server.ipv6)  # fmt: skip
-            until(lambda: any((s.lport, s.state) == (port, "SYN_RECV") for s in site.lab.server.sockets()), "the SYN")
-            until(lambda: site.lab.server.counters()["TcpOutSegs"] > sent, "the SYN-ACK")
-            begin = time.monotonic()
-            until(lambda: time.monotonic() > begin + 0.05, "50 ms")
-            end = time.monotonic()
-        client.answer()
-        made = client.ask("made")
-        server.do("accept(port)")
-        retrans = [puppet.ask("info(port)")["retrans"] for puppet in (client, server)]
-        for puppet in (client, server):
-            puppet.do("close(port)")
-        return None if any(retrans) else (begin, end, *made)
-
-    begin, end, cport, before, after = until(attempt, "a handshake without a retransmission")
-    for host, lport, rport in ((site.lab.client, cport, port), (site.lab.server, port, cport)):
-        row = site.row(host, lport=lport, rport=rport)
-        assert (end - begin) * 1e6 <= row["handshake_us"]
-        if host is site.lab.client:  # at the server it ends a little later
-            assert row["handshake_us"] <= (after - before) * 1e6
-        assert row["syn_retrans"] == 0
+@recorded(LIFE)
+def test_a_slow_handshake(script: Script) -> Test:
+    """The SYN-ACK is kept back for a time that the programs' clock measures."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT, script.server.ipv6)
+    with script.server.held():
+        near = client.socket("6")
+        connecting = near.connect(script.server.ipv6, PORT, wait=False)
+        script.server.until_sockets(state="SYN_RECV", lport=PORT)
+        script.server.until_counter("TcpOutSegs", 1)  # the SYN-ACK
+        waited = server.pause(50_000)
+    connecting.join()
+    local = near.name()
+    far = listener.accept()
+    opens = {"ACTIVE": near.info(), "PASSIVE": far.info()}
+    near.close(), far.close()
+    script.client.until_sockets(0, "==", lport=local, state="FIN_WAIT1")
+    script.server.until_sockets(0, "==", state="LAST_ACK")
+    seen = yield
+    for role, host, lport, rport in (
+        ("ACTIVE", script.client, local.ret, PORT),
+        ("PASSIVE", script.server, PORT, local.ret),
+    ):
+        row = ended(seen, host, lport=lport, rport=rport)
+        assert row["syn_retrans"] == opens[role].info["retrans"]
+        if row["syn_retrans"]:  # of a repeated SYN-ACK it is not known which one was acknowledged
+            assert role == "ACTIVE" or row["handshake_us"] is None
+            continue
+        assert waited.took_us <= row["handshake_us"]
+        if role == "ACTIVE":  # at the server it ends a little later
+            assert row["handshake_us"] <= connecting.took_us
 
 
 @pytest.mark.parametrize("way", ["fin", "reset"])
-def test_older_than_the_tool(site: Site, way: str) -> None:
+@recorded(LIFE)
+def test_older_than_the_tool(script: Script, way: str) -> Test:
     """Bytes from the start, the role by arithmetic, and no times."""
-    pair = site.older.pairs[way]
-    again = {end: end.info()["bytes_retrans"] for end in (pair.client, pair.server)}
+    with script.older():
+        pair = Pair(script)
+        pair.exchange(5000, 700)
+        before = {end.role: end.socket.info() for end in pair.ends}
     if way == "fin":
-        pair.client.do("of[port].shutdown(socket.SHUT_WR)")
-        pair.server.reaches(CLOSE_WAIT)
-        pair.server.do("of[port].shutdown(socket.SHUT_WR)")
+        pair.client.socket.shutdown()
+        pair.server.socket.until_state("CLOSE_WAIT")
+        pair.server.socket.shutdown()
     else:
-        pair.server.do("linger(port, 0); close(port)")
-    for end in (pair.client,) if way == "reset" else (pair.client, pair.server):
-        end.reaches(CLOSE)
-        check_numbers(pair.row(end), end.info(), way == "fin", way == "fin")
-        end.close()
-    for end, sent, received in ((pair.client, 5000, 700), (pair.server, 700, 5000)):
-        row = pair.row(end)
-        assert (row["tx_bytes"] - again[end], row["acked_bytes"], row["rx_bytes"]) == (sent, sent, received)
+        pair.server.socket.linger(0)
+        pair.server.socket.close()
+    at_end = {}
+    for end in (pair.client,) if way == "reset" else pair.ends:
+        end.socket.until_state("CLOSE")
+        at_end[end.role] = end.socket.info()
+        end.socket.close()
+    seen = yield
+    for role, last in at_end.items():
+        check_numbers(pair.row(seen, role), last.info, way == "fin", way == "fin")
+    for role, sent, received in (("ACTIVE", 5000, 700), ("PASSIVE", 700, 5000)):
+        row = pair.row(seen, role)
+        again = before[role].info["bytes_retrans"]
+        assert (row["tx_bytes"] - again, row["acked_bytes"], row["rx_bytes"]) == (sent, sent, received)
         assert row["duration_us"] is row["established_us"] is row["handshake_us"] is row["syn_retrans"] is None
     ways = {"fin": ("FIN", "REMOTE", "LAST_ACK"), "reset": ("RST_SENT", "LOCAL", "ESTABLISHED")}
-    check_end(pair.row(pair.server), *ways[way])
+    check_end(pair.row(seen, "PASSIVE"), *ways[way])
 
 
-def test_older_without_an_owner(site: Site) -> None:
-    """Nobody held them when the tool began: a child that waited, and a socket that was closed."""
-    waiting, orphan = site.older.pairs["waiting"], site.older.pairs["orphan"]
-    waiting.server.do("listeners.pop(port).close()")
-    orphan.server.close()
-    row = site.row(site.lab.server, lport=waiting.port, rport=waiting.cport)
+@recorded(LIFE)
+def test_older_and_never_accepted(script: Script) -> Test:
+    """A child that waited when the tool began: nobody holds it."""
+    with script.older():
+        pair = Pair(script, accept=False)
+        script.server.until_sockets(state="ESTABLISHED", lport=PORT)
+    pair.listener.close()
+    pair.client.socket.until_state("CLOSE")
+    pair.client.socket.close()
+    seen = yield
+    row = ended(seen, script.server, lport=PORT, rport=pair.local.ret)
     check_end(row, "RST_SENT", "LOCAL", "ESTABLISHED")
     assert (row["role"], row["pid"], row["rx_bytes"], row["duration_us"]) == ("PASSIVE", None, 0, None)
-    row = site.row(site.lab.client, lport=orphan.cport, rport=orphan.port)
+    check_live(seen.rows(LIFE, script.client), {"ACTIVE"})
+
+
+@recorded(LIFE)
+def test_older_and_closed(script: Script) -> Test:
+    """A full socket in FIN_WAIT2 that nobody holds any more; its remote end is open, and older, too."""
+    with script.older():
+        script.client.sysctl("tcp_fin_timeout", 3600)  # a full socket for so long, less a minute
+        pair = Pair(script)
+        pair.exchange(11, 22)
+        pair.client.socket.close()
+        pair.server.socket.until_state("CLOSE_WAIT")
+        script.client.until_sockets(state="FIN_WAIT2", rport=PORT)
+    pair.server.socket.close()
+    script.client.until_sockets(0, "==", rport=PORT, state="FIN_WAIT2")
+    script.server.until_sockets(0, "==", state="LAST_ACK")
+    seen = yield
+    row = ended(seen, script.client, lport=pair.local.ret, rport=PORT)
     check_end(row, "FIN", "LOCAL", "FIN_WAIT2")
     assert (row["role"], row["pid"], row["acked_bytes"], row["rx_bytes"]) == ("ACTIVE", None, 11, 22)
-    waiting.client.close()
+    (live,) = check_live(seen.rows(LIFE, script.server), {"PASSIVE"})
+    check_end(live, "OPEN", "REMOTE", "CLOSE_WAIT")
+    assert (live["acked_bytes"], live["rx_bytes"]) == (22, 11)
 
 
-def test_live(site: Site) -> None:
+def check_live(rows: list[dict[str, object]], roles: set[str]) -> list[dict[str, object]]:
+    """What was open when the tool began came first, and these ends of it have an owner."""
+    live = [row for row in rows if row["end"] == "OPEN"]
+    assert rows[: len(live)] == live
+    assert {row["role"] for row in live if row["pid"]} == roles
+    return [row for row in live if row["pid"]]
+
+
+@recorded(LIFE)
+def test_live(script: Script) -> Test:
     """What was open when the tool began came first, with the same columns."""
-    pair = site.older.pairs["open"]
-    names = ("fin", "reset", "open")
-    expected = {
-        (end.host.inode, port)
-        for older in (site.older.pairs[name] for name in names)
-        for end, port in ((older.server, older.port), (older.client, older.cport))
-    } | {
-        (site.lab.server.inode, site.older.pairs["orphan"].port),
-        (site.lab.client.inode, site.older.pairs["waiting"].cport),
-    }
-    shown = site.tool.wait_for(lambda rows: sum(row["end"] == "OPEN" for row in rows) >= len(expected))
-    rows = {(row["netns"], row["lport"]): row for row in shown if row["end"] == "OPEN"}
-    assert rows.keys() == expected
-    for end, port in ((pair.server, pair.port), (pair.client, pair.cport)):
-        row = rows[end.host.inode, port]
-        check_numbers(row, end.info(), False, False)
+    with script.older():
+        pair = Pair(script)
+        pair.exchange(5000, 700)
+    infos = {end.role: end.socket.info() for end in pair.ends}
+    pair.client.socket.close()
+    script.client.until_sockets(0, "==", rport=PORT, state="FIN_WAIT1")
+    pair.server.socket.close()
+    script.server.until_sockets(0, "==", state="LAST_ACK")
+    seen = yield
+    for end, port in ((pair.server, PORT), (pair.client, pair.local.ret)):
+        rows = seen.rows(LIFE, end.host)
+        assert [row["end"] == "OPEN" for row in rows] == [True, False]
+        row = rows[0]
+        assert row["lport"] == port
+        check_numbers(row, infos[end.role].info, False, False)
         check_end(row, "OPEN", None, "ESTABLISHED")
-        assert (row["pid"], row["comm"], row["role"]) == (end.puppet.pid, end.puppet.comm, end.role)
+        assert (row["pid"], row["comm"], row["role"]) == (end.process.pid, end.process.comm, end.role)
         assert row["duration_us"] is None
-    row = rows[site.lab.server.inode, site.older.pairs["orphan"].port]
-    check_end(row, "OPEN", "REMOTE", "CLOSE_WAIT")
-    assert (row["acked_bytes"], row["rx_bytes"]) == (22, 11)
-    pair.client.close()
-    check_end(pair.row(pair.client), "FIN_WAIT2", "LOCAL", "FIN_WAIT2")
-    pair.server.close()
+    check_end(pair.row(seen, "ACTIVE"), "FIN_WAIT2", "LOCAL", "FIN_WAIT2")
 
 
-def test_owner_is_who_connected(site: Site) -> None:
-    """Used and closed by a forked child, or by a process that got the descriptor: the owner is who called connect()."""
-    other, path = Puppet(site.lab.client, "other"), f"\0{site.lab.client.netns}"
-    other.do("meeting = socket.socket(socket.AF_UNIX); meeting.bind(path); meeting.listen()", path=path)
-    forked, passed = opened(site), opened(site)
-    forked.client.do(
-        "pid = os.fork()\n"
-        "if not pid:\n    of[port].sendall(b'hello'); of[port].recv(1); of[port].close(); os._exit(0)\n"
-        "close(port)"
-    )
-    forked.server.do("read(port, 5); close(port)")
-    forked.client.do("os.waitpid(pid, 0)")
-    passed.client.do(
-        "way = socket.socket(socket.AF_UNIX); way.connect(path)\n"
-        "socket.send_fds(way, [b'x'], [of[port].fileno()]); close(port); way.close()",
-        path=path,
-    )
-    other.do(
-        "way, _ = meeting.accept(); got = socket.socket(fileno=socket.recv_fds(way, 1, 1)[1][0])\n"
-        "got.sendall(b'world'); got.close()"
-    )
-    passed.server.do("read(port, 5); close(port)")
-    for pair in (forked, passed):
-        assert pair.row(pair.client)["acked_bytes"] == pair.row(pair.server)["rx_bytes"] == 5
-    other.kill()
+@recorded(LIFE)
+def test_owner_is_who_connected_not_its_child(script: Script) -> Test:
+    """Used and closed by a forked child."""
+    pair = Pair(script)
+    child = pair.client.process.fork("child")
+    same = child.at(pair.client.socket)
+    pair.client.socket.close()
+    same.send("hello")
+    pair.server.socket.read(5)
+    pair.server.socket.send("x")
+    same.read(1)
+    same.close()
+    end = pair.server.socket.until_end()
+    pair.server.socket.close()
+    script.server.until_sockets(0, "==", state="LAST_ACK")
+    seen = yield
+    assert end.ret == 0
+    assert pair.row(seen, "ACTIVE")["acked_bytes"] == pair.row(seen, "PASSIVE")["rx_bytes"] == 5
 
 
-def test_owner_is_kept_after_its_end(site: Site) -> None:
-    mortal = Puppet(site.lab.client, "mortal")
-    mortal.do(LIBRARY)
-    pair = Pair(site, site.lab, site.server, mortal)
+@recorded(LIFE)
+def test_owner_is_who_connected_not_who_got_it(script: Script) -> Test:
+    """Used and closed by a process that got the descriptor."""
+    pair = Pair(script)
+    got = script.client.process("other").take(pair.client.socket)
+    pair.client.socket.close()
+    got.send("world")
+    pair.server.socket.read(5)
+    got.close()
+    end = pair.server.socket.until_end()
+    pair.server.socket.close()
+    script.server.until_sockets(0, "==", state="LAST_ACK")
+    seen = yield
+    assert end.ret == 0
+    assert pair.row(seen, "ACTIVE")["acked_bytes"] == pair.row(seen, "PASSIVE")["rx_bytes"] == 5
+
+
+@recorded(LIFE)
+def test_owner_is_kept_after_its_end(script: Script) -> Test:
+    mortal = script.client.process("mortal")
+    pair = Pair(script, client=mortal)
     pair.exchange()
     mortal.kill()
-    row = pair.row(pair.client)
+    script.client.until_sockets(0, "==", rport=PORT, state="FIN_WAIT1")
+    pair.server.socket.close()
+    script.server.until_sockets(0, "==", state="LAST_ACK")
+    seen = yield
+    row = pair.row(seen, "ACTIVE")
     check_end(row, "FIN_WAIT2", "LOCAL", "FIN_WAIT2")
     assert (row["acked_bytes"], row["rx_bytes"]) == (5000, 700)
-    pair.server.close()
-    check_end(pair.row(pair.server), "FIN", "REMOTE", "LAST_ACK")
+    check_end(pair.row(seen, "PASSIVE"), "FIN", "REMOTE", "LAST_ACK")
 
 
-def test_fast_open_without_success(site: Site) -> None:
+def allow_fast_open(script: Script) -> None:
+    for host in script.hosts:
+        host.sysctl("tcp_fastopen", TFO_WITHOUT_COOKIES)
+
+
+@recorded(LIFE)
+def test_fast_open_without_success(script: Script) -> Test:
     """The server does not take the data in the SYN, and the kernel sends it again."""
-    other = opened(site)
-    for end in (other.client, other.server):
-        end.close()
-    syns = site.lab.client.counters()["TcpExtTCPSynRetrans"]
-    other.client.do("of[port] = socket.socket(); of[port].sendto(b'early', socket.MSG_FASTOPEN, (address, port))",
-                    address=site.lab.server.ipv4)  # fmt: skip
-    other.server.do("accept(port); read(port, 5)")
-    for end in (other.client, other.server):
-        end.do("of[port].shutdown(socket.SHUT_WR)")
-    cport = other.client.ask("of[port].getsockname()[1]")
-    for end in (other.client, other.server):
-        end.reaches(CLOSE)
-    client = site.row(site.lab.client, lport=cport, rport=other.port)
-    server = site.row(site.lab.server, lport=other.port, rport=cport)
-    info = other.client.info()
+    allow_fast_open(script)
+    listener = script.server.process("server").listener(PORT)
+    near = script.client.process("client").socket()
+    syns = script.client.counter("TcpExtTCPSynRetrans")
+    near.send_to("early", script.server.ipv4, PORT)
+    far = listener.accept()
+    far.read(5)
+    local = near.name()
+    near.shutdown(), far.shutdown()
+    near.until_state("CLOSE"), far.until_state("CLOSE")
+    at_client, at_server = near.info(), far.info()
+    again = script.client.counter("TcpExtTCPSynRetrans")
+    near.close(), far.close()
+    seen = yield
+    client = ended(seen, script.client, lport=local.ret, rport=PORT)
+    server = ended(seen, script.server, lport=PORT, rport=local.ret)
+    info = at_client.info
     check_numbers(client, info)
-    check_numbers(server, other.server.info())
+    check_numbers(server, at_server.info)
     assert client["tx_bytes"] - info["bytes_retrans"] == client["acked_bytes"] == server["rx_bytes"] == 5
     assert info["bytes_retrans"] >= 5
-    assert client["syn_retrans"] == site.lab.client.counters()["TcpExtTCPSynRetrans"] - syns < client["retrans"]
-    for end in (other.client, other.server):
-        end.close()
+    assert client["syn_retrans"] == again.ret - syns.ret < client["retrans"]
 
 
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["4", "6"])
-def test_fast_open(site: Site, family: int) -> None:
+@pytest.mark.parametrize("family", ["4", "6"])
+@recorded(LIFE)
+def test_fast_open(script: Script, family: str) -> Test:
     """Data in the SYN is data."""
-    port, address = next(ports), site.lab.server.address(family)
+    allow_fast_open(script)
+    address = script.server.address(family)
 
-    def opens() -> list[int]:
-        return [host.counters()[f"TcpExtTCPFastOpen{role}"]
-                for host, role in zip(site.lab.hosts, ("Active", "Passive"), strict=True)]  # fmt: skip
+    def opens() -> list[Call]:
+        return [host.counter(f"TcpExtTCPFastOpen{role}")
+                for host, role in zip(script.hosts, ("Active", "Passive"), strict=True)]  # fmt: skip
 
     before = opens()
-    site.server.do(
-        "listen(port, family, address); listeners[port].setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)",
-        port=port, family=family, address=address,
-    )  # fmt: skip
-    site.client.do("of[port] = socket.socket(family); of[port].sendto(b'early', socket.MSG_FASTOPEN, (address, port))",
-                   port=port, family=family, address=address)  # fmt: skip
-    site.server.do("of[port], _ = listeners[port].accept(); read(port, 5); of[port].sendall(b'answer')")
-    site.client.do("read(port, 6); of[port].sendall(b'more'); cport = of[port].getsockname()[1]")
-    site.server.do("read(port, 4)")
-    for puppet in (site.client, site.server):
-        puppet.do("of[port].shutdown(socket.SHUT_WR)")
-    infos = [puppet.ask("(reaches(port, 7), info(port))")[1] for puppet in (site.client, site.server)]
-    cport = site.client.ask("cport")
-    client = site.row(site.lab.client, lport=cport, rport=port)
-    server = site.row(site.lab.server, lport=port, rport=cport)
-    for row, info in zip((client, server), infos, strict=True):
-        check_numbers(row, info)
+    listener = script.server.process("server").listener(PORT, address)
+    listener.option(IPPROTO_TCP, TCP_FASTOPEN, 5)
+    near = script.client.process("client").socket(family)
+    near.send_to("early", address, PORT)
+    far = listener.accept()
+    far.read(5)
+    far.send("answer")
+    near.read(6)
+    near.send("more")
+    local = near.name()
+    far.read(4)
+    near.shutdown(), far.shutdown()
+    near.until_state("CLOSE"), far.until_state("CLOSE")
+    infos = near.info(), far.info()
+    after = opens()
+    near.close(), far.close()
+    seen = yield
+    client = ended(seen, script.client, lport=local.ret, rport=PORT)
+    server = ended(seen, script.server, lport=PORT, rport=local.ret)
+    for row, last in zip((client, server), infos, strict=True):
+        check_numbers(row, last.info)
         assert row["end"] == "FIN"
     assert (client["acked_bytes"], client["rx_bytes"], client["role"]) == (9, 6, "ACTIVE")
     assert (server["acked_bytes"], server["rx_bytes"], server["role"]) == (6, 9, "PASSIVE")
-    assert opens() == [count + 1 for count in before]
-    for puppet in (site.client, site.server):
-        puppet.do("close(port)")
+    assert [count.ret for count in after] == [count.ret + 1 for count in before]
 
 
-def test_fast_open_without_an_end_of_the_handshake(site: Site) -> None:
+@recorded(LIFE)
+def test_fast_open_without_an_end_of_the_handshake(script: Script) -> Test:
     """The child is accepted and reads in SYN_RECV, since its SYN-ACK is lost, and dies there."""
-    port = next(ports)
-    site.server.do(
-        "listen(port, socket.AF_INET, address)\n"
-        "listeners[port].setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)",
-        port=port, address=site.lab.server.ipv4,
-    )  # fmt: skip
-    with losing(site.lab.server):
-        site.client.do(
-            "of[port] = socket.socket(); of[port].setblocking(False)\n"
-            "try: of[port].sendto(b'early', socket.MSG_FASTOPEN, (address, port))\n"
-            "except BlockingIOError: pass\n"
-            "cport = of[port].getsockname()[1]",
-            port=port, address=site.lab.server.ipv4,
-        )  # fmt: skip
-        site.server.do("of[port], _ = listeners[port].accept(); read(port, 5); linger(port, 0); close(port)")
-        row = site.row(site.lab.server, lport=port, rport=site.client.ask("cport"))
-        site.client.do("close(port)")
+    allow_fast_open(script)
+    server = script.server.process("server")
+    listener = server.listener(PORT)
+    listener.option(IPPROTO_TCP, TCP_FASTOPEN, 5)
+    with script.server.losing():
+        near = script.client.process("client").socket()
+        near.blocking(False)
+        near.send_to("early", script.server.ipv4, PORT, may_fail=True)
+        local = near.name()
+        far = listener.accept()
+        far.read(5)
+        far.linger(0)
+        far.close()
+        script.server.until_sockets(0, "==", lport=PORT, rport=local)
+        near.close()
+    seen = yield
+    row = ended(seen, script.server, lport=PORT, rport=local.ret)
     check_end(row, "RST_SENT", "LOCAL", "SYN_RECV")
-    assert (row["pid"], row["role"], row["rx_bytes"]) == (site.server.pid, "PASSIVE", 5)
+    assert (row["pid"], row["role"], row["rx_bytes"]) == (server.pid, "PASSIVE", 5)
     assert row["duration_us"] is not None
     assert row["established_us"] is row["handshake_us"] is None
