@@ -236,7 +236,7 @@ def verdict(kernels: Iterable[Found]) -> str:
 
 
 def judged(kernel: Found) -> list[str]:
-    """What a kernel lacks and what tools do not know there, kept beside its BTF until an object or the check changes."""
+    """What a kernel lacks and what tools do not know there; kept beside its BTF until an object or a check changes."""
     kept, now = kernel.file.with_name(f"{kernel.release}.verdict"), _basis()
     try:
         basis, said = json.loads(kept.read_text())

@@ -191,7 +191,13 @@ def about_the_kernel() -> dict[str, Any]:
             for event, chosen in plans.items()
         }
     functions = "yes" if kernel.fentry or kernel.kprobe else "no"
-    return {"release": platform.release(), "config": {"functions": functions, "netem": netem()}, "hooks": hooks}
+    switch = Path("/proc/sys/kernel/io_uring_disabled")
+    config = {
+        "functions": functions,
+        "netem": netem(),
+        "io_uring_disabled": switch.read_text().strip() if switch.exists() else "0",
+    }
+    return {"release": platform.release(), "config": config, "hooks": hooks}
 
 
 def netem() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tcpscope.kernel.btf import Btf
+from tcpscope.kernel.btf import Btf, Kind
 from tests.record.script import Came, Host, Script
 from tests.record.watch import Watch
 
@@ -109,6 +109,9 @@ class Machine:
     def enumerator(self, name: str) -> int | None:
         return self.btf.enum_value(name)
 
+    def has_type(self, name: str) -> bool:
+        return any(self.btf.find(name, kind) for kind in (Kind.STRUCT, Kind.UNION, Kind.ENUM))
+
     @property
     def gives_cookies(self) -> bool:
         """Whether tracing programs can ask for a cookie (5.12). Elsewhere it is known if somebody has asked."""
@@ -150,6 +153,11 @@ class Recording:
         return read_log(self.folder)
 
     @cached_property
+    def inodes(self) -> list[int]:
+        """The network namespaces of all hosts."""
+        return [inode for played in self.scenarios.values() for inode in played.inodes.values()]
+
+    @cached_property
     def runs(self) -> dict[str, Run]:
         return {
             name: Run(argv, status, (self.folder / f"{name}.out").read_text(errors="replace"),
@@ -171,6 +179,10 @@ class Seen:
         if problems := run.problems():
             pytest.fail(f"tcpscope {' '.join(run.argv)}: {'; '.join(problems)}", pytrace=False)
         return run
+
+    def of_all(self, watch: Watch) -> list[Row]:
+        """Its rows of the hosts of all scenarios, and of nobody else."""
+        return [row for inode in self.recording.inodes for row in self.run(watch).by_netns[inode]]
 
     def rows(self, watch: Watch, *hosts: Host, **wanted: Any) -> list[Row]:
         """Its rows of these hosts (of both without one) in which these columns have these values, in their order."""

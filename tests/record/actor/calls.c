@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -173,6 +174,24 @@ static void connects_raw(struct actor *a, int count, char **w, struct reply *r)
 
 	from_hex(w[1], address, sizeof(address));
 	outcome(r, connect(*slot(a, w[0]), (void *)address, atoi(w[2])));
+}
+
+/* connect_at_edge SLOT ADDRESS PORT: behind the address there is no memory */
+static void connects_at_edge(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct sockaddr_storage address;
+	socklen_t size = to_address(w[1], w[2], &address);
+	size_t page = sysconf(_SC_PAGESIZE);
+	char *pages = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (pages == MAP_FAILED || mprotect(pages + page, page, PROT_NONE)) {
+		outcome(r, -1);
+		return;
+	}
+	memcpy(pages + page - size, &address, size);
+	r->begin = now_ns();
+	outcome(r, connect(*slot(a, w[0]), (void *)(pages + page - size), size));
+	munmap(pages, 2 * page);
 }
 
 /* accept LISTENER SLOT [FLAGS]: without flags by accept(), with them by accept4(); returned is the remote port */
@@ -367,18 +386,22 @@ static void processor(struct actor *a, int count, char **w, struct reply *r)
 
 static void woken(int number) {}
 
-/* interruptible MILLISECONDS: a signal comes after so long, and the call that it meets is not begun again */
-static void interruptible(struct actor *a, int count, char **w, struct reply *r)
+/* interrupt MILLISECONDS: a signal comes again and again after so long, until it is 0; the call that it meets is not begun
+ * again */
+static void interrupt(struct actor *a, int count, char **w, struct reply *r)
 {
+	static timer_t timer;
+	static bool made;
 	struct sigaction action = {.sa_handler = woken};
 	int ms = atoi(w[0]);
-	struct itimerspec when = {.it_value = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000}};
+	struct timespec time = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000};
+	struct itimerspec when = {.it_value = time, .it_interval = time};
 	struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGALRM};
-	timer_t timer;
 
 	event._sigev_un._tid = syscall(SYS_gettid);
 	sigaction(SIGALRM, &action, NULL);
-	outcome(r, timer_create(CLOCK_MONOTONIC, &event, &timer) || timer_settime(timer, 0, &when, NULL) ? -1 : 0);
+	made = made || !timer_create(CLOCK_MONOTONIC, &event, &timer);
+	outcome(r, made ? timer_settime(timer, 0, &when, NULL) : -1);
 }
 
 const struct entry socket_commands[] = {
@@ -393,6 +416,7 @@ const struct entry socket_commands[] = {
 	{"listen", listens},
 	{"connect", connects},
 	{"connect_raw", connects_raw},
+	{"connect_at_edge", connects_at_edge},
 	{"accept", accepts},
 	{"blocking", blocking},
 	{"send", sends},
@@ -412,6 +436,6 @@ const struct entry socket_commands[] = {
 	{"wait", waits},
 	{"become", becomes},
 	{"processor", processor},
-	{"interruptible", interruptible},
+	{"interrupt", interrupt},
 	{},
 };
