@@ -196,6 +196,10 @@ class Script:
             self.conduct("tools")
         return self.conduct("moment")
 
+    def stay(self) -> None:
+        """Let its processes live until the tools have ended: for what these look at last. The end of a scenario."""
+        self.conduct("played")
+
     def step(self, process: object, mode: str, *words: object) -> Call:
         if not self._tools:
             self._tools = True

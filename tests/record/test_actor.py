@@ -141,6 +141,26 @@ def test_who_is_killed_is_gone_and_a_step_of_it_fails(tmp_path: Path) -> None:
     assert max(found.calls) == len(script.lines) - 2
 
 
+def test_who_stays_lives_until_the_tools_have_ended(tmp_path: Path) -> None:
+    mortal, staying = Script(), Script()
+    for script in (mortal, staying):
+        script.server.process("server").listener(8000)
+    staying.stay()
+    (tmp_path / "script").write_text(f"S mortal\n{mortal.text}S staying\n{staying.text}")
+    command = [built(), tmp_path / "script", tmp_path / "log", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as actor:
+        assert actor.stdin is not None and actor.stdout is not None
+        for stage in ("tools", "moment", "played"):
+            assert actor.stdout.readline() == f"{stage}\n"
+            alive = [
+                [pid for pid in found.pids.values() if Path(f"/proc/{pid}").exists()]
+                for found in read_log(tmp_path).values()
+            ]
+            actor.stdin.write("\n")
+    assert [len(pids) for pids in alive] == [0, 3]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in alive[1])
+
+
 def test_nothing_stays_when_the_actor_is_killed(tmp_path: Path) -> None:
     script = Script()
     script.client.process("client").listener(8000).accept(wait=False).accepted.join()
