@@ -29,6 +29,7 @@ from typing import Any
 
 from tcpscope.lab.sockets import STATES as _STATES
 from tcpscope.lab.sockets import Socket as Found
+from tests.record.watch import Watch
 
 AF_INET, AF_INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 SOL_SOCKET, SO_ERROR, SO_REUSEADDR, SO_LINGER, SO_REUSEPORT = 1, 4, 2, 13, 15
@@ -196,6 +197,10 @@ class Script:
             self.conduct("tools")
         return self.conduct("moment")
 
+    def stay(self) -> None:
+        """Let its processes live until the tools have ended: for what these look at last. The end of a scenario."""
+        self.conduct("played")
+
     def step(self, process: object, mode: str, *words: object) -> Call:
         if not self._tools:
             self._tools = True
@@ -302,6 +307,17 @@ class Host:
     ) -> Call:  # fmt: skip
         """Wait until there are so many sockets in that state and with these ports, or their field is so much in sum."""
         return self.agent.until("diag", field, state, lport, rport, op=op, value=value)
+
+    def until_rows(self, watch: Watch, number: int = 2, *, since: int | None = None, **columns: object) -> Call:
+        """Wait until a tool has written so many rows of this host in which these columns have these numbers.
+
+        For tools that look again and again, which nothing in the kernel tells of. They count from now on: the second
+        row of a listener is of a look that began after this call. With `since=0` all are counted.
+        """
+        file, netns = f"{watch.name}.out", self.agent("netns")
+        start = self.agent("bytes", file) if since is None else since
+        wanted = [word for name, value in columns.items() for word in (name, value)]
+        return self.agent.until("rows", file, start, "netns", netns, *wanted, op=">=", value=number)
 
     # What lies between it and its peer
 

@@ -12,6 +12,7 @@ import pytest
 from tests.record.plugin import built
 from tests.record.recording import Played, read_log
 from tests.record.script import Script
+from tests.record.watch import Watch
 
 DEADLINE_S = 60
 
@@ -20,7 +21,7 @@ def play(folder: Path, *scripts: Script, at_once: int = 8) -> list[Played]:
     """What came of these scenarios."""
     (folder / "script").write_text("".join(f"S {number}\n{script.text}" for number, script in enumerate(scripts)))
     command = [built(), folder / "script", folder / "log", str(at_once)]
-    done = subprocess.run(command, input="\n\n\n", capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(command, cwd=folder, input="\n\n\n", capture_output=True, text=True, timeout=DEADLINE_S)
     assert (done.returncode, done.stdout) == (0, "tools\nmoment\nplayed\n"), done.stderr
     return list(read_log(folder).values())
 
@@ -128,6 +129,20 @@ def test_what_does_not_come_is_waited_for_no_longer_than_that(tmp_path: Path, mo
     assert "waited in vain for >= 1, it is 0" in found.failure
 
 
+def test_rows_are_those_of_the_host_that_are_whole(tmp_path: Path) -> None:
+    script, watch = Script(), Watch("queue", "-i", "1")
+    agent, file = script.server.agent, f"{watch.name}.out"
+    netns, old = agent("netns"), agent("bytes", file)
+    text = 'printf \'{"netns":%s,"lport":%s}\\n\' $0 80 $0 8000 1 8000 $0 80001 >>$1; printf \'{"netns":%s\' $0 >>$1'
+    script.server.exec("sh", "-c", text, netns, file)
+    wanted = agent("rows", file, old, "netns", netns, "lport", 8000)
+    since, whole = agent("rows", file, old), agent("rows", file, 0)
+    (tmp_path / file).write_text('{"netns":1,"lport":8000}\n')
+    played(tmp_path, script)
+    assert netns.ret == script.server.inode
+    assert (wanted.ret, since.ret, whole.ret) == (1, 4, 5)
+
+
 def test_who_is_killed_is_gone_and_a_step_of_it_fails(tmp_path: Path) -> None:
     script = Script()
     mortal = script.client.process("mortal")
@@ -139,6 +154,26 @@ def test_who_is_killed_is_gone_and_a_step_of_it_fails(tmp_path: Path) -> None:
     (found,) = play(tmp_path, script)
     assert "is not there for 'now'" in found.failure
     assert max(found.calls) == len(script.lines) - 2
+
+
+def test_who_stays_lives_until_the_tools_have_ended(tmp_path: Path) -> None:
+    mortal, staying = Script(), Script()
+    for script in (mortal, staying):
+        script.server.process("server").listener(8000)
+    staying.stay()
+    (tmp_path / "script").write_text(f"S mortal\n{mortal.text}S staying\n{staying.text}")
+    command = [built(), tmp_path / "script", tmp_path / "log", "1"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as actor:
+        assert actor.stdin is not None and actor.stdout is not None
+        for stage in ("tools", "moment", "played"):
+            assert actor.stdout.readline() == f"{stage}\n"
+            alive = [
+                [pid for pid in found.pids.values() if Path(f"/proc/{pid}").exists()]
+                for found in read_log(tmp_path).values()
+            ]
+            actor.stdin.write("\n")
+    assert [len(pids) for pids in alive] == [0, 3]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in alive[1])
 
 
 def test_nothing_stays_when_the_actor_is_killed(tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_cannot_be_played(script: Script) -> Test:
     script.client.process("client").socket().connect(script.server.ipv4, 7000)
     yield
 
+@recorded(CONNECT, Watch("queue", "--stack"))
+def test_has_a_tool_that_does_not_run(script: Script) -> Test:
+    script.client.flush()
+    seen = yield
+    assert seen.rows(CONNECT) == []
+    seen.rows(Watch("queue", "--stack"))
+
 def test_is_not_recorded(): pass
 """
 
@@ -52,7 +59,7 @@ def pytest_in(folder: Path, tree: Path, *arguments: str, text: str = FILE) -> tu
 def folder(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> Path:
     """With the file, recorded once."""
     made = tmp_path_factory.mktemp("recorded")
-    pytest_in(made, tree, "-k", "not cannot")
+    pytest_in(made, tree, "-k", "refused or too_much")
     return made
 
 
@@ -82,6 +89,13 @@ def test_what_the_actor_gives_up_fails_alone(tmp_path: Path, tree: Path) -> None
     assert "1 passed" in text and "1 failed" in text
 
 
+def test_a_tool_that_does_not_run_fails_who_asks_it(tmp_path: Path, tree: Path) -> None:
+    status, text = pytest_in(tmp_path, tree, "-k", "has_a_tool or 7000")
+    assert status == 1
+    assert "1 passed" in text and "1 failed" in text
+    assert "tcpscope queue --stack: it ended with status 2" in text and "it goes with --events" in text
+
+
 def test_a_tool_that_lost_something_fails_each_test_that_asks_it(folder: Path, tmp_path: Path, tree: Path) -> None:
     for file in (folder / "recording").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -98,7 +112,8 @@ def test_only_the_script_is_written(tmp_path: Path, tree: Path) -> None:
     target = tmp_path / "composed"
     target.mkdir()
     pytest_in(tmp_path, tree, "--compose", str(target))
-    assert (target / "script").read_text().count("S ") == 4
-    assert json.loads((target / "watches.json").read_text()) == [[False, "connect", "--port", "6000-9999"]]
+    assert (target / "script").read_text().count("S ") == 5
+    watches = [[False, "connect", "--port", "6000-9999"], [False, "queue", "--stack"]]
+    assert json.loads((target / "watches.json").read_text()) == watches
     assert (target / "actor").stat().st_mode & 0o100
     assert not (target / "log").exists()

@@ -1,48 +1,56 @@
 """The rule about SYN queues, on real floods, with cookies off, on demand, and always."""
 
-import pytest
+from __future__ import annotations
 
-from tcpscope.kernel.features import Kernel
-from tcpscope.lab.scenarios.syn_flood import SynFlood
+from tests.record import Script, Test, recorded
+from tests.tools.queue.refusals import DIAGNOSE, Run, findings
 
-pytestmark = pytest.mark.kernel
-
-
-def flood(lab, run_tool, **parameters):
-    scenario = SynFlood(**parameters)
-    scenario.setup(lab)
-    with run_tool("diagnose", "--netns", str(lab.server.inode), "-d", "300") as tool:
-        scenario.fault(lab)
-        outcome = scenario.settle(lab)
-    return [row for row in tool.done.rows if row.get("rule") == "syn_queue"], outcome.counters
+SYNS = 64
 
 
-def exact() -> bool:
-    return bool(Kernel().fentry or Kernel().kprobe)
+def flooded(script: Script, syncookies: int) -> Run:
+    with script.older():
+        script.server.sysctl("tcp_syncookies", syncookies)
+        script.server.sysctl("tcp_max_syn_backlog", 256)
+        run = Run(script)
+    run.flood(SYNS)
+    run.end()
+    script.stay()
+    return run
 
 
-def test_without_cookies_syns_are_dropped(lab, run_tool):
-    (finding,), counters = flood(lab, run_tool, syncookies=0)
-    assert counters["TcpExtTCPReqQFullDrop"] > 0
-    assert finding["severity"] == "critical"
+@recorded(DIAGNOSE)
+def test_without_cookies_syns_are_dropped(script: Script) -> Test:
+    run = flooded(script, syncookies=0)
+    seen = yield
+    (finding,) = findings(seen, run)
+    assert run.change("TCPReqQFullDrop") > 0
+    assert (finding["rule"], finding["severity"]) == ("syn_queue", "critical")
     facts = finding["facts"]
-    assert facts["dropped"] == counters["TcpExtTCPReqQFullDrop"]
-    assert facts["dropped"] + facts["reserved"] == counters["TcpExtListenDrops"]
+    assert facts["dropped"] == run.change("TCPReqQFullDrop")
+    assert facts["dropped"] + facts["reserved"] == run.change("ListenDrops")
     cookies = finding["remedies"][0]
     assert (cookies["name"], cookies["present"], cookies["proposed"]) == ("net.ipv4.tcp_syncookies", 0, 1)
 
 
-def test_with_cookies_on_demand_it_is_a_warning(lab, run_tool):
-    found, counters = flood(lab, run_tool, syncookies=1)
-    assert counters["TcpExtTCPReqQFullDoCookies"] > 0
-    if not exact():  # a cookie is no drop: nothing that a listener counts shows it
+@recorded(DIAGNOSE)
+def test_with_cookies_on_demand_it_is_a_warning(script: Script) -> Test:
+    run = flooded(script, syncookies=1)
+    seen = yield
+    assert run.change("TCPReqQFullDoCookies") > 0
+    found = findings(seen, run)
+    if not seen.machine.functions_can_be_hooked:  # a cookie is no drop: nothing that a listener counts shows it
+        assert found == []
         return
     (finding,) = found
-    assert (finding["severity"], finding["facts"]["cookies"]) == ("warning", counters["TcpExtTCPReqQFullDoCookies"])
+    assert (finding["rule"], finding["severity"]) == ("syn_queue", "warning")
+    assert finding["facts"]["cookies"] == run.change("TCPReqQFullDoCookies")
     assert all(remedy["name"] != "net.ipv4.tcp_syncookies" for remedy in finding["remedies"])
 
 
-def test_cookies_always_are_no_finding(lab, run_tool):
-    found, counters = flood(lab, run_tool, syncookies=2)
-    assert counters["TcpExtTCPReqQFullDoCookies"] > 0
-    assert found == []
+@recorded(DIAGNOSE)
+def test_cookies_always_are_no_finding(script: Script) -> Test:
+    run = flooded(script, syncookies=2)
+    seen = yield
+    assert run.change("TCPReqQFullDoCookies") == SYNS
+    assert findings(seen, run) == []

@@ -10,7 +10,7 @@
  *   S NAME                          a scenario begins
  *   STEP PROCESS MODE COMMAND ...   MODE: '!' must succeed, '=' must return 0, '-' may fail, '&' is not waited for (see join)
  *   STEP * ! CONDUCTOR ...          spawn PROCESS HOST COMM | fork, thread PROCESS OF | pass A SLOT B SLOT |
- *                                   kill PROCESS SIGNAL | join STEP | tools | moment
+ *                                   kill PROCESS SIGNAL | join STEP | tools | moment | played
  *
  * Words have %XX for blanks, for dollar and percent signs and for what is no ASCII. $N is what step N returned, $N+M so much more.
  * `until OP VALUE SECONDS COMMAND ...` repeats a command until it returns what is asked for.
@@ -18,7 +18,7 @@
  * `tools` waits until the tools that are recorded run, `moment` until those have run that only look at what is there. When
  * all scenarios have come to it, or have ended, "tools" or "moment" is printed and a line waited for on stdin. "played" is
  * printed at the end, and again a line waited for: namespaces last that long, so that the number of one is never given
- * to another.
+ * to another. The processes of a scenario that waits for `played` last that long, too.
  *
  * A line of the log:
  *   r SCENARIO STEP BEGIN_NS END_NS RETURNED ERRNO DATA
@@ -48,7 +48,7 @@
 #include <unistd.h>
 
 #define PROCESSES 32
-#define STAGES 2
+#define STAGES 3
 #define PATIENCE_NS (180 * 1000000000LL) /* without any answer a scenario is stuck */
 
 long long now_ns(void)
@@ -161,7 +161,7 @@ static int split(char *line, char **words)
 
 static command *find(const char *name)
 {
-	const struct entry *tables[] = {socket_commands, host_commands, uring_commands};
+	const struct entry *tables[] = {socket_commands, host_commands, row_commands, uring_commands};
 
 	for (size_t i = 0; i < sizeof(tables) / sizeof(*tables); i++)
 		for (const struct entry *entry = tables[i]; entry->name; entry++)
@@ -321,7 +321,7 @@ struct scenario {
 	long long since;
 };
 
-static const char *const stages[STAGES] = {"tools", "moment"};
+static const char *const stages[STAGES] = {"tools", "moment", "played"};
 static struct scenario *scenarios;
 static int scenario_count;
 static FILE *record;
@@ -720,7 +720,6 @@ int main(int argc, char **argv)
 		wait_for_line(stages[reached]);
 	}
 	play(atoi(argv[3]), STAGES);
-	wait_for_line("played");
 	fclose(record);
 	return 0;
 }
