@@ -22,12 +22,14 @@ def report():
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_every_tool_is_there_and_needs_no_guess(report):
     assert sorted(entry["tool"] for entry in report["tools"]) == names()
     assert all(entry["works"] is True and entry["why"] is None for entry in report["tools"])
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
     kernel = Btf.parse(BTF.read_bytes())
     for entry in report["tools"]:
@@ -38,6 +40,7 @@ def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_what_is_not_attached_says_why_and_what_is_then_not_known(report):
     for entry in report["tools"]:
         for hook in entry["hooks"]:
@@ -69,6 +72,7 @@ def test_text_names_hooks_and_privileges():
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_no_program_is_refused_that_should_load(report):
     """A way is passed over for what the kernel lacks, never because the verifier did not like the program."""
     refused = [
@@ -82,6 +86,7 @@ def test_no_program_is_refused_that_should_load(report):
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_every_hook_is_attached_where_functions_can_be_hooked(report):
     if functions_cannot_be_hooked():
         assert any(hook["way"] is None for entry in report["tools"] for hook in entry["hooks"])

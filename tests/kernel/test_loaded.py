@@ -212,6 +212,7 @@ def test_a_hook_without_a_way_left(own: Spec, kernel: Kernel, monkeypatch: pytes
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_experiment_k(naive: Spec, kernel: Kernel) -> None:
     """A user's own object that follows skb->sk directly: the verifier's last words and the hint, not 80 lines."""
     with pytest.raises(TcpscopeError) as caught:
@@ -290,6 +291,7 @@ def test_an_iterator_in_a_namespace_that_is_none(sockets: Loaded) -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 def test_all_ways_but_the_refused_are_really_there(kernel: Kernel) -> None:
     """What the kernel is said to have, it has: every hook of every probe attaches by its planned way."""
     for probe in ("connections", "listeners", "rtt", "sockets"):
@@ -313,6 +315,7 @@ class Poorer(Kernel):
 
 
 @pytest.mark.kernel
+@pytest.mark.every_kernel
 @pytest.mark.parametrize("probe", ["connections", "listeners", "rtt"])
 def test_every_worse_way_is_taken_by_the_verifier_too(probe: str) -> None:
     """Kernel probes instead of trampolines, then neither, with everything switched on that costs stack."""

@@ -1,4 +1,7 @@
-"""The hand-written types of bpf/kernel.bpf.h against the running kernel's BTF: every field is there, of its kind."""
+"""The hand-written types of bpf/kernel.bpf.h against the BTF of kernels: every field is there, of its kind.
+
+The running kernel's, and those of all kernels of which the BTF is here: no boot is needed for them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import pytest
 from tcpscope.kernel.btf import Btf, Enum, Int, Kind, Member, Struct, Type
 from tcpscope.kernel.features import BTF
 from tcpscope.kernel.spec import Spec
+from tests.kernels import HOST, KERNELS, debian, ring
+from tests.kernels.image import btf_of
 
 HEADER = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf/kernel.bpf.h"
 PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir()
@@ -35,9 +40,15 @@ OTHER_KINDS = {
 """Fields whose size may differ from ours, and why that does no harm."""
 
 
-@pytest.fixture(scope="module")
-def kernel() -> Btf:
-    return Btf.parse(BTF.read_bytes())
+IMAGES = {image.release: image for kernel in KERNELS if (image := debian.cached(kernel))}
+FOUND = {kernel.release: kernel for kernel in ring.newest()}
+
+
+@pytest.fixture(scope="module", params=[HOST, *(IMAGES | FOUND)])
+def kernel(request: pytest.FixtureRequest) -> Btf:
+    if request.param == HOST:
+        return Btf.parse(BTF.read_bytes())
+    return Btf.parse(btf_of(IMAGES[request.param])) if request.param in IMAGES else FOUND[request.param].btf
 
 
 def declared() -> set[str]:
@@ -86,7 +97,6 @@ def _compare(ours: Btf, member: Member, theirs: Btf, there: Member, real: str, p
             yield f"{path} has {sizes[0]} bytes here and {sizes[1]} there"
 
 
-@pytest.mark.kernel
 def test_every_field_exists(kernel: Btf) -> None:
     wrong, seen = [], set()
     for probe in PROBES:
@@ -116,7 +126,6 @@ def test_every_field_exists(kernel: Btf) -> None:
     assert {"sock_common", "sock", "tcp_sock", "task_struct", "pt_regs___kernel", "kuid_t", "possible_net_t"} <= seen
 
 
-@pytest.mark.kernel
 def test_what_is_read_of_a_socket_in_one_piece(kernel: Btf) -> None:
     """identity.bpf.h copies so much, and then reads these fields in the copy."""
     (size,) = map(int, re.findall(r"#define COMMON_BYTES (\d+)", (HEADER.parent / "identity.bpf.h").read_text()))

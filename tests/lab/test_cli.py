@@ -47,7 +47,6 @@ def test_unknown_scenario() -> None:
     assert "did you mean 'syn-flood'" in str(result.exception)
 
 
-@pytest.mark.kernel
 def test_run_tells_what_was_done_and_what_was_counted() -> None:
     text = invoke("run", "accept-overflow", "--backlog", "2", "--clients", "4", "--family", "6", "--freeze",
                   "--synack-retries", "5")  # fmt: skip

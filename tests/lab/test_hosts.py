@@ -20,8 +20,6 @@ from tcpscope.lab.hosts import Lab, _flush_backlogs, held
 from tcpscope.lab.namespaces import NAMES, start_time
 from tests.lacks import no_netem
 
-pytestmark = pytest.mark.kernel
-
 FAMILIES = [socket.AF_INET, socket.AF_INET6]
 DEADLINE = 60.0  # seconds; far more than the slowest guest needs
 
@@ -97,6 +95,7 @@ def test_counters_are_those_of_the_host(lab: Lab) -> None:
     listener.close()
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_packets_leave_in_order(lab: Lab, family: int) -> None:
     listener, address = listen(lab, family)
@@ -129,6 +128,7 @@ def until(condition: Callable[[], bool]) -> None:
         assert time.monotonic() < deadline
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_link_moves_nothing_and_thaws(family: int) -> None:
     with Lab() as lab:
@@ -148,6 +148,7 @@ def test_frozen_link_moves_nothing_and_thaws(family: int) -> None:
         again.connect(address)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blackhole_swallows(lab: Lab, family: int) -> None:
     prefix, inside = {
@@ -169,6 +170,7 @@ def test_blackhole_swallows(lab: Lab, family: int) -> None:
     assert after[0]["Icmp6InDestUnreachs"] == before[0]["Icmp6InDestUnreachs"]
 
 
+@pytest.mark.kernel
 def test_netem_delays_and_loses_or_says_that_it_cannot() -> None:
     with Lab() as lab:
         if no_netem():

@@ -39,7 +39,6 @@ def references(inode: int) -> list[str]:
     return found + [line for line in mounts if f"net:[{inode}]" in line]
 
 
-@pytest.mark.kernel
 def test_worker_lives_in_the_namespace() -> None:
     namespace = Namespace("test")
     try:
@@ -67,7 +66,6 @@ def test_two_namespaces_of_one_name_cannot_be() -> None:
         first.close()
 
 
-@pytest.mark.kernel
 def test_killed_owner_is_swept_and_a_living_one_is_not() -> None:
     def start() -> tuple[subprocess.Popen[str], str]:
         owner = subprocess.Popen(
