@@ -41,7 +41,7 @@ OTHER_KINDS = {
 
 
 IMAGES = {image.release: image for kernel in KERNELS if (image := debian.cached(kernel))}
-FOUND = {kernel.release: kernel for kernel in ring.newest()}
+FOUND = {kernel.release: kernel for kernel in ring.newest("plain")}
 
 
 @pytest.fixture(scope="module", params=[HOST, *(IMAGES | FOUND)])

@@ -68,11 +68,12 @@ def cached() -> list[Found]:
     return sorted(Found(**{**record, "series": tuple(record["series"])}) for record in records)
 
 
-def newest() -> list[Found]:
-    """Of those that are here the newest of each series, suite and flavour."""
+def newest(*flavours: str) -> list[Found]:
+    """Of those that are here the newest of each series and flavour, or of these flavours."""
     found: dict[tuple[object, ...], Found] = {}
     for kernel in sorted(cached(), key=_age):
-        found[kernel.series, kernel.suite, kernel.flavour] = kernel
+        if not flavours or kernel.flavour in flavours:
+            found[kernel.series, kernel.flavour] = kernel
     return sorted(found.values())
 
 

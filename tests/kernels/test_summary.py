@@ -15,7 +15,8 @@ def lines(*tests: Result, running: str = "", status: int | None = 0) -> list[str
     records: list[dict[str, object]] = []
     for t in tests:
         records.append({"event": "start", "nodeid": t.nodeid})
-        outcome = {"outcome": t.outcome, "reason": t.reason, "duration": t.duration_s, "kernel": t.kernel}
+        outcome = {"outcome": t.outcome, "reason": t.reason, "duration": t.duration_s, "setup": t.setup_s,
+                   "kernel": t.kernel}  # fmt: skip
         records.append({"event": "test", "nodeid": t.nodeid, **outcome})
     if running:
         records.append({"event": "start", "nodeid": running})
@@ -130,6 +131,13 @@ def test_a_good_matrix_is_good() -> None:
         [
             "=== host (): 2 passed in 0.00s ===",
             "=== kernel 6.1 (): 1 passed in 0.00s ===",
+            "=== the slowest tests ===",
+            "     0.1 s                    host  a",
+            "     0.1 s                    host  u",
+            "     0.1 s                     6.1  a",
+            "=== time of each row ===",
+            "       0 s  host",
+            "       0 s  6.1",
             "3 passed, 0 failed, 0 skipped",
         ],
         True,
@@ -140,3 +148,19 @@ def test_a_row_survives_its_file(tmp_path: Path) -> None:
     row = Row("6.1", "6.1.0", [result("a", "skipped", "why")], "crashed", 5.0, 9.0)
     summary.save(row, tmp_path / "deep" / "6.1.json")
     assert summary.load(tmp_path / "deep" / "6.1.json") == row
+
+
+def test_the_slowest_tests_have_their_fixtures_apart() -> None:
+    quick, slow, set_up = result("a"), Result("b", "passed", "", 5.0, True), Result("c", "passed", "", 1.0, True, 9.0)
+    assert summary.slowest([Row("host", tests=[quick, slow]), Row("6.1", tests=[set_up])], 2) == [
+        "     1.0 s + 9.0 s set-up      6.1  c",
+        "     5.0 s                    host  b",
+    ]
+
+
+def test_a_row_of_two_parts_has_the_problems_of_both() -> None:
+    live = Row("6.1", "6.1.0", [result("a")], "", boot_s=5.0, total_s=30.0)
+    recorded = Row("6.1", "6.1.0", [result("b", "failed")], "no recording", total_s=2.0)
+    both = summary.joined(live, recorded)
+    assert ([test.nodeid for test in both.tests], both.total_s, both.boot_s) == (["a", "b"], 32.0, 5.0)
+    assert both.problem == "no recording" and not both.good
