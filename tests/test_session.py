@@ -188,6 +188,7 @@ def test_a_signal_ends_it_in_order(lab: Lab, run_tool: type[RunningTool], number
 
 
 @pytest.mark.kernel
+@pytest.mark.concurrent
 def test_two_copies_do_not_disturb_each_other(lab: Lab, run_tool: type[RunningTool]) -> None:
     with (
         run_tool("states", "--netns", str(lab.client.inode)) as first,

@@ -14,7 +14,7 @@ from tests import left_out
 from tests.conftest import until
 from tests.puppets import Puppet
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.concurrent]  # a softirq on the other processor, too
 
 CONNECTIONS = 20
 STEPS = (

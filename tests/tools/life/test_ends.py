@@ -45,6 +45,7 @@ def test_both_close(script: Script, family: str) -> Test:
     assert (row["acked_bytes"], row["rx_bytes"]) == (5000, 100_000)
 
 
+@pytest.mark.concurrent  # both ends at a time
 @recorded(LIFE)
 def test_simultaneous_close(script: Script) -> Test:
     pair = Pair(script)

@@ -46,6 +46,7 @@ def check_event(run: Run, row: dict[str, Any], sysctls: dict[str, Call]) -> None
     assert (row["cause"], row["answer"], row["count"]) == ("ACCEPT_QUEUE_FULL", "NONE", 1)
 
 
+@pytest.mark.concurrent  # the counters of the processor that refuses
 @pytest.mark.parametrize("family", FAMILIES)
 @recorded(EVENTS)
 def test_the_queue_is_full_at_the_syn(script: Script, family: str) -> Test:
@@ -65,6 +66,7 @@ def test_the_queue_is_full_at_the_syn(script: Script, family: str) -> Test:
         assert (row["step"], row["syn_queue"]) == ("SYN", 0)
 
 
+@pytest.mark.concurrent
 @pytest.mark.parametrize("family", FAMILIES)
 @recorded(EVENTS)
 def test_the_queue_is_full_at_the_final_ack(script: Script, family: str) -> Test:
@@ -89,6 +91,7 @@ def test_the_queue_is_full_at_the_final_ack(script: Script, family: str) -> Test
         assert 4 <= row["syn_queue"] <= 5
 
 
+@pytest.mark.concurrent
 @recorded(EVENTS)
 def test_ten_runs_in_a_row_agree(script: Script) -> Test:
     server, client = script.server.process("server"), script.client.process("client")
