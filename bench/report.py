@@ -79,7 +79,8 @@ def _kernel(part: dict[str, Any] | None, where: str) -> str:
     plan, load = part["plan"], f"{part['load_before']:.1f} before, {part['load_after']:.1f} after"
     nothing = [cost for cost in next(iter(part["cost"].values()))["nothing"] if cost]
     lines = [
-        f"{where}, Linux {part['kernel']}, {part['cpus']} processor{'s' if part['cpus'] > 1 else ''}, {part['began']}, load {load}. "
+        f"{where}, Linux {part['kernel']}, {part['cpus']} processor{'s' if part['cpus'] > 1 else ''}, {part['began']}, "
+        f"load {load}. "
         f"{plan['rounds']} rounds of {plan['batches']} x {plan['connections']:,} connections, {plan['starts']} starts. "
         f"Without a tool a connection takes {spread([cost['wall_ns'] for cost in nothing])} ns.",
     ]

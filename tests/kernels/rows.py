@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,14 +50,17 @@ def run_host(arguments: Sequence[str], show: Callable[[str], None] | None = None
         keep_clean = ("PYTHONDONTWRITEBYTECODE=1", "HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis")
         command = ["sudo", "env", *keep_clean, *command, "-p", "no:cacheprovider"]
     started = time.monotonic()
-    if show is None:
-        done = subprocess.run(command, cwd=TREE)
-    else:
-        with log_of(HOST).open("w") as log:
-            done = subprocess.run(command, cwd=TREE, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    with log_of(HOST).open("w") as log:
+        output = {} if show is None else {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        with subprocess.Popen(command, cwd=TREE, **output) as process:
+            try:
+                while process.poll() is None and not guest.stop.wait(0.2):
+                    pass
+            finally:
+                process.send_signal(signal.SIGINT)  # nothing, if it has ended; else its tests clean up
     lines = outcomes.read_text().splitlines() if outcomes.exists() else []
     total_s = time.monotonic() - started
-    return summary.make_row(HOST, platform.release(), lines, exit_status=done.returncode, total_s=total_s)
+    return summary.make_row(HOST, platform.release(), lines, exit_status=process.returncode, total_s=total_s)
 
 
 class Chosen(NamedTuple):
