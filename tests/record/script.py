@@ -190,6 +190,10 @@ class Script:
         yield
         self.conduct("tools")
 
+    def rest(self) -> Call:
+        """Wait until all other scenarios have ended or wait, too: `moment()` comes soon then. For what does not last."""
+        return self.conduct("rest")
+
     def moment(self) -> Call:
         """Wait until the tools that only look (`Watch(..., moment=True)`) have looked. At most once in a scenario."""
         if not self._tools:

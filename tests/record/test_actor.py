@@ -176,6 +176,21 @@ def test_who_stays_lives_until_the_tools_have_ended(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in alive[1])
 
 
+def test_who_rests_goes_on_when_all_others_have_come_to_the_moment(tmp_path: Path) -> None:
+    one, other, third = Script(), Script(), Script()
+    one.rest()
+    late = one.client.agent("now")
+    one.moment()
+    early = other.client.agent("pause", 50_000)
+    other.moment()
+    last = other.client.agent("now")
+    end = third.client.agent("pause", 100_000)
+    for script, found in zip((one, other, third), play(tmp_path, one, other, third), strict=True):
+        assert not found.failure
+        script.resolve(found)
+    assert max(early.end_us, end.end_us) < late.begin_us < last.begin_us
+
+
 def test_who_waits_in_a_system_call_is_seen(tmp_path: Path) -> None:
     script = Script()
     waiting, other = script.client.process("waiting"), script.client.process("other")
