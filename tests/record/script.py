@@ -190,6 +190,10 @@ class Script:
         yield
         self.conduct("tools")
 
+    def rest(self) -> Call:
+        """Wait until all other scenarios have ended or wait, too: `moment()` comes soon then. For what does not last."""
+        return self.conduct("rest")
+
     def moment(self) -> Call:
         """Wait until the tools that only look (`Watch(..., moment=True)`) have looked. At most once in a scenario."""
         if not self._tools:
@@ -358,6 +362,12 @@ class Host:
         """Run a program to its end: `ret` is its status, `data` what it wrote."""
         return self.script.step(self.agent.number, "-" if may_fail else "=", "exec", *argv)
 
+    def until_waiting(self, syscall: int, *processes: Process, number: int | None = None) -> Call:
+        """Wait until these processes, or so many of them, wait in a system call: its number on x86-64."""
+        wanted = len(processes) if number is None else number
+        pids = [process.made for process in processes]
+        return self.agent.until("waiting", syscall, *pids, op="==", value=wanted)
+
     def flush(self) -> Call:
         """Wait until everything that was sent to it before has been handled."""
         return self.agent("flush")
@@ -378,12 +388,15 @@ class Host:
 class Process:
     """A process, or a thread of one: `pid` once it was played. It does one call after the other."""
 
+    made: Call
+    """`ret` is its PID; 0 of a thread."""
+
     def __init__(self, script: Script, host: Host, comm: str, number: int | None = None) -> None:
         self.script, self.host, self.comm = script, host, comm
         self._slots = [0]
         if number is None:
             self.number = script.next_process()
-            script.conduct("spawn", self.number, host.number, comm)
+            self.made = script.conduct("spawn", self.number, host.number, comm)
         else:
             self.number = number
 
@@ -400,11 +413,12 @@ class Process:
         """Repeat a command until it returns what is asked for."""
         return self("until", op, value, PATIENCE_S, *words, may_fail=may_fail)
 
-    def socket(self, family: str = "4", *, protocol: int = 0, kind: int = 1) -> Socket:
-        """A new one: "4", or "6" and "mapped" for AF_INET6."""
+    def socket(self, family: str = "4", *, protocol: int = 0, kind: int = 1, may_fail: bool = False) -> Socket:
+        """A new one: "4", or "6" and "mapped" for AF_INET6. `made` is what socket() returned."""
         made = Socket(self, self.slot())
         made.family = family
-        made.made = self("socket", made.slot, AF_INET if family == "4" else AF_INET6, kind, protocol)
+        number = AF_INET if family == "4" else AF_INET6
+        made.made = self("socket", made.slot, number, kind, protocol, may_fail=may_fail)
         return made
 
     def slot(self) -> int:
@@ -413,34 +427,32 @@ class Process:
 
     def listener(
         self, port: object, address: str | None = None, *, backlog: int = 16, dual: bool = False,
-        reuse_port: bool = False, protocol: int = 0,
+        reuse_port: bool = False, protocol: int = 0, may_fail: bool = False,
     ) -> Socket:  # fmt: skip
         """A socket that listens, at the host's IPv4 address or another one; `dual` takes IPv4 at an IPv6 one, too."""
         address = address or self.host.ipv4
-        made = self.socket("6" if ":" in address else "4", protocol=protocol)
-        made.option(SOL_SOCKET, SO_REUSEPORT if reuse_port else SO_REUSEADDR, 1)
+        made = self.socket("6" if ":" in address else "4", protocol=protocol, may_fail=may_fail)
+        made.option(SOL_SOCKET, SO_REUSEPORT if reuse_port else SO_REUSEADDR, 1, may_fail=may_fail)
         if ":" in address:
-            made.option(IPPROTO_IPV6, IPV6_V6ONLY, int(not dual))
-        made.bind(address, port)
-        made.listen(backlog)
+            made.option(IPPROTO_IPV6, IPV6_V6ONLY, int(not dual), may_fail=may_fail)
+        made.bind(address, port, may_fail=may_fail)
+        made.listen(backlog, may_fail=may_fail)
         return made
 
     def fork(self, comm: str | None = None) -> Process:
-        """A child, with the same sockets in the same places. `call` is what fork() returned."""
+        """A child, with the same sockets in the same places. `made` is what fork() returned."""
         other = Process(self.script, self.host, comm or self.comm, self.script.next_process())
         other._slots = [self._slots[0]]
-        other.forked = self.script.conduct("fork", other.number, self.number)
+        other.made = self.script.conduct("fork", other.number, self.number)
         if comm:
             other("write", "/proc/self/comm", comm)
         return other
-
-    forked: Call
 
     def thread(self) -> Process:
         """A thread of this process: its sockets are those of the process."""
         other = Process(self.script, self.host, self.comm, self.script.next_process())
         other._slots = self._slots
-        self.script.conduct("thread", other.number, self.number)
+        other.made = self.script.conduct("thread", other.number, self.number)
         return other
 
     def kill(self, number: int = signal.SIGKILL) -> Call:
@@ -524,6 +536,12 @@ class Socket:
         made = Socket(self.process, self.process.slot(), self.family)
         words = () if flags is None else (flags,)
         made.accepted = self("accept", made.slot, *words, may_fail=may_fail, wait=wait)
+        return made
+
+    def uring_accept(self, flags: int = 0, **how: bool) -> Socket:
+        """Through io_uring, with flags of the request. `accepted` knows the error, but not who it is: `peer()` does."""
+        made = Socket(self.process, self.process.slot(), self.family)
+        made.accepted = self("uring_accept", made.slot, flags, **how)
         return made
 
     def send(self, text: str, flags: int = 0, **how: bool) -> Call:

@@ -176,6 +176,33 @@ def test_who_stays_lives_until_the_tools_have_ended(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in alive[1])
 
 
+def test_who_rests_goes_on_when_all_others_have_come_to_the_moment(tmp_path: Path) -> None:
+    one, other, third = Script(), Script(), Script()
+    one.rest()
+    late = one.client.agent("now")
+    one.moment()
+    early = other.client.agent("pause", 50_000)
+    other.moment()
+    last = other.client.agent("now")
+    end = third.client.agent("pause", 100_000)
+    for script, found in zip((one, other, third), play(tmp_path, one, other, third), strict=True):
+        assert not found.failure
+        script.resolve(found)
+    assert max(early.end_us, end.end_us) < late.begin_us < last.begin_us
+
+
+def test_who_waits_in_a_system_call_is_seen(tmp_path: Path) -> None:
+    script = Script()
+    waiting, other = script.client.process("waiting"), script.client.process("other")
+    child = waiting.listener(8000).accept(wait=False)
+    script.client.until_waiting(288, waiting, other, number=1)  # accept4
+    other.socket().connect(script.client.ipv4, 8000)
+    script.client.until_waiting(288, waiting, other, number=0)
+    child.accepted.join()
+    played(tmp_path, script)
+    assert child.accepted.errno == "none"
+
+
 def test_nothing_stays_when_the_actor_is_killed(tmp_path: Path) -> None:
     script = Script()
     script.client.process("client").listener(8000).accept(wait=False).accepted.join()

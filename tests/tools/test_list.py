@@ -1,35 +1,36 @@
-"""`list` against `ss -tanpe` in a network namespace of its own, with two thousand sockets in every state.
+"""`list` against `ss -tanpe`, with two thousand sockets and in every state.
 
-The sockets belong to puppets. On kernels that give a cookie only to whoever asks for it, ss is asked first.
+ss is asked before and after. On kernels that give a cookie only to whoever asks for it, that gives one to each socket.
 """
 
 from __future__ import annotations
 
+import base64
+import gzip
 import os
 import re
-import signal
 import socket
-import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
 
-from tcpscope.lab.hosts import Host, Lab
-from tcpscope.lab.packets import raw_socket, syn
-from tests.conftest import DEADLINE, RunningTool, until
-from tests.puppets import Puppet
-
-pytestmark = pytest.mark.kernel
+from tcpscope.lab.hosts import Lab
+from tests.conftest import RunningTool
+from tests.record import Call, Host, Script, Test, Watch, recorded
 
 PAIRS = 1000
 MANY, STATES, MAPPED, SIX, WAITING, REQUESTS = range(7000, 7006)
 NOBODY = "198.51.100.0/24"
 IPPROTO_MPTCP = 262
+LIST = Watch("list", moment=True)
+OF_ALICE = Watch("list", "--comm", "alice", "-R", str(MANY), moment=True)
+OF_CHILD = Watch("list", "--comm", "bobs child", moment=True)
+OF_PORTS = Watch("list", "-L", f"{SIX}-{WAITING}", moment=True)
+OF_IPV6 = Watch("list", "-6", moment=True)
+WITH_NOBODY = Watch("list", "--raddr", NOBODY, moment=True)
 SS_STATES = {
     "ESTAB": "ESTABLISHED",
     "SYN-SENT": "SYN_SENT",
@@ -59,11 +60,15 @@ class Shown(NamedTuple):
     holders: tuple[tuple[int, str, int], ...]
 
 
-def ss(host: Host) -> dict[int, Shown]:
-    """`ss -tanpe` by cookie."""
-    child = host.spawn(["ss", "-HtanpeO"], stdout=subprocess.PIPE, text=True)
+def ss(host: Host) -> Call:
+    """`ss -tanpe`: for `by_ss`. Packed, because an answer has no room for the lines of two thousand sockets."""
+    return host.exec("sh", "-c", "ss -HtanpeO | gzip -n | base64 -w0")
+
+
+def by_ss(call: Call) -> dict[int, Shown]:
+    """What ss showed, by cookie."""
     found = {}
-    for line in child.communicate(timeout=DEADLINE)[0].splitlines():
+    for line in gzip.decompress(base64.b64decode(call.data)).decode().splitlines():
         state, recv_q, send_q, local, remote, *rest = line.split()
         details = " ".join(rest)
         cookie = int(re.search(r"sk:([0-9a-f]+)", details)[1], 16)  # type: ignore[index]
@@ -101,163 +106,144 @@ def shown(row: dict[str, Any]) -> Shown:
     )
 
 
-class Site(NamedTuple):
-    host: Host
-    other: Host
-    alice: Puppet
-    bob: Puppet
-    child: int
+class Site:
+    """Sockets of the server in every state, those of `alice` and of `bob`, at the moment. Before and after it, ss."""
 
-
-CONNECT_MANY = """
-lowest, far = [], []
-for _ in range(number):
-    s = socket.create_connection((address, port))
-    lowest.append(s)
-    far.append(listener.accept()[0])
-"""
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    with Lab() as lab:
-        host, other = lab.server, lab.client
-        host.sysctl("tcp_syncookies", 0)
-        # Emulated kernels are slow: nothing may end by itself meanwhile.
+    def __init__(self, script: Script, pairs: int) -> None:
+        self.host, self.other = script.server, script.client
+        self.alice, self.bob = self.host.process("alice"), self.host.process("bob")
+        self.far = self.other.process("far")
+        # Nothing may end by itself meanwhile.
         for name in ("tcp_orphan_retries", "tcp_synack_retries", "tcp_syn_retries"):
-            host.sysctl(name, 15)
-        host.sysctl("tcp_fin_timeout", 600)
-        alice, bob = Puppet(host, "alice"), Puppet(host, "bob")
-        # All of alice's: two thousand established sockets, both ends in one host.
-        alice.do("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))")
-        alice.do("listener = socket.create_server((address, port), backlog=128)", address=host.ipv4, port=MANY)
-        alice.do(CONNECT_MANY, number=PAIRS, address=host.ipv4, port=MANY)
-        # Bob's: one in each state, toward the other host.
-        ports = {"states": STATES, "mapped": MAPPED, "other_six": SIX, "waiting": WAITING}
-        bob.do(STATES_OF_BOB, four=host.ipv4, six=host.ipv6, **ports)
-        child = bob.ask("child")
-        far = Puppet(other, "far")
-        far.do(FAR, address=host.ipv4, six=host.ipv6, **ports)
-        # The queue is in the order of the last packets of the handshakes.
-        bob.do("kept = sorted((states_listener.accept()[0] for _ in range(8)),\n"
-               "              key=lambda child: far.index(child.getpeername()[1]))",
-               far=far.ask("[end.getsockname()[1] for end in ends]"))  # fmt: skip
-        # FIN_WAIT2 with an owner and without, CLOSE_WAIT, TIME_WAIT.
-        bob.do("shut = kept[0]; shut.shutdown(socket.SHUT_WR)")
-        bob.do("kept[1].close()")
-        far.do("ends[2].close()")
-        far.do("ends[3].close(); ends[4].recv(0)")
-        bob.do("kept[3].recv(1); kept[3].close()")  # close second: LAST_ACK, gone
-        bob.do("kept[4].close()")
-        far.do("ends[4].recv(1); ends[4].close()")  # bob closed first: TIME_WAIT
-        bob.do("to_far = v6.accept(); unread = mapped_listener.accept()[0]")
-        far.do("to_mapped.sendall(b'x' * 1234)")
+            self.host.sysctl(name, 15)
+        self.host.sysctl("tcp_fin_timeout", 600)
+        self.host.sysctl("tcp_syncookies", 0)
+        self.other.blackhole(NOBODY)
+        # All of alice's: established sockets, both ends in one host.
+        self.many = self.alice.listener(MANY, backlog=128)
+        for _ in range(pairs):
+            self.alice.socket().connect(self.host.ipv4, MANY)
+            self.many.accept()
+        script.rest()  # TIME_WAIT lasts a minute, whatever is set
+        self.listen()
+        self.connect()
+        self.end_some()
+        with self.other.held():
+            self.hang()
+            self.before = ss(self.host)
+            script.moment()
+            self.after = ss(self.host)
+
+    def listen(self) -> None:
+        self.states = self.bob.listener(STATES)
+        self.mapped = self.bob.listener(MAPPED, "::", dual=True, backlog=7)
+        self.six = self.bob.listener(SIX, self.host.ipv6, backlog=8)
+        self.queue = self.bob.listener(WAITING, backlog=3)
+        self.child = self.bob.fork("bobs child")  # it holds these four
+        self.bob.listener(REQUESTS, backlog=64)
+
+    def connect(self) -> None:
+        self.ends, self.kept = [self.far.socket() for _ in range(8)], []
+        for made in self.ends:
+            made.connect(self.host.ipv4, STATES)
+            self.kept.append(self.states.accept())
+        to_mapped, to_six = self.far.socket(), self.far.socket("6")
+        to_mapped.connect(self.host.ipv4, MAPPED)
+        unread = self.mapped.accept()
+        to_mapped.send("x" * 1234)
+        unread.until_received(1234)
+        to_six.connect(self.host.ipv6, SIX)
+        self.six.accept()
+        waits = [self.far.socket() for _ in range(3)]
+        for made in waits:
+            made.connect(self.host.ipv4, WAITING)
+        waits[0].send("x" * 10)
+        waits[1].close()
         # Half open: requests of peers that never answer.
-        bob.do("half = socket.create_server((four, port), backlog=64)", port=REQUESTS)
-        other.blackhole(NOBODY)
-        with other.run(raw_socket, socket.AF_INET) as raw:
-            for number in range(1, 6):
-                packet = syn(f"198.51.100.{number}", 10_000, host.ipv4, REQUESTS, 1_000_000)
-                raw.sendto(packet, (host.ipv4, 0))
+        for number in range(1, 6):
+            self.other.segment(f"198.51.100.{number}", 10_000, self.host.ipv4, REQUESTS)
+
+    def end_some(self) -> None:
+        """FIN_WAIT2 with an owner and without, CLOSE_WAIT, TIME_WAIT."""
+        self.kept[0].shutdown()
+        self.kept[1].close()
+        self.ends[2].close()
+        self.ends[3].close()
+        self.kept[3].until_end()
+        self.kept[3].close()  # as second: LAST_ACK, gone
+        self.kept[4].close()
+        self.ends[4].until_end()
+        self.ends[4].close()  # bob closed first: TIME_WAIT
+        one = self.alice.socket()
+        one.connect(self.host.ipv4, MANY)
+        child = self.many.accept()
+        one.close()
+        child.until_end()
+        child.close()
+        self.ends[7].close()
+        self.kept[7].until_end()
         # A FIN alone is acknowledged by a timer, and all acknowledgements must be here before none comes any more.
-        for state, number in (("FIN_WAIT2", 2), ("CLOSE_WAIT", 2), ("TIME_WAIT", 1), ("SYN_RECV", 5)):
-            has(host, state, number)
-        until(lambda: not any(found.state in ("LAST_ACK", "FIN_WAIT1") for found in host.sockets()), "the last ones")
-        until(lambda: Path(f"/proc/{child}/comm").read_text() == "bobs child\n", "the child's name")
-        # Nothing comes back any more: FIN_WAIT1 with an owner and without, LAST_ACK.
-        far.do("ends[7].close()")
-        bob.do("kept[7].recv(1)")
-        other.hold()
-        bob.do("kept[5].shutdown(socket.SHUT_WR); kept[6].close(); kept[7].close()")
-        bob.do("lost = socket.socket(); lost.setblocking(False); lost.connect_ex(('198.51.100.77', 9))")
-        has(host, "FIN_WAIT1", 2)
-        has(host, "LAST_ACK", 1)
-        has(host, "SYN_SENT", 1)
-        yield Site(host, other, alice, bob, child)
-        os.kill(child, signal.SIGKILL)
+        for state in ("LAST_ACK", "FIN_WAIT1"):
+            self.host.until_sockets(0, "==", state=state)
+        for state, number in (("FIN_WAIT2", 2), ("CLOSE_WAIT", 3), ("TIME_WAIT", 2), ("SYN_RECV", 5)):
+            self.host.until_sockets(number, "==", state=state)
+        self.host.until_sockets(10, "==", "recv_q", state="ESTABLISHED", lport=WAITING)
+
+    def hang(self) -> None:
+        """Nothing comes back any more: FIN_WAIT1 with an owner and without, LAST_ACK, SYN_SENT."""
+        self.kept[5].shutdown()
+        self.kept[6].close()
+        self.kept[7].close()
+        self.bob.socket().start("198.51.100.77", 9)
+        for state, number in (("FIN_WAIT1", 2), ("LAST_ACK", 1), ("SYN_SENT", 1)):
+            self.host.until_sockets(number, "==", state=state)
 
 
-def has(host: Host, state: str, number: int) -> None:
-    """Wait until so many of its sockets are in that state."""
-    until(lambda: sum(found.state == state for found in host.sockets()) >= number, f"{number} x {state}")
+def by_cookie(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    return {row["cookie"]: row for row in rows}
 
 
-STATES_OF_BOB = """
-states_listener = socket.create_server((four, states), backlog=16)
-mapped_listener = socket.create_server(("::", mapped), family=socket.AF_INET6, dualstack_ipv6=True, backlog=7)
-v6 = socket.create_server((six, other_six), family=socket.AF_INET6, backlog=8)
-queue = socket.create_server((four, waiting), backlog=3)
-child = os.fork()
-if not child:
-    open("/proc/self/comm", "w").write("bobs child")
-    time.sleep(100000)
-"""
-FAR = """
-ends = [socket.create_connection((address, states)) for _ in range(8)]
-to_mapped = socket.create_connection((address, mapped))
-to_six = socket.create_connection((six, other_six))
-waits = [socket.create_connection((address, waiting)) for _ in range(3)]
-waits[0].sendall(b"x" * 10)
-waits[1].close()
-"""
-
-
-def make_time_wait(site: Site) -> None:
-    """It lasts a minute, whatever is set."""
-    site.alice.do("s = socket.create_connection(listener.getsockname()); t = listener.accept()[0]\n"
-                  "sport = s.getsockname()[1]; s.close(); t.recv(1); t.close()")  # fmt: skip
-    sport = site.alice.ask("sport")
-    until(
-        lambda: [found.state for found in site.host.sockets() if sport in (found.lport, found.rport)] == ["TIME_WAIT"],
-        "TIME_WAIT",
-    )
-
-
-def listed(site: Site, *arguments: str) -> Rows:
-    with RunningTool("list", "--netns", str(site.host.inode), *arguments) as tool:
-        done = tool.wait()
-    assert done.status == 0
-    return done.rows
-
-
-def settled(site: Site, *arguments: str) -> tuple[dict[int, Shown], Rows]:
-    """What ss and `list` say, while nothing changed between two looks of ss."""
-    for _ in range(5):
-        before = ss(site.host)
-        rows = listed(site, *arguments)
-        if before == (after := ss(site.host)):
-            return after, rows
-    pytest.fail("the sockets do not come to rest")
-
-
-def test_all_sockets_as_ss_shows_them(site: Site) -> None:
-    make_time_wait(site)
-    expected, rows = settled(site)
+@recorded(LIST, OF_ALICE)
+def test_all_sockets_as_ss_shows_them(script: Script) -> Test:
+    site = Site(script, PAIRS)
+    seen = yield
+    rows, expected = seen.rows(LIST, site.host), by_ss(site.after)
+    assert by_ss(site.before) == expected  # nothing has changed meanwhile
     assert len(expected) > 2 * PAIRS
     assert len(rows) == len({row["cookie"] for row in rows})  # each once
     found = {row["cookie"]: shown(row) for row in rows}
     cookies = expected.keys() | found.keys()
     assert [(expected.get(c), found.get(c)) for c in cookies if expected.get(c) != found.get(c)] == []
-    assert {row["netns"] for row in rows} == {site.host.inode}
+    assert Counter(row["state"] for row in rows)["ESTABLISHED"] == 2 * PAIRS + 4
+    assert len(seen.rows(OF_ALICE, site.host)) == PAIRS
 
 
-def test_the_states_are_all_there(site: Site) -> None:
-    make_time_wait(site)
-    rows = listed(site)
-    states = Counter(row["state"] for row in rows)
-    assert states["SYN_RECV"] == 5
-    assert states["SYN_SENT"] == 1 <= states["TIME_WAIT"]
-    assert states["FIN_WAIT1"] == states["FIN_WAIT2"] == 2
-    assert states["LAST_ACK"] == 1
-    assert states["LISTEN"] == 6
-    assert states["ESTABLISHED"] > 2 * PAIRS
+@recorded(LIST)
+def test_the_states_are_all_there(script: Script) -> Test:
+    site = Site(script, 1)
+    seen = yield
+    rows = seen.rows(LIST, site.host)
+    assert Counter(row["state"] for row in rows) == {
+        "LISTEN": 6,
+        "SYN_SENT": 1,
+        "SYN_RECV": 5,
+        "ESTABLISHED": 6,
+        "FIN_WAIT1": 2,
+        "FIN_WAIT2": 2,
+        "TIME_WAIT": 2,
+        "CLOSE_WAIT": 2,
+        "LAST_ACK": 1,
+    }
+    # The other ones of FIN_WAIT1 and FIN_WAIT2 were closed, and what waits in an accept queue has no file yet.
     owned = Counter(row["state"] for row in rows if row["holders"])
-    assert owned["SYN_RECV"] == owned["TIME_WAIT"] == owned["LAST_ACK"] == 0
-    assert owned["FIN_WAIT1"] == owned["FIN_WAIT2"] == 1  # the other ones were closed
+    assert owned == {"LISTEN": 6, "SYN_SENT": 1, "ESTABLISHED": 4, "FIN_WAIT1": 1, "FIN_WAIT2": 1, "CLOSE_WAIT": 1}
 
 
-def test_queues(site: Site) -> None:
-    rows = listed(site, "-L", f"{MAPPED},{WAITING}")
+@recorded(LIST)
+def test_queues(script: Script) -> Test:
+    site = Site(script, 0)
+    seen = yield
+    rows = [row for row in seen.rows(LIST, site.host) if row["lport"] in (MAPPED, WAITING)]
     (listener,) = (row for row in rows if (row["lport"], row["state"]) == (WAITING, "LISTEN"))
     assert (listener["accept_queue"], listener["accept_limit"]) == (3, 3)
     assert listener["rx_queue_bytes"] is listener["tx_queue_bytes"] is None
@@ -273,63 +259,78 @@ def test_queues(site: Site) -> None:
     assert (unread["rx_queue_bytes"], unread["family"], unread["raddr"]) == (1234, 4, site.other.ipv4)
 
 
-def test_every_holder(site: Site) -> None:
-    (listener,) = (row for row in listed(site, "-L", str(WAITING)) if row["state"] == "LISTEN")
-    fd = site.bob.ask("queue.fileno()")
-    assert [(held["pid"], held["comm"], held["fd"]) for held in listener["holders"]] == sorted(
-        [(site.bob.pid, "bob", fd), (site.child, "bobs child", fd)]
-    )
-    assert (listener["pid"], listener["comm"]) == min([(site.bob.pid, "bob"), (site.child, "bobs child")])
-    assert {held["uid"] for held in listener["holders"]} == {os.getuid()}
+@recorded(LIST)
+def test_every_holder(script: Script) -> Test:
+    bob = script.server.process("bob")
+    listener = bob.listener(WAITING)
+    fd = listener.fd()
+    child = bob.fork("bobs child")
+    script.moment()
+    seen = yield
+    row = seen.row(LIST, script.server)
+    holders = sorted((process.pid, process.comm, fd.ret) for process in (bob, child))
+    assert [(held["pid"], held["comm"], held["fd"]) for held in row["holders"]] == holders
+    assert (row["pid"], row["comm"]) == holders[0][:2]
+    assert {held["uid"] for held in row["holders"]} == {0}
 
 
-def test_cookies_are_those_of_the_sockets(site: Site) -> None:
-    ss(site.host)
-    cookie = struct.unpack("Q", bytes(site.bob.ask("list(queue.getsockopt(socket.SOL_SOCKET, 57, 8))")))[0]
-    (listener,) = (row for row in listed(site, "-L", str(WAITING)) if row["state"] == "LISTEN")
-    assert listener["cookie"] == cookie
+@recorded(LIST)
+def test_cookies_are_those_of_the_sockets(script: Script) -> Test:
+    listener = script.server.process("bob").listener(WAITING)
+    cookie = listener.cookie()
+    script.moment()
+    seen = yield
+    assert seen.row(LIST, script.server)["cookie"] == cookie.ret
 
 
-def test_filters(site: Site) -> None:
-    asked = {
-        "everything": [],
-        "pid": ["-p", str(site.child)],
-        "port": ["-L", f"{SIX}-{WAITING}"],
-        "family": ["-6"],
-        "nobody": ["--raddr", NOBODY],
-        "comm": ["--comm", "alice", "-R", str(MANY)],
-    }
-    with ExitStack() as stack:
-        netns = ("--netns", str(site.host.inode))
-        tools = {
-            name: stack.enter_context(RunningTool("list", *netns, *words, ready=False)) for name, words in asked.items()
-        }
-        found = {name: tool.wait().rows for name, tool in tools.items()}
-    assert {row["lport"] for row in found["pid"]} == {STATES, MAPPED, SIX, WAITING}
-    assert all(len(row["holders"]) == 2 for row in found["pid"])  # one holder is asked for, all are shown
-    assert by_cookie(found["port"]) == by_cookie(row for row in found["everything"] if row["lport"] in (SIX, WAITING))
-    assert by_cookie(found["family"]) == by_cookie(row for row in found["everything"] if row["family"] == 6)
-    assert {row["lport"] for row in found["family"] if row["state"] == "ESTABLISHED"} == {SIX}
-    assert Counter(row["state"] for row in found["nobody"]) == {"SYN_RECV": 5, "SYN_SENT": 1}
-    assert len(found["comm"]) == PAIRS
-    with RunningTool("list", "--netns", str(site.other.inode)) as tool:
-        assert {row["netns"] for row in tool.wait().rows} == {site.other.inode}
+@recorded(LIST, OF_ALICE, OF_CHILD, OF_PORTS, OF_IPV6, WITH_NOBODY)
+def test_filters(script: Script) -> Test:
+    site = Site(script, 20)
+    seen = yield
+    everything = seen.rows(LIST, site.host)
+    rows = seen.rows(OF_CHILD, site.host)
+    assert sorted(row["lport"] for row in rows) == [STATES, MAPPED, SIX, WAITING]
+    assert all(len(row["holders"]) == 2 for row in rows)  # one holder is asked for, all are shown
+    rows = seen.rows(OF_PORTS, site.host)
+    assert by_cookie(rows) == by_cookie(row for row in everything if row["lport"] in (SIX, WAITING))
+    rows = seen.rows(OF_IPV6, site.host)
+    assert by_cookie(rows) == by_cookie(row for row in everything if row["family"] == 6)
+    assert {row["lport"] for row in rows if row["state"] == "ESTABLISHED"} == {SIX}
+    assert Counter(row["state"] for row in seen.rows(WITH_NOBODY, site.host)) == {"SYN_RECV": 5, "SYN_SENT": 1}
+    assert len(seen.rows(OF_ALICE, site.host)) == 20
 
 
-def by_cookie(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    return {row["cookie"]: row for row in rows}
-
-
-def test_mptcp(site: Site) -> None:
+@recorded(LIST)
+def test_mptcp(script: Script) -> Test:
     """An MPTCP socket holds a TCP socket, which ss shows as the process's."""
-    try:
-        listener = site.other.socket(socket.AF_INET, protocol=IPPROTO_MPTCP)
-    except OSError:
+    script.server.agent("sysctl", "mptcp/enabled", 1, may_fail=True)
+    owner = script.server.process("owner")
+    listener = owner.listener(7100, "0.0.0.0", protocol=IPPROTO_MPTCP, backlog=4, may_fail=True)
+    told = ss(script.server)
+    script.moment()
+    seen = yield
+    if listener.made.errno != "none":
+        assert not seen.machine.has_type("mptcp_sock")
         pytest.skip("this kernel has no MPTCP")
-    listener.bind(("0.0.0.0", 7100))
-    listener.listen(4)
-    with RunningTool("list", "--netns", str(site.other.inode), "-L", "7100") as tool:
-        (row,) = tool.wait().rows
-    (expected,) = (found for found in ss(site.other).values() if found.local[1] == 7100)
-    assert [held["pid"] for held in row["holders"]] == [os.getpid()]
+    row = seen.row(LIST, script.server)
+    (expected,) = (found for found in by_ss(told).values() if found.local[1] == 7100)
+    assert [held["pid"] for held in row["holders"]] == [owner.pid]
     assert (row["state"], row["accept_limit"]) == (expected.state, expected.send_q) == ("LISTEN", 4)
+
+
+@pytest.mark.kernel
+def test_a_process_and_a_namespace(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """Their numbers are not known before: one holder is asked for, all are shown, of that namespace alone."""
+    made = [host.socket(socket.AF_INET) for host in (lab.server, lab.server, lab.client)]
+    for port, listener in enumerate(made, 7000):
+        listener.bind(("0.0.0.0", port))
+        listener.listen()
+    child = lab.server.spawn(["sleep", "infinity"], pass_fds=[made[0].fileno(), made[2].fileno()])
+    with run_tool("list", "--netns", str(lab.server.inode), "-p", str(child.pid)) as tool:
+        (row,) = tool.wait().rows
+    assert (row["lport"], {held["pid"] for held in row["holders"]}) == (7000, {os.getpid(), child.pid})
+    with run_tool("list", "--netns", str(lab.client.inode)) as tool:
+        (row,) = tool.wait().rows
+    assert (row["lport"], row["netns"]) == (7002, lab.client.inode)
+    for listener in made:
+        listener.close()

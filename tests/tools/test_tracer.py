@@ -2,166 +2,159 @@
 
 from __future__ import annotations
 
-import itertools
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
-from tcpscope.lab.hosts import Lab
-from tests.conftest import RunningTool, until
-from tests.puppets import Puppet
+from tests.record import PORTS, Host, Script, Seen, Socket, Test, Watch, recorded
 
-pytestmark = pytest.mark.kernel
+TRACER = Watch("tracer", "--port", PORTS)
+PORT = 9000
 
-PORTS = range(9000, 10000)
-ports = itertools.count(PORTS.start)
 Rows = list[dict[str, Any]]
 
 
-class Pair(NamedTuple):
-    """`child` in the server and `connection` in the client, by the listener's port."""
+class Pair:
+    """A connection from host to host: `child` in the server and `connection` in the client."""
 
-    port: int
-    cport: int
+    def __init__(self, script: Script, family: str = "4", *, port: int = PORT, accept: bool = True) -> None:
+        self.hosts, self.port = script.hosts, port
+        self.server, self.client = script.server.process("server"), script.client.process("client")
+        self.listener = self.server.listener(port, script.server.address(family))
+        self.connection = self.client.socket(family)
+        self.connection.connect(script.server.address(family), port)
+        self.local = self.connection.name()
+        if accept:
+            self.child = self.listener.accept()
 
+    def close(self, first: str = "client") -> None:
+        """Both ends, one after the other, until the kernel has done with them."""
+        one, other = (self.connection, self.child)[:: 1 if first == "client" else -1]
+        close(one, other)
 
-class Site(NamedTuple):
-    lab: Lab
-    server: Puppet
-    client: Puppet
-    older: Pair
-    tool: RunningTool
-
-    def opened(self, family: int = socket.AF_INET, *, accept: bool = True) -> Pair:
-        return open_pair(self.lab, self.server, self.client, family, accept=accept)
-
-    def rows(self, pair: Pair, closed: int) -> Rows:
-        """The rows of a connection when it has been seen to end so many times."""
-
-        def found() -> Rows:
-            ends = {pair.port, pair.cport}
-            return [row for row in self.tool.rows if {row["lport"], row["rport"]} == ends]
-
-        self.tool.wait_for(lambda _: [row["step"] for row in found()].count("CLOSE") >= closed)
-        return found()
-
-    def steps(self, rows: Rows) -> dict[str, list[str]]:
-        """What happened in each host, in the order of the rows."""
-        return {host.role: [row["step"] for row in rows if row["netns"] == host.inode] for host in self.lab.hosts}
+    def rows(self, seen: Seen) -> Rows:
+        """Those of both ends."""
+        ends = {self.port, self.local.ret}
+        return [row for row in seen.rows(TRACER) if {row["lport"], row["rport"]} == ends]
 
 
-def open_pair(lab: Lab, server: Puppet, client: Puppet, family: int, *, accept: bool = True) -> Pair:
-    names = {"port": next(ports), "address": lab.server.address(family), "family": family}
-    server.do("listener = socket.socket(family); listener.bind((address, port)); listener.listen()", **names)
-    client.do("connection = socket.socket(family); connection.connect((address, port))", **names)
-    if accept:
-        server.do("child, _ = listener.accept()")
-    return Pair(names["port"], client.ask("connection.getsockname()[1]"))
+def close(one: Socket, other: Socket) -> None:
+    one.close()
+    other.until_end()
+    other.close()
+    other.process.host.until_sockets(0, "==", state="LAST_ACK")
+    one.process.host.until_sockets(state="TIME_WAIT")
 
 
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    with Lab() as lab, ExitStack() as stack:
-        server, client = Puppet(lab.server, "server"), Puppet(lab.client, "client")
-        older = open_pair(lab, server, client, socket.AF_INET)
-        server.do("older = child"), client.do("older = connection")
-        tool = stack.enter_context(RunningTool("tracer", "--port", f"{PORTS.start}-{PORTS.stop - 1}"))
-        yield Site(lab, server, client, older, tool)
-        done = tool.stop()
-        assert done.status == 0
-        assert done.stats is not None
-        assert done.stats["lost"] == done.stats["table_full"] == done.stats["missed"] == 0
+def steps(rows: Rows, *hosts: Host) -> dict[str, list[str]]:
+    """What happened in each host, in the order of the rows."""
+    return {host.role: [row["step"] for row in rows if row["netns"] == host.inode] for host in hosts}
 
 
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["4", "6"])
+@pytest.mark.parametrize("family", ["4", "6"])
 @pytest.mark.parametrize("first", ["client", "server"])
-def test_both_ends(site: Site, family: int, first: str) -> None:
-    pair = site.opened(family)
-    closing = [(site.client, "connection"), (site.server, "child")]
-    for puppet, name in closing if first == "client" else reversed(closing):
-        puppet.do(f"{name}.close()")
-    rows = site.rows(pair, 2)
-    assert site.steps(rows) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
+@recorded(TRACER)
+def test_both_ends(script: Script, family: str, first: str) -> Test:
+    pair = Pair(script, family)
+    cookies = {script.client: pair.connection.cookie(), script.server: pair.child.cookie()}
+    pair.close(first)
+    seen = yield
+    rows = seen.rows(TRACER)
+    assert steps(rows, *script.hosts) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
     assert [row["step"] for row in rows] == ["CONNECT", "ACCEPT", "CLOSE", "CLOSE"]
     # The ends may close on two processors at a time, and the row of the later one be first.
     assert rows[0]["time"] <= rows[1]["time"] <= min(row["time"] for row in rows[2:])
-    for row in rows:
-        host, puppet, lport, rport = (
-            (site.lab.client, site.client, pair.cport, pair.port)
-            if row["netns"] == site.lab.client.inode
-            else (site.lab.server, site.server, pair.port, pair.cport)
-        )
-        assert (row["lport"], row["rport"]) == (lport, rport)
-        assert (row["laddr"], row["raddr"]) == (host.address(family), host.peer.address(family))
-        assert row["family"] == (4 if family == socket.AF_INET else 6)
-        assert (row["pid"], row["comm"], row["uid"]) == (puppet.pid, puppet.comm, 0)
-    cookies = {(row["netns"], row["cookie"]) for row in rows if row["cookie"] is not None}
-    assert len(cookies) in (0, 2)  # each end has one of its own, where the kernel gives them
+    for host, process, lport, rport in (
+        (script.client, pair.client, pair.local.ret, PORT),
+        (script.server, pair.server, PORT, pair.local.ret),
+    ):
+        own = seen.rows(TRACER, host)
+        for row in own:
+            assert (row["lport"], row["rport"], row["family"]) == (lport, rport, int(family))
+            assert (row["laddr"], row["raddr"]) == (host.address(family), host.peer.address(family))
+            assert (row["pid"], row["comm"], row["uid"]) == (process.pid, process.comm, 0)
+        # Somebody has asked for it before the end, and nobody before that.
+        cookie = cookies[host].ret
+        given = {row["cookie"] for row in own}
+        assert own[-1]["cookie"] == cookie
+        assert given == {cookie} if seen.machine.gives_cookies else given <= {cookie, None}
 
 
-def test_older_than_the_tool(site: Site) -> None:
-    for puppet in (site.client, site.server):
-        puppet.do("older.close()")
-    rows = site.rows(site.older, 2)
-    assert site.steps(rows) == {"client": ["CLOSE"], "server": ["CLOSE"]}
+@recorded(TRACER)
+def test_older_than_the_tool(script: Script) -> Test:
+    with script.older():
+        pair = Pair(script)
+    pair.close()
+    seen = yield
+    rows = seen.rows(TRACER)
+    assert steps(rows, *script.hosts) == {"client": ["CLOSE"], "server": ["CLOSE"]}
     assert {(row["netns"], row["pid"], row["comm"]) for row in rows} == {
-        (site.lab.client.inode, site.client.pid, "client"),
-        (site.lab.server.inode, site.server.pid, "server"),
+        (script.client.inode, pair.client.pid, "client"),
+        (script.server.inode, pair.server.pid, "server"),
     }
 
 
-def test_a_reset_is_an_end(site: Site) -> None:
-    pair = site.opened()
-    site.client.do("connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))\n"
-                   "connection.close()")  # fmt: skip
-    rows = site.rows(pair, 2)
-    assert site.steps(rows) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
-    site.server.do("child.close()")
+@recorded(TRACER)
+def test_a_reset_is_an_end(script: Script) -> Test:
+    pair = Pair(script)
+    pair.connection.linger()
+    pair.connection.close()
+    pair.child.until_state("CLOSE")
+    pair.child.close()
+    seen = yield
+    rows = seen.rows(TRACER)
+    assert steps(rows, *script.hosts) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
 
 
-def test_never_accepted(site: Site) -> None:
+@recorded(TRACER)
+def test_never_accepted(script: Script) -> Test:
     """It ends, as it began, in the listener's name."""
-    pair = site.opened(accept=False)
-    child = (pair.port, pair.cport, "ESTABLISHED")
-    until(lambda: any((s.lport, s.rport, s.state) == child for s in site.lab.server.sockets()), "the child")
-    site.server.do("listener.close()")
-    rows = site.rows(pair, 2)
-    assert site.steps(rows) == {"client": ["CONNECT", "CLOSE"], "server": ["CLOSE"]}
-    assert {row["pid"] for row in rows if row["netns"] == site.lab.server.inode} == {site.server.pid}
-    site.client.do("connection.close()")
+    pair = Pair(script, accept=False)
+    script.server.until_sockets(1, "==", "recv_q", state="LISTEN", lport=PORT)
+    pair.listener.close()
+    pair.connection.until_state("CLOSE")
+    pair.connection.close()
+    seen = yield
+    rows = seen.rows(TRACER)
+    assert steps(rows, *script.hosts) == {"client": ["CONNECT", "CLOSE"], "server": ["CLOSE"]}
+    assert [row["pid"] for row in seen.rows(TRACER, script.server)] == [pair.server.pid]
 
 
-def test_what_never_was_a_connection(site: Site) -> None:
+@recorded(TRACER)
+def test_what_never_was_a_connection(script: Script) -> Test:
     """Refused, or given up: no row. A listener has none either."""
-    refused, silent = next(ports), next(ports)
-    site.lab.server.blackhole("198.51.100.0/24")
-    assert site.client.ask("socket.socket().connect_ex((address, port))",
-                           address=site.lab.server.ipv4, port=refused) != 0  # fmt: skip
-    site.client.do(
-        "waiting = socket.socket(); waiting.setblocking(False); waiting.connect_ex((address, port)); waiting.close()",
-        address="198.51.100.7", port=silent,
-    )  # fmt: skip
-    listening = next(ports)
-    site.server.do("socket.create_server((address, port)).close()", address=site.lab.server.ipv4, port=listening)
-    pair = site.opened()  # its rows come after those that there must not be
-    site.client.do("connection.close()"), site.server.do("child.close()")
-    site.rows(pair, 2)
-    unwanted = {refused, silent, listening}
-    assert [row for row in site.tool.rows if {row["lport"], row["rport"]} & unwanted] == []
+    script.server.blackhole("198.51.100.0/24")
+    client, server = script.client.process("client"), script.server.process("server")
+    refused, silent = client.socket(), client.socket()
+    call = refused.connect(script.server.ipv4, PORT + 1, may_fail=True)
+    waiting = silent.start("198.51.100.7", PORT + 2)
+    script.client.until_sockets(1, "==", state="SYN_SENT")
+    silent.close()
+    server.listener(PORT + 3).close()
+    pair = Pair(script)  # its rows come after those that there must not be
+    pair.close()
+    seen = yield
+    assert (call.errno, waiting.errno) == ("ECONNREFUSED", "EINPROGRESS")
+    rows = pair.rows(seen)
+    assert steps(rows, *script.hosts) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
+    assert seen.rows(TRACER) == rows
 
 
-def test_again_with_the_same_socket(site: Site) -> None:
+@recorded(TRACER)
+def test_again_with_the_same_socket(script: Script) -> Test:
     """A socket that was disconnected may connect again, and begins anew."""
-    first = site.opened()
-    site.server.do("other = socket.create_server((address, port))", address=site.lab.server.ipv4, port=next(ports))
-    site.client.do("import ctypes; assert ctypes.CDLL(None).connect(connection.fileno(), bytes(16), 16) == 0\n"
-                   "connection.connect(tuple(target))", target=site.server.ask("other.getsockname()"))  # fmt: skip
-    site.server.do("second, _ = other.accept()")
-    port, cport = site.server.ask("(second.getsockname()[1], second.getpeername()[1])")
-    site.client.do("connection.close()")
-    site.server.do("second.close(); child.close()")
-    for pair in (first, Pair(port, cport)):
-        assert site.steps(site.rows(pair, 2)) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
+    pair = Pair(script)
+    other = pair.server.listener(PORT + 1)
+    pair.connection.disconnect()
+    pair.connection.connect(script.server.ipv4, PORT + 1)
+    second = other.accept()
+    close(pair.connection, second)
+    pair.child.until_state("CLOSE")
+    pair.child.close()
+    seen = yield
+    rows = seen.rows(TRACER)
+    assert {row["rport"] for row in rows if row["netns"] == script.client.inode} == {PORT, PORT + 1}
+    for port, cport in ((PORT, pair.local.ret), (PORT + 1, second.accepted.ret)):
+        own = [row for row in rows if {row["lport"], row["rport"]} == {port, cport}]
+        assert steps(own, *script.hosts) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
+    assert len(rows) == 8

@@ -321,6 +321,27 @@ static void writes(struct actor *a, int count, char **w, struct reply *r)
 	close(fd);
 }
 
+/* waiting NUMBER PID ...: how many of these processes wait in that system call */
+static void waiting(struct actor *a, int count, char **w, struct reply *r)
+{
+	int found = 0, number;
+	char path[64];
+
+	for (int i = 1; i < count; i++) {
+		FILE *file;
+
+		snprintf(path, sizeof(path), "/proc/%d/syscall", atoi(w[i]));
+		file = fopen(path, "re");
+		if (!file) {
+			outcome(r, -1);
+			return;
+		}
+		found += fscanf(file, "%d", &number) == 1 && number == atoi(w[0]); /* who waits in none is "running" */
+		fclose(file);
+	}
+	outcome(r, found);
+}
+
 static unsigned short checksum(const void *bytes, size_t size, unsigned int sum)
 {
 	const unsigned char *at = bytes;
@@ -390,6 +411,7 @@ const struct entry host_commands[] = {
 	{"flush", flush},
 	{"exec", executes},
 	{"write", writes},
+	{"waiting", waiting},
 	{"tcp", segment},
 	{},
 };
