@@ -166,6 +166,12 @@ class Recording:
         }  # fmt: skip
 
 
+    def missed(self) -> dict[str, int]:
+        """Of each tool that says so: how much at least no program was run for."""
+        stats = {" ".join(run.argv): run.stats for run in self.runs.values()}
+        return {name: account["missed"] for name, account in stats.items() if account and account["missed"]}
+
+
 class Seen:
     """What a test gets to see behind its `yield`: the recording, as far as it is of its own hosts."""
 

@@ -191,7 +191,7 @@ class Script:
         self.conduct("tools")
 
     def rest(self) -> Call:
-        """Wait until all other scenarios have ended or wait, too: `moment()` comes soon then. For what does not last."""
+        """Wait until all other scenarios have ended or wait, too: `moment()` comes soon. For what does not last."""
         return self.conduct("rest")
 
     def moment(self) -> Call:

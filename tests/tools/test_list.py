@@ -10,7 +10,6 @@ import gzip
 import os
 import re
 import socket
-import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
