@@ -255,7 +255,7 @@ static void sends_all(struct actor *a, int count, char **w, struct reply *r)
 	free(bytes);
 }
 
-/* receive SLOT ROOM FLAGS: the bytes in hex, 64 at most */
+/* receive SLOT ROOM FLAGS: the bytes in hex, 128 at most */
 static void receives(struct actor *a, int count, char **w, struct reply *r)
 {
 	static __thread char bytes[1 << 16];
@@ -267,7 +267,7 @@ static void receives(struct actor *a, int count, char **w, struct reply *r)
 	got = recv(fd, bytes, room, atoi(w[2]));
 	outcome(r, got);
 	if (got > 0)
-		add_hex(r, bytes, got < 64 ? got : 64);
+		add_hex(r, bytes, got < 128 ? got : 128);
 }
 
 /* read SLOT SIZE: until so many have come, or the end; returned is how many did */

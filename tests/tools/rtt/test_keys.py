@@ -2,115 +2,121 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.record import Script, Seen, Test, Watch, recorded
+from tests.tools.rtt.site import FAMILIES, WATCH, Pair, Rows, Site, count, ends_of, run_of, totals_of
 
-from tcpscope.lab.hosts import Lab
-from tests.conftest import until
-from tests.puppets import Puppet
-from tests.tools.rtt.site import FAMILIES, Pair, Tools, all_ended, listen, ports
+BOTH, OTHER = 6530, 6531
+LISTENERS = {family: 6532 + i for i, family in enumerate(FAMILIES)}
+OWNERS = 6535
+BY_PID = Watch("rtt", "--by", "pid", "--port", f"{BOTH},{OTHER},{OWNERS}")
+CLIENTS = f"--rport {BOTH}-{OTHER}"
+"""At their ends: the servers' have the clients' ports there."""
+FILTERS = {
+    "none": CLIENTS,
+    "laddr": f"--port {BOTH}-{OTHER} --laddr 192.0.2.0/24,2001:db8::1",
+    "raddr": f"--port {BOTH}-{OTHER} --raddr 192.0.2.2,2001:db8::1",
+    "lport": CLIENTS,
+    "rport": CLIENTS,
+    "raddr,rport": CLIENTS,
+}
+BY = {key: Watch("rtt", "--by", key, *words.split()) for key, words in FILTERS.items()}
+SERVERS4 = Watch("rtt", "--by", "connection", "-4", "--lport", "6532-6534")
+CLIENTS6 = Watch("rtt", "--by", "connection", "-6", "--rport", "6532-6534")
 
-pytestmark = pytest.mark.kernel
 
-
-def test_every_key(site: Lab) -> None:
+@recorded(WATCH, BY_PID, *BY.values())
+def test_every_key(script: Script) -> Test:
     """Two listeners; one has two connections of IPv4 and one of IPv6, the other one of IPv4."""
-    both, other = listen(site, "mapped"), listen(site)
-    arguments = {name: f"--by {name}" for name in ("none", "laddr", "raddr", "lport", "rport", "pid")}
-    arguments |= {"two": "--by raddr,rport"}
-    with Tools(site.client, **arguments) as tools:
-        pairs = [Pair(site, "4", both), Pair(site, "4", both), Pair(site, "6", both), Pair(site, "4", other)]
-        for number, pair in enumerate(pairs, 3):
-            pair.exchange(number)
-        all_ended(site, pairs)
-        counts = dict(zip(pairs, (5, 6, 7, 8), strict=True))
-        a, _, c, d = pairs
-        server4, server6 = site.server.ipv4, site.server.ipv6
-        client4, client6 = site.client.ipv4, site.client.ipv6
-        (row,) = tools.done("none")
-        assert row["count"] == 26
+    site = Site(script)
+    both, other = site.listen(BOTH, "mapped"), site.listen(OTHER)
+    made = (BOTH, both, "mapped"), (BOTH, both, "mapped"), (BOTH, both, "6"), (OTHER, other, "4")
+    for exchanges, (port, listener, family) in enumerate(made, 3):
+        site.pair(port, listener, family).exchange(exchanges)
+    site.over()
+    seen = yield
+    site.watched(seen)
+    counts = dict(zip(site.pairs, (5, 6, 7, 8), strict=True))
+    server4, server6 = script.server.ipv4, script.server.ipv6
 
-        def by(name: str, *keys: str) -> dict[Any, int]:
-            rows = tools.done(name)
-            return {tuple(row[key] for key in keys) if len(keys) > 1 else row[keys[0]]: row["count"] for row in rows}
+    def by(name: str) -> dict[Any, int]:
+        keys, rows = name.split(","), totals_of(seen, BY[name])
+        found = {tuple(row[key] for key in keys) if len(keys) > 1 else row[keys[0]]: row["count"] for row in rows}
+        assert len(found) == len(rows)
+        return found
 
-        assert by("laddr", "laddr") == {client4: 19, client6: 7}
-        assert by("raddr", "raddr") == {server4: 19, server6: 7}
-        lports: Counter[int] = Counter()  # connections to different ports may have the same
-        for pair, count in counts.items():
-            lports[pair.ports[0]] += count
-        assert by("lport", "lport") == lports
-        assert by("rport", "rport") == {a.port: 18, d.port: 8}
-        assert by("two", "raddr", "rport") == {(server4, a.port): 11, (server6, c.port): 7, (server4, d.port): 8}
-        (row,) = tools.done("pid")
-        assert (row["pid"], row["comm"]) == (os.getpid(), Path("/proc/self/comm").read_text().strip())
-
-
-def test_filters(site: Lab) -> None:
-    listeners = {family: listen(site, family) for family in FAMILIES}
-    port = {family: listener.getsockname()[1] for family, listener in listeners.items()}
-    wanted: dict[str, Callable[[str], bool]] = {
-        f"-p {os.getpid()}": lambda family: True,
-        "-p 1": lambda family: False,
-        f"--lport {port['mapped']}": lambda family: family == "mapped",
-        f"--rport {port['4']}": lambda family: False,
-        "-4": lambda family: family != "6",
-        "-6": lambda family: family == "6",
-        f"--raddr {site.client.ipv6}": lambda family: family == "6",
-        f"--laddr 192.0.2.0/24 -p {os.getpid()}": lambda family: family != "6",
-    }
-    cases = {case: f"--by connection {case}" for case in wanted}
-    with Tools(site.server, **cases) as tools, Tools(site.client, one=f"--by connection -R {port['4']}") as at_client:
-        pairs = {family: Pair(site, family, listener) for family, listener in listeners.items()}
-        for number, pair in enumerate(pairs.values(), 4):
-            pair.exchange(number)
-        all_ended(site, list(pairs.values()))
-        samples = sum(pair.samples for pair in pairs.values())
-        for case, wants in wanted.items():
-            found = {(row["rport"], row["lport"]): row["count"] for row in tools.done(case)}
-            chosen = {pair.ports: pair.samples for family, pair in pairs.items() if wants(family)}
-            assert found == chosen, case
-            # Other traffic of the machine is filtered, too.
-            assert tools.stats(case)["filtered"] >= samples - sum(chosen.values())
-        (row,) = at_client.done("one")
-        assert (row["lport"], row["count"]) == (pairs["4"].ports[0], pairs["4"].samples)
+    (row,) = totals_of(seen, BY["none"])
+    assert row["count"] == 26
+    assert by("laddr") == {script.client.ipv4: 19, server4: 19, script.client.ipv6: 7}
+    assert by("raddr") == {server4: 19, script.client.ipv6: 7}
+    lports: Counter[int] = Counter()  # connections to different ports may have the same
+    for pair, samples in counts.items():
+        lports[pair.local.ret] += samples
+    assert by("lport") == lports
+    assert by("rport") == {BOTH: 18, OTHER: 8}
+    assert by("raddr,rport") == {(server4, BOTH): 11, (server6, BOTH): 7, (server4, OTHER): 8}
+    owners = {site.client.pid: ("client", 26), site.server.pid: ("server", 26)}
+    assert by_pid(seen, *owners) == owners
+    for watch in BY.values():  # other traffic of the machine is filtered, too
+        assert filtered(seen, watch) >= 2 * 26 - count(totals_of(seen, watch))
 
 
-def test_the_owner_is_who_accepted(site: Lab) -> None:
+def filtered(seen: Seen, watch: Watch) -> int:
+    stats = run_of(seen, watch).stats
+    assert stats is not None
+    return stats["filtered"]
+
+
+def by_pid(seen: Seen, *pids: int) -> dict[int, tuple[str, int]]:
+    """Of these owners their names and counts."""
+    rows = totals_of(seen, BY_PID)
+    found = {row["pid"]: (row["comm"], row["count"]) for row in rows}
+    assert len(found) == len(rows)
+    assert found.keys().isdisjoint({None, 0})
+    return {pid: found[pid] for pid in pids}
+
+
+@recorded(WATCH, SERVERS4, CLIENTS6)
+def test_filters(script: Script) -> Test:
+    """By family and port; those by address are in `test_every_key`, those by process in `test_by_process.py`."""
+    site = Site(script)
+    pairs = {family: site.new(port, family) for family, port in LISTENERS.items()}
+    for exchanges, pair in enumerate(pairs.values(), 4):
+        pair.exchange(exchanges)
+    site.over()
+    seen = yield
+    site.watched(seen)
+    four, six, mapped = (pairs[family] for family in FAMILIES)
+    samples = 2 * sum(pair.samples for pair in pairs.values())
+    for watch, ends in ((SERVERS4, [(four, four.far), (mapped, mapped.far)]), (CLIENTS6, [(six, six.near)])):
+        expected = {pair.addresses_of(end) + pair.numbers_of(end): pair.samples for pair, end in ends}
+        rows = totals_of(seen, watch)
+        assert len(rows) == len(expected)
+        assert {ends_of(row): row["count"] for row in rows} == expected
+        # Other traffic of the machine is filtered, too.
+        assert filtered(seen, watch) >= samples - sum(expected.values())
+
+
+@recorded(WATCH, BY_PID)
+def test_the_owner_is_who_accepted(script: Script) -> Test:
     """One process listens, its child accepts: a connection is one row all the same, and the child's."""
-    with Tools(site.server, connection="--by connection", pid="--by pid") as tools:
-        parent = Puppet(site.server, "parent")
-        port = next(ports)
-        parent.do("listener = socket.create_server((address, port))", address=site.server.ipv4, port=port)
-        parent.do(
-            "ours, theirs = socket.socketpair()\n"
-            "child = os.fork()\n"
-            "if not child:\n"
-            "    open('/proc/self/comm', 'w').write('child')\n"
-            "    theirs.recv(1); made = listener.accept()[0]\n"
-            "    for _ in range(5): made.recv(100); made.sendall(b'answer')\n"
-            "    made.recv(1); made.close(); theirs.send(b'x'); os._exit(0)"
-        )
-        near = site.client.socket(socket.AF_INET)
-        near.connect((site.server.ipv4, port))
-        until(lambda: any((s.lport, s.state) == (port, "ESTABLISHED") for s in site.server.sockets()), "the handshake")
-        parent.do("ours.send(b'x')")
-        for _ in range(5):
-            near.sendall(b"request")
-            assert near.recv(100) == b"answer"
-        near.close()
-        parent.do("ours.recv(1)")
-        child = parent.ask("os.waitpid(child, 0)[0]")
-        until(lambda: not any(s.lport == port and s.rport for s in site.server.sockets()), "the end")
-        (row,) = tools.done("connection")
-        assert (row["count"], row["pid"], row["comm"]) == (7, child, "child")
-        # The handshake is over before anybody accepts: it is the listener's.
-        by_pid = {row["pid"]: (row["comm"], row["count"]) for row in tools.done("pid")}
-        assert by_pid == {parent.pid: ("parent", 1), child: ("child", 6)}
-        parent.kill()
+    site = Site(script)
+    listener = site.listen(OWNERS)
+    child = site.server.fork("child")
+    site.route("4")
+    near = site.client.socket()
+    connected = near.connect(script.server.ipv4, OWNERS)
+    local = near.name()
+    script.server.until_sockets(1, "==", state="ESTABLISHED", lport=OWNERS, rport=local)
+    far = child.at(listener).accept()
+    pair = site.add(Pair("4", OWNERS, near, far, connected, local))
+    pair.exchange(5)
+    site.over()
+    seen = yield
+    rows: Rows = site.watched(seen)[far]  # the row over all is the child's
+    assert count(rows) == 7
+    # The handshake is over before anybody accepts: it is the listener's.
+    owners = {site.server.pid: ("server", 1), child.pid: ("child", 6), site.client.pid: ("client", 7)}
+    assert by_pid(seen, *owners) == owners

@@ -9,25 +9,38 @@ from typing import Any
 import pytest
 
 from tcpscope.kernel.spec import Spec
-from tcpscope.lab.hosts import Lab
 from tcpscope.tools import rtt
-from tests.conftest import until
-from tests.tools.rtt.site import Pair, Tools, all_ended
+from tests.record import Script, Test, Watch, recorded
+from tests.tools.rtt.site import WATCH, Site, count, rows_of, totals_of
+
+MANY, TURNS = 6570, 6571
+FEW = ("--by", "connection", "--max-keys", "2", "--lport", str(MANY))
+WATCHES = {
+    Watch("rtt", *FEW): 0,
+    Watch("rtt", *FEW, "-i", "86400"): 0,
+    Watch("rtt", *FEW, "-i", "86400", "--strict"): 5,
+}
+"""Their exit status."""
+ONE = Watch("rtt", "--by", "connection", "--max-keys", "1", "-i", "0.1", "--lport", str(TURNS))
 
 
-@pytest.mark.kernel
-def test_more_keys_than_there_is_room_for(site: Lab) -> None:
+@recorded(WATCH, *WATCHES)
+def test_more_keys_than_there_is_room_for(script: Script) -> Test:
     """Those that come first have all of their samples, the others none."""
-    few = "--by connection --max-keys 2"
-    with Tools(site.client, few=few, interval=f"{few} -i 1000", strict=f"{few} -i 1000 --strict") as tools:
-        pairs = [Pair(site) for _ in range(10)]
-        for pair in pairs:
-            pair.exchange(3)
-        all_ended(site, pairs)
-        for name, status in (("few", 0), ("interval", 0), ("strict", 5)):
-            rows = tools.done(name, status, lost=8 * 5)
-            assert sorted((row["lport"], row["rport"]) for row in rows) == sorted(pair.ports for pair in pairs[:2])
-            assert [row["count"] for row in rows] == [5, 5]
+    site = Site(script)
+    listener = site.listen(MANY)
+    for _ in range(10):
+        site.pair(MANY, listener)
+    for pair in site.pairs:
+        pair.exchange(3)
+    site.over()
+    seen = yield
+    site.watched(seen)
+    first = sorted(pair.numbers_of(pair.far) for pair in site.pairs[:2])
+    for watch, status in WATCHES.items():
+        rows = totals_of(seen, watch, status=status, lost=8 * 5)
+        assert sorted((row["lport"], row["rport"]) for row in rows) == first
+        assert [row["count"] for row in rows] == [5, 5]
 
 
 def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,15 +70,20 @@ def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reader.owners.keys() == takes[0].keys() | takes[2].keys()
 
 
-@pytest.mark.kernel
-def test_each_interval_has_room_again(site: Lab) -> None:
-    with Tools(site.server, one="--by connection --max-keys 1 -i 0.1") as tools:
-        pairs = []
-        for _ in range(4):
-            pairs.append(Pair(site))
-            all_ended(site, pairs[-1:])
-            until(
-                lambda: sum(r["count"] for r in tools.intervals("one") if r["lport"] == pairs[-1].port) == 2,
-                "its samples in an interval",
-            )
-        assert {row["lport"]: row["count"] for row in tools.done("one")} == {pair.port: 2 for pair in pairs}
+@recorded(WATCH, ONE)
+def test_each_interval_has_room_again(script: Script) -> Test:
+    """Each sample comes when the one before has been shown."""
+    site = Site(script)
+    listener = site.listen(TURNS)
+    for _ in range(4):
+        pair = site.pair(TURNS, listener)
+        site.until_rows(ONE, 1, rport=pair.local)
+        pair.end()
+        site.until_rows(ONE, 2, rport=pair.local)
+    site.over()
+    seen = yield
+    site.watched(seen)
+    rows, ends = rows_of(seen, ONE), [pair.numbers_of(pair.far) for pair in site.pairs]
+    assert [(row["lport"], row["rport"]) for row in rows if not row["total"]] == [end for end in ends for _ in (1, 2)]
+    assert {(row["lport"], row["rport"]): row["count"] for row in rows if row["total"]} == dict.fromkeys(ends, 2)
+    assert count(rows) == 2 * 2 * 4
