@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import platform
@@ -78,7 +79,10 @@ def compose(arguments: Sequence[str], *, marked: str = "", folder: Path = SCRIPT
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     command = [*PYTEST, "-q", "-p", "no:cacheprovider", "-m", marked, "--compose", str(folder), *arguments]
-    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
+    # Python's and pytest's bytecode stays beside the tests: a guest takes long to compile, and to rewrite asserts.
+    caching = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    compileall.compile_dir(TREE / "tests", quiet=2)
+    done = subprocess.run(command, cwd=TREE, env=caching, capture_output=True, text=True)
     if not (folder / LIVE_FILES).exists():
         raise install.BuildError(f"no script could be made:\n{done.stdout}{done.stderr}")
     recorded = sum(line.startswith("S ") for line in (folder / "script").read_text().splitlines())
@@ -112,7 +116,8 @@ def run_guest(
             if show:
                 show(line)
 
-        environment = install.staged(machine.site)
+        # hypothesis' plugin imports the whole of it at the end of each run: ten seconds there.
+        environment = install.staged(machine.site) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         there = machine.shared / "recording"
         within = machine.shared / "outcomes.jsonl"
         outcomes.symlink_to(within)
