@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tcpscope.kernel.btf import Btf
 from tests import kernels
-from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, ring, rows, summary
+from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, qemu, ring, rows, summary
 from tests.kernels.guest import Guest
 
 TIMEOUT_S = 2400
@@ -79,14 +79,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("summary", "put the results of the last `host` and `run` commands together")
     ring_ = add("ring", "check all of Debian's kernels without a boot, or BTF files", rest="FILE")
     ring_.add_argument("--all", action="store_true", help="fetch every kernel, not only the newest of each kind")
-    fetch = add("fetch", "fetch the kernels that are missing")
-    fetch.add_argument("--fresh", action="store_true", help="fetch all of them, in their newest version")
+    fetch = add("fetch", "fetch the kernels that are missing, and a newer QEMU if the suites have one")
+    fetch.add_argument("--fresh", action="store_true", help="fetch all of them, and QEMU, in their newest version")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     options = parse(sys.argv[1:])
     kernel = next((k for k in KERNELS if k.name == getattr(options, "kernel", "")), KERNELS[0])
+    if options.command in ("all", "run", "exec", "fetch"):
+        qemu.get(partial(print, flush=True), fresh=getattr(options, "fresh", False))
     match options.command:
         case "all":
             return matrix.run_all(options.rest, jobs=options.jobs, timeout_s=options.timeout)

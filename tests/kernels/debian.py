@@ -94,9 +94,13 @@ def source_entries(text: str) -> Iterator[tuple[str, str]]:
                     yield address, suite
 
 
+def _fields(os_release: str) -> dict[str, str]:
+    return dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', os_release, re.MULTILINE))
+
+
 def find_mirror(sources: str, os_release: str, given: str | None) -> Mirror:
     """Choose the mirror: what the user names, or what a Debian machine uses for its own release."""
-    release = dict(re.findall(r'^(\w+)="?([^"\n]*)"?$', os_release, re.MULTILINE))
+    release = _fields(os_release)
     archive = security = None
     if release.get("ID") == "debian":
         names = {release.get("VERSION_CODENAME", "sid"), "stable", "oldstable", "testing", "unstable", "sid"}
@@ -118,12 +122,20 @@ def find_mirror(sources: str, os_release: str, given: str | None) -> Mirror:
 def machine_mirror() -> Mirror:
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     files = [file for file in files if file.suffix in (".list", ".sources") and file.is_file()]
-    os_release = Path("/etc/os-release")
-    return find_mirror(
-        "\n\n".join(file.read_text(errors="replace") for file in files),
-        os_release.read_text() if os_release.exists() else "",
-        os.environ.get(MIRROR_VARIABLE),
-    )
+    sources = "\n\n".join(file.read_text(errors="replace") for file in files)
+    return find_mirror(sources, os_release(), os.environ.get(MIRROR_VARIABLE))
+
+
+def os_release() -> str:
+    file = Path("/etc/os-release")
+    return file.read_text() if file.exists() else ""
+
+
+def backports(os_release: str) -> str | None:
+    """The suite with newer packages for a Debian release; None elsewhere."""
+    release = _fields(os_release)
+    codename = release.get("VERSION_CODENAME") if release.get("ID") == "debian" else None
+    return f"{codename}-backports" if codename else None
 
 
 def cached(kernel: Kernel) -> Image | None:
@@ -142,14 +154,14 @@ def get(kernel: Kernel, *, fresh: bool = False) -> Image:
         return image
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{kernel.name}.lock"):
+    with locked(cache / f"{kernel.name}.lock"):
         if not fresh and (image := cached(kernel)):
             return image
         return _fetch(kernel, cache)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -215,13 +227,13 @@ def _fetch(kernel: Kernel, cache: Path) -> Image:
         root = work / "root"
         archives = sorted(work.glob("*.deb"))
         for archive in archives:
-            _run("dpkg", "-x", str(archive), str(root))
+            run("dpkg", "-x", str(archive), str(root))
             archive.unlink()
         if not (root / "lib").exists():
             (root / "lib").symlink_to("usr/lib")
         image = _image(kernel, root, apt.version(package))
         print(f"kernel {kernel.name}: listing the modules of {image.release}", flush=True)
-        _run("depmod", "-b", str(root), image.release)
+        run("depmod", "-b", str(root), image.release)
         target = cache / kernel.name
         shutil.rmtree(target, ignore_errors=True)
         root.rename(target)
@@ -263,7 +275,7 @@ class Apt:
         self._options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
 
     def run(self, command: str, *arguments: str, cwd: Path | None = None) -> str:
-        return _run(command, *self._options, *arguments, cwd=cwd)
+        return run(command, *self._options, *arguments, cwd=cwd)
 
     def field(self, package: str, name: str) -> str:
         shown = self.run("apt-cache", "--no-all-versions", "show", package)
@@ -282,7 +294,7 @@ def apt_of(directory: Path, suite: str) -> Apt:
     return Apt(directory, machine_mirror().sources(suite))
 
 
-def _run(*command: str, cwd: Path | None = None) -> str:
+def run(*command: str, cwd: Path | None = None) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         last = "\n".join((done.stdout + done.stderr).splitlines()[-12:])

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from tests.kernels import qemu
 from tests.kernels.debian import Image, cache_directory
 
 TREE = Path(__file__).resolve().parents[2]
@@ -140,7 +141,7 @@ class Guest:
             *(sys.executable, str(Path(__file__).with_name("boot.py"))),
             *("--kimg", self.image.vmlinuz, "--mods", "auto"),
             *("--cpus", str(self.processors), "--memory", MEMORY, "--force-9p", "--disable-microvm"),
-            *(() if kvm else EMULATION),
+            *(() if kvm else (*EMULATION, *qemu.options())),
             *(() if kvm or self.processors > 1 else COUNTED),
             *("--rwdir", str(self.shared), "--script-sh", script, "--show-boot-console", "--verbose"),
             *(word for option in KERNEL_OPTIONS for word in ("--kopt", option)),

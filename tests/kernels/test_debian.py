@@ -59,6 +59,12 @@ def test_another_distribution_needs_the_variable() -> None:
     assert find_mirror(ONE_LINE, UBUNTU, "http://given.example/debian/") == Mirror("http://given.example/debian", None)
 
 
+def test_backports_are_those_of_the_machines_release() -> None:
+    assert debian.backports(DEBIAN) == "bookworm-backports"
+    assert debian.backports("ID=debian\n") is None  # sid has no name
+    assert debian.backports(UBUNTU) is None
+
+
 def test_backports_have_no_security_archive() -> None:
     mirror = Mirror("http://m.example/debian", "http://m.example/debian-security")
     if not any(Path("/usr/share/keyrings", name).exists() for name in debian.KEYRINGS):
@@ -69,7 +75,7 @@ def test_backports_have_no_security_archive() -> None:
 
 def test_a_cached_kernel_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(debian.CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(debian, "_run", lambda *command, **_: pytest.fail(f"called {command}"))
+    monkeypatch.setattr(debian, "run", lambda *command, **_: pytest.fail(f"called {command}"))
     root = tmp_path / "6.1"
     (root / "lib/modules/6.1.0-1-amd64").mkdir(parents=True)
     (root / "vmlinuz").touch()
