@@ -36,7 +36,7 @@ POLL = 0.005
 READY_FD = "TCPSCOPE_READY_FD"
 
 pytest_plugins = ["tests.record.plugin"]
-pytest.register_assert_rewrite("tests.tools", "tests.record.recording")  # what tests share
+pytest.register_assert_rewrite("tests.tools")  # what tests of one tool share
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from tests.record.recording import Recording, Seen
-from tests.record.script import Script
-from tests.record.watch import Watch
+pytest.register_assert_rewrite("tests.record.recording")  # before it is imported
+
+from tests.record.recording import Recording, Seen  # noqa: E402
+from tests.record.script import Script  # noqa: E402
+from tests.record.watch import Watch  # noqa: E402
 
 TREE = Path(__file__).resolve().parents[2]
 LIVE = "live.json"
