@@ -190,10 +190,11 @@ def rows(
 ) -> dict[str, Image]:
     """The kernels of the matrix by name.
 
-    One whose package is gone is replaced by the next one of its suite or, if that is of the matrix already, left out; a
-    line says which.
+    One whose package is gone is replaced by the next one of its suite or, if that is a row already, left out; a line
+    says which.
     """
     kernels = tuple(kernels)
+    taken = {kernel.name for kernel in kernels}
     found: dict[str, Image] = {}
     for kernel in kernels:
         try:
@@ -201,11 +202,12 @@ def rows(
             continue
         except GoneError as gone:
             instead = gone.instead
-        if instead is None or instead in {other.name for other in kernels}:
-            why = f"; {instead} is a row of its own" if instead else ""
+        if instead is None or instead in taken:
+            why = f"; {instead} is one already" if instead else ""
             say(f"kernel {kernel.name}: {kernel.suite} has it no more and none is cached: no such row{why}")
         else:
             say(f"kernel {kernel.name}: {kernel.suite} has it no more and none is cached: {instead} instead")
+            taken.add(instead)
             found[kernel.name] = fetch(Kernel(instead, kernel.suite))
     return found
 

@@ -120,9 +120,9 @@ class Suite:
     ("there", "releases", "said"),
     [
         (("7.2", "7.3"), {"7.2": "7.2.4", "7.3": "7.3.4"}, ""),
-        (("7.3",), {"7.3": "7.3.4"}, "no such row; 7.3 is a row of its own"),
-        (("7.3", "7.10"), {"7.3": "7.3.4"}, "no such row; 7.3 is a row of its own"),
-        (("7.4", "7.10"), {"7.2": "7.4.4", "7.3": "7.4.4"}, "7.4 instead"),
+        (("7.3",), {"7.3": "7.3.4"}, "no such row; 7.3 is one already"),
+        (("7.3", "7.10"), {"7.3": "7.3.4"}, "no such row; 7.3 is one already"),
+        (("7.4", "7.10"), {"7.2": "7.4.4"}, "no such row; 7.4 is one already"),
         (("7.1",), {}, "none is cached: no such row"),
     ],
 )
