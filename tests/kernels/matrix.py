@@ -42,12 +42,13 @@ def run_all(arguments: Sequence[str], *, jobs: int, timeout_s: float) -> int:
         runs = "all" if name not in offers else "what is recorded, and of the rest what is needed"
         print(f"  {name} ({image.release}): {runs}", flush=True)
     shown = progress.Progress()
-    made = _run(_jobs(images, offers, chosen, arguments, timeout_s, under_kvm), jobs, shown)
+    wanted = _jobs(images, offers, chosen, arguments, timeout_s, under_kvm)
+    made = _run(wanted, jobs, shown)
     if not arguments and all(row.good for row in made):
         progress.remember(time.monotonic() - began)
     for row in made:
         show_failures(row)
-    return close(made, [HOST, *images, TWO])
+    return close(made, [job.name for job in wanted])
 
 
 def _jobs(
@@ -68,8 +69,9 @@ def _jobs(
     names = list(images)
     first, *others = [job(name, chosen) for name in names if name not in offers]
     between = [job(name, chosen, between=choice.paths(list(only))) for name, only in offers.items()]
-    two = job(TWO, rows.concurrent(arguments), processors=2)
-    return [first, Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), *others, *between, two]
+    concurrent = rows.concurrent(arguments)
+    two = [job(TWO, concurrent, processors=2)] if concurrent.script or concurrent.live else []
+    return [first, Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), *others, *between, *two]
 
 
 def _run(jobs: Sequence[Job], at_once: int, shown: progress.Progress) -> list[summary.Row]:
@@ -78,7 +80,11 @@ def _run(jobs: Sequence[Job], at_once: int, shown: progress.Progress) -> list[su
 
     def one(job: Job) -> summary.Row:
         shown.begin(job.name)
-        row = job.make()
+        try:
+            row = job.make()
+        except BaseException:
+            guest.stop.set()
+            raise
         with lock:
             save(row)
             shown.end(job.name, summary.counts_line(row) + (f"; {row.problem}" if row.problem else ""))

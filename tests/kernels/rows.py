@@ -103,6 +103,8 @@ def run_guest(
     `between`: of the live tests only those of every kernel and those below these paths. With several processors only
     what needs them runs. What is printed goes to the row's log and, if given, to `show`.
     """
+    if not (chosen.script or chosen.live):
+        return summary.Row(name, image.release, problem=summary.NOTHING)
     marked = "" if processors == 1 else f" and {CONCURRENT}"
     RESULTS.mkdir(parents=True, exist_ok=True)
     outcomes, recording = outcomes_of(name), RECORDINGS / name.replace(" ", "-")
@@ -146,7 +148,8 @@ def run_guest(
     if chosen.live:
         lines = outcomes.read_text().splitlines() if outcomes.exists() else []
         live = summary.make_row(name, image.release, lines, exit_status=outcome.status, problem=outcome.problem)
-        row.tests, row.problem = live.tests, live.problem
+        nothing_needed = arguments and between is not None and live.problem == summary.NOTHING
+        row.tests, row.problem = live.tests, "" if nothing_needed else live.problem
     if chosen.script:
         row = summary.joined(row, check(name, image.release, recording, arguments, f"recorded{marked}"))
     return row

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.kernels import HOST
 
+NOTHING = "no tests were collected"
 RAN = ("passed", "failed", "xfailed")
 
 
@@ -80,7 +81,7 @@ def make_row(
     row = Row(name, release, tests, problem, boot_s, total_s)
     if not problem:
         if exit_status == 5 or (exit_status == 0 and not tests):
-            row.problem = "no tests were collected"
+            row.problem = NOTHING
         elif end_status is None:
             row.problem = f"pytest ended before its report (exit status {exit_status})"
         elif exit_status not in (0, 1):
@@ -97,16 +98,6 @@ def joined(row: Row, other: Row) -> Row:
     problems = "; ".join(filter(None, (row.problem, other.problem)))
     total_s = row.total_s + other.total_s
     return Row(row.name, row.release, [*row.tests, *other.tests], problems, row.boot_s, total_s)
-
-
-def modules_marked_kernel(row: Row) -> list[str]:
-    """Return the modules with tests marked ``kernel``, so that a slow guest imports no others.
-
-    Empty, which means all of them, where the row does not know.
-    """
-    if row.problem or any(result.kernel is None for result in row.tests):
-        return []
-    return sorted({result.nodeid.partition("::")[0] for result in row.tests if result.kernel})
 
 
 def skipped_everywhere(rows: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:

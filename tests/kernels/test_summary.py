@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels import summary
-from tests.kernels.summary import Result, Row, make_row, modules_marked_kernel, render, skipped_everywhere
+from tests.kernels.summary import Result, Row, make_row, render, skipped_everywhere
 
 
 def result(nodeid: str, outcome: str = "passed", reason: str = "", kernel: bool | None = True) -> Result:
@@ -63,13 +63,6 @@ def test_a_test_that_every_row_skips_is_found_with_the_reasons() -> None:
         Row("6.1", tests=[result("x", "skipped", "no BTF"), result("y")]),
     ]
     assert skipped_everywhere(rows) == {"x": [("host", "no kprobe"), ("6.1", "no BTF")]}
-
-
-def test_only_modules_marked_kernel_are_for_the_guests() -> None:
-    row = Row("host", tests=[result("a.py::x", kernel=False), result("b.py::x"), result("b.py::y", kernel=False)])
-    assert modules_marked_kernel(row) == ["b.py"]
-    row.tests.append(result("c.py", "skipped", "no scapy", kernel=None))
-    assert modules_marked_kernel(row) == []
 
 
 def test_a_failed_test_was_tried() -> None:
