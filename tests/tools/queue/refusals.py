@@ -7,7 +7,7 @@ by. A run ends when its clients have been reset: nothing is sent any more, and t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -91,13 +91,15 @@ class Run:
         self.until_overflows(before, number)
         return started
 
-    def overflow_at_ack(self, number: int) -> None:
-        """So many handshakes more than fit are at their last step when the queue becomes full."""
+    def overflow_at_ack(self, number: int, first: Callable[[], object] | None = None) -> None:
+        """So many handshakes more than fit are at their last step when the queue becomes full; `first` comes before."""
         self.fill(BACKLOG)
-        before = self.overflows()
         with self.host.held():
             late = self.start(number + 1)
             self.until_requests(number + 1)
+            if first:
+                first()
+            before = self.overflows()
         for made in late:
             made.until_ready(POLLOUT)
         self.until_overflows(before, number)
