@@ -36,7 +36,7 @@ struct entry {
 	command *run;
 };
 
-extern const struct entry socket_commands[], host_commands[], row_commands[], uring_commands[];
+extern const struct entry socket_commands[], host_commands[], mix_commands[], row_commands[], uring_commands[];
 
 /* main.c */
 long long now_ns(void);

@@ -162,7 +162,7 @@ static int split(char *line, char **words)
 
 static command *find(const char *name)
 {
-	const struct entry *tables[] = {socket_commands, host_commands, row_commands, uring_commands};
+	const struct entry *tables[] = {socket_commands, host_commands, mix_commands, row_commands, uring_commands};
 
 	for (size_t i = 0; i < sizeof(tables) / sizeof(*tables); i++)
 		for (const struct entry *entry = tables[i]; entry->name; entry++)
