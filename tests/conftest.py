@@ -28,7 +28,7 @@ import pytest
 
 from tcpscope.lab import processes
 from tcpscope.lab.hosts import Lab
-from tests import forks, left_out
+from tests import forks
 from tests.kernels.report import MARKERS
 
 DEADLINE = 120.0  # seconds; emulated kernels are twenty times slower than real ones
@@ -42,7 +42,6 @@ pytest.register_assert_rewrite("tests.tools")  # what tests of one tool share
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    config.pluginmanager.register(left_out)
     # A shell lets what it starts in the background ignore it, and so would all that the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -206,7 +205,6 @@ class RunningTool:
             for reader in self._readers:
                 reader.join(max(0.0, end - time.monotonic()))
             self.done = CompletedRun(self.rows, self.stderr, status, self._stats, self.stdout)
-            left_out.note(self._stats["missed"] if self._stats else 0)
         return self.done
 
 

@@ -10,7 +10,6 @@ import pytest
 from tcpscope.filters import Filter
 from tcpscope.lab.hosts import Lab
 from tcpscope.session import Session
-from tests import left_out
 from tests.conftest import until
 from tests.puppets import Puppet
 
@@ -42,16 +41,19 @@ def test_each_event_once(lab: Lab, skip: tuple[str, ...]) -> None:
 
         def all_closed() -> bool:
             rows.extend(row for batch in session.batches() for row in decode(batch))
-            return sum(row.new_state == "CLOSE" for row in rows) >= 2 * CONNECTIONS
+            return sum(row.new_state == "CLOSE" for row in rows) + skipped() >= 2 * CONNECTIONS
 
-        try:
-            until(all_closed, "both ends of all connections to be closed")
-        finally:
-            session.end()
-            if skip:  # what one copy alone was left out of, nobody has taken
-                left_out.note(sum(missed for *_, missed in session.loaded.program_info().values()))
+        def skipped() -> int:
+            """What one copy alone has interrupted itself in nobody has taken; the kernel counts it (5.12)."""
+            return sum(missed for *_, missed in session.loaded.program_info().values()) if skip else 0
+
+        until(all_closed, "both ends of all connections to be closed")
+        session.end()
+        rows.extend(row for batch in session.batches() for row in decode(batch))
         steps = Counter(f"{row.old_state}>{row.new_state}" for row in rows)
-        assert {step: steps[step] for step in STEPS} == dict.fromkeys(STEPS, CONNECTIONS)
+        lacking = {step: CONNECTIONS - steps[step] for step in STEPS}
+        assert min(lacking.values()) >= 0, lacking
+        assert sum(lacking.values()) <= skipped(), lacking
         counters = session.counters()
         if skip == SECOND_ALONE:
             assert counters["rescued"] >= counters["seen"] > 0
