@@ -91,3 +91,11 @@ def test_divide(total: int, shares: list[int]) -> None:
     assert sum(parts) == total
     assert all(abs(part - total * share / sum(shares)) <= 1 for part, share in zip(parts, shares, strict=True))
     assert all(part == 0 for part, share in zip(parts, shares, strict=True) if not share)
+
+
+def test_a_namespace_whose_number_another_one_has_had() -> None:
+    """The kernel gives the number of a namespace that is gone to the next one, whose counters begin at zero."""
+    gone, born = at(9, 9, 9, 0), at(0, 0, 0, 0, socket=2, cookie=2)
+    later = at(2, 2, 2, 0, socket=2, cookie=2)
+    assert looks([gone], [born], [later]) == [[], [], [(2, 2, "ACCEPT_QUEUE_FULL", "SYN")]]
+    assert looks([gone], [later]) == [[], [(2, 2, "ACCEPT_QUEUE_FULL", "SYN")]]

@@ -67,6 +67,8 @@ class Sampler:
         older = NetCounters(0, 0, 0) if now.drops <= packets else now._replace(drops=now.drops - packets)
         before = self._counters.get(netns, older)
         waiting = self._refusals.pop(netns, NetCounters(0, 0, 0))
+        if any(n < b for n, b in zip(now, before, strict=True)):  # the number was that of a namespace that is gone
+            before, waiting = older, NetCounters(0, 0, 0)
         self._counters[netns] = now
         new = NetCounters(*(n - b + w for n, b, w in zip(now, before, waiting, strict=True)))
         count = min(new.drops, packets)
