@@ -27,7 +27,7 @@ from tcpscope.kernel import elf
 from tcpscope.kernel.btf import Btf, FuncProto, Kind, Ref
 from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Program, Spec
-from tests.kernels import core, debian, signature
+from tests.kernels import core, debian, image, signature
 from tests.kernels.image import ImageError, Offline, vmlinux
 
 SUITES = ("bullseye", "bookworm", "bookworm-backports", "trixie", "trixie-backports", "forky", "sid")
@@ -115,11 +115,11 @@ def fetch(everything: bool, say: Callable[[str], None]) -> None:
 
 def _fetch(apt: debian.Apt, kernel: Found) -> str:
     """Nothing, or why it cannot be had."""
-    image = f"linux-image-{kernel.release}"
-    parts = [part for part in apt.depends(image) if part.startswith("linux-binary-")]
+    named = f"linux-named-{kernel.release}"
+    parts = [part for part in apt.depends(named) if part.startswith("linux-binary-")]
     with tempfile.TemporaryDirectory(prefix="tcpscope-ring-") as name:
         try:
-            for package in parts or [image]:
+            for package in parts or [named]:
                 apt.run("apt-get", "download", package, cwd=Path(name))
             (archive,) = Path(name).glob("*.deb")
             btf = elf.sections(vmlinux(_vmlinuz(archive)))[".BTF"]
@@ -255,7 +255,7 @@ def judged(kernel: Found) -> list[str]:
 @cache
 def _basis() -> str:
     """Of what a verdict depends on."""
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    sources = [Path(module.__file__).read_bytes() for module in (core, image, signature)]
     return hashlib.sha256(b"".join([*(Spec.of(probe).data for probe in signature.probes()), *sources])).hexdigest()
 
 
