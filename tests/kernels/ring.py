@@ -115,7 +115,7 @@ def fetch(everything: bool, say: Callable[[str], None]) -> None:
 
 def _fetch(apt: debian.Apt, kernel: Found) -> str:
     """Nothing, or why it cannot be had."""
-    named = f"linux-named-{kernel.release}"
+    named = f"linux-image-{kernel.release}"
     parts = [part for part in apt.depends(named) if part.startswith("linux-binary-")]
     with tempfile.TemporaryDirectory(prefix="tcpscope-ring-") as name:
         try:
