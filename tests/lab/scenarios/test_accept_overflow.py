@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from tcpscope.lab.hosts import Lab
-from tcpscope.lab.scenario import FAMILIES, Outcome
+from tcpscope.lab.scenario import Outcome
 from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
-
-pytestmark = pytest.mark.kernel
+from tests.lab.families import KERNEL_FAMILIES
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def check_queue(outcome: Outcome) -> None:
     assert outcome.counters["TcpExtListenOverflows"] == outcome.counters["TcpExtListenDrops"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_frozen(lab: Lab, family: str) -> None:
     outcome = AcceptOverflow(family=family, synack_retries=5).run(lab, freeze=True)
     assert len(outcome.connected) == 10
@@ -39,7 +38,7 @@ def test_frozen(lab: Lab, family: str) -> None:
     assert lab.server.counters()["TcpExtListenOverflows"] == outcome.counters["TcpExtListenOverflows"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_until_the_end(lab: Lab, family: str) -> None:
     scenario = AcceptOverflow(family=family, synack_retries=5)
     scenario.setup(lab)
@@ -52,6 +51,7 @@ def test_until_the_end(lab: Lab, family: str) -> None:
     assert outcome.counters["TcpOutRsts"] == 4  # the kernel forgot them, and they came again
 
 
+@pytest.mark.kernel
 def test_reset_instead_of_silence(lab: Lab) -> None:
     outcome = AcceptOverflow(abort_on_overflow=1, synack_retries=5).run(lab)
     assert outcome.counters["TcpPassiveOpens"] == 6
@@ -63,6 +63,7 @@ def test_reset_instead_of_silence(lab: Lab) -> None:
     assert outcome.client_states == {"FIN_WAIT2": 6}
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize(
     ("clients", "backlog", "fit"),
     [(3, 5, 3), (6, 5, 6), (7, 5, 6), (4, 2, 3)],
@@ -75,6 +76,7 @@ def test_a_queue_holds_one_more_than_its_limit(lab: Lab, clients: int, backlog: 
     assert (outcome.counters["TcpExtListenOverflows"] > 0) == (clients > fit)
 
 
+@pytest.mark.kernel
 def test_more_clients_than_both_queues_hold(lab: Lab) -> None:
     outcome = AcceptOverflow(clients=4, backlog=1, synack_retries=5).run(lab, freeze=True)
     assert outcome.counters["TcpPassiveOpens"] == 2
@@ -82,6 +84,7 @@ def test_more_clients_than_both_queues_hold(lab: Lab) -> None:
     assert len(outcome.failed) == 2
 
 
+@pytest.mark.kernel
 def test_listener_is_described(lab: Lab) -> None:
     scenario = AcceptOverflow(clients=1)
     scenario.setup(lab)

@@ -3,13 +3,11 @@
 import pytest
 
 from tcpscope.lab.hosts import Lab
-from tcpscope.lab.scenario import FAMILIES
 from tcpscope.lab.scenarios.close_order import CloseOrder
+from tests.lab.families import KERNEL_FAMILIES
 
-pytestmark = pytest.mark.kernel
 
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 @pytest.mark.parametrize("closes", ["client", "server"])
 def test_time_wait(closes: str, family: str) -> None:
     with Lab() as lab:

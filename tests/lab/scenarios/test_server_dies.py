@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 
 from tcpscope.lab.hosts import Lab
-from tcpscope.lab.scenario import FAMILIES
 from tcpscope.lab.scenarios.server_dies import ServerDies
+from tests.lab.families import KERNEL_FAMILIES
 
-pytestmark = pytest.mark.kernel
 
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_resets(family: str) -> None:
     with Lab() as lab:
         outcome = ServerDies(family=family, synack_retries=5).run(lab)
@@ -22,6 +20,7 @@ def test_resets(family: str) -> None:
     assert outcome.server_sockets == outcome.client_sockets == ()
 
 
+@pytest.mark.kernel
 def test_the_two_halves_of_the_fault() -> None:
     with Lab() as lab:
         scenario = ServerDies(clients=6, synack_retries=5)

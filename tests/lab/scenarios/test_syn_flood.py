@@ -3,10 +3,9 @@
 import pytest
 
 from tcpscope.lab.hosts import Lab
-from tcpscope.lab.scenario import FAMILIES, Outcome
+from tcpscope.lab.scenario import Outcome
 from tcpscope.lab.scenarios.syn_flood import SynFlood
-
-pytestmark = pytest.mark.kernel
+from tests.lab.families import KERNEL_FAMILIES
 
 SYNS = 300  # more than the flood has addresses
 
@@ -21,7 +20,7 @@ def flood(family: str = "4", **parameters: int) -> Outcome:
     return outcome
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_without_cookies_syns_are_dropped(family: str) -> None:
     outcome = flood(family, syns=SYNS, backlog=3, syncookies=0)
     requests = outcome.server_states["SYN_RECV"]
@@ -31,7 +30,7 @@ def test_without_cookies_syns_are_dropped(family: str) -> None:
     assert outcome.counters["TcpExtTCPReqQFullDoCookies"] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_cookies_when_full(family: str) -> None:
     outcome = flood(family, syns=SYNS, backlog=3, syncookies=1)
     requests = outcome.server_states["SYN_RECV"]
@@ -41,7 +40,7 @@ def test_cookies_when_full(family: str) -> None:
     assert outcome.counters["TcpExtTCPReqQFullDrop"] == outcome.counters["TcpExtListenDrops"] == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_cookies_always(family: str) -> None:
     outcome = flood(family, syns=20, syncookies=2)
     assert outcome.server_states["SYN_RECV"] == 0
@@ -49,6 +48,7 @@ def test_cookies_always(family: str) -> None:
     assert outcome.counters["TcpExtSyncookiesSent"] == 20
 
 
+@pytest.mark.kernel
 def test_last_quarter_is_kept_for_proven_peers() -> None:
     outcome = flood(syns=40, syncookies=0, backlog=64, max_syn_backlog=16)
     assert outcome.server_states["SYN_RECV"] == 13  # 16 - 13 is less than a quarter of 16
