@@ -1,5 +1,8 @@
-"""The families of a scenario's tests. Its plumbing is tried with each here; a guest runs one of them, since what its kernel
-does for each family the recorded tests of `queue` and `life` assert there."""
+"""The families of a scenario's tests.
+
+Its plumbing is tried with each here. A guest runs one of them: what its kernel does for each family the recorded tests
+of `queue` and `life` assert there.
+"""
 
 import pytest
 

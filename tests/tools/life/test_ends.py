@@ -262,6 +262,7 @@ def test_killed(script: Script) -> Test:
     pair = Pair(script)
     pair.exchange()
     error = script.server.destroy(PORT, pair.local)
+    script.client.flush()  # the RST
     pair.server.socket.shutdown("both", may_fail=True)  # only where it was not killed
     pair.client.socket.shutdown("both", may_fail=True)
     pair.server.socket.until_state("CLOSE")
