@@ -198,8 +198,9 @@ class Site:
             self.host.until_sockets(number, "==", state=state)
 
 
-def by_cookie(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    return {row["cookie"]: row for row in rows}
+def by_cookie(rows: Iterable[dict[str, Any]]) -> Rows:
+    """In that order: each socket is there as often as it was shown."""
+    return sorted(rows, key=lambda row: int(row["cookie"]))
 
 
 @recorded(LIST, OF_ALICE)
