@@ -86,7 +86,7 @@ class Watchers:
 
     def add(self, wanted: Filter) -> Watcher:
         session = Session("connections", "transition", wanted, ring_bytes=1 << 16, kernel=self._kernel,
-                          entries={"connections": 1024, "listening": 64})  # fmt: skip
+                          entries={"connections": 8192, "listening": 1024})  # fmt: skip
         self._stack.callback(session.close)
         return Watcher(session, tool.Request(filter=wanted, output="json", time="none"))
 
