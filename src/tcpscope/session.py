@@ -152,7 +152,6 @@ class Session:
         again = {hook.program.name for hook in hooks.values() if hook.program and hook.program.again}
         missed = {name: missed for name, (*_, missed) in self.loaded.program_info().items()}
         self._missed = missed_runs(missed, again) + gaps
-        import sys; print("MISSED", {n: m for n, (_, r, m) in self.loaded.program_info().items() if m}, file=sys.stderr)
 
     _missed = 0
 

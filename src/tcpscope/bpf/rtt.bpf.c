@@ -19,7 +19,6 @@
 #include "output.bpf.h"
 #include "filter.bpf.h"
 #include "connection.bpf.h"
-#include "once.bpf.h"
 
 /*
  * Buckets: exact below 8 us, then 8 per power of two, so a value is known to 1/8 of itself; the last of them begins far
@@ -240,15 +239,6 @@ int TRACING_PROG(segment, struct sock *sk)
 	return 0;
 }
 
-/* It needs no note (once.bpf.h): who looks for the second time sees nothing new. */
-AGAIN
-SEC("tp_btf/tcp_probe")
-int TRACING_PROG(segment_again, struct sock *sk)
-{
-	look(sk, COOKIE_OF(sk));
-	return 0;
-}
-
 OPTIONAL("but for one at each change of state, samples of connections that one side has closed")
 SEC("fentry/tcp_rcv_state_process")
 int TRACING_PROG(half_closed__fentry, struct sock *sk)
@@ -266,33 +256,17 @@ int BPF_KPROBE(half_closed__kprobe, struct sock *sk)
 	return 0;
 }
 
-static __noinline int state_changed(struct sock *sk, int old_state, int new_state, __u64 cookie)
-{
-	if (want_owner)
-		connection_transition(sk, old_state, new_state);
-	if (new_state == STATE_ESTABLISHED)
-		look_at_handshake(sk, cookie);
-	else if (old_state == STATE_ESTABLISHED || half_closed_state(old_state))
-		look(sk, cookie);
-	return 0;
-}
-
 SEC("tp_btf/inet_sock_set_state")
 int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
 {
-	if (sk->sk_protocol == IPPROTO_TCP) {
-		once_note(sk, old_state << 8 | new_state);
-		state_changed(sk, old_state, new_state, COOKIE_OF(sk));
-	}
-	return 0;
-}
-
-AGAIN
-SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
-{
-	if (sk->sk_protocol == IPPROTO_TCP && once_missed(sk, old_state << 8 | new_state))
-		state_changed(sk, old_state, new_state, COOKIE_OF(sk));
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	if (want_owner)
+		connection_transition(sk, old_state, new_state);
+	if (new_state == STATE_ESTABLISHED)
+		look_at_handshake(sk, COOKIE_OF(sk));
+	else if (old_state == STATE_ESTABLISHED || half_closed_state(old_state))
+		look(sk, COOKIE_OF(sk));
 	return 0;
 }
 
@@ -310,30 +284,14 @@ int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 	return 0;
 }
 
-static __noinline int destroyed(struct sock *sk)
+SEC("tp_btf/tcp_destroy_sock")
+int TRACING_PROG(destroy, struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
 	bpf_map_delete_elem(&last_seen, &key);
 	if (want_owner)
 		connection_forget(sk);
-	return 0;
-}
-
-SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy, struct sock *sk)
-{
-	once_note(sk, 0);
-	destroyed(sk);
-	return 0;
-}
-
-AGAIN
-SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy_again, struct sock *sk)
-{
-	if (once_missed(sk, 0))
-		destroyed(sk);
 	return 0;
 }
 
