@@ -1,8 +1,9 @@
 """Plays scripts while tools run, and leaves a recording: ``python -m tests.record.recorder FOLDER``, as root.
 
-The folder holds `script`, `watches.json` and `actor`, and afterwards the recording (recording.py). Until the end
-everything stays in memory, so that a guest waits for none of the host's files meanwhile. The tools are forks of this
-process, which has imported them: under emulation Python and its imports are two seconds of each start.
+The folder holds `script`, `watches.json` and `actor`, where it is needed `unseen.bpf.o` (unseen.py), and afterwards the
+recording (recording.py). Until the end everything stays in memory, so that a guest waits for none of the host's files
+meanwhile. The tools are forks of this process, which has imported them: under emulation Python and its imports are two
+seconds of each start.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -216,6 +218,23 @@ def netem() -> str:
     return "yes" if found else "no"
 
 
+@contextmanager
+def witnessed(program: Path, folder: Path) -> Iterator[None]:
+    """Inside of the block it is watched what no program is run for, if there is the witness's program (unseen.py)."""
+    if not program.exists():
+        yield
+        return
+    from tests.record.unseen import Witness, WitnessError
+
+    witness = Witness(program)
+    try:
+        with witness.watching():
+            yield
+    except WitnessError as error:
+        raise RecordingError(str(error)) from None
+    (folder / "unseen.json").write_text(json.dumps(witness.records()))
+
+
 def main() -> int:
     target = Path(sys.argv[1])
     watches = [Watch(*argv, moment=moment) for moment, *argv in json.loads((target / "watches.json").read_text())]
@@ -224,7 +243,8 @@ def main() -> int:
         for file in ("script", "actor"):
             shutil.copy(target / file, folder / file)
         try:
-            record(folder, watches)
+            with witnessed(target / "unseen.bpf.o", folder):
+                record(folder, watches)
         except RecordingError as error:
             print(f"no recording: {error}", file=sys.stderr)
             return 1

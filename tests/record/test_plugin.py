@@ -108,6 +108,68 @@ def test_a_tool_that_lost_something_fails_each_test_that_asks_it(folder: Path, t
     assert (status, "lost 3" in text) == (1, True), text
 
 
+def with_unseen(folder: Path, missed: int, *events: dict[str, object]) -> None:
+    """As if the tool had missed something and these events had been unseen."""
+    (tool,) = folder.glob("*.out")
+    *rows, account = tool.read_text().splitlines(keepends=True)
+    stats = json.loads(account)["stats"] | {"missed": missed}
+    tool.write_text("".join([*rows, json.dumps({"stats": stats}) + "\n"]))
+    (folder / "unseen.json").write_text(json.dumps(events))
+
+
+def test_a_tool_may_miss_what_was_unseen_and_no_more(folder: Path, tmp_path: Path, tree: Path) -> None:
+    for file in (folder / "recording").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    late = {"us": 1e18, "task": "task (1)", "event": "inet_sock_set_state", "ports": [40000, 7000]}
+    other = late | {"event": "tcp_probe"}
+    for missed, expected in ((1, 0), (2, 1)):
+        with_unseen(tmp_path, missed, late, other)
+        status, text = pytest_in(folder, tree, "--recording", str(tmp_path), "-k", "7000")
+        assert (status, "missed 2" in text) == (expected, bool(expected)), text
+
+
+def test_a_scenario_that_may_have_lost_something_fails(folder: Path, tmp_path: Path, tree: Path) -> None:
+    for file in (folder / "recording").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    us = next(float(line.split()[3]) for line in (tmp_path / "log").read_text().splitlines() if line[0] == "r") / 1000
+    with_unseen(tmp_path, 0, {"us": us, "task": "task (1)", "event": "tcp_probe", "ports": [40000, 7000]})
+    status, text = pytest_in(folder, tree, "--recording", str(tmp_path), "-k", "refused")
+    assert status == 1
+    assert "this kernel ran no program for a part of it" in text
+    assert "1 passed" in text and "1 failed" in text
+
+
+# The first recording is said to have lost something at port 7001.
+CONFTEST = """
+import json
+from tests.record import plugin
+
+record = plugin.record
+
+def once(items, folder):
+    made = record(items, folder)
+    if len(items) > 1:
+        log = (folder / "log").read_text().splitlines()
+        us = max(int(line.split()[4]) for line in log if line.startswith("r 1 ")) / 1000
+        unseen = [{"us": us, "task": "task (1)", "event": "tcp_probe", "ports": [7001]}]
+        (folder / "unseen.json").write_text(json.dumps(unseen))
+    return made
+
+plugin.record = once
+"""
+
+
+def test_it_alone_is_played_again(tmp_path: Path, tree: Path) -> None:
+    (tmp_path / "conftest.py").write_text(CONFTEST)
+    status, text = pytest_in(tmp_path, tree, "-k", "refused")
+    assert status == 0, text
+    assert "2 passed" in text
+    assert "PLAYED AGAIN 1 of 2 scenarios, since this kernel ran no program in task (1)" in text
+    again = (tmp_path / "recording/again-1/script").read_text()
+    assert [line for line in again.splitlines() if line.startswith("S ")] == ["S test_file.py::test_refused[7001]"]
+    assert not (tmp_path / "recording/again-2").exists()
+
+
 def test_only_the_script_is_written(tmp_path: Path, tree: Path) -> None:
     target = tmp_path / "composed"
     target.mkdir()
