@@ -110,7 +110,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["connect", "--count", "--by", "radr"], "unknown column 'radr'; did you mean 'raddr'?"),
         (["connect", "--count", "--by", ","], "--by is empty"),
         (["connect", "--count", "--by", "time"], "--by has 'time'"),
-        (["connect", "--count", "--columns", "pid"], "unknown column 'pid'; there are time, raddr"),
+        (["connect", "--count", "--columns", "pid"], "unknown column 'pid'; there are time, raddr, rport, count"),
         (["connlat", "--min", "10"], "--min 10; a time with its unit: 300us, 10ms, 1.5s"),
         (["connlat", "--min", "-1ms"], "--min -1ms; a time with its unit"),
         (["connlat", "--min", "1 h"], "--min 1 h; a time with its unit"),

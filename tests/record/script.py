@@ -372,9 +372,9 @@ class Host:
         """Wait until everything that was sent to it before has been handled."""
         return self.agent("flush")
 
-    def destroy(self, lport: object, rport: object, *, family: str = "4") -> Call:
-        """What `ss -K` does to one connection with the peer: the error is the kernel's."""
-        here, there = self.address(family), self.peer.address(family)
+    def destroy(self, lport: object, rport: object, *, family: str = "4", to: str | None = None) -> Call:
+        """What `ss -K` does to one connection, with the peer or another address: the error is the kernel's."""
+        here, there = self.address(family), to or self.peer.address(family)
         return self.agent("destroy", here, lport, there, rport, may_fail=True)
 
     def segment(

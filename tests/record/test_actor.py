@@ -111,6 +111,14 @@ def test_a_call_that_must_not_fail_ends_its_scenario_alone(tmp_path: Path) -> No
     assert not second.failure
 
 
+def test_a_socket_that_could_not_be_made_is_waited_for_by_nobody(tmp_path: Path) -> None:
+    script = Script()
+    made = script.client.process("client").socket(protocol=999, may_fail=True)
+    ready = made("poll", 4, -1, may_fail=True)
+    played(tmp_path, script)
+    assert (made.made.errno, ready.errno) == ("EPROTONOSUPPORT", "EBADF")
+
+
 def test_a_program_that_fails_ends_its_scenario(tmp_path: Path) -> None:
     script, may = Script(), Script()
     script.client.exec("false")

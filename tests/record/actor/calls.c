@@ -327,6 +327,11 @@ static void polls(struct actor *a, int count, char **w, struct reply *r)
 	struct pollfd polled = {.fd = *slot(a, w[0]), .events = atoi(w[1])};
 	int found;
 
+	if (polled.fd < 0) { /* poll() would wait without it */
+		errno = EBADF;
+		outcome(r, -1);
+		return;
+	}
 	r->begin = now_ns();
 	found = poll(&polled, 1, atoi(w[2]));
 	outcome(r, found < 0 ? -1 : polled.revents);

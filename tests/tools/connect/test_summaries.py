@@ -1,0 +1,59 @@
+"""The failed ones alone, and the counts, against the rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from tests.record import Script, Test, Watch, recorded
+from tests.tools.connect.attempts import CONNECT, PORT, REFUSED, Attempt, Row, listening, rows
+
+FAILED = Watch("connect", "--failed")
+# Of other programs there are rows with the same addresses, but of other namespaces.
+COUNTED = Watch("connect", "--count", "--by", "netns,raddr,rport")
+BY_INTERVAL = Watch("connect", "--count", "--by", "netns,comm,outcome", "-i", "1", "--time", "none")
+
+
+@recorded(CONNECT, FAILED, COUNTED, BY_INTERVAL)
+def test_together(script: Script) -> Test:
+    """The attempts of all tests, put together. This one makes some of both kinds, even if there is no other."""
+    listening(script)
+    client = script.client.process("client")
+    refused, established = (Attempt(client, script.server.ipv4, port) for port in (REFUSED, PORT))
+    seen = yield
+    rows(seen, script, {"saw": refused, "rport": REFUSED, "outcome": "REFUSED"},
+         {"saw": established, "rport": PORT, "outcome": "ESTABLISHED"})  # fmt: skip
+
+    every = seen.of_all(CONNECT)
+    wanted = [row for row in every if row["outcome"] != "ESTABLISHED"]
+    # Each tool has read the clock for itself.
+    texts = [[json.dumps({name: row[name] for name in row if name not in ("time", "latency_us", "cookie")})
+              for row in each] for each in (seen.of_all(FAILED), wanted)]  # fmt: skip
+    assert sorted(texts[0]) == sorted(texts[1])
+    stats = seen.run(FAILED).stats
+    assert stats is not None
+    assert stats["filtered"] >= len(every) - len(wanted)
+
+    assert counts(seen.of_all(COUNTED), "raddr", "rport") == counts(every, "raddr", "rport")
+    total = seen.run(COUNTED).rows
+    assert [row["count"] for row in total] == sorted((row["count"] for row in total), reverse=True)
+    assert all(row["total"] for row in total)
+
+    by_interval = seen.of_all(BY_INTERVAL)
+    for whole in (True, False):
+        parts = [row for row in by_interval if row["total"] == whole]
+        assert counts(parts, "comm", "outcome") == counts(every, "comm", "outcome")
+    assert set(by_interval[0]) == {"netns", "comm", "outcome", "count", "total"}
+
+    # The owners are the processes that played, not one that looks.
+    assert {row["pid"] for row in every} <= {pid for played in seen.recording.scenarios.values()
+                                             for pid in played.pids.values()}  # fmt: skip
+
+
+def counts(found: list[Row], *names: str) -> Counter[Any]:
+    """How many attempts there are of each, in each namespace."""
+    result: Counter[Any] = Counter()
+    for row in found:
+        result[tuple(row[name] for name in ("netns", *names))] += row.get("count", 1)
+    return result
