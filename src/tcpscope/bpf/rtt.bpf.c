@@ -19,6 +19,7 @@
 #include "output.bpf.h"
 #include "filter.bpf.h"
 #include "connection.bpf.h"
+#include "once.bpf.h"
 
 /*
  * Buckets: exact below 8 us, then 8 per power of two, so a value is known to 1/8 of itself; the last of them begins far
@@ -91,7 +92,8 @@ __u32 epoch;
 
 static const struct rtt_value new_value;
 
-static __always_inline __u32 bucket_of(__u32 us)
+/* Not static: so it is verified once, and what follows a call of it not for each way through it. */
+__noinline __u32 bucket_of(__u32 us)
 {
 	__u32 log2 = 0, value = us;
 
@@ -256,17 +258,33 @@ int BPF_KPROBE(half_closed__kprobe, struct sock *sk)
 	return 0;
 }
 
-SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+static __noinline int state_changed(struct sock *sk, int old_state, int new_state, __u64 cookie)
 {
-	if (sk->sk_protocol != IPPROTO_TCP)
-		return 0;
 	if (want_owner)
 		connection_transition(sk, old_state, new_state);
 	if (new_state == STATE_ESTABLISHED)
-		look_at_handshake(sk, COOKIE_OF(sk));
+		look_at_handshake(sk, cookie);
 	else if (old_state == STATE_ESTABLISHED || half_closed_state(old_state))
-		look(sk, COOKIE_OF(sk));
+		look(sk, cookie);
+	return 0;
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+{
+	if (sk->sk_protocol == IPPROTO_TCP) {
+		once_note(sk, old_state << 8 | new_state);
+		state_changed(sk, old_state, new_state, COOKIE_OF(sk));
+	}
+	return 0;
+}
+
+AGAIN
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
+{
+	if (sk->sk_protocol == IPPROTO_TCP && once_missed(sk, old_state << 8 | new_state))
+		state_changed(sk, old_state, new_state, COOKIE_OF(sk));
 	return 0;
 }
 
@@ -284,14 +302,30 @@ int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 	return 0;
 }
 
-SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy, struct sock *sk)
+static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
 	bpf_map_delete_elem(&last_seen, &key);
 	if (want_owner)
 		connection_forget(sk);
+	return 0;
+}
+
+SEC("tp_btf/tcp_destroy_sock")
+int TRACING_PROG(destroy, struct sock *sk)
+{
+	once_note(sk, 0);
+	destroyed(sk);
+	return 0;
+}
+
+AGAIN
+SEC("tp_btf/tcp_destroy_sock")
+int TRACING_PROG(destroy_again, struct sock *sk)
+{
+	if (once_missed(sk, 0))
+		destroyed(sk);
 	return 0;
 }
 
