@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tcpscope.lab import processes
+
 pytest.register_assert_rewrite("tests.record.recording")  # before it is imported
 
 from tests.lacks import functions_cannot_be_hooked  # noqa: E402
@@ -180,9 +182,11 @@ def record(items: list[pytest.Item], folder: Path) -> Recording:
     if functions_cannot_be_hooked():
         unseen.compiled(folder / "unseen.bpf.o")
     command = [sys.executable, "-m", "tests.record.recorder", folder]
-    done = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"nothing was recorded: {done.stderr.strip()[-2000:]}", pytrace=False)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with processes.start(command, cwd=TREE, text=True, **pipes) as recorder:  # dies with this process
+        _, said = recorder.communicate()
+    if recorder.returncode:
+        pytest.fail(f"nothing was recorded: {said.strip()[-2000:]}", pytrace=False)
     return Recording(folder)
 
 

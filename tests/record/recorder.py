@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tcpscope.lab import processes
 from tests.record.watch import Watch
 
 AT_ONCE = 16
@@ -46,8 +47,10 @@ class Tool:
         self._files = [folder / f"{watch.name}.{ending}" for ending in ("out", "err")]
         self._ready, write = os.pipe()
         self._ended = False
+        parent = os.getpid()
         self.pid = os.fork()
         if not self.pid:
+            processes.follow(parent)
             os.close(self._ready)
             self._become(write)
         os.close(write)
