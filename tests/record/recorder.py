@@ -8,6 +8,7 @@ seconds of each start.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import gzip
 import json
@@ -32,6 +33,7 @@ from tests.record.watch import Watch
 AT_ONCE = 16
 """Scenarios that are played at a time: their timers run side by side."""
 READY_S, END_S = 240, 120
+LOCK = Path("/tmp/tcpscope-recording.lock")
 READY_FD = "TCPSCOPE_READY_FD"
 
 
@@ -222,6 +224,14 @@ def netem() -> str:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """One recording at a time on a machine: the tools see all of its network namespaces, those of another one too."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def witnessed(program: Path, folder: Path) -> Iterator[None]:
     """Inside of the block it is watched what no program is run for, if there is the witness's program (unseen.py)."""
     if not program.exists():
@@ -246,7 +256,7 @@ def main() -> int:
         for file in ("script", "actor"):
             shutil.copy(target / file, folder / file)
         try:
-            with witnessed(target / "unseen.bpf.o", folder):
+            with alone(), witnessed(target / "unseen.bpf.o", folder):
                 record(folder, watches)
         except RecordingError as error:
             print(f"no recording: {error}", file=sys.stderr)
