@@ -113,10 +113,22 @@ def test_a_call_that_must_not_fail_ends_its_scenario_alone(tmp_path: Path) -> No
 
 def test_a_socket_that_could_not_be_made_is_waited_for_by_nobody(tmp_path: Path) -> None:
     script = Script()
-    made = script.client.process("client").socket(protocol=999, may_fail=True)
+    made = script.client.process("client").socket(protocol=254, may_fail=True)
     ready = made("poll", 4, -1, may_fail=True)
     played(tmp_path, script)
     assert (made.made.errno, ready.errno) == ("EPROTONOSUPPORT", "EBADF")
+
+
+def test_signals_end_a_call_and_not_its_process(tmp_path: Path) -> None:
+    script = Script()
+    client, other = script.client.process("client"), script.client.process("other")
+    listener = client.listener(8000)
+    client("interrupt", 1)
+    other.pause(50_000)
+    waiting = listener.accept(may_fail=True)
+    client("interrupt", 0)
+    played(tmp_path, script)
+    assert waiting.accepted.errno == "EINTR"
 
 
 def test_a_program_that_fails_ends_its_scenario(tmp_path: Path) -> None:

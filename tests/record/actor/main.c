@@ -114,7 +114,7 @@ static ssize_t send_with(int socket, const void *data, size_t size, int fd)
 		message.msg_control = &control;
 		message.msg_controllen = sizeof(control);
 	}
-	return sendmsg(socket, &message, MSG_NOSIGNAL);
+	return TEMP_FAILURE_RETRY(sendmsg(socket, &message, MSG_NOSIGNAL));
 }
 
 static ssize_t receive_with(int socket, void *data, size_t size, int *fd)
@@ -123,7 +123,7 @@ static ssize_t receive_with(int socket, void *data, size_t size, int *fd)
 	struct iovec piece = {.iov_base = data, .iov_len = size};
 	struct msghdr message = {
 		.msg_iov = &piece, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof(control)};
-	ssize_t got = recvmsg(socket, &message, 0);
+	ssize_t got = TEMP_FAILURE_RETRY(recvmsg(socket, &message, 0)); /* `interrupt` goes on between two commands */
 	struct cmsghdr *header = got < 0 ? NULL : CMSG_FIRSTHDR(&message);
 
 	*fd = -1;
