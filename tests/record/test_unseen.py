@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.record.recording import Played
 from tests.record.script import Came
-from tests.record.unseen import Unseen, unseen
+from tests.record.unseen import NAME, Unseen, unseen
 
 LINES = """
 # tracer: nop
@@ -65,9 +65,10 @@ print(json.dumps([each["event"] for each in witness.records() if 9998 in each["p
 
 def watch(folder: Path, tree: Path, kib: int = 16384, how: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WATCH, folder / "unseen.bpf.o", str(kib), how]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
-    assert not list(Path(tempfile.gettempdir()).glob("tcpscope-ftrace-*"))
-    return done
+    with subprocess.Popen(command, cwd=tree, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        out, err = process.communicate()
+    assert not Path(tempfile.gettempdir(), f"{NAME}{process.pid}").exists()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def test_what_a_program_was_run_for_is_not_unseen(tmp_path: Path, tree: Path) -> None:

@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ CHANGES = ("inet_sock_set_state", "tcp_destroy_sock")
 EVENTS = (*CHANGES, "inet_sk_error_report", "tcp_probe", "tcp_receive_reset", "tcp_retransmit_skb")
 """The tracepoints of the tools that a softirq passes, as far as they tell the ports."""
 CLONE_NEWNS = 0x20000
+NAME = "tcpscope-ftrace-"
+"""Of mounts and of ring buffers; the number of their process follows."""
 BUFFER_KIB = 16384
 """For each processor: 150,000 events."""
 
@@ -92,17 +94,28 @@ def _instance() -> Iterator[Path]:
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise WitnessError(f"no mount namespace: {os.strerror(ctypes.get_errno())}")
     with ExitStack() as stack:
-        root = Path(tempfile.mkdtemp(prefix="tcpscope-ftrace-"))
+        root = Path(tempfile.gettempdir(), f"{NAME}{os.getpid()}")
+        _sweep(root.parent)
+        root.mkdir()
         stack.callback(root.rmdir)
         for command in (("mount", "--make-rslave", "/"), ("mount", "-t", "tracefs", "tracefs", root)):
             subprocess.run(command, check=True)
         stack.callback(subprocess.run, ["umount", root], check=True)
+        _sweep(root / "instances")
         made = root / "instances" / root.name
         made.mkdir()
         stack.callback(made.rmdir)
         (made / "trace_clock").write_text("mono")
         (made / "buffer_size_kb").write_text(str(BUFFER_KIB))
         yield made
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes have left that were killed."""
+    for left in folder.glob(f"{NAME}*"):
+        if not Path("/proc", left.name.removeprefix(NAME)).exists():
+            with suppress(OSError):  # another one was quicker
+                left.rmdir()
 
 
 def _switch(ftrace: Path, value: str) -> None:
