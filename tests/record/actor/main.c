@@ -531,10 +531,14 @@ static void conduct(struct scenario *scenario, struct step *step, char *text)
 		close(fd);
 		answered(scenario, step, line);
 	} else if (!strcmp(words[0], "kill")) {
-		long long ret = kill(process->pid, atoi(words[2]));
+		long long ret = -1;
 
+		/* Zero and less would name a group of processes, or all of them: a thread, or a fork that failed. */
+		errno = ESRCH;
+		if (process->pid > 0)
+			ret = kill(process->pid, atoi(words[2]));
 		if (atoi(words[2]) == SIGKILL || atoi(words[2]) == SIGTERM) {
-			if (!process->thread)
+			if (process->pid > 0 && !process->thread)
 				waitpid(process->pid, NULL, 0);
 			close(process->control);
 			process->control = -1;
