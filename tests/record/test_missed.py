@@ -11,9 +11,9 @@ WATCHES = tuple(Watch(*words, "--port", PORTS) for words in (("states",), ("acce
 
 @recorded(*WATCHES)
 def test_nothing_was_missed(script: Script) -> Test:
-    """Over all scenarios of the recording. Since 7.0 tracepoints do not keep the processor: a process that is preempted
-    before the program's own bpf_preempt_disable() makes the kernel skip that program for all others on its processor.
-    With thirty tools on one processor that happens; it is a fault of ours, and known."""
+    """Over all scenarios of the recording. Since 7.0 tracepoints do not keep the processor: while a process is put
+    aside within a program, the kernel skips that program for all others on its processor. Rows can be lost by it.
+    It is a fault of ours, and known; the expected failure has no bound yet, so a further fault may hide behind it."""
     script.client.flush()
     seen = yield
     missed = seen.recording.missed()
