@@ -20,12 +20,13 @@ from tcpscope.session import Session
 UNREAD = 2**64 - 1
 STEPS = ("syn", "ack")
 CAUSES = ("ACCEPT_QUEUE_FULL", "SYN_QUEUE_FULL", "COOKIE_SENT", "SYN_QUEUE_RESERVED", "OTHER")
-_MIB = {
+MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",
     "mib_reqq_full_cookies": "LINUX_MIB_TCPREQQFULLDOCOOKIES",
     "mib_reqq_full_drop": "LINUX_MIB_TCPREQQFULLDROP",
 }
+"""Constants of the probe -> the enumerator of the kernel that each is the number of."""
 
 
 class Holder(msgspec.Struct, frozen=True, order=True):
@@ -116,7 +117,7 @@ def open_session(
     kernel = Kernel()
     constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks}
     skip = []
-    for name, enumerator in _MIB.items():
+    for name, enumerator in MIB.items():
         value = kernel.enumerator(enumerator)
         if value is None:  # without their numbers the counters cannot be read, and the hooks are of no use
             skip = ["syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit"]

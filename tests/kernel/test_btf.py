@@ -19,47 +19,12 @@ from tcpscope.errors import BtfError
 from tcpscope.kernel import btf, elf
 from tcpscope.kernel.btf import Btf, Kind
 from tests import examples  # noqa: F401  for its settings
+from tests.blob import Blob
 
 VMLINUX = Path("/sys/kernel/btf/vmlinux")
 # Ubuntu's in /usr/sbin only works for the kernel that runs.
 BPFTOOLS = (*Path("/usr/lib").glob("linux-tools*/**/bpftool"), Path("/usr/sbin/bpftool"))
 BPFTOOL = next((str(path) for path in BPFTOOLS if path.exists()), None)
-
-
-class Blob:
-    """Builds BTF: `add` takes the words of one type, with text in the place of string offsets."""
-
-    def __init__(self) -> None:
-        self.words: list[int] = []
-        self.strings = b"\0"
-        self.count = 0
-
-    def text(self, text: str) -> int:
-        if not text:
-            return 0
-        self.strings += text.encode() + b"\0"
-        return len(self.strings) - len(text.encode()) - 1
-
-    def add(
-        self, kind: int, name: str, third: int = 0, *rest: int | str, count: int = 0, flag: bool = False
-    ) -> int:
-        self.words += [self.text(name), flag << 31 | kind << 24 | count, third]
-        self.words += [self.text(word) if isinstance(word, str) else word & 0xFFFFFFFF for word in rest]
-        self.count += 1
-        return self.count
-
-    def data(self, magic: int = 0xEB9F, version: int = 1, flags: int = 0, layout: bytes = b"") -> bytes:
-        types = struct.pack(f"<{len(self.words)}I", *self.words)
-        size = 32 if layout else 24
-        head = struct.pack(
-            "<HBBIIIII", magic, version, flags, size, 0, len(types), len(types), len(self.strings)
-        )
-        if layout:
-            head += struct.pack("<II", len(types) + len(self.strings), len(layout))
-        return head + types + self.strings + layout
-
-    def parse(self) -> Btf:
-        return Btf.parse(self.data())
 
 
 def test_empty() -> None:
@@ -164,6 +129,16 @@ def test_a_name_may_be_the_tail_of_another() -> None:
     assert found is not None
     assert found.id == 2
     assert types.find("_name", Kind.FLOAT) is None
+
+
+def test_every_type_of_a_name() -> None:
+    blob = Blob()
+    blob.add(Kind.FLOAT, "twice", 8)
+    blob.add(Kind.FWD, "twice")
+    blob.add(Kind.FLOAT, "twice", 4)
+    types = blob.parse()
+    assert [found.id for found in types.find_all("twice", Kind.FLOAT)] == [1, 3]
+    assert list(types.find_all("thrice", Kind.FLOAT)) == []
 
 
 def test_a_newer_kind_is_stepped_over_by_its_layout() -> None:

@@ -28,7 +28,8 @@ from tcpscope.kernel.btf import Btf, FuncProto, Kind, Ref
 from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Program, Spec
 from tests.kernels import core, debian, image, signature
-from tests.kernels.image import ImageError, Offline, vmlinux
+from tests.kernels.image import ImageError, vmlinux
+from tests.kernels.offline import Offline
 
 SUITES = ("bullseye", "bookworm", "bookworm-backports", "trixie", "trixie-backports", "forky", "sid")
 _PACKAGE = re.compile(r"linux-image-(\d+\.\d+)\.(\d[\w.+~]*?(?:-(?!cloud|rt)[\w.]+)?)(-cloud|-rt)?-amd64")

@@ -8,7 +8,7 @@ from importlib.resources import files
 from tcpscope.kernel.btf import Btf, Kind, Struct
 from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Spec
-from tests.kernels.image import Offline
+from tests.kernels.offline import Offline
 
 Signature = Mapping[str, frozenset[str]]
 """Probe -> what of it differs between kernels, in words."""

@@ -11,12 +11,9 @@ import subprocess
 import pytest
 
 from tcpscope.kernel.btf import Btf, Kind
-from tcpscope.kernel.features import BTF, Kernel
-from tcpscope.kernel.loaded import plan, plan_refusals
-from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.features import BTF
 from tests.kernels import KERNELS, debian
-from tests.kernels.image import ImageError, Offline, btf_of, vmlinux
-from tests.lacks import functions_cannot_be_hooked
+from tests.kernels.image import ImageError, btf_of, types_in, vmlinux
 
 CONTENT = b"\x7fELF" + bytes(range(256)) * 40
 
@@ -65,12 +62,15 @@ def test_the_btf_in_an_image_is_that_of_a_kernel() -> None:
     assert kernel.func_params("tcp_connect") is not None
 
 
-def test_what_is_said_without_the_kernel_is_what_the_kernel_says() -> None:
-    """The running kernel's plan, made from its BTF alone."""
-    btf = Btf.parse(BTF.read_bytes())
-    offline = Offline(btf, functions=not functions_cannot_be_hooked())
-    for probe in ("connections", "listeners", "rtt", "sockets"):
-        spec = Spec.of(probe)
-        plans = [plan(spec, plan_refusals(spec, kernel)) for kernel in (offline, Kernel())]
-        chosen = [{hook: use.program for hook, use in each.items()} for each in plans]
-        assert chosen[0] == chosen[1]
+def test_btf_is_found_in_whatever_holds_it() -> None:
+    btf = BTF.read_bytes()
+    assert types_in(btf) == types_in(gzip.compress(btf, 1)) == btf
+    with pytest.raises(ImageError, match="no BTF in it"):
+        types_in(b"\x7fELF\x02\x01\x01" + bytes(57))
+    with pytest.raises(ImageError, match="cut short"):
+        types_in(b"\x7fELF\x02\x01\x01")
+
+
+def test_a_broken_image_is_said_in_one_line() -> None:
+    with pytest.raises(ImageError, match="broken"):
+        vmlinux(image(gzip.compress(CONTENT)[:40]))

@@ -275,10 +275,13 @@ class Btf:
 
     def find(self, name: str, kind: Kind) -> Type | None:
         """The first type of this kind with this name."""
+        return next(self.find_all(name, kind), None)
+
+    def find_all(self, name: str, kind: Kind) -> Iterator[Type]:
+        """Every type of this kind with this name: what two files of the kernel define apart may have the same."""
         for type_id in self._ids(name, self._by_name):
             if self._kinds[type_id] == kind:
-                return self.type(type_id)
-        return None
+                yield self.type(type_id)
 
     def struct(self, name: str) -> Struct:
         """The struct of this name, which must exist (ask `find` where it may not)."""

@@ -32,7 +32,11 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Kernel:
-    """The running kernel. Answers are computed when first asked for."""
+    """The running kernel. Answers are computed when first asked for.
+
+    A subclass may speak for another one: by `parameters`, `enumerator`, `has_type` and `has_typedef`, which are asked
+    of the BTF, and by `fentry`, `fentry_on` and `kprobe`, which are tried. Everything else follows from these.
+    """
 
     def __init__(self) -> None:
         if not BTF.exists():
@@ -65,12 +69,16 @@ class Kernel:
         """Whether there is a struct, union or enum of that name."""
         return bool(lib.tcpscope_btf_has_type(self._btf, name.encode()))
 
+    def has_typedef(self, name: str) -> bool:
+        """Whether there is a typedef of that name."""
+        return bool(lib.tcpscope_btf_has_typedef(self._btf, name.encode()))
+
     @cached_property
     def fentry(self) -> Answer:
         """Whether functions can be traced through trampolines (fentry, fexit)."""
         return self._try_fentry(_TRIAL_FUNCTION)
 
-    def _fentry_on(self, function: str) -> Answer:
+    def fentry_on(self, function: str) -> Answer:
         """The same for one function. Trampolines carry more than six arguments only since 6.6 on x86."""
         if not self.fentry or (self.parameters(function) or 0) <= _ALWAYS_CARRIED:
             return self.fentry
@@ -105,11 +113,11 @@ class Kernel:
         if program.needs and self.enumerator(program.needs) is None:
             return Answer(False, f"the kernel has no {program.needs}")
         if program.type in ("fentry", "fexit"):
-            return self._has_arguments(program) and self._fentry_on(program.target)
+            return self._has_arguments(program) and self.fentry_on(program.target)
         if program.type in ("kprobe", "kretprobe"):
             return self._has_arguments(program) and self.kprobe
         if program.type == "tp_btf":
-            return self._has_typedef(f"btf_trace_{program.target}", f"tracepoint {program.target}")
+            return self._has(self.has_typedef(f"btf_trace_{program.target}"), f"tracepoint {program.target}")
         if program.type == "iter":
             return self._has(self.parameters(f"bpf_iter_{program.target}") is not None,
                              f"iterator {program.target}")  # fmt: skip
@@ -121,9 +129,6 @@ class Kernel:
         if count is not None and count < program.arguments:
             return Answer(False, f"{program.target}() has {count} of the {program.arguments} arguments that are needed")
         return self._has(count is not None, f"function {program.target}")
-
-    def _has_typedef(self, name: str, what: str) -> Answer:
-        return self._has(bool(lib.tcpscope_btf_has_typedef(self._btf, name.encode())), what)
 
     @staticmethod
     def _has(present: bool, what: str) -> Answer:
