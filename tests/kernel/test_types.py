@@ -15,7 +15,7 @@ import pytest
 from tcpscope.kernel.btf import Btf, Enum, Int, Kind, Member, Struct, Type
 from tcpscope.kernel.features import BTF
 from tcpscope.kernel.spec import Spec
-from tests.kernels import HOST, KERNELS, debian, ring
+from tests.kernels import HOST, KERNELS, btfs, debian
 from tests.kernels.image import btf_of
 
 HEADER = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf/kernel.bpf.h"
@@ -41,7 +41,7 @@ OTHER_KINDS = {
 
 
 IMAGES = {image.release: image for kernel in KERNELS if (image := debian.cached(kernel))}
-FOUND = {kernel.release: kernel for kernel in ring.newest("plain")}
+FOUND = {kernel.release: kernel for kernel in btfs.newest()}
 
 
 @pytest.fixture(scope="module", params=[HOST, *(IMAGES | FOUND)])

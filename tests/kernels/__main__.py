@@ -7,15 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-from tcpscope.kernel.btf import Btf
 from tests import kernels
-from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, qemu, ring, rows, summary
+from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, qemu, ring_cli, rows, summary
 from tests.kernels.guest import Guest
 
 TIMEOUT_S = 2400
-PAGE = rows.TREE / "docs/kernels.md"
 
 
 def run_kernel(kernel: Kernel, arguments: Sequence[str], *, timeout_s: float) -> int:
@@ -37,23 +34,6 @@ def run_command(kernel: Kernel, command: Sequence[str], *, timeout_s: float) -> 
         if outcome.problem:
             print(*machine.console(), outcome.problem, sep="\n", file=sys.stderr)
         return 1 if outcome.status is None else outcome.status
-
-
-def check_ring(files: Sequence[str], *, everything: bool) -> int:
-    """0 if nothing is lacking."""
-    if not files:
-        ring.fetch(everything, print)
-        PAGE.write_text(ring.rewritten(PAGE.read_text()))
-        print(ring.page(), f"written: {PAGE.relative_to(rows.TREE)}", sep="\n")
-    named = [(name, Btf.parse(Path(name).read_bytes())) for name in files]
-    lacking = [
-        f"{name}: {probe}: {lack}"
-        for name, btf in named or ((kernel.release, kernel.btf) for kernel in ring.cached())
-        for probe, lacks in ring.check(btf).items()
-        for lack in lacks
-    ]
-    print(*(lacking or [f"{len(files) or len(ring.cached())} kernels: nothing is lacking"]), sep="\n")
-    return 1 if lacking else 0
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -107,7 +87,7 @@ def main() -> int:
             command = [*rows.PYTEST, "-q", "-m", "recorded", "--recording", str(recording), *options.rest]
             return subprocess.run(command, cwd=rows.TREE).returncode
         case "ring":
-            return check_ring(options.rest, everything=options.all)
+            return ring_cli.run(options.rest, everything=options.all)
         case "summary":
             paths = [rows.RESULTS / f"{name.replace(' ', '-')}.json" for name in ROWS]
             return matrix.close([summary.load(path) for path in paths if path.exists()], ROWS)

@@ -61,7 +61,7 @@ class Mirror:
             raise FetchError("Debian's keys are missing; install the package debian-archive-keyring")
         options = f"[arch=amd64 signed-by=/usr/share/keyrings/{keyring}]"
         lines = [f"deb {options} {self.archive} {suite} main"]
-        if self.security and suite != "sid" and not suite.endswith("-backports"):
+        if self.security and suite not in ("sid", "experimental") and not suite.endswith("-backports"):
             lines.append(f"deb {options} {self.security} {suite}-security main")
         return "\n".join(lines) + "\n"
 

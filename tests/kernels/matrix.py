@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tests.kernels import HOST, KERNELS, TWO, choice, debian, guest, kvm, progress, ring, rows, summary
+from tests.kernels import HOST, KERNELS, TWO, btfs, choice, debian, guest, kvm, progress, rows, summary
 from tests.kernels.rows import RESULTS, log_of
 
 
@@ -28,8 +28,8 @@ def run_all(arguments: Sequence[str], *, jobs: int, timeout_s: float) -> int:
     began = time.monotonic()
     shutil.rmtree(RESULTS, ignore_errors=True)
     images = debian.rows(KERNELS, debian.get, print)
-    if not ring.cached():
-        ring.fetch(False, print)
+    if not btfs.fetched():
+        btfs.fetch(False, print)
     under_kvm = kvm.usable()
     seconds, why = progress.expected_s()
     print(f"this will take about {max(1, round(seconds / 60))} minutes, {why}", flush=True)

@@ -6,39 +6,42 @@ from pathlib import Path
 
 import pytest
 
+from tcpscope import listeners
 from tcpscope.kernel.btf import Btf
+from tcpscope.kernel.features import BTF
 from tcpscope.kernel.spec import Spec
-from tests.kernels import HOST, KERNELS, core, debian, ring, signature
+from tests.kernels import HOST, KERNELS, btfs, debian, ring
 from tests.kernels.image import btf_of
+from tests.kernels.objects import types_of
+from tests.kernels.signature import probes
+from tests.lacks import functions_cannot_be_hooked
 
-PAGE = Path(__file__).resolve().parents[2] / "docs/kernels.md"
 IMAGES = {image.release: image for kernel in KERNELS if (image := debian.cached(kernel))}
-FOUND = {kernel.release: kernel for kernel in ring.newest()}
-
-
-@pytest.fixture(scope="module")
-def btf() -> bytes:
-    """That of a kernel of the matrix, as it lies in its image."""
-    image = next((image for kernel in reversed(KERNELS) if (image := debian.cached(kernel))), None)
-    if image is None:
-        pytest.skip("no kernel has been fetched here")
-    return btf_of(image)
+FOUND = {kernel.release: kernel for kernel in btfs.newest()}
 
 
 @pytest.mark.parametrize("release", [HOST, *(IMAGES | FOUND)])
 def test_nothing_is_lacking(release: str) -> None:
     if release == HOST:
-        btf = Btf.parse(Path("/sys/kernel/btf/vmlinux").read_bytes())
+        verdict = ring.judge(Btf.parse(BTF.read_bytes()), functions=not functions_cannot_be_hooked())
+    elif release in FOUND:
+        verdict = ring.verdict_of(FOUND[release])
     else:
-        btf = FOUND[release].btf if release in FOUND else Btf.parse(btf_of(IMAGES[release]))
-    assert {probe: lacks for probe, lacks in ring.check(btf).items() if lacks} == {}
+        verdict = ring.judge(Btf.parse(btf_of(IMAGES[release])))
+    assert verdict.lacks == {}
 
 
-def renamed(btf: bytes, old: str, new: str) -> Btf:
+@pytest.fixture(scope="module")
+def here() -> bytes:
+    """The running kernel's BTF, to be changed: it has everything."""
+    return BTF.read_bytes()
+
+
+def renamed(btf: bytes, old: str) -> Btf:
     """The same BTF with another name for something."""
-    assert len(old) == len(new)
-    assert btf.count(b"\0" + old.encode() + b"\0") == 1
-    return Btf.parse(btf.replace(b"\0" + old.encode() + b"\0", b"\0" + new.encode() + b"\0"))
+    name = b"\0" + old.encode() + b"\0"
+    assert btf.count(name) == 1
+    return Btf.parse(btf.replace(name, b"\0X" + name[2:]))
 
 
 @pytest.mark.parametrize(
@@ -46,77 +49,118 @@ def renamed(btf: bytes, old: str, new: str) -> Btf:
     [
         ("bytes_acked", "connections", "no tcp_sock.bytes_acked"),
         ("skc_state", "connections", "no sock.__sk_common.skc_state"),
+        ("sk_max_ack_backlog", "listeners", "no sock.sk_max_ack_backlog"),
         ("btf_trace_inet_sock_set_state", "connections", "no hook for 'state'"),
         ("bpf_iter_task_file", "rtt", "no hook for 'seed'"),
-        ("sk_max_ack_backlog", "listeners", "no sock.sk_max_ack_backlog"),
+        ("bpf_iter_tcp", "sockets", "no hook for 'existing'"),
     ],
 )
-def test_what_is_gone_is_seen(btf: bytes, name: str, probe: str, lack: str) -> None:
-    lacks = ring.check(renamed(btf, name, "X" + name[1:]))
+def test_what_is_gone_is_seen(here: bytes, name: str, probe: str, lack: str) -> None:
+    lacks = ring.judge(renamed(here, name)).lacks
     assert lack in lacks[probe], lacks
 
 
-def test_what_is_asked_for_may_be_gone(btf: bytes) -> None:
-    assert not any(ring.check(renamed(btf, "mptcp_sock", "Xptcp_sock")).values())
+def test_what_is_asked_for_may_be_gone(here: bytes) -> None:
+    """And so may what only programs use that are not attached then."""
+    before, after = ring.judge(Btf.parse(here)), ring.judge(renamed(here, "mptcp_sock"))
+    assert after.lacks == {}
+    assert "no `mptcp_sock.first`" in after.otherwise["connections"]
+    assert "no `mptcp_sock.first`" not in before.otherwise["connections"]
+    assert ring.judge(renamed(here, "btf_trace_io_uring_complete")).lacks == {}
 
 
-def test_a_tracepoint_with_fewer_arguments_is_seen(btf: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = ring.parameters
-    monkeypatch.setattr(ring, "parameters", lambda *of: parameters(*of) - 1)
-    lacks = ring.check(Btf.parse(btf))
-    assert "inet_sock_set_state has 2 arguments, state reads 3" in lacks["connections"]
-    assert "tcp_v4_syn_recv_sock has 6 arguments, ack4_enter__fentry reads 3" not in lacks["listeners"]
+def test_a_field_that_only_an_unattached_program_uses(here: bytes) -> None:
+    without = renamed(here, "io_kiocb")
+    assert "no io_kiocb.opcode" in ring.judge(without).lacks["connections"]
+    changed = here.replace(b"\0io_kiocb\0", b"\0Xo_kiocb\0")
+    assert ring.judge(renamed(changed, "btf_trace_io_uring_complete")).lacks == {}
 
 
-def test_what_programs_read_is_read_from_their_instructions() -> None:
-    connections = Spec.of("connections")
-    assert {name: ring.reads_of(connections, name) for name in ("state", "destroy", "connect__fentry")} == {
-        "state": 3, "destroy": 1, "connect__fentry": 1,
-    }  # fmt: skip
-    assert ring.reads_of(connections, "accept__fexit") == 5  # where it is behind four arguments
-    assert ring.ASKS_FIRST.keys() <= {program.name for program in connections.programs}
+def test_what_a_tool_does_not_know_is_told(here: bytes) -> None:
+    assert ring.judge(Btf.parse(here)).unknown == {}
+    unhooked = ring.judge(Btf.parse(here), functions=False)
+    assert unhooked.lacks == {}
+    assert "what follows CLOSE" in unhooked.unknown["states"]
+    assert "overflow events, their peers and steps; overflows are sampled instead" in unhooked.unknown["queue"]
 
 
-def test_relocations_are_those_of_the_source() -> None:
-    found = {str(relocation): relocation.asks for relocation in core.relocations(Spec.of("connections"))}
-    assert found["tcp_sock.bytes_acked"] is core.Asks.FIELD_OFFSET
-    assert found["mptcp_sock.subflow"] is core.Asks.FIELD_EXISTS
-    assert found["proto_accept_arg"] is core.Asks.TYPE_EXISTS
-    assert found["bpf_func_id.BPF_FUNC_check_mtu"] is core.Asks.ENUMERATOR_EXISTS
+@pytest.mark.parametrize("enumerator", listeners.MIB.values())
+def test_a_counter_without_a_number_is_told(here: bytes, enumerator: str) -> None:
+    unknown = ring.judge(renamed(here, enumerator)).unknown
+    assert unknown == {"queue": [f"single refusals: the kernel's BTF does not number {enumerator}"]}
 
 
-def test_the_newest_of_each_kind() -> None:
-    packages = [f"linux-image-{name}-amd64" for name in (
-        "6.1.0-9", "6.1.0-10", "6.1.0-10-cloud", "6.1.0-10-rt", "6.12.9+deb13", "6.12.10+deb13", "6.1", "6.1-rt",
-    )]  # fmt: skip
-    packages += ["linux-image-amd64", "linux-image-6.1.0-10-amd64-dbg", "linux-image-6.1.0-10-amd64-unsigned"]
-    assert [(kernel.series, kernel.flavour, kernel.release) for kernel in ring.wanted(packages, "s", False)] == [
-        ((6, 1), "cloud", "6.1.0-10-cloud-amd64"),
-        ((6, 1), "plain", "6.1.0-10-amd64"),
-        ((6, 1), "rt", "6.1.0-10-rt-amd64"),
-        ((6, 12), "plain", "6.12.10+deb13-amd64"),
-    ]
-    assert len(ring.wanted(packages, "s", True)) == 6
+def test_a_lesser_way_is_told(here: bytes) -> None:
+    assert "connected by `tp_btf/sys_exit`" not in ring.judge(Btf.parse(here)).otherwise["connections"]
+    otherwise = ring.judge(renamed(here, "__inet_stream_connect")).otherwise["connections"]
+    assert "connected by `tp_btf/sys_exit`" in otherwise
 
 
-def test_the_page_says_what_is_found() -> None:
-    """Of the newest kernels that are here: the page's verdict on their kind holds what was found of them."""
-    stated = ring.stated(PAGE.read_text())
-    assert len(stated) > 20
-    kinds = {(".".join(map(str, k.series)), k.suite, k.flavour): ring.judged(k) for k in ring.newest()}
-    for kind in kinds.keys() & stated.keys():
-        assert all(lack in stated[kind] for lack in kinds[kind]), kind
-        assert stated[kind] != "everything" or not kinds[kind]
+@pytest.mark.parametrize(("parameters", "enough"), [("void *, void *, int, int", True), ("void *, void *, int", False)])
+def test_a_tracepoint_with_fewer_arguments_is_seen(
+    tmp_path: Path, parameters: str, enough: bool
+) -> None:
+    typedef = f"typedef void (*btf_trace_inet_sock_set_state)({parameters}); btf_trace_inet_sock_set_state anchor;"
+    lacks = ring.judge(types_of(typedef, tmp_path)).lacks["connections"]
+    assert ("inet_sock_set_state has 2 arguments, state reads 3" in lacks) == (not enough)
+    assert ("inet_sock_set_state has 2 arguments, state_again reads 3" in lacks) == (not enough)
 
 
-def test_signatures_tell_kernels_apart() -> None:
-    signatures = {}
-    for kernel in (KERNELS[0], KERNELS[-1]):
-        if (image := debian.cached(kernel)) is None:
-            pytest.skip(f"kernel {kernel.name} has not been fetched here")
-        signatures[kernel.name] = signature.of(Btf.parse(btf_of(image)))
-    old, new = KERNELS[0].name, KERNELS[-1].name
-    alone = signature.alone(new, signatures, (old,))
-    assert "inet_csk_accept() has 2 arguments" in alone["connections"]
-    assert "flush: flush__each" in alone["connections"]
-    assert signature.alone(new, signatures, (old, new)) == {}
+@pytest.mark.parametrize(("parameters", "enough"), [
+    ("void *a, void *b, int c, int d, int e", True), ("void *a, void *b, int c, int d", False),
+])  # fmt: skip
+def test_a_function_with_fewer_arguments_is_seen(
+    tmp_path: Path, parameters: str, enough: bool
+) -> None:
+    """Behind the arguments is what it returns, which the program reads, too."""
+    source = f"int __inet_stream_connect({parameters}) {{ return 0; }}"
+    lacks = ring.judge(types_of(source, tmp_path)).lacks["connections"]
+    lack = "__inet_stream_connect has 4 arguments, connected__fexit reads 6"
+    assert (lack in lacks) == (not enough)
+
+
+def helpers_missed(folder: Path, enumerators: str) -> list[str]:
+    """What is said of the helpers of a kernel that numbers these, and has two of the hooks."""
+    source = f"""
+        enum bpf_func_id {{ {enumerators} }} anchor;
+        typedef void (*btf_trace_tcp_send_reset)(void *, void *); btf_trace_tcp_send_reset hook;
+        int bpf_iter_task_file(void) {{ return 0; }}
+    """
+    verdict = ring.judge(types_of(source, folder))
+    return [lack for lack in verdict.lacks["connections"] if lack.startswith("no helper")]
+
+
+def test_a_helper_that_the_kernel_does_not_number_is_seen(tmp_path: Path) -> None:
+    missed = helpers_missed(tmp_path, "BPF_FUNC_get_socket_cookie = 46, BPF_FUNC_check_mtu = 163")
+    assert "no helper 131, which life_emit calls" in missed  # bpf_ringbuf_reserve, in a function that is called
+    assert "no helper 1, which reset_sent calls" in missed
+    assert not any(lack.startswith("no helper 46,") for lack in missed)
+
+
+def test_a_helper_that_is_not_called_then_is_not_missed(tmp_path: Path) -> None:
+    """bpf_sock_from_file (162), of the release of BPF_FUNC_check_mtu, which is asked for."""
+    older = ", ".join(f"X{number} = {number}" for number in range(162))
+    assert helpers_missed(tmp_path, older) == []
+    assert helpers_missed(tmp_path, f"{older}, BPF_FUNC_check_mtu = 163") == ["no helper 162, which seed calls"]
+
+
+def test_programs_that_ask_first_are_programs() -> None:
+    known = {program.name for probe in probes() for program in Spec.of(probe).programs}
+    assert ring.ASKS_FIRST.keys() <= known
+
+
+def test_a_verdict_is_kept_until_something_changes(
+    here: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(debian.CACHE_VARIABLE, str(tmp_path / "kernels"))
+    kernel = btfs.Found((1, 2), "sid", "plain", "1.2.3-amd64")
+    btfs.folder().mkdir()
+    btfs._keep(kernel, here)
+    first = ring.verdict_of(kernel)
+    assert first == ring.judge(Btf.parse(here))
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "judge", lambda _: pytest.fail("judged again"))
+        assert ring.verdict_of(kernel) == first
+    monkeypatch.setattr(ring, "judge", lambda _: ring.Verdict({"rtt": ["changed"]}, {}, {}))
+    monkeypatch.setattr(ring, "_basis", lambda: "another")
+    assert ring.verdict_of(kernel).lacks == {"rtt": ["changed"]}
