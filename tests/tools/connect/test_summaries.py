@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
+import socket
 from collections import Counter
 from typing import Any
 
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tests.conftest import RunningTool
 from tests.record import Script, Test, Watch, recorded
-from tests.tools.connect.attempts import CONNECT, PORT, REFUSED, Attempt, Row, listening, rows
+from tests.tools.connect.attempts import CONNECT, OTHER, PORT, REFUSED, Attempt, Row, listening, rows
 
 FAILED = Watch("connect", "--failed")
 # Of other programs there are rows with the same addresses, but of other namespaces.
@@ -57,3 +64,27 @@ def counts(found: list[Row], *names: str) -> Counter[Any]:
     for row in found:
         result[tuple(row[name] for name in ("netns", *names))] += row.get("count", 1)
     return result
+
+
+@pytest.mark.kernel
+def test_a_signal_ends_the_counting(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """SIGTERM, too: what was counted until then is shown, by the columns that nobody has to choose."""
+    there = lab.server.ipv4
+
+    def connect() -> None:
+        for port in (REFUSED, OTHER, REFUSED):
+            with socket.socket() as client:
+                assert client.connect_ex((there, port)) == errno.ECONNREFUSED
+
+    with run_tool("connect", "--count", "-i", "1", "--netns", str(lab.client.inode)) as tool:
+        lab.client.run(connect)
+        done = tool.stop(signal.SIGTERM)
+    assert done.status == 0
+    assert {tuple(row) for row in done.rows} == {("time", "raddr", "rport", "count", "total")}
+    totals = [(row["raddr"], row["rport"], row["count"]) for row in done.rows if row["total"]]
+    assert totals == [(there, REFUSED, 2), (there, OTHER, 1)]
+    periods: Counter[int] = Counter()
+    for row in done.rows:
+        if not row["total"]:
+            periods[row["rport"]] += row["count"]
+    assert periods == {REFUSED: 2, OTHER: 1}
