@@ -7,7 +7,7 @@ from cffi import FFI
 
 # Of libbpf only what is called. The C compiler holds these against libbpf's own headers.
 LIBBPF = """
-struct bpf_object; struct bpf_program; struct bpf_map; struct bpf_link; struct btf;
+struct bpf_object; struct bpf_program; struct bpf_map; struct bpf_link;
 
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
 void tcpscope_leave_modules(struct bpf_object *object);
@@ -31,9 +31,6 @@ void *bpf_map__initial_value(struct bpf_map *map, size_t *size);
 
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_delete_elem(int fd, const void *key);
-
-struct btf *btf__load_vmlinux_btf(void);
-void btf__free(struct btf *btf);
 """
 
 

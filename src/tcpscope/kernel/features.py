@@ -46,10 +46,10 @@ class Kernel:
     @cached_property
     def _btf(self) -> Any:
         lib.tcpscope_log_start(False)
-        btf = lib.btf__load_vmlinux_btf()
+        btf = lib.tcpscope_btf_load()
         if btf == ffi.NULL:
             raise UnsupportedError(f"cannot read {BTF}: {os.strerror(ffi.errno)}")
-        return ffi.gc(btf, lib.btf__free)
+        return ffi.gc(btf, lib.tcpscope_btf_free)
 
     def release(self) -> None:
         """Give back the memory of its BTF, six megabytes; it is read anew if something else is asked."""

@@ -10,7 +10,6 @@
 struct bpf_link;
 struct bpf_object;
 struct bpf_program;
-struct btf;
 
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
 void tcpscope_leave_modules(struct bpf_object *object);
@@ -37,13 +36,16 @@ int tcpscope_iterate(int link_fd, int netns_fd);
 /* All entries of a hash map, at most `capacity`; returns how many. Tolerates changes meanwhile. */
 long tcpscope_map_dump(int map_fd, size_t key_size, size_t value_size, void *keys, void *values, size_t capacity);
 
-/* What the kernel says of its functions and enumerators. */
-int tcpscope_btf_parameters(const struct btf *btf, const char *function); /* their number, or -ENOENT */
-int64_t tcpscope_btf_enumerator(const struct btf *btf, const char *name); /* its value, or -ENOENT */
-bool tcpscope_btf_has_type(const struct btf *btf, const char *name);      /* struct, union or enum */
-bool tcpscope_btf_has_typedef(const struct btf *btf, const char *name);
+/* What the kernel says of its functions, types and enumerators. NULL and errno if it cannot be read. */
+struct tcpscope_btf;
+struct tcpscope_btf *tcpscope_btf_load(void);
+void tcpscope_btf_free(struct tcpscope_btf *btf);
+int tcpscope_btf_parameters(const struct tcpscope_btf *btf, const char *function); /* their number, or -ENOENT */
+int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name); /* its value, or -ENOENT */
+bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name);      /* struct, union or enum */
+bool tcpscope_btf_has_typedef(const struct tcpscope_btf *btf, const char *name);
 /* Attaches an empty fentry program to `function` and takes it off again; 0, or why the kernel refuses. */
-int tcpscope_try_fentry(const struct btf *btf, const char *function);
+int tcpscope_try_fentry(const struct tcpscope_btf *btf, const char *function);
 
 struct tcpscope_program_info {
 	uint64_t run_time_ns, run_count, missed;
