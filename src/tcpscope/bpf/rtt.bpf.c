@@ -92,30 +92,27 @@ __u32 epoch;
 
 static const struct rtt_value new_value;
 
-/* Not static: so it is verified once, and what follows a call of it not for each way through it. */
-__noinline __u32 bucket_of(__u32 us)
+/* 1 if it is greater. Without a branch, of which the verifier would follow both ways to the end of the program. */
+static __always_inline __u64 exceeds(__u64 value, __u64 limit)
 {
-	__u32 log2 = 0, value = us;
+	__u64 difference = limit - value;
+
+	barrier_var(difference); /* the compiler would make it a comparison again */
+	return difference >> 63;
+}
+
+static __always_inline __u32 bucket_of(__u32 us)
+{
+	__u64 value = us, log2 = 0, shift;
 
 	if (us < (1 << SUB_BITS))
 		return us;
-	if (value >> 16) {
-		value >>= 16;
-		log2 += 16;
+#pragma unroll
+	for (int step = 4; step >= 0; step--) {
+		shift = exceeds(value, (1ULL << (1 << step)) - 1) << step;
+		value >>= shift;
+		log2 += shift;
 	}
-	if (value >> 8) {
-		value >>= 8;
-		log2 += 8;
-	}
-	if (value >> 4) {
-		value >>= 4;
-		log2 += 4;
-	}
-	if (value >> 2) {
-		value >>= 2;
-		log2 += 2;
-	}
-	log2 += value >> 1;
 	return ((log2 - SUB_BITS + 1) << SUB_BITS) + ((us >> (log2 - SUB_BITS)) & ((1 << SUB_BITS) - 1));
 }
 
