@@ -91,12 +91,13 @@ class Tool:
 
     def end(self, deadline: float) -> int:
         """Its exit status."""
-        while not (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
-            time.sleep(0.01)
+        poll = select.poll()
+        poll.register(process := os.pidfd_open(self.pid))
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            os.kill(self.pid, signal.SIGKILL)
+        os.close(process)
         self._ended = True
-        return os.waitstatus_to_exitcode(ended[1])
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def kill(self) -> None:
         """Unless it has ended."""

@@ -38,7 +38,13 @@ struct entry {
 
 extern const struct entry socket_commands[], host_commands[], mix_commands[], row_commands[], uring_commands[];
 
-/* main.c */
+/* process.c */
+int split(char *line, char **words);
+void decode(char *word); /* %XX in place */
+ssize_t send_with(int socket, const void *data, size_t size, int fd); /* with a descriptor; -1 for none */
+ssize_t receive_with(int socket, void *data, size_t size, int *fd);
+void become(struct actor *actor, int control);
+void *perform(void *actor); /* until its control is closed */
 long long now_ns(void);
 void add(struct reply *reply, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void add_hex(struct reply *reply, const void *bytes, size_t size);

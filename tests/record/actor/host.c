@@ -353,7 +353,7 @@ static unsigned short checksum(const void *bytes, size_t size, unsigned int sum)
 	return ~sum;
 }
 
-/* tcp SOURCE SPORT TARGET DPORT SEQUENCE ACKNOWLEDGED FLAGS: a segment of whoever that is, without data. A SYN says its MSS. */
+/* tcp SOURCE SPORT TARGET DPORT SEQUENCE ACKNOWLEDGED FLAGS: sends a segment without data. A SYN carries an MSS. */
 static void segment(struct actor *a, int count, char **w, struct reply *r)
 {
 	struct sockaddr_storage source, target;

@@ -28,7 +28,7 @@ static const struct {
 	const char *says;
 } kinds[KINDS] = {
 	[CLIENT_CLOSES] = {"client_closes", 30, "hello"}, /* one exchange, then the client closes first */
-	[SERVER_CLOSES] = {"server_closes", 20, "close"}, /* the server closes when it has been told to */
+	[SERVER_CLOSES] = {"server_closes", 20, "close"}, /* the client's "close" makes the server close first */
 	[SERVER_RESETS] = {"server_resets", 10, "reset"},
 	[CLIENT_RESETS] = {"client_resets", 10, "hello"},
 	[UNREAD] = {"unread", 5, "hello"}, /* the client closes with data unread */

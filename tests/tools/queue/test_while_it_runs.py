@@ -84,7 +84,8 @@ def test_filters(lab: Lab, run_tool: type[RunningTool]) -> None:
 @pytest.mark.kernel
 def test_any_holder_will_do_and_all_are_shown(lab: Lab, run_tool: type[RunningTool]) -> None:
     parent = Puppet(lab.server, "parent")
-    parent.do("s = socket.create_server(('0.0.0.0', 8000)); child = os.fork()\nif not child: time.sleep(1000)")
+    parent.do("s = socket.create_server(('0.0.0.0', 8000)); child = os.fork()\n"
+              "if not child: import signal; signal.pause()")  # fmt: skip
     child = parent.ask("child")
     try:
         with run_tool("queue", "-n", "1", "-p", str(child)) as tool:
