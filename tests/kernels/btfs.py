@@ -1,4 +1,4 @@
-"""The BTF of Debian's kernels, out of their packages: a kernel can be judged by it that nobody has booted.
+"""The BTF of Debian's kernels, out of their packages. It tells without a boot what tcpscope can do there.
 
 Of each package only the BTF is kept, compressed; that of a package which is gone from its suite stays.
 """

@@ -1,8 +1,8 @@
 """What runs where. The oldest and the newest kernel and the machine's own run every test of the kernel.
 
-A kernel between them runs what is recorded, and of the other tests those of every kernel (each object loaded and
-attached by its planned way and by the worse ones) and all of the tools for whose probes it offers something that
-neither of the two does.
+A kernel between them runs the tests of every kernel (each object loaded and attached by its planned way and by the
+worse ones, the events of each tool with all that is recorded of them), and all tests of the tools for whose probes it
+offers something that neither of the two does.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def page(images: Mapping[str, Image], offers: Mapping[str, Mapping[str, frozense
         if name not in offers:
             runs = "everything"
         else:
-            runs = "what is recorded, what runs on every kernel"
+            runs = "what runs on every kernel"
             for probe, only in sorted(offers[name].items()):
                 runs += f"; all of `{probe}`, which alone has {', '.join(f'`{each}`' for each in sorted(only))}"
         lines.append(f"| {name} | {image.release} | {runs} |")

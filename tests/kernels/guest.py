@@ -31,7 +31,7 @@ EMULATION = ("--disable-kvm", "--qemu-opt=-cpu", "--qemu-opt=qemu64,+rdrand")
 EMULATION += ("--qemu-opt=-accel", "--qemu-opt=tcg,thread=single")
 COUNTED = ("--qemu-opt=-icount", "--qemu-opt=shift=0")
 # The kernel panics when its timer check, some milliseconds long, meets a busy host.
-KERNEL_OPTIONS = ("no_timer_check", "mitigations=off", "random.trust_cpu=on")
+KERNEL_OPTIONS = ("no_timer_check", "mitigations=off", "random.trust_cpu=on", "rcupdate.rcu_expedited=1")
 
 stop = threading.Event()
 """Set to end all guests of this process."""

@@ -39,7 +39,7 @@ def run_all(arguments: Sequence[str], *, jobs: int, timeout_s: float) -> int:
     (RESULTS / "where.md").write_text(choice.page(images, offers))
     print(f"{chosen.recorded} recorded tests; host ({platform.release()}): all tests; of the kernels:", flush=True)
     for name, image in images.items():
-        runs = "all" if name not in offers else "what is recorded, and of the rest what is needed"
+        runs = "all" if name not in offers else "those of every kernel, and what only it has"
         print(f"  {name} ({image.release}): {runs}", flush=True)
     shown = progress.Progress()
     wanted = _jobs(images, offers, chosen, arguments, timeout_s, under_kvm)
@@ -68,7 +68,7 @@ def _jobs(
 
     names = list(images)
     first, *others = [job(name, chosen) for name in names if name not in offers]
-    between = [job(name, chosen, between=choice.paths(list(only))) for name, only in offers.items()]
+    between = [job(name, rows.between(name, arguments, choice.paths(list(only)))) for name, only in offers.items()]
     concurrent = rows.concurrent(arguments)
     two = [job(TWO, concurrent, processors=2)] if concurrent.script or concurrent.live else []
     return [first, Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), *others, *between, *two]

@@ -20,7 +20,7 @@ MARKERS = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="write every test's outcome to this file as JSON lines")
-    parser.addoption("--between", help="of the live tests only those of every kernel, and those below these paths (:)")
+    parser.addoption("--between", help="only tests of every kernel, and those below these paths (:)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,21 +72,41 @@ class Chosen(NamedTuple):
     recorded: int
     live: list[str]
     """The files that have others."""
+    between: str | None = None
+    """For a kernel between the oldest and the newest: below which paths (:) it runs all tests, not only those of every
+    kernel."""
+
+    @property
+    def options(self) -> list[str]:
+        """Of pytest."""
+        return [] if self.between is None else ["--between", self.between]
 
 
-def compose(arguments: Sequence[str], *, marked: str = "", folder: Path = SCRIPT) -> Chosen:
-    """Choose, and write the script into a folder."""
+def compose(
+    arguments: Sequence[str], *, marked: str = "", between: Sequence[str] | None = None, folder: Path = SCRIPT
+) -> Chosen:
+    """Choose, and write the script into a folder.
+
+    `between`: only tests of every kernel, and those below these paths.
+    """
+    chosen = Chosen(None, 0, [], None if between is None else ":".join(between))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    command = [*PYTEST, "-q", "-p", "no:cacheprovider", "-m", marked, "--compose", str(folder), *arguments]
+    options = ["-q", "-p", "no:cacheprovider", "-m", marked, "--compose", str(folder), *chosen.options, *arguments]
     # Python's and pytest's bytecode stays beside the tests: a guest takes long to compile, and to rewrite asserts.
     caching = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     compileall.compile_dir(TREE / "tests", quiet=2)
-    done = subprocess.run(command, cwd=TREE, env=caching, capture_output=True, text=True)
+    done = subprocess.run([*PYTEST, *options], cwd=TREE, env=caching, capture_output=True, text=True)
     if not (folder / LIVE_FILES).exists():
         raise install.BuildError(f"no script could be made:\n{done.stdout}{done.stderr}")
     recorded = sum(line.startswith("S ") for line in (folder / "script").read_text().splitlines())
-    return Chosen(folder if recorded else None, recorded, json.loads((folder / LIVE_FILES).read_text()))
+    live = json.loads((folder / LIVE_FILES).read_text())
+    return chosen._replace(script=folder if recorded else None, recorded=recorded, live=live)
+
+
+def between(name: str, arguments: Sequence[str], paths: Sequence[str]) -> Chosen:
+    """Of these what a kernel between the oldest and the newest is asked."""
+    return compose(arguments, between=paths, folder=SCRIPT.with_name(f"script-{name}"))
 
 
 def concurrent(arguments: Sequence[str]) -> Chosen:
@@ -96,12 +116,11 @@ def concurrent(arguments: Sequence[str]) -> Chosen:
 
 def run_guest(
     name: str, image: Image, chosen: Chosen, arguments: Sequence[str], *, timeout_s: float, under_kvm: bool,
-    between: Sequence[str] | None = None, processors: int = 1, show: Callable[[str], None] | None = None,
+    processors: int = 1, show: Callable[[str], None] | None = None,
 ) -> summary.Row:  # fmt: skip
     """Record what was chosen, run the live tests in the same boot, and assert over the recording afterwards, here.
 
-    `between`: of the live tests only those of every kernel and those below these paths. With several processors only
-    what needs them runs. What is printed goes to the row's log and, if given, to `show`.
+    With several processors only what needs them runs. What is printed goes to the row's log and, if given, to `show`.
     """
     if not (chosen.script or chosen.live):
         return summary.Row(name, image.release, problem=summary.NOTHING)
@@ -129,8 +148,7 @@ def run_guest(
             steps.append(f"{sys.executable} -m tests.record.recorder {there}; echo $? >{there}/status")
         if chosen.live:
             pytest = [*PYTEST, "-p", "no:cacheprovider", "--outcomes", str(within), "-m", f"{LIVE}{marked}"]
-            pytest += [] if between is None else ["--between", ":".join(between)]
-            steps.append(f"exec {shlex.join([*pytest, *(arguments or chosen.live)])}")
+            steps.append(f"exec {shlex.join([*pytest, *chosen.options, *(arguments or chosen.live)])}")
         for _ in range(BOOTS):
             note(f"booting {image.release}")
             outcome = machine.run(["sh", "-c", "; ".join(steps)], environment, timeout_s, note, kvm=under_kvm)
@@ -148,25 +166,25 @@ def run_guest(
     if chosen.live:
         lines = outcomes.read_text().splitlines() if outcomes.exists() else []
         live = summary.make_row(name, image.release, lines, exit_status=outcome.status, problem=outcome.problem)
-        nothing_needed = arguments and between is not None and live.problem == summary.NOTHING
+        nothing_needed = arguments and chosen.between is not None and live.problem == summary.NOTHING
         row.tests, row.problem = live.tests, "" if nothing_needed else live.problem
     if chosen.script:
-        row = summary.joined(row, check(name, image.release, recording, arguments, f"recorded{marked}"))
+        options = ["-m", f"recorded{marked}", *chosen.options, *arguments]
+        row = summary.joined(row, check(name, image.release, recording, options))
     return row
 
 
-def check(name: str, release: str, recording: Path, arguments: Sequence[str], marked: str) -> summary.Row:
-    """Assert over a recording."""
+def check(name: str, release: str, recording: Path, options: Sequence[str]) -> summary.Row:
+    """Assert over a recording, with these options of pytest."""
     started = time.monotonic()
     status = recording / "status"
     if not status.exists() or status.read_text().strip() != "0":
         said = next((line for line in log_of(name).read_text().splitlines() if line.startswith("no recording")), "")
         return summary.Row(name, release, problem=said or "nothing was recorded")
     outcomes = outcomes_of(name).with_suffix(".asserted")
-    command = [*PYTEST, "-p", "no:cacheprovider", "--outcomes", str(outcomes), "-m", marked]
-    command += ["--recording", str(recording)]
+    command = [*PYTEST, "-p", "no:cacheprovider", "--outcomes", str(outcomes), "--recording", str(recording)]
     with log_of(name).open("a") as log:
-        done = subprocess.run([*command, *arguments], cwd=TREE, stdout=log, stderr=subprocess.STDOUT)
+        done = subprocess.run([*command, *options], cwd=TREE, stdout=log, stderr=subprocess.STDOUT)
     lines = outcomes.read_text().splitlines() if outcomes.exists() else []
     total_s = time.monotonic() - started
     return summary.make_row(name, release, lines, exit_status=done.returncode, total_s=total_s)

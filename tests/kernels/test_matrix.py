@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,11 @@ def test_the_longest_rows_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """And of a kernel between the tests that its probes need, with two processors those that need two."""
     asked: dict[str, dict[str, object]] = {}
     every, few = Chosen(None, 0, ["tests/a.py", "tests/b.py"]), Chosen(None, 0, ["tests/b.py"])
+    asked_for: list[tuple[str, Sequence[str]]] = []
+
+    def between(name: str, arguments: Sequence[str], paths: Sequence[str]) -> Chosen:
+        asked_for.append((name, paths))
+        return few
 
     def run_guest(name: str, image: debian.Image, chosen: Chosen, *_: object, **how: object) -> Row:
         asked[name] = {"release": image.release, "live": chosen.live, **how}
@@ -34,6 +39,7 @@ def test_the_longest_rows_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rows, "run_guest", run_guest)
     monkeypatch.setattr(rows, "concurrent", lambda arguments: few)
+    monkeypatch.setattr(rows, "between", between)
     jobs = matrix._jobs(IMAGES, {"6.1": {"rtt": frozenset({"x"})}}, every, [], 9.0, False)
     assert [job.name for job in jobs] == ["5.10", HOST, "7.3", "6.1", TWO]
     for job in jobs:
@@ -41,8 +47,8 @@ def test_the_longest_rows_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
             job.make()
     usual = {"timeout_s": 9.0, "under_kvm": False}
     assert asked["5.10"] == {"release": "5.10.4", "live": every.live, **usual}
-    assert asked["6.1"] == {"release": "6.1.4", "live": every.live, **usual,
-                            "between": ["tests/tools/test_rtt.py", "tests/tools/rtt/"]}  # fmt: skip
+    assert asked["6.1"] == {"release": "6.1.4", "live": few.live, **usual}
+    assert asked_for == [("6.1", ["tests/tools/test_rtt.py", "tests/tools/rtt/"])]
     assert asked[TWO] == {"release": "7.3.4", "live": few.live, **usual, "processors": 2}
 
 

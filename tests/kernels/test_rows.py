@@ -84,11 +84,8 @@ def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[M
     yield Here
 
 
-def run(
-    chosen: Chosen = LIVE, arguments: Sequence[str] = (), *, between: Sequence[str] | None = None, processors: int = 1
-) -> Row:
-    return rows.run_guest("6.1", IMAGE, chosen, arguments, timeout_s=9, under_kvm=False, between=between,
-                          processors=processors)  # fmt: skip
+def run(chosen: Chosen = LIVE, arguments: Sequence[str] = (), *, processors: int = 1) -> Row:
+    return rows.run_guest("6.1", IMAGE, chosen, arguments, timeout_s=9, under_kvm=False, processors=processors)
 
 
 def test_a_row_has_the_tests_and_the_times_of_its_guest(machines: type[Machine]) -> None:
@@ -104,7 +101,7 @@ def test_a_row_has_the_tests_and_the_times_of_its_guest(machines: type[Machine])
 
 
 def test_a_kernel_between_is_told_which_tests_it_needs(machines: type[Machine]) -> None:
-    run(between=["tests/b.py", "tests/c/"])
+    run(LIVE._replace(between="tests/b.py:tests/c/"))
     assert " --between tests/b.py:tests/c/ " in machines.made[0].commands[0]
 
 
@@ -127,13 +124,13 @@ def test_a_machine_that_does_not_start_is_started_once_more(
     assert "Kernel panic" in rows.log_of("6.1").read_text()
 
 
-@pytest.mark.parametrize(("arguments", "between", "good"), [([], [], False), (["-k", "x"], [], True),
+@pytest.mark.parametrize(("arguments", "between", "good"), [([], "", False), (["-k", "x"], "", True),
                                                             (["-k", "x"], None, False)])  # fmt: skip
 def test_only_a_kernel_between_may_need_none_of_the_tests_that_were_named(
-    machines: type[Machine], arguments: list[str], between: list[str] | None, good: bool
+    machines: type[Machine], arguments: list[str], between: str | None, good: bool
 ) -> None:
     machines.outcomes, machines.status = [{"event": "collected", "count": 0}, {"event": "end", "status": 5}], 5
-    row = run(arguments=arguments, between=between)
+    row = run(LIVE._replace(between=between), arguments)
     assert row.problem == ("" if good else summary.NOTHING)
 
 
@@ -157,7 +154,7 @@ def test_a_recorder_that_fails_is_a_problem_beside_the_live_tests(tmp_path: Path
 def test_what_a_guest_imports_is_compiled_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machines: type[Machine]
 ) -> None:
-    """Asserts are rewritten, too, and whoever runs this may have told Python to write no bytecode."""
+    """With pytest's rewritten asserts, and also where the environment tells Python to write no bytecode."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests/test_it.py").write_text("def test_it(): assert 1 == 1\n")
     (tmp_path / "tests/helper.py").touch()

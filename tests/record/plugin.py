@@ -84,7 +84,7 @@ def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., N
         test.__name__, test.__doc__, test.__module__ = function.__name__, function.__doc__, function.__module__
         test.__qualname__ = function.__qualname__
         marked: Callable[..., None] = pytest.mark.kernel(pytest.mark.recorded(how)(test))
-        return marked
+        return pytest.mark.every_kernel(marked) if all(watch.every_kernel for watch in watches) else marked
 
     return decorate
 

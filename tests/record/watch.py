@@ -16,14 +16,18 @@ class Watch:
     Its output is JSON with the account, unless it says otherwise. It sees all scenarios: no network namespace exists
     yet that it could be asked for. `--port` keeps other programs of the machine away from it. One with `moment` ends
     by itself: it runs once, when all scenarios that ask for it have come to their `script.moment()`, and only looks.
+    One that is not for `every_kernel` differs from another in what no kernel has a say in, such as a grouping or how
+    counts are added up: its tests run on the oldest and the newest kernel.
     """
 
     argv: tuple[str, ...]
     moment: bool
+    every_kernel: bool
 
-    def __init__(self, *argv: str, moment: bool = False) -> None:
+    def __init__(self, *argv: str, moment: bool = False, every_kernel: bool = True) -> None:
         object.__setattr__(self, "argv", argv)
         object.__setattr__(self, "moment", moment)
+        object.__setattr__(self, "every_kernel", every_kernel)
 
     @property
     def name(self) -> str:

@@ -23,7 +23,8 @@ ROWS, SLOW_ONES, WHOLE, DRAWN = range(6600, 6640, 10)
 
 
 def connlat(base: int, *words: str) -> Watch:
-    return Watch("connlat", *words, "--rport", f"{base}-{base + len(KINDS) - 1}")
+    """Only the events themselves depend on the kernel, so the one without options is for every kernel."""
+    return Watch("connlat", *words, "--rport", f"{base}-{base + len(KINDS) - 1}", every_kernel=not words)
 
 
 EACH = connlat(ROWS)

@@ -16,10 +16,10 @@ from tests.conftest import RunningTool
 from tests.record import Script, Test, Watch, recorded
 from tests.tools.connect.attempts import CONNECT, OTHER, PORT, REFUSED, Attempt, Row, listening, rows
 
-FAILED = Watch("connect", "--failed")
+FAILED = Watch("connect", "--failed", every_kernel=False)
 # Of other programs there are rows with the same addresses, but of other namespaces.
-COUNTED = Watch("connect", "--count", "--by", "netns,raddr,rport")
-BY_INTERVAL = Watch("connect", "--count", "--by", "netns,comm,outcome", "-i", "1", "--time", "none")
+COUNTED = Watch("connect", "--count", "--by", "netns,raddr,rport", every_kernel=False)
+BY_INTERVAL = Watch("connect", "--count", "--by", "netns,comm,outcome", "-i", "1", "--time", "none", every_kernel=False)
 
 
 @recorded(CONNECT, FAILED, COUNTED, BY_INTERVAL)

@@ -11,7 +11,7 @@ from tests.tools.rtt.site import FAMILIES, WATCH, Pair, Rows, Site, count, ends_
 BOTH, OTHER = 6530, 6531
 LISTENERS = {family: 6532 + i for i, family in enumerate(FAMILIES)}
 OWNERS = 6535
-BY_PID = Watch("rtt", "--by", "pid", "--port", f"{BOTH},{OTHER},{OWNERS}")
+BY_PID = Watch("rtt", "--by", "pid", "--port", f"{BOTH},{OTHER},{OWNERS}", every_kernel=False)
 CLIENTS = f"--rport {BOTH}-{OTHER}"
 """At their ends: the servers' have the clients' ports there."""
 FILTERS = {
@@ -22,9 +22,9 @@ FILTERS = {
     "rport": CLIENTS,
     "raddr,rport": CLIENTS,
 }
-BY = {key: Watch("rtt", "--by", key, *words.split()) for key, words in FILTERS.items()}
-SERVERS4 = Watch("rtt", "--by", "connection", "-4", "--lport", "6532-6534")
-CLIENTS6 = Watch("rtt", "--by", "connection", "-6", "--rport", "6532-6534")
+BY = {key: Watch("rtt", "--by", key, *words.split(), every_kernel=False) for key, words in FILTERS.items()}
+SERVERS4 = Watch("rtt", "--by", "connection", "-4", "--lport", "6532-6534", every_kernel=False)
+CLIENTS6 = Watch("rtt", "--by", "connection", "-6", "--rport", "6532-6534", every_kernel=False)
 
 
 @recorded(WATCH, BY_PID, *BY.values())

@@ -16,12 +16,12 @@ from tests.tools.rtt.site import WATCH, Site, count, rows_of, totals_of
 MANY, TURNS = 6570, 6571
 FEW = ("--by", "connection", "--max-keys", "2", "--lport", str(MANY))
 WATCHES = {
-    Watch("rtt", *FEW): 0,
-    Watch("rtt", *FEW, "-i", "86400"): 0,
-    Watch("rtt", *FEW, "-i", "86400", "--strict"): 5,
+    Watch("rtt", *FEW, every_kernel=False): 0,
+    Watch("rtt", *FEW, "-i", "86400", every_kernel=False): 0,
+    Watch("rtt", *FEW, "-i", "86400", "--strict", every_kernel=False): 5,
 }
 """Their exit status."""
-ONE = Watch("rtt", "--by", "connection", "--max-keys", "1", "-i", "0.1", "--lport", str(TURNS))
+ONE = Watch("rtt", "--by", "connection", "--max-keys", "1", "-i", "0.1", "--lport", str(TURNS), every_kernel=False)
 
 
 @recorded(WATCH, *WATCHES)
