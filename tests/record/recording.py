@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from tcpscope.kernel.btf import Btf, Kind
+from tcpscope.kernel.btf import Btf
+from tests.kernels.offline import Offline
 from tests.record.script import Came, Host, Script
 from tests.record.unseen import Unseen
 from tests.record.watch import Watch
@@ -103,8 +104,9 @@ class Machine:
         self._hooks: dict[str, dict[str, dict[str, str | None]]] = about["hooks"]
 
     @cached_property
-    def btf(self) -> Btf:
-        return Btf.parse((self._folder / "btf").read_bytes())
+    def kernel(self) -> Offline:
+        """What its BTF says of it."""
+        return Offline(Btf.parse((self._folder / "btf").read_bytes()), functions=self.functions_can_be_hooked)
 
     @property
     def functions_can_be_hooked(self) -> bool:
@@ -118,25 +120,15 @@ class Machine:
         """Hook -> the program that is attached there, None for none."""
         return self._hooks[probe][event]
 
-    def parameters(self, function: str) -> int | None:
-        found = self.btf.func_params(function)
-        return None if found is None else len(found)
-
-    def enumerator(self, name: str) -> int | None:
-        return self.btf.enum_value(name)
-
-    def has_type(self, name: str) -> bool:
-        return any(self.btf.find(name, kind) for kind in (Kind.STRUCT, Kind.UNION, Kind.ENUM))
-
     @property
     def preempts_programs(self) -> bool:
         """Whether a process may be preempted within a program on a tracepoint: since 7.0 these are under SRCU."""
-        return self.btf.field("tp_transition_snapshot", "srcu_gp") is not None
+        return self.kernel.btf.field("tp_transition_snapshot", "srcu_gp") is not None
 
     @property
     def gives_cookies(self) -> bool:
         """Whether tracing programs can ask for a cookie (5.12). Elsewhere it is known if somebody has asked."""
-        return self.enumerator("BPF_FUNC_check_mtu") is not None
+        return self.kernel.enumerator("BPF_FUNC_check_mtu") is not None
 
 
 def read_log(folder: Path) -> dict[str, Played]:
@@ -199,8 +191,12 @@ class Recording:
         return {name for name, played in self.scenarios.items() if any(map(played.may_be_of, self.unseen))}
 
 
+MISSED_ONE_IN = 200
+"""On kernels that preempt programs: one of so many events may be missed, and is counted."""
+
+
 class Seen:
-    """What a test gets to see behind its `yield`: the recording, as far as it is of its own hosts."""
+    """What a test gets at its `yield`: the part of the recording that comes from the test's own hosts."""
 
     def __init__(self, recording: Recording, script: Script) -> None:
         self.recording, self._script = recording, script
@@ -209,13 +205,13 @@ class Seen:
     def run(self, watch: Watch) -> Run:
         """The whole run of a tool. It must have ended well and seen everything.
 
-        Where the kernel may preempt a process in the middle of a program, `missed` alone is no failure: what is shown
-        must be right all the same, and tests/record/test_missed.py holds the count as the fault that it is.
+        Where the kernel may preempt a process at the two ends of a program (compat.bpf.h), it leaves that program out
+        until the process goes on. Of the recordings on 7.3 the worst has missed 39 of 15,908 that way.
         """
         run = self.recording.runs[watch.name]
         unseen = sum(each.is_change for each in self.recording.unseen)
         if self.machine.preempts_programs and run.stats is not None:
-            unseen = run.stats["missed"]
+            unseen += run.stats["seen"] // MISSED_ONE_IN
         if problems := run.problems(unseen):
             pytest.fail(f"tcpscope {' '.join(run.argv)}: {'; '.join(problems)}", pytrace=False)
         return run

@@ -1,4 +1,4 @@
-"""Scenarios, written down before they are played: what a test says is done becomes a line for the actor (actor/main.c).
+"""Scenarios, written down before they are played: what a test says is done becomes a line for the actor (actor/).
 
     @recorded(STATES)
     def test_refused(script):

@@ -72,7 +72,8 @@ class Witness:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        loaded = Loaded(self._spec, Kernel())  # first and last, so that it is run for every softirq that ftrace sees
+        # Attached before ftrace begins and detached after it ends: each softirq that ftrace sees may run the program.
+        loaded = Loaded(self._spec, Kernel())
         try:
             with _instance() as ftrace:
                 _switch(ftrace, "1")

@@ -46,6 +46,8 @@ static __always_inline bool tracepoints_are_preemptible(void)
 
 extern void bpf_preempt_disable(void) __ksym __weak; /* since 6.10 */
 extern void bpf_preempt_enable(void) __ksym __weak;
+extern void bpf_local_irq_save(unsigned long *flags) __ksym __weak; /* since 6.14 */
+extern void bpf_local_irq_restore(unsigned long *flags) __ksym __weak;
 
 /*
  * From here to `processor_release` the program keeps the processor where it would not otherwise: at a tracepoint since 7.0,
@@ -57,10 +59,24 @@ static __always_inline void processor_keep(void)
 		bpf_preempt_disable();
 }
 
+/*
+ * A process whose time ran out meanwhile is put aside by preempt_enable(), here, still within the program, unless
+ * interrupts are off (preempt_schedule() asks preemptible()). With them off it goes on until the kernel has left the
+ * program. What is left are the few instructions around the two ends.
+ */
 static __always_inline void processor_release(void)
 {
-	if (bpf_preempt_disable)
+	unsigned long flags;
+
+	if (!bpf_preempt_disable)
+		return;
+	if (bpf_local_irq_save) {
+		bpf_local_irq_save(&flags);
 		bpf_preempt_enable();
+		bpf_local_irq_restore(&flags);
+	} else {
+		bpf_preempt_enable();
+	}
 }
 
 /*
