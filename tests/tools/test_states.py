@@ -337,7 +337,7 @@ def test_accepted_by_another_process(script: Script) -> Test:
 
 
 def outlived(script: Script) -> tuple[Pair, Call]:
-    """Its client stays a full socket in FIN_WAIT2, whoever holds it."""
+    """The kernel keeps its client a full socket in FIN_WAIT2, also after the client's process has ended."""
     pair = Pair(script, names=("server", "mortal"))
     pair.connection.option(6, 8, 120)  # TCP_LINGER2
     return pair, pair.client.now()

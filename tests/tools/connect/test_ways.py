@@ -86,7 +86,7 @@ def test_mptcp(script: Script) -> Test:
         mine("close", may_fail=True)
     seen = yield
     if {call.errno for call in made} == {"EPROTONOSUPPORT"}:
-        assert not seen.machine.has_type("mptcp_sock")
+        assert not seen.machine.kernel.has_type("mptcp_sock")
         pytest.skip("this kernel has no MPTCP")
     assert [saw.errno for saw in tried] == ["none", "none", "ECONNREFUSED", "ENETUNREACH"]
     found = rows(
@@ -110,7 +110,7 @@ def test_io_uring(script: Script) -> Test:
         mine.close()
     seen = yield
     if calls[0].errno in ("ENOSYS", "EPERM"):
-        assert not seen.machine.has_type("io_kiocb") or seen.machine.config["io_uring_disabled"] != "0"
+        assert not seen.machine.kernel.has_type("io_kiocb") or seen.machine.config["io_uring_disabled"] != "0"
         pytest.skip(f"this kernel has no io_uring for us: io_uring_setup() says {calls[0].errno}")
     assert [call.errno for call in calls] == ["none", "ECONNREFUSED", "ENETUNREACH"]
     wanted = [("ESTABLISHED", PORT), ("REFUSED", REFUSED), ("UNREACHABLE", OTHER)][: 2 + sees_every_call(seen)]

@@ -175,7 +175,7 @@ def test_data_after_close(script: Script) -> Test:
     pair.client.socket.close()
     seen = yield
     # tcp_reset() takes the packet since 5.11; before, and where functions cannot be hooked, nothing tells.
-    told_apart = hooked(seen, "reset_received__fentry") and seen.machine.parameters("tcp_reset") == 2
+    told_apart = hooked(seen, "reset_received__fentry") and seen.machine.kernel.parameters("tcp_reset") == 2
     end = "RST_SENT" if told_apart else "RST"
     check_end(pair.row(seen, "PASSIVE"), end, "LOCAL", "FIN_WAIT2", "ECONNRESET")
     row, info = pair.row(seen, "ACTIVE"), last.info
@@ -271,7 +271,7 @@ def test_killed(script: Script) -> Test:
         end.socket.close()
     seen = yield
     if error.errno == "EOPNOTSUPP":
-        assert seen.machine.parameters("tcp_diag_destroy") is None
+        assert seen.machine.kernel.parameters("tcp_diag_destroy") is None
         pytest.skip("this kernel has no ss -K")
     assert error.errno == "none"
     row = pair.row(seen, "PASSIVE")
