@@ -68,7 +68,7 @@ def _jobs(
 
     names = list(images)
     first, *others = [job(name, chosen) for name in names if name not in offers]
-    between = [job(name, rows.between(name, arguments, choice.paths(list(only)))) for name, only in offers.items()]
+    between = [job(name, rows.between(name, arguments, choice.paths(only))) for name, only in offers.items()]
     concurrent = rows.concurrent(arguments)
     two = [job(TWO, concurrent, processors=2)] if concurrent.script or concurrent.live else []
     return [first, Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), *others, *between, *two]

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import choice
+from tests.kernels import choice, rows
 from tests.kernels.debian import Image
 
 IMAGES = {name: Image(name, f"{name}.4", "1", "/", "/vmlinuz") for name in ("5.10", "6.1", "7.3")}
+
+ONLY = frozenset({"syn: syn__kprobe"})
 
 TESTS = """
 import pytest
@@ -27,17 +29,32 @@ def test_the_oldest_and_the_newest_run_everything() -> None:
 
 
 def test_what_a_kernel_has_alone_brings_the_tests_of_its_probe() -> None:
-    found = choice.paths(["listeners"])
+    found = choice.paths({"listeners": ONLY})
     assert "tests/tools/queue/" in found
     assert not any("states" in path or path.startswith("tests/bpf") for path in found)
-    assert {"tests/bpf/", "tests/tools/life/"} <= set(choice.paths(["connections"]))
-    assert choice.paths([]) == []
+    assert {"tests/bpf/", "tests/tools/life/"} <= set(choice.paths({"connections": ONLY}))
+    assert choice.paths({}) == []
+
+
+def test_what_tests_of_every_kernel_show_brings_no_others(tree: Path) -> None:
+    """And these are there, each of them for every kernel."""
+    mptcp = "mptcp_sock.subflow: 8 bytes"
+    assert choice.paths({"listeners": frozenset({mptcp})}) == []
+    assert choice.paths({"listeners": ONLY | {mptcp}}) != []
+    for test in choice.SHOWN.values():
+        command = [*rows.PYTEST, "--collect-only", "-q", "-p", "no:cacheprovider", "-k", test, "tests/tools"]
+        found = [subprocess.run([*command, *options], cwd=tree, capture_output=True, text=True).stdout
+                 for options in ((), ("--between", ""))]  # fmt: skip
+        everywhere, between = (text.count(f"::{test}") for text in found)
+        assert everywhere == between >= 2, test
 
 
 def test_the_page_says_why() -> None:
     page = choice.page(IMAGES, {"6.1": {"listeners": frozenset({"syn: syn__kprobe"})}})
     assert "| 5.10 | 5.10.4 | everything |" in page
     assert "all of `listeners`, which alone has `syn: syn__kprobe`" in page
+    page = choice.page(IMAGES, {"6.1": {"rtt": frozenset({"mptcp_sock.subflow: 8 bytes"})}})
+    assert "; `test_mptcp` for `rtt`, which alone has `mptcp_sock.subflow: 8 bytes`" in page
 
 
 @pytest.mark.parametrize(("paths", "passed"), [("", 1), ("test_a.py", 2), ("test_b.py", 1)])
