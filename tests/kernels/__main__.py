@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
     everything = add("all", "all tests here, those marked kernel on every kernel", rest="PYTEST_ARGUMENT")
     jobs = min(2, os.cpu_count() or 1)
-    everything.add_argument("--jobs", type=int, default=jobs, help="rows at the same time")
+    everything.add_argument("--jobs", type=int, default=jobs, help="guests at the same time")
     add("host", "run all tests on the machine's own kernel", rest="PYTEST_ARGUMENT")
     add("run", "run the tests marked kernel on one kernel", kernel=True, rest="PYTEST_ARGUMENT")
     add("exec", "run a command on one kernel", kernel=True, rest="COMMAND")

@@ -1,4 +1,7 @@
-"""The whole run: every row, two at a time, the longest first."""
+"""The whole run: this machine's row beside the guests' rows, two of these at a time, the longest first.
+
+A guest keeps a processor busy. Tests here wait half of the time, so theirs come on top.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,26 +75,27 @@ def _jobs(
     between = [job(name, rows.between(name, arguments, choice.paths(only))) for name, only in offers.items()]
     concurrent = rows.concurrent(arguments)
     two = [job(TWO, concurrent, processors=2)] if concurrent.script or concurrent.live else []
-    return [first, Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), *others, *between, *two]
+    return [Job(HOST, lambda: rows.run_host(arguments, show=lambda _: None)), first, *others, *between, *two]
 
 
 def _run(jobs: Sequence[Job], at_once: int, shown: progress.Progress) -> list[summary.Row]:
     order = {job.name: number for number, job in enumerate(jobs)}
-    lock = threading.Lock()
+    lock, turns = threading.Lock(), threading.Semaphore(at_once)
 
     def one(job: Job) -> summary.Row:
-        shown.begin(job.name)
-        try:
-            row = job.make()
-        except BaseException:
-            guest.stop.set()
-            raise
+        with nullcontext() if job.name == HOST else turns:
+            shown.begin(job.name)
+            try:
+                row = job.make()
+            except BaseException:
+                guest.stop.set()
+                raise
         with lock:
             save(row)
             shown.end(job.name, summary.counts_line(row) + (f"; {row.problem}" if row.problem else ""))
         return row
 
-    with ThreadPoolExecutor(at_once) as pool, shown.shown():
+    with ThreadPoolExecutor(at_once + 1) as pool, shown.shown():
         try:
             return sorted(pool.map(one, jobs), key=lambda row: (row.name != HOST, order[row.name]))
         except BaseException:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_the_longest_rows_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "concurrent", lambda arguments: few)
     monkeypatch.setattr(rows, "between", between)
     jobs = matrix._jobs(IMAGES, {"6.1": {"rtt": frozenset({"x"})}}, every, [], 9.0, False)
-    assert [job.name for job in jobs] == ["5.10", HOST, "7.3", "6.1", TWO]
+    assert [job.name for job in jobs] == [HOST, "5.10", "7.3", "6.1", TWO]
     for job in jobs:
         if job.name != HOST:
             job.make()
@@ -53,15 +54,23 @@ def test_the_longest_rows_begin_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_run_side_by_side_and_are_told_in_order(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    together = threading.Barrier(2, timeout=30)
+    """Two guests at a time, and the host beside them."""
+    together, guests, most = threading.Barrier(3, timeout=30), set[str](), list[int]()
 
     def make(name: str) -> Row:
-        together.wait()
+        if name != HOST:
+            guests.add(name)
+            most.append(len(guests))
+        if name != "6.1":
+            together.wait()
+        guests.discard(name)
         return Row(name, tests=[Result("t", "passed", "", 0.1, True)])
 
-    made = matrix._run([Job("5.10", lambda: make("5.10")), Job(HOST, lambda: make(HOST))], 2, progress.Progress())
-    assert [row.name for row in made] == [HOST, "5.10"]
-    assert {path.name for path in results.iterdir()} == {"host.json", "5.10.json"}
+    names = (HOST, "5.10", "7.3", "6.1")  # in the order of the run
+    made = matrix._run([Job(name, partial(make, name)) for name in names], 2, progress.Progress())
+    assert [row.name for row in made] == [HOST, "5.10", "7.3", "6.1"]
+    assert {path.name for path in results.iterdir()} == {f"{name}.json" for name in names}
+    assert max(most) == 2
     assert "5.10: 1 passed in 0.00s" in capsys.readouterr().out
 
 

@@ -7,8 +7,8 @@ import signal
 from collections import Counter
 
 from tests.record import PORTS, Script, Test, Watch, recorded
+from tests.tools.connect.attempts import CONNECT
 
-CONNECT = Watch("connect", "--port", PORTS)
 ACCEPT = Watch("accept", "--port", PORTS)
 LIFE = Watch("life", "--live", "--port", PORTS)
 TRACER = Watch("tracer", "--port", PORTS)
