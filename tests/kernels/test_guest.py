@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,6 +37,12 @@ def image() -> debian.Image:
     if not cached or not shutil.which("qemu-system-x86_64"):
         pytest.skip("no kernel has been fetched here, or QEMU is missing")
     return cached
+
+
+@pytest.fixture(autouse=True)
+def without_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a whole run other guests have all places for minutes, and these here are short."""
+    monkeypatch.setattr(guest, "_take_place", lambda: os.open(os.devnull, os.O_RDONLY))
 
 
 def run(image: debian.Image, command: str, timeout_s: float = 120, boots: int = 2) -> tuple[guest.Outcome, list[str]]:
