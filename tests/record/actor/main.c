@@ -93,6 +93,43 @@ static void fail(struct scenario *scenario, const char *format, ...)
 	scenario->over = true;
 }
 
+/* One line of a file below /proc/PID, from `start` on. */
+static void line_of(pid_t pid, const char *file, const char *start, char *line, int size)
+{
+	char path[64];
+	FILE *opened;
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, file);
+	opened = fopen(path, "r");
+	while (opened && fgets(line, size, opened) && strncmp(line, start, strlen(start)))
+		continue;
+	if (!opened)
+		snprintf(line, size, "%s?", start);
+	else
+		fclose(opened);
+	line[strcspn(line, "\n")] = 0;
+}
+
+/* It is at this step and nobody answers: what its processes are at. */
+static void stuck(struct scenario *scenario)
+{
+	const struct step *step = &scenario->steps[scenario->next - 1];
+	char said[2048], system_call[160], pending[64];
+	int length = snprintf(said, sizeof(said), "stuck at step %d: %s", step->number, step->text);
+
+	for (int i = 0; i < PROCESSES && length < (int)sizeof(said); i++) {
+		const struct process *process = &scenario->processes[i];
+
+		if (process->step < 0)
+			continue;
+		line_of(process->pid, "syscall", "", system_call, sizeof(system_call));
+		line_of(process->pid, "status", "ShdPnd:", pending, sizeof(pending));
+		length += snprintf(said + length, sizeof(said) - length, "; step %d is in system call %s, %s",
+				   scenario->steps[process->step].number, system_call, pending);
+	}
+	fail(scenario, "%s", said);
+}
+
 static void finish(struct scenario *scenario)
 {
 	for (int i = 0; i < PROCESSES; i++) {
@@ -446,8 +483,7 @@ static void play(int at_once, int reached)
 			running++;
 			advance(scenario, reached);
 			if (!scenario->over && scenario->since + PATIENCE_NS < now_ns()) {
-				fail(scenario, "stuck at step %d: %s", scenario->steps[scenario->next - 1].number,
-				     scenario->steps[scenario->next - 1].text);
+				stuck(scenario);
 				finish(scenario);
 			}
 		}
