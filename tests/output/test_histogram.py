@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -54,6 +56,34 @@ def test_percentiles_are_right_to_an_eighth(found: list[int], percent: int) -> N
 def test_percentiles_do_not_cross(found: list[int]) -> None:
     several = [histogram(found).percentile(percent) for percent in (1, 10, 50, 90, 99, 100)]
     assert several == sorted(several)
+
+
+KERNELS_BUCKETS = """
+#include <stdio.h>
+#define __always_inline inline __attribute__((always_inline))
+#define barrier_var(variable) __asm__ volatile("" : "+r"(variable))
+typedef unsigned int __u32;
+typedef unsigned long long __u64;
+#include "src/tcpscope/bpf/bucket.bpf.h"
+int main(void)
+{
+	__u32 us;
+
+	while (scanf("%u", &us) == 1)
+		printf("%u ", bucket_of(us));
+}
+"""
+
+
+def test_the_kernel_finds_the_same_buckets(tmp_path: Path, tree: Path) -> None:
+    """Its source, compiled for this machine, at both ends of every bucket."""
+    starts = [start for index in range(BUCKETS) if (start := bucket_start(index)) < 1 << 32]
+    values = sorted({*starts, *(start - 1 for start in starts if start), (1 << 32) - 1})
+    command = ["gcc", "-O2", "-I", tree, "-x", "c", "-", "-o", tmp_path / "buckets"]
+    subprocess.run(command, input=KERNELS_BUCKETS, text=True, check=True)
+    done = subprocess.run([tmp_path / "buckets"], input="\n".join(map(str, values)), text=True, stdout=subprocess.PIPE)
+    assert [int(word) for word in done.stdout.split()] == [bucket_of(value) for value in values]
+    assert len(values) > 400
 
 
 @given(values, values)

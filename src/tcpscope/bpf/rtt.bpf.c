@@ -20,13 +20,8 @@
 #include "filter.bpf.h"
 #include "connection.bpf.h"
 #include "once.bpf.h"
+#include "bucket.bpf.h"
 
-/*
- * Buckets: exact below 8 us, then 8 per power of two, so a value is known to 1/8 of itself; the last of them begins far
- * above 2^32 us.
- * output/histogram.py has the same formula.
- */
-#define SUB_BITS 3
 #define BUCKETS 256 /* a power of two, so that a mask bounds the index */
 #define MAX_SHARDS 16
 
@@ -91,30 +86,6 @@ const volatile bool smoothed;
 __u32 epoch;
 
 static const struct rtt_value new_value;
-
-/* 1 if it is greater. Without a branch, of which the verifier would follow both ways to the end of the program. */
-static __always_inline __u64 exceeds(__u64 value, __u64 limit)
-{
-	__u64 difference = limit - value;
-
-	barrier_var(difference); /* the compiler would make it a comparison again */
-	return difference >> 63;
-}
-
-static __always_inline __u32 bucket_of(__u32 us)
-{
-	__u64 value = us, log2 = 0, shift;
-
-	if (us < (1 << SUB_BITS))
-		return us;
-#pragma unroll
-	for (int step = 4; step >= 0; step--) {
-		shift = exceeds(value, (1ULL << (1 << step)) - 1) << step;
-		value >>= shift;
-		log2 += shift;
-	}
-	return ((log2 - SUB_BITS + 1) << SUB_BITS) + ((us >> (log2 - SUB_BITS)) & ((1 << SUB_BITS) - 1));
-}
 
 static __always_inline struct rtt_value *find_or_add(void *map, const struct rtt_key *key)
 {
