@@ -62,7 +62,8 @@ static __always_inline void processor_keep(void)
 /*
  * A process whose time ran out meanwhile is put aside by preempt_enable(), here, still within the program, unless
  * interrupts are off (preempt_schedule() asks preemptible()). With them off it goes on until the kernel has left the
- * program. What is left are the few instructions around the two ends.
+ * program. What is left are the few instructions around the two ends. Between 6.10 and 6.13, at functions of a kernel that
+ * puts processes aside, the old way is all there is.
  */
 static __always_inline void processor_release(void)
 {

@@ -6,8 +6,8 @@
  * those that it does not find noted. That is exact for one interruption, and there are not more: softirqs do not nest.
  *
  * Processes do not nest either, as long as none loses the processor within the programs. Before 7.0 none does. Since then
- * one may, in a few instructions of each copy (processor_release): if a softirq then interrupts the other, its event is
- * lost, and counted as missed.
+ * one may, in a few instructions of each copy (processor_release). If both copies are held so, or one is and a softirq
+ * interrupts the other, an event is lost, and counted as missed.
  *
  * Only the first makes notes and only the second wipes them. A note stays when the second was left out, until the next
  * event of its socket: each has one note, and no change of state comes twice without another between. More sockets than
