@@ -14,7 +14,9 @@ from tcpscope.tools import rtt
 from tests.conftest import until
 from tests.puppets import Puppet
 
-pytestmark = [pytest.mark.kernel, pytest.mark.concurrent]  # a softirq on the other processor, too
+# On every kernel: the notes of each processor are only on some between the oldest and the newest. Concurrent: a softirq
+# on the other processor, too.
+pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel, pytest.mark.concurrent]
 
 CONNECTIONS = 20
 STEPS = (

@@ -1,6 +1,7 @@
 """The command line of the matrix: ``python -m tests.kernels``."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -84,7 +85,9 @@ def main() -> int:
             return run_command(kernel, options.rest, timeout_s=options.timeout)
         case "again":
             recording = rows.RECORDINGS / options.kernel.replace(" ", "-")
-            command = [*rows.PYTEST, "-q", "-m", "recorded", "--recording", str(recording), *options.rest]
+            kept = recording / rows.OPTIONS
+            chosen = json.loads(kept.read_text()) if kept.exists() else []
+            command = [*rows.PYTEST, "-q", "-m", "recorded", "--recording", str(recording), *chosen, *options.rest]
             return subprocess.run(command, cwd=rows.TREE).returncode
         case "ring":
             return ring_cli.run(options.rest, everything=options.all)

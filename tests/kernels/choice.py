@@ -15,8 +15,17 @@ from tests.kernels import signature
 from tests.kernels.debian import Image
 from tests.kernels.image import btf_of
 
-SHOWN = {"mptcp_sock.": "test_mptcp"}
-"""What a kernel may have alone, as it begins, and the tests of every kernel that show it, by their name."""
+_LOADED = "tests/kernel/test_loaded.py::test_all_ways_but_the_refused_are_really_there"
+SHOWN = {
+    "mptcp_sock.subflow": {
+        "connections": "tests/tools/connect/test_ways.py::test_mptcp",
+        "listeners": "tests/tools/queue/test_events.py::test_mptcp",
+        "rtt": "tests/tools/rtt/test_keys.py::test_mptcp",
+        "sockets": "tests/tools/test_list.py::test_mptcp",
+    },
+    "kernel functions": dict.fromkeys(signature.probes(), _LOADED),
+}
+"""The name of what a kernel may have alone -> probe -> the test of every kernel that covers it."""
 
 
 def everything(name: str, names: Sequence[str]) -> bool:
@@ -32,14 +41,14 @@ def alone(images: Mapping[str, Image]) -> dict[str, dict[str, frozenset[str]]]:
     return {name: signature.alone(name, signatures, (names[0], names[-1])) for name in between}
 
 
-def shown(what: str) -> str | None:
-    """By which tests of every kernel."""
-    return next((test for start, test in SHOWN.items() if what.startswith(start)), None)
+def shown(probe: str, what: str) -> str | None:
+    """The test of every kernel that covers what a kernel has alone, if there is one."""
+    return SHOWN.get(what.partition(": ")[0], {}).get(probe)
 
 
 def paths(offers: Mapping[str, frozenset[str]]) -> list[str]:
     """Where the tests of the probes are to which something is offered that no test of every kernel shows."""
-    probes = [probe for probe, only in offers.items() if not all(map(shown, only))]
+    probes = [probe for probe, only in offers.items() if not all(shown(probe, what) for what in only)]
     tools = [name for name in tool.names() if set(tool.find(name).probes) & set(probes)]
     found = [path for name in tools for path in (f"tests/tools/test_{name}.py", f"tests/tools/{name}/")]
     return [*found, *(["tests/bpf/"] if "connections" in probes else ())]
@@ -55,8 +64,11 @@ def page(images: Mapping[str, Image], offers: Mapping[str, Mapping[str, frozense
             runs = "what runs on every kernel"
             for probe, only in sorted(offers[name].items()):
                 has = ", ".join(f"`{each}`" for each in sorted(only))
-                tests = sorted(filter(None, map(shown, only)))
-                what = f"all of `{probe}`" if len(tests) < len(only) else f"`{', '.join(tests)}` for `{probe}`"
-                runs += f"; {what}, which alone has {has}"
+                tests = {shown(probe, each) for each in only}
+                if None in tests:
+                    runs += f"; all of `{probe}`, which alone has {has}"
+                else:
+                    by = ", ".join(f"`{test}`" for test in sorted(filter(None, tests)))
+                    runs += f"; alone it has for `{probe}` {has}, which {by} covers"
         lines.append(f"| {name} | {image.release} | {runs} |")
     return "\n".join([*lines, ""])

@@ -27,6 +27,8 @@ BOOTS = 2
 PYTEST = (sys.executable, "-m", "pytest", "-p", "tests.kernels.report", "-p", "tests.record.plugin")
 LIVE = "kernel and not recorded"
 LIVE_FILES = "live.json"
+OPTIONS = "options.json"
+"""Beside a recording: the options with which its tests were chosen."""
 CONCURRENT = "concurrent"
 
 
@@ -105,12 +107,12 @@ def compose(
 
 
 def between(name: str, arguments: Sequence[str], paths: Sequence[str]) -> Chosen:
-    """Of these what a kernel between the oldest and the newest is asked."""
+    """Choose what a kernel between the oldest and the newest runs."""
     return compose(arguments, between=paths, folder=SCRIPT.with_name(f"script-{name}"))
 
 
 def concurrent(arguments: Sequence[str]) -> Chosen:
-    """Of these the ones that need true concurrency."""
+    """Choose what needs true concurrency."""
     return compose(arguments, marked=CONCURRENT, folder=SCRIPT.with_name("script-concurrent"))
 
 
@@ -123,7 +125,8 @@ def run_guest(
     With several processors only what needs them runs. What is printed goes to the row's log and, if given, to `show`.
     """
     if not (chosen.script or chosen.live):
-        return summary.Row(name, image.release, problem=summary.NOTHING)
+        # A kernel between may need none of the tests that were named.
+        return summary.Row(name, image.release, problem="" if arguments and chosen.options else summary.NOTHING)
     marked = "" if processors == 1 else f" and {CONCURRENT}"
     RESULTS.mkdir(parents=True, exist_ok=True)
     outcomes, recording = outcomes_of(name), RECORDINGS / name.replace(" ", "-")
@@ -162,12 +165,12 @@ def run_guest(
             shutil.copyfile(within, outcomes)
         if there.exists():
             shutil.copytree(there, recording)
+            (recording / OPTIONS).write_text(json.dumps(chosen.options))
     row = summary.Row(name, image.release, [], outcome.problem, outcome.boot_s, outcome.total_s)
     if chosen.live:
         lines = outcomes.read_text().splitlines() if outcomes.exists() else []
         live = summary.make_row(name, image.release, lines, exit_status=outcome.status, problem=outcome.problem)
-        nothing_needed = arguments and chosen.between is not None and live.problem == summary.NOTHING
-        row.tests, row.problem = live.tests, "" if nothing_needed else live.problem
+        row.tests, row.problem = live.tests, live.problem
     if chosen.script:
         options = ["-m", f"recorded{marked}", *chosen.options, *arguments]
         row = summary.joined(row, check(name, image.release, recording, options))

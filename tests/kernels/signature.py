@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 
-from tcpscope.kernel.btf import Btf
+from tcpscope.kernel import elf
+from tcpscope.kernel.btf import Btf, Kind
 from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Spec
 from tests.kernels.answers import Answer, Answers, width
@@ -26,7 +27,11 @@ def probes() -> list[str]:
 def of(btf: Btf, *, functions: bool = True) -> dict[str, frozenset[str]]:
     """The signature of a kernel with this BTF. Whether functions can be hooked there is not in it."""
     kernel = Offline(btf, functions=functions)
-    return {probe: frozenset([*_ways(Spec.of(probe), kernel), *_found(Spec.of(probe), kernel)]) for probe in probes()}
+    specs = {probe: Spec.of(probe) for probe in probes()}
+    return {
+        probe: frozenset([*_ways(spec, kernel), *_found(spec, kernel), _functions(spec, kernel)])
+        for probe, spec in specs.items()
+    }
 
 
 def alone(name: str, signatures: Mapping[str, Signature], others: tuple[str, ...]) -> dict[str, frozenset[str]]:
@@ -45,6 +50,13 @@ def _ways(spec: Spec, kernel: Offline) -> Iterator[str]:
         yield f"{hook.name}: {program.name if program else 'nothing'}"
         if program and program.type in _WITH_ARGUMENTS:
             yield f"{program.target} has {kernel.arguments(program)} arguments"
+
+
+def _functions(spec: Spec, kernel: Offline) -> str:
+    """Which of the kernel's functions that the object's programs would call are there: their combination counts."""
+    names = sorted(symbol.name for symbol in elf.symbols(spec.data) if not symbol.section)
+    called = [name for name in names if spec.btf.find(name, Kind.FUNC)]
+    return f"kernel functions: {', '.join(name for name in called if kernel.parameters(name) is not None) or 'none'}"
 
 
 def _found(spec: Spec, kernel: Offline) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Recorded tests: a compiled actor plays what a test does, on each kernel, while the tools run; the test asserts
+"""Recorded tests: a compiled actor plays what a test does on a kernel, while the tools run; the test asserts
 afterwards and elsewhere, over what was written down.
 
 A recorded test is a generator. What stands before its `yield` becomes a script (script.py). The actor plays it with

@@ -54,7 +54,7 @@ class Recorded:
 
 
 def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., None]]:
-    """A test that is played and recorded on every kernel, while these tools run: see tests/record."""
+    """A test that is played and recorded while these tools run: see tests/record. On every kernel, if they all are."""
 
     def decorate(function: Callable[..., Test]) -> Callable[..., None]:
         how = Recorded(function, watches)

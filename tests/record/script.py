@@ -6,7 +6,7 @@
         made = client.socket()
         call = made.connect(script.server.ipv4, 7000, may_fail=True)
         made.close()
-        seen = yield                # from here on it has been played, on each kernel
+        seen = yield                # from here on it has been played, on one kernel
         assert call.errno == "ECONNREFUSED"
         assert [row["pid"] for row in seen.rows(STATES, script.client)] == [client.pid] * 2
 

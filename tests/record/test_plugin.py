@@ -36,7 +36,7 @@ def test_cannot_be_played(script: Script) -> Test:
     script.client.process("client").socket().connect(script.server.ipv4, 7000)
     yield
 
-@recorded(CONNECT, Watch("queue", "--stack"))
+@recorded(CONNECT, Watch("queue", "--stack", every_kernel=False))
 def test_has_a_tool_that_does_not_run(script: Script) -> Test:
     script.client.flush()
     seen = yield
@@ -80,6 +80,12 @@ def test_a_script_that_has_changed_needs_a_new_recording(folder: Path, tree: Pat
     status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "7000", text=changed)
     assert status == 1
     assert "the recording is not of this script" in text
+
+
+def test_a_kernel_between_leaves_out_what_has_a_tool_that_is_not_for_it(tmp_path: Path, tree: Path) -> None:
+    _, text = pytest_in(tmp_path, tree, "--between", "", "--collect-only", "-q")
+    found = {line.partition("::")[2].partition("[")[0] for line in text.splitlines() if "::" in line}
+    assert found == {"test_refused", "test_expects_too_much", "test_cannot_be_played"}
 
 
 def test_what_the_actor_gives_up_fails_alone(tmp_path: Path, tree: Path) -> None:

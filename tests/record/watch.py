@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PORTS = "6000-9999"
 """Where the scenarios' listeners are, and the targets of their clients: no ports that the kernel would choose."""
@@ -17,12 +17,12 @@ class Watch:
     yet that it could be asked for. `--port` keeps other programs of the machine away from it. One with `moment` ends
     by itself: it runs once, when all scenarios that ask for it have come to their `script.moment()`, and only looks.
     One that is not for `every_kernel` differs from another in what no kernel has a say in, such as a grouping or how
-    counts are added up: its tests run on the oldest and the newest kernel.
+    counts are added up. A test with such a watch among its own runs on the oldest and the newest kernel only.
     """
 
     argv: tuple[str, ...]
     moment: bool
-    every_kernel: bool
+    every_kernel: bool = field(compare=False)
 
     def __init__(self, *argv: str, moment: bool = False, every_kernel: bool = True) -> None:
         object.__setattr__(self, "argv", argv)

@@ -17,7 +17,7 @@ from tests.record import PORTS, Call, Process, Script, Seen, Socket, Test, Watch
 from tests.record.script import IPPROTO_TCP, TCP_FASTOPEN
 
 ACCEPT = Watch("accept", "--port", PORTS)
-COUNT = Watch("accept", "--count", "--port", PORTS, every_kernel=False)
+COUNT = Watch("accept", "--count", "--port", PORTS)
 PORT = 8000
 IPPROTO_MPTCP = 262
 FAST_OPEN = 0x207  # client, server, neither needs a cookie

@@ -24,7 +24,7 @@ from tests.tools.queue.refusals import (
 )
 
 STACKS_PORT = 8100
-STACKS = Watch("queue", "--events", "--stack", "--lport", str(STACKS_PORT), every_kernel=False)
+STACKS = Watch("queue", "--events", "--stack", "--lport", str(STACKS_PORT))
 SOCK_STREAM, IPPROTO_MPTCP = 1, 262
 SYSCTLS = {"somaxconn": "somaxconn", "max_syn_backlog": "tcp_max_syn_backlog", "syncookies": "tcp_syncookies"}
 

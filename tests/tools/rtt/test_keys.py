@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from socket import IPPROTO_MPTCP
 from typing import Any
+
+import pytest
 
 from tests.record import Script, Seen, Test, Watch, recorded
 from tests.tools.rtt.site import FAMILIES, WATCH, Pair, Rows, Site, count, ends_of, run_of, totals_of
 
 BOTH, OTHER = 6530, 6531
 LISTENERS = {family: 6532 + i for i, family in enumerate(FAMILIES)}
-OWNERS = 6535
-BY_PID = Watch("rtt", "--by", "pid", "--port", f"{BOTH},{OTHER},{OWNERS}", every_kernel=False)
+OWNERS, MPTCP = 6535, 6536
+BY_PID = Watch("rtt", "--by", "pid", "--port", f"{BOTH},{OTHER},{OWNERS},{MPTCP}")
 CLIENTS = f"--rport {BOTH}-{OTHER}"
 """At their ends: the servers' have the clients' ports there."""
 FILTERS = {
@@ -120,3 +123,22 @@ def test_the_owner_is_who_accepted(script: Script) -> Test:
     # The handshake is over before anybody accepts: it is the listener's.
     owners = {site.server.pid: ("server", 1), child.pid: ("child", 6), site.client.pid: ("client", 7)}
     assert by_pid(seen, *owners) == owners
+
+
+@recorded(WATCH, BY_PID)
+def test_mptcp(script: Script) -> Test:
+    """The processes hold MPTCP sockets; what is measured are the TCP sockets behind them."""
+    server, client = script.server.process("server"), script.client.process("client")
+    for host in script.hosts:
+        host.agent("sysctl", "mptcp/enabled", 1, may_fail=True)
+    listener = server.listener(MPTCP, protocol=IPPROTO_MPTCP, may_fail=True)
+    near = client.socket(protocol=IPPROTO_MPTCP, may_fail=True)
+    near.connect(script.server.ipv4, MPTCP, may_fail=True)
+    listener.accept(may_fail=True)
+    seen = yield
+    if listener.made.errno != "none":
+        assert not seen.machine.kernel.has_type("mptcp_sock")
+        pytest.skip("this kernel has no MPTCP")
+    found = by_pid(seen, server.pid, client.pid)
+    assert {pid: comm for pid, (comm, _) in found.items()} == {server.pid: "server", client.pid: "client"}
+    assert all(samples >= 1 for _, samples in found.values())

@@ -11,7 +11,7 @@ import pytest
 from tests.record import Script, Test, Watch, recorded
 from tests.tools.rtt.site import FAMILIES, WATCH, Row, Seen, Site, delayed, ends_of, skip_without_netem, totals_of
 
-SMOOTHED = Watch("rtt", "--by", "connection", "--smoothed", "--rport", "6550-6559", every_kernel=False)
+SMOOTHED = Watch("rtt", "--by", "connection", "--smoothed", "--rport", "6550-6559")
 """At the clients' ends."""
 NUMBER = 10
 
