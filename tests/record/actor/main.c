@@ -93,20 +93,21 @@ static void fail(struct scenario *scenario, const char *format, ...)
 	scenario->over = true;
 }
 
-/* One line of a file below /proc/PID, from `start` on. */
+/* The line of a file below /proc/PID that begins so. */
 static void line_of(pid_t pid, const char *file, const char *start, char *line, int size)
 {
 	char path[64];
+	bool found = false;
 	FILE *opened;
 
 	snprintf(path, sizeof(path), "/proc/%d/%s", pid, file);
 	opened = fopen(path, "r");
-	while (opened && fgets(line, size, opened) && strncmp(line, start, strlen(start)))
-		continue;
-	if (!opened)
-		snprintf(line, size, "%s?", start);
-	else
+	while (opened && !found && fgets(line, size, opened))
+		found = !strncmp(line, start, strlen(start));
+	if (opened)
 		fclose(opened);
+	if (!found)
+		snprintf(line, size, "%s?", start);
 	line[strcspn(line, "\n")] = 0;
 }
 

@@ -6,7 +6,6 @@
 #include <err.h>
 #include <errno.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -167,7 +166,7 @@ static bool holds(long long ret, const char *op, long long value)
 static void repeat(struct actor *actor, int count, char **words, struct reply *reply)
 {
 	long long value = atoll(words[2]), end = now_ns() + atoll(words[3]) * 1000000000LL;
-	struct timespec pause = {.tv_nsec = 10000000};
+	struct timespec pause = {.tv_nsec = 10000000}; /* many wait at a time, and a look costs an emulated guest much */
 
 	for (;;) {
 		run(actor, count - 4, words + 4, reply);
