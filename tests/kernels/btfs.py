@@ -95,6 +95,7 @@ def among(packages: Iterable[str], suite: str) -> list[list[Found]]:
 def fetch(everything: bool, say: Callable[[str], None]) -> None:
     """Fetch what is missing. A suite or a package that cannot be had is one line, and no failure."""
     folder().mkdir(parents=True, exist_ok=True)
+    complete = True
     for suite in SUITES:
         with tempfile.TemporaryDirectory(prefix="tcpscope-btf-") as name:
             try:
@@ -103,6 +104,7 @@ def fetch(everything: bool, say: Callable[[str], None]) -> None:
                 packages = apt.run("apt-cache", "pkgnames", "linux-image-").split()
             except debian.FetchError as error:
                 say(f"{suite}: its list cannot be read: {str(error).splitlines()[-1]}")
+                complete = False
                 continue
             kinds = among(packages, suite)
             wanted = [[kernel] for kernels in kinds for kernel in kernels] if everything else \
@@ -113,7 +115,7 @@ def fetch(everything: bool, say: Callable[[str], None]) -> None:
             with ThreadPoolExecutor(2) as pool:
                 for problem in filter(None, pool.map(partial(_fetch_one, apt), missing)):
                     say(problem)
-    if cached():
+    if complete and cached():
         _stamp().touch()
 
 

@@ -57,7 +57,10 @@ def _by_program(program: str, payload: bytes) -> bytes:
 def types_in(data: bytes) -> bytes:
     """The BTF in a file: it alone, also gzipped, or that of a vmlinux or a bzImage."""
     if data.startswith(_GZIP):
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ImageError(f"what is compressed in it is broken: {error}") from error
     if data.startswith(_BTF):
         return data
     try:

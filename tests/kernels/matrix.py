@@ -1,6 +1,6 @@
 """The whole run: this machine's row beside the guests' rows, two of these at a time, the longest first.
 
-A guest keeps a processor busy. Tests here wait half of the time, so theirs come on top.
+A guest keeps a processor busy. The tests of this machine wait half of the time, so their row counts against no limit.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ def _run(jobs: Sequence[Job], at_once: int, shown: progress.Progress) -> list[su
 
     def one(job: Job) -> summary.Row:
         with nullcontext() if job.name == HOST else turns:
+            if guest.stop.is_set():
+                raise InterruptedError("told to stop before its turn came")
             shown.begin(job.name)
             try:
                 row = job.make()

@@ -14,6 +14,8 @@ _MARKED = re.compile(r"(<!-- kernels -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _KERNELS = "| series | suite | flavour | kernels | newest | what is there |\n|---|---|---|---:|---|---|\n"
 _SERIES = "| series | not as on the newest |\n|---|---|\n"
 ALL = "all"
+SEPARATOR = "<br>"
+"""Between what stands in one cell: the texts themselves have semicolons."""
 
 
 def words(verdict: Verdict) -> Iterator[str]:
@@ -42,7 +44,7 @@ def rows(kernels: Iterable[Found], judge: Judge) -> dict[tuple[str, str, str], s
         groups.setdefault((series(kernel), kernel.suite, kernel.flavour), []).append(kernel)
     return {
         kind: f"{len(own)} | {max(own, key=age).release} | "
-        f"{'; '.join(dict.fromkeys(word for kernel in own for word in words(judge(kernel)))) or ALL}"
+        f"{SEPARATOR.join(dict.fromkeys(word for kernel in own for word in words(judge(kernel)))) or ALL}"
         for kind, own in groups.items()
     }
 

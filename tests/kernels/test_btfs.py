@@ -98,6 +98,7 @@ def test_a_suite_that_cannot_be_read_is_a_line(said: list[str], monkeypatch: pyt
     btfs.fetch(False, said.append)
     assert "trixie: its list cannot be read: no Release file" in said
     assert len(releases()) == 4
+    assert not btfs.fetched()  # the next run asks again
 
 
 def test_without_a_mirror_nothing_is_taken_for_fetched(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

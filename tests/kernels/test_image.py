@@ -74,3 +74,5 @@ def test_btf_is_found_in_whatever_holds_it() -> None:
 def test_a_broken_image_is_said_in_one_line() -> None:
     with pytest.raises(ImageError, match="broken"):
         vmlinux(image(gzip.compress(CONTENT)[:40]))
+    with pytest.raises(ImageError, match="what is compressed in it is broken"):
+        types_in(gzip.compress(CONTENT)[:40])

@@ -30,7 +30,8 @@ def test_the_page_is_that_of_this_machines_kernels() -> None:
     by_age = sorted(btfs.cached(), key=btfs.age)
     here = {(page.series(kernel), kernel.suite, kernel.flavour): kernel for kernel in by_age}
     for kind in here.keys() & stated.keys():
-        assert set(page.words(ring.verdict_of(here[kind]))) <= set(stated[kind].split("; ")), here[kind].release
+        said = set(stated[kind].split(page.SEPARATOR))
+        assert set(page.words(ring.verdict_of(here[kind]))) <= said, here[kind].release
     found = page.by_series(btfs.newest(), ring.verdict_of)
     if found and list(found)[-1] == list(differing)[-1]:  # they are told from the same newest one
         assert {name: what for name, what in found.items() if name in differing and what != differing[name]} == {}
@@ -43,7 +44,7 @@ def test_the_tables() -> None:
     assert page.stated(made) == (
         {
             ("6.1", "sid", "plain"): "all",
-            ("6.1", "sid", "rt"): "`rtt` cannot run: no tcp_sock.rack; `queue` without overflow events",
+            ("6.1", "sid", "rt"): "`rtt` cannot run: no tcp_sock.rack<br>`queue` without overflow events",
             ("6.12", "sid", "plain"): "all",
         },
         {"6.1": "-", "6.12": "-"},
