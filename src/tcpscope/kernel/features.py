@@ -35,7 +35,7 @@ class Kernel:
     """The running kernel. Answers are computed when first asked for.
 
     A subclass may speak for another one: by `parameters`, `enumerator`, `has_type` and `has_typedef`, which are asked
-    of the BTF, and by `fentry`, `fentry_on` and `kprobe`, which are tried. Everything else follows from these.
+    of the BTF, by `fentry` and `fentry_on`, which are tried, by `kprobe` and by `release`. All else follows from these.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Kernel:
         return ffi.gc(btf, lib.tcpscope_btf_free)
 
     def release(self) -> None:
-        """Give back the memory of its BTF, six megabytes; it is read anew if something else is asked."""
+        """Give back the memory of its BTF, some ten megabytes; it is read anew if something else is asked."""
         self.__dict__.pop("_btf", None)
 
     def parameters(self, function: str) -> int | None:
