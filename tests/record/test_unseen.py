@@ -72,10 +72,13 @@ def watch(folder: Path, tree: Path, kib: int = 16384, how: str = "") -> subproce
 
 
 def test_what_a_program_was_run_for_is_not_unseen(tmp_path: Path, tree: Path) -> None:
-    """Over the loopback the other end of a connection acts in a softirq, in the task that sends."""
+    """Over the loopback the other end of a connection acts in a softirq, in the task that sends.
+
+    Not each time on a busy machine: a packet that meets its socket in use is left to the task that uses it.
+    """
     assert json.loads(watch(tmp_path, tree).stdout) == []
     events = Counter(json.loads(watch(tmp_path, tree, how="blind").stdout))
-    assert events["inet_sock_set_state"] >= 100 and events["tcp_destroy_sock"] >= 100
+    assert events["inet_sock_set_state"] > 50 and events["tcp_destroy_sock"] > 50
 
 
 def test_a_buffer_that_overflows_is_no_witness(tmp_path: Path, tree: Path) -> None:
