@@ -60,10 +60,9 @@ static __always_inline void processor_keep(void)
 }
 
 /*
- * A process whose time ran out meanwhile is put aside by preempt_enable(), here, still within the program, unless
- * interrupts are off (preempt_schedule() asks preemptible()). With them off it goes on until the kernel has left the
- * program. What is left are the few instructions around the two ends. Between 6.10 and 6.13, at functions of a kernel that
- * puts processes aside, the old way is all there is.
+ * preempt_enable() preempts a process whose time slice is over, still within the program. With interrupts off it does not
+ * (preempt_schedule() asks preemptible()): the kernel preempts the process after the program. A process can still be
+ * preempted in the few instructions at both ends. Kernels 6.10 to 6.13 have no call to turn interrupts off.
  */
 static __always_inline void processor_release(void)
 {
