@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
@@ -149,9 +149,12 @@ class Session:
         self.loaded.detach()
         wait_for_programs()
         hooks = self.loaded.hooks
-        again = {hook.program.name for hook in hooks.values() if hook.program and hook.program.again}
+        programs = [hook.program for hook in hooks.values() if hook.program]
+        pairs = {program.first: program.name for program in programs if program.again}
         missed = {name: missed for name, (*_, missed) in self.loaded.program_info().items()}
-        self._missed = missed_runs(missed, again) + gaps
+        both = "gap" not in hooks and "both_can_be_left_out" in self.spec.variables
+        both = both and any(self.loaded.memory("both_can_be_left_out"))
+        self._missed = missed_runs(missed, pairs, both=both) + gaps
 
     _missed = 0
 
@@ -174,17 +177,17 @@ class Session:
         return {name: sum(words[at::8]) for at, name in enumerate(names)}
 
 
-def missed_runs(missed: Mapping[str, int], again: Set[str]) -> int:
+def missed_runs(missed: Mapping[str, int], pairs: Mapping[str, str], both: bool) -> int:
     """Runs that the kernel left out because the program had interrupted itself, and that nobody has made up for.
 
     missed  program -> runs that it was left out of; what a kernel does not count is 0
-    again   those of them that are second copies
-
-    Of a program and its second copy one is free for an event, but for a few instructions since 7.0 (once.bpf.h): what
-    one of them missed says nothing, and what both did is a gap.
+    pairs   program -> its second copy. Before 7.0 one of the two is free for each event: what one missed says nothing
+    both    whether both may be left out (once.bpf.h), and nothing else would tell so: of each pair the smaller number
+            counts then, the most that it can have been
     """
-    paired = again | {name.removesuffix("_again") for name in again}
-    return sum(count for name, count in missed.items() if name not in paired)
+    paired = {*pairs, *pairs.values()}
+    alone = sum(count for name, count in missed.items() if name not in paired)
+    return alone + sum(min(missed.get(name, 0) for name in pair) for pair in pairs.items() if both)
 
 
 def wait_for_programs() -> None:

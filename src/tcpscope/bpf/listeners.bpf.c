@@ -15,6 +15,7 @@
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
 #include "snapshot.bpf.h"
+#include "once.bpf.h"
 
 OPTIONAL("overflow events, their peers and steps; overflows are sampled instead")
 SEC("fentry/tcp_conn_request")
@@ -124,31 +125,68 @@ int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 	return 0;
 }
 
-SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+static __always_inline bool of_listener(int old_state, int new_state)
+{
+	return new_state == STATE_LISTEN || (old_state == STATE_LISTEN && new_state == STATE_CLOSE);
+}
+
+static __noinline int state_changed(struct sock *sk, int old_state, int new_state)
 {
 	__u64 key = (__u64)sk;
 
-	if (sk->sk_protocol != IPPROTO_TCP)
-		return 0;
-	if (new_state == STATE_LISTEN) {
-		/* A packet in hand while the socket before at this address was destroyed may have left its activity. */
+	/* A packet in hand while the socket before at this address was destroyed may have left its activity. */
+	if (new_state == STATE_LISTEN)
 		bpf_map_delete_elem(&activities, &key);
+	connection_transition(sk, old_state, new_state);
+	return 0;
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+{
+	if (of_listener(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP) {
+		once_note(sk, old_state << 8 | new_state);
 		COOKIE_OF(sk);
-		connection_transition(sk, old_state, new_state);
-	} else if (old_state == STATE_LISTEN && new_state == STATE_CLOSE) {
-		connection_transition(sk, old_state, new_state);
+		state_changed(sk, old_state, new_state);
 	}
+	return 0;
+}
+
+AGAIN
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
+{
+	if (of_listener(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP &&
+	    once_missed(sk, old_state << 8 | new_state)) {
+		COOKIE_OF(sk);
+		state_changed(sk, old_state, new_state);
+	}
+	return 0;
+}
+
+static __noinline int destroyed(struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	bpf_map_delete_elem(&activities, &key);
+	connection_forget(sk);
 	return 0;
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy, struct sock *sk)
 {
-	__u64 key = (__u64)sk;
+	once_note(sk, 0);
+	destroyed(sk);
+	return 0;
+}
 
-	bpf_map_delete_elem(&activities, &key);
-	connection_forget(sk);
+AGAIN
+SEC("tp_btf/tcp_destroy_sock")
+int TRACING_PROG(destroy_again, struct sock *sk)
+{
+	if (once_missed(sk, 0))
+		destroyed(sk);
 	return 0;
 }
 

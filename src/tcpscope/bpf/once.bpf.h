@@ -49,6 +49,9 @@ struct {
 	__type(value, __u64);
 } noted_anywhere SEC(".maps");
 
+/* Whether an event can be lost although there are two copies; user space then counts what both were left out of. */
+bool both_can_be_left_out;
+
 static __always_inline struct note *note_of(struct notes *notes, __u64 sk)
 {
 #pragma unroll
@@ -67,6 +70,8 @@ static __always_inline void once_note(struct sock *sk, __u64 what)
 	struct note *note;
 
 	if (tracepoints_are_preemptible()) {
+		if (!both_can_be_left_out)
+			both_can_be_left_out = true;
 		if (bpf_map_update_elem(&noted_anywhere, &key, &what, BPF_ANY))
 			COUNT(table_full);
 		return;

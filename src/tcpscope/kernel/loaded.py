@@ -110,7 +110,8 @@ class Loaded:
 
     def _last_way(self, program: str, refused: dict[str, str]) -> bool:
         ways = self.spec.hooks[program.partition("__")[0]]
-        return all(way.name in refused or way.name == program for way in ways) and ways[0].without is None
+        needed = ways[0].without is None and not ways[0].again
+        return needed and all(way.name in refused or way.name == program for way in ways)
 
     def _final(self, refusal: _Refused) -> TcpscopeError:
         what = f"{self.spec.name}: program '{refusal.program}': {refusal.reason}"
@@ -291,12 +292,14 @@ def plan_refusals(spec: Spec, kernel: Kernel) -> dict[str, str]:
 def plan(
     spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset(), event: str | None = None
 ) -> dict[str, Hook]:
-    """For each hook that is wanted: the first way that is not refused."""
+    """For each hook that is wanted: the first way that is not refused. A second copy is only there if it has one."""
     hooks = {}
     for name, ways in spec.hooks.items():
         if name in skip or (event and ways[0].events is not None and event not in ways[0].events):
             continue
         best = next((way for way in ways if way.name not in refused), None)
+        if not best and ways[0].again:
+            continue
         better = ways[: ways.index(best)] if best else ways
         hooks[name] = Hook(name, best, {way.name: refused[way.name] for way in better}, ways[0].without)
     attached = {hook.program.name for hook in hooks.values() if hook.program}

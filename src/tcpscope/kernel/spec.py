@@ -27,7 +27,7 @@ class Program(msgspec.Struct, frozen=True):
     over       the map whose entries an iterator visits
     events     those that need the hook; None: all
     unless     programs that make the hook needless
-    again      the second copy of a program, which takes what the first was left out of
+    again      the second copy of a program, which takes what the first was left out of; not needed where it has no way
     arguments  how many the hooked function must have at the least
     needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem; empty: none
     """
@@ -45,6 +45,11 @@ class Program(msgspec.Struct, frozen=True):
     @property
     def hook(self) -> str:
         return self.name.partition("__")[0]
+
+    @property
+    def first(self) -> str:
+        """Of a second copy the first one: `state` of `state_again`, `seen__fentry` of `seen_again__fentry`."""
+        return self.name.replace("_again", "", 1)
 
     @property
     def type(self) -> str:
