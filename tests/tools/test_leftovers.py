@@ -13,11 +13,14 @@ from tcpscope.filters import Filter
 from tcpscope.lab.hosts import Lab
 from tcpscope.session import Session
 from tests.conftest import RunningTool, until
+from tests.lacks import functions_cannot_be_hooked
 from tests.puppets import Puppet
 from tests.tables import left
 
 EVENTS = ("attempt", "accepted", "life", "step", "transition")
 STEP = 20_000
+NOT_SHOWN_AT_MOST = 5
+"""Ends of sockets in tasks for which a kernel runs no program (tests/record/unseen.py)."""
 
 
 # Both ends in one thread, over the loopback: TIME_WAIT is spread over many addresses, or local ports would run out.
@@ -48,6 +51,7 @@ def loop(begin, end):
 def test_nothing_is_left_in_the_tables(lab: Lab, number: int) -> None:
     """The events are not read here: that they are lost does not matter to the tables."""
     puppet = Puppet(lab.client, "loop")
+    at_most = NOT_SHOWN_AT_MOST if functions_cannot_be_hooked() else 0
     sessions = {event: Session("connections", event, Filter()) for event in EVENTS}
     try:
         puppet.do(LOOP)
@@ -56,7 +60,7 @@ def test_nothing_is_left_in_the_tables(lab: Lab, number: int) -> None:
             puppet.do("loop(begin, end)", begin=begin, end=min(begin + STEP, number))
         puppet.do("listener.close()")
         for event, session in sessions.items():
-            until(lambda session=session: not left(session, lab.client), f"empty tables of '{event}'")
+            until(lambda session=session: len(left(session, lab.client)) <= at_most, f"empty tables of '{event}'")
             assert session.account().seen >= number
             assert session.account().table_full == 0
     finally:
