@@ -40,7 +40,7 @@ def main() -> None:
         fill()
         kept = b"".join(map(bytes, session._ring.batches()))
         lost = session.account().lost
-    shown = layout.select(states.columns)
+    shown = layout.select(states.shown)
     print(json.dumps({
         "record_bytes": layout.size,
         "events": len(kept) // layout.size,

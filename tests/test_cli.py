@@ -15,7 +15,7 @@ from tcpscope import cli, tool
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.filters import Filter
 from tcpscope.kernel import features, loaded, netns
-from tcpscope.tool import Request
+from tcpscope.request import Request
 
 
 class Run:
@@ -180,9 +180,7 @@ def test_a_tool_has_the_options_that_it_has_a_use_for(run: Run, name: str) -> No
 def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, Request]:
     """What a tool is asked to do."""
     asked: list[tuple[str, Request]] = []
-    for name in tool.names():
-        found = tool.find(name)
-        monkeypatch.setattr(found, "run", lambda request, name=name: asked.append((name, request)))
+    monkeypatch.setattr(cli, "show", lambda tool, request, stream: asked.append((tool.name, request)))
     assert run(*arguments)[0] == 0
     return asked[0]
 
@@ -274,7 +272,7 @@ def test_a_known_error_later_is_one_line_too(run: Run, monkeypatch: pytest.Monke
     def fail(request: Request) -> None:
         raise UnsupportedError("it", "helps")
 
-    monkeypatch.setattr(tool.find("states"), "run", fail)
+    monkeypatch.setattr(tool.find("states"), "open", fail)
     assert run("states") == (3, "", "tcpscope: it; helps\n")
 
 

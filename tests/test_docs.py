@@ -13,7 +13,6 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
@@ -26,8 +25,7 @@ from tcpscope.kernel.loaded import Loaded
 from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Lab
 from tcpscope.output import Column
-from tcpscope.schema import Field, Layout
-from tcpscope.tool import Request
+from tcpscope.request import Request
 from tests.kernels import KERNELS
 
 TREE = Path(__file__).resolve().parents[1]
@@ -38,54 +36,26 @@ HEAD = "| column | unit | `null` | meaning |\n|---|---|---|---|\n"
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(TREE)))
 
 
-class Asked(Exception):
-    """The columns that a tool offers, found out before it loads anything."""
-
-
-class Asking(Request):
-    """A request that only wants to know the columns."""
-
-    def select(self, layout: Layout, default: Any) -> Layout:
-        raise Asked(layout.fields)
-
-    def choose(self, columns: Any, default: Any = ()) -> tuple[Column, ...]:
-        raise Asked(tuple(columns))
-
-
-def offered(command: str) -> tuple[Column | Field, ...]:
+def offered(command: str) -> tuple[Column, ...]:
     """The columns of a tool called as in `command`."""
     name, *words = shlex.split(command)
     tool = toolbox.find(name)
     context = cli.command_of(tool).make_context(name, words)
-    options = {option.name: context.params[option.name] for option in tool.options}
-    with pytest.raises(Asked) as asked:
-        tool.run(Asking(options=options))
-    found: tuple[Column | Field, ...] = asked.value.args[0]
-    return found
+    return tool.columns(Request(options={option.name: context.params[option.name] for option in tool.options}))
 
 
-def cells(table: str) -> dict[str, list[str]]:
-    """Column -> its row in the page."""
-    rows = [[cell.strip() for cell in line.strip("|\n ").split(" | ")] for line in table.strip().splitlines()[2:]]
-    return {row[0].strip("`"): row for row in rows}
-
-
-def table_of(command: str, present: str = "") -> str:
-    """What should stand in the page. Whether a column that is made in Python can be null is the page's word."""
-    before = cells(present)
+def table_of(command: str) -> str:
+    """What should stand in the page."""
     text = HEAD
     for column in offered(command):
-        if isinstance(column, Field):
-            null = "can be" if column.unknown is not None else "-"
-        else:
-            null = before.get(column.name, ["", "", "-"])[2]
+        null = "can be" if column.nullable else "-"
         unit = "-" if column.kind == "time" else column.unit or "-"  # shown as text, or in seconds
         text += f"| `{column.name}` | {unit} | {null} | {column.doc} |\n"
     return text
 
 
 def rewritten(text: str) -> str:
-    return COLUMNS.sub(lambda m: f"<!-- columns: {m['command']} -->\n\n{table_of(m['command'], m['table'])}", text)
+    return COLUMNS.sub(lambda m: f"<!-- columns: {m['command']} -->\n\n{table_of(m['command'])}", text)
 
 
 def slugs(page: Path) -> set[str]:
@@ -215,9 +185,7 @@ def module(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> t
 
 @pytest.mark.parametrize("module", ["A tool"], indirect=True)
 def test_the_example_of_a_tool(module: types.ModuleType) -> None:
-    with pytest.raises(Asked) as asked:
-        module.tool.check(Asking())
-    assert set(module.tool.columns) <= {column.name for column in asked.value.args[0]}
+    assert set(module.tool.shown) <= {column.name for column in module.tool.columns(Request())}
 
 
 @pytest.mark.parametrize("module", ["A rule"], indirect=True)

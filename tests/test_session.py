@@ -19,11 +19,11 @@ from pathlib import Path
 import pytest
 
 from tcpscope.errors import LossError
-from tcpscope.filters import Filter
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.session import Stats, missed_runs
+from tcpscope.show import begin
 from tcpscope.stop import Stop
-from tcpscope.tool import Request, names
+from tcpscope.tool import names
 from tests.conftest import DEADLINE, RunningTool, until
 
 REFUSED = 9  # nobody listens there
@@ -163,11 +163,11 @@ def test_duration(lab: Lab, run_tool: type[RunningTool]) -> None:
 
 
 def test_the_duration_begins_when_all_is_attached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tcpscope.tool.drop_privileges", lambda *_: None)
+    monkeypatch.setattr("tcpscope.show.drop_privileges", lambda *_: None)
     with Stop(60) as stop:
         assert stop.deadline is None
         before = time.monotonic()
-        assert Request(filter=Filter()).ready(stop)
+        begin([], stop)
         assert stop.deadline is not None
         assert before + 60 <= stop.deadline <= time.monotonic() + 60
 

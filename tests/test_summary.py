@@ -6,21 +6,24 @@ import csv
 import io
 import json
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tcpscope import run as running
 from tcpscope import summary
 from tcpscope.errors import UsageError
 from tcpscope.kernel.spec import Spec
-from tcpscope.schema import Decoder, Layout
+from tcpscope.output import Column
+from tcpscope.request import Request
+from tcpscope.run import Batch, Run
+from tcpscope.schema import Clock
 from tcpscope.session import Stats
-from tcpscope.stop import Stop
+from tcpscope.show import show
 from tcpscope.summary import Summary
-from tcpscope.tool import Request
+from tcpscope.tool import Tool
 
 ATTEMPT = Spec.of("connections").layout("attempt")
 COUNT = Summary("count", "", ("comm", "outcome"))
@@ -38,41 +41,60 @@ def event(comm: str = "web", outcome: str = "ESTABLISHED", latency_us: int = 100
     return bytes(data)
 
 
-class Source:
-    """A tool whose events are given, batch by batch, and a clock that goes on by a second with each batch."""
+class Given(Run):
+    """Events that are given, a batch at each poll, and a clock that goes on by a second then."""
+
+    def __init__(self, source: Source, names: Sequence[str]) -> None:
+        decoder = ATTEMPT.select(names).decoder(Clock("none"))
+        super().__init__([Column.of(field) for field in decoder.fields])
+        self._source, self._decode = source, decoder.rows
+        self._left = list(source.batches)
+        self.stats = source.stats
+
+    def poll(self) -> Iterator[Batch]:
+        records = self._left.pop(0)
+        self.done = not self._left
+        self._source.now += 1
+        self.stats.shown += len(records)
+        yield Batch("event", self._decode(b"".join(records)))
+
+    def end(self) -> Iterator[Batch]:
+        yield from ()
+
+    @property
+    def pause(self) -> float:
+        return 0
+
+    def account(self) -> Stats:
+        return self.stats
+
+
+class Source(Tool):
+    """A tool whose events are given, which `what` puts together."""
+
+    what = COUNT
 
     def __init__(self, *batches: list[bytes], monkeypatch: pytest.MonkeyPatch | None = None) -> None:
         self.batches = batches
         self.now = 0.0
         self.stats = Stats()
         if monkeypatch:
-            monkeypatch.setattr(summary, "time", SimpleNamespace(monotonic=lambda: self.now))
+            monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: self.now))
 
-    def layout(self, request: Request) -> Layout:
-        return ATTEMPT
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        return self.what.columns([Column.of(field) for field in ATTEMPT.fields], request)
 
-    @contextmanager
-    def open(self, request: Request) -> Iterator[Any]:
-        yield SimpleNamespace(layout=ATTEMPT, account=lambda: self.stats, stats=self.stats)
-
-    def rows(self, session: Any, stop: Stop, request: Request, decoder: Decoder) -> Iterator[list[Any]]:
-        for batch in self.batches:
-            self.now += 1
-            self.stats.shown += len(batch)
-            yield decoder.rows(b"".join(batch))
-
-
-class Ready(Request):
-    """No hooks, no privileges to give up."""
-
-    def ready(self, *sessions: Any, keep: Any = ()) -> bool:
-        return True
+    def open(self, request: Request) -> Run:
+        return self.what.open(request, self.columns(request), lambda names: Given(self, names))
 
 
 def run(what: Summary, source: Source, **request: Any) -> str:
+    """What is written. There is nothing attached, and no privilege to give up."""
+    source.what = what
     stream = io.BytesIO()
-    request = {"output": "json", "time": "none"} | request
-    what.run(source, Ready(stream=stream, **request))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcpscope.show.begin", lambda *_: None)
+        show(source, Request(**{"output": "json", "time": "none"} | request), stream)
     return stream.getvalue().decode()
 
 

@@ -42,6 +42,7 @@ def open(
     tool: str,
     *,
     duration: float | None = None,
+    interval: float | None = None,
     max_events: int | None = None,
     time: str = "iso",
     columns: tuple[str, ...] | None = None,
@@ -49,10 +50,12 @@ def open(
     options: dict[str, Any] | None = None,
     **filters: Any,
 ) -> Events:
-    """The events of a tool, from the moment of the call; a context manager and an iterator.
+    """The rows of a tool, from the moment of the call; a context manager and an iterator.
 
-    tool        name of a tool that makes events, such as "connect"; its own options: {"failed": True} in `options`
-    duration    seconds after which the iteration ends; max_events the number of events; None: never
+    tool        its name, such as "connect"; its own options: {"failed": True} in `options`
+    duration    seconds after which the iteration ends; None: never
+    interval    seconds between two rows of one key, for the tools that put together, and between two snapshots
+    max_events  the most rows: of events in all, and the iteration ends then; else of each interval, snapshot, total
     time        "iso", "elapsed" (seconds since the start) or "none"
     columns     only these; all by default
     buffer      bytes of the ring buffer between kernel and here, a power of two
@@ -62,4 +65,5 @@ def open(
     """
     from tcpscope.events import Events
 
-    return Events(tool, duration, max_events, time, columns, buffer, options or {}, filters)
+    return Events(tool, options or {}, filters, duration=duration, interval=interval, max_events=max_events, time=time,
+                  columns=columns, buffer=buffer)  # fmt: skip

@@ -15,6 +15,8 @@ from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.output import printable
+from tcpscope.request import Request
+from tcpscope.show import show
 
 _OTHERS = {
     "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
@@ -116,7 +118,7 @@ OUTPUT = (
     click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="No line of titles."),
     TIME,
     click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N",
-                 help="At most so many rows; a stream ends then."),
+                 help="At most so many rows: of a stream in all, and it ends then; else each time."),
     click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
     BUFFER,
 )  # fmt: skip
@@ -133,7 +135,7 @@ def command_of(tool: toolbox.Tool) -> click.Command:
             is_flag=option.type is bool,
             type=click.Choice(option.type) if isinstance(option.type, tuple) else
             (None if option.type is bool else option.type),
-            default=False if option.type is bool else option.default,
+            default=option.unset,
             show_default=option.default is not None,
             help=option.help,
         )
@@ -141,7 +143,7 @@ def command_of(tool: toolbox.Tool) -> click.Command:
     ]  # fmt: skip
 
     def callback(**values: Any) -> None:
-        tool.run(request_of(tool, values))
+        show(tool, request_of(tool, values), sys.stdout.buffer)
 
     useless = {
         option for option, used in ((INTERVAL, tool.intervals), (TIME, tool.timed), (BUFFER, tool.event)) if not used
@@ -156,7 +158,7 @@ def filter_of(values: dict[str, Any]) -> Filter:
     return Filter.from_options(**{name: values.pop(name) for name in _FILTER_NAMES})
 
 
-def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> toolbox.Request:
+def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
     """The checked request behind the options of a command."""
     filter = filter_of(values)
     columns = values.pop("columns", None)
@@ -170,7 +172,7 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> toolbox.Request:
         if "time" in columns and values.get("time") == "none":
             raise UsageError("--columns has 'time'", "which --time none takes away")
     own = {option.name: values.pop(option.name) for option in tool.options}
-    return toolbox.Request(filter=filter, columns=columns, options=own, **values)
+    return Request(filter=filter, columns=columns, options=own, **values)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

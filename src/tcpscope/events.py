@@ -1,4 +1,4 @@
-"""The library's view of a tool: its events as a Python iterator."""
+"""The library's view of a tool: its rows as a Python iterator."""
 
 from __future__ import annotations
 
@@ -9,56 +9,38 @@ from typing import Any
 
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
+from tcpscope.request import Request
 from tcpscope.schema import Row
 from tcpscope.session import Stats
 from tcpscope.stop import Stop
-from tcpscope.tool import Request, Stream, find, names
+from tcpscope.tool import find
+
+_TIMES = ("iso", "elapsed", "none")
 
 
 class Events:
     """Made by `tcpscope.open`. Iterate over it, or over `batches()` for whole lists; `stats` is the loss contract."""
 
-    def __init__(
-        self,
-        tool: str,
-        duration: float | None,
-        max_events: int | None,
-        time: str,
-        columns: tuple[str, ...] | None,
-        buffer: int | None,
-        options: dict[str, Any],
-        filters: dict[str, Any],
-    ) -> None:
+    def __init__(self, tool: str, options: dict[str, Any], filters: dict[str, Any], **asked: Any) -> None:
         found = find(tool)
-        if not isinstance(found, Stream):
-            streams = [name for name in names() if isinstance(find(name), Stream)]
-            raise UsageError(f"'{tool}' makes no events", f"these do: {', '.join(streams)}")
-        known = [field.name for field in fields(Filter)] + ["ipv4", "ipv6"]
-        for name in filters:
-            if name not in known:
-                hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
-                raise UsageError(f"unknown filter '{name}'", hint)
-        self._tool = found
-        self._request = Request(
-            filter=Filter.from_options(**filters), output="json", time=time, columns=columns, duration=duration,
-            max_events=max_events, buffer=buffer, options=options,
+        _check("filter", filters, [*(field.name for field in fields(Filter)), "ipv4", "ipv6"])
+        _check("option", options, [option.name for option in found.options])
+        if asked["time"] not in _TIMES:
+            raise UsageError(f"time '{asked['time']}'", f"allowed: {', '.join(_TIMES)}")
+        request = Request(
+            filter=Filter.from_options(**filters), output="json",
+            options={option.name: option.unset for option in found.options} | options, **asked,
         )  # fmt: skip
-        if time not in ("iso", "elapsed", "none"):
-            raise UsageError(f"time '{time}'", "allowed: iso, elapsed, none")
-        known = [option.name for option in found.event_options]
-        for name in options:
-            if name not in known:
-                hint = did_you_mean(name, known) or f"there are {', '.join(known) or 'none'}"
-                raise UsageError(f"unknown option '{name}'", hint)
-        self._session = found.open(self._request)
-        self._stop = Stop(duration)
+        self._run = found.open(request)
+        self._most = request.max_events
+        self._stop = Stop(request.duration)
         self._stop.begin()
 
     def batches(self) -> Iterator[list[Row]]:
-        """Lists of events as they were read: never empty."""
-        for rows in self._tool.rows(self._session, self._stop, self._request):
-            if rows:
-                yield rows
+        """Lists of rows as they were read: never empty."""
+        for batch in self._run.batches(self._stop, self._most):
+            if batch.rows:
+                yield list(batch.rows)
 
     def __iter__(self) -> Iterator[Row]:
         for rows in self.batches():
@@ -67,7 +49,7 @@ class Events:
     @property
     def stats(self) -> Stats:
         """seen == shown + filtered + lost, exact once the iteration has ended."""
-        return self._session.account()
+        return self._run.account()
 
     def stop(self) -> None:
         """End the iteration, from another thread or from a signal handler: what is in the buffer still comes."""
@@ -75,7 +57,7 @@ class Events:
 
     def close(self) -> None:
         """Detach. Called at the end of `with`."""
-        self._session.close()
+        self._run.close()
         self._stop.close()
 
     def __enter__(self) -> Events:
@@ -85,3 +67,10 @@ class Events:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check(what: str, given: dict[str, Any], known: list[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise UsageError(f"unknown {what} '{name}'",
+                             did_you_mean(name, known) or f"there are {', '.join(known) or 'none'}")  # fmt: skip

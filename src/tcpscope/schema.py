@@ -6,6 +6,8 @@ The C struct is the only description of an event. Its fields carry tags (see `bp
     unit:TEXT      us, ns, bytes, ...; also the end of the field's name
     kind:TEXT      address, comm, time, stack, errno: how the bytes are to be read
     unknown:TEXT   zero or max (all bits set): the value that stands for "not known" and becomes None
+    title:TEXT     above the column of a table, if not the name
+    width:NUMBER   of that column
 
 Nested structs are flattened, so the parts that all events share are described once.
 """
@@ -13,10 +15,12 @@ Nested structs are flattened, so the parts that all events share are described o
 from __future__ import annotations
 
 import errno
+import itertools
+import math
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -44,6 +48,8 @@ class Field(msgspec.Struct, frozen=True):
     doc: str
     unknown: int | bytes | None
     labels: dict[int, str] | None
+    title: str = ""
+    width: int = 0
 
     @property
     def type(self) -> Any:
@@ -104,7 +110,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
         labels = None
         kind = tags.get("kind", "")
         if isinstance(type_, B.Enum):
-            labels = _labels(btf.enumerators(type_))
+            labels = labels_of(btf.enumerators(type_))
             kind = "enum"
         elif not kind:
             kind = "bool" if isinstance(type_, B.Int) and type_.is_bool else "int"
@@ -124,15 +130,30 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             doc=tags.get("doc", ""),
             unknown=unknown,
             labels=labels,
+            title=tags.get("title", ""),
+            width=int(tags.get("width", 0)),
         )
 
 
-def _labels(enumerators: dict[int, str]) -> dict[int, str]:
+def labels_of(enumerators: dict[int, str]) -> dict[int, str]:
     """Names without the prefix that C needs and a reader does not: STATE_LISTEN -> LISTEN."""
     names = list(enumerators.values())
     shared = len(os.path.commonprefix(names))  # noqa: RUF071 (these are no paths)
     prefix = names[0][:shared].rpartition("_")[0] + "_"
     return {value: name.removeprefix(prefix) for value, name in enumerators.items()}
+
+
+def counters_of(data: bytes, *enums: Mapping[int, str]) -> dict[tuple[str, ...], int]:
+    """A C array of 64-bit counters with an index for each enum: the names -> the counter. UNKNOWN, 0, is left out."""
+    sizes = [max(enum) + 1 for enum in enums]
+    counters = struct.unpack(f"<{math.prod(sizes)}Q", data)
+    found = {}
+    for index in itertools.product(*(sorted(set(enum) - {0}) for enum in enums)):
+        at = 0
+        for size, part in zip(sizes, index, strict=True):
+            at = at * size + part
+        found[tuple(enum[part] for enum, part in zip(enums, index, strict=True))] = counters[at]
+    return found
 
 
 class _Cache(dict[Any, Any]):

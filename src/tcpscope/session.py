@@ -16,7 +16,6 @@ from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
 from tcpscope.kernel.loaded import Loaded, Ring, Setup
 from tcpscope.kernel.spec import Spec
-from tcpscope.stop import Stop
 
 RING_BYTES = 4 << 20
 POLL_SECONDS = 0.1
@@ -123,15 +122,10 @@ class Session:
         assert self._ring is not None
         return self._ring.batches()
 
-    def follow(self, stop: Stop) -> Iterator[memoryview]:
-        """Batches of raw events until `stop`, then what is left. An empty batch says: nothing new, time has passed."""
-        assert self._ring is not None
-        while not stop:
-            yield from self._ring.batches()
-            yield memoryview(b"")
-            stop.wait(POLL_SECONDS, self._ring.fd)
-        self.end()
-        yield from self._ring.batches()
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """Readable when a quarter of the ring is full."""
+        return (self._ring.fd,) if self._ring else ()
 
     def end(self) -> None:
         """Flush what the probe holds back, detach, and return when no program runs any more: then all is final.

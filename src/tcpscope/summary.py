@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import msgspec
 
-from tcpscope.errors import UsageError
-from tcpscope.output import Column, Sink, histogram
+from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram
-from tcpscope.schema import Clock, Layout
-from tcpscope.session import monotonic_ns
-from tcpscope.stop import Stop
-
-if TYPE_CHECKING:
-    from tcpscope.tool import Request, Stream
+from tcpscope.request import Request
+from tcpscope.run import Batch, Run, Ticker
+from tcpscope.schema import Clock
+from tcpscope.session import Stats, monotonic_ns
 
 MAX_KINDS = 65536
 """Rows of further kinds count as lost: nobody reads so many, and a machine in trouble makes them without end."""
 
+_TIME = Column("time", "time", doc="when it was put together")
 _COUNT = Column("count", doc="rows")
-_TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
+TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Summary:
     by  columns that make a kind; --by chooses others
     of  a column in us whose distribution is asked for; None: the rows are only counted
 
-    --max-events is the number of kinds that are printed each time; the account has the rows of all of them.
+    The account has the rows of all kinds, also where --max-events shows fewer.
     """
 
     option: str
@@ -43,54 +41,101 @@ class Summary:
     by: tuple[str, ...]
     of: str | None = None
 
-    def columns(self, layout: Layout, request: Request) -> tuple[Column, ...]:
-        """All that can be shown."""
-        stamp = () if request.time == "none" else (Column("time", "time", doc="when it was put together"),)
-        kind = map(Column.of, self._kind(layout, request).fields)
-        return (*stamp, *kind, _COUNT, *(histogram.COLUMNS[1:] if self.of else ()), _TOTAL)
+    def columns(self, stream: Sequence[Column], request: Request) -> tuple[Column, ...]:
+        """All that can be shown, of a stream that has those."""
+        known = {column.name: column for column in stream}
+        names = self._kind(request)
+        for name in names:
+            if name not in known:
+                raise UsageError(f"unknown column '{name}'",
+                                 did_you_mean(name, known) or f"there are {', '.join(known)}")  # fmt: skip
+        distribution = histogram.COLUMNS[1:] if self.of else ()
+        return (_TIME, *(known[name] for name in names), _COUNT, *distribution, TOTAL)
 
-    def run(self, tool: Stream, request: Request) -> None:
-        """Print it every --interval, and over everything at the end."""
-        available = self.columns(tool.layout(request), request)
-        columns = request.choose(available, [column.name for column in available if column.name != "histogram"])
-        with Stop(request.duration) as stop, tool.open(request) as session:
-            sink = request.sink(columns)
-            if not request.ready(stop, session):
-                return
-            assert session.layout is not None
-            kind = self._kind(session.layout, request)
-            names = [column.name for column in kind.fields]
-            kind_of = _getter(names)
-            read = kind if self.of is None else session.layout.select(dict.fromkeys((*names, self.of)))
-            value_of = attrgetter(self.of) if self.of else None
-            report = _Report(request, sink, columns, names, draw=bool(self.of) and request.output == "table")
-            whole, period = _Groups(bool(self.of)), _Groups(bool(self.of))
-            deadline = time.monotonic() + request.interval if request.interval else None
-            for rows in tool.rows(session, stop, request, read.decoder(Clock("none"))):
-                if rows:
-                    kinds, values = list(map(kind_of, rows)), list(map(value_of, rows)) if value_of else []
-                    left_out = whole.add(kinds, values)
-                    session.stats.shown -= left_out
-                    session.stats.lost += left_out
-                    if deadline:
-                        period.add(kinds, values)
-                if deadline and request.interval and time.monotonic() >= deadline:
-                    report.write(period, total=False)
-                    period = _Groups(bool(self.of))
-                    deadline += request.interval
-            if deadline:
-                report.write(period, total=False)
-            report.write(whole, total=True)
-            request.finish(session.account(), sink)
+    def open(self, request: Request, available: Sequence[Column], events: Callable[[Sequence[str]], Run]) -> Run:
+        """A run of it. `events` opens the stream, with rows of the columns that it is told."""
+        shown = [column.name for column in available if column.kind != "distribution"]
+        columns = request.choose(available, shown, drawn=("histogram",) if self.of else ())
+        names = self._kind(request)
+        read = (*names, self.of) if self.of else names
+        return _Summarizing(request, columns, names, self.of, events(tuple(dict.fromkeys(read))))
 
-    def _kind(self, layout: Layout, request: Request) -> Layout:
+    def _kind(self, request: Request) -> tuple[str, ...]:
         text = request.options.get("by")
         names = self.by if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
         if not names:
             raise UsageError("--by is empty", "names of columns with commas between them")
         if "time" in names:
             raise UsageError("--by has 'time'", "every row has its own; --interval puts together what comes in a time")
-        return layout.select(dict.fromkeys(names))
+        return tuple(dict.fromkeys(names))
+
+
+class _Summarizing(Run):
+    """The events of another run, put together."""
+
+    def __init__(
+        self, request: Request, columns: Sequence[Column], names: Sequence[str], of: str | None, events: Run
+    ) -> None:
+        super().__init__(columns, *events.sessions)
+        self._events, self.notes, self.stats = events, events.notes, events.stats
+        self._names, self._of = names, of
+        self._kind = _getter(names)
+        self._clock = Clock(request.time)
+        self._interval, self._ticker = request.interval, Ticker(request.interval)
+        self._whole, self._period = _Groups(bool(of)), _Groups(bool(of))
+        self._row = msgspec.defstruct("Summary", [(column.name, Any) for column in columns])
+        self._round = 0
+
+    def poll(self) -> Iterator[Batch]:
+        for batch in self._events.poll():
+            self._add(batch.rows)
+        self.done = self._events.done
+        if self._ticker.due():
+            yield self._ended("interval", self._period)
+            self._period = _Groups(bool(self._of))
+
+    def end(self) -> Iterator[Batch]:
+        for batch in self._events.end():
+            self._add(batch.rows)
+        if self._interval:
+            yield self._ended("interval", self._period)
+        yield self._ended("total", self._whole)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return self._events.descriptors
+
+    @property
+    def pause(self) -> float:
+        return min(self._events.pause, self._ticker.remaining)
+
+    def account(self) -> Stats:
+        return self._events.account()
+
+    def close(self) -> None:
+        self._events.close()
+
+    def _add(self, rows: Sequence[Any]) -> None:
+        if not rows:
+            return
+        kinds = list(map(self._kind, rows))
+        values = list(map(attrgetter(self._of), rows)) if self._of else []
+        left_out = self._whole.add(kinds, values)
+        self.stats.shown -= left_out
+        self.stats.lost += left_out
+        if self._interval:
+            self._period.add(kinds, values)
+
+    def _ended(self, which: Literal["interval", "total"], groups: _Groups) -> Batch:
+        self._round += 1
+        when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
+        return Batch(which, [self._make(kind, group, when, which == "total") for kind, group in groups.largest()],
+                     self._round)  # fmt: skip
+
+    def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool) -> Any:
+        values = dict(zip(self._names, kind, strict=True)) | (histogram.figures(group.values) if group.values else {})
+        values |= {"time": when, "count": group.count, "total": total}
+        return self._row(*(values[column.name] for column in self.columns))
 
 
 @dataclass
@@ -132,39 +177,6 @@ class _Groups:
     def largest(self) -> list[tuple[tuple[Any, ...], _Group]]:
         """All, those with most rows first."""
         return sorted(self._groups.items(), key=lambda item: (-item[1].count, str(item[0])))
-
-
-class _Report:
-    """Rows of groups, and below each its drawing."""
-
-    def __init__(
-        self, request: Request, sink: Sink, columns: Sequence[Column], names: Sequence[str], draw: bool
-    ) -> None:
-        self._request = request
-        self._sink = sink
-        self._columns = [column.name for column in columns]
-        self._names = names
-        self._draw = draw
-        self._clock = Clock(request.time)
-        self._row = msgspec.defstruct("Summary", [(name, Any) for name in self._columns])
-
-    def write(self, groups: _Groups, total: bool) -> None:
-        when = None if self._request.time == "none" else self._clock.read(monotonic_ns())
-        largest = groups.largest()[: self._request.max_events]
-        if not self._draw:
-            self._sink.rows([self._make(kind, group, when, total) for kind, group in largest])
-        for kind, group in largest if self._draw else ():
-            self._sink.rows([self._make(kind, group, when, total)])
-            if group.values and group.values.count:
-                self._request.stream.write("\n".join(["", *group.values.draw("us"), "", ""]).encode())
-        if not largest:
-            self._sink.rows([])
-        self._request.stream.flush()
-
-    def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool) -> Any:
-        values = dict(zip(self._names, kind, strict=True)) | (histogram.figures(group.values) if group.values else {})
-        values |= {"time": when, "count": group.count, "total": total}
-        return self._row(*(values[name] for name in self._columns))
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:

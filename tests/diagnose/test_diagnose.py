@@ -1,12 +1,13 @@
 """The engine: rules are found, findings ordered, and what they say of limits is right."""
 
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import fields
 
 import pytest
 
 from tcpscope.diagnose import Finding, all_rules, ordered, wording
 from tcpscope.diagnose.listening import History, Listening
+from tcpscope.listeners import Listener
 from tests.test_sampling import at
 
 
@@ -35,7 +36,9 @@ def test_most_severe_first_then_the_most_refusals():
     [(5, 4096, "is the backlog given to listen()"), (128, 128, "was cut to it"), (500, 128, "older than")],
 )
 def test_where_the_limit_comes_from(limit, somaxconn, words):
-    assert words in wording.about_limit(SimpleNamespace(accept_limit=limit, somaxconn=somaxconn))
+    read = dict.fromkeys(field.name for field in fields(Listener))
+    listener = Listener(**read | {"accept_limit": limit, "somaxconn": somaxconn})
+    assert words in listener.about_limit
 
 
 @pytest.mark.parametrize(("value", "power"), [(6, 128), (129, 256), (4096, 4096), (4097, 8192), (10**6, 65535)])

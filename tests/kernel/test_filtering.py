@@ -18,14 +18,15 @@ from typing import Any
 
 import pytest
 
-from tcpscope import filters, tool
+from tcpscope import filters
 from tcpscope.errors import UsageError
 from tcpscope.filters import Filter, address_bytes
 from tcpscope.kernel import filtering
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Host, Lab
+from tcpscope.run import Run, Streaming
+from tcpscope.schema import Clock
 from tcpscope.session import Session, Stats
-from tcpscope.stop import Stop
 from tests.conftest import until
 from tests.puppets import Puppet
 
@@ -67,17 +68,12 @@ class Cast:
 class Watcher:
     """One filter at work."""
 
-    session: Session
-    request: tool.Request
+    run: Run
 
     def rows(self) -> tuple[list[Row], Stats]:
         """Everything that it let through, and the account."""
-        stop = Stop()
-        stop.stop()
-        batches = STATES.rows(self.session, stop, self.request)
-        rows = [_mapping(row) for batch in batches for row in batch]
-        stop.close()
-        return rows, self.session.account()
+        rows = [_mapping(row) for batch in self.run.end() for row in batch.rows]
+        return rows, self.run.account()
 
 
 class Watchers:
@@ -87,12 +83,8 @@ class Watchers:
     def add(self, wanted: Filter) -> Watcher:
         session = Session("connections", "transition", wanted, ring_bytes=1 << 16, kernel=self._kernel,
                           entries={"connections": 8192, "listening": 1024})  # fmt: skip
-        self._stack.callback(session.close)
-        return Watcher(session, tool.Request(filter=wanted, output="json", time="none"))
-
-
-STATES = tool.find("states")
-assert isinstance(STATES, tool.Stream)
+        assert session.layout is not None
+        return Watcher(self._stack.enter_context(Streaming(session, session.layout.decoder(Clock("none")))))
 
 
 def _mapping(row: Any) -> Row:
@@ -301,7 +293,7 @@ def seen(cast: Cast, request: pytest.FixtureRequest) -> Iterator[Seen]:
             {name: watcher.rows() for name, watcher in rules.items()},
             [(wanted, *watcher.rows()) for wanted, watcher in at_random],
             elsewhere.rows()[0],
-            {name: watcher.session.residual for name, watcher in rules.items()},
+            {name: watcher.run.sessions[0].residual for name, watcher in rules.items()},
         )
 
 

@@ -18,7 +18,7 @@ from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.loaded import Loaded, Ring, Setup, pieces, plan, plan_refusals, verifier_lines, verifier_summary
 from tcpscope.kernel.spec import Program, Spec
-from tcpscope.tool import explain
+from tcpscope.show import explain
 
 BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
 CONNECTIONS = Spec.of("connections")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpscope.output.histogram import SUB_BITS, Histogram, bucket_start
+from tcpscope.output.histogram import SUB_BITS, Histogram, bucket_start, draw
 from tests import examples  # noqa: F401  for its settings
 
 BUCKETS = 256
@@ -111,7 +111,7 @@ def test_nothing() -> None:
 
 
 def test_the_drawing() -> None:
-    lines = histogram([5, 6, 20]).draw("us")
+    lines = draw(histogram([5, 6, 20]).octaves(), "us")
     assert lines == [
         "                   us : count    distribution",
         "        4 -> 7        : 2        |****************************************|",

@@ -6,7 +6,9 @@ from typing import Any
 
 from tcpscope.output import Column, open_sink
 
-COLUMNS = (Column("pid"), Column("comm", "comm"), Column("raddr", "address"), Column("sent_bytes", unit="bytes"))
+COLUMNS = (
+    Column("pid", width=7), Column("comm", "comm"), Column("raddr", "address"), Column("sent_bytes", unit="bytes"),
+)  # fmt: skip
 
 
 def table(*rows: dict[str, Any], columns: tuple[Column, ...] = COLUMNS, header: bool = True) -> list[str]:
@@ -53,6 +55,20 @@ def test_titles_once_or_not_at_all() -> None:
     assert len(table(row, row)) == 3
     assert len(table(row, header=False)) == 1
     assert table() == ["    PID COMM            RADDR           SENT(bytes)"]
+
+
+def test_title_and_width_of_a_column() -> None:
+    columns = Column("accept_queue", title="ACCEPTQ"), Column("state", "enum", width=11), Column("wait_us", unit="us")
+    assert table(columns=columns) == ["ACCEPTQ STATE       WAIT(us)"]
+
+
+def test_a_distribution_is_drawn_below_its_row() -> None:
+    columns = (Column("count"), Column("histogram", "distribution", "us"))
+    lines = table({"count": 3, "histogram": [[1, 1, 1], [2, 3, 2]]}, {"count": 0, "histogram": []}, columns=columns)
+    assert [line.split()[:4] for line in lines] == [
+        ["COUNT"], ["3"], [], ["us", ":", "count", "distribution"],
+        ["1", "->", "1", ":"], ["2", "->", "3", ":"], [], ["0"],
+    ]  # fmt: skip
 
 
 def test_a_stack_stands_below_its_row() -> None:

@@ -8,20 +8,20 @@
 
 /* Both ends, as every event shows them. Addresses are 16 bytes: IPv4 stands in its v4-mapped form. */
 struct identity {
-	__u64 cookie DOC("socket cookie, what ss -e prints as sk:") UNKNOWN_IS("zero");
-	__u32 netns DOC("network namespace, as inode number");
+	__u64 cookie WIDTH(8) DOC("socket cookie, what ss -e prints as sk:") UNKNOWN_IS("zero");
+	__u32 netns WIDTH(10) DOC("network namespace, as inode number");
 	__u16 lport DOC("local port") UNKNOWN_IS("zero");
 	__u16 rport DOC("remote port") UNKNOWN_IS("zero");
 	__u8 laddr[16] KIND("address") DOC("local address");
 	__u8 raddr[16] KIND("address") DOC("remote address") UNKNOWN_IS("zero");
-	__u8 family DOC("IP version of the packets: a v4-mapped socket talks IPv4");
+	__u8 family TITLE("IP") DOC("IP version of the packets: a v4-mapped socket talks IPv4");
 	__u8 padding[7];
 };
 
 /* The process that called connect(), listen() or accept(), not the one on the CPU. */
 struct owner {
-	__u32 pid DOC("process that owns the socket") UNKNOWN_IS("zero");
-	__u32 uid DOC("user of that process") UNKNOWN_IS("max");
+	__u32 pid WIDTH(7) DOC("process that owns the socket") UNKNOWN_IS("zero");
+	__u32 uid WIDTH(5) DOC("user of that process") UNKNOWN_IS("max");
 	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
 	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");
 	__u8 in_cgroup; /* below the cgroup of the filter */

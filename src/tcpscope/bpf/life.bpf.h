@@ -44,9 +44,9 @@ struct life {
 		    "ss -K; OPEN: it has not");
 	enum closer closed_by UNKNOWN_IS("zero") DOC("whose FIN or RST came first");
 	__u32 errno KIND("errno") DOC("error of the socket");
-	__u64 tx_bytes UNIT("bytes") DOC("data sent, retransmissions included");
+	__u64 tx_bytes WIDTH(10) UNIT("bytes") DOC("data sent, retransmissions included");
 	__u64 acked_bytes UNIT("bytes") UNKNOWN_IS("max") DOC("data that the remote end has acknowledged");
-	__u64 rx_bytes UNIT("bytes") DOC("data received");
+	__u64 rx_bytes WIDTH(10) UNIT("bytes") DOC("data received");
 	__u32 tx_segs DOC("segments sent, retransmissions and those without data included");
 	__u32 rx_segs DOC("segments received");
 	__u32 tx_data_segs DOC("segments sent with data");

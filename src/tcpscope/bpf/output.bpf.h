@@ -10,6 +10,8 @@
 #define TCPSCOPE_OUTPUT_BPF_H
 
 #define UNIT(text) __attribute__((btf_decl_tag("unit:" text)))
+#define TITLE(text) __attribute__((btf_decl_tag("title:" text))) /* above the column of a table, if not the name */
+#define WIDTH(number) __attribute__((btf_decl_tag("width:" #number))) /* of that column, where values are mostly shorter */
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
 #define KIND(text) __attribute__((btf_decl_tag("kind:" text)))       /* address, comm, time, stack, errno */
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */

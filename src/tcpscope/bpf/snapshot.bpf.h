@@ -16,7 +16,7 @@ struct listener {
 	struct queues queues;
 	__u32 fd DOC("file descriptor of the process");
 	__u64 socket; /* address, to join the holders of one listener */
-	__u32 drops DOC("SYNs and final ACKs refused since listen(), for any reason (sk_drops)");
+	__u32 drops DOC("the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two");
 	bool wanted;  /* this holder passes the filter */
 	__u8 padding[3];
 	__u64 accepts;

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import msgspec
 
 from tcpscope.diagnose import rules
-from tcpscope.session import Session, Stats
+from tcpscope.run import Run
+from tcpscope.session import Stats
 
 SEVERITIES = ("critical", "warning", "info")
 
@@ -51,9 +52,9 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Source(Protocol):
-    """Something that watches. Opened by the engine with the request's filter; polled about five times a second."""
+    """A run and what it has shown. Opened by the engine with the request's filter; polled about five times a second."""
 
-    sessions: list[Session]
+    run: Run
 
     def poll(self) -> None:
         """Take what is new."""
@@ -95,8 +96,4 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
 
 def account(sources: Iterable[Source]) -> Stats:
     """The loss contract over all probes."""
-    total = Stats()
-    for source in sources:
-        for session in source.sessions:
-            total += session.account()
-    return total
+    return sum((source.run.account() for source in sources), Stats())

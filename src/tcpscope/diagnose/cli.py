@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 import msgspec
@@ -15,10 +15,10 @@ from tcpscope.cli import COMMON, FILTERS, filter_of
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
 from tcpscope.errors import UsageError
-from tcpscope.output import printable
-from tcpscope.session import announce_ready, drop_privileges
+from tcpscope.output import open_sink, printable
+from tcpscope.request import Request
+from tcpscope.show import begin, finish
 from tcpscope.stop import Stop
-from tcpscope.tool import Request
 
 _POLL_SECONDS = 0.2
 _DEFAULT_SECONDS = 30.0
@@ -31,6 +31,7 @@ def _run(**values: Any) -> None:
     if request.output == "csv":
         raise UsageError("--output csv", "findings are no rows: table or json")
     request.refuse_peers("a listener has no remote end, and one overflow refuses many peers")
+    stream = sys.stdout.buffer
     rules = all_rules()
     with Stop(request.duration) as stop:
         sources: dict[type[Any], Source] = {}
@@ -38,25 +39,17 @@ def _run(**values: Any) -> None:
             kinds: list[type[Any]] = [Connecting, *(rule.source for rule in rules)]
             for kind in dict.fromkeys(kinds):
                 sources[kind] = kind(request)
-            drop_privileges([session for source in sources.values() for session in source.sessions])
-            announce_ready()
-            stop.begin()
+            begin([session for source in sources.values() for session in source.run.sessions], stop)
             started = time.monotonic()
             _watch(list(sources.values()), stop, request)
             watched = time.monotonic() - started
             findings = ordered(found for rule in rules for found in rule.check(sources[rule.source]))
-            _print(request, findings, list(sources.values()), watched)
+            _print(request, stream, findings, list(sources.values()), watched)
             stats = account(sources.values())
         finally:
             for source in sources.values():
-                for session in source.sessions:
-                    session.close()
-        if request.stats and request.output == "json":
-            request.stream.write(msgspec.json.encode({"stats": stats}) + b"\n")
-        request.stream.flush()
-        print(f"tcpscope: {stats.line()}", file=sys.stderr)
-        if request.strict:
-            stats.check()
+                source.run.close()
+        finish(request, stats, open_sink(request.output, (), stream), stream)
 
 
 def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
@@ -77,8 +70,8 @@ def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
         source.end()
 
 
-def _print(request: Request, findings: list[Finding], sources: list[Source], watched: float) -> None:
-    write = request.stream.write
+def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources: list[Source], watched: float) -> None:
+    write = stream.write
     if request.output == "json":
         write(msgspec.json.Encoder().encode_lines(findings))
         return

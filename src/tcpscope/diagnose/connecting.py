@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
-from tcpscope.session import RING_BYTES, Session
-from tcpscope.tool import Request
+from tcpscope.request import Request
+from tcpscope.run import Batch
+from tcpscope.tool import find
 
 
 class Connecting:
     """Counts changes of state. No rule needs it yet; it says what was watched."""
 
     def __init__(self, request: Request) -> None:
-        self.session = Session("connections", "transition", request.filter, ring_bytes=RING_BYTES, debug=request.debug)
-        self.sessions = [self.session]
-        assert self.session.layout is not None
-        self._decode = self.session.layout.select(("role", "old_state", "new_state")).decoder().rows
+        asked = Request(filter=request.filter, columns=("role", "old_state", "new_state"), debug=request.debug)
+        self.run = find("states").open(asked)
         self._changes: Counter[tuple[str | None, str, str]] = Counter()
 
     def poll(self) -> None:
-        for batch in self.session.batches():
-            rows = self._decode(batch)
-            self.session.stats.shown += len(rows)
-            self._changes.update((row.role, row.old_state, row.new_state) for row in rows)
+        self._take(self.run.poll())
 
     def end(self) -> None:
-        self.session.end()
-        self.poll()
+        self._take(self.run.end())
+
+    def _take(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            self._changes.update((row.role, row.old_state, row.new_state) for row in batch.rows)
 
     def _count(self, old: str | None = None, new: str | None = None) -> int:
         return sum(n for (_, o, w), n in self._changes.items() if old in (None, o) and new in (None, w))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from tcpscope import listeners
 from tcpscope.kernel import netns
 from tcpscope.listeners import Listener
+from tcpscope.request import Request
+from tcpscope.run import Batch, Streaming
 from tcpscope.sampling import LIMITS, Sampler
 from tcpscope.session import RING_BYTES, Session
-from tcpscope.tool import Request
 
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
 _PEERS = 4096  # distinct remote addresses remembered per listener
@@ -35,8 +37,8 @@ class History:
     looks: int = 0
     longest_accept_queue: int = 0
     longest_syn_queue: int = 0
-    sampled: Counter[tuple[str, str]] = field(default_factory=Counter)
-    peers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    sampled: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    peers: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     @property
     def drops(self) -> int:
@@ -49,7 +51,7 @@ class History:
         return self.last.accepts - self.first.accepts
 
     @property
-    def refused(self) -> Counter[tuple[str, str]]:
+    def refused(self) -> Counter[tuple[str, ...]]:
         """(step, cause) -> count. Exact ones come from the kernel's table, not from the events, which may be lost."""
         if self.last.refused is None:
             return self.sampled
@@ -67,14 +69,12 @@ class Listening:
         self.session: Session = listeners.open_session(
             request.filter, events=True, ring_bytes=RING_BYTES, debug=request.debug
         )
-        self.sessions = [self.session]
         self.why_sampled = listeners.why_sampled(self.session)
         self.exact = self.why_sampled is None
         self._sampler = Sampler()
         assert self.session.layout is not None
         names = ("netns", "lport", "laddr", "cookie", "raddr", "cause", "step", "accept_queue", "syn_queue")
-        self._decode = self.session.layout.select(names).decoder().rows
-        self._follow = self.session.batches
+        self.run = Streaming(self.session, self.session.layout.select(names).decoder())
         self.histories: dict[int, History] = {}
         self._by_address: dict[tuple[int, int, str], list[History]] = {}
         self._counters_before: dict[int, dict[str, int]] = {}
@@ -83,20 +83,19 @@ class Listening:
         self._look(newborn=False)
 
     def poll(self) -> None:
-        self._drain()
+        self._drain(self.run.poll())
         self._look()
 
     def end(self) -> None:
-        self._drain()
+        self._drain(self.run.poll())
         self._look()
-        self.session.end()
-        self._drain()
+        self._drain(self.run.end())
         self._settle()
 
     def live(self) -> str:
         number = len(self.histories)
         shown = f"{number} listener{'' if number == 1 else 's'}"
-        refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, str]]())
+        refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, ...]]())
         return f"{shown}, {sum(n for (_, cause), n in refused.items() if cause != 'COOKIE_SENT')} refusals"
 
     def blind_spots(self) -> list[str]:
@@ -131,11 +130,10 @@ class Listening:
                     step, cause = sample.step or "UNKNOWN", sample.cause or "UNKNOWN"
                     self.histories[sample.listener.socket].sampled[step, cause] += sample.count
 
-    def _drain(self) -> None:
-        for batch in self._follow():
-            for event in self._decode(batch):
+    def _drain(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            for event in batch.rows:
                 history = self._history_of(event)
-                self.session.stats.shown += 1
                 if history is None:
                     continue
                 history.longest_accept_queue = max(history.longest_accept_queue, event.accept_queue)

@@ -24,15 +24,6 @@ def whose(listener: Listener) -> str:
     return f"{first.comm} (PID {first.pid}{more})"
 
 
-def about_limit(listener: Listener) -> str:
-    """Where the limit comes from."""
-    if listener.accept_limit < listener.somaxconn:
-        return f"the limit {listener.accept_limit} is the backlog given to listen(); somaxconn is {listener.somaxconn}"
-    if listener.accept_limit == listener.somaxconn:
-        return f"the limit {listener.accept_limit} is somaxconn: listen() asked for that much or more and was cut to it"
-    return f"the limit {listener.accept_limit} is older than the present somaxconn of {listener.somaxconn}"
-
-
 def peers(history: History, *causes: str) -> Iterator[str]:
     """The remote addresses most often refused for one of these causes."""
     found = Counter[str]()

@@ -17,7 +17,7 @@ import msgspec
 from tcpscope.errors import TcpscopeError
 from tcpscope.kernel import btf as B
 from tcpscope.kernel import elf
-from tcpscope.schema import Layout
+from tcpscope.schema import Layout, labels_of
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -153,6 +153,13 @@ class Spec:
     def layout(self, name: str, internal: bool = False) -> Layout:
         """The layout of the struct `name`; with `internal` also of the fields that are not for showing."""
         return Layout.of(self.btf, name, internal)
+
+
+    def labels(self, enum: str) -> dict[int, str]:
+        """Value -> name of the enumerators of `enum`, without the prefix that they share."""
+        found = self.btf.find(enum, B.Kind.ENUM)
+        assert isinstance(found, B.Enum)
+        return labels_of(self.btf.enumerators(found))
 
 
 def _shipped(name: str) -> bytes:

@@ -16,21 +16,24 @@ from tcpscope.schema import Field
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One column of the output. `unit` and `doc` come from the event's C struct where there is one.
+    """One column of the output. All of it comes from the event's C struct where there is one.
 
-    `width` is that of the longest value, where that is known.
+    `nullable`: None where it is not known. In a table `title` stands above it, else the name, and `width` is that of
+    most values.
     """
 
     name: str
     kind: str = "int"
     unit: str = ""
     doc: str = ""
+    nullable: bool = False
+    title: str = ""
     width: int = 0
 
     @classmethod
     def of(cls, field: Field) -> Column:
-        width = max(map(len, field.labels.values())) if field.labels else 0
-        return cls(field.name, field.kind, field.unit, field.doc, width)
+        width = max(map(len, field.labels.values())) if field.labels else field.width
+        return cls(field.name, field.kind, field.unit, field.doc, field.unknown is not None, field.title, width)
 
 
 class Sink(Protocol):

@@ -23,7 +23,7 @@ COLUMNS = (
     Column("p99_us", unit="us", doc="99 % are not longer; known to 1/8"),
     Column("max_us", unit="us", doc="longest"),
     Column("mean_us", "float", unit="us", doc="average"),
-    Column("histogram", "list", doc="[from_us, to_us, count] by power of two"),
+    Column("histogram", "distribution", "us", doc="[from_us, to_us, count] by power of two"),
 )
 
 
@@ -108,15 +108,16 @@ class Histogram:
             for bits in range(min(sums), max(sums) + 1)
         ]
 
-    def draw(self, unit: str) -> list[str]:
-        """Lines of a log2 histogram."""
-        rows = self.octaves()
-        most = max((n for *_, n in rows), default=0)
-        lines = [f"{unit:>21} : count    distribution"]
-        for low, high, n in rows:
-            bar = "*" * round(n * _BAR / most)
-            lines.append(f"{low:>9} -> {high:<9}: {n:<8} |{bar:<{_BAR}}|")
-        return lines
+
+def draw(octaves: Iterable[tuple[int, int, int]], unit: str) -> list[str]:
+    """Lines of a log2 histogram of [from, to, count]."""
+    rows = list(octaves)
+    most = max((n for *_, n in rows), default=0)
+    lines = [f"{unit:>21} : count    distribution"]
+    for low, high, n in rows:
+        bar = "*" * round(n * _BAR / most)
+        lines.append(f"{low:>9} -> {high:<9}: {n:<8} |{bar:<{_BAR}}|")
+    return lines
 
 
 def figures(histogram: Histogram) -> dict[str, Any]:

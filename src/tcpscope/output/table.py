@@ -6,19 +6,20 @@ right instead of being cut: a cut address is a wrong address.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, BinaryIO
 
 from tcpscope.output import Column, printable
+from tcpscope.output.histogram import draw
 
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5, "errno": 12}
-_NAMED = {"pid": 7, "uid": 5, "lport": 5, "rport": 5, "family": 2, "netns": 10, "cookie": 8, "role": 8,
-          "old_state": 11, "new_state": 11, "state": 11, "in_state_us": 12, "cause": 18, "answer": 10, "tx_bytes": 10,
-          "rx_bytes": 10}  # fmt: skip
-_HEADERS = {"family": "IP", "in_state_us": "IN STATE(us)", "accept_queue": "ACCEPTQ", "accept_limit": "LIMIT",
-            "limit_from": "LIMIT FROM", "syn_queue": "SYNQ", "accepts_per_s": "ACCEPT/s", "since_accept_ms": "LAST(ms)",
-            "oldest_wait_ms": "WAIT(ms)", "rx_queue_bytes": "RECV-Q", "tx_queue_bytes": "SEND-Q"}  # fmt: skip
+
+_BELOW: dict[str, Callable[[Any, str], list[str]]] = {
+    "stack": lambda frames, unit: [f"    {frame}" for frame in frames],
+    "distribution": lambda octaves, unit: ["", *draw(octaves, unit), ""],
+}
+"""Kinds of columns whose values are lines of their own below the row."""
 
 
 class Sink:
@@ -26,7 +27,9 @@ class Sink:
         self._stream = stream
         self._header = header
         self._cells = [_Cell(column) for column in columns]
-        self._stacks = [index for index, column in enumerate(columns) if column.kind == "stack"]
+        self._below = [
+            (index, _BELOW[column.kind], column.unit) for index, column in enumerate(columns) if column.kind in _BELOW
+        ]
         names = [column.name for column in columns]
         self._values = attrgetter(*names) if len(names) > 1 else lambda row: (getattr(row, names[0]),)
         self._templates: dict[tuple[type, ...], str | None] = {}
@@ -39,8 +42,8 @@ class Sink:
         for row in rows:
             values = self._values(row)
             lines.append(self._line(values))
-            for index in self._stacks:
-                lines.extend(f"    {frame}" for frame in values[index] or ())
+            for index, drawn, unit in self._below:
+                lines.extend(drawn(values[index], unit) if values[index] else ())
         if lines:
             self._stream.write("\n".join([*lines, ""]).encode())
 
@@ -66,11 +69,10 @@ class _Cell:
         self.name = column.name
         self.kind = column.kind
         title = column.name.removesuffix(f"_{column.unit}").replace("_", " ").upper()
-        self.header = _HEADERS.get(column.name, f"{title}({column.unit})" if column.unit else title)
-        if column.kind == "time":
-            self.header = "TIME"
-        self.width = max(_NAMED.get(column.name, _WIDTHS.get(column.kind, column.width)), len(self.header))
-        if column.kind == "stack":
+        unit = f"({column.unit})" if column.unit and column.kind != "time" else ""
+        self.header = column.title or f"{title}{unit}"
+        self.width = max(column.width or _WIDTHS.get(column.kind, 0), len(self.header))
+        if column.kind in _BELOW:
             self.header, self.width = "", 0
         self.right = column.kind in ("int", "float")
 
@@ -79,7 +81,7 @@ class _Cell:
 
     def template(self, kind: type) -> str | None:
         """What `text` does, for the operator %, and without `printable`; None for what % cannot do."""
-        if self.kind == "stack":
+        if self.kind in _BELOW:
             return None
         width = self.width if self.right else -self.width
         if kind is type(None):
@@ -88,7 +90,7 @@ class _Cell:
                 float: f"%{width}.{6 if self.kind == 'time' else 1}f"}.get(kind)  # fmt: skip
 
     def text(self, value: Any) -> str:
-        if self.kind == "stack":
+        if self.kind in _BELOW:
             return ""
         if value is None:
             return self.pad("-")

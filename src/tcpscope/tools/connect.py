@@ -5,8 +5,9 @@ application, killed, or failed for another reason, with the errno; its latency, 
 ends, and the owner. Attempts that fail before a SYN is sent (no route, no free port) are shown too.
 """
 
+from tcpscope.request import Option
 from tcpscope.summary import Summary
-from tcpscope.tool import Option, Stream
+from tcpscope.tool import Stream
 
 tool = Stream(
     "connections",

@@ -9,8 +9,9 @@ import re
 from typing import Any
 
 from tcpscope.errors import UsageError
+from tcpscope.request import Option, Request
 from tcpscope.summary import Summary
-from tcpscope.tool import Option, Request, Stream
+from tcpscope.tool import Stream
 
 _FACTORS = {"us": 1, "ms": 1000, "s": 1_000_000}
 

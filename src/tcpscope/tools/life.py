@@ -5,9 +5,10 @@ the time of the handshake, the duration with and without it, who closed first, a
 the tool are shown with what the kernel still knows. With --live the open ones come first.
 """
 
+from tcpscope.request import Option, Request
 from tcpscope.session import RING_BYTES, Session
 from tcpscope.summary import Summary
-from tcpscope.tool import Option, Request, Stream
+from tcpscope.tool import Stream
 
 LIVE_RING_BYTES = 16 << 20  # the rows of a full table, all at once
 

@@ -8,9 +8,8 @@ Where ss writes a listener's accept queue and its limit under Recv-Q and Send-Q,
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -22,95 +21,106 @@ from tcpscope.kernel.features import has_capability
 from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
+from tcpscope.request import Request
+from tcpscope.run import Batch, Run
 from tcpscope.schema import comm_text
 from tcpscope.session import Session, Stats
-from tcpscope.stop import Stop
-from tcpscope.tool import Request, Tool
-
-_TABLE = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_limit", "laddr", "lport", "raddr",
-          "rport", "holders")  # fmt: skip
-
+from tcpscope.tool import Tool
 
 _Key = tuple[int, int]  # address and cookie of a socket
 
 
+_HOLDERS = (
+    Column("pid", width=7, doc="first process that holds it", nullable=True),
+    Column("comm", "comm", doc="name of that process", nullable=True),
+    Column("holders", "list", doc="every process that holds it: PID, name, user, file descriptor"),
+)
+
+
 class List(Tool):
     probes = ("sockets",)
+    shown = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_limit", "laddr", "lport", "raddr",
+             "rport", "holders")  # fmt: skip
     for_more: ClassVar = {
         "CAP_SYS_ADMIN": "other network namespaces than its own",
         "CAP_SYS_PTRACE": "network namespaces without a name",
     }
     timed = False
 
-    def run(self, request: Request) -> None:
-        extra = (
-            Column("pid", doc="first process that holds it"),
-            Column("comm", "comm", doc="name of that process"),
-            Column("holders", "list", doc="every process that holds it: PID, name, user, file descriptor"),
-        )
-        columns = request.choose((*map(Column.of, Spec.of("sockets").layout("existing").fields), *extra), _TABLE)
-        with Stop(request.duration) as stop, Session("sockets", None, request.filter, debug=request.debug) as session:
-            sink = request.sink(columns)
-            if not request.ready(stop, session, keep=tuple(self.for_more)):
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        return (*map(Column.of, Spec.of("sockets").layout("existing").fields), *_HOLDERS)
+
+    def open(self, request: Request) -> Run:
+        columns = request.choose(self.columns(request), self.shown)
+        return _Existing(columns, Session("sockets", None, request.filter, debug=request.debug), request.filter)
+
+
+class _Existing(Run):
+    """One snapshot, a network namespace after the other."""
+
+    keep = tuple(List.for_more)
+    accounts = False
+    counted = True
+
+    def __init__(self, columns: Sequence[Column], session: Session, filter: Filter) -> None:
+        super().__init__(columns, session)
+        self._session, self._filter = session, filter
+        self._row = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
+
+    def poll(self) -> Iterator[Batch]:
+        self.done = True
+        for found in self._sockets():
+            self.stats.seen += len(found)
+            self.stats.shown += len(found)
+            yield Batch("snapshot", [self._row(*(row[column.name] for column in self.columns)) for row in found])
+
+    def end(self) -> Iterator[Batch]:
+        yield from ()
+
+    def account(self) -> Stats:
+        return self.stats
+
+    def _sockets(self) -> Iterator[list[dict[str, Any]]]:
+        """All sockets that the filter wants, as mappings of the columns, a namespace at a time.
+
+        Holders are looked for last: all sockets have a cookie by then, which tells one from a later one at its address.
+        """
+        found = list(self._pieces())
+        holders, wanted = _holders(self._session)
+        owner_asked = filtering.asks_owner(self._filter)
+        layout = self._session.spec.layout("existing", internal=True)
+        decode, names = layout.decoder().rows, [field.name for field in layout.fields]
+        raw = layout.decoder(raw=True).rows
+        for pieces in found:
+            rows = []
+            for piece in pieces:
+                for row, plain in zip(decode(piece), raw(piece), strict=True):
+                    key = (plain.socket, plain.cookie)
+                    if owner_asked and key not in wanted:
+                        continue
+                    if not filtering.matches(self._session.residual, plain):
+                        continue
+                    own = holders.get(key, ())
+                    values = {name: getattr(row, name) for name in names}
+                    values["holders"] = list(own)
+                    values["pid"] = own[0].pid if own else None
+                    values["comm"] = own[0].comm if own else None
+                    rows.append(values)
+            yield rows
+
+    def _pieces(self) -> Iterator[list[bytes]]:
+        """The records of each namespace."""
+        wanted = self._filter.netns
+        for descriptor in _namespaces(wanted, self.notes):
+            try:
+                yield list(self._session.loaded.iterate("existing", descriptor))
+            except PermissionError:
+                if wanted is not None:
+                    raise NotPermittedError(
+                        f"cannot enter network namespace {wanted}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
+                    ) from None
+                self.notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
                 return
-            type_ = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
-            seen = shown = 0
-            for batch in sockets(session, request.filter):
-                if stop.stopped:  # it ends by itself, so no duration cuts it
-                    break
-                rows = [type_(*(row[column.name] for column in columns)) for row in batch]
-                if request.max_events is not None:
-                    rows = rows[: request.max_events - shown]
-                seen, shown = seen + len(batch), shown + len(rows)
-                sink.rows(rows)
-            if shown == 0:
-                sink.rows([])
-            request.stream.flush()
-            if request.stats or request.strict:
-                request.finish(Stats(seen=seen, shown=shown, filtered=seen - shown), sink)
-
-
-def sockets(session: Session, filter: Filter) -> Iterator[list[dict[str, Any]]]:
-    """All sockets that the filter wants, as mappings of the columns, a namespace at a time.
-
-    Holders are looked for last: all sockets have a cookie by then. It tells a socket from a later one at its address.
-    """
-    found = list(_pieces(session, filter))
-    holders, wanted = _holders(session)
-    owner_asked = filtering.asks_owner(filter)
-    layout = session.spec.layout("existing", internal=True)
-    decode, names = layout.decoder().rows, [field.name for field in layout.fields]
-    raw = layout.decoder(raw=True).rows
-    for pieces in found:
-        rows = []
-        for piece in pieces:
-            for row, plain in zip(decode(piece), raw(piece), strict=True):
-                key = (plain.socket, plain.cookie)
-                if owner_asked and key not in wanted:
-                    continue
-                if not filtering.matches(session.residual, plain):
-                    continue
-                own = holders.get(key, ())
-                values = {name: getattr(row, name) for name in names}
-                values["holders"] = list(own)
-                values["pid"] = own[0].pid if own else None
-                values["comm"] = own[0].comm if own else None
-                rows.append(values)
-        yield rows
-
-
-def _pieces(session: Session, filter: Filter) -> Iterator[list[bytes]]:
-    """The records of each namespace."""
-    for descriptor in _namespaces(filter):
-        try:
-            yield list(session.loaded.iterate("existing", descriptor))
-        except PermissionError:
-            if filter.netns is not None:
-                raise NotPermittedError(
-                    f"cannot enter network namespace {filter.netns}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
-                ) from None
-            print("tcpscope: other network namespaces cannot be entered without CAP_SYS_ADMIN", file=sys.stderr)
-            return
 
 
 def _holders(session: Session) -> tuple[dict[_Key, tuple[Holder, ...]], set[_Key]]:
@@ -127,19 +137,22 @@ def _holders(session: Session) -> tuple[dict[_Key, tuple[Holder, ...]], set[_Key
     return {key: tuple(sorted(own)) for key, own in found.items()}, wanted
 
 
-def _namespaces(filter: Filter) -> Iterator[int]:
-    """A file descriptor of each namespace to look at; -1 for this process's own, which needs no privilege."""
+def _namespaces(wanted: int | None, notes: list[str]) -> Iterator[int]:
+    """A file descriptor of each namespace to look at; -1 for this process's own, which needs no privilege.
+
+    What cannot be looked at is added to `notes`, or is an error if it is `wanted`.
+    """
     visible = netns.visible()
     own = netns.inode_of("/proc/self/ns/net")
     refused = visible.hidden_processes
     without = "" if has_capability("CAP_SYS_PTRACE") else " without CAP_SYS_PTRACE"
-    if filter.netns is not None and filter.netns not in visible.namespaces:
-        number = f"network namespace {filter.netns}"
+    if wanted is not None and wanted not in visible.namespaces:
+        number = f"network namespace {wanted}"
         if refused and without:
             raise NotPermittedError(f"cannot find {number}", "needs CAP_SYS_PTRACE", ("CAP_SYS_PTRACE",))
         raise TcpscopeError(f"cannot enter {number}", "no process that can be seen is in it, and it has no name")
     for inode, namespace in visible.namespaces.items():
-        if filter.netns not in (None, inode):
+        if wanted not in (None, inode):
             continue
         if inode == own:
             yield -1
@@ -153,9 +166,9 @@ def _namespaces(filter: Filter) -> Iterator[int]:
             yield descriptor
         finally:
             os.close(descriptor)
-    if refused and filter.netns is None:
+    if refused and wanted is None:
         number = f"{refused} process{'' if refused == 1 else 'es'}"
-        print(f"tcpscope: could not look into the network namespaces of {number}{without}", file=sys.stderr)
+        notes.append(f"could not look into the network namespaces of {number}{without}")
 
 
 tool = List()

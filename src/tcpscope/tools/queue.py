@@ -12,27 +12,175 @@ listener is the one whose socket has dropped packets meanwhile; the peer is not 
 
 from __future__ import annotations
 
-import io
-import shutil
-import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
 
 from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
+from tcpscope.kernel.spec import Spec
 from tcpscope.kernel.symbols import Symbols
-from tcpscope.output import Column, open_sink
+from tcpscope.listeners import Listener
+from tcpscope.output import Column
+from tcpscope.request import Option, Request
+from tcpscope.run import Batch, Run, Streaming, Ticker
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
 from tcpscope.session import RING_BYTES, Session, monotonic_ns
-from tcpscope.stop import Stop
-from tcpscope.tool import Option, Request, Stream
+from tcpscope.tool import Stream
 
-_TABLE = ("laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from", "syn_queue", "overflows",
-          "syn_drops", "cookies", "accepts_per_s", "since_accept_ms", "oldest_wait_ms")  # fmt: skip
-_EVENTS = ("time", "laddr", "lport", "pid", "comm", "raddr", "rport", "cause", "step", "answer", "accept_queue",
-           "accept_limit", "syn_queue", "syncookies", "count")  # fmt: skip
+_TABLE = (
+    "time", "laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from", "syn_queue", "overflows",
+    "syn_drops", "cookies", "accepts_per_s", "since_accept_ms", "oldest_wait_ms",
+)  # fmt: skip
+_EVENTS = (
+    "time", "laddr", "lport", "pid", "comm", "raddr", "rport", "cause", "step", "answer", "accept_queue",
+    "accept_limit", "syn_queue", "syncookies", "count",
+)  # fmt: skip
+
+
+class _Look(NamedTuple):
+    """A listener in a snapshot, when that was taken, and how fast it accepts since the one before."""
+
+    listener: Listener
+    when: str | float | None
+    accepts_per_s: float | None
+
+
+class _Derived(Column, frozen=True):
+    """A column that the kernel's record does not have."""
+
+    formula: Callable[[_Look], Any] = lambda look: None
+
+    @classmethod
+    def refused(cls, name: str, doc: str, *causes: str, step: str | None = None) -> _Derived:
+        """Refusals for these causes, at a step or at any; None where they are not seen."""
+        return cls(name, doc=doc, nullable=True, formula=lambda look: look.listener.count(*causes, step=step))
+
+
+_DERIVED = (
+    _Derived("time", "time", doc="when the snapshot was taken", formula=lambda look: look.when),
+    _Derived(
+        "pid",
+        doc="first process that holds it",
+        width=7,
+        formula=lambda look: look.listener.owner and look.listener.owner.pid,
+    ),
+    _Derived(
+        "comm",
+        "comm",
+        doc="name of that process",
+        formula=lambda look: look.listener.owner and look.listener.owner.comm,
+    ),
+    _Derived(
+        "limit_from",
+        "text",
+        doc="where that limit comes from: listen()'s backlog or somaxconn (derived)",
+        formula=lambda look: look.listener.limit_from,
+    ),
+    _Derived.refused(
+        "overflows", "refused because the accept queue was full, since the tool sees it", "ACCEPT_QUEUE_FULL"
+    ),
+    _Derived.refused("overflows_at_syn", "... of them SYNs", "ACCEPT_QUEUE_FULL", step="SYN"),
+    _Derived.refused(
+        "overflows_at_ack",
+        "... of them final ACKs: the client believes it is connected",
+        "ACCEPT_QUEUE_FULL",
+        step="ACK",
+    ),
+    _Derived.refused(
+        "syn_drops",
+        "SYNs refused because the SYN queue was full, or its last quarter reserved",
+        "SYN_QUEUE_FULL",
+        "SYN_QUEUE_RESERVED",
+    ),
+    _Derived.refused("cookies", "SYNs answered by a SYN cookie", "COOKIE_SENT"),
+    _Derived(
+        "accepts",
+        doc="accept() calls that returned a connection, since the tool sees it",
+        nullable=True,
+        formula=lambda look: look.listener.accepts,
+    ),
+    _Derived(
+        "accepts_per_s",
+        "float",
+        doc="the same per second, since the snapshot before",
+        nullable=True,
+        title="ACCEPT/s",
+        formula=lambda look: look.accepts_per_s,
+    ),
+    _Derived(
+        "since_accept_ms",
+        unit="ms",
+        doc="time since the last accept()",
+        nullable=True,
+        title="LAST(ms)",
+        formula=lambda look: _ms(look.listener.since_accept_us),
+    ),
+    _Derived(
+        "oldest_wait_ms",
+        unit="ms",
+        doc="how long its head waits for accept(), since its SYN-ACK",
+        nullable=True,
+        title="WAIT(ms)",
+        formula=lambda look: _ms(look.listener.oldest_wait_us),
+    ),
+    _Derived("holders", "list", doc="every process that holds it", formula=lambda look: list(look.listener.holders)),
+)
+_ORDER = (
+    "time", "netns", "family", "laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from",
+    "syn_queue", "overflows", "overflows_at_syn", "overflows_at_ack", "syn_drops", "cookies", "drops", "accepts",
+    "accepts_per_s", "since_accept_ms", "oldest_wait_ms", "somaxconn", "max_syn_backlog", "syncookies",
+    "abort_on_overflow", "cookie", "holders",
+)  # fmt: skip
+
+
+def _columns() -> tuple[Column, ...]:
+    """All columns of a listener: those of the kernel's record, and derived ones."""
+    read = {field.name: Column.of(field) for field in Spec.of("listeners").layout("listener").fields}
+    known: dict[str, Column] = read | {column.name: column for column in _DERIVED}
+    return tuple(known[name] for name in _ORDER)
+
+
+def _value_of(column: Column, look: _Look) -> Any:
+    return column.formula(look) if isinstance(column, _Derived) else getattr(look.listener, column.name)
+
+
+class _Rates:
+    """Accepts per second between two snapshots of the same listener."""
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[int, int | None], tuple[float, int]] = {}
+
+    def rate(self, listener: Listener) -> float | None:
+        if listener.accepts is None:
+            return None
+        now = time.monotonic()
+        before = self._before.get(listener.key)
+        self._before[listener.key] = (now, listener.accepts)
+        if before is None or now <= before[0] or listener.accepts < before[1]:
+            return None
+        return round((listener.accepts - before[1]) / (now - before[0]), 1)
+
+
+def _ms(us: int | None) -> int | None:
+    return None if us is None else us // 1000
+
+
+def _by_urgency(listeners: Iterable[Listener]) -> list[Listener]:
+    """Those that refuse or are full first."""
+    return sorted(
+        listeners,
+        key=lambda own: (
+            -(own.count("ACCEPT_QUEUE_FULL") or 0),
+            -own.accept_queue / (own.accept_limit + 1),
+            own.lport,
+            own.laddr,
+        ),
+    )
 
 
 class Queue(Stream):
@@ -53,104 +201,119 @@ class Queue(Stream):
             ),
         )
 
-    def open(self, request: Request) -> Session:
-        if request.options.get("events") and request.interval is not None:
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        events, stack = request.options["events"], request.options["stack"]
+        if events and request.interval is not None:
             raise UsageError(f"--interval {request.interval:g}", "with --events rows come as things happen")
-        for option, given in (("--stack", request.options.get("stack")), ("--buffer", request.buffer)):
-            if given and not request.options.get("events"):
+        for option, given in (("--stack", stack), ("--buffer", request.buffer)):
+            if given and not events:
                 raise UsageError(option, "it goes with --events")
-        self.check(request)
-        return listeners.open_session(
-            request.filter, events=bool(request.options.get("events")), stacks=bool(request.options.get("stack")),
-            ring_bytes=request.buffer or RING_BYTES, debug=request.debug,
-        )  # fmt: skip
-
-    def check(self, request: Request) -> None:
-        if request.options.get("events"):
-            super().check(request)
-        else:
-            request.choose(listeners.COLUMNS)
+        if not events:
             request.refuse_peers("a listener has no remote end; with --events the peers are known")
+        return super().columns(request) if events else _columns()
 
-    def decoder(self, session: Session, request: Request) -> Decoder:
-        assert session.layout is not None
-        stack = request.options.get("stack")
-        default = (*_EVENTS, "stack") if stack else _EVENTS
-        frame = _symbols().name if stack else hex
-        return request.select(session.layout, default).decoder(Clock(request.time), frame=frame)
+    def open(self, request: Request) -> Run:
+        available = self.columns(request)
+        if not request.options["events"]:
+            columns = request.choose(available, _TABLE)
+            return _Table(request, columns, self.session(request))
+        shown = (*_EVENTS, "stack") if request.options["stack"] else _EVENTS
+        names = [column.name for column in request.choose(available, shown)]
+        return self.events(request, names, Clock(request.time))
 
-    def rows(
-        self, session: Session, stop: Stop, request: Request, decoder: Decoder | None = None
-    ) -> Iterator[list[Any]]:
-        if not request.options.get("events"):
-            raise UsageError("'queue' makes no events by itself", "options={'events': True} asks for them")
-        if listeners.sees_refusals(session):
-            for rows in super().rows(session, stop, request, decoder):
-                yield _with_function(rows) if request.options.get("stack") else rows
-            return
-        sampler = Sampler()
-        sampler.look(listeners.snapshot(session, all_=True))
-        yield from _sampled(decoder or self.decoder(session, request), session, sampler, stop, request)
-
-    def run(self, request: Request) -> None:
-        with Stop(request.duration) as stop, self.open(request) as session:
-            if request.options.get("events"):
-                self._run_events(request, session, stop)
+    def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
+        stack = bool(request.options["stack"])
+        session = self.session(request)
+        try:
+            assert session.layout is not None
+            decoder = session.layout.select(names).decoder(clock, frame=_symbols().name if stack else hex)
+            why = listeners.why_sampled(session)
+            if why:
+                _refuse_unknown(request)
+                run: Run = _Sampling(session, decoder, clock)
+                run.notes.append(f"{why}: {sampling.LIMITS}")
             else:
-                self._run_table(request, session, stop)
+                run = Streaming(session, decoder, _with_function if stack else None)
+                if stack and not len(_symbols()):
+                    run.notes.append("--stack shows addresses: the names need CAP_SYSLOG")
+        except BaseException:
+            session.close()
+            raise
+        return run
 
-    def _run_events(self, request: Request, session: Session, stop: Stop) -> None:
-        exact = listeners.sees_refusals(session)
-        if not exact:
-            _refuse_unknown(request)
-        decoder = self.decoder(session, request)
-        sink = request.sink(map(Column.of, decoder.fields))
-        sampler = Sampler()
-        if not exact:
-            sampler.look(listeners.snapshot(session, all_=True))
-        if not request.ready(stop, session):
-            return
-        sink.rows([])
-        if request.options.get("stack") and not len(_symbols()):
-            print("tcpscope: --stack shows addresses: the names need CAP_SYSLOG", file=sys.stderr)
-        if exact:
-            batches: Iterator[list[Any]] = self.rows(session, stop, request)
-        else:
-            print(f"tcpscope: {listeners.why_sampled(session)}: {sampling.LIMITS}", file=sys.stderr)
-            batches = _sampled(decoder, session, sampler, stop, request)
-        for rows in batches:
-            sink.rows(rows)
-            request.stream.flush()
-        request.finish(session.account(), sink)
+    def session(self, request: Request) -> Session:
+        return listeners.open_session(
+            request.filter,
+            events=bool(request.options["events"]),
+            stacks=bool(request.options["stack"]),
+            ring_bytes=request.buffer or RING_BYTES,
+            debug=request.debug,
+        )
 
-    def _run_table(self, request: Request, session: Session, stop: Stop) -> None:
-        columns = request.choose(listeners.COLUMNS, _TABLE if request.interactive else ("time", *_TABLE))
-        if request.time == "none":
-            columns = tuple(column for column in columns if column.name != "time")
-        sink = request.sink(columns)
-        if not request.ready(stop, session):
+
+class _Table(Run):
+    """All listeners, every --interval."""
+
+    accounts = False
+    repeats = "listener"
+
+    def __init__(self, request: Request, columns: Sequence[Column], session: Session) -> None:
+        super().__init__(columns, session)
+        self._session, self._clock = session, Clock(request.time)
+        self._rates, self._ticker = _Rates(), Ticker(request.interval or 1.0, at_once=True)
+        self._row = msgspec.defstruct("Listener", [(column.name, Any) for column in columns])
+        self._round = 0
+
+    def poll(self) -> Iterator[Batch]:
+        if not self._ticker.due():
             return
-        rates, clock = listeners.Rates(), Clock(request.time)
-        left = request.max_events
-        while True:  # once at least
-            when = None if request.time == "none" else clock.read(monotonic_ns())
-            found = listeners.by_urgency(listeners.snapshot(session))
-            rows = [listeners.row(listener, when, rates.rate(listener)) for listener in found]
-            if left is not None:
-                rows, left = rows[:left], left - len(rows[:left])
-            if request.interactive:
-                _refresh(request, columns, rows, when)
-            else:
-                sink.rows(_project(rows, columns))
-            request.stream.flush()
-            if left == 0:
-                break
-            stop.wait(request.interval or 1.0)
-            if stop:
-                break
-        if request.stats or request.strict:
-            session.end()
-            request.finish(session.account(), sink)
+        self._round += 1
+        when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
+        found = _by_urgency(listeners.snapshot(self._session))
+        looks = [_Look(listener, when, self._rates.rate(listener)) for listener in found]
+        rows = [self._row(*(_value_of(column, look) for column in self.columns)) for look in looks]
+        yield Batch("snapshot", rows, self._round)
+
+    def end(self) -> Iterator[Batch]:
+        self._session.end()
+        yield from ()
+
+    @property
+    def pause(self) -> float:
+        return self._ticker.remaining
+
+
+class _Sampling(Run):
+    """Rows like those of the events, of what was refused between two looks."""
+
+    counted = True
+
+    def __init__(self, session: Session, decoder: Decoder, clock: Clock) -> None:
+        super().__init__([Column.of(field) for field in decoder.fields], session)
+        self._session, self._decoder, self._clock = session, decoder, clock
+        self._ticker, self._sampler = Ticker(sampling.SECONDS), Sampler()
+        self._sampler.look(listeners.snapshot(session, all_=True))
+
+    def poll(self) -> Iterator[Batch]:
+        if self._ticker.due():
+            yield self._look()
+
+    def end(self) -> Iterator[Batch]:
+        yield self._look()
+        self._session.end()
+
+    @property
+    def pause(self) -> float:
+        return self._ticker.remaining
+
+    def _look(self) -> Batch:
+        samples = self._sampler.look(listeners.snapshot(self._session, all_=True))
+        when = self._clock.read(monotonic_ns())
+        rows = [_row(self._decoder, sample, when) for sample in samples if sample.listener.wanted]
+        self.stats.seen += len(samples)
+        self.stats.filtered += len(samples) - len(rows)
+        self.stats.shown += len(rows)
+        return Batch("event", rows)
 
 
 def _with_function(rows: list[Any]) -> list[Any]:
@@ -158,7 +321,7 @@ def _with_function(rows: list[Any]) -> list[Any]:
     for row in rows:
         stack: list[str] = getattr(row, "stack", None) or []
         named = any("+" in frame for frame in stack)
-        if named and row.step == "SYN" and not any("tcp_conn_request" in frame for frame in stack):
+        if named and getattr(row, "step", None) == "SYN" and not any("tcp_conn_request" in frame for frame in stack):
             stack.insert(0, "tcp_conn_request")
     return rows
 
@@ -169,70 +332,26 @@ def _symbols() -> Symbols:
     return Symbols()
 
 
-def _project(rows: list[Any], columns: tuple[Column, ...]) -> list[Any]:
-    """Rows with these columns only, for the formats that write all of a row."""
-    import msgspec
-
-    if [column.name for column in columns] == [column.name for column in listeners.COLUMNS]:
-        return rows
-    type_ = msgspec.defstruct("Row", [(column.name, Any) for column in columns])
-    return [type_(*(getattr(row, column.name) for column in columns)) for row in rows]
-
-
-def _refresh(request: Request, columns: tuple[Column, ...], rows: list[Any], when: Any) -> None:
-    """Draw the table anew, cut to what the terminal has."""
-    size = shutil.get_terminal_size()
-    page = io.BytesIO()
-    open_sink(request.output, columns, page, request.header).rows(rows)
-    number = f"{len(rows)} listener{'' if len(rows) == 1 else 's'}"
-    lines = [f"{when}  {number}" if when else number, *page.getvalue().decode().splitlines()]
-    if any(len(line) > size.columns for line in lines):
-        lines[0] += "; cut to fit: see --columns"
-    text = "\n".join(_cut(line, size.columns) for line in lines[: size.lines - 1])
-    request.stream.write(f"\x1b[H\x1b[J{text}\n".encode())
-
-
-def _cut(line: str, width: int) -> str:
-    """The line, or as much of it as fits with a mark that there is more."""
-    return line if len(line) <= width else line[: width - 1] + ">"
-
-
 def _refuse_unknown(request: Request) -> None:
     """UnsupportedError for what samples cannot know."""
     for option, value in request.filter.describe():
         if option in ("--rport", "--raddr"):
             raise UnsupportedError(f"{option} {value}", "peers are not known where functions cannot be hooked")
-    if request.options.get("stack"):
+    if request.options["stack"]:
         raise UnsupportedError("--stack", "there are no stacks where functions cannot be hooked")
-
-
-def _sampled(
-    decoder: Decoder, session: Session, sampler: Sampler, stop: Stop, request: Request
-) -> Iterator[list[Any]]:
-    """Rows like those of the events, of what was refused between two looks."""
-    clock = Clock(request.time)
-    while True:
-        stop.wait(sampling.SECONDS)
-        samples = sampler.look(listeners.snapshot(session, all_=True))
-        when = clock.read(monotonic_ns())
-        rows = [_row(decoder, sample, when) for sample in samples if sample.listener.wanted]
-        session.stats.seen += len(samples)
-        session.stats.filtered += len(samples) - len(rows)
-        left = None if request.max_events is None else request.max_events - session.stats.shown
-        session.stats.shown += len(rows[:left])
-        session.stats.filtered += len(rows) - len(rows[:left])
-        yield rows[:left]
-        if stop or (left is not None and len(rows) >= left):
-            session.end()
-            return
 
 
 def _row(decoder: Decoder, sample: Sample, when: str | float) -> Any:
     owner = sample.listener.owner
     values = {
-        "time": when, "cause": sample.cause or "UNKNOWN", "step": sample.step, "count": sample.count,
-        "pid": owner.pid if owner else None, "comm": owner.comm if owner else None, "uid": owner.uid if owner else None,
-    }  # fmt: skip
+        "time": when,
+        "cause": sample.cause or "UNKNOWN",
+        "step": sample.step,
+        "count": sample.count,
+        "pid": owner.pid if owner else None,
+        "comm": owner.comm if owner else None,
+        "uid": owner.uid if owner else None,
+    }
     return decoder.row_type(*(values.get(f.name, getattr(sample.listener, f.name, None)) for f in decoder.fields))
 
 

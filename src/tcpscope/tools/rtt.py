@@ -10,9 +10,8 @@ their value; count, min, max and mean are exact. With -n only the keys with the 
 from __future__ import annotations
 
 import struct
-import sys
-import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,10 +20,12 @@ from tcpscope.filters import address_text
 from tcpscope.kernel import filtering
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
+from tcpscope.request import Option, Request
+from tcpscope.run import Batch, Run, Ticker
 from tcpscope.schema import Clock, comm_text
 from tcpscope.session import Session, monotonic_ns, wait_for_programs
-from tcpscope.stop import Stop
-from tcpscope.tool import Option, Request, Tool
+from tcpscope.summary import TOTAL
+from tcpscope.tool import Tool
 
 _KEYS = {
     "laddr": ("laddr",),
@@ -38,14 +39,16 @@ _TOTAL_KEYS = 16384
 """So many keys, or --max-keys if that is more, have a total: one takes 2 KB, and connections come without end."""
 
 _KEY_COLUMNS = (
-    Column("pid", doc="process that owns the connection"),
-    Column("comm", "comm", doc="name of that process"),
+    Column("pid", width=7, doc="process that owns the connection", nullable=True),
+    Column("comm", "comm", doc="name of that process", nullable=True),
     Column("laddr", "address", doc="local address"),
     Column("lport", doc="local port"),
     Column("raddr", "address", doc="remote address"),
     Column("rport", doc="remote port"),
-    Column("cookie", doc="socket cookie, what ss -e prints as sk:"),
+    Column("cookie", width=8, doc="socket cookie, what ss -e prints as sk:", nullable=True),
 )
+_TIME = Column("time", "time", doc="when it was read")
+
 
 class Rtt(Tool):
     probes = ("rtt",)
@@ -60,8 +63,16 @@ class Rtt(Tool):
                int, 4096),
     )  # fmt: skip
 
-    def run(self, request: Request) -> None:
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        wanted = {name for key in _parse_by(request.options["by"]) for name in _KEYS[key]}
+        return (_TIME, *(column for column in _KEY_COLUMNS if column.name in wanted), *histogram.COLUMNS, TOTAL)
+
+    def open(self, request: Request) -> Run:
+        available = self.columns(request)
+        shown = [column.name for column in available if column.kind != "distribution"]
         by = _parse_by(request.options["by"])
+        drawn = ("histogram",) if request.options["histogram"] or not by else ()
+        columns = request.choose(available, shown, drawn)
         max_keys = request.options["max_keys"]
         if not 1 <= max_keys <= 1 << 20:
             raise UsageError(f"--max-keys {max_keys}", "a number from 1 to 1048576")
@@ -72,34 +83,54 @@ class Rtt(Tool):
         }
         skip = () if owner else ("accept", "seed")
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys} | ({} if owner else {"connections": 1, "listening": 1})
-        request.filter = filtering.kernel_only(request.filter, "rtt")
-        columns = _columns(request, by)
-        with (
-            Stop(request.duration) as stop,
-            Session("rtt", None, request.filter, constants=constants, skip=skip, entries=entries,
-                    debug=request.debug) as session,
-        ):  # fmt: skip
-            report = _Report(request, by, columns)
-            if not request.ready(stop, session):
-                return
-            reader = _Reader(session, max_keys)
-            report.owners = reader.owners
-            while not stop:
-                deadline = time.monotonic() + (request.interval or 1e9)
-                while not stop and time.monotonic() < deadline:
-                    stop.wait(deadline - time.monotonic())
-                if request.interval and not stop:
-                    report.write(reader.take(), total=False)
-            session.end()
-            last = reader.take()
-            if request.interval:
-                report.write(last, total=False)
-            report.write(reader.total, total=True)
-            if reader.without_total:
-                print(f"tcpscope: {len(reader.total)} keys have a total; {reader.without_total} samples of others are "
-                      "in the intervals only", file=sys.stderr)  # fmt: skip
-            session.stats.shown = reader.samples
-            request.finish(session.account(), report.sink, more="--max-keys")
+        wanted = filtering.kernel_only(request.filter, "rtt")
+        session = Session("rtt", None, wanted, constants=constants, skip=skip, entries=entries, debug=request.debug)
+        return _Measuring(request, columns, session, max_keys)
+
+
+class _Measuring(Run):
+    """The kernel's distributions, taken at each interval and at the end."""
+
+    more = "--max-keys"
+
+    def __init__(self, request: Request, columns: Sequence[Column], session: Session, max_keys: int) -> None:
+        super().__init__(columns, session)
+        self._session, self._reader = session, _Reader(session, max_keys)
+        self._interval, self._ticker = request.interval, Ticker(request.interval)
+        self._clock = Clock(request.time)
+        self._row = msgspec.defstruct("Rtt", [(column.name, Any) for column in columns])
+        self._keys = [column.name for column in columns if column.name in _Key.__struct_fields__]
+        self._round = 0
+
+    def poll(self) -> Iterator[Batch]:
+        if self._ticker.due():
+            yield self._batch("interval", self._reader.take())
+
+    def end(self) -> Iterator[Batch]:
+        self._session.end()
+        last, reader = self._reader.take(), self._reader
+        if self._interval:
+            yield self._batch("interval", last)
+        yield self._batch("total", reader.total)
+        if reader.without_total:
+            self.notes.append(f"{len(reader.total)} keys have a total; {reader.without_total} samples of others are in "
+                              "the intervals only")  # fmt: skip
+        self.stats.shown = reader.samples
+
+    @property
+    def pause(self) -> float:
+        return self._ticker.remaining
+
+    def _batch(self, kind: Literal["interval", "total"], found: dict[Any, Histogram]) -> Batch:
+        self._round += 1
+        when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
+        ordered = sorted(found.items(), key=lambda item: -item[1].count)
+        return Batch(kind, [self._make(key, each, when, kind == "total") for key, each in ordered], self._round)
+
+    def _make(self, key: _Key, distribution: Histogram, when: Any, total: bool) -> Any:
+        values = {name: getattr(key, name) for name in self._keys} | self._reader.owners.get(key, {})
+        values |= histogram.figures(distribution) | {"time": when, "total": total}
+        return self._row(*(values[column.name] for column in self.columns))
 
 
 def _parse_by(text: str) -> tuple[str, ...]:
@@ -185,54 +216,6 @@ def _histogram(value: Any) -> Histogram:
         min([*lowest, bucket_start(filled[0] + 1) - 1]) if filled else None,
         max([*highest, bucket_start(filled[-1])]) if filled else None,
     )
-
-
-def _keys(by: tuple[str, ...]) -> tuple[Column, ...]:
-    shown = {name for key in by for name in _KEYS[key]}
-    return tuple(column for column in _KEY_COLUMNS if column.name in shown)
-
-
-def _columns(request: Request, by: tuple[str, ...]) -> tuple[Column, ...]:
-    """The columns to show, or a UsageError."""
-    stamp = () if request.time == "none" else (Column("time", "time", doc="when it was read"),)
-    period = (Column("total", "bool", doc="over the whole run, not an interval"),)
-    available = (*stamp, *_keys(by), *histogram.COLUMNS, *period)
-    default = tuple(column.name for column in available if column.name != "histogram")
-    return request.choose(available, default)
-
-
-class _Report:
-    """Rows of distributions, and in a table the drawings."""
-
-    def __init__(self, request: Request, by: tuple[str, ...], columns: tuple[Column, ...]) -> None:
-        self._request = request
-        self._clock = Clock(request.time)
-        self._columns = columns
-        self._row = msgspec.defstruct("Rtt", [(column.name, Any) for column in self._columns])
-        self._draw = request.output == "table" and (request.options["histogram"] or not by)
-        self._keys = [column.name for column in _keys(by)]
-        self.sink = request.sink(self._columns)
-        self.owners: dict[Any, dict[str, Any]] = {}
-
-    def write(self, found: dict[Any, Histogram], total: bool) -> None:
-        when = None if self._request.time == "none" else self._clock.read(monotonic_ns())
-        ordered = sorted(found.items(), key=lambda item: -item[1].count)
-        if self._request.max_events is not None:
-            ordered = ordered[: self._request.max_events]
-        if not self._draw:
-            self.sink.rows([self._make(key, distribution, when, total) for key, distribution in ordered])
-        for key, distribution in ordered if self._draw else ():
-            self.sink.rows([self._make(key, distribution, when, total)])
-            drawing = "\n".join(["", *distribution.draw("us"), "", ""])
-            self._request.stream.write(drawing.encode())
-        if not ordered:
-            self.sink.rows([])
-        self._request.stream.flush()
-
-    def _make(self, key: _Key, distribution: Histogram, when: Any, total: bool) -> Any:
-        values = {name: getattr(key, name) for name in self._keys} | self.owners.get(key, {})
-        values |= histogram.figures(distribution) | {"time": when, "total": total}
-        return self._row(*(values[column.name] for column in self._columns))
 
 
 tool = Rtt()

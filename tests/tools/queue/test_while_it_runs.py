@@ -88,7 +88,7 @@ def test_any_holder_will_do_and_all_are_shown(lab: Lab, run_tool: type[RunningTo
               "if not child: import signal; signal.pause()")  # fmt: skip
     child = parent.ask("child")
     try:
-        with run_tool("queue", "-n", "1", "-p", str(child)) as tool:
+        with run_tool("queue", "-d", "0.1", "-p", str(child)) as tool:
             (found,) = tool.wait().rows
     finally:
         os.kill(child, signal.SIGKILL)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from tcpscope.diagnose import Finding, Remedy, Rule
 from tcpscope.diagnose.listening import History, Listening
 from tcpscope.diagnose.wording import (
-    about_limit,
     counters_agree,
     facts,
     next_power,
@@ -42,7 +41,10 @@ class AcceptQueue(Rule):
         count = history.count("ACCEPT_QUEUE_FULL")
         at_syn = at_ack = None
         if seen.exact:
-            at_syn, at_ack = history.count("ACCEPT_QUEUE_FULL", "syn"), history.count("ACCEPT_QUEUE_FULL", "ack")
+            at_syn, at_ack = (
+                history.count("ACCEPT_QUEUE_FULL", step="SYN"),
+                history.count("ACCEPT_QUEUE_FULL", step="ACK"),
+            )
             refused = f"{count} refusals, {at_syn} at the SYN, {at_ack} at the final ACK; repeats count again"
         else:
             refused = f"{count} refusals" + (f", and {unsure} for this or another reason" if unsure else "")
@@ -51,7 +53,7 @@ class AcceptQueue(Rule):
             refused,
             f"accept queue {history.longest_accept_queue} at most, limit {listener.accept_limit}; "
             f"{_accepts(history)}{_waiting(history)}",
-            about_limit(listener),
+            listener.about_limit,
             *peers(history, "ACCEPT_QUEUE_FULL"),
             *counters_agree(seen, listener, ("ListenOverflows",)),
         ]
@@ -75,7 +77,7 @@ class AcceptQueue(Rule):
                 f"accept queue {history.longest_accept_queue}, limit {listener.accept_limit}, full in "
                 f"{history.full_seen} of {history.looks} looks; nothing was refused in this time; "
                 f"{_accepts(history)}{_waiting(history)}",
-                about_limit(listener),
+                listener.about_limit,
             ],
             why=WHY,
             remedies=list(_remedies(history, 1)),

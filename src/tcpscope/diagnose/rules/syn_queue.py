@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from tcpscope.diagnose import Finding, Remedy, Rule
 from tcpscope.diagnose.listening import History, Listening
 from tcpscope.diagnose.wording import (
-    about_limit,
     counters_agree,
     facts,
     in_namespace,
@@ -64,7 +63,7 @@ class SynQueue(Rule):
         observed += [
             f"SYN queue {history.longest_syn_queue} at most, limit {listener.accept_limit}; "
             f"tcp_syncookies={listener.syncookies}, tcp_max_syn_backlog={listener.max_syn_backlog}",
-            about_limit(listener),
+            listener.about_limit,
             *peers(history, "SYN_QUEUE_FULL", "SYN_QUEUE_RESERVED", "COOKIE_SENT"),
             *counters_agree(seen, listener, ("TCPReqQFullDrop", "TCPReqQFullDoCookies")),
         ]

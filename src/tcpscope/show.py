@@ -1,0 +1,114 @@
+"""The command line's reader of a run: rows go to standard output, notes and the account to standard error."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import BinaryIO
+
+from tcpscope.filters import Filter
+from tcpscope.output import Sink, open_sink
+from tcpscope.request import Request
+from tcpscope.run import Batch, Run
+from tcpscope.schema import Clock
+from tcpscope.session import Session, Stats, announce_ready, drop_privileges, monotonic_ns
+from tcpscope.stop import Stop
+from tcpscope.tool import Tool
+
+
+def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
+    """Do what was asked for, until it is over. LossError under --strict if anything was lost."""
+    with Stop(request.duration) as stop, tool.open(request) as run:
+        if request.explain:
+            stream.write("\n".join([*explain(request.filter, run.sessions), ""]).encode())
+            return
+        on_screen = run.repeats and request.output == "table" and stream.isatty()
+        screen = _Screen(run, request, stream) if on_screen else None
+        sink = open_sink(request.output, run.columns, stream, request.header)
+        begin(run.sessions, stop, run.keep)
+        _print_notes(run)
+        if not screen:
+            sink.rows([])  # the titles, so that a waiting reader sees that all is well
+        for batch in run.batches(stop, request.max_events):
+            if not screen:
+                sink.rows(batch.rows)
+            elif batch.kind == "snapshot":
+                screen.draw(batch)
+            stream.flush()
+        _print_notes(run)
+        if run.accounts or request.stats or request.strict:
+            finish(request, run.account(), sink, stream, run.more)
+
+
+def begin(sessions: Sequence[Session], stop: Stop, keep: Sequence[str] = ()) -> None:
+    """Everything is attached: give up privileges, say so, and let the duration begin."""
+    drop_privileges(sessions, keep)
+    announce_ready()
+    stop.begin()
+
+
+def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: str = "") -> None:
+    """The account at the end: on stderr, and in the output under --stats where the format has a place.
+
+    `more` is the option of which more helps against loss.
+    """
+    if request.stats:
+        sink.record("stats", asdict(stats))
+    stream.flush()
+    print(f"tcpscope: {stats.line()}", file=sys.stderr)
+    if request.strict:
+        stats.check(f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
+
+
+def _print_notes(run: Run) -> None:
+    for note in run.notes:
+        print(f"tcpscope: {note}", file=sys.stderr)
+    run.notes.clear()
+
+
+def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
+    """How this run is done on this kernel: hooks in use, what better ways were refused and why, who filters."""
+    for session in sessions:
+        yield f"probe {session.spec.name}"
+        for hook in session.loaded.hooks.values():
+            yield f"  {hook.name:<14} {hook.program.section if hook.program else 'not attached'}"
+            for name, why in hook.refused.items():
+                yield f"  {'':<14} not {session.spec.section(name)}: {why}"
+                if name in session.loaded.verifier:
+                    yield from (f"  {'':<16} {line}" for line in session.loaded.verifier[name].split(" | "))
+            if hook.program is None and hook.without:
+                yield f"  {'':<14} not known on this kernel: {hook.without}"
+        here = dict(session.residual.describe())
+        for option, value in filter.describe():
+            yield f"  filter {option} {value}: decided in {'user space' if option in here else 'the kernel'}"
+
+
+class _Screen:
+    """A terminal on which each snapshot takes the place of the one before."""
+
+    def __init__(self, run: Run, request: Request, stream: BinaryIO) -> None:
+        stamp = request.columns is None  # the time stands above the table, once
+        self._columns = [column for column in run.columns if column.kind != "time" or not stamp]
+        self._noun, self._clock = run.repeats, Clock(request.time)
+        self._request, self._stream = request, stream
+
+    def draw(self, batch: Batch) -> None:
+        """The table, cut to what the terminal has."""
+        size = shutil.get_terminal_size()
+        page = io.BytesIO()
+        open_sink(self._request.output, self._columns, page, self._request.header).rows(batch.rows)
+        number = f"{len(batch.rows)} {self._noun}{'' if len(batch.rows) == 1 else 's'}"
+        when = "" if self._clock.mode == "none" else f"{self._clock.read(monotonic_ns())}  "
+        lines = [f"{when}{number}", *page.getvalue().decode().splitlines()]
+        if any(len(line) > size.columns for line in lines):
+            lines[0] += "; cut to fit: see --columns"
+        text = "\n".join(_cut(line, size.columns) for line in lines[: size.lines - 1])
+        self._stream.write(f"\x1b[H\x1b[J{text}\n".encode())
+
+
+def _cut(line: str, width: int) -> str:
+    """The line, or as much of it as fits with a mark that there is more."""
+    return line if len(line) <= width else line[: width - 1] + ">"
