@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tcpscope.errors import UnsupportedError
-from tcpscope.filters import Filter
+from tcpscope.filters import Family, Filter
 from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.spec import Program
-from tcpscope.lab.hosts import Lab, held
+from tcpscope.lab.hosts import Host, Lab, held
 from tcpscope.session import Session
 from tests.conftest import until
 from tests.puppets import Puppet
@@ -106,7 +106,57 @@ def test_an_attempt_that_found_no_place(lab: Lab) -> None:
         assert [(row.outcome, row.errno, row.pid) for row in rows_of(session)] == [
             ("REFUSED", "ECONNREFUSED", None)
         ] * CONNECTIONS  # fmt: skip
-        assert session.counters()["table_full"] >= CONNECTIONS  # the sockets of the whole machine look for a place
+        assert session.counters()["table_full"] == CONNECTIONS
+
+
+def crowded(host: Host) -> Puppet:
+    """A process with connections there, and a function `more` that makes as many more."""
+    crowd = Puppet(host, "crowd")
+    crowd.do(
+        "listener = socket.create_server(('127.0.0.1', 0), backlog=count)\n"
+        "address = listener.getsockname()\n"
+        "def more(): return [(socket.create_connection(address), listener.accept()[0]) for _ in range(count)]\n"
+        "older = more()",
+        count=5 * CONNECTIONS,
+    )
+    return crowd
+
+
+@pytest.mark.parametrize(("event", "family"), [("transition", None), ("attempt", None), ("life", None), ("life", 6)])
+def test_what_the_filter_excludes_takes_no_place(lab: Lab, event: str, family: Family | None) -> None:
+    """Sockets of another network namespace, and with -6 those of IPv4: ten times as many as there are places."""
+    crowd = crowded(lab.client if family else lab.server)
+    wanted, places = Puppet(lab.client, "wanted"), {"connections": CONNECTIONS, "listening": 1}
+    with Session("connections", event, Filter(netns=lab.client.inode, family=family), entries=places) as session:
+        crowd.do("younger = more()")
+        wanted.do(
+            "listener = socket.create_server(('::1', 0), family=socket.AF_INET6)\n"
+            "client = socket.create_connection(listener.getsockname()[:2]); child, _ = listener.accept()\n"
+            "client.close(); child.recv(1); child.close()"
+        )
+        crowd.do("older = younger = None")
+        until(lambda: all(found.state != "LAST_ACK" for found in lab.client.sockets()), "the end of all connections")
+        session.end()
+        rows = rows_of(session)
+        account = session.account()
+    assert {row.family for row in rows} == {6} and len(rows) >= (1 if event == "attempt" else 2)
+    assert {row.comm for row in rows} == {"wanted"}
+    assert (account.table_full, account.missed) == (0, 0)
+
+
+def test_round_trips_that_the_filter_excludes_take_no_place(lab: Lab) -> None:
+    crowd, wanted = crowded(lab.server), Filter(netns=lab.client.inode)
+    places = {"last_seen": CONNECTIONS, "connections": CONNECTIONS}
+    with Session("rtt", None, wanted, constants={"want_owner": True}, entries=places) as session:
+        crowd.do("younger = more()\nfor client, child in older: client.send(b'x'); child.recv(1); child.send(b'x')")
+        Puppet(lab.client).do(
+            "listener = socket.create_server(('127.0.0.1', 0))\n"
+            "client = socket.create_connection(listener.getsockname())"
+        )
+        session.end()
+        account = session.account()
+    assert account.seen >= 1
+    assert (account.table_full, account.lost) == (0, 0)
 
 
 @pytest.mark.parametrize("early", [False, True])

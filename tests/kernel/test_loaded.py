@@ -16,7 +16,18 @@ from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.filters import Filter
 from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
-from tcpscope.kernel.loaded import Loaded, Ring, Setup, pieces, plan, plan_refusals, verifier_lines, verifier_summary
+from tcpscope.kernel.loaded import (
+    Loaded,
+    Ring,
+    Setup,
+    pieces,
+    plan,
+    plan_refusals,
+    sockets_at_most,
+    tcp_sockets,
+    verifier_lines,
+    verifier_summary,
+)
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.show import explain
 
@@ -330,3 +341,29 @@ def test_every_worse_way_is_taken_by_the_verifier_too(probe: str) -> None:
         assert not set(without) & set(taken.values())
         assert {"tp_btf", "iter"} & set(taken.values())
         assert "not today" in why
+
+
+def test_tables_have_room_for_the_sockets_of_the_machine() -> None:
+    assert sockets_at_most(0, allocates=True) == 1 << 17
+    assert sockets_at_most(0, allocates=False) == 1 << 16
+    for allocates in (True, False):
+        assert 1_000_000 <= sockets_at_most(500_000, allocates) <= sockets_at_most(10**9, allocates) == 1 << 21
+    before = tcp_sockets()
+    made = [socket.create_server(("127.0.0.1", 0)) for _ in range(200)]
+    assert before + 100 <= tcp_sockets()  # others of the machine may have gone meanwhile
+    for each in made:
+        each.close()
+
+
+@pytest.mark.kernel
+@pytest.mark.every_kernel
+def test_a_table_takes_memory_for_what_is_in_it() -> None:
+    """Where the kernel's allocator is one for programs; elsewhere for everything that it has room for."""
+    spec = Spec.of("connections")
+    loaded = Loaded(spec, Kernel(), Setup(event="attempt"))
+    lines = Path(f"/proc/self/fdinfo/{loaded.map_fd('connections')}").read_text().splitlines()
+    found = {name: int(value, 0) for name, value in (line.split(":") for line in lines if line.startswith("m"))}
+    loaded.close()
+    allocates = Kernel().allocates_in_programs
+    assert found["map_flags"] == allocates
+    assert sockets_at_most(0, allocates) <= found["max_entries"] <= sockets_at_most(1 << 30, allocates)

@@ -76,7 +76,8 @@ struct connection {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PER_SOCKET);
 	__type(key, __u64); /* address of the struct sock */
 	__type(value, struct connection);
 } connections SEC(".maps");
@@ -150,7 +151,7 @@ static __always_inline struct connection *connection_find_or_add(struct sock *sk
 	__u64 key = (__u64)sk;
 	struct connection *found = bpf_map_lookup_elem(&connections, &key);
 
-	if (found)
+	if (found || !filter_may_want(sk))
 		return found;
 	bpf_map_update_elem(&connections, &key, &new_connection, BPF_NOEXIST);
 	found = bpf_map_lookup_elem(&connections, &key);

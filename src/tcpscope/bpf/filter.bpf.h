@@ -55,6 +55,17 @@ static __always_inline bool in_networks(const volatile struct network *networks,
 	return false;
 }
 
+/*
+ * Whether this socket can ever pass, by what it keeps for its whole life: then it takes a place in a table. An IPv6 socket
+ * may come to talk IPv4.
+ */
+static __always_inline bool filter_may_want(struct sock *sk)
+{
+	if (filter.netns && BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum) != filter.netns)
+		return false;
+	return filter.family != 6 || BPF_CORE_READ(sk, __sk_common.skc_family) != AF_INET;
+}
+
 static __always_inline bool filter_wants_owner(void)
 {
 	return filter.has_pid || filter.has_uid || filter.has_comm || filter.cgroup;

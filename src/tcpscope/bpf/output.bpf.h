@@ -37,6 +37,12 @@
 /* On an iterator over the entries of a map: which map. */
 #define OVER_MAP(name) __attribute__((btf_decl_tag("map:" name)))
 
+/*
+ * Of a table with an entry for each socket. User space puts in the place of this as many as the machine may come to have
+ * while the tool runs, and has room made for all of them at once where tracing programs had better not allocate.
+ */
+#define PER_SOCKET 65536
+
 #define CPU_SLOTS 128 /* power of two; CPUs beyond share slots, the counters are atomic */
 
 struct counters {

@@ -73,7 +73,8 @@ struct last_look {
 /* Inserted when a connection is first seen, deleted at tcp_destroy_sock. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PER_SOCKET);
 	__type(key, __u64); /* address of the struct sock */
 	__type(value, struct last_look);
 } last_seen SEC(".maps");
@@ -171,7 +172,7 @@ static __always_inline void look(struct sock *sk, __u64 cookie)
 
 	if (!seen) {
 		/* Older than the tool: what was measured before it was seen is not counted. */
-		if (bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
+		if (filter_may_want(sk) && bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
 			COUNT(table_full);
 		return;
 	}
@@ -189,6 +190,8 @@ static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie)
 	__u32 us = BPF_CORE_READ(tcp, srtt_us) >> 3;
 	__u64 key = (__u64)sk;
 
+	if (!filter_may_want(sk))
+		return;
 	if (bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
 		COUNT(table_full);
 	if (us)

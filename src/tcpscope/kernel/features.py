@@ -108,6 +108,14 @@ class Kernel:
         """
         return self.parameters("bpf_map_kmalloc_node") is not None
 
+    @cached_property
+    def allocates_in_programs(self) -> bool:
+        """Whether a tracing program may add to a map that has no room made beforehand.
+
+        "bpf: Introduce any context BPF specific memory allocator" (6.1).
+        """
+        return self.has_type("bpf_mem_alloc")
+
     def can(self, program: Program) -> Answer:
         """Whether this kernel has what `program` hooks. Yes is not a promise: attaching may still be refused."""
         if program.needs and self.enumerator(program.needs) is None:

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError
@@ -25,6 +26,8 @@ PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 BATCH_BYTES = 256 << 10  # larger ones are not faster, and their rows are what the tool needs most memory for
 _VERIFIER_LINES = 6
 _FORGETTING = ("destroy", "destroy_again")
+_PER_SOCKET = 65536  # in output.bpf.h
+_NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Loaded:
         self._data = ffi.from_buffer(spec.data)
         self.verifier: dict[str, str] = {}  # program that was refused -> the end of the verifier's log
         refused = plan_refusals(spec, kernel)
+        self._allocates = kernel.allocates_in_programs
         kernel.release()  # libbpf reads its own, and needs most memory then
         while True:
             self.hooks = plan(spec, refused, self._setup.skip, self._setup.event)
@@ -132,12 +136,22 @@ class Loaded:
             if name in chosen:
                 self._programs[name] = program
             program = lib.bpf_object__next_program(self._object, program)
+        self._size_tables()
         for name, entries in self._setup.entries.items():
             lib.bpf_map__set_max_entries(self._map(name), entries)
         self._write_constants()
         error = -lib.bpf_object__load(self._object)
         if error:
             raise self._load_error(error)
+
+    def _size_tables(self) -> None:
+        entries = sockets_at_most(tcp_sockets(), self._allocates)
+        table = lib.bpf_object__next_map(self._object, ffi.NULL)
+        while table != ffi.NULL:
+            if lib.bpf_map__max_entries(table) == _PER_SOCKET:
+                lib.bpf_map__set_max_entries(table, entries)
+                lib.bpf_map__set_map_flags(table, _NO_PREALLOC if self._allocates else 0)
+            table = lib.bpf_object__next_map(self._object, table)
 
     def _write_constants(self) -> None:
         hooked = {
@@ -266,6 +280,26 @@ class Loaded:
         if self._object != ffi.NULL:
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
+
+
+def tcp_sockets() -> int:
+    """TCP sockets of the machine, in all network namespaces (tcp_sockets_allocated, net/ipv4/tcp.c); 0 if not known."""
+    try:
+        lines = Path("/proc/net/sockstat").read_text().splitlines()
+    except OSError:
+        return 0
+    words = next((line.split() for line in lines if line.startswith("TCP:")), [])
+    return int(words[words.index("alloc") + 1]) if "alloc" in words else 0
+
+
+def sockets_at_most(now: int, allocates: bool) -> int:
+    """For so many sockets a table has room, where there are `now`.
+
+    Where programs allocate, a free place costs 16 bytes (struct bucket, kernel/bpf/hashtab.c): there are four times as
+    many. Elsewhere it costs as much as an entry, and there are twice as many.
+    """
+    least, factor = (1 << 17, 4) if allocates else (1 << 16, 2)
+    return min(max(now * factor, least), 1 << 21)
 
 
 def pieces(file: io.RawIOBase) -> Iterator[bytes]:
