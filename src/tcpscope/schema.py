@@ -50,6 +50,7 @@ class Field(msgspec.Struct, frozen=True):
     labels: dict[int, str] | None
     title: str = ""
     width: int = 0
+    enum: str = ""
 
     @property
     def type(self) -> Any:
@@ -107,9 +108,10 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
         if member.name.startswith("padding"):
             continue
         size = btf.size_of(member.type_id)
-        labels = None
+        labels, enum = None, ""
         kind = tags.get("kind", "")
         if isinstance(type_, B.Enum):
+            enum = type_.name
             labels = labels_of(btf.enumerators(type_))
             kind = "enum"
         elif not kind:
@@ -132,6 +134,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             labels=labels,
             title=tags.get("title", ""),
             width=int(tags.get("width", 0)),
+            enum=enum,
         )
 
 

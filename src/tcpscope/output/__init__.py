@@ -18,8 +18,9 @@ from tcpscope.schema import Field
 class Column(msgspec.Struct, frozen=True):
     """One column of the output. All of it comes from the event's C struct where there is one.
 
-    `nullable`: None where it is not known. In a table `title` stands above it, else the name, and `width` is that of
-    most values.
+    nullable      None where it is not known
+    title, width  in a table: what stands above it, if not the name, and how wide most values are
+    enum, labels  C name of an enum, and its values
     """
 
     name: str
@@ -29,11 +30,15 @@ class Column(msgspec.Struct, frozen=True):
     nullable: bool = False
     title: str = ""
     width: int = 0
+    enum: str = ""
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, field: Field) -> Column:
-        width = max(map(len, field.labels.values())) if field.labels else field.width
-        return cls(field.name, field.kind, field.unit, field.doc, field.unknown is not None, field.title, width)
+        labels = tuple(field.labels.values()) if field.labels else ()
+        width = max(map(len, labels)) if labels else field.width
+        return cls(field.name, field.kind, field.unit, field.doc, field.unknown is not None, field.title, width,
+                   field.enum, labels)  # fmt: skip
 
 
 class Sink(Protocol):

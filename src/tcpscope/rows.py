@@ -1,0 +1,799 @@
+"""The rows of each tool, and what `tcpscope.open` takes.
+
+Written by `python -m tests.test_rows` from what the tools say of their columns.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+
+import msgspec
+
+from tcpscope.listeners import Holder
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from tcpscope.events import Events
+
+
+class Answer(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    NONE = "NONE"
+    SYN_COOKIE = "SYN_COOKIE"
+    RST = "RST"
+
+
+class Cause(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    ACCEPT_QUEUE_FULL = "ACCEPT_QUEUE_FULL"
+    SYN_QUEUE_FULL = "SYN_QUEUE_FULL"
+    COOKIE_SENT = "COOKIE_SENT"
+    SYN_QUEUE_RESERVED = "SYN_QUEUE_RESERVED"
+    OTHER = "OTHER"
+
+
+class Closer(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    LOCAL = "LOCAL"
+    REMOTE = "REMOTE"
+
+
+class End(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    OPEN = "OPEN"
+    FIN = "FIN"
+    FIN_WAIT2 = "FIN_WAIT2"
+    RST_RECEIVED = "RST_RECEIVED"
+    RST_SENT = "RST_SENT"
+    RST = "RST"
+    TIMEOUT = "TIMEOUT"
+    KEEPALIVE = "KEEPALIVE"
+    KILLED = "KILLED"
+
+
+class FollowedBy(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    NOTHING = "NOTHING"
+    TIME_WAIT = "TIME_WAIT"
+    FIN_WAIT2 = "FIN_WAIT2"
+
+
+class Outcome(StrEnum):
+    ESTABLISHED = "ESTABLISHED"
+    REFUSED = "REFUSED"
+    TIMED_OUT = "TIMED_OUT"
+    UNREACHABLE = "UNREACHABLE"
+    RESET = "RESET"
+    ABORTED = "ABORTED"
+    KILLED = "KILLED"
+    FAILED = "FAILED"
+
+
+class Role(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    ACTIVE = "ACTIVE"
+    PASSIVE = "PASSIVE"
+    LISTENER = "LISTENER"
+
+
+class Step(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    SYN = "SYN"
+    ACK = "ACK"
+
+
+class StepKind(StrEnum):
+    CONNECT = "CONNECT"
+    ACCEPT = "ACCEPT"
+    CLOSE = "CLOSE"
+
+
+class TcpState(StrEnum):
+    ESTABLISHED = "ESTABLISHED"
+    SYN_SENT = "SYN_SENT"
+    SYN_RECV = "SYN_RECV"
+    FIN_WAIT1 = "FIN_WAIT1"
+    FIN_WAIT2 = "FIN_WAIT2"
+    TIME_WAIT = "TIME_WAIT"
+    CLOSE = "CLOSE"
+    CLOSE_WAIT = "CLOSE_WAIT"
+    LAST_ACK = "LAST_ACK"
+    LISTEN = "LISTEN"
+    CLOSING = "CLOSING"
+    NEW_SYN_RECV = "NEW_SYN_RECV"
+
+
+class Accept(msgspec.Struct, frozen=True):
+    """A row of `accept`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    listener: IPv4Address | IPv6Address | None
+    """address that the listener is bound to"""
+
+    listener_cookie: int | None
+    """socket cookie of the listener"""
+
+    wait_us: int | None
+    """time in the accept queue"""
+
+    accept_queue: int | None
+    """connections that still wait in the listener's accept queue"""
+
+    accept_limit: int | None
+    """its limit: one more than this fits"""
+
+
+class Connect(msgspec.Struct, frozen=True):
+    """A row of `connect`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    outcome: Outcome
+    """how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why"""
+
+    syn_sent: bool
+    """a SYN has left: the kernel counts it as TcpActiveOpens"""
+
+    errno: int | None
+    """error of the socket or, where it has none, of connect()"""
+
+    syn_retrans: int
+    """retransmissions of the SYN"""
+
+    latency_us: int | None
+    """from SYN_SENT, in connect(), to the outcome"""
+
+
+class Connlat(msgspec.Struct, frozen=True):
+    """A row of `connlat`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    outcome: Outcome
+    """how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why"""
+
+    syn_sent: bool
+    """a SYN has left: the kernel counts it as TcpActiveOpens"""
+
+    errno: int | None
+    """error of the socket or, where it has none, of connect()"""
+
+    syn_retrans: int
+    """retransmissions of the SYN"""
+
+    latency_us: int | None
+    """from SYN_SENT, in connect(), to the outcome"""
+
+
+class Life(msgspec.Struct, frozen=True):
+    """A row of `life`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    role: Role | None
+    """who opened it: active = this host, passive = the remote end"""
+
+    state: TcpState
+    """state in which it ended, or in which an open one is"""
+
+    end: End | None
+    """how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait socket
+    waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by ss -K;
+    OPEN: it has not"""
+
+    closed_by: Closer | None
+    """whose FIN or RST came first"""
+
+    errno: int
+    """error of the socket"""
+
+    tx_bytes: int
+    """data sent, retransmissions included"""
+
+    acked_bytes: int | None
+    """data that the remote end has acknowledged"""
+
+    rx_bytes: int
+    """data received"""
+
+    tx_segs: int
+    """segments sent, retransmissions and those without data included"""
+
+    rx_segs: int
+    """segments received"""
+
+    tx_data_segs: int
+    """segments sent with data"""
+
+    rx_data_segs: int
+    """segments received with data"""
+
+    retrans: int
+    """retransmitted segments, of the handshake too"""
+
+    syn_retrans: int | None
+    """of these: of the SYN, or of a passive connection's SYN-ACK"""
+
+    srtt_us: int | None
+    """smoothed round-trip time"""
+
+    min_rtt_us: int | None
+    """smallest round-trip time of the last five minutes"""
+
+    handshake_us: int | None
+    """from connect() to ESTABLISHED; of a passive connection from its SYN-ACK to the answer"""
+
+    duration_us: int | None
+    """from connect() or, passive, the handshake's end, to the end"""
+
+    established_us: int | None
+    """from ESTABLISHED to the end"""
+
+
+class List(msgspec.Struct, frozen=True):
+    """A row of `list`."""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    state: TcpState
+    """state"""
+
+    rx_queue_bytes: int | None
+    """received and not yet read, a FIN counts too; null for a listener"""
+
+    tx_queue_bytes: int | None
+    """sent and not yet acknowledged, or not yet sent; null for a listener"""
+
+    accept_queue: int | None
+    """connections that wait for accept(); null but for a listener"""
+
+    accept_limit: int | None
+    """limit of the accept queue; null but for a listener"""
+
+    uid: int | None
+    """user that made the socket"""
+
+    pid: int | None
+    """first process that holds it"""
+
+    comm: str | None
+    """name of that process"""
+
+    holders: list[Holder]
+    """every process that holds it: PID, name, user, file descriptor"""
+
+
+class Queue(msgspec.Struct, frozen=True):
+    """A row of `queue`."""
+
+    time: datetime
+    """when the snapshot was taken"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    lport: int | None
+    """local port"""
+
+    pid: int
+    """first process that holds it"""
+
+    comm: str
+    """name of that process"""
+
+    accept_queue: int
+    """connections that wait for accept()"""
+
+    accept_limit: int
+    """accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more"""
+
+    limit_from: str
+    """where that limit comes from: listen()'s backlog or somaxconn (derived)"""
+
+    syn_queue: int
+    """handshakes that wait for the final ACK; their limit is the accept queue's"""
+
+    overflows: int | None
+    """refused because the accept queue was full, since the tool sees it"""
+
+    overflows_at_syn: int | None
+    """... of them SYNs"""
+
+    overflows_at_ack: int | None
+    """... of them final ACKs: the client believes it is connected"""
+
+    syn_drops: int | None
+    """SYNs refused because the SYN queue was full, or its last quarter reserved"""
+
+    cookies: int | None
+    """SYNs answered by a SYN cookie"""
+
+    drops: int
+    """the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two"""
+
+    accepts: int | None
+    """accept() calls that returned a connection, since the tool sees it"""
+
+    accepts_per_s: float | None
+    """the same per second, since the snapshot before"""
+
+    since_accept_ms: int | None
+    """time since the last accept()"""
+
+    oldest_wait_ms: int | None
+    """how long its head waits for accept(), since its SYN-ACK"""
+
+    somaxconn: int
+    """net.core.somaxconn of the namespace"""
+
+    max_syn_backlog: int
+    """net.ipv4.tcp_max_syn_backlog of the namespace"""
+
+    syncookies: int
+    """net.ipv4.tcp_syncookies of the namespace"""
+
+    abort_on_overflow: bool
+    """net.ipv4.tcp_abort_on_overflow of the namespace"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    holders: list[Holder]
+    """every process that holds it"""
+
+
+class States(msgspec.Struct, frozen=True):
+    """A row of `states`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    role: Role | None
+    """who opened it: active = this host, passive = the remote end"""
+
+    old_state: TcpState
+    """state before"""
+
+    new_state: TcpState
+    """state after"""
+
+    followed_by: FollowedBy | None
+    """what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing"""
+
+    in_state_us: int | None
+    """time spent in the old state"""
+
+
+class Tracer(msgspec.Struct, frozen=True):
+    """A row of `tracer`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    step: StepKind
+    """CONNECT: an active open succeeded; ACCEPT: accept() returned it; CLOSE: it ended"""
+
+
+class QueueEvents(msgspec.Struct, frozen=True):
+    """A row of `queue --events`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    accept_queue: int
+    """connections that wait for accept()"""
+
+    accept_limit: int
+    """accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more"""
+
+    syn_queue: int
+    """handshakes that wait for the final ACK; their limit is the accept queue's"""
+
+    somaxconn: int
+    """net.core.somaxconn of the namespace"""
+
+    max_syn_backlog: int
+    """net.ipv4.tcp_max_syn_backlog of the namespace"""
+
+    syncookies: int
+    """net.ipv4.tcp_syncookies of the namespace"""
+
+    abort_on_overflow: bool
+    """net.ipv4.tcp_abort_on_overflow of the namespace"""
+
+    cause: Cause
+    """what was full; UNKNOWN when sampled"""
+
+    step: Step | None
+    """at which step of the handshake"""
+
+    answer: Answer | None
+    """what the peer got"""
+
+    count: int
+    """how many; 1 unless sampled"""
+
+    stack: list[str] | None
+    """kernel stack, innermost first"""
+
+
+class Asked(TypedDict, total=False):
+    """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
+
+    pid: int
+    comm: str
+    uid: int | str
+    cgroup: int | str
+    netns: int | str
+    ipv4: bool
+    ipv6: bool
+    lport: int | str
+    rport: int | str
+    port: int | str
+    laddr: str
+    raddr: str
+    duration: float | None
+    interval: float | None
+    max_events: int | None
+    time: Literal["iso", "elapsed", "none"]
+    columns: tuple[str, ...] | None
+    buffer: int | None
+
+
+@overload
+def open(
+    tool: Literal["accept"], /, *, count: Literal[True], by: str | None = ..., **asked: Unpack[Asked]
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["accept"], /, **asked: Unpack[Asked]) -> Events[Accept]: ...
+
+
+@overload
+def open(
+    tool: Literal["connect"],
+    /,
+    *,
+    failed: bool = ...,
+    count: Literal[True],
+    by: str | None = ...,
+    **asked: Unpack[Asked],
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["connect"], /, *, failed: bool = ..., **asked: Unpack[Asked]) -> Events[Connect]: ...
+
+
+@overload
+def open(
+    tool: Literal["connlat"],
+    /,
+    *,
+    min: str | None = ...,
+    histogram: Literal[True],
+    by: str | None = ...,
+    **asked: Unpack[Asked],
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["connlat"], /, *, min: str | None = ..., **asked: Unpack[Asked]) -> Events[Connlat]: ...
+
+
+@overload
+def open(
+    tool: Literal["life"], /, *, live: bool = ..., count: Literal[True], by: str | None = ..., **asked: Unpack[Asked]
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["life"], /, *, live: bool = ..., **asked: Unpack[Asked]) -> Events[Life]: ...
+
+
+@overload
+def open(tool: Literal["list"], /, **asked: Unpack[Asked]) -> Events[List]: ...
+
+
+@overload
+def open(
+    tool: Literal["queue"], /, *, events: Literal[True], stack: bool = ..., **asked: Unpack[Asked]
+) -> Events[QueueEvents]: ...
+
+
+@overload
+def open(tool: Literal["queue"], /, *, stack: bool = ..., **asked: Unpack[Asked]) -> Events[Queue]: ...
+
+
+@overload
+def open(
+    tool: Literal["rtt"],
+    /,
+    *,
+    by: str = ...,
+    smoothed: bool = ...,
+    histogram: bool = ...,
+    max_keys: int = ...,
+    **asked: Unpack[Asked],
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["states"], /, **asked: Unpack[Asked]) -> Events[States]: ...
+
+
+@overload
+def open(tool: Literal["tracer"], /, **asked: Unpack[Asked]) -> Events[Tracer]: ...
+
+
+def open(tool: str, /, **asked: Any) -> Events[Any]:
+    """As in `tcpscope`, which has it without an import of this module."""
+    from tcpscope.events import Events
+
+    return Events(tool, asked)

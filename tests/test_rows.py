@@ -1,0 +1,283 @@
+"""Rows in Python: their classes and the types of `tcpscope.open`, which `python -m tests.test_rows` writes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import tcpscope
+from tcpscope import rows
+from tcpscope.errors import UsageError
+from tcpscope.kernel.spec import Spec
+from tcpscope.output import Column
+from tcpscope.request import Option, Request
+from tcpscope.tool import Stream, Tool, find, names
+from tcpscope.values import class_of, converter
+from tests.conftest import DEADLINE
+
+FILE = Path(rows.__file__)
+TREE = FILE.parents[2]
+TYPES = {
+    "int": "int", "float": "float", "bool": "bool", "comm": "str", "text": "str", "time": "datetime", "errno": "int",
+    "address": "IPv4Address | IPv6Address", "list": "list[Holder]", "stack": "list[str]",
+}  # fmt: skip
+HEAD = '''"""The rows of each tool, and what `tcpscope.open` takes.
+
+Written by `python -m tests.test_rows` from what the tools say of their columns.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from ipaddress import IPv4Address, IPv6Address
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+
+import msgspec
+
+from tcpscope.listeners import Holder
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from tcpscope.events import Events
+'''
+ASKED = '''
+
+class Asked(TypedDict, total=False):
+    """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
+
+    pid: int
+    comm: str
+    uid: int | str
+    cgroup: int | str
+    netns: int | str
+    ipv4: bool
+    ipv6: bool
+    lport: int | str
+    rport: int | str
+    port: int | str
+    laddr: str
+    raddr: str
+    duration: float | None
+    interval: float | None
+    max_events: int | None
+    time: Literal["iso", "elapsed", "none"]
+    columns: tuple[str, ...] | None
+    buffer: int | None
+'''
+
+
+def columns_of(tool: Tool, **options: Any) -> tuple[Column, ...]:
+    return tool.columns(Request(options={option.name: option.unset for option in tool.options} | options))
+
+
+def classes() -> Iterator[tuple[str, str, tuple[Column, ...]]]:
+    """Name, what it is a row of, columns. Those of summaries and of `rtt` follow from the options."""
+    for name in names():
+        if name != "rtt":
+            yield name.title(), f"`{name}`", columns_of(find(name))
+    yield "QueueEvents", "`queue --events`", columns_of(find("queue"), events=True)
+
+
+def generated() -> str:
+    known = list(classes())
+    text = HEAD
+    enums = {column.enum: column.labels for _, _, columns in known for column in columns if column.enum}
+    for enum, labels in sorted(enums.items()):
+        text += f"\n\nclass {class_of(enum)}(StrEnum):\n" + "".join(f'    {label} = "{label}"\n' for label in labels)
+    for name, of, columns in known:
+        text += f'\n\nclass {name}(msgspec.Struct, frozen=True):\n    """A row of {of}."""\n'
+        for column in columns:
+            type_ = class_of(column.enum) if column.enum else TYPES[column.kind]
+            null = " | None" if column.nullable else ""
+            doc = textwrap.fill(column.doc or "when it happened", 110, subsequent_indent="    ")
+            text += f'\n    {column.name}: {type_}{null}\n    """{doc}"""\n'
+    text += ASKED
+    for name in names():
+        text += "".join(overloads(find(name)))
+    return text + (
+        "\n\ndef open(tool: str, /, **asked: Any) -> Events[Any]:\n"
+        '    """As in `tcpscope`, which has it without an import of this module."""\n'
+        "    from tcpscope.events import Events\n\n"
+        "    return Events(tool, asked)\n"
+    )
+
+
+def overloads(tool: Tool) -> Iterator[str]:
+    if tool.name == "rtt":
+        yield overload(tool, "Any")
+    elif tool.name == "queue":
+        yield overload(tool, "QueueEvents", "events")
+        yield overload(tool, "Queue")
+    else:
+        for summary in tool.summaries if isinstance(tool, Stream) else ():
+            yield overload(tool, "Any", summary.option)
+        yield overload(tool, tool.name.title())
+
+
+def overload(tool: Tool, row: str, wanted: str = "") -> str:
+    """With the flag `wanted`; without one, with those that change nothing about the row."""
+    modes = set() if tool.name == "rtt" else {"events", "count", "histogram"} | ({"by"} if not wanted else set())
+    options = [option for option in tool.options if option.name == wanted or option.name not in modes]
+    parameters = "".join(f"{parameter(option, option.name == wanted)}, " for option in options)
+    star = "*, " if parameters else ""
+    return (
+        f'\n\n@overload\ndef open(tool: Literal["{tool.name}"], /, {star}{parameters}**asked: Unpack[Asked]) '
+        f"-> Events[{row}]: ...\n"
+    )
+
+
+def parameter(option: Option, must: bool) -> str:
+    if must:
+        return f"{option.name}: Literal[True]"
+    null = " | None" if option.unset is None else ""
+    return f"{option.name}: {option.type.__name__}{null} = ..."
+
+
+def formatted(text: str) -> str:
+    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(FILE), "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True, cwd=TREE).stdout
+
+
+def test_the_classes_are_those_of_the_tools() -> None:
+    assert FILE.read_text() == formatted(generated()), "python -m tests.test_rows"
+
+
+def test_values_in_place_of_text() -> None:
+    known = {column.name: column for column in columns_of(find("connect"))}
+    columns = [known[name] for name in ("time", "raddr", "outcome", "errno")]
+    time = "2026-11-28T12:00:00.000001Z"
+    row = SimpleNamespace(time=time, raddr="192.0.2.1", outcome="REFUSED", errno="ECONNREFUSED")
+    found = converter("connect", columns)(row)
+    assert found.time == datetime(2026, 11, 28, 12, 0, 0, 1, UTC)
+    assert (found.raddr, found.errno) == (ip_address("192.0.2.1"), 111)
+    assert found.outcome is rows.Outcome.REFUSED
+    row = SimpleNamespace(time=1.5, raddr=None, outcome="17", errno="none")  # of a kernel that has more outcomes
+    found = converter("connect", columns)(row)
+    assert (found.time, found.raddr, found.outcome, found.errno) == (1.5, None, "17", 0)
+
+
+def test_every_errno_and_every_label() -> None:
+    life = {column.name: column for column in columns_of(find("life"))}
+    convert = converter("life", [life["errno"], life["end"]])
+    for label in Spec.of("connections").labels("end").values():
+        assert convert(SimpleNamespace(errno="4095", end=label)).end is rows.End[label]
+    assert convert(SimpleNamespace(errno="4095", end="FIN")).errno == 4095
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"failed": True, "faild": True}, "'connect' has no 'faild'; did you mean 'failed'?"),
+        ({"rprt": 1}, "'connect' has no 'rprt'; did you mean 'rport'?"),
+        ({"time": "utc"}, "time 'utc'; allowed: iso, elapsed, none"),
+        ({"columns": ("tme",)}, "unknown column 'tme'; did you mean 'time'?"),
+        ({"lport": "x"}, "port 'x' is neither a number nor a range"),
+    ],
+)
+def test_wrong_usage(keywords: dict[str, Any], error: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(error)):
+        tcpscope.open("connect", **keywords)
+
+
+def refused(times: int = 1) -> int:
+    """A port of this host where so many connections are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    for _ in range(times):
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", port)) == 111
+    return port
+
+
+def test_an_attempt_as_the_client_sees_it() -> None:
+    before = datetime.now(UTC)
+    with tcpscope.open("connect", duration=DEADLINE, failed=True, raddr="127.0.0.1") as events:
+        port = refused()
+        row = next(row for row in events if row.rport == port)
+    assert isinstance(row, rows.Connect)
+    assert before - timedelta(seconds=1) <= row.time <= datetime.now(UTC)
+    assert (row.outcome, row.errno, row.family) == (rows.Outcome.REFUSED, 111, 4)
+    assert row.raddr == ip_address("127.0.0.1")
+
+
+def test_in_another_thread_and_stopped_from_this_one() -> None:
+    found: list[Any] = []
+    with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
+        thread = threading.Thread(target=lambda: found.extend(events))
+        thread.start()
+        port = refused(3)
+        events.stop()
+        thread.join()
+    assert [row.outcome for row in found if row.rport == port] == ["REFUSED"] * 3
+
+
+def test_in_asyncio() -> None:
+    """The loop goes on while the rows are waited for."""
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.01)
+
+    async def first() -> Any:
+        with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
+            beside = asyncio.create_task(tick())
+            await asyncio.sleep(0.1)
+            port = refused()
+            async for row in events:
+                if row.rport == port:
+                    beside.cancel()
+                    return row
+        return None
+
+    row = asyncio.run(first())
+    assert row.outcome is rows.Outcome.REFUSED
+    assert ticks > 3
+
+
+def test_the_examples_pass_mypy(tmp_path: Path) -> None:
+    """The README's, and one that asks for an attribute that is not there."""
+    section = (TREE / "README.md").read_text().partition("\n## From Python\n")[2]
+    (example,) = re.findall(r"^```python\n(.*?)^```$", section.partition("\n## ")[0], re.M | re.S)
+    good, wrong = tmp_path / "good.py", tmp_path / "wrong.py"
+    good.write_text(example)
+    wrong.write_text(
+        "import tcpscope\n\n"
+        "for event in tcpscope.open('connect', failed=True):\n    reveal_type(event.raddr)\n"
+        "    print(event.raddress)\n\n"
+        "tcpscope.open('connect', smoothed=True)\n"
+        "for refusal in tcpscope.open('queue', events=True):\n    reveal_type(refusal.cause)\n"
+    )
+    def mypy(path: Path) -> str:
+        command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", path]
+        environment = os.environ | {"MYPYPATH": str(TREE / "src")}  # it does not see an editable install
+        return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+
+    assert mypy(good).startswith("Success")
+    said = mypy(wrong)
+    assert 'Revealed type is "ipaddress.IPv4Address | ipaddress.IPv6Address' in said
+    assert '"Connect" has no attribute "raddress"' in said
+    assert 'wrong.py:7: error: No overload variant of "open"' in said
+    assert 'Revealed type is "tcpscope.rows.Cause' in said
+
+
+if __name__ == "__main__":
+    FILE.write_text(formatted(generated()))
