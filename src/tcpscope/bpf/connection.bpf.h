@@ -327,15 +327,17 @@ static __always_inline struct connection *connection_accepted(struct sock *child
 	return connection;
 }
 
-static __always_inline void connection_forget(struct sock *sk)
+/* False if there was nothing to forget. */
+static __always_inline bool connection_forget(struct sock *sk)
 {
 	struct connection *connection = connection_find(sk);
 	__u64 key = (__u64)sk;
 
 	if (!connection)
-		return;
+		return false;
 	connection_stop_listening(connection);
 	bpf_map_delete_elem(&connections, &key);
+	return true;
 }
 
 /*

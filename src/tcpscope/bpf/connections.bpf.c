@@ -403,13 +403,12 @@ static __always_inline int destroyed(struct sock *sk)
 	if (!emits_transition)
 		resolve(sk, connection);
 	connection_forget(sk);
-	return 0;
+	return 1;
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy, struct sock *sk)
 {
-	once_note(sk, 0);
 	destroyed(sk);
 	return 0;
 }
@@ -418,8 +417,8 @@ AGAIN
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
-	if (once_missed(sk, 0))
-		destroyed(sk);
+	if (destroyed(sk)) /* the first copy leaves nothing behind */
+		COUNT(rescued);
 	return 0;
 }
 

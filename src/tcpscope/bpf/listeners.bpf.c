@@ -164,19 +164,18 @@ int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
 	return 0;
 }
 
+/* 1 if there was something to forget. */
 static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
+	bool was_active = !bpf_map_delete_elem(&activities, &key);
 
-	bpf_map_delete_elem(&activities, &key);
-	connection_forget(sk);
-	return 0;
+	return connection_forget(sk) || was_active;
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy, struct sock *sk)
 {
-	once_note(sk, 0);
 	destroyed(sk);
 	return 0;
 }
@@ -185,8 +184,8 @@ AGAIN
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
-	if (once_missed(sk, 0))
-		destroyed(sk);
+	if (destroyed(sk)) /* the first copy leaves nothing behind */
+		COUNT(rescued);
 	return 0;
 }
 

@@ -4,13 +4,14 @@
  * where it runs already: a softirq that interrupts it and passes the same tracepoint is left out. So such a program is
  * attached twice. The first one notes each event that it takes; the second, which the tracepoint calls after it, takes
  * those that it does not find noted. That is exact for one interruption, and there are not more: softirqs do not nest.
+ * Where two runs for one event do what one does, no note is needed: the end of a socket, a look at a segment.
  *
  * Processes do not nest either, as long as none loses the processor within the programs. Before 7.0 none does. Since then
  * one may, in a few instructions of each copy (processor_release). If both copies are held so, or one is and a softirq
  * interrupts the other, an event is lost, and counted as missed.
  *
  * Only the first makes notes and only the second wipes them. A note stays when the second was left out, until the next
- * event of its socket: each has one note, and no change of state comes twice without another between. More sockets than
+ * change of its socket: each has one note, and no change of state comes twice without another between. More sockets than
  * there are places, in one interruption of the second, would take the note from it that it looks for: its event would come
  * twice.
  */

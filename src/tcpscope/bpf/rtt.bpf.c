@@ -313,20 +313,18 @@ int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
 	return 0;
 }
 
+/* 1 if there was something to forget. */
 static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
+	bool was_seen = !bpf_map_delete_elem(&last_seen, &key);
 
-	bpf_map_delete_elem(&last_seen, &key);
-	if (want_owner)
-		connection_forget(sk);
-	return 0;
+	return (want_owner && connection_forget(sk)) || was_seen;
 }
 
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy, struct sock *sk)
 {
-	once_note(sk, 0);
 	destroyed(sk);
 	return 0;
 }
@@ -335,8 +333,8 @@ AGAIN
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
-	if (once_missed(sk, 0))
-		destroyed(sk);
+	if (destroyed(sk)) /* the first copy leaves nothing behind */
+		COUNT(rescued);
 	return 0;
 }
 
