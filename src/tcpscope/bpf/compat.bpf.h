@@ -83,20 +83,30 @@ static __always_inline void processor_release(void)
  * BPF_PROG() of libbpf, for tp_btf, fentry and fexit, that keeps the processor. Otherwise one that is put aside in the middle
  * has the kernel leave the program out for all others on its processor, and shares what it writes with them.
  */
-#define TRACING_PROG(name, args...)                                                                \
+#define TRACING_PROG(name, args...) TRACING_PROG_IF(true, name, ##args)
+
+/* The same for most of whose runs there is nothing to do: `matters`, of the arguments, is asked before the processor is kept. */
+#define TRACING_PROG_IF(matters, name, args...)                                                    \
 	name(unsigned long long *ctx);                                                             \
+	static __always_inline bool matters_##name(unsigned long long *ctx, ##args);               \
 	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args);       \
 	typeof(name(0)) name(unsigned long long *ctx)                                              \
 	{                                                                                          \
 		typeof(name(0)) result;                                                            \
                                                                                                    \
-		processor_keep();                                                                  \
 		_Pragma("GCC diagnostic push")                                                     \
 		_Pragma("GCC diagnostic ignored \"-Wint-conversion\"")                             \
+		if (!matters_##name(___bpf_ctx_cast(args)))                                        \
+			return 0;                                                                  \
+		processor_keep();                                                                  \
 		result = kept_##name(___bpf_ctx_cast(args));                                       \
 		_Pragma("GCC diagnostic pop")                                                      \
 		processor_release();                                                               \
 		return result;                                                                     \
+	}                                                                                          \
+	static __always_inline bool matters_##name(unsigned long long *ctx, ##args)                \
+	{                                                                                          \
+		return matters;                                                                    \
 	}                                                                                          \
 	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args)
 

@@ -91,11 +91,11 @@ static __always_inline int state_changed(struct sock *sk, const struct held *cha
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (matters(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP) {
+	if (sk->sk_protocol == IPPROTO_TCP) {
 		once_note(sk, old_state << 8 | new_state);
 		change.time_ns = bpf_ktime_get_ns();
 		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
@@ -105,12 +105,11 @@ int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
 	struct held change = {.old_state = old_state, .new_state = new_state};
 
-	if (matters(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP &&
-	    once_missed(sk, old_state << 8 | new_state)) {
+	if (sk->sk_protocol == IPPROTO_TCP && once_missed(sk, old_state << 8 | new_state)) {
 		change.time_ns = bpf_ktime_get_ns();
 		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
 	}
@@ -155,13 +154,11 @@ int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int siz
 }
 
 SEC("tp_btf/sys_exit")
-int TRACING_PROG(connected__syscall, struct pt_regs *regs, long result)
+int TRACING_PROG_IF(SYSCALL_IS_CONNECT(regs), connected__syscall, struct pt_regs *regs, long result)
 {
 	struct remote_address to = {};
 	struct sock *sk;
 
-	if (!SYSCALL_IS_CONNECT(regs))
-		return 0;
 	sk = tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs));
 	if (!sk)
 		return 0;
@@ -277,9 +274,9 @@ int TRACING_PROG(accept__fexit)
 
 /* A kretprobe would come to mind, but it has few places for calls under way, and loses the others without a count. */
 SEC("tp_btf/sys_exit")
-int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
+int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
-	struct sock *child = sock_of_accept(regs, fd);
+	struct sock *child = tcp_sock_of_fd(fd);
 
 	return child ? accepted(child, tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs))) : 0;
 }

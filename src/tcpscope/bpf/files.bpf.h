@@ -43,7 +43,7 @@ static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 }
 
 /* The TCP socket behind a file descriptor of the current process, or NULL. */
-static __noinline struct sock *tcp_sock_of_fd(__u32 fd)
+static __noinline __attribute__((unused)) struct sock *tcp_sock_of_fd(__u32 fd)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
@@ -53,15 +53,6 @@ static __noinline struct sock *tcp_sock_of_fd(__u32 fd)
 	if (fd >= BPF_CORE_READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
 		return NULL;
 	return tcp_sock_of_file(file);
-}
-
-/*
- * Where functions cannot be hooked: the socket that accept() is about to return as a file descriptor.
- * Runs at every system call's exit, so it looks at the number first.
- */
-static __always_inline struct sock *sock_of_accept(struct pt_regs *regs, long fd)
-{
-	return fd >= 0 && SYSCALL_IS_ACCEPT(regs) ? tcp_sock_of_fd(fd) : NULL;
 }
 
 #endif

@@ -116,9 +116,9 @@ int TRACING_PROG(accept__fexit)
 }
 
 SEC("tp_btf/sys_exit")
-int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
+int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
-	struct sock *child = sock_of_accept(regs, fd);
+	struct sock *child = tcp_sock_of_fd(fd);
 
 	if (child)
 		accepted_from(tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs)), child);
@@ -142,9 +142,9 @@ static __noinline int state_changed(struct sock *sk, int old_state, int new_stat
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG_IF(of_listener(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
 {
-	if (of_listener(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP) {
+	if (sk->sk_protocol == IPPROTO_TCP) {
 		once_note(sk, old_state << 8 | new_state);
 		COOKIE_OF(sk);
 		state_changed(sk, old_state, new_state);
@@ -154,10 +154,9 @@ int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG_IF(of_listener(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
-	if (of_listener(old_state, new_state) && sk->sk_protocol == IPPROTO_TCP &&
-	    once_missed(sk, old_state << 8 | new_state)) {
+	if (sk->sk_protocol == IPPROTO_TCP && once_missed(sk, old_state << 8 | new_state)) {
 		COOKIE_OF(sk);
 		state_changed(sk, old_state, new_state);
 	}

@@ -307,9 +307,9 @@ int TRACING_PROG(accept__fexit)
 }
 
 SEC("tp_btf/sys_exit")
-int TRACING_PROG(accept__syscall, struct pt_regs *regs, long fd)
+int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
-	connection_accepted(sock_of_accept(regs, fd));
+	connection_accepted(tcp_sock_of_fd(fd));
 	return 0;
 }
 
