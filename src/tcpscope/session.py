@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,8 +92,8 @@ class Session:
         decided, self.residual = filtering.split(filter)
         setup = Setup(constants=filtering.constants(decided) | (constants or {}), entries=dict(entries or {}),
                       event=event, skip=frozenset(skip), debug=debug)  # fmt: skip
+        setup.entries["events"] = ring_bytes if event else mmap.PAGESIZE
         if event:
-            setup.entries["events"] = ring_bytes
             setup.constants["wakeup_bytes"] = ring_bytes // 4
         self.loaded = Loaded(self.spec, self.kernel, setup)
         self.stats = Stats()

@@ -73,6 +73,7 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
     """How this run is done on this kernel: hooks in use, what better ways were refused and why, who filters."""
     for session in sessions:
         yield f"probe {session.spec.name}"
+        yield f"  {'memory':<14} {session.loaded.kernel_bytes / 1e6:.1f} MB of the kernel's, for tables and buffer"
         for hook in session.loaded.hooks.values():
             yield f"  {hook.name:<14} {hook.program.section if hook.program else 'not attached'}"
             for name, why in hook.refused.items():

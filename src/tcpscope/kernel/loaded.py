@@ -207,6 +207,16 @@ class Loaded:
         fd: int = lib.bpf_map__fd(self._map(name))
         return fd
 
+    @property
+    def kernel_bytes(self) -> int:
+        """Memory of the kernel that the maps take now, as it says itself (memlock in fdinfo)."""
+        found, table = 0, lib.bpf_object__next_map(self._object, ffi.NULL)
+        while table != ffi.NULL:
+            lines = Path(f"/proc/self/fdinfo/{lib.bpf_map__fd(table)}").read_text().splitlines()
+            found += sum(int(line.split()[1]) for line in lines if line.startswith("memlock:"))
+            table = lib.bpf_object__next_map(self._object, table)
+        return found
+
     def memory(self, name: str) -> memoryview:
         """A global variable in .bss, as memory shared with the kernel: no system call, no privilege."""
         variable = self.spec.variables[name]

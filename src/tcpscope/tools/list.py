@@ -52,7 +52,9 @@ class List(Tool):
 
     def open(self, request: Request) -> Run:
         columns = request.choose(self.columns(request), self.shown)
-        return _Existing(columns, Session("sockets", None, request.filter, debug=request.debug), request.filter)
+        unused = {"connections": 1, "listening": 1}
+        session = Session("sockets", None, request.filter, entries=unused, debug=request.debug)
+        return _Existing(columns, session, request.filter)
 
 
 class _Existing(Run):
