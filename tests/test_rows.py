@@ -216,6 +216,15 @@ def test_an_attempt_as_the_client_sees_it() -> None:
     assert row.raddr == ip_address("127.0.0.1")
 
 
+def test_an_iteration_ends_once() -> None:
+    with tcpscope.open("connect", duration=0.1) as events:
+        list(events)
+        assert list(events) == []
+    with tcpscope.open("connect") as events:
+        batches = events.batches()
+    assert list(batches) == []
+
+
 def test_in_another_thread_and_stopped_from_this_one() -> None:
     found: list[Any] = []
     with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:

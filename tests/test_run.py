@@ -94,6 +94,18 @@ def test_of_everything_else_so_many_each_time(kind: str) -> None:
     assert run.stats == Stats(seen=9, shown=9)  # rows that are made of the events are not what is counted
 
 
+def test_what_has_ended_or_was_closed_gives_nothing_more() -> None:
+    run = Given([events(1)], [events(2)], last=[events(3)])
+    run.done = True
+    assert [list(batch.rows) for batch in run.batches(run.stop)] == [[1], [], [3]]
+    assert list(run.batches(run.stop)) == []
+    run = Given([events(1)], [events(2)], last=[events(3)])
+    batches = run.batches(run.stop)
+    assert next(batches) == events(1)
+    run.close()
+    assert list(batches) == [NOTHING]
+
+
 def test_a_signal_ends_a_long_snapshot() -> None:
     run = Given([Batch("snapshot", [1], 1), Batch("snapshot", [2], 1)])
     batches = run.batches(run.stop)

@@ -22,6 +22,7 @@ from tcpscope.run import Batch, Run
 from tcpscope.schema import Clock
 from tcpscope.session import Stats
 from tcpscope.show import show
+from tcpscope.stop import Stop
 from tcpscope.summary import Summary
 from tcpscope.tool import Tool
 
@@ -143,6 +144,19 @@ def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(row["comm"], row["count"], row["total"]) for row in found] == [
         ("web", 2, False), ("db", 1, False), ("db", 1, False), ("db", 2, True), ("web", 2, True),
     ]  # fmt: skip
+
+
+def test_a_stop_at_the_end_of_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been in an interval is not in the next one too."""
+    source = Source([event()], [event(), event("db")], [event("db")], monkeypatch=monkeypatch)
+    source.what = COUNT
+    found = []
+    with Stop() as stop, source.open(Request(interval=2.0, time="none", options={"by": "comm"})) as opened:
+        for batch in opened.batches(stop):
+            found.extend((row.comm, row.count, row.total) for row in batch.rows)
+            if batch.kind == "interval":
+                stop.stop()
+    assert found == [(comm, 2, total) for total in (False, True) for comm in ("db", "web")]
 
 
 def test_distribution() -> None:

@@ -55,6 +55,7 @@ class Run(ABC):
     accounts  whether it counts events, so that an account belongs at its end
     counted   whether its rows are what the account counts; else they are made of that
     done      it ends by itself
+    over      it has ended or was closed: there are no more batches
     repeats   what its snapshots are of, when each takes the place of the one before: "listener"
     """
 
@@ -62,7 +63,7 @@ class Run(ABC):
     more = "--buffer"
     accounts = True
     counted = False
-    done = False
+    done = over = False
     repeats = ""
 
     def __init__(self, columns: Sequence[Column], *sessions: Session) -> None:
@@ -73,7 +74,7 @@ class Run(ABC):
 
     @abstractmethod
     def poll(self) -> Iterator[Batch]:
-        """What is new. Never waits."""
+        """What is new. Never waits. Whoever reads it may stop after any batch; what was given is given."""
 
     @abstractmethod
     def end(self) -> Iterator[Batch]:
@@ -99,19 +100,23 @@ class Run(ABC):
         At most `most` rows: of events in all, and the run ends then; of everything else in each round.
         """
         limited = _Limit(self, most)
-        while True:
+        while not self.over:
             for batch in self.poll():
                 yield limited(batch)
-                if stop.stopped or limited.reached:
+                if stop.stopped or limited.reached or self.over:
                     break
             yield NOTHING
+            if self.over:
+                return
             if stop or self.done or limited.reached:
-                break
+                self.over = True
+                yield from map(limited, self.end())
+                return
             stop.wait(self.pause, *self.descriptors)
-        yield from map(limited, self.end())
 
     def close(self) -> None:
         """Detach. May be called twice."""
+        self.over = True
         for session in self.sessions:
             session.close()
 

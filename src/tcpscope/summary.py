@@ -91,8 +91,8 @@ class _Summarizing(Run):
             self._add(batch.rows)
         self.done = self._events.done
         if self._ticker.due():
-            yield self._ended("interval", self._period)
-            self._period = _Groups(bool(self._of))
+            ended, self._period = self._period, _Groups(bool(self._of))
+            yield self._ended("interval", ended)
 
     def end(self) -> Iterator[Batch]:
         for batch in self._events.end():
@@ -111,9 +111,6 @@ class _Summarizing(Run):
 
     def account(self) -> Stats:
         return self._events.account()
-
-    def close(self) -> None:
-        self._events.close()
 
     def _add(self, rows: Sequence[Any]) -> None:
         if not rows:
