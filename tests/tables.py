@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tcpscope.kernel.loaded import tcp_sockets
 from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Host
 from tcpscope.schema import Field, Layout
@@ -17,8 +18,9 @@ def left(session: Session, host: Host) -> list[str]:
     address_of_listener = CONNECTIONS.layout("listen_key", internal=True).select(["netns"])
     listener = CONNECTIONS.layout("listening", internal=True).select(["sockets"])
     entries = session.loaded.entries
+    places = 70_000 + 2 * tcp_sockets()  # in the table of connections are those of the whole machine
     return [
-        *("connections" for _, _, row in entries("connections", address, connection, 70_000)
+        *("connections" for _, _, row in entries("connections", address, connection, places)
           if row.netns == host.inode),
         *("listening" for _, row, _ in entries("listening", address_of_listener, listener, 10_000)
           if row.netns == host.inode),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import socket
@@ -25,7 +26,7 @@ from tcpscope.errors import UsageError
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
-from tcpscope.tool import Stream, Tool, find, names
+from tcpscope.tool import Tool, find, names
 from tcpscope.values import class_of, converter
 from tests.conftest import DEADLINE
 
@@ -76,9 +77,14 @@ class Asked(TypedDict, total=False):
     duration: float | None
     interval: float | None
     max_events: int | None
+    buffer: int | None
+
+
+class AskedInPart(Asked, total=False):
+    """The same, with what changes the attributes of a row."""
+
     time: Literal["iso", "elapsed", "none"]
     columns: tuple[str, ...] | None
-    buffer: int | None
 '''
 
 
@@ -119,25 +125,22 @@ def generated() -> str:
 
 
 def overloads(tool: Tool) -> Iterator[str]:
-    if tool.name == "rtt":
-        yield overload(tool, "Any")
-    elif tool.name == "queue":
+    if tool.name == "queue":
         yield overload(tool, "QueueEvents", "events")
         yield overload(tool, "Queue")
-    else:
-        for summary in tool.summaries if isinstance(tool, Stream) else ():
-            yield overload(tool, "Any", summary.option)
+    elif tool.name != "rtt":
         yield overload(tool, tool.name.title())
+    yield overload(tool, "Any")
 
 
 def overload(tool: Tool, row: str, wanted: str = "") -> str:
-    """With the flag `wanted`; without one, with those that change nothing about the row."""
-    modes = set() if tool.name == "rtt" else {"events", "count", "histogram"} | ({"by"} if not wanted else set())
+    """With the flag `wanted`, or with the options that change nothing about the row; for any row with all."""
+    modes = set() if row == "Any" else {"events", "count", "histogram", "by"}
     options = [option for option in tool.options if option.name == wanted or option.name not in modes]
     parameters = "".join(f"{parameter(option, option.name == wanted)}, " for option in options)
-    star = "*, " if parameters else ""
+    star, asked = "*, " if parameters else "", "AskedInPart" if row == "Any" else "Asked"
     return (
-        f'\n\n@overload\ndef open(tool: Literal["{tool.name}"], /, {star}{parameters}**asked: Unpack[Asked]) '
+        f'\n\n@overload\ndef open(tool: Literal["{tool.name}"], /, {star}{parameters}**asked: Unpack[{asked}]) '
         f"-> Events[{row}]: ...\n"
     )
 
@@ -188,6 +191,11 @@ def test_every_errno_and_every_label() -> None:
         ({"time": "utc"}, "time 'utc'; allowed: iso, elapsed, none"),
         ({"columns": ("tme",)}, "unknown column 'tme'; did you mean 'time'?"),
         ({"lport": "x"}, "port 'x' is neither a number nor a range"),
+        ({"duration": "1"}, "--duration '1'; a number of seconds above 0"),
+        ({"max_events": -1}, "--max-events -1; a number above 0"),
+        ({"buffer": 5000}, "--buffer 5000; a power of two from 4K to 1024M"),
+        ({"failed": 1}, "failed=1; a value of type bool"),
+        ({"count": True, "by": ("raddr",)}, "by=('raddr',); a value of type str"),
     ],
 )
 def test_wrong_usage(keywords: dict[str, Any], error: str) -> None:
@@ -237,29 +245,81 @@ def test_in_another_thread_and_stopped_from_this_one() -> None:
 
 
 def test_in_asyncio() -> None:
-    """The loop goes on while the rows are waited for."""
-    ticks = 0
+    """The loop goes on while the rows are waited for: it is the loop that makes them."""
 
-    async def tick() -> None:
-        nonlocal ticks
-        while True:
-            ticks += 1
-            await asyncio.sleep(0.01)
+    async def later() -> int:
+        await asyncio.sleep(0.2)
+        return refused()
 
     async def first() -> Any:
         with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
-            beside = asyncio.create_task(tick())
-            await asyncio.sleep(0.1)
-            port = refused()
+            beside = asyncio.create_task(later())
             async for row in events:
-                if row.rport == port:
-                    beside.cancel()
+                if beside.done() and row.rport == beside.result():
                     return row
         return None
 
-    row = asyncio.run(first())
-    assert row.outcome is rows.Outcome.REFUSED
-    assert ticks > 3
+    assert asyncio.run(first()).outcome is rows.Outcome.REFUSED
+
+
+def test_many_in_asyncio() -> None:
+    """More than the threads of asyncio, which are others' too."""
+
+    async def resolved() -> None:
+        opened = [tcpscope.open("connect", pid=1) for _ in range(8)]
+        tasks = [asyncio.create_task(anext(aiter(events), None)) for events in opened]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(DEADLINE):
+            await asyncio.to_thread(int)
+        for events in opened:
+            events.stop()
+        await asyncio.gather(*tasks)
+        for events in opened:
+            events.close()
+
+    asyncio.run(resolved())
+
+
+def test_a_task_that_is_cancelled() -> None:
+    """What its thread still reads is for the next one; to close waits for the thread."""
+
+    async def cancelled() -> list[Any]:
+        with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    async for row in events:
+                        raise AssertionError(row)
+            port = refused()
+            return [next(row for row in events if row.rport == port)]
+
+    for _ in range(5):
+        assert [row.errno for row in asyncio.run(cancelled())] == [111]
+
+
+def test_an_iteration_that_is_left_is_gone_on_with() -> None:
+    with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1", max_events=6) as events:
+        port = refused(6)
+        found = [next(iter(events))]
+        for row in events:
+            found.append(row)
+            break
+        found += next(events.batches())
+        found += events
+        stats = events.stats
+    assert [row.rport for row in found] == [port] * 6
+    assert stats.shown == 6
+
+
+def test_nothing_stays_of_what_failed_to_open() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for keywords in ({"duration": "1"}, {"columns": ("nosuch",)}, {"interval": 0}, {"max_events": -1}):
+        with pytest.raises(UsageError):
+            tcpscope.open("connect", **keywords)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tcpscope.events.converter", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tcpscope.open("connect")
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_the_examples_pass_mypy(tmp_path: Path) -> None:
@@ -274,6 +334,7 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
         "    print(event.raddress)\n\n"
         "tcpscope.open('connect', smoothed=True)\n"
         "for refusal in tcpscope.open('queue', events=True):\n    reveal_type(refusal.cause)\n"
+        "for part in tcpscope.open('connect', columns=('raddr',)):\n    reveal_type(part)\n"
     )
     def mypy(path: Path) -> str:
         command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", path]
@@ -286,6 +347,7 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
     assert '"Connect" has no attribute "raddress"' in said
     assert 'wrong.py:7: error: No overload variant of "open"' in said
     assert 'Revealed type is "tcpscope.rows.Cause' in said
+    assert 'wrong.py:11: note: Revealed type is "Any"' in said
 
 
 if __name__ == "__main__":

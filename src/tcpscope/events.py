@@ -2,70 +2,105 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import fields
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.request import Request
 from tcpscope.session import Stats
 from tcpscope.stop import Stop
-from tcpscope.tool import find
+from tcpscope.tool import Tool, find
 from tcpscope.values import converter
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Row = TypeVar("Row", covariant=True)
 FILTERS = (*(field.name for field in fields(Filter)), "ipv4", "ipv6")
-_ASKED = {"duration": None, "interval": None, "max_events": None, "time": "iso", "columns": None, "buffer": None}
-_TIMES = ("iso", "elapsed", "none")
 
 
 class Events(Generic[Row]):
-    """Made by `tcpscope.open`. Iterate over it, or over `batches()` for whole lists; `stats` is the loss contract."""
+    """Made by `tcpscope.open`. Iterate over it, or over `batches()` for whole lists; `stats` is the loss contract.
+
+    All iterations go through the same rows: one that is left early is gone on with by the next.
+    """
 
     def __init__(self, tool: str, given: dict[str, Any]) -> None:
         found = find(tool)
-        options = {option.name: option.unset for option in found.options}
-        known = [*FILTERS, *_ASKED, *options]
-        for name in given:
-            if name not in known:
-                hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
-                raise UsageError(f"'{found.name}' has no '{name}'", hint)
-        asked: dict[str, Any] = {name: given.get(name, default) for name, default in _ASKED.items()}
-        if asked["time"] not in _TIMES:
-            raise UsageError(f"time '{asked['time']}'", f"allowed: {', '.join(_TIMES)}")
-        request = Request(
-            filter=Filter.from_options(**{name: given[name] for name in FILTERS if name in given}), output="json",
-            options={name: given.get(name, default) for name, default in options.items()}, **asked,
-        )  # fmt: skip
-        self._run = found.open(request)
-        self._most = request.max_events
-        self._convert = converter(found.name, self._run.columns)
+        request = _request(found, given)
+        self._lock = threading.RLock()
+        self._waiting: list[Row] = []
         self._stop = Stop(request.duration)
-        self._stop.begin()
+        try:
+            self._run = found.open(request)
+        except BaseException:
+            self._stop.close()
+            raise
+        try:
+            self._convert = converter(found.name, self._run.columns)
+            self._batches = self._run.batches(self._stop, request.max_events)
+            self._stop.begin()
+        except BaseException:
+            self.close()
+            raise
 
     def batches(self) -> Iterator[list[Row]]:
         """Lists of rows as they were read: never empty."""
-        for batch in self._run.batches(self._stop, self._most):
-            if batch.rows:
-                yield list(map(self._convert, batch.rows))
+        while rows := self._take():
+            yield rows
 
     def __iter__(self) -> Iterator[Row]:
-        for rows in self.batches():
-            yield from rows
+        while rows := self._take():
+            given = 0
+            try:
+                for row in rows:
+                    given += 1
+                    yield row
+            finally:
+                self._waiting += rows[given:]
 
     async def __aiter__(self) -> AsyncIterator[Row]:
-        """The same in asyncio. The waiting is done in another thread."""
+        """The same in asyncio. A thread of its own waits."""
         import asyncio
+        from concurrent.futures import ThreadPoolExecutor
 
-        batches = self.batches()
+        thread = ThreadPoolExecutor(1)
         try:
-            while rows := await asyncio.to_thread(next, batches, None):
-                for row in rows:
-                    yield row
+            while True:
+                future = thread.submit(self._take)
+                try:
+                    rows = await asyncio.wrap_future(future)
+                except BaseException:
+                    future.add_done_callback(self._give_back)  # cancelled: the thread still waits for them
+                    raise
+                if not rows:
+                    return
+                given = 0
+                try:
+                    for row in rows:
+                        given += 1
+                        yield row
+                finally:
+                    self._waiting += rows[given:]
         finally:
-            self.stop()
+            thread.shutdown(wait=False)
+
+    def _take(self) -> list[Row]:
+        """The next rows; none at the end."""
+        with self._lock:
+            rows, self._waiting = self._waiting, []
+            if not rows:
+                batch = next((batch for batch in self._batches if batch.rows), None)
+                rows = list(map(self._convert, batch.rows)) if batch else []
+            return rows
+
+    def _give_back(self, future: Future[list[Row]]) -> None:
+        if not future.cancelled() and not future.exception():
+            self._waiting += future.result()
 
     @property
     def stats(self) -> Stats:
@@ -77,9 +112,11 @@ class Events(Generic[Row]):
         self._stop.stop()
 
     def close(self) -> None:
-        """Detach. Called at the end of `with`."""
-        self._run.close()
-        self._stop.close()
+        """Detach. Called at the end of `with`; a thread that iterates comes to its end first."""
+        self._stop.stop()
+        with self._lock:
+            self._run.close()
+            self._stop.close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,3 +125,22 @@ class Events(Generic[Row]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _request(tool: Tool, given: dict[str, Any]) -> Request:
+    """What was asked for by keywords. UsageError for one that the tool has no use for, as on the command line."""
+    useful = {"interval": tool.intervals, "time": tool.timed, "buffer": bool(tool.event)}
+    asked = ["duration", "max_events", "columns", *(name for name in useful if useful[name])]
+    options = {option.name: option for option in tool.options}
+    known = [*FILTERS, *asked, *options]
+    for name, value in given.items():
+        if name not in known:
+            hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+            raise UsageError(f"'{tool.name}' has no '{name}'", hint)
+        if name in options:
+            options[name].check(value)
+    return Request(
+        filter=Filter.from_options(**{name: given[name] for name in FILTERS if name in given}), output="json",
+        options={name: given.get(name, option.unset) for name, option in options.items()},
+        **{name: given[name] for name in asked if name in given},
+    )  # fmt: skip

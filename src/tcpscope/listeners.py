@@ -15,6 +15,7 @@ from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
 
 UNREAD = 2**64 - 1
+LISTENERS_AT_MOST = 8192  # as `listening` and `activities` of the probe
 MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",
@@ -137,9 +138,10 @@ def open_session(
         constants[name] = value or 0
     return Session(
         "listeners",
-        "overflow",
+        "overflow" if events else None,
         filter,
         constants=constants,
+        entries={"connections": LISTENERS_AT_MOST},
         skip=skip,
         ring_bytes=ring_bytes,
         kernel=kernel,

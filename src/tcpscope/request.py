@@ -10,6 +10,8 @@ from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.output import Column
 
+TIMES = ("iso", "elapsed", "none")
+
 
 @dataclass(frozen=True)
 class Option:
@@ -28,6 +30,11 @@ class Option:
     def unset(self) -> Any:
         """Its value for who did not give it."""
         return False if self.type is bool else self.default
+
+    def check(self, value: Any) -> None:
+        """UsageError for a value of another type."""
+        if type(value) is not self.type and value is not self.unset:
+            raise UsageError(f"{self.name}={value!r}", f"a value of type {self.type.__name__}")
 
 
 @dataclass
@@ -49,6 +56,19 @@ class Request:
     debug: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """UsageError for numbers that make no sense."""
+        for name, seconds in (("duration", self.duration), ("interval", self.interval)):
+            if seconds is not None and not (_is_number(seconds) and 0 < seconds < 1e9):
+                raise UsageError(f"--{name} {_plain(seconds)}", "a number of seconds above 0")
+        if self.max_events is not None and not (type(self.max_events) is int and self.max_events > 0):
+            raise UsageError(f"--max-events {self.max_events!r}", "a number above 0")
+        size = self.buffer
+        if size is not None and not (type(size) is int and 4096 <= size <= 1 << 30 and not size & (size - 1)):
+            raise UsageError(f"--buffer {size!r}", "a power of two from 4K to 1024M")
+        if self.time not in TIMES:
+            raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(TIMES)}")
+
     def choose(self, columns: Sequence[Column], shown: Sequence[str], drawn: Sequence[str] = ()) -> tuple[Column, ...]:
         """The columns that were asked for; else those `shown` in a table, and all in the machine formats.
 
@@ -68,3 +88,11 @@ class Request:
         for option, value in self.filter.describe():
             if option in ("--rport", "--raddr"):
                 raise UsageError(f"{option} {value}", why)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if _is_number(value) else repr(value)

@@ -433,13 +433,13 @@ class Queue(msgspec.Struct, frozen=True):
     """network namespace, as inode number"""
 
     family: int
-    """IP version of the packets: a v4-mapped socket talks IPv4"""
+    """IP version of the address"""
 
     laddr: IPv4Address | IPv6Address
-    """local address"""
+    """address it listens on"""
 
-    lport: int | None
-    """local port"""
+    lport: int
+    """port it listens on"""
 
     pid: int
     """first process that holds it"""
@@ -700,15 +700,14 @@ class Asked(TypedDict, total=False):
     duration: float | None
     interval: float | None
     max_events: int | None
-    time: Literal["iso", "elapsed", "none"]
-    columns: tuple[str, ...] | None
     buffer: int | None
 
 
-@overload
-def open(
-    tool: Literal["accept"], /, *, count: Literal[True], by: str | None = ..., **asked: Unpack[Asked]
-) -> Events[Any]: ...
+class AskedInPart(Asked, total=False):
+    """The same, with what changes the attributes of a row."""
+
+    time: Literal["iso", "elapsed", "none"]
+    columns: tuple[str, ...] | None
 
 
 @overload
@@ -717,13 +716,7 @@ def open(tool: Literal["accept"], /, **asked: Unpack[Asked]) -> Events[Accept]: 
 
 @overload
 def open(
-    tool: Literal["connect"],
-    /,
-    *,
-    failed: bool = ...,
-    count: Literal[True],
-    by: str | None = ...,
-    **asked: Unpack[Asked],
+    tool: Literal["accept"], /, *, count: bool = ..., by: str | None = ..., **asked: Unpack[AskedInPart]
 ) -> Events[Any]: ...
 
 
@@ -733,13 +726,13 @@ def open(tool: Literal["connect"], /, *, failed: bool = ..., **asked: Unpack[Ask
 
 @overload
 def open(
-    tool: Literal["connlat"],
+    tool: Literal["connect"],
     /,
     *,
-    min: str | None = ...,
-    histogram: Literal[True],
+    failed: bool = ...,
+    count: bool = ...,
     by: str | None = ...,
-    **asked: Unpack[Asked],
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 
@@ -749,7 +742,13 @@ def open(tool: Literal["connlat"], /, *, min: str | None = ..., **asked: Unpack[
 
 @overload
 def open(
-    tool: Literal["life"], /, *, live: bool = ..., count: Literal[True], by: str | None = ..., **asked: Unpack[Asked]
+    tool: Literal["connlat"],
+    /,
+    *,
+    min: str | None = ...,
+    histogram: bool = ...,
+    by: str | None = ...,
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 
@@ -758,7 +757,17 @@ def open(tool: Literal["life"], /, *, live: bool = ..., **asked: Unpack[Asked]) 
 
 
 @overload
+def open(
+    tool: Literal["life"], /, *, live: bool = ..., count: bool = ..., by: str | None = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+@overload
 def open(tool: Literal["list"], /, **asked: Unpack[Asked]) -> Events[List]: ...
+
+
+@overload
+def open(tool: Literal["list"], /, **asked: Unpack[AskedInPart]) -> Events[Any]: ...
 
 
 @overload
@@ -773,6 +782,12 @@ def open(tool: Literal["queue"], /, *, stack: bool = ..., **asked: Unpack[Asked]
 
 @overload
 def open(
+    tool: Literal["queue"], /, *, events: bool = ..., stack: bool = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+@overload
+def open(
     tool: Literal["rtt"],
     /,
     *,
@@ -780,7 +795,7 @@ def open(
     smoothed: bool = ...,
     histogram: bool = ...,
     max_keys: int = ...,
-    **asked: Unpack[Asked],
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 
@@ -789,7 +804,15 @@ def open(tool: Literal["states"], /, **asked: Unpack[Asked]) -> Events[States]: 
 
 
 @overload
+def open(tool: Literal["states"], /, **asked: Unpack[AskedInPart]) -> Events[Any]: ...
+
+
+@overload
 def open(tool: Literal["tracer"], /, **asked: Unpack[Asked]) -> Events[Tracer]: ...
+
+
+@overload
+def open(tool: Literal["tracer"], /, **asked: Unpack[AskedInPart]) -> Events[Any]: ...
 
 
 def open(tool: str, /, **asked: Any) -> Events[Any]:

@@ -5,6 +5,7 @@ Whoever opens a run calls `batches()`, which is the one loop of all tools, or `p
 
 from __future__ import annotations
 
+import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,9 @@ class Batch:
     rows: Sequence[Any]
     round: int = 0
 
+
+_AT_ONCE = 64
+"""Batches of a stream in one poll: they may come faster than they are read."""
 
 NOTHING = Batch("event", ())
 """Time has passed."""
@@ -103,7 +107,7 @@ class Run(ABC):
         while not self.over:
             for batch in self.poll():
                 yield limited(batch)
-                if stop.stopped or limited.reached or self.over:
+                if stop or limited.reached or self.over:
                     break
             yield NOTHING
             if self.over:
@@ -167,16 +171,18 @@ class Streaming(Run):
         self._keep = residual_filter(session)
 
     def poll(self) -> Iterator[Batch]:
-        for records in self._session.batches():
-            rows = self._decode(records)
-            wanted = self._keep(records, rows) if self._keep else rows
-            self.stats.shown += len(wanted)
-            self.stats.filtered += len(rows) - len(wanted)
-            yield Batch("event", self._after(wanted) if self._after else wanted)
+        yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
-        yield from self.poll()
+        yield from map(self._batch, self._session.batches())
+
+    def _batch(self, records: memoryview) -> Batch:
+        rows = self._decode(records)
+        wanted = self._keep(records, rows) if self._keep else rows
+        self.stats.shown += len(wanted)
+        self.stats.filtered += len(rows) - len(wanted)
+        return Batch("event", self._after(wanted) if self._after else wanted)
 
     @property
     def descriptors(self) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any
@@ -144,12 +145,9 @@ class Session:
         self.loaded.detach()
         wait_for_programs()
         hooks = self.loaded.hooks
-        programs = [hook.program for hook in hooks.values() if hook.program]
-        pairs = {program.first: program.name for program in programs if program.again}
+        again = {hook.program for hook in hooks.values() if hook.program and hook.program.again}
         missed = {name: missed for name, (*_, missed) in self.loaded.program_info().items()}
-        both = "gap" not in hooks and "both_can_be_left_out" in self.spec.variables
-        both = both and any(self.loaded.memory("both_can_be_left_out"))
-        self._missed = missed_runs(missed, pairs, both=both) + gaps
+        self._missed = missed_runs(missed, {name for program in again for name in (program.first, program.name)}) + gaps
 
     _missed = 0
 
@@ -172,17 +170,26 @@ class Session:
         return {name: sum(words[at::8]) for at, name in enumerate(names)}
 
 
-def missed_runs(missed: Mapping[str, int], pairs: Mapping[str, str], both: bool) -> int:
+@contextmanager
+def closed_on_error(session: Session) -> Iterator[Session]:
+    """The session, closed if the block fails: nobody else will."""
+    try:
+        yield session
+    except BaseException:
+        session.close()
+        raise
+
+
+def missed_runs(missed: Mapping[str, int], paired: Set[str]) -> int:
     """Runs that the kernel left out because the program had interrupted itself, and that nobody has made up for.
 
     missed  program -> runs that it was left out of; what a kernel does not count is 0
-    pairs   program -> its second copy. Before 7.0 one of the two is free for each event: what one missed says nothing
-    both    whether both may be left out (once.bpf.h), and nothing else would tell so: of each pair the smaller number
-            counts then, the most that it can have been
+    paired  programs that have a second copy, and these
+
+    Of a program and its second copy one is free for an event, but for a few instructions since 7.0 (once.bpf.h): what
+    one of them missed says nothing, and what both did is a gap, where states are followed.
     """
-    paired = {*pairs, *pairs.values()}
-    alone = sum(count for name, count in missed.items() if name not in paired)
-    return alone + sum(min(missed.get(name, 0) for name in pair) for pair in pairs.items() if both)
+    return sum(count for name, count in missed.items() if name not in paired)
 
 
 def wait_for_programs() -> None:

@@ -101,7 +101,8 @@ class _Screen:
         size = shutil.get_terminal_size()
         page = io.BytesIO()
         open_sink(self._request.output, self._columns, page, self._request.header).rows(batch.rows)
-        number = f"{len(batch.rows)} {self._noun}{'' if len(batch.rows) == 1 else 's'}"
+        first = "the first " if len(batch.rows) == self._request.max_events else ""
+        number = f"{first}{len(batch.rows)} {self._noun}{'' if len(batch.rows) == 1 else 's'}"
         when = "" if self._clock.mode == "none" else f"{self._clock.read(monotonic_ns())}  "
         lines = [f"{when}{number}", *page.getvalue().decode().splitlines()]
         if any(len(line) > size.columns for line in lines):

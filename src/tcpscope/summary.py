@@ -9,12 +9,13 @@ from operator import attrgetter
 from typing import Any, Literal
 
 import msgspec
+from msgspec import structs
 
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram
 from tcpscope.request import Request
-from tcpscope.run import Batch, Run, Ticker
+from tcpscope.run import NOTHING, Batch, Run, Ticker
 from tcpscope.schema import Clock
 from tcpscope.session import Stats, monotonic_ns
 
@@ -49,7 +50,8 @@ class Summary:
             if name not in known:
                 raise UsageError(f"unknown column '{name}'",
                                  did_you_mean(name, known) or f"there are {', '.join(known)}")  # fmt: skip
-        distribution = histogram.COLUMNS[1:] if self.of else ()
+        # Of a kind the number may be known nowhere.
+        distribution = [structs.replace(column, nullable=True) for column in histogram.COLUMNS[1:] if self.of]
         return (_TIME, *(known[name] for name in names), _COUNT, *distribution, TOTAL)
 
     def open(self, request: Request, available: Sequence[Column], events: Callable[[Sequence[str]], Run]) -> Run:
@@ -89,10 +91,16 @@ class _Summarizing(Run):
     def poll(self) -> Iterator[Batch]:
         for batch in self._events.poll():
             self._add(batch.rows)
+            yield self._interval_ended() or NOTHING  # there may be no end of events
         self.done = self._events.done
-        if self._ticker.due():
-            ended, self._period = self._period, _Groups(bool(self._of))
-            yield self._ended("interval", ended)
+        if ended := self._interval_ended():
+            yield ended
+
+    def _interval_ended(self) -> Batch | None:
+        if not self._ticker.due():
+            return None
+        ended, self._period = self._period, _Groups(bool(self._of))
+        return self._ended("interval", ended)
 
     def end(self) -> Iterator[Batch]:
         for batch in self._events.end():

@@ -21,7 +21,7 @@ from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Run, Streaming
 from tcpscope.schema import Clock, Layout
-from tcpscope.session import RING_BYTES, Session
+from tcpscope.session import RING_BYTES, Session, closed_on_error
 from tcpscope.summary import Summary
 
 
@@ -120,9 +120,9 @@ class Stream(Tool):
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         """A run whose rows have these columns."""
-        session = self.session(request)
-        assert session.layout is not None
-        return Streaming(session, session.layout.select(names).decoder(clock))
+        with closed_on_error(self.session(request)) as session:
+            assert session.layout is not None
+            return Streaming(session, session.layout.select(names).decoder(clock))
 
     def session(self, request: Request) -> Session:
         """The probe, attached as this tool needs it."""
@@ -130,11 +130,8 @@ class Stream(Tool):
             self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip(request),
             ring_bytes=request.buffer or self.ring_bytes(request), debug=request.debug,
         )  # fmt: skip
-        try:
+        with closed_on_error(session):
             self.begin(session, request)
-        except BaseException:
-            session.close()
-            raise
         return session
 
     def _asked(self, request: Request) -> Summary | None:

@@ -19,7 +19,7 @@ from tests.tables import left
 # on the other processor, too.
 pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel, pytest.mark.concurrent]
 
-CONNECTIONS = 20
+CONNECTIONS, EXCHANGES = 20, 3
 STEPS = (
     "CLOSE>SYN_SENT", "SYN_SENT>ESTABLISHED", "LISTEN>SYN_RECV", "SYN_RECV>ESTABLISHED", "ESTABLISHED>FIN_WAIT1",
     "ESTABLISHED>CLOSE_WAIT", "FIN_WAIT1>FIN_WAIT2", "CLOSE_WAIT>LAST_ACK", "FIN_WAIT2>CLOSE", "LAST_ACK>CLOSE",
@@ -67,7 +67,7 @@ def test_each_event_once(lab: Lab, skip: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("skip", [(), SECOND_ALONE, FIRST_ALONE], ids=["both", "second alone", "first alone"])
 def test_each_round_trip_once(lab: Lab, skip: tuple[str, ...]) -> None:
-    """Of each end the handshake and the FIN."""
+    """Of each end the handshake, what it sent, and the FIN."""
     constants, without = {"by_lport": True}, ("accept", "seed", *skip)
     with Session("rtt", None, Filter(netns=lab.client.inode), constants=constants, skip=without) as session:
         puppet = Puppet(lab.client, "both-ends")
@@ -75,8 +75,10 @@ def test_each_round_trip_once(lab: Lab, skip: tuple[str, ...]) -> None:
             "listener = socket.create_server(('127.0.0.1', 0)); port = listener.getsockname()[1]\n"
             "for n in range(count):\n"
             "    client = socket.create_connection(listener.getsockname()); child, _ = listener.accept()\n"
+            "    for n in range(exchanges): client.send(b'x'); child.recv(1); child.send(b'x'); client.recv(1)\n"
             "    client.close(); child.recv(1); child.close()",
             count=CONNECTIONS,
+            exchanges=EXCHANGES,
         )  # fmt: skip
         until(lambda: all(found.state != "LAST_ACK" for found in lab.client.sockets()), "the end of all connections")
         session.end()
@@ -84,7 +86,8 @@ def test_each_round_trip_once(lab: Lab, skip: tuple[str, ...]) -> None:
         skipped = sum(missed for *_, missed in session.loaded.program_info().values()) if skip else 0
         counts = {key.lport: found.count for key, found in rtt._Reader(session, 4096).take().items()}
         at_server = counts.pop(puppet.ask("port"))
-        lacking = 2 * CONNECTIONS - at_server, 2 * CONNECTIONS - sum(counts.values())
+        samples = CONNECTIONS * (1 + EXCHANGES + 1)
+        lacking = samples - at_server, samples - sum(counts.values())
         assert min(lacking) >= 0
         assert sum(lacking) <= skipped
         rescued = session.counters()["rescued"]

@@ -283,7 +283,8 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 		attempt_resolve(connection, error);
 	else if (stage == ATTEMPT_REPORTED) /* here is the error that was shown before */
 		connection->attempt = ATTEMPT_NONE;
-	else if (stage == ATTEMPT_NONE && error && !is_disconnected(error) && !is_answer(sk, error))
+	else if (stage == ATTEMPT_NONE && error && !is_disconnected(error) && !is_answer(sk, error) &&
+		 (connection || filter_may_want(sk)))
 		attempt_failed_early(sk, to, size, error);
 }
 

@@ -414,6 +414,7 @@ AGAIN
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
+	once_forget(sk);
 	if (destroyed(sk)) /* the first copy leaves nothing behind */
 		COUNT(rescued);
 	return 0;

@@ -8,10 +8,11 @@
  *
  * Processes do not nest either, as long as none loses the processor within the programs. Before 7.0 none does. Since then
  * one may, in a few instructions of each copy (processor_release). If both copies are held so, or one is and a softirq
- * interrupts the other, an event is lost, and counted as missed.
+ * interrupts the other, an event is lost: a gap, where states are followed.
  *
  * Only the first makes notes and only the second wipes them. A note stays when the second was left out, until the next
- * change of its socket: each has one note, and no change of state comes twice without another between. More sockets than
+ * change of its socket: each has one note, and no change of state comes twice without another between. What is left
+ * at a socket's end goes with it, or, where each processor has its own notes, is in time replaced. More sockets than
  * there are places, in one interruption of the second, would take the note from it that it looks for: its event would come
  * twice.
  */
@@ -50,9 +51,6 @@ struct {
 	__type(value, __u64);
 } noted_anywhere SEC(".maps");
 
-/* Whether an event can be lost although there are two copies; user space then counts what both were left out of. */
-bool both_can_be_left_out;
-
 static __always_inline struct note *note_of(struct notes *notes, __u64 sk)
 {
 #pragma unroll
@@ -71,8 +69,6 @@ static __always_inline void once_note(struct sock *sk, __u64 what)
 	struct note *note;
 
 	if (tracepoints_are_preemptible()) {
-		if (!both_can_be_left_out)
-			both_can_be_left_out = true;
 		if (bpf_map_update_elem(&noted_anywhere, &key, &what, BPF_ANY))
 			COUNT(table_full);
 		return;
@@ -119,6 +115,15 @@ static __always_inline bool once_missed(struct sock *sk, __u64 what)
 	if (!taken)
 		COUNT(rescued);
 	return !taken;
+}
+
+/* For the second program of a socket's end: its note may have stayed. */
+static __always_inline void once_forget(struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	if (tracepoints_are_preemptible())
+		bpf_map_delete_elem(&noted_anywhere, &key);
 }
 
 #endif

@@ -205,12 +205,16 @@ static __always_inline bool half_closed_state(__u8 state)
 	       state == STATE_CLOSING || state == STATE_LAST_ACK;
 }
 
-/* By processor, the packet of the last segment that was looked at: the second copy would find nothing new there. */
+struct last_segment {
+	__u64 sk, skb;
+};
+
+/* By processor, the last look at a segment: the second copy would find nothing new there. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u64);
+	__type(value, struct last_segment);
 } looked_at SEC(".maps");
 
 /*
@@ -221,10 +225,12 @@ SEC("tp_btf/tcp_probe")
 int TRACING_PROG(segment, struct sock *sk, struct sk_buff *skb)
 {
 	__u32 zero = 0;
-	__u64 *last = bpf_map_lookup_elem(&looked_at, &zero);
+	struct last_segment *last = bpf_map_lookup_elem(&looked_at, &zero);
 
-	if (last)
-		*last = (__u64)skb;
+	if (last) {
+		last->sk = (__u64)sk;
+		last->skb = (__u64)skb;
+	}
 	look(sk, COOKIE_OF(sk));
 	return 0;
 }
@@ -234,11 +240,12 @@ SEC("tp_btf/tcp_probe")
 int TRACING_PROG(segment_again, struct sock *sk, struct sk_buff *skb)
 {
 	__u32 zero = 0;
-	__u64 *last = bpf_map_lookup_elem(&looked_at, &zero);
+	struct last_segment *last = bpf_map_lookup_elem(&looked_at, &zero);
+	bool seen = last && last->sk == (__u64)sk && last->skb == (__u64)skb;
 
-	if (last && *last == (__u64)skb)
-		*last = 0; /* the next packet may lie at the same address */
-	else
+	if (last)
+		last->skb = 0; /* the next packet may lie at the same address */
+	if (!seen)
 		look(sk, COOKIE_OF(sk));
 	return 0;
 }
@@ -333,6 +340,7 @@ AGAIN
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
+	once_forget(sk);
 	if (destroyed(sk)) /* the first copy leaves nothing behind */
 		COUNT(rescued);
 	return 0;

@@ -292,10 +292,10 @@ class Loaded:
             self._object = ffi.NULL
 
 
-def tcp_sockets() -> int:
+def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:
     """TCP sockets of the machine, in all network namespaces (tcp_sockets_allocated, net/ipv4/tcp.c); 0 if not known."""
     try:
-        lines = Path("/proc/net/sockstat").read_text().splitlines()
+        lines = sockstat.read_text().splitlines()
     except OSError:
         return 0
     words = next((line.split() for line in lines if line.startswith("TCP:")), [])
@@ -306,10 +306,11 @@ def sockets_at_most(now: int, allocates: bool) -> int:
     """For so many sockets a table has room, where there are `now`.
 
     Where programs allocate, a free place costs 16 bytes (struct bucket, kernel/bpf/hashtab.c): there are four times as
-    many. Elsewhere it costs as much as an entry, and there are twice as many.
+    many, two million at the most. Elsewhere it costs as much as an entry, some 300 bytes that cannot be swapped out:
+    twice as many, and no more than half a million.
     """
-    least, factor = (1 << 17, 4) if allocates else (1 << 16, 2)
-    return min(max(now * factor, least), 1 << 21)
+    least, factor, most = (1 << 17, 4, 1 << 21) if allocates else (1 << 16, 2, 1 << 19)
+    return min(max(now * factor, least), most)
 
 
 def pieces(file: io.RawIOBase) -> Iterator[bytes]:

@@ -29,7 +29,7 @@ from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Streaming, Ticker
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
-from tcpscope.session import RING_BYTES, Session, monotonic_ns
+from tcpscope.session import RING_BYTES, Session, closed_on_error, monotonic_ns
 from tcpscope.tool import Stream
 
 _TABLE = (
@@ -63,6 +63,9 @@ class _Derived(Column, frozen=True):
 
 _DERIVED = (
     _Derived("time", "time", doc="when the snapshot was taken", formula=lambda look: look.when),
+    _Derived("family", doc="IP version of the address", title="IP", formula=lambda look: look.listener.family),
+    _Derived("laddr", "address", doc="address it listens on", formula=lambda look: look.listener.laddr),
+    _Derived("lport", doc="port it listens on", formula=lambda look: look.listener.lport),
     _Derived(
         "pid",
         doc="first process that holds it",
@@ -216,19 +219,18 @@ class Queue(Stream):
         available = self.columns(request)
         if not request.options["events"]:
             columns = request.choose(available, _TABLE)
-            return _Table(request, columns, self.session(request))
+            with closed_on_error(self.session(request)) as session:
+                return _Table(request, columns, session)
         shown = (*_EVENTS, "stack") if request.options["stack"] else _EVENTS
         names = [column.name for column in request.choose(available, shown)]
         return self.events(request, names, Clock(request.time))
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         stack = bool(request.options["stack"])
-        session = self.session(request)
-        try:
+        with closed_on_error(self.session(request)) as session:
             assert session.layout is not None
             decoder = session.layout.select(names).decoder(clock, frame=_symbols().name if stack else hex)
-            why = listeners.why_sampled(session)
-            if why:
+            if why := listeners.why_sampled(session):
                 _refuse_unknown(request)
                 run: Run = _Sampling(session, decoder, clock)
                 run.notes.append(f"{why}: {sampling.LIMITS}")
@@ -236,9 +238,6 @@ class Queue(Stream):
                 run = Streaming(session, decoder, _with_function if stack else None)
                 if stack and not len(_symbols()):
                     run.notes.append("--stack shows addresses: the names need CAP_SYSLOG")
-        except BaseException:
-            session.close()
-            raise
         return run
 
     def session(self, request: Request) -> Session:

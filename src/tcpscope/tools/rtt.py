@@ -23,7 +23,7 @@ from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Ticker
 from tcpscope.schema import Clock, comm_text
-from tcpscope.session import Session, monotonic_ns, wait_for_programs
+from tcpscope.session import Session, closed_on_error, monotonic_ns, wait_for_programs
 from tcpscope.summary import TOTAL
 from tcpscope.tool import Tool
 
@@ -85,7 +85,8 @@ class Rtt(Tool):
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys} | ({} if owner else {"connections": 1, "listening": 1})
         wanted = filtering.kernel_only(request.filter, "rtt")
         session = Session("rtt", None, wanted, constants=constants, skip=skip, entries=entries, debug=request.debug)
-        return _Measuring(request, columns, session, max_keys)
+        with closed_on_error(session):
+            return _Measuring(request, columns, session, max_keys)
 
 
 class _Measuring(Run):
