@@ -115,7 +115,8 @@ static void line_of(pid_t pid, const char *file, const char *start, char *line, 
 static void stuck(struct scenario *scenario)
 {
 	const struct step *step = &scenario->steps[scenario->next - 1];
-	char said[2048], system_call[160], pending[64];
+	static const char *const lines[] = {"State:", "SigPnd:", "ShdPnd:", "SigBlk:", "voluntary_ctxt_switches:"};
+	char said[2048], line[160];
 	int length = snprintf(said, sizeof(said), "stuck at step %d: %s", step->number, step->text);
 
 	for (int i = 0; i < PROCESSES && length < (int)sizeof(said); i++) {
@@ -123,10 +124,13 @@ static void stuck(struct scenario *scenario)
 
 		if (process->step < 0)
 			continue;
-		line_of(process->pid, "syscall", "", system_call, sizeof(system_call));
-		line_of(process->pid, "status", "ShdPnd:", pending, sizeof(pending));
-		length += snprintf(said + length, sizeof(said) - length, "; step %d is in system call %s, %s",
-				   scenario->steps[process->step].number, system_call, pending);
+		line_of(process->pid, "syscall", "", line, sizeof(line));
+		length += snprintf(said + length, sizeof(said) - length, "; step %d is in system call %s",
+				   scenario->steps[process->step].number, line);
+		for (size_t n = 0; n < sizeof(lines) / sizeof(*lines) && length < (int)sizeof(said); n++) {
+			line_of(process->pid, "status", lines[n], line, sizeof(line));
+			length += snprintf(said + length, sizeof(said) - length, ", %s", line);
+		}
 	}
 	fail(scenario, "%s", said);
 }

@@ -6,13 +6,10 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
-#include <signal.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/signalfd.h>
 #include <unistd.h>
 
 #define AT_ONCE 100
@@ -72,40 +69,29 @@ static bool answer(int fd)
 	return size != 5 || memcmp(said, "close", 5);
 }
 
-static bool waits_for_accept(int listener)
-{
-	struct pollfd polled = {.fd = listener, .events = POLLIN};
-
-	return poll(&polled, 1, 0) > 0;
-}
-
 #define DESCRIPTORS 65536
+#define PATIENCE 60 /* seconds without anything */
 
-/* mix_serve LISTENER: accepts everything and does as it is told, until SIGUSR1 has come and all connections have ended;
- * returned is how many were accepted.
+/* mix_serve LISTENER NUMBER: accepts so many and does as it is told, until they have ended; returned is how many it accepted.
  *
- * Once, on an emulated 7.2, it was told nothing more for three minutes although all connections had been closed. So it
- * looks for itself when nothing has come for a second, and the data say what that found: signal=1, connections=NUMBER. */
+ * It looks for itself when nothing has come for a second, and the data say how many connections that found to have something:
+ * connections=NUMBER. When nothing comes any more it says what it waits for. */
 static void serve(struct actor *a, int count, char **w, struct reply *r)
 {
-	int listener = *slot(a, w[0]), poll = epoll_create1(EPOLL_CLOEXEC), told, accepted = 0, open = 0, found = 0;
-	bool asked = false, is_open[DESCRIPTORS] = {};
-	struct signalfd_siginfo signal;
-	sigset_t signals;
+	int listener = *slot(a, w[0]), number = atoi(w[1]), poll = epoll_create1(EPOLL_CLOEXEC);
+	int accepted = 0, open = 0, found = 0, idle = 0;
+	bool is_open[DESCRIPTORS] = {};
 
-	sigemptyset(&signals);
-	sigaddset(&signals, SIGUSR1);
-	sigprocmask(SIG_BLOCK, &signals, NULL);
-	told = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
 	watch(poll, EPOLL_CTL_ADD, listener, EPOLLIN, &listener);
-	watch(poll, EPOLL_CTL_ADD, told, EPOLLIN, &told);
-	while (!asked || open || waits_for_accept(listener)) {
+	while (accepted < number || open) {
 		struct epoll_event events[EVENTS];
 		int ready = epoll_wait(poll, events, EVENTS, 1000);
 
-		if (!ready && !asked && read(told, &signal, sizeof(signal)) > 0) {
-			asked = true;
-			add(r, "signal=1 ");
+		idle = ready ? 0 : idle + 1;
+		if (idle > PATIENCE || (ready < 0 && errno != EINTR)) {
+			add(r, "accepted %d of %d, open %d", accepted, number, open);
+			outcome(r, -1);
+			return;
 		}
 		for (int fd = 0; !ready && open && fd < DESCRIPTORS; fd++) {
 			char byte;
@@ -133,9 +119,6 @@ static void serve(struct actor *a, int count, char **w, struct reply *r)
 				open++;
 				is_open[child] = true;
 				watch(poll, EPOLL_CTL_ADD, child, EPOLLIN, (void *)(intptr_t)child);
-			} else if (what == &told) {
-				asked = true;
-				watch(poll, EPOLL_CTL_DEL, told, 0, NULL);
 			} else if (!answer(child)) {
 				is_open[child] = false;
 				open--;
@@ -146,7 +129,6 @@ static void serve(struct actor *a, int count, char **w, struct reply *r)
 	outcome(r, accepted);
 	if (found)
 		add(r, "connections=%d", found);
-	close(told);
 	close(poll);
 }
 
