@@ -71,11 +71,13 @@ class Events(Generic[Row]):
         thread = ThreadPoolExecutor(1)
         try:
             while True:
-                future = thread.submit(self._take)
+                dropped = threading.Event()
+                future = thread.submit(self._take, dropped)
                 try:
                     rows = await asyncio.wrap_future(future)
-                except BaseException:
-                    future.add_done_callback(self._give_back)  # cancelled: the thread still waits for them
+                except BaseException:  # cancelled: the thread still waits for them
+                    dropped.set()
+                    future.add_done_callback(self._give_back)
                     raise
                 if not rows:
                     return
@@ -89,13 +91,17 @@ class Events(Generic[Row]):
         finally:
             thread.shutdown(wait=False)
 
-    def _take(self) -> list[Row]:
-        """The next rows; none at the end."""
+    def _take(self, dropped: threading.Event | None = None) -> list[Row]:
+        """The next rows; none at the end, or when nobody wants them any more."""
         with self._lock:
+            while not self._waiting:
+                batch = next(self._batches, None)
+                if batch is None:
+                    return []
+                self._waiting += map(self._convert, batch.rows)
+                if dropped and dropped.is_set():
+                    return []
             rows, self._waiting = self._waiting, []
-            if not rows:
-                batch = next((batch for batch in self._batches if batch.rows), None)
-                rows = list(map(self._convert, batch.rows)) if batch else []
             return rows
 
     def _give_back(self, future: Future[list[Row]]) -> None:
