@@ -12,6 +12,7 @@ TEST_PACKAGES := qemu-system-x86 busybox-static kmod zstd lz4 file iproute2 libc
 	$(shell grep -qs '^ID=ubuntu$$' /etc/os-release && echo linux-tools-generic || echo bpftool)
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
+C_FILES = $(shell find src tests bench -name '*.[ch]')
 MESON_FILES := meson.build $(shell find src -name meson.build)
 
 .NOTPARALLEL:
@@ -39,9 +40,15 @@ test-kernel: setup-test ## the tests of the kernel on another one: KERNEL=6.1 TE
 test-summary: setup-test ## the results of test-host and of each test-kernel, put together as by test
 	@$(BIN)/python -m tests.kernels summary
 
-lint: setup-dev ## ruff and mypy
+lint: setup-dev ## ruff, clang-format and mypy
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet . || { echo "'make format' formats the Python files" >&2; exit 1; }
+	@$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	@$(BIN)/mypy --strict src/tcpscope
+
+format: setup-dev ## format all Python and C files
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(C_FILES)
 
 wheel: setup-wheel ## a wheel for other machines, in dist/
 	@rm -rf dist .cache/wheel
@@ -117,5 +124,5 @@ setup-dev: install .venv/.done-dev
 setup-test: setup-dev packages-test
 setup-wheel: install .venv/.done-wheel
 
-.PHONY: help run test test-host test-unit test-kernel test-summary lint wheel bench clean
+.PHONY: help run test test-host test-unit test-kernel test-summary lint format wheel bench clean
 .PHONY: packages-build packages-test install setup-dev setup-test setup-wheel

@@ -49,9 +49,12 @@ class Running:
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.started_ns = time.monotonic_ns()
             self._process = subprocess.Popen(
-                subject.argv, stdin=subprocess.DEVNULL, stdout=out if stdout is None else stdout, stderr=err,
+                subject.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out if stdout is None else stdout,
+                stderr=err,
                 env=environment,
-            )  # fmt: skip
+            )
         self._proc = Path(f"/proc/{self._process.pid}")
 
     def __enter__(self) -> "Running":
@@ -222,8 +225,15 @@ def cost(subject: Subject | None, made: Traffic, limits: Limits) -> Cost:
         running.check()
         rows, lost = running.stop()
     spent = [(ns - programs.get(n, (0, 0))[0], runs - programs.get(n, (0, 0))[1]) for n, (ns, runs) in after.items()]
-    return _cost(done, rows=rows, lost_said=lost, tool_cpu_ns=cpu, peak_kb=peak,
-                 program_ns=sum(ns for ns, _ in spent), program_runs=sum(runs for _, runs in spent))  # fmt: skip
+    return _cost(
+        done,
+        rows=rows,
+        lost_said=lost,
+        tool_cpu_ns=cpu,
+        peak_kb=peak,
+        program_ns=sum(ns for ns, _ in spent),
+        program_runs=sum(runs for _, runs in spent),
+    )
 
 
 def _cost(done: workload.Made, **others: int) -> Cost:

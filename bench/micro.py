@@ -41,16 +41,20 @@ def main() -> None:
         kept = b"".join(map(bytes, session._ring.batches()))
         lost = session.account().lost
     shown = layout.select(states.shown)
-    print(json.dumps({
-        "record_bytes": layout.size,
-        "events": len(kept) // layout.size,
-        "lost": lost,
-        "drain": drained,
-        "json": _rows(layout, kept, "json"),
-        "json_default": _rows(shown, kept, "json"),
-        "table": _rows(shown, kept, "table"),
-        "csv": _rows(layout, kept, "csv"),
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "record_bytes": layout.size,
+                "events": len(kept) // layout.size,
+                "lost": lost,
+                "drain": drained,
+                "json": _rows(layout, kept, "json"),
+                "json_default": _rows(shown, kept, "json"),
+                "table": _rows(shown, kept, "table"),
+                "csv": _rows(layout, kept, "csv"),
+            }
+        )
+    )
 
 
 def fill() -> None:

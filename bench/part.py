@@ -43,15 +43,35 @@ class Plan:
 REAL = measure.Limits(patience_s=20, idle=0.03)
 EMULATED = measure.Limits(patience_s=400, idle=0.5)
 PLANS = {
-    "host": Plan(starts=15, rounds=9, batches=5, connections=4000, stats_rounds=3, probe_ms=1, limits=REAL,
-                 burst_rounds=3),
-    "guest": Plan(starts=3, rounds=3, batches=5, connections=400, stats_rounds=1, probe_ms=10, limits=EMULATED,
-                  others=False),
-    "quick-host": Plan(starts=3, rounds=2, batches=3, connections=1000, stats_rounds=1, probe_ms=1, limits=REAL,
-                       burst_rounds=1, burst_seconds=2),
-    "quick-guest": Plan(starts=1, rounds=1, batches=3, connections=50, stats_rounds=1, probe_ms=20, limits=EMULATED,
-                        others=False, compiling_rounds=0),
-}  # fmt: skip
+    "host": Plan(
+        starts=15, rounds=9, batches=5, connections=4000, stats_rounds=3, probe_ms=1, limits=REAL, burst_rounds=3
+    ),
+    "guest": Plan(
+        starts=3, rounds=3, batches=5, connections=400, stats_rounds=1, probe_ms=10, limits=EMULATED, others=False
+    ),
+    "quick-host": Plan(
+        starts=3,
+        rounds=2,
+        batches=3,
+        connections=1000,
+        stats_rounds=1,
+        probe_ms=1,
+        limits=REAL,
+        burst_rounds=1,
+        burst_seconds=2,
+    ),
+    "quick-guest": Plan(
+        starts=1,
+        rounds=1,
+        batches=3,
+        connections=50,
+        stats_rounds=1,
+        probe_ms=20,
+        limits=EMULATED,
+        others=False,
+        compiling_rounds=0,
+    ),
+}
 
 
 def run(plan: Plan, say: Callable[[str], None], titles: Sequence[str] = ()) -> dict[str, Any]:

@@ -90,8 +90,13 @@ def _kernel(part: dict[str, Any] | None, where: str) -> str:
         lines += ["", group.text.format(exchanges=plan["exchanges"]), ""]
         lines.append(_rows(part, group) if group.reference else _aggregate(part, group))
         if group.title == "states" and part["burst"]:
-            lines += ["", f"At {plan['burst_per_second']:,} connections per second for {plan['burst_seconds']} s, "
-                      f"which is {plan['burst_per_second'] * 10:,} events per second:", "", _burst(part)]  # fmt: skip
+            lines += [
+                "",
+                f"At {plan['burst_per_second']:,} connections per second for {plan['burst_seconds']} s, "
+                f"which is {plan['burst_per_second'] * 10:,} events per second:",
+                "",
+                _burst(part),
+            ]
     return "\n".join(lines)
 
 
@@ -114,25 +119,37 @@ def _rows(part: dict[str, Any], group: Group) -> str:
         wall = added(costs, name, "wall_ns")
         cpu = added(costs, name, "cpu_ns")
         events = per_event(costs, name)
-        rows.append([
-            f"{subject.project}: `{name}`",
-            *([spread(known(ready[name]))] if ready else []),
-            spread(known(wall)),
-            ratio(ratios(wall, added(costs, reference, "wall_ns")), name),
-            spread(known(cpu)),
-            ratio(ratios(cpu, added(costs, reference, "cpu_ns")), name),
-            spread(known(events)),
-            ratio(ratios(events, per_event(costs, reference)), name),
-            f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
-            spread(bpf_time(runs, name, "events")),
-            _lost(mine),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{subject.project}: `{name}`",
+                *([spread(known(ready[name]))] if ready else []),
+                spread(known(wall)),
+                ratio(ratios(wall, added(costs, reference, "wall_ns")), name),
+                spread(known(cpu)),
+                ratio(ratios(cpu, added(costs, reference, "cpu_ns")), name),
+                spread(known(events)),
+                ratio(ratios(events, per_event(costs, reference)), name),
+                f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
+                spread(bpf_time(runs, name, "events")),
+                _lost(mine),
+            ]
+        )
     return table(
-        ["tool", *(["start to ready, ms"] if ready else []), "added per connection, ns", f"x `{short}`",
-         "the same by CPU time, ns", f"x `{short}`", "tool's CPU per event, ns", f"x `{short}`", "peak memory, MB",
-         "BPF time per event, ns", "lost at full speed"],
+        [
+            "tool",
+            *(["start to ready, ms"] if ready else []),
+            "added per connection, ns",
+            f"x `{short}`",
+            "the same by CPU time, ns",
+            f"x `{short}`",
+            "tool's CPU per event, ns",
+            f"x `{short}`",
+            "peak memory, MB",
+            "BPF time per event, ns",
+            "lost at full speed",
+        ],
         rows,
-    )  # fmt: skip
+    )
 
 
 def _lost(costs: Sequence[Any]) -> str:
@@ -165,18 +182,25 @@ def _aggregate(part: dict[str, Any], group: Group) -> str:
             rows.append([f"{subject.project}: `{name}`", "does not run here", "", "", ""])
             continue
         mine = [cost for cost in costs[name] if cost]
-        rows.append([
-            f"{subject.project}: `{name}`",
-            spread(known(added(costs, name, "wall_ns"))),
-            spread(known(added(costs, name, "cpu_ns"))),
-            spread(bpf_time(runs, name, "connections")),
-            f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{subject.project}: `{name}`",
+                spread(known(added(costs, name, "wall_ns"))),
+                spread(known(added(costs, name, "cpu_ns"))),
+                spread(bpf_time(runs, name, "connections")),
+                f"{max((cost['peak_kb'] for cost in mine), default=0) / 1024:.1f}",
+            ]
+        )
     return table(
-        ["tool", "added per connection, ns", "the same by CPU time, ns", "BPF time per connection, ns",
-         "peak memory, MB"],
+        [
+            "tool",
+            "added per connection, ns",
+            "the same by CPU time, ns",
+            "BPF time per connection, ns",
+            "peak memory, MB",
+        ],
         rows,
-    )  # fmt: skip
+    )
 
 
 def _user(micro: dict[str, Any] | None) -> str:
@@ -186,13 +210,16 @@ def _user(micro: dict[str, Any] | None) -> str:
     def row(title: str, key: str) -> list[str]:
         return [title, spread([figure / 1e6 for figure in micro[key]], 2 if key != "drain" else 0)]
 
-    return table(["", "million per second"], [
-        row(f"draining the ring buffer, events of {micro['record_bytes']} bytes", "drain"),
-        row("decoding and JSON lines, all columns", "json"),
-        row("decoding and JSON lines, the columns of the table", "json_default"),
-        row("decoding and the table", "table"),
-        row("decoding and CSV, all columns", "csv"),
-    ])  # fmt: skip
+    return table(
+        ["", "million per second"],
+        [
+            row(f"draining the ring buffer, events of {micro['record_bytes']} bytes", "drain"),
+            row("decoding and JSON lines, all columns", "json"),
+            row("decoding and JSON lines, the columns of the table", "json_default"),
+            row("decoding and the table", "table"),
+            row("decoding and CSV, all columns", "csv"),
+        ],
+    )
 
 
 def _attach(parts: Sequence[dict[str, Any]]) -> str:

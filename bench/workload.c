@@ -75,8 +75,7 @@ static void new_namespace(void)
 
 static struct sockaddr_in address(unsigned int ip, int port)
 {
-	return (struct sockaddr_in){
-		.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(ip)};
+	return (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(ip)};
 }
 
 static int listen_at(const struct sockaddr_in *server)
@@ -88,7 +87,8 @@ static int listen_at(const struct sockaddr_in *server)
 	return fd;
 }
 
-static void one_connection(int listener, const struct sockaddr_in *server, const struct sockaddr_in *from, int exchanges)
+static void one_connection(int listener, const struct sockaddr_in *server, const struct sockaddr_in *from,
+			   int exchanges)
 {
 	int client = socket(AF_INET, SOCK_STREAM, 0), child;
 	char byte = 'x';
@@ -140,7 +140,8 @@ static void connections(int batches, int count, int exchanges)
 		cpu = now(CLOCK_THREAD_CPUTIME_ID);
 		for (int i = 0; i < count; i++)
 			one_connection(listener, &server, NULL, exchanges);
-		printf("%lld %lld\n", (now(CLOCK_MONOTONIC) - wall) / count, (now(CLOCK_THREAD_CPUTIME_ID) - cpu) / count);
+		printf("%lld %lld\n", (now(CLOCK_MONOTONIC) - wall) / count,
+		       (now(CLOCK_THREAD_CPUTIME_ID) - cpu) / count);
 		wait_until_closed();
 		close(listener);
 	}

@@ -68,9 +68,12 @@ class Probe:
 
     def __enter__(self) -> "Probe":
         self._process = subprocess.Popen(
-            [WORKLOAD, "probe", str(self._interval_ms)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [WORKLOAD, "probe", str(self._interval_ms)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             bufsize=1,
-        )  # fmt: skip
+        )
         assert self._process.stdout
         self._first = self._process.stdout.readline()
         return self

@@ -20,8 +20,14 @@ def left(session: Session, host: Host) -> list[str]:
     entries = session.loaded.entries
     places = 70_000 + 2 * tcp_sockets()  # in the table of connections are those of the whole machine
     return [
-        *("connections" for _, _, row in entries("connections", address, connection, places)
-          if row.netns == host.inode),
-        *("listening" for _, row, _ in entries("listening", address_of_listener, listener, 10_000)
-          if row.netns == host.inode),
-    ]  # fmt: skip
+        *(
+            "connections"
+            for _, _, row in entries("connections", address, connection, places)
+            if row.netns == host.inode
+        ),
+        *(
+            "listening"
+            for _, row, _ in entries("listening", address_of_listener, listener, 10_000)
+            if row.netns == host.inode
+        ),
+    ]

@@ -128,7 +128,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["queue", "--events", "-i", "1"], "--interval 1; with --events rows come as things happen"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
-)  # fmt: skip
+)
 def test_wrong_usage(run: Run, arguments: list[str], message: str) -> None:
     status, out, err = run(*arguments)
     assert err.startswith(f"tcpscope: {message}"), err
@@ -188,16 +188,62 @@ def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tu
 def test_the_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     own = Path("/proc/self/ns/net").stat().st_ino
     name, request = request_of(
-        run, monkeypatch, "states", "-p", str(os.getpid()), "--comm", "nginx", "-u", "0", "--cgroup", "7", "--netns",
-        str(own), "-4", "-L", "80,443", "-R", "1-9", "--port", "443", "--laddr", "10.0.0.0/8", "--raddr",
-        "::1,10.0.0.1", "-o", "csv", "--columns", "pid, comm", "--no-header", "--time", "none", "-d", "1.5", "-n", "3",
-        "--stats", "--strict", "--explain", "--buffer", "64K", "--debug",
-    )  # fmt: skip
+        run,
+        monkeypatch,
+        "states",
+        "-p",
+        str(os.getpid()),
+        "--comm",
+        "nginx",
+        "-u",
+        "0",
+        "--cgroup",
+        "7",
+        "--netns",
+        str(own),
+        "-4",
+        "-L",
+        "80,443",
+        "-R",
+        "1-9",
+        "--port",
+        "443",
+        "--laddr",
+        "10.0.0.0/8",
+        "--raddr",
+        "::1,10.0.0.1",
+        "-o",
+        "csv",
+        "--columns",
+        "pid, comm",
+        "--no-header",
+        "--time",
+        "none",
+        "-d",
+        "1.5",
+        "-n",
+        "3",
+        "--stats",
+        "--strict",
+        "--explain",
+        "--buffer",
+        "64K",
+        "--debug",
+    )
     assert name == "states"
     assert request.filter == Filter.from_options(
-        pid=os.getpid(), comm="nginx", uid=0, cgroup=7, netns=own, ipv4=True, lport="80,443", rport="1-9", port=443,
-        laddr="10.0.0.0/8", raddr="::1,10.0.0.1",
-    )  # fmt: skip
+        pid=os.getpid(),
+        comm="nginx",
+        uid=0,
+        cgroup=7,
+        netns=own,
+        ipv4=True,
+        lport="80,443",
+        rport="1-9",
+        port=443,
+        laddr="10.0.0.0/8",
+        raddr="::1,10.0.0.1",
+    )
     assert (request.output, request.columns, request.header, request.time) == ("csv", ("pid", "comm"), False, "none")
     assert (request.duration, request.max_events, request.buffer) == (1.5, 3, 65536)
     assert request.stats and request.strict and request.explain and request.debug
@@ -220,9 +266,7 @@ def test_a_kernel_without_btf(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(features, "BTF", tmp_path / "vmlinux")
     status, out, err = run("states", "-d", "0.1")
     assert (status, out) == (3, "")
-    assert err == (
-        f"tcpscope: this kernel has no BTF ({tmp_path / 'vmlinux'}); it needs CONFIG_DEBUG_INFO_BTF=y\n"
-    )  # fmt: skip
+    assert err == (f"tcpscope: this kernel has no BTF ({tmp_path / 'vmlinux'}); it needs CONFIG_DEBUG_INFO_BTF=y\n")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +346,7 @@ def test_weight_of_the_command_line() -> None:
         "import sys; sys.argv = ['tcpscope', 'states', '--help']\n"
         "from tcpscope.cli import main\n"
         "try: main()\nexcept SystemExit: pass"
-    )  # fmt: skip
+    )
     editable = modules_after("pass")
     assert not HEAVY & (loaded_modules - editable)
     ours = {name for name in loaded_modules if name.startswith("tcpscope.")}

@@ -49,10 +49,17 @@ def test_what_is_not_attached_says_why_and_what_is_then_not_known(report):
                 assert hook["not_known"]
 
 
-@pytest.mark.parametrize(("error", "works", "said"), [
-    (UnsupportedError("no hook for 'state'"), False, "does not work here: no hook for 'state'"),
-    (NotPermittedError("missing CAP_BPF", "run as root"), None, "cannot tell for sure: missing CAP_BPF; run as root"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "works", "said"),
+    [
+        (UnsupportedError("no hook for 'state'"), False, "does not work here: no hook for 'state'"),
+        (
+            NotPermittedError("missing CAP_BPF", "run as root"),
+            None,
+            "cannot tell for sure: missing CAP_BPF; run as root",
+        ),
+    ],
+)
 def test_what_does_not_work_is_told_from_what_is_not_known(error, works, said, monkeypatch, capsys):
     def loaded(*_):
         raise error

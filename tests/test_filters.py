@@ -263,9 +263,7 @@ def test_netns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(filters.parse_netns, 1234).startswith("no network namespace 1234; ")
     monkeypatch.setattr(netns, "exists", lambda inode: None)
     assert filters.parse_netns(1234) == 1234
-    assert (
-        error(filters.parse_netns, "blu") == f"no network namespace 'blu' in {tmp_path}; did you mean 'blue'?"
-    )
+    assert error(filters.parse_netns, "blu") == f"no network namespace 'blu' in {tmp_path}; did you mean 'blue'?"
     assert "give a name, an inode number or pid:N" in error(filters.parse_netns, "xyz")
     for bad in ("stale", "/etc/passwd", "/dev/null", "/proc/self/ns/mnt", "/no/such", "/a\0b"):
         assert "is not a network namespace" in error(filters.parse_netns, bad)

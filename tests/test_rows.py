@@ -33,9 +33,17 @@ from tests.conftest import DEADLINE
 FILE = Path(rows.__file__)
 TREE = FILE.parents[2]
 TYPES = {
-    "int": "int", "float": "float", "bool": "bool", "comm": "str", "text": "str", "time": "datetime", "errno": "int",
-    "address": "IPv4Address | IPv6Address", "list": "list[Holder]", "stack": "list[str]",
-}  # fmt: skip
+    "int": "int",
+    "float": "float",
+    "bool": "bool",
+    "comm": "str",
+    "text": "str",
+    "time": "datetime",
+    "errno": "int",
+    "address": "IPv4Address | IPv6Address",
+    "list": "list[Holder]",
+    "stack": "list[str]",
+}
 HEAD = '''"""The rows of each tool, and what `tcpscope.open` takes.
 
 Written by `python -m tests.test_rows` from what the tools say of their columns.
@@ -336,6 +344,7 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
         "for refusal in tcpscope.open('queue', events=True):\n    reveal_type(refusal.cause)\n"
         "for part in tcpscope.open('connect', columns=('raddr',)):\n    reveal_type(part)\n"
     )
+
     def mypy(path: Path) -> str:
         command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache", path]
         environment = os.environ | {"MYPYPATH": str(TREE / "src")}  # it does not see an editable install

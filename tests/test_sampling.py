@@ -11,10 +11,26 @@ from tests import examples  # noqa: F401  for its settings
 
 NETNS = 4026531840
 LISTENER = Listener(
-    socket=1, cookie=1, netns=NETNS, family=4, laddr="0.0.0.0", lport=80, holders=(), accept_queue=0, accept_limit=5,
-    syn_queue=0, somaxconn=4096, max_syn_backlog=256, syncookies=1, abort_on_overflow=False, drops=0, accepts=0,
-    since_accept_us=None, oldest_wait_us=None, counters=NetCounters(0, 0, 0),
-)  # fmt: skip
+    socket=1,
+    cookie=1,
+    netns=NETNS,
+    family=4,
+    laddr="0.0.0.0",
+    lport=80,
+    holders=(),
+    accept_queue=0,
+    accept_limit=5,
+    syn_queue=0,
+    somaxconn=4096,
+    max_syn_backlog=256,
+    syncookies=1,
+    abort_on_overflow=False,
+    drops=0,
+    accepts=0,
+    since_accept_us=None,
+    oldest_wait_us=None,
+    counters=NetCounters(0, 0, 0),
+)
 
 
 def at(drops: int, *counters: int, **more: object) -> Listener:

@@ -22,11 +22,24 @@ from tests import examples  # noqa: F401  for its settings
 PROBES = ("connections", "listeners", "rtt", "sockets")
 TRANSITION = Spec.of("connections").layout("transition")
 VALUES: dict[str, Any] = {
-    "time": 5_000_000_000, "cookie": 7, "netns": 4026531840, "lport": 40001, "rport": 443,
-    "laddr": address_bytes("192.0.2.1"), "raddr": address_bytes("2001:db8::1"), "family": 4, "pid": 42, "uid": 0,
-    "comm": b"nginx".ljust(16, b"\0"), "cgroup": 1, "role": 1, "old_state": 1, "new_state": 4, "followed_by": 2,
+    "time": 5_000_000_000,
+    "cookie": 7,
+    "netns": 4026531840,
+    "lport": 40001,
+    "rport": 443,
+    "laddr": address_bytes("192.0.2.1"),
+    "raddr": address_bytes("2001:db8::1"),
+    "family": 4,
+    "pid": 42,
+    "uid": 0,
+    "comm": b"nginx".ljust(16, b"\0"),
+    "cgroup": 1,
+    "role": 1,
+    "old_state": 1,
+    "new_state": 4,
+    "followed_by": 2,
     "in_state_us": 1234,
-}  # fmt: skip
+}
 
 
 def record(layout: Layout = TRANSITION, **changes: Any) -> bytes:
@@ -44,9 +57,14 @@ def decode(*records: bytes, layout: Layout = TRANSITION, **options: Any) -> list
 def test_the_layout_is_that_of_the_c_struct() -> None:
     assert TRANSITION.size == 120
     assert [(f.name, f.offset, f.size) for f in TRANSITION.fields][:7] == [
-        ("time", 0, 8), ("cookie", 8, 8), ("netns", 16, 4), ("lport", 20, 2), ("rport", 22, 2), ("laddr", 24, 16),
+        ("time", 0, 8),
+        ("cookie", 8, 8),
+        ("netns", 16, 4),
+        ("lport", 20, 2),
+        ("rport", 22, 2),
+        ("laddr", 24, 16),
         ("raddr", 40, 16),
-    ]  # fmt: skip
+    ]
     ends = sorted((f.offset, f.offset + f.size) for f in TRANSITION.fields)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
@@ -74,17 +92,39 @@ def _is_event(spec: Spec, name: str) -> bool:
 def test_a_row() -> None:
     (row,) = decode(record())
     assert msgspec.structs.asdict(row) == {
-        "cookie": 7, "netns": 4026531840, "lport": 40001, "rport": 443, "laddr": "192.0.2.1", "raddr": "2001:db8::1",
-        "family": 4, "pid": 42, "uid": 0, "comm": "nginx", "cgroup": 1, "role": "ACTIVE", "old_state": "ESTABLISHED",
-        "new_state": "FIN_WAIT1", "followed_by": "TIME_WAIT", "in_state_us": 1234,
-    }  # fmt: skip
+        "cookie": 7,
+        "netns": 4026531840,
+        "lport": 40001,
+        "rport": 443,
+        "laddr": "192.0.2.1",
+        "raddr": "2001:db8::1",
+        "family": 4,
+        "pid": 42,
+        "uid": 0,
+        "comm": "nginx",
+        "cgroup": 1,
+        "role": "ACTIVE",
+        "old_state": "ESTABLISHED",
+        "new_state": "FIN_WAIT1",
+        "followed_by": "TIME_WAIT",
+        "in_state_us": 1234,
+    }
 
 
 def test_not_known_is_none_and_zero_is_zero() -> None:
     unknown = {
-        "cookie": 0, "lport": 0, "rport": 0, "raddr": bytes(16), "pid": 0, "uid": 0xFFFFFFFF, "comm": bytes(16),
-        "cgroup": 0, "role": 0, "followed_by": 0, "in_state_us": 2**64 - 1,
-    }  # fmt: skip
+        "cookie": 0,
+        "lport": 0,
+        "rport": 0,
+        "raddr": bytes(16),
+        "pid": 0,
+        "uid": 0xFFFFFFFF,
+        "comm": bytes(16),
+        "cgroup": 0,
+        "role": 0,
+        "followed_by": 0,
+        "in_state_us": 2**64 - 1,
+    }
     (row,) = decode(record(**unknown))
     assert {name for name, value in msgspec.structs.asdict(row).items() if value is None} == set(unknown)
     (row,) = decode(record(uid=0, in_state_us=0, laddr=bytes(16)))

@@ -75,9 +75,11 @@ def test_the_second_copies_are_found() -> None:
     """By their names, whatever the way."""
     pairs = {(program.first, program.name) for program in Spec.of("rtt").programs if program.again}
     assert pairs == {
-        ("segment", "segment_again"), ("half_closed__fentry", "half_closed_again__fentry"), ("state", "state_again"),
+        ("segment", "segment_again"),
+        ("half_closed__fentry", "half_closed_again__fentry"),
+        ("state", "state_again"),
         ("destroy", "destroy_again"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.kernel
@@ -248,8 +250,13 @@ OUTPUTS = [
     *([name, "-d", "0.2", "--stats", "-o", output] for name in names() for output in ("table", "json", "csv")),
     *(["diagnose", "-d", "0.2", "--stats", "-o", output] for output in ("table", "json")),
     *([name, "--explain"] for name in names()),
-    ["features"], ["features", "--json"], ["--version"], ["--help"], ["states", "--help"], ["lab", "--help"],
-]  # fmt: skip
+    ["features"],
+    ["features", "--json"],
+    ["--version"],
+    ["--help"],
+    ["states", "--help"],
+    ["lab", "--help"],
+]
 
 
 def redirected(words: list[str], redirection: str) -> subprocess.CompletedProcess[str]:
@@ -345,8 +352,10 @@ def test_head_in_a_shell(lab: Lab) -> None:
     script = '{ "$1" -m tcpscope states --netns "$2" -o csv -d 60; echo "status $?" >&2; } | head -n 1'
     shell = subprocess.Popen(
         ["sh", "-c", script, "sh", sys.executable, str(lab.client.inode)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert shell.stdout is not None and shell.stderr is not None
     assert shell.stdout.readline().startswith("time,")
     begin = time.monotonic()

@@ -142,8 +142,12 @@ def test_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [[event()], [event(), event("db")], [], [], [event("db")]]
     found = rows(COUNT, Source(*batches, monkeypatch=monkeypatch), options={"by": "comm"}, interval=2.0)
     assert [(row["comm"], row["count"], row["total"]) for row in found] == [
-        ("web", 2, False), ("db", 1, False), ("db", 1, False), ("db", 2, True), ("web", 2, True),
-    ]  # fmt: skip
+        ("web", 2, False),
+        ("db", 1, False),
+        ("db", 1, False),
+        ("db", 2, True),
+        ("web", 2, True),
+    ]
 
 
 def test_a_stop_at_the_end_of_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,9 +169,17 @@ def test_distribution() -> None:
     events = [event(latency_us=us) for us in values]
     (row,) = rows(LATENCY, Source(events[:3], events[3:]))
     assert row == {
-        "outcome": "ESTABLISHED", "count": 6, "min_us": 1, "p50_us": 3, "p90_us": 5, "p99_us": 5, "max_us": 5,
-        "mean_us": 3.0, "histogram": [[1, 1, 1], [2, 3, 2], [4, 7, 2]], "total": True,
-    }  # fmt: skip
+        "outcome": "ESTABLISHED",
+        "count": 6,
+        "min_us": 1,
+        "p50_us": 3,
+        "p90_us": 5,
+        "p99_us": 5,
+        "max_us": 5,
+        "mean_us": 3.0,
+        "histogram": [[1, 1, 1], [2, 3, 2], [4, 7, 2]],
+        "total": True,
+    }
 
 
 def test_zero_is_a_value() -> None:
@@ -185,8 +197,9 @@ def test_nothing_known() -> None:
 def test_each_kind_has_its_own_values() -> None:
     source = Source([event(latency_us=1), event(outcome="REFUSED", latency_us=1000), event(latency_us=3)])
     assert [(row["outcome"], row["min_us"], row["max_us"]) for row in rows(LATENCY, source)] == [
-        ("ESTABLISHED", 1, 3), ("REFUSED", 1000, 1000),
-    ]  # fmt: skip
+        ("ESTABLISHED", 1, 3),
+        ("REFUSED", 1000, 1000),
+    ]
 
 
 def test_drawn_in_a_table() -> None:

@@ -22,7 +22,7 @@ _OTHERS = {
     "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
     "features": ("tcpscope.features_cli", "What each tool can do on this kernel, and what is missing."),
     "lab": ("tcpscope.lab.cli", "Two hosts in network namespaces with a known fault, to try the tools on."),
-}  # fmt: skip
+}
 
 
 class _ReaderGoneError(Exception):
@@ -100,30 +100,51 @@ FILTERS = (
     click.Option(["--raddr"], metavar="NETWORKS", help="Remote addresses."),
 )
 COMMON = (
-    click.Option(["-o", "--output"], type=click.Choice(["table", "json", "csv"]), default="table", show_default=True,
-                 help="Format."),
-    click.Option(["-d", "--duration"], type=float, callback=_seconds, metavar="SECONDS",
-                 help="End so long after the hooks are attached."),
+    click.Option(
+        ["-o", "--output"],
+        type=click.Choice(["table", "json", "csv"]),
+        default="table",
+        show_default=True,
+        help="Format.",
+    ),
+    click.Option(
+        ["-d", "--duration"],
+        type=float,
+        callback=_seconds,
+        metavar="SECONDS",
+        help="End so long after the hooks are attached.",
+    ),
     click.Option(["--stats"], is_flag=True, help="The account of events in the output too (JSON)."),
     click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
     click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),
-)  # fmt: skip
-TIME = click.Option(["--time"], type=click.Choice(["iso", "elapsed", "none"]), default="iso", show_default=True,
-                    help="Time stamps: UTC, seconds since the start, or none.")  # fmt: skip
-BUFFER = click.Option(["--buffer"], callback=_bytes, metavar="SIZE",
-                      help="Ring buffer between kernel and tool.  [default: 4M]")  # fmt: skip
+)
+TIME = click.Option(
+    ["--time"],
+    type=click.Choice(["iso", "elapsed", "none"]),
+    default="iso",
+    show_default=True,
+    help="Time stamps: UTC, seconds since the start, or none.",
+)
+BUFFER = click.Option(
+    ["--buffer"], callback=_bytes, metavar="SIZE", help="Ring buffer between kernel and tool.  [default: 4M]"
+)
 OUTPUT = (
     *COMMON,
     click.Option(["--columns"], metavar="NAMES", help="Columns, in this order."),
     click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="No line of titles."),
     TIME,
-    click.Option(["-n", "--max-events"], type=click.IntRange(1), metavar="N",
-                 help="At most so many rows: of a stream in all, and it ends then; else each time."),
+    click.Option(
+        ["-n", "--max-events"],
+        type=click.IntRange(1),
+        metavar="N",
+        help="At most so many rows: of a stream in all, and it ends then; else each time.",
+    ),
     click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
     BUFFER,
-)  # fmt: skip
-INTERVAL = click.Option(["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS",
-                        help="Print every so often.")  # fmt: skip
+)
+INTERVAL = click.Option(
+    ["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print every so often."
+)
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
 
@@ -133,14 +154,15 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         click.Option(
             list(option.flags),
             is_flag=option.type is bool,
-            type=click.Choice(option.type) if isinstance(option.type, tuple) else
-            (None if option.type is bool else option.type),
+            type=click.Choice(option.type)
+            if isinstance(option.type, tuple)
+            else (None if option.type is bool else option.type),
             default=option.unset,
             show_default=option.default is not None,
             help=option.help,
         )
         for option in tool.options
-    ]  # fmt: skip
+    ]
 
     def callback(**values: Any) -> None:
         show(tool, request_of(tool, values), sys.stdout.buffer)
@@ -149,8 +171,9 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         option for option, used in ((INTERVAL, tool.intervals), (TIME, tool.timed), (BUFFER, tool.event)) if not used
     }
     shared = [option for option in (INTERVAL, *FILTERS, *OUTPUT) if option not in useless]
-    return click.Command(tool.name, params=[*own, *shared], callback=callback, help=f"\b\n{tool.help}",
-                         short_help=tool.summary)  # fmt: skip
+    return click.Command(
+        tool.name, params=[*own, *shared], callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary
+    )
 
 
 def filter_of(values: dict[str, Any]) -> Filter:

@@ -146,7 +146,8 @@ def _request(tool: Tool, given: dict[str, Any]) -> Request:
         if name in options:
             options[name].check(value)
     return Request(
-        filter=Filter.from_options(**{name: given[name] for name in FILTERS if name in given}), output="json",
+        filter=Filter.from_options(**{name: given[name] for name in FILTERS if name in given}),
+        output="json",
         options={name: given.get(name, option.unset) for name, option in options.items()},
         **{name: given[name] for name in asked if name in given},
-    )  # fmt: skip
+    )

@@ -56,16 +56,25 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
         tool = toolbox.find(name)
         for probe in tool.probes:
             hooks, works, why = examine(probe, tool.event or None, kernel)
-            result.append({
-                "tool": name, "probe": probe, "works": works, "why": why or None,
-                "capabilities": needed(tool, kernel), "for_more": for_more(tool, hooks),
-                "hooks": [
-                    {"hook": hook.name, "way": hook.program.section if hook.program else None,
-                     "refused": dict(hook.refused),
-                     "not_known": hook.without if hook.program is None else None}
-                    for hook in hooks.values()
-                ],
-            })  # fmt: skip
+            result.append(
+                {
+                    "tool": name,
+                    "probe": probe,
+                    "works": works,
+                    "why": why or None,
+                    "capabilities": needed(tool, kernel),
+                    "for_more": for_more(tool, hooks),
+                    "hooks": [
+                        {
+                            "hook": hook.name,
+                            "way": hook.program.section if hook.program else None,
+                            "refused": dict(hook.refused),
+                            "not_known": hook.without if hook.program is None else None,
+                        }
+                        for hook in hooks.values()
+                    ],
+                }
+            )
     return result
 
 

@@ -330,9 +330,7 @@ def _items(value: Values, what: str) -> list[str]:
     several = [value] if isinstance(value, Value) else value
     items = [item.strip() for one in several for item in str(one).split(",")]
     if not all(items) or not items:
-        raise UsageError(
-            f"a value is missing in {','.join(items)!r}", f"give one {what} or more, with commas"
-        )
+        raise UsageError(f"a value is missing in {','.join(items)!r}", f"give one {what} or more, with commas")
     return items
 
 
@@ -359,9 +357,7 @@ def _port_range(text: str) -> PortRange:
 
 def _network(text: str) -> Network:
     if "%" in text:
-        raise UsageError(
-            f"{text!r} has a zone", f"leave out '%' and what follows: {text.partition('%')[0]!r}"
-        )
+        raise UsageError(f"{text!r} has a zone", f"leave out '%' and what follows: {text.partition('%')[0]!r}")
     try:
         network = _unmapped(ipaddress.ip_network(text, strict=False))
     except ValueError:

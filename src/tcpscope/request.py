@@ -78,8 +78,9 @@ class Request:
         default = [name for name in shown if name in known] if self.output == "table" else [*known]
         for name in self.columns or ():
             if name not in known:
-                raise UsageError(f"unknown column '{name}'",
-                                 did_you_mean(name, known) or f"there are {', '.join(known)}")  # fmt: skip
+                raise UsageError(
+                    f"unknown column '{name}'", did_you_mean(name, known) or f"there are {', '.join(known)}"
+                )
         also = drawn if self.output == "table" else ()
         return tuple(known[name] for name in dict.fromkeys((*(self.columns or default), *also)))
 

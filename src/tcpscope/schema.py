@@ -32,8 +32,16 @@ from tcpscope.kernel import btf as B
 
 Row = msgspec.Struct
 
-_FORMATS = {(1, False): "B", (2, False): "H", (4, False): "I", (8, False): "Q",
-            (1, True): "b", (2, True): "h", (4, True): "i", (8, True): "q"}  # fmt: skip
+_FORMATS = {
+    (1, False): "B",
+    (2, False): "H",
+    (4, False): "I",
+    (8, False): "Q",
+    (1, True): "b",
+    (2, True): "h",
+    (4, True): "i",
+    (8, True): "q",
+}
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -87,9 +95,7 @@ class Layout(msgspec.Struct, frozen=True):
         """The same struct with these fields only, in this order."""
         return Layout(self.name, self.size, tuple(self.field(name) for name in names))
 
-    def decoder(
-        self, clock: Clock | None = None, *, raw: bool = False, frame: Callable[[int], str] = hex
-    ) -> Decoder:
+    def decoder(self, clock: Clock | None = None, *, raw: bool = False, frame: Callable[[int], str] = hex) -> Decoder:
         """A compiled function from a batch to rows; with `raw` their values are as in the C struct.
 
         `frame` names the address of a stack frame.
@@ -217,9 +223,7 @@ class Decoder:
     The loop is compiled once per layout; one record costs one unpack and one constructor call.
     """
 
-    def __init__(
-        self, layout: Layout, clock: Clock, raw: bool = False, frame: Callable[[int], str] = hex
-    ) -> None:
+    def __init__(self, layout: Layout, clock: Clock, raw: bool = False, frame: Callable[[int], str] = hex) -> None:
         self._frame = frame
         fields = [f for f in layout.fields if not (f.kind == "time" and clock.mode == "none")]
         self.layout = layout
@@ -230,10 +234,7 @@ class Decoder:
         self.row_type: type[Row] = msgspec.defstruct(layout.name.title().replace("_", ""), columns, gc=False)
         by_offset = sorted(range(len(fields)), key=lambda i: fields[i].offset)
         arguments = ", ".join(f"v{i}" for i in by_offset)
-        source = (
-            f"def decode(batch):\n"
-            f"    return [Row({', '.join(expressions)}) for ({arguments},) in unpack(batch)]\n"
-        )
+        source = f"def decode(batch):\n    return [Row({', '.join(expressions)}) for ({arguments},) in unpack(batch)]\n"
         names |= {"Row": self.row_type, "unpack": struct.Struct(_format(layout.size, fields)).iter_unpack}
         exec(compile(source, f"<decoder of {layout.name}>", "exec"), names)
         self.rows: Callable[[bytes | memoryview], list[Any]] = names["decode"]

@@ -91,8 +91,13 @@ class Session:
         self.spec = Spec.of(probe)
         self.kernel = kernel or Kernel()
         decided, self.residual = filtering.split(filter)
-        setup = Setup(constants=filtering.constants(decided) | (constants or {}), entries=dict(entries or {}),
-                      event=event, skip=frozenset(skip), debug=debug)  # fmt: skip
+        setup = Setup(
+            constants=filtering.constants(decided) | (constants or {}),
+            entries=dict(entries or {}),
+            event=event,
+            skip=frozenset(skip),
+            debug=debug,
+        )
         setup.entries["events"] = ring_bytes if event else mmap.PAGESIZE
         if event:
             setup.constants["wakeup_bytes"] = ring_bytes // 4

@@ -48,8 +48,9 @@ class Summary:
         names = self._kind(request)
         for name in names:
             if name not in known:
-                raise UsageError(f"unknown column '{name}'",
-                                 did_you_mean(name, known) or f"there are {', '.join(known)}")  # fmt: skip
+                raise UsageError(
+                    f"unknown column '{name}'", did_you_mean(name, known) or f"there are {', '.join(known)}"
+                )
         # Of a kind the number may be known nowhere.
         distribution = [structs.replace(column, nullable=True) for column in histogram.COLUMNS[1:] if self.of]
         return (_TIME, *(known[name] for name in names), _COUNT, *distribution, TOTAL)
@@ -134,8 +135,9 @@ class _Summarizing(Run):
     def _ended(self, which: Literal["interval", "total"], groups: _Groups) -> Batch:
         self._round += 1
         when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
-        return Batch(which, [self._make(kind, group, when, which == "total") for kind, group in groups.largest()],
-                     self._round)  # fmt: skip
+        return Batch(
+            which, [self._make(kind, group, when, which == "total") for kind, group in groups.largest()], self._round
+        )
 
     def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool) -> Any:
         values = dict(zip(self._names, kind, strict=True)) | (histogram.figures(group.values) if group.values else {})

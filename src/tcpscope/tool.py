@@ -84,10 +84,12 @@ class Stream(Tool):
         self.intervals = self.intervals or bool(summaries)
         self.options = (
             *options,
-            *(Option((f"--{summary.option}",), f"{summary.help} By default by {','.join(summary.by)}.")
-              for summary in summaries),
+            *(
+                Option((f"--{summary.option}",), f"{summary.help} By default by {','.join(summary.by)}.")
+                for summary in summaries
+            ),
             *((Option(("--by",), "The columns that it is done by, with commas.", str),) if summaries else ()),
-        )  # fmt: skip
+        )
         self.constants = constants
 
     @property
@@ -115,8 +117,9 @@ class Stream(Tool):
         available = self.columns(request)
         if summary := self._asked(request):
             return summary.open(request, available, lambda names: self.events(request, names, Clock("none")))
-        return self.events(request, [column.name for column in request.choose(available, self.shown)],
-                           Clock(request.time))  # fmt: skip
+        return self.events(
+            request, [column.name for column in request.choose(available, self.shown)], Clock(request.time)
+        )
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         """A run whose rows have these columns."""
@@ -127,9 +130,14 @@ class Stream(Tool):
     def session(self, request: Request) -> Session:
         """The probe, attached as this tool needs it."""
         session = Session(
-            self.probes[0], self.event, request.filter, constants=self.constants(request), skip=self.skip(request),
-            ring_bytes=request.buffer or self.ring_bytes(request), debug=request.debug,
-        )  # fmt: skip
+            self.probes[0],
+            self.event,
+            request.filter,
+            constants=self.constants(request),
+            skip=self.skip(request),
+            ring_bytes=request.buffer or self.ring_bytes(request),
+            debug=request.debug,
+        )
         with closed_on_error(session):
             self.begin(session, request)
         return session

@@ -105,7 +105,7 @@ def test_an_attempt_that_found_no_place(lab: Lab) -> None:
         )
         assert [(row.outcome, row.errno, row.pid) for row in rows_of(session)] == [
             ("REFUSED", "ECONNREFUSED", None)
-        ] * CONNECTIONS  # fmt: skip
+        ] * CONNECTIONS
         assert session.counters()["table_full"] == CONNECTIONS
 
 

@@ -21,9 +21,17 @@ pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel, pytest.mark.concurre
 
 CONNECTIONS, EXCHANGES = 20, 3
 STEPS = (
-    "CLOSE>SYN_SENT", "SYN_SENT>ESTABLISHED", "LISTEN>SYN_RECV", "SYN_RECV>ESTABLISHED", "ESTABLISHED>FIN_WAIT1",
-    "ESTABLISHED>CLOSE_WAIT", "FIN_WAIT1>FIN_WAIT2", "CLOSE_WAIT>LAST_ACK", "FIN_WAIT2>CLOSE", "LAST_ACK>CLOSE",
-)  # fmt: skip
+    "CLOSE>SYN_SENT",
+    "SYN_SENT>ESTABLISHED",
+    "LISTEN>SYN_RECV",
+    "SYN_RECV>ESTABLISHED",
+    "ESTABLISHED>FIN_WAIT1",
+    "ESTABLISHED>CLOSE_WAIT",
+    "FIN_WAIT1>FIN_WAIT2",
+    "CLOSE_WAIT>LAST_ACK",
+    "FIN_WAIT2>CLOSE",
+    "LAST_ACK>CLOSE",
+)
 SECOND_ALONE = ("state", "destroy", "segment", "half_closed")
 FIRST_ALONE = tuple(f"{hook}_again" for hook in SECOND_ALONE)
 
@@ -41,7 +49,7 @@ def test_each_event_once(lab: Lab, skip: tuple[str, ...]) -> None:
             "    client = socket.create_connection(listener.getsockname()); child, _ = listener.accept()\n"
             "    client.close(); child.recv(1); child.close()",
             count=CONNECTIONS,
-        )  # fmt: skip
+        )
 
         def all_closed() -> bool:
             rows.extend(row for batch in session.batches() for row in decode(batch))
@@ -79,7 +87,7 @@ def test_each_round_trip_once(lab: Lab, skip: tuple[str, ...]) -> None:
             "    client.close(); child.recv(1); child.close()",
             count=CONNECTIONS,
             exchanges=EXCHANGES,
-        )  # fmt: skip
+        )
         until(lambda: all(found.state != "LAST_ACK" for found in lab.client.sockets()), "the end of all connections")
         session.end()
         # What one copy alone has interrupted itself in nobody has taken; the kernel counts it (5.12).

@@ -89,8 +89,20 @@ def test_every_kind() -> None:
     assert types.resolve(19) == types.struct("s") == types.find("s", Kind.STRUCT) == types.type(4)
     assert types.find("s", Kind.UNION) is None
     assert [types.size_of(i) for i in (1, 2, 3, 4, 5, 6, 10, 11, 14, 15, 16, 19, 20)] == [
-        4, 8, 24, 16, 4, 4, 16, 8, 24, 24, 8, 16, 8,
-    ]  # fmt: skip
+        4,
+        8,
+        24,
+        16,
+        4,
+        4,
+        16,
+        8,
+        24,
+        24,
+        8,
+        16,
+        8,
+    ]
     assert types.enumerators(types.type(6)) == {-1: "MINUS", 1: "ONE"}
     assert [types.enum_value(name) for name in ("UNO", "MINUS", "BIG", "LOW", "NE")] == [
         1,
@@ -270,8 +282,13 @@ def test_an_object_from_clang(object_file: bytes) -> None:
     event = types.struct("event")
     assert event.size == types.size_of(event.id) == 40
     assert [(m.name, m.bit_offset, m.bitfield_size) for m in event.members] == [
-        ("pid", 0, 0), ("low", 32, 3), ("high", 35, 5), ("", 64, 0), ("outcome", 192, 0), ("next", 256, 0),
-    ]  # fmt: skip
+        ("pid", 0, 0),
+        ("low", 32, 3),
+        ("high", 35, 5),
+        ("", 64, 0),
+        ("outcome", 192, 0),
+        ("next", 256, 0),
+    ]
     assert types.decl_tags(event.id, 0) == ("doc:process",)
     union = types.resolve(event.members[3].type_id)
     assert types.decl_tags(union.id, 0) == ("unit:us",)
@@ -301,15 +318,7 @@ def as_bpftool(found: btf.Type) -> dict[str, Any]:
     known: dict[str, Any] = {"id": found.id, "kind": found.kind.name, "name": found.name or "(anon)"}
     match found:
         case btf.Int():
-            encoding = (
-                "SIGNED"
-                if found.signed
-                else "CHAR"
-                if found.is_char
-                else "BOOL"
-                if found.is_bool
-                else "(none)"
-            )
+            encoding = "SIGNED" if found.signed else "CHAR" if found.is_char else "BOOL" if found.is_bool else "(none)"
             return known | {"size": found.size, "nr_bits": found.bits, "encoding": encoding}
         case btf.Float():
             return known | {"size": found.size}
@@ -348,9 +357,7 @@ def as_bpftool(found: btf.Type) -> dict[str, Any]:
 
 @pytest.mark.skipif(BPFTOOL is None, reason="bpftool is the witness, and is not installed")
 def test_the_kernel_as_bpftool_sees_it(vmlinux: Btf) -> None:
-    dump = subprocess.run(
-        [str(BPFTOOL), "-j", "btf", "dump", "file", str(VMLINUX)], check=True, capture_output=True
-    )
+    dump = subprocess.run([str(BPFTOOL), "-j", "btf", "dump", "file", str(VMLINUX)], check=True, capture_output=True)
     theirs = json.loads(dump.stdout)["types"]
     assert len(theirs) == len(vmlinux) - 1
     for their, our in zip(theirs, vmlinux.types, strict=True):

@@ -53,9 +53,7 @@ def test_symbols(object_file: bytes) -> None:
 
 def header(table_at: int = 64, entry_size: int = 64, count: int = 1, names: int = 0) -> bytes:
     ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    return struct.pack(
-        "<16sHHIQQQIHHHHHH", ident, 1, 247, 1, 0, 0, table_at, 0, 64, 0, 0, entry_size, count, names
-    )
+    return struct.pack("<16sHHIQQQIHHHHHH", ident, 1, 247, 1, 0, 0, table_at, 0, 64, 0, 0, entry_size, count, names)
 
 
 def entry(name: int = 0, type_: int = 3, at: int = 0, size: int = 7, link: int = 0) -> bytes:

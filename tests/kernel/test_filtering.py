@@ -35,10 +35,21 @@ Rule = Callable[[Row], bool]
 
 LONG = "fifteen-letters"  # as many as the kernel keeps
 FEW = {
-    "pid of a server", "comm of full length", "uid of root", "cgroup above", "IPv6", "lport list and range", "port",
-    "rport", "laddr network", "raddr all IPv6", "eight networks", "many networks, raddr all",
-    "many networks and an owner", "several at once",
-}  # fmt: skip
+    "pid of a server",
+    "comm of full length",
+    "uid of root",
+    "cgroup above",
+    "IPv6",
+    "lport list and range",
+    "port",
+    "rport",
+    "laddr network",
+    "raddr all IPv6",
+    "eight networks",
+    "many networks, raddr all",
+    "many networks and an owner",
+    "several at once",
+}
 """What each kernel of the matrix is asked: every option once. The kernel of this machine is asked everything."""
 
 MANY_IPV4 = [f"10.{n}.0.0/16" for n in range(0, 20, 2)]
@@ -81,8 +92,14 @@ class Watchers:
         self._stack, self._kernel = stack, kernel
 
     def add(self, wanted: Filter) -> Watcher:
-        session = Session("connections", "transition", wanted, ring_bytes=1 << 16, kernel=self._kernel,
-                          entries={"connections": 8192, "listening": 1024})  # fmt: skip
+        session = Session(
+            "connections",
+            "transition",
+            wanted,
+            ring_bytes=1 << 16,
+            kernel=self._kernel,
+            entries={"connections": 8192, "listening": 1024},
+        )
         assert session.layout is not None
         return Watcher(self._stack.enter_context(Streaming(session, session.layout.decoder(Clock("none")))))
 
@@ -142,8 +159,9 @@ def listen(puppet: Puppet, name: str, family: str, address: str, port: int) -> N
         f"{name} = socket.socket(socket.{family})\n"
         f"if socket.{family} == socket.AF_INET6: {name}.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)\n"
         f"{name}.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1); {name}.bind((address, port)); {name}.listen()",
-        address=address, port=port,
-    )  # fmt: skip
+        address=address,
+        port=port,
+    )
 
 
 def connect(puppet: Puppet, source: tuple[str, int], to: tuple[str, int], family: str = "AF_INET") -> bool:
@@ -151,8 +169,9 @@ def connect(puppet: Puppet, source: tuple[str, int], to: tuple[str, int], family
         f"connection = socket.socket(socket.{family})\n"
         "connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
         "connection.bind(tuple(source)); error = connection.connect_ex(tuple(to))",
-        source=source, to=to,
-    )  # fmt: skip
+        source=source,
+        to=to,
+    )
     return bool(puppet.ask("error == 0"))
 
 
@@ -225,18 +244,25 @@ def options_and_rules(cast: Cast) -> dict[str, tuple[dict[str, Any], Rule]]:
         "raddr all IPv6": ({"raddr": "::/0"}, lambda row: row["raddr"] is not None and row["family"] == 6),
         "raddr mapped": ({"raddr": "::ffff:127.0.3.3"}, one_of("raddr", "127.0.3.3")),
         "eight networks": ({"raddr": [*MANY_IPV4[:6], "127.0.3.0/24", "::1"]}, one_of("raddr", "127.0.3.3", "::1")),
-        "many networks, laddr": ({"laddr": [*MANY_IPV4, "127.0.1.0/24", "::1"]},
-                                 one_of("laddr", "127.0.1.5", "::1")),
-        "many networks, raddr": ({"raddr": [*MANY_IPV6, "2001:db8::/126", "127.0.2.9"]},
-                                 one_of("raddr", cast.host.ipv6, "127.0.2.9")),
-        "many networks, raddr all": ({"raddr": [*MANY_IPV4, "::/0"]},
-                                     lambda row: row["raddr"] is not None and row["family"] == 6),
-        "many networks and an owner": ({"raddr": [*MANY_IPV4, "127.0.0.0/8"], "uid": 1002, "lport": "40000-50000"},
-                                       lambda row: row["uid"] == 1002 and row["raddr"] == "127.0.2.1"),
-        "several at once": ({"comm": "web", "ipv4": True, "rport": "40005", "laddr": "127.0.0.0/8"},
-                            lambda row: row["comm"] == "web" and row["rport"] == 40005),
+        "many networks, laddr": ({"laddr": [*MANY_IPV4, "127.0.1.0/24", "::1"]}, one_of("laddr", "127.0.1.5", "::1")),
+        "many networks, raddr": (
+            {"raddr": [*MANY_IPV6, "2001:db8::/126", "127.0.2.9"]},
+            one_of("raddr", cast.host.ipv6, "127.0.2.9"),
+        ),
+        "many networks, raddr all": (
+            {"raddr": [*MANY_IPV4, "::/0"]},
+            lambda row: row["raddr"] is not None and row["family"] == 6,
+        ),
+        "many networks and an owner": (
+            {"raddr": [*MANY_IPV4, "127.0.0.0/8"], "uid": 1002, "lport": "40000-50000"},
+            lambda row: row["uid"] == 1002 and row["raddr"] == "127.0.2.1",
+        ),
+        "several at once": (
+            {"comm": "web", "ipv4": True, "rport": "40005", "laddr": "127.0.0.0/8"},
+            lambda row: row["comm"] == "web" and row["rport"] == 40005,
+        ),
         "none that match together": ({"comm": "web", "uid": "1002"}, lambda row: False),
-    }  # fmt: skip
+    }
 
 
 def combinations(cast: Cast, count: int) -> list[Filter]:
@@ -258,8 +284,9 @@ def combinations(cast: Cast, count: int) -> list[Filter]:
     while len(found) < count:
         names = chance.sample(sorted(choices), chance.choice((1, 2, 2, 3)))
         with contextlib.suppress(UsageError):  # a contradiction
-            found.append(Filter.from_options(**{name: chance.choice(choices[name]) for name in names},
-                                             netns=cast.host.inode))  # fmt: skip
+            found.append(
+                Filter.from_options(**{name: chance.choice(choices[name]) for name in names}, netns=cast.host.inode)
+            )
     return found
 
 
@@ -308,9 +335,11 @@ def test_everything_is_there(cast: Cast, seen: Seen) -> None:
     listeners[7000, None] = ["LISTEN", "LISTEN", "CLOSE", "CLOSE"]
     pairs = [(40001, 8080), (40002, 8443), (40003, 9000), (40004, 9001), (40005, 8080)]
     assert {ends: states for ends, states in steps.items() if 40007 not in ends} == (
-        dict.fromkeys(pairs, active) | {(b, a): passive for a, b in pairs} | listeners
+        dict.fromkeys(pairs, active)
+        | {(b, a): passive for a, b in pairs}
+        | listeners
         | {(40006, 9999): ["SYN_SENT", "CLOSE"]}
-    )  # fmt: skip
+    )
     assert steps[7000, 40007][:3] == passive[:3]
     unknown = [row for row in seen.everything if row["pid"] is None]
     assert {(row["lport"], row["rport"], row["comm"], row["uid"], row["cgroup"]) for row in unknown} == {

@@ -69,10 +69,25 @@ def compiled(folder: Path, name: str, text: str) -> Spec:
     source = folder / f"{name}.bpf.c"
     source.write_text(text)
     subprocess.run(
-        ["clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-D__TARGET_ARCH_x86", "-idirafter",
-         "/usr/include/x86_64-linux-gnu", "-I", BPF, "-c", source, "-o", source.with_suffix(".o")],
+        [
+            "clang",
+            "-target",
+            "bpf",
+            "-mcpu=v3",
+            "-O2",
+            "-g",
+            "-D__TARGET_ARCH_x86",
+            "-idirafter",
+            "/usr/include/x86_64-linux-gnu",
+            "-I",
+            BPF,
+            "-c",
+            source,
+            "-o",
+            source.with_suffix(".o"),
+        ],
         check=True,
-    )  # fmt: skip
+    )
     return Spec(name, source.with_suffix(".o").read_bytes())
 
 
@@ -94,9 +109,13 @@ def naive(tmp_path_factory: pytest.TempPathFactory) -> Spec:
 def test_the_first_way_that_is_not_refused() -> None:
     hooks = plan(CONNECTIONS, {}, event="transition")
     assert {name: hook.program.name for name, hook in hooks.items() if hook.program and "__" in hook.program.name} == {
-        "connect": "connect__fentry", "accept": "accept__fexit", "timewait": "timewait__fexit",
-        "graft": "graft__fentry", "gap": "gap__each", "flush": "flush__each",
-    }  # fmt: skip
+        "connect": "connect__fentry",
+        "accept": "accept__fexit",
+        "timewait": "timewait__fexit",
+        "graft": "graft__fentry",
+        "gap": "gap__each",
+        "flush": "flush__each",
+    }
     assert not any(hook.refused for hook in hooks.values())
 
 
@@ -105,8 +124,9 @@ def test_why_each_better_way_was_not_taken() -> None:
     hooks = plan(CONNECTIONS, refused | {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"})
     assert hooks["connect"].program is not None
     assert (hooks["connect"].program.name, hooks["connect"].refused) == (
-        "connect__kprobe", {"connect__fentry": "no trampolines"},
-    )  # fmt: skip
+        "connect__kprobe",
+        {"connect__fentry": "no trampolines"},
+    )
     assert hooks["timewait"].program is None
     assert hooks["timewait"].refused == {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"}
     assert hooks["timewait"].without == "what follows CLOSE"

@@ -15,8 +15,9 @@ from tcpscope.filters import Filter
 from tcpscope.kernel import elf, filtering
 from tcpscope.kernel.spec import Program, Spec
 
-PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir()
-                if path.name.endswith(".bpf.o"))  # fmt: skip
+PROBES = sorted(
+    path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir() if path.name.endswith(".bpf.o")
+)
 CONNECTIONS = Spec.of("connections")
 
 
@@ -110,8 +111,9 @@ class InKernel(ctypes.Structure):
 
 def test_packing_a_filter() -> None:
     """The bytes that the kernel gets, read by a C struct that does not come from BTF."""
-    wanted = Filter.from_options(pid=1, uid=0, comm="nginx", netns=4026531840, ipv4=True, cgroup=2**40,
-                                 laddr="10.0.0.0/8,192.0.2.1", rport=443)  # fmt: skip
+    wanted = Filter.from_options(
+        pid=1, uid=0, comm="nginx", netns=4026531840, ipv4=True, cgroup=2**40, laddr="10.0.0.0/8,192.0.2.1", rport=443
+    )
     variable = CONNECTIONS.variables["filter"]
     data = CONNECTIONS.pack(variable.type, filtering.constants(wanted)["filter"])
     assert len(data) == variable.size == ctypes.sizeof(InKernel)

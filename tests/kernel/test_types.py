@@ -19,8 +19,9 @@ from tests.kernels import HOST, KERNELS, btfs, debian
 from tests.kernels.image import btf_of
 
 HEADER = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf/kernel.bpf.h"
-PROBES = sorted(path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir()
-                if path.name.endswith(".bpf.o"))  # fmt: skip
+PROBES = sorted(
+    path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir() if path.name.endswith(".bpf.o")
+)
 
 MAY_BE_MISSING = {
     "proto_accept_arg": "came with the second signature of inet_csk_accept (6.10); only asked whether it exists",
@@ -56,7 +57,7 @@ def declared() -> set[str]:
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     text = text.partition("preserve_access_index")[2].partition("#pragma clang attribute pop")[0]
     structs = re.findall(r"^struct (\w+) *\{", text, re.MULTILINE)
-    return {*structs, *re.findall(r"^typedef struct .*\} (\w+);", text, re.MULTILINE)}
+    return {*structs, *re.findall(r"^typedef struct \{[^}]*\} (\w+);", text, re.MULTILINE)}
 
 
 def find(btf: Btf, name: str) -> Struct | None:
@@ -129,8 +130,16 @@ def test_every_field_exists(kernel: Btf) -> None:
 def test_what_is_read_of_a_socket_in_one_piece(kernel: Btf) -> None:
     """identity.bpf.h copies so much, and then reads these fields in the copy."""
     (size,) = map(int, re.findall(r"#define COMMON_BYTES (\d+)", (HEADER.parent / "identity.bpf.h").read_text()))
-    for name in ("skc_daddr", "skc_rcv_saddr", "skc_dport", "skc_num", "skc_family", "skc_net", "skc_v6_daddr",
-                 "skc_v6_rcv_saddr"):  # fmt: skip
+    for name in (
+        "skc_daddr",
+        "skc_rcv_saddr",
+        "skc_dport",
+        "skc_num",
+        "skc_family",
+        "skc_net",
+        "skc_v6_daddr",
+        "skc_v6_rcv_saddr",
+    ):
         field = kernel.field("sock_common", name)
         assert field is not None
         assert field.bit_offset // 8 + kernel.size_of(field.type_id) <= size

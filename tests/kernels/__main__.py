@@ -19,8 +19,15 @@ TIMEOUT_S = 2400
 def run_kernel(kernel: Kernel, arguments: Sequence[str], *, timeout_s: float) -> int:
     """Record and run tests on one kernel."""
     under_kvm, show = kvm.usable(), partial(print, flush=True)
-    row = rows.run_guest(kernel.name, debian.get(kernel), rows.compose(arguments), arguments, timeout_s=timeout_s,
-                         under_kvm=under_kvm, show=show)  # fmt: skip
+    row = rows.run_guest(
+        kernel.name,
+        debian.get(kernel),
+        rows.compose(arguments),
+        arguments,
+        timeout_s=timeout_s,
+        under_kvm=under_kvm,
+        show=show,
+    )
     matrix.show_failures(row)
     if not arguments:
         matrix.save(row)

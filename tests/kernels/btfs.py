@@ -107,8 +107,11 @@ def fetch(everything: bool, say: Callable[[str], None]) -> None:
                 complete = False
                 continue
             kinds = among(packages, suite)
-            wanted = [[kernel] for kernels in kinds for kernel in kernels] if everything else \
-                [kernels[:TRIES] for kernels in kinds]  # fmt: skip
+            wanted = (
+                [[kernel] for kernels in kinds for kernel in kernels]
+                if everything
+                else [kernels[:TRIES] for kernels in kinds]
+            )
             missing = [kernels for kernels in wanted if not kernels[0].file.exists()]
             if missing:
                 say(f"{suite}: fetching the BTF of {len(missing)} kernels")

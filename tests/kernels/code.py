@@ -100,8 +100,11 @@ def arguments(spec: Spec, program: str) -> int:
 def helpers(spec: Spec, piece: str, constants: Constants) -> frozenset[int]:
     """The numbers of the helpers (`enum bpf_func_id`) that a program or function calls, where it is reached."""
     reach = reached(spec, piece, constants)
-    return frozenset(each.immediate for each in _instructions(spec, piece)
-                     if each.opcode == _CALL and each.source == _A_HELPER and each.at in reach)  # fmt: skip
+    return frozenset(
+        each.immediate
+        for each in _instructions(spec, piece)
+        if each.opcode == _CALL and each.source == _A_HELPER and each.at in reach
+    )
 
 
 @cache

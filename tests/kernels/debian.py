@@ -185,9 +185,7 @@ def numbers(version: str) -> list[int]:
     return [int(number) for number in version.split(".")]
 
 
-def rows(
-    kernels: Iterable[Kernel], fetch: Callable[[Kernel], Image], say: Callable[[str], None]
-) -> dict[str, Image]:
+def rows(kernels: Iterable[Kernel], fetch: Callable[[Kernel], Image], say: Callable[[str], None]) -> dict[str, Image]:
     """The kernels of the matrix by name.
 
     One whose package is gone is replaced by the next one of its suite or, if that is a row already, left out; a line

@@ -67,8 +67,9 @@ def _jobs(
 
     def job(name: str, of: rows.Chosen, **how: Any) -> Job:
         image = images.get(name, images[names[-1]])
-        return Job(name, lambda: rows.run_guest(name, image, of, arguments, timeout_s=timeout_s, under_kvm=under_kvm,
-                                                **how))  # fmt: skip
+        return Job(
+            name, lambda: rows.run_guest(name, image, of, arguments, timeout_s=timeout_s, under_kvm=under_kvm, **how)
+        )
 
     names = list(images)
     first, *others = [job(name, chosen) for name in names if name not in offers]

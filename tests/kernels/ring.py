@@ -50,8 +50,12 @@ def judge(btf: Btf, *, functions: bool = True) -> Verdict:
         names = {program.name for program in usable}
         answers = Answers(spec, kernel)
         found = answers.of(names)
-        lacks[probe] = [*_hooks(spec, kernel), *lacking(found), *_arguments(spec, kernel, usable),
-                        *_helpers(answers, kernel, names)]  # fmt: skip
+        lacks[probe] = [
+            *_hooks(spec, kernel),
+            *lacking(found),
+            *_arguments(spec, kernel, usable),
+            *_helpers(answers, kernel, names),
+        ]
         otherwise[probe] = [*_lesser_ways(spec, kernel), *(f"no `{path}`" for path in absent(found))]
     return Verdict(_full(lacks), _full(_unknown(kernel)), _full(otherwise))
 

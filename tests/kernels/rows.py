@@ -117,9 +117,16 @@ def concurrent(arguments: Sequence[str]) -> Chosen:
 
 
 def run_guest(
-    name: str, image: Image, chosen: Chosen, arguments: Sequence[str], *, timeout_s: float, under_kvm: bool,
-    processors: int = 1, show: Callable[[str], None] | None = None,
-) -> summary.Row:  # fmt: skip
+    name: str,
+    image: Image,
+    chosen: Chosen,
+    arguments: Sequence[str],
+    *,
+    timeout_s: float,
+    under_kvm: bool,
+    processors: int = 1,
+    show: Callable[[str], None] | None = None,
+) -> summary.Row:
     """Record what was chosen, run the live tests in the same boot, and assert over the recording afterwards, here.
 
     With several processors only what needs them runs. What is printed goes to the row's log and, if given, to `show`.

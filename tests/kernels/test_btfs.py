@@ -54,8 +54,10 @@ def releases() -> list[str]:
 
 
 def test_each_kind_apart_and_the_newest_first() -> None:
-    kinds = [[(kernel.series, kernel.flavour, kernel.release) for kernel in kernels]
-             for kernels in btfs.among(PACKAGES + OTHERS, "bookworm")]  # fmt: skip
+    kinds = [
+        [(kernel.series, kernel.flavour, kernel.release) for kernel in kernels]
+        for kernels in btfs.among(PACKAGES + OTHERS, "bookworm")
+    ]
     assert kinds == [
         [((6, 1), "cloud", "6.1.0-10-cloud-amd64")],
         [((6, 1), "plain", "6.1.0-10-amd64"), ((6, 1), "plain", "6.1.0-9-amd64")],
@@ -87,8 +89,10 @@ def test_what_the_mirror_lacks_is_a_line_and_an_older_one_is_taken(
 ) -> None:
     monkeypatch.setattr(Apt, "gone", ("6.1.0-10-amd64", "6.1.0-10-rt-amd64"))
     btfs.fetch(False, said.append)
-    assert said[1:] == ["6.1.0-10-amd64 cannot be had: 404  Not Found; 6.1.0-9-amd64 instead",
-                        "6.1.0-10-rt-amd64 cannot be had: 404  Not Found"]  # fmt: skip
+    assert said[1:] == [
+        "6.1.0-10-amd64 cannot be had: 404  Not Found; 6.1.0-9-amd64 instead",
+        "6.1.0-10-rt-amd64 cannot be had: 404  Not Found",
+    ]
     assert releases() == ["6.1.0-10-cloud-amd64", "6.1.0-9-amd64", "6.12.10+deb13-amd64"]
     assert btfs.fetched()
 

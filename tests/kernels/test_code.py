@@ -56,8 +56,12 @@ def test_arguments(spec: Spec, program: str, count: int) -> None:
 
 def test_helpers(spec: Spec) -> None:
     assert {name: set(code.helpers(spec, name, ())) for name in ("none", "later", "other", "late", "loops")} == {
-        "none": set(), "later": {16}, "other": set(), "late": {16}, "loops": {5, 16},
-    }  # fmt: skip
+        "none": set(),
+        "later": {16},
+        "other": set(),
+        "late": {16},
+        "loops": {5, 16},
+    }
 
 
 @pytest.mark.parametrize(("answer", "helper"), [(1, 5), (0, 16)])
@@ -92,7 +96,11 @@ def test_arguments_of_our_own() -> None:
 def test_helpers_of_our_own() -> None:
     """The ones that their source names."""
     connections = Spec.of("connections")
-    names = {value: name for enum in connections.btf.find_all("bpf_func_id", Kind.ENUM) if isinstance(enum, Enum)
-             for name, value in enum.values}  # fmt: skip
+    names = {
+        value: name
+        for enum in connections.btf.find_all("bpf_func_id", Kind.ENUM)
+        if isinstance(enum, Enum)
+        for name, value in enum.values
+    }
     assert "BPF_FUNC_for_each_map_elem" in {names[number] for number in code.helpers(connections, "flush__each", ())}
     assert "BPF_FUNC_get_socket_cookie" in {names[number] for number in code.helpers(connections, "state", ())}

@@ -56,11 +56,23 @@ def test_where_a_kernel_has_it(spec: Spec, tmp_path: Path) -> None:
     """Worked out by hand, in bits; of an enumerator its value."""
     places = found(spec, KERNEL, tmp_path)
     assert places == {
-        "sock.data": {0}, "sock.mark": {64}, "sock.low": {129}, "sock.hidden": {160}, "sock.state": {192},
-        "row.cells[2]": {32}, "row.each": {64}, "row.each[1].deep": {160}, "inner.deep": {32}, "later.since": {0},
-        "maybe": {0}, "maybe.field": {0}, "new.one": {0}, "new.other": {32}, "helper.HELPER": {9},
+        "sock.data": {0},
+        "sock.mark": {64},
+        "sock.low": {129},
+        "sock.hidden": {160},
+        "sock.state": {192},
+        "row.cells[2]": {32},
+        "row.each": {64},
+        "row.each[1].deep": {160},
+        "inner.deep": {32},
+        "later.since": {0},
+        "maybe": {0},
+        "maybe.field": {0},
+        "new.one": {0},
+        "new.other": {32},
+        "helper.HELPER": {9},
         "uses_alias.alias.value": {0},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,18 @@ def test_a_cached_kernel_needs_no_network(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_newest_kernel_of_a_version() -> None:
     """Names as Debian has them, with the flavours and the versions that are not meant."""
     packages = [
-        "linux-image-amd64", "linux-image-5.10.0-9-amd64", "linux-image-5.10.0-46-amd64",
-        "linux-image-5.10.0-47-rt-amd64", "linux-image-5.10.0-47-cloud-amd64", "linux-image-5.10.0-47-amd64-dbg",
-        "linux-image-7.2.9+deb13-amd64", "linux-image-7.2.12+deb13-amd64", "linux-image-7.3.4+deb13-amd64",
-        "linux-image-7.20.1+deb13-amd64", "linux-image-7.2.13+deb13-amd64-unsigned",
-    ]  # fmt: skip
+        "linux-image-amd64",
+        "linux-image-5.10.0-9-amd64",
+        "linux-image-5.10.0-46-amd64",
+        "linux-image-5.10.0-47-rt-amd64",
+        "linux-image-5.10.0-47-cloud-amd64",
+        "linux-image-5.10.0-47-amd64-dbg",
+        "linux-image-7.2.9+deb13-amd64",
+        "linux-image-7.2.12+deb13-amd64",
+        "linux-image-7.3.4+deb13-amd64",
+        "linux-image-7.20.1+deb13-amd64",
+        "linux-image-7.2.13+deb13-amd64-unsigned",
+    ]
     assert debian.newest("5.10", packages) == "linux-image-5.10.0-46-amd64"
     assert debian.newest("7.2", packages) == "linux-image-7.2.12+deb13-amd64"
     assert debian.newest("7.1", packages) is None

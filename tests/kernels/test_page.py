@@ -39,8 +39,9 @@ def test_the_page_is_that_of_this_machines_kernels() -> None:
 
 def test_the_tables() -> None:
     verdicts = kernels()
-    made = page.tables(list(verdicts), [kernel for kernel in verdicts if "6.1.9-p" not in kernel.release],
-                       verdicts.__getitem__)  # fmt: skip
+    made = page.tables(
+        list(verdicts), [kernel for kernel in verdicts if "6.1.9-p" not in kernel.release], verdicts.__getitem__
+    )
     assert page.stated(made) == (
         {
             ("6.1", "sid", "plain"): "all",

@@ -73,9 +73,11 @@ def test_a_newer_one_is_used_with_its_own_firmware(tmp_path: Path, monkeypatch: 
     assert line == "QEMU: fetching 10.0.2 of bookworm-backports, 7.2.22 is installed"
     folder = tmp_path / "qemu"
     firmware = [folder / part for part in qemu.FIRMWARE]
-    assert qemu.options() == ("--qemu-bin", str(folder / "usr/bin" / qemu.NAME), *(
-        f"--qemu-opt={word}" for path in firmware for word in ("-L", path)
-    ))  # fmt: skip
+    assert qemu.options() == (
+        "--qemu-bin",
+        str(folder / "usr/bin" / qemu.NAME),
+        *(f"--qemu-opt={word}" for path in firmware for word in ("-L", path)),
+    )
     assert get(monkeypatch, "unreachable") == []  # it is there
 
 

@@ -97,21 +97,21 @@ def test_a_lesser_way_is_told(here: bytes) -> None:
 
 
 @pytest.mark.parametrize(("parameters", "enough"), [("void *, void *, int, int", True), ("void *, void *, int", False)])
-def test_a_tracepoint_with_fewer_arguments_is_seen(
-    tmp_path: Path, parameters: str, enough: bool
-) -> None:
+def test_a_tracepoint_with_fewer_arguments_is_seen(tmp_path: Path, parameters: str, enough: bool) -> None:
     typedef = f"typedef void (*btf_trace_inet_sock_set_state)({parameters}); btf_trace_inet_sock_set_state anchor;"
     lacks = ring.judge(types_of(typedef, tmp_path)).lacks["connections"]
     assert ("inet_sock_set_state has 2 arguments, state reads 3" in lacks) == (not enough)
     assert ("inet_sock_set_state has 2 arguments, state_again reads 3" in lacks) == (not enough)
 
 
-@pytest.mark.parametrize(("parameters", "enough"), [
-    ("void *a, void *b, int c, int d, int e", True), ("void *a, void *b, int c, int d", False),
-])  # fmt: skip
-def test_a_function_with_fewer_arguments_is_seen(
-    tmp_path: Path, parameters: str, enough: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("parameters", "enough"),
+    [
+        ("void *a, void *b, int c, int d, int e", True),
+        ("void *a, void *b, int c, int d", False),
+    ],
+)
+def test_a_function_with_fewer_arguments_is_seen(tmp_path: Path, parameters: str, enough: bool) -> None:
     """Behind the arguments is what it returns, which the program reads, too."""
     source = f"int __inet_stream_connect({parameters}) {{ return 0; }}"
     lacks = ring.judge(types_of(source, tmp_path)).lacks["connections"]

@@ -18,10 +18,17 @@ IMAGE = debian.Image("6.1", "6.1.4", "1", "/", "/vmlinuz")
 PASSED = [
     {"event": "collected", "count": 1},
     {"event": "start", "nodeid": "tests/a.py::test_a"},
-    {"event": "test", "nodeid": "tests/a.py::test_a", "outcome": "passed", "reason": "", "duration": 0.5, "setup": 1.0,
-     "kernel": True},
+    {
+        "event": "test",
+        "nodeid": "tests/a.py::test_a",
+        "outcome": "passed",
+        "reason": "",
+        "duration": 0.5,
+        "setup": 1.0,
+        "kernel": True,
+    },
     {"event": "end", "status": 0},
-]  # fmt: skip
+]
 LIVE = Chosen(None, 0, ["tests/a.py"])
 
 
@@ -46,9 +53,14 @@ class Machine:
         pass
 
     def run(
-        self, command: Sequence[str], environment: Mapping[str, str], timeout_s: float, show: Callable[[str], None],
-        *, kvm: bool,
-    ) -> Outcome:  # fmt: skip
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        timeout_s: float,
+        show: Callable[[str], None],
+        *,
+        kvm: bool,
+    ) -> Outcome:
         self.commands.append(command[-1])
         self.environment = environment
         show(f"a line of boot {len(self.commands)}")
@@ -124,8 +136,9 @@ def test_a_machine_that_does_not_start_is_started_once_more(
     assert "Kernel panic" in rows.log_of("6.1").read_text()
 
 
-@pytest.mark.parametrize(("arguments", "between", "good"), [([], "", False), (["-k", "x"], "", True),
-                                                            (["-k", "x"], None, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "between", "good"), [([], "", False), (["-k", "x"], "", True), (["-k", "x"], None, False)]
+)
 def test_only_a_kernel_between_may_need_none_of_the_tests_that_were_named(
     machines: type[Machine], arguments: list[str], between: str | None, good: bool
 ) -> None:

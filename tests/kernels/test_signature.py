@@ -26,19 +26,23 @@ int tcp_connect(void *sk) { return 0; }
 """
 
 
-@pytest.mark.parametrize(("old", "new", "had", "has"), [
-    ("tcp_connect", "tcp_disconnect", "connect: connect__fentry", "connect: nothing"),
-    ("subflow", "first", "mptcp_sock.subflow: 8 bytes", "mptcp_sock.subflow: not there, and not used then"),
-    ("proto_accept_arg", "accept_arg", "proto_accept_arg: there", "proto_accept_arg: not there, and not used then"),
-    ("bytes_acked", "bytes_acknowledged", "tcp_sock.bytes_acked: 8 bytes", "tcp_sock.bytes_acked: not there"),
-    ("long long bytes_acked", "bytes_acked", "tcp_sock.bytes_acked: 8 bytes", "tcp_sock.bytes_acked: 4 bytes"),
-    ("repair : 1", "repair : 2", "tcp_sock.repair: 1 bits", "tcp_sock.repair: 2 bits"),
-    ("void *sk", "void *sk, int flags", "tcp_connect has 1 arguments", "tcp_connect has 2 arguments"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("old", "new", "had", "has"),
+    [
+        ("tcp_connect", "tcp_disconnect", "connect: connect__fentry", "connect: nothing"),
+        ("subflow", "first", "mptcp_sock.subflow: 8 bytes", "mptcp_sock.subflow: not there, and not used then"),
+        ("proto_accept_arg", "accept_arg", "proto_accept_arg: there", "proto_accept_arg: not there, and not used then"),
+        ("bytes_acked", "bytes_acknowledged", "tcp_sock.bytes_acked: 8 bytes", "tcp_sock.bytes_acked: not there"),
+        ("long long bytes_acked", "bytes_acked", "tcp_sock.bytes_acked: 8 bytes", "tcp_sock.bytes_acked: 4 bytes"),
+        ("repair : 1", "repair : 2", "tcp_sock.repair: 1 bits", "tcp_sock.repair: 2 bits"),
+        ("void *sk", "void *sk, int flags", "tcp_connect has 1 arguments", "tcp_connect has 2 arguments"),
+    ],
+)
 def test_a_difference_has_words(tmp_path: Path, old: str, new: str, had: str, has: str) -> None:
     assert old in KERNEL
-    before, after = (signature.of(types_of(source, tmp_path))["connections"]
-                     for source in (KERNEL, KERNEL.replace(old, new)))  # fmt: skip
+    before, after = (
+        signature.of(types_of(source, tmp_path))["connections"] for source in (KERNEL, KERNEL.replace(old, new))
+    )
     assert had in before - after
     assert has in after - before
 
@@ -50,8 +54,10 @@ def test_what_nobody_uses_makes_no_difference(tmp_path: Path) -> None:
 
 def test_arguments_are_counted(tmp_path: Path) -> None:
     def has(parameters: str) -> frozenset[str]:
-        source = f"typedef void (*btf_trace_tcp_send_reset)(void *, {parameters}); btf_trace_tcp_send_reset hook;" \
-                 f"int tcp_connect({parameters}) {{ return 0; }}"  # fmt: skip
+        source = (
+            f"typedef void (*btf_trace_tcp_send_reset)(void *, {parameters}); btf_trace_tcp_send_reset hook;"
+            f"int tcp_connect({parameters}) {{ return 0; }}"
+        )
         return signature.of(types_of(source, tmp_path))["connections"]
 
     assert {"tcp_send_reset has 1 arguments", "tcp_connect has 1 arguments"} <= has("int a")

@@ -15,8 +15,13 @@ def lines(*tests: Result, running: str = "", status: int | None = 0) -> list[str
     records: list[dict[str, object]] = []
     for t in tests:
         records.append({"event": "start", "nodeid": t.nodeid})
-        outcome = {"outcome": t.outcome, "reason": t.reason, "duration": t.duration_s, "setup": t.setup_s,
-                   "kernel": t.kernel}  # fmt: skip
+        outcome = {
+            "outcome": t.outcome,
+            "reason": t.reason,
+            "duration": t.duration_s,
+            "setup": t.setup_s,
+            "kernel": t.kernel,
+        }
         records.append({"event": "test", "nodeid": t.nodeid, **outcome})
     if running:
         records.append({"event": "start", "nodeid": running})

@@ -48,8 +48,19 @@ def test_unknown_scenario() -> None:
 
 
 def test_run_tells_what_was_done_and_what_was_counted() -> None:
-    text = invoke("run", "accept-overflow", "--backlog", "2", "--clients", "4", "--family", "6", "--freeze",
-                  "--synack-retries", "5")  # fmt: skip
+    text = invoke(
+        "run",
+        "accept-overflow",
+        "--backlog",
+        "2",
+        "--clients",
+        "4",
+        "--family",
+        "6",
+        "--freeze",
+        "--synack-retries",
+        "5",
+    )
     assert "server | listen(fd, 2) on [2001:db8::2]:8080, never accepts" in text
     assert "client | 4 connects: 4 connected, 0 failed" in text
     assert "server | accept queue of the listener: 3, limit 2" in text
@@ -80,9 +91,12 @@ def test_a_tool_that_fails_gives_its_status() -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
 def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     running = subprocess.Popen(
-        [*RUN, "accept-overflow-serial", "--syn-retries", "6"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+        [*RUN, "accept-overflow-serial", "--syn-retries", "6"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     assert running.stdout is not None
     server = 0
     for line in running.stdout:
@@ -101,9 +115,12 @@ def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
 
 def test_kept_until_the_interrupt() -> None:
     running = subprocess.Popen(
-        [*RUN, "syn-flood", "--backlog", "3", "--keep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*RUN, "syn-flood", "--backlog", "3", "--keep"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
+    )
     assert running.stdout is not None
     hint = next(line for line in running.stdout if "ip netns exec" in line)
     command = hint.partition(": ")[2].partition(";")[0].split()

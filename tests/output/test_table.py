@@ -7,8 +7,11 @@ from typing import Any
 from tcpscope.output import Column, open_sink
 
 COLUMNS = (
-    Column("pid", width=7), Column("comm", "comm"), Column("raddr", "address"), Column("sent_bytes", unit="bytes"),
-)  # fmt: skip
+    Column("pid", width=7),
+    Column("comm", "comm"),
+    Column("raddr", "address"),
+    Column("sent_bytes", unit="bytes"),
+)
 
 
 def table(*rows: dict[str, Any], columns: tuple[Column, ...] = COLUMNS, header: bool = True) -> list[str]:
@@ -66,9 +69,15 @@ def test_a_distribution_is_drawn_below_its_row() -> None:
     columns = (Column("count"), Column("histogram", "distribution", "us"))
     lines = table({"count": 3, "histogram": [[1, 1, 1], [2, 3, 2]]}, {"count": 0, "histogram": []}, columns=columns)
     assert [line.split()[:4] for line in lines] == [
-        ["COUNT"], ["3"], [], ["us", ":", "count", "distribution"],
-        ["1", "->", "1", ":"], ["2", "->", "3", ":"], [], ["0"],
-    ]  # fmt: skip
+        ["COUNT"],
+        ["3"],
+        [],
+        ["us", ":", "count", "distribution"],
+        ["1", "->", "1", ":"],
+        ["2", "->", "3", ":"],
+        [],
+        ["0"],
+    ]
 
 
 def test_a_stack_stands_below_its_row() -> None:

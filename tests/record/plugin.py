@@ -67,8 +67,10 @@ def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., N
             if found is None or found.text != script.text:
                 pytest.fail("the recording is not of this script: record it again", pytrace=False)
             if name in recording.incomplete:
-                pytest.fail(f"this kernel ran no program for a part of it, {RECORDINGS} times: {recording.folder}",
-                            pytrace=False)  # fmt: skip
+                pytest.fail(
+                    f"this kernel ran no program for a part of it, {RECORDINGS} times: {recording.folder}",
+                    pytrace=False,
+                )
             if found.failure:
                 pytest.fail(f"it could not be played: {found.failure}", pytrace=False)
             script.resolve(found)
@@ -115,8 +117,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[_chosen] = [item for item in items if item.get_closest_marker("recorded")]
     if folder := config.getoption("--compose"):
         compose(config.stash[_chosen], folder)
-        live = {item.nodeid.partition("::")[0] for item in items
-                if item.get_closest_marker("kernel") and not item.get_closest_marker("recorded")}  # fmt: skip
+        live = {
+            item.nodeid.partition("::")[0]
+            for item in items
+            if item.get_closest_marker("kernel") and not item.get_closest_marker("recorded")
+        }
         (folder / LIVE).write_text(json.dumps(sorted(live)))
         config.hook.pytest_deselected(items=items)
         items.clear()

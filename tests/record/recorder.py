@@ -112,9 +112,14 @@ class Actor:
     def __init__(self, folder: Path) -> None:
         command = [folder / "actor", folder / "script", folder / "log", str(AT_ONCE)]
         self._process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
     def wait_for(self, what: str) -> None:
         assert self._process.stdout is not None

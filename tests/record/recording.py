@@ -173,10 +173,14 @@ class Recording:
     @cached_property
     def runs(self) -> dict[str, Run]:
         return {
-            name: Run(argv, status, (self.folder / f"{name}.out").read_text(errors="replace"),
-                      (self.folder / f"{name}.err").read_text(errors="replace"))
+            name: Run(
+                argv,
+                status,
+                (self.folder / f"{name}.out").read_text(errors="replace"),
+                (self.folder / f"{name}.err").read_text(errors="replace"),
+            )
             for name, (argv, status) in json.loads((self.folder / "tools.json").read_text()).items()
-        }  # fmt: skip
+        }
 
     @cached_property
     def unseen(self) -> list[Unseen]:

@@ -46,8 +46,16 @@ NOBODYS_MAC = "02:00:c0:00:02:ff"
 _SAFE = re.compile(r"[^!-#&-~]")
 
 # Fields of struct tcp_info: include/uapi/linux/tcp.h.
-_U32 = {"unacked": 24, "srtt_us": 68, "retrans": 100, "tx_segs": 136, "rx_segs": 140, "min_rtt_us": 148,
-        "rx_data_segs": 152, "tx_data_segs": 156}  # fmt: skip
+_U32 = {
+    "unacked": 24,
+    "srtt_us": 68,
+    "retrans": 100,
+    "tx_segs": 136,
+    "rx_segs": 140,
+    "min_rtt_us": 148,
+    "rx_data_segs": 152,
+    "tx_data_segs": 156,
+}
 _U64 = {"acked": 120, "received": 128, "tx_bytes": 200, "bytes_retrans": 208}
 
 
@@ -306,9 +314,15 @@ class Host:
         return self.agent("diag", field, state, lport, rport)
 
     def until_sockets(
-        self, value: object = 1, op: str = ">=", field: str = "count", *, state: str = "any", lport: object = 0,
+        self,
+        value: object = 1,
+        op: str = ">=",
+        field: str = "count",
+        *,
+        state: str = "any",
+        lport: object = 0,
         rport: object = 0,
-    ) -> Call:  # fmt: skip
+    ) -> Call:
         """Wait until there are so many sockets in that state and with these ports, or their field is so much in sum."""
         return self.agent.until("diag", field, state, lport, rport, op=op, value=value)
 
@@ -378,9 +392,15 @@ class Host:
         return self.agent("destroy", here, lport, there, rport, may_fail=True)
 
     def segment(
-        self, source: str, sport: object, target: str, dport: object, sequence: int = 1_000_000, acknowledged: int = 0,
+        self,
+        source: str,
+        sport: object,
+        target: str,
+        dport: object,
+        sequence: int = 1_000_000,
+        acknowledged: int = 0,
         flags: int = 2,
-    ) -> Call:  # fmt: skip
+    ) -> Call:
         """Send a TCP segment without data in whosever name that is; flags: FIN 1, SYN 2, RST 4, ACK 16."""
         return self.agent("tcp", source, sport, target, dport, sequence, acknowledged, flags)
 
@@ -426,9 +446,16 @@ class Process:
         return self._slots[0] - 1
 
     def listener(
-        self, port: object, address: str | None = None, *, backlog: int = 16, dual: bool = False,
-        reuse_port: bool = False, protocol: int = 0, may_fail: bool = False,
-    ) -> Socket:  # fmt: skip
+        self,
+        port: object,
+        address: str | None = None,
+        *,
+        backlog: int = 16,
+        dual: bool = False,
+        reuse_port: bool = False,
+        protocol: int = 0,
+        may_fail: bool = False,
+    ) -> Socket:
         """A socket that listens, at the host's IPv4 address or another one; `dual` takes IPv4 at an IPv6 one, too."""
         address = address or self.host.ipv4
         made = self.socket("6" if ":" in address else "4", protocol=protocol, may_fail=may_fail)

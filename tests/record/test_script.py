@@ -75,12 +75,19 @@ def test_counters_and_sockets_are_read() -> None:
     call = script.client.counters()
     found = "2,LISTEN,192.0.2.2,80,0.0.0.0,0,6,5,33,44,0;10,SYN_RECV,::1,80,::2,99,0,0,0,0,3;"
     other = script.client.sockets()
-    script.resolve(Played(calls={call.number: Came(1, 2, 0, 0, "TcpInSegs=7 Ip6InReceives=2"),
-                                 other.number: Came(1, 2, 0, 0, found)}))  # fmt: skip
+    script.resolve(
+        Played(
+            calls={call.number: Came(1, 2, 0, 0, "TcpInSegs=7 Ip6InReceives=2"), other.number: Came(1, 2, 0, 0, found)}
+        )
+    )
     assert call.counters == {"TcpInSegs": 7, "Ip6InReceives": 2}
     assert call.counters["TcpOutRsts"] == 0
     listening, request = other.sockets
     assert (listening.state, listening.lport, listening.recv_q, listening.send_q, listening.cookie) == (
-        "LISTEN", 80, 6, 5, 33,
-    )  # fmt: skip
+        "LISTEN",
+        80,
+        6,
+        5,
+        33,
+    )
     assert (request.raddr, request.rport, request.retransmits) == ("::2", 99, 3)

@@ -167,8 +167,14 @@ def test_histogram(script: Script) -> Test:
     rows = seen.run(BY_KIND).rows
     whole = {row["rport"] - WHOLE: row for row in rows if row["total"]}
     assert len(whole) == sum(row["total"] for row in rows)
-    outcomes = {QUICK: "ESTABLISHED", SLOW: "ESTABLISHED", REFUSED: "REFUSED", GIVEN_UP: "ABORTED",
-                UNROUTED: "UNREACHABLE", OLDER: "ABORTED"}  # fmt: skip
+    outcomes = {
+        QUICK: "ESTABLISHED",
+        SLOW: "ESTABLISHED",
+        REFUSED: "REFUSED",
+        GIVEN_UP: "ABORTED",
+        UNROUTED: "UNREACHABLE",
+        OLDER: "ABORTED",
+    }
     assert {kind: row["outcome"] for kind, row in whole.items()} == outcomes
     for kind, row in whole.items():
         if kind in (UNROUTED, OLDER):
@@ -206,7 +212,9 @@ def test_histogram_is_drawn(script: Script) -> Test:
     assert "*" * 40 in drawn
 
 
-@pytest.mark.parametrize(("text", "us"), [("300us", 300), ("10ms", 10_000), ("1.5s", 1_500_000), (" 2s ", 2_000_000),
-                                          ("0us", 0), ("0.5ms", 500)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "us"),
+    [("300us", 300), ("10ms", 10_000), ("1.5s", 1_500_000), (" 2s ", 2_000_000), ("0us", 0), ("0.5ms", 500)],
+)
 def test_times_with_units(text: str, us: int) -> None:
     assert microseconds(text) == us

@@ -15,9 +15,17 @@ TRACER = Watch("tracer", "--port", PORTS)
 CONNECTIONS, SEED = 2000, 1
 PORT, REFUSED_PORT = 9000, 9001
 KINDS = {
-    "client_closes": 600, "server_closes": 400, "server_resets": 200, "client_resets": 200, "unread": 100, "kept": 100,
-    "refused": 200, "silent": 100, "abandoned": 60, "shut_down": 40,
-}  # fmt: skip
+    "client_closes": 600,
+    "server_closes": 400,
+    "server_resets": 200,
+    "client_resets": 200,
+    "unread": 100,
+    "kept": 100,
+    "refused": 200,
+    "silent": 100,
+    "abandoned": 60,
+    "shut_down": 40,
+}
 ACCEPTED = CONNECTIONS - sum(KINDS[kind] for kind in ("refused", "silent", "abandoned", "shut_down"))
 SILENT = {"198.51.100.0/24": "198.51.100.77", "2001:db8:51::/64": "2001:db8:51::77"}
 """Networks that nobody answers from, and an address of each."""

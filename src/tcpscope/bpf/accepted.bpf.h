@@ -11,7 +11,8 @@ struct accepted {
 	__u8 listener[16] KIND("address") UNKNOWN_IS("max") DOC("address that the listener is bound to");
 	__u64 listener_cookie UNKNOWN_IS("zero") DOC("socket cookie of the listener");
 	__u64 wait_us UNIT("us") UNKNOWN_IS("max") DOC("time in the accept queue");
-	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max") DOC("connections that still wait in the listener's accept queue");
+	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max")
+	DOC("connections that still wait in the listener's accept queue");
 	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max") DOC("its limit: one more than this fits");
 };
 

@@ -43,7 +43,7 @@ const volatile bool emits_attempt;
 const volatile __u64 attempt_min_us;     /* a shorter latency is not asked for */
 const volatile bool attempt_failed_only; /* nor one that succeeded */
 
-#define ERRNO_UNKNOWN ((__u32)-1)
+#define ERRNO_UNKNOWN ((__u32) - 1)
 
 /* What is known when it ends. */
 struct ending {
@@ -222,17 +222,16 @@ static __always_inline bool remote_address_fits(const struct remote_address *to,
 }
 
 /* As long as it was given: behind it no memory need be. `read` is bpf_probe_read_kernel or bpf_probe_read_user. */
-#define REMOTE_ADDRESS_READ(read, to, address, size)                                                \
-	({                                                                                          \
-		read(to, SOCKADDR_IN_SIZE, (void *)(address));                                      \
-		if ((int)(size) >= (int)sizeof(*(to)))                                              \
-			read((void *)(to) + SOCKADDR_IN_SIZE, sizeof(*(to)) - SOCKADDR_IN_SIZE,     \
-			     (void *)(address) + SOCKADDR_IN_SIZE);                                 \
+#define REMOTE_ADDRESS_READ(read, to, address, size)                                            \
+	({                                                                                      \
+		read(to, SOCKADDR_IN_SIZE, (void *)(address));                                  \
+		if ((int)(size) >= (int)sizeof(*(to)))                                          \
+			read((void *)(to) + SOCKADDR_IN_SIZE, sizeof(*(to)) - SOCKADDR_IN_SIZE, \
+			     (void *)(address) + SOCKADDR_IN_SIZE);                             \
 	})
 
 /* connect() failed before it had chosen a route: the socket does not know its remote end, its caller does. */
-static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, int size,
-					   __u32 error)
+static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, int size, __u32 error)
 {
 	struct ending ending = {
 		.time_ns = bpf_ktime_get_ns(),
@@ -260,8 +259,7 @@ static __noinline int attempt_failed_early(struct sock *sk, const struct remote_
 }
 
 /* connect() returns. */
-static __always_inline void attempt_returned(struct sock *sk, const struct remote_address *to, int size,
-					     long result)
+static __always_inline void attempt_returned(struct sock *sk, const struct remote_address *to, int size, long result)
 {
 	__u32 error = result < 0 ? -result : 0;
 	struct connection *connection = connection_find(sk);

@@ -12,18 +12,18 @@
  * An argument or the return value of a traced function, at a constant place of the context. The verifier wants the
  * offset in the instruction; without the asm the compiler joins two such reads into one with a computed offset.
  */
-#define CTX_SLOT(ctx, slot)                                                                        \
-	({                                                                                         \
-		__u64 value;                                                                       \
+#define CTX_SLOT(ctx, slot)                                                                       \
+	({                                                                                        \
+		__u64 value;                                                                      \
 		asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(value) : "r"(ctx), "i"((slot) * 8)); \
-		value;                                                                             \
+		value;                                                                            \
 	})
 
 /*
  * "net: have do_accept() take a struct proto_accept_arg argument" (6.10) cut inet_csk_accept() from four arguments to
  * two; an fexit program finds the return value behind the arguments.
  */
-#define ACCEPTED_CHILD(ctx)                                                                        \
+#define ACCEPTED_CHILD(ctx)                                                                                    \
 	((struct sock *)(bpf_core_type_exists(struct proto_accept_arg) ? CTX_SLOT(ctx, 2) : CTX_SLOT(ctx, 4)))
 
 /*
@@ -85,29 +85,31 @@ static __always_inline void processor_release(void)
  */
 #define TRACING_PROG(name, args...) TRACING_PROG_IF(true, name, ##args)
 
+#define POINTERS_FROM_INTEGERS _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wint-conversion\"")
+#define POINTERS_FROM_INTEGERS_END _Pragma("GCC diagnostic pop")
+
 /* The same for most of whose runs there is nothing to do: `matters`, of the arguments, is asked before the processor is kept. */
-#define TRACING_PROG_IF(matters, name, args...)                                                    \
-	name(unsigned long long *ctx);                                                             \
-	static __always_inline bool matters_##name(unsigned long long *ctx, ##args);               \
-	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args);       \
-	typeof(name(0)) name(unsigned long long *ctx)                                              \
-	{                                                                                          \
-		typeof(name(0)) result;                                                            \
-                                                                                                   \
-		_Pragma("GCC diagnostic push")                                                     \
-		_Pragma("GCC diagnostic ignored \"-Wint-conversion\"")                             \
-		if (!matters_##name(___bpf_ctx_cast(args)))                                        \
-			return 0;                                                                  \
-		processor_keep();                                                                  \
-		result = kept_##name(___bpf_ctx_cast(args));                                       \
-		_Pragma("GCC diagnostic pop")                                                      \
-		processor_release();                                                               \
-		return result;                                                                     \
-	}                                                                                          \
-	static __always_inline bool matters_##name(unsigned long long *ctx, ##args)                \
-	{                                                                                          \
-		return matters;                                                                    \
-	}                                                                                          \
+#define TRACING_PROG_IF(matters, name, args...)                                              \
+	name(unsigned long long *ctx);                                                       \
+	static __always_inline bool matters_##name(unsigned long long *ctx, ##args);         \
+	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args); \
+	typeof(name(0)) name(unsigned long long *ctx)                                        \
+	{                                                                                    \
+		typeof(name(0)) result;                                                      \
+                                                                                             \
+		POINTERS_FROM_INTEGERS                                                       \
+		if (!matters_##name(___bpf_ctx_cast(args)))                                  \
+			return 0;                                                            \
+		processor_keep();                                                            \
+		result = kept_##name(___bpf_ctx_cast(args));                                 \
+		POINTERS_FROM_INTEGERS_END                                                   \
+		processor_release();                                                         \
+		return result;                                                               \
+	}                                                                                    \
+	static __always_inline bool matters_##name(unsigned long long *ctx, ##args)          \
+	{                                                                                    \
+		return matters;                                                              \
+	}                                                                                    \
 	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args)
 
 /* The cookie as it stands, 0 if the kernel has not given one yet. For sockets that are only known by address. */

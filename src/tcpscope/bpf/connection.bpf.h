@@ -60,14 +60,15 @@ struct connection {
 	__u32 error;            /* that ends it, if it was told before: see error_reported() */
 	__u32 stale_error;      /* was in the socket when it entered SYN_SENT */
 	struct held held;
-	bool in_listening;      /* this listener is counted in `listening` */
-	bool accepted;          /* `accepter` is filled; set after it, so a reader never sees half an owner */
-	bool syn_sent;          /* valid once closed in SYN_SENT */
-	bool connect_returned;  /* while still in SYN_SENT; a byte of its own, as others write `attempt` meanwhile */
-	bool told;              /* accepted before it was ESTABLISHED, and shown */
-	bool timewait;          /* tcp_time_wait() was called, whether or not a timewait socket could be had */
+	bool in_listening;     /* this listener is counted in `listening` */
+	bool accepted;         /* `accepter` is filled; set after it, so a reader never sees half an owner */
+	bool syn_sent;         /* valid once closed in SYN_SENT */
+	bool connect_returned; /* while still in SYN_SENT; a byte of its own, as others write `attempt` meanwhile */
+	bool told;             /* accepted before it was ESTABLISHED, and shown */
+	bool timewait;         /* tcp_time_wait() was called, whether or not a timewait socket could be had */
 	enum role role;
-	enum tcp_state state;   /* after the last change that was seen; 0: there was none, or the next one is not followed */
+	enum tcp_state
+		state; /* after the last change that was seen; 0: there was none, or the next one is not followed */
 	enum tcp_state followed_by;
 	enum tcp_state closed_in;
 	enum attempt_stage attempt;
@@ -215,7 +216,8 @@ static __noinline enum role role_of_older(struct sock *sk, int state)
 		return ROLE_UNKNOWN;
 	if (on_its_way && after_fin(state) && nxt == BPF_CORE_READ(tp, write_seq))
 		on_its_way--;
-	syn = acked_before_fin(sk, state) + on_its_way + BPF_CORE_READ(tp, bytes_retrans) - BPF_CORE_READ(tp, bytes_sent);
+	syn = acked_before_fin(sk, state) + on_its_way + BPF_CORE_READ(tp, bytes_retrans) -
+	      BPF_CORE_READ(tp, bytes_sent);
 	return syn == 1 ? ROLE_ACTIVE : syn == 0 ? ROLE_PASSIVE : ROLE_UNKNOWN;
 }
 

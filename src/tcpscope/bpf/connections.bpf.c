@@ -18,7 +18,7 @@
 #include "gap.bpf.h"
 
 /* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after the child's first change. */
-#define COOKIE_AT(sk, old_state, new_state)                                                        \
+#define COOKIE_AT(sk, old_state, new_state)                                                \
 	((old_state) == STATE_LISTEN && (new_state) == STATE_SYN_RECV ? 0 : COOKIE_OF(sk))
 
 /* Does this change matter for the events of this run? The states alone tell, so most changes cost next to nothing. */
@@ -141,7 +141,8 @@ int TRACING_PROG(connect__retransmit, struct sock *sk)
 /* connect(), and sendto() with MSG_FASTOPEN: what it returns. */
 FOR("attempt")
 SEC("fexit/__inet_stream_connect")
-int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg, int result)
+int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
+		 int result)
 {
 	struct sock *sk = tcp_sock_of_socket(socket);
 	struct remote_address to = {};
@@ -208,7 +209,8 @@ static __noinline int accepted(struct sock *child, struct sock *listener)
 	if (!child || BPF_CORE_READ(child, sk_protocol) != IPPROTO_TCP)
 		return 0;
 	connection = connection_find(child);
-	if (connection && (connection->accepted || connection->role == ROLE_ACTIVE || connection->role == ROLE_LISTENER))
+	if (connection &&
+	    (connection->accepted || connection->role == ROLE_ACTIVE || connection->role == ROLE_LISTENER))
 		return 0; /* seen by another hook; or not a child at all, but what a number that is no descriptor points to */
 	connection = connection_accepted(child);
 	if (connection) {
@@ -372,8 +374,8 @@ SEC("tp_btf/tcp_receive_reset")
 int TRACING_PROG(reset_received__tracepoint, struct sock *sk)
 {
 	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	bool closed = (state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) &&
-		      BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN;
+	bool closed =
+		(state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) && BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN;
 
 	reset_received(sk, closed ? RESET_SEEN : RESET_RECEIVED);
 	return 0;
@@ -494,4 +496,5 @@ int seed(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
-char LICENSE[] SEC("license") = "Dual BSD/GPL";
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";

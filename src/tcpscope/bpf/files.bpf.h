@@ -38,7 +38,8 @@ static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 	if (!have_cookie_helper())
 		return;
 	socket = bpf_sock_from_file(file);
-	if (socket && socket->sk && socket->sk->sk_protocol == IPPROTO_TCP && socket->sk->__sk_common.skc_state == state)
+	if (socket && socket->sk && socket->sk->sk_protocol == IPPROTO_TCP &&
+	    socket->sk->__sk_common.skc_state == state)
 		bpf_get_socket_cookie(socket->sk);
 }
 

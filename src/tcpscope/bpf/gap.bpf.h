@@ -4,14 +4,15 @@
 #define TCPSCOPE_GAP_BPF_H
 
 #include "connection.bpf.h"
-#include "attempt.bpf.h" /* emits_attempt */
+#include "attempt.bpf.h"  /* emits_attempt */
 #include "accepted.bpf.h" /* emits_accepted */
 
 /* Does every change matter that leads out of this state? */
 static __always_inline bool is_followed(int state)
 {
 	if (emits_attempt || emits_accepted)
-		return state == STATE_SYN_SENT || state == STATE_SYN_RECV || state == STATE_LISTEN || state == STATE_CLOSE;
+		return state == STATE_SYN_SENT || state == STATE_SYN_RECV || state == STATE_LISTEN ||
+		       state == STATE_CLOSE;
 	return true;
 }
 

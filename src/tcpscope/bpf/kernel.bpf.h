@@ -24,8 +24,8 @@
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
-#define IORING_OP_ACCEPT 13 /* include/uapi/linux/io_uring.h */
-#define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
+#define IORING_OP_ACCEPT 13       /* include/uapi/linux/io_uring.h */
+#define SOCKFS_MAGIC 0x534F434B   /* include/uapi/linux/magic.h */
 #define NSEC_PER_SEC 1000000000LL /* include/vdso/time64.h */
 
 /* include/uapi/asm-generic/errno.h, errno-base.h */
@@ -63,46 +63,54 @@ enum tcp_state {
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
-typedef struct { int counter; } atomic_t;                     /* include/linux/types.h */
-typedef struct { __s64 counter; } atomic64_t;                 /* include/linux/types.h */
-typedef struct { unsigned int val; } kuid_t;                  /* include/linux/uidgid_types.h */
+typedef struct {
+	int counter;
+} atomic_t; /* include/linux/types.h */
+typedef struct {
+	__s64 counter;
+} atomic64_t; /* include/linux/types.h */
+typedef struct {
+	unsigned int val;
+} kuid_t; /* include/linux/uidgid_types.h */
 
-struct in6_addr {                                             /* include/uapi/linux/in6.h */
+struct in6_addr { /* include/uapi/linux/in6.h */
 	union {
 		__u8 u6_addr8[16];
 	} in6_u;
 };
 
-struct ns_common {                                            /* include/linux/ns_common.h */
+struct ns_common { /* include/linux/ns_common.h */
 	unsigned int inum;
 };
 
-struct netns_core {                                           /* include/net/netns/core.h */
+struct netns_core { /* include/net/netns/core.h */
 	int sysctl_somaxconn;
 };
 
-struct netns_ipv4 {                                           /* include/net/netns/ipv4.h; widths changed in 5.15 */
+struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
 	__u8 sysctl_tcp_syncookies;
 	__u8 sysctl_tcp_abort_on_overflow;
 	int sysctl_max_syn_backlog;
 };
 
-struct linux_mib;                                             /* include/net/snmp.h: only an array of counters */
+struct linux_mib; /* include/net/snmp.h: only an array of counters */
 
-struct netns_mib {                                            /* include/net/netns/mib.h */
-	struct linux_mib *net_statistics;                     /* per CPU */
+struct netns_mib {                        /* include/net/netns/mib.h */
+	struct linux_mib *net_statistics; /* per CPU */
 };
 
-struct net {                                                  /* include/net/net_namespace.h */
+struct net { /* include/net/net_namespace.h */
 	struct ns_common ns;
 	struct netns_core core;
 	struct netns_ipv4 ipv4;
 	struct netns_mib mib;
 };
 
-typedef struct { struct net *net; } possible_net_t;           /* include/net/net_namespace.h */
+typedef struct {
+	struct net *net;
+} possible_net_t; /* include/net/net_namespace.h */
 
-struct sock_common {                                          /* include/net/sock.h */
+struct sock_common { /* include/net/sock.h */
 	__be32 skc_daddr;
 	__be32 skc_rcv_saddr;
 	__be16 skc_dport;
@@ -115,14 +123,14 @@ struct sock_common {                                          /* include/net/soc
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
-	struct sock *skc_listener;                            /* of a request */
+	struct sock *skc_listener; /* of a request */
 };
 
-struct sk_buff_head {                                         /* include/linux/skbuff.h */
+struct sk_buff_head { /* include/linux/skbuff.h */
 	__u32 qlen;
 };
 
-struct sock {                                                 /* include/net/sock.h */
+struct sock { /* include/net/sock.h */
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_receive_queue;
 	atomic_t sk_drops;
@@ -135,53 +143,54 @@ struct sock {                                                 /* include/net/soc
 	__u16 sk_protocol;
 };
 
-enum sock_flags {                                             /* include/net/sock.h */
+/* include/net/sock.h */
+enum sock_flags {
 	SOCK_DONE,
 };
 
-struct socket {                                               /* include/linux/net.h */
+struct socket { /* include/linux/net.h */
 	struct sock *sk;
 };
 
-struct inet_sock {                                            /* include/net/inet_sock.h */
+struct inet_sock { /* include/net/inet_sock.h */
 	__be16 inet_sport;
 };
 
-struct request_sock {                                         /* include/net/request_sock.h */
+struct request_sock { /* include/net/request_sock.h */
 	struct sock_common __req_common;
 	struct request_sock *dl_next;
 	__u8 num_timeout;
 };
 
-struct tcp_request_sock {                                     /* include/linux/tcp.h */
+struct tcp_request_sock { /* include/linux/tcp.h */
 	__u64 snt_synack;
 };
 
-struct request_sock_queue {                                   /* include/net/request_sock.h */
+struct request_sock_queue { /* include/net/request_sock.h */
 	atomic_t qlen;
 	atomic_t young;
 	struct request_sock *rskq_accept_head;
 };
 
-struct inet_connection_sock {                                 /* include/net/inet_connection_sock.h */
+struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	struct request_sock_queue icsk_accept_queue;
 };
 
-struct tcp_rack {                                             /* include/linux/tcp.h, as struct tcp_sock.rack */
+struct tcp_rack { /* include/linux/tcp.h, as struct tcp_sock.rack */
 	__u64 mstamp;
 	__u32 rtt_us;
 	__u32 end_seq;
 };
 
-struct minmax_sample {                                        /* include/linux/win_minmax.h */
+struct minmax_sample { /* include/linux/win_minmax.h */
 	__u32 v;
 };
 
-struct minmax {                                               /* include/linux/win_minmax.h */
+struct minmax { /* include/linux/win_minmax.h */
 	struct minmax_sample s[3];
 };
 
-struct tcp_sock {                                             /* include/linux/tcp.h */
+struct tcp_sock { /* include/linux/tcp.h */
 	struct inet_connection_sock inet_conn;
 	__u64 bytes_received;
 	__u32 segs_in;
@@ -204,74 +213,74 @@ struct tcp_sock {                                             /* include/linux/t
 	struct tcp_rack rack;
 };
 
-struct mptcp_sock {                                           /* net/mptcp/protocol.h; with CONFIG_MPTCP */
+struct mptcp_sock { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 	struct sock *first;
-	struct socket *subflow;                               /* until 6.5 */
+	struct socket *subflow; /* until 6.5 */
 };
 
-struct sk_buff {                                              /* include/linux/skbuff.h */
+struct sk_buff { /* include/linux/skbuff.h */
 	unsigned char *head;
 	__u16 transport_header;
 	__u16 network_header;
 };
 
-struct inet_timewait_sock {                                   /* include/net/inet_timewait_sock.h */
+struct inet_timewait_sock { /* include/net/inet_timewait_sock.h */
 	struct sock_common __tw_common;
 	volatile unsigned char tw_substate;
 };
 
-struct tcp_timewait_sock {                                    /* include/linux/tcp.h */
+struct tcp_timewait_sock { /* include/linux/tcp.h */
 	struct inet_timewait_sock tw_sk;
 };
 
-struct super_block {                                          /* include/linux/fs.h */
+struct super_block { /* include/linux/fs.h */
 	unsigned long s_magic;
 };
 
-struct inode {                                                /* include/linux/fs.h */
+struct inode { /* include/linux/fs.h */
 	unsigned short i_mode;
 	struct super_block *i_sb;
 };
 
-struct file {                                                 /* include/linux/fs.h */
+struct file { /* include/linux/fs.h */
 	struct inode *f_inode;
 	void *private_data;
 };
 
-struct fdtable {                                              /* include/linux/fdtable.h */
+struct fdtable { /* include/linux/fdtable.h */
 	unsigned int max_fds;
 	struct file **fd;
 };
 
-struct files_struct {                                         /* include/linux/fdtable.h */
+struct files_struct { /* include/linux/fdtable.h */
 	struct fdtable *fdt;
 };
 
-struct kernfs_node {                                          /* include/linux/kernfs.h */
+struct kernfs_node { /* include/linux/kernfs.h */
 	__u64 id;
 };
 
 struct cgroup;
 
-struct cgroup_subsys_state {                                  /* include/linux/cgroup-defs.h */
+struct cgroup_subsys_state { /* include/linux/cgroup-defs.h */
 	struct cgroup *cgroup;
 	struct cgroup_subsys_state *parent;
 };
 
-struct cgroup {                                               /* include/linux/cgroup-defs.h */
+struct cgroup { /* include/linux/cgroup-defs.h */
 	struct cgroup_subsys_state self;
 	struct kernfs_node *kn;
 };
 
-struct css_set {                                              /* include/linux/cgroup-defs.h */
+struct css_set { /* include/linux/cgroup-defs.h */
 	struct cgroup *dfl_cgrp;
 };
 
-struct cred {                                                 /* include/linux/cred.h */
+struct cred { /* include/linux/cred.h */
 	kuid_t uid;
 };
 
-struct task_struct {                                          /* include/linux/sched.h */
+struct task_struct { /* include/linux/sched.h */
 	int pid;
 	int tgid;
 	struct task_struct *group_leader;
@@ -281,13 +290,14 @@ struct task_struct {                                          /* include/linux/s
 	struct css_set *cgroups;
 };
 
-struct proto_accept_arg {};                                   /* include/net/sock.h, since 6.10 */
+struct proto_accept_arg {
+}; /* include/net/sock.h, since 6.10 */
 
-struct tp_transition_snapshot {                               /* kernel/tracepoint.c */
-	unsigned long srcu_gp;                                /* since 7.0 */
+struct tp_transition_snapshot { /* kernel/tracepoint.c */
+	unsigned long srcu_gp;  /* since 7.0 */
 };
 
-struct pt_regs___kernel {                                     /* arch/{x86,arm64}/include/asm/ptrace.h */
+struct pt_regs___kernel { /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)
 	unsigned long dx;
 	unsigned long si;
@@ -300,43 +310,43 @@ struct pt_regs___kernel {                                     /* arch/{x86,arm64
 #endif
 };
 
-struct io_kiocb {                                             /* include/linux/io_uring_types.h */
+struct io_kiocb { /* include/linux/io_uring_types.h */
 	struct file *file;
 	__u8 opcode;
 };
 
-struct io_uring_cqe {                                         /* include/uapi/linux/io_uring.h */
+struct io_uring_cqe { /* include/uapi/linux/io_uring.h */
 	__s32 res;
 };
 
-struct bpf_array {                                            /* include/linux/bpf.h */
-	void *pptrs[0];                                       /* per CPU */
+struct bpf_array {      /* include/linux/bpf.h */
+	void *pptrs[0]; /* per CPU */
 };
 
-struct seq_file;                                              /* include/linux/seq_file.h */
+struct seq_file; /* include/linux/seq_file.h */
 
-struct bpf_iter_meta {                                        /* include/linux/bpf.h */
+struct bpf_iter_meta { /* include/linux/bpf.h */
 	struct seq_file *seq;
 };
 
-struct bpf_iter__task_file {                                  /* kernel/bpf/task_iter.c */
+struct bpf_iter__task_file { /* kernel/bpf/task_iter.c */
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
 	__u32 fd;
 	struct file *file;
 };
 
-struct bpf_map;                                               /* include/linux/bpf.h */
+struct bpf_map; /* include/linux/bpf.h */
 
-struct bpf_iter__bpf_map {                                    /* kernel/bpf/map_iter.c */
+struct bpf_iter__bpf_map { /* kernel/bpf/map_iter.c */
 	struct bpf_map *map;
 };
 
-struct bpf_iter__bpf_map_elem {                               /* kernel/bpf/map_iter.c */
+struct bpf_iter__bpf_map_elem { /* kernel/bpf/map_iter.c */
 	void *key;
 };
 
-struct bpf_iter__tcp {                                        /* net/ipv4/tcp_ipv4.c */
+struct bpf_iter__tcp { /* net/ipv4/tcp_ipv4.c */
 	struct bpf_iter_meta *meta;
 	struct sock_common *sk_common;
 	__u32 uid;

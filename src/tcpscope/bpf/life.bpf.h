@@ -39,9 +39,9 @@ struct life {
 	enum role role DOC("who opened it: active = this host, passive = the remote end") UNKNOWN_IS("zero");
 	enum tcp_state state DOC("state in which it ended, or in which an open one is");
 	enum end end UNKNOWN_IS("zero")
-		DOC("how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait "
-		    "socket waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by "
-		    "ss -K; OPEN: it has not");
+	DOC("how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait "
+	    "socket waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by "
+	    "ss -K; OPEN: it has not");
 	enum closer closed_by UNKNOWN_IS("zero") DOC("whose FIN or RST came first");
 	__u32 errno KIND("errno") DOC("error of the socket");
 	__u64 tx_bytes WIDTH(10) UNIT("bytes") DOC("data sent, retransmissions included");
@@ -56,9 +56,10 @@ struct life {
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
 	__u32 min_rtt_us UNIT("us") UNKNOWN_IS("max") DOC("smallest round-trip time of the last five minutes");
 	__u32 handshake_us UNIT("us") UNKNOWN_IS("max")
-		DOC("from connect() to ESTABLISHED; of a passive connection from its SYN-ACK to the answer");
+	DOC("from connect() to ESTABLISHED; of a passive connection from its SYN-ACK to the answer");
 	__u32 padding;
-	__u64 duration_us UNIT("us") UNKNOWN_IS("max") DOC("from connect() or, passive, the handshake's end, to the end");
+	__u64 duration_us UNIT("us") UNKNOWN_IS("max")
+	DOC("from connect() or, passive, the handshake's end, to the end");
 	__u64 established_us UNIT("us") UNKNOWN_IS("max") DOC("from ESTABLISHED to the end");
 };
 
@@ -169,8 +170,7 @@ static __always_inline void life_resolve(struct sock *sk, struct connection *con
 }
 
 /* What is only to be had while the handshake ends. */
-static __always_inline void life_established(struct sock *sk, struct connection *connection,
-					     const struct held *change)
+static __always_inline void life_established(struct sock *sk, struct connection *connection, const struct held *change)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 
@@ -226,8 +226,8 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 		closing.end = END_RST;
 	else if (closing.errno)
 		closing.end = END_TIMEOUT;
-	else if (connection && !BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, repair) && ((closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) ||
-				unread_thrown_away(sk))) {
+	else if (connection && !BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, repair) &&
+		 ((closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) || unread_thrown_away(sk))) {
 		connection->closed_ns = closing.time_ns;
 		connection->closed_in = closing.state;
 		return;

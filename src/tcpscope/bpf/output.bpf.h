@@ -11,9 +11,10 @@
 
 #define UNIT(text) __attribute__((btf_decl_tag("unit:" text)))
 #define TITLE(text) __attribute__((btf_decl_tag("title:" text))) /* above the column of a table, if not the name */
-#define WIDTH(number) __attribute__((btf_decl_tag("width:" #number))) /* of that column, where values are mostly shorter */
+#define WIDTH(number)                                                                                         \
+	__attribute__((btf_decl_tag("width:" #number))) /* of that column, where values are mostly shorter */
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
-#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))       /* address, comm, time, stack, errno */
+#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))          /* address, comm, time, stack, errno */
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
 /* On the first way of a hook: the probe works without it, and the text says what is then not known. */
@@ -51,7 +52,7 @@ struct counters {
 	__u64 lost;       /* asked for, and the ring or an aggregate had no room */
 	__u64 table_full; /* connections without a place in a table: their later events lack owner and times */
 	__u64 rescued;    /* taken by the second copy of a program, because the first was left out: once.bpf.h */
-	__u64 unseen;     /* gaps: changes of a connection's state, one or several in a row, that no program was given */
+	__u64 unseen; /* gaps: changes of a connection's state, one or several in a row, that no program was given */
 } __attribute__((aligned(64)));
 
 /* A .bss map is memory shared with user space: reading the counters takes no system call and no privilege. */

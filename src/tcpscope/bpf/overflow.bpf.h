@@ -62,7 +62,8 @@ static __always_inline void peer_read(struct sk_buff *skb, struct identity *id)
  */
 static __always_inline enum answer answer_to(struct in_hand *packet, int step, int cause, bool abort_on_overflow)
 {
-	struct request_sock *req = packet->req; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
+	struct request_sock *req =
+		packet->req; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
 
 	if (cause == CAUSE_COOKIE_SENT)
 		return ANSWER_SYN_COOKIE;

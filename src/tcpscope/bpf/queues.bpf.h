@@ -28,7 +28,8 @@ enum step {
 /* The two queues of a listener and what limits them. */
 struct queues {
 	__u32 accept_queue TITLE("ACCEPTQ") DOC("connections that wait for accept()");
-	__u32 accept_limit TITLE("LIMIT") DOC("accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more");
+	__u32 accept_limit TITLE("LIMIT")
+	DOC("accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more");
 	__u32 syn_queue TITLE("SYNQ") DOC("handshakes that wait for the final ACK; their limit is the accept queue's");
 	__u32 somaxconn DOC("net.core.somaxconn of the namespace");
 	__u32 max_syn_backlog DOC("net.ipv4.tcp_max_syn_backlog of the namespace");

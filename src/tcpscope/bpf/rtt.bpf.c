@@ -42,7 +42,7 @@ struct rtt_value {
 	__u32 max_us[MAX_SHARDS]; /* by CPU: 5.10 has no compare-and-exchange */
 	__u32 min_us[MAX_SHARDS]; /* 0: none yet; stored plus one */
 	__u32 buckets[BUCKETS];
-	__u32 owner_pid;     /* by connection: the last owner, who may be another one after accept() */
+	__u32 owner_pid; /* by connection: the last owner, who may be another one after accept() */
 	char owner_comm[16];
 	__u32 padding;
 };
@@ -56,7 +56,8 @@ struct rtts {
 	__uint(max_entries, 4096);
 	__type(key, struct rtt_key);
 	__type(value, struct rtt_value);
-} rtts_even SEC(".maps"), rtts_odd SEC(".maps");
+} rtts_even SEC(".maps")
+, rtts_odd SEC(".maps");
 
 /* The newest delivered packet. */
 struct delivered {
@@ -158,7 +159,8 @@ static __noinline int sample(struct sock *sk, __u64 cookie, __u32 us)
 
 static __always_inline struct delivered delivered_read(struct tcp_sock *tcp)
 {
-	struct delivered newest = {.mstamp = BPF_CORE_READ(tcp, rack.mstamp), .end_seq = BPF_CORE_READ(tcp, rack.end_seq)};
+	struct delivered newest = {.mstamp = BPF_CORE_READ(tcp, rack.mstamp),
+				   .end_seq = BPF_CORE_READ(tcp, rack.end_seq)};
 
 	return newest;
 }
@@ -357,4 +359,5 @@ int seed(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
-char LICENSE[] SEC("license") = "Dual BSD/GPL";
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";

@@ -17,11 +17,11 @@ struct listener {
 	__u32 fd DOC("file descriptor of the process");
 	__u64 socket; /* address, to join the holders of one listener */
 	__u32 drops DOC("the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two");
-	bool wanted;  /* this holder passes the filter */
+	bool wanted; /* this holder passes the filter */
 	__u8 padding[3];
 	__u64 accepts;
 	__u64 last_accept_ns;
-	__u64 net_overflows;    /* the counters of the namespace, for samples; all bits set if they cannot be read */
+	__u64 net_overflows; /* the counters of the namespace, for samples; all bits set if they cannot be read */
 	__u64 net_drops;
 	__u64 net_full;
 	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */

@@ -18,10 +18,11 @@ struct existing {
 	bool timewait; /* a small timewait socket: it has no owner any more */
 	__u8 padding[2];
 	__u32 rx_queue_bytes TITLE("RECV-Q") UNIT("bytes") UNKNOWN_IS("max")
-		DOC("received and not yet read, a FIN counts too; null for a listener");
+	DOC("received and not yet read, a FIN counts too; null for a listener");
 	__u32 tx_queue_bytes TITLE("SEND-Q") UNIT("bytes") UNKNOWN_IS("max")
-		DOC("sent and not yet acknowledged, or not yet sent; null for a listener");
-	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max") DOC("connections that wait for accept(); null but for a listener");
+	DOC("sent and not yet acknowledged, or not yet sent; null for a listener");
+	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max")
+	DOC("connections that wait for accept(); null but for a listener");
 	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max") DOC("limit of the accept queue; null but for a listener");
 	__u32 uid WIDTH(5) DOC("user that made the socket") UNKNOWN_IS("max");
 	__u64 socket;
@@ -122,4 +123,5 @@ int holders(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
-char LICENSE[] SEC("license") = "Dual BSD/GPL";
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";

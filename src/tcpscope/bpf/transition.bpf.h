@@ -19,7 +19,7 @@ struct transition {
 	enum tcp_state old_state DOC("state before");
 	enum tcp_state new_state DOC("state after");
 	enum followed_by followed_by UNKNOWN_IS("zero")
-		DOC("what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing");
+	DOC("what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing");
 	__u32 padding;
 	__u64 in_state_us UNIT("us") UNKNOWN_IS("max") DOC("time spent in the old state");
 };

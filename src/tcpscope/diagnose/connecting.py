@@ -48,8 +48,10 @@ class Connecting:
         return self._count(new="CLOSE") - self.failed - self._count(old="LISTEN", new="CLOSE")
 
     def live(self) -> str:
-        return (f"{self.opened} connections opened, {self.received} received, {self.closed} closed, "
-                f"{self.failed} failed to open")  # fmt: skip
+        return (
+            f"{self.opened} connections opened, {self.received} received, {self.closed} closed, "
+            f"{self.failed} failed to open"
+        )
 
     def blind_spots(self) -> list[str]:
         if not self.failed:

@@ -156,8 +156,12 @@ class Listening:
 
 def _unborn(listener: Listener) -> Listener:
     """A listener before anything has happened to it: what one that appears while watching is compared with."""
-    return replace(listener, drops=0, accepts=None if listener.accepts is None else 0,
-                   refused=None if listener.refused is None else {})  # fmt: skip
+    return replace(
+        listener,
+        drops=0,
+        accepts=None if listener.accepts is None else 0,
+        refused=None if listener.refused is None else {},
+    )
 
 
 def namespace_counters(listener: Listener) -> dict[str, int]:

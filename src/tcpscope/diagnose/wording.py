@@ -84,12 +84,20 @@ def facts(history: History, **numbers: Any) -> dict[str, Any]:
     """What programs want to know of every finding about a listener."""
     listener = history.last
     return numbers | {
-        "netns": listener.netns, "laddr": listener.laddr, "lport": listener.lport, "cookie": listener.cookie,
+        "netns": listener.netns,
+        "laddr": listener.laddr,
+        "lport": listener.lport,
+        "cookie": listener.cookie,
         "pids": [holder.pid for holder in listener.holders],
         "comm": listener.owner.comm if listener.owner else None,
-        "accept_queue": history.longest_accept_queue, "syn_queue": history.longest_syn_queue,
-        "accept_limit": listener.accept_limit, "limit_from": listener.limit_from,
-        "somaxconn": listener.somaxconn, "max_syn_backlog": listener.max_syn_backlog,
-        "syncookies": listener.syncookies, "abort_on_overflow": listener.abort_on_overflow,
-        "accepts": history.accepts, "drops": history.drops,
-    }  # fmt: skip
+        "accept_queue": history.longest_accept_queue,
+        "syn_queue": history.longest_syn_queue,
+        "accept_limit": listener.accept_limit,
+        "limit_from": listener.limit_from,
+        "somaxconn": listener.somaxconn,
+        "max_syn_backlog": listener.max_syn_backlog,
+        "syncookies": listener.syncookies,
+        "abort_on_overflow": listener.abort_on_overflow,
+        "accepts": history.accepts,
+        "drops": history.drops,
+    }

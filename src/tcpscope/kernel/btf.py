@@ -379,9 +379,7 @@ class Btf:
             bitfield_size, bit_offset = (offset >> 24, offset & 0xFFFFFF) if flag else (0, offset)
             yield Member(self._text(name_at), type_id, bit_offset, bitfield_size)
 
-    def _values(
-        self, names: Iterable[int], values: Iterable[int], signed_bits: int
-    ) -> tuple[tuple[str, int], ...]:
+    def _values(self, names: Iterable[int], values: Iterable[int], signed_bits: int) -> tuple[tuple[str, int], ...]:
         if signed_bits:
             values = [_signed(value, signed_bits) for value in values]
         return tuple(zip(map(self._text, names), values, strict=True))

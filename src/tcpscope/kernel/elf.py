@@ -75,9 +75,7 @@ def _read(data: bytes) -> list[_Section]:
     if entry_size != _SECTION.size:
         raise MalformedError(f"ELF section headers of {entry_size} bytes", f"expected {_SECTION.size}")
     entries = list(_SECTION.iter_unpack(_slice(data, table_at, count * entry_size)))
-    contents = [
-        b"" if type_ == _SHT_NOBITS else _slice(data, at, size) for _, type_, _, _, at, size, *_ in entries
-    ]
+    contents = [b"" if type_ == _SHT_NOBITS else _slice(data, at, size) for _, type_, _, _, at, size, *_ in entries]
     if names_index >= count:
         raise MalformedError(f"ELF section names are in section {names_index} of {count}")
     names = contents[names_index]

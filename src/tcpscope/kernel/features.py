@@ -127,8 +127,7 @@ class Kernel:
         if program.type == "tp_btf":
             return self._has(self.has_typedef(f"btf_trace_{program.target}"), f"tracepoint {program.target}")
         if program.type == "iter":
-            return self._has(self.parameters(f"bpf_iter_{program.target}") is not None,
-                             f"iterator {program.target}")  # fmt: skip
+            return self._has(self.parameters(f"bpf_iter_{program.target}") is not None, f"iterator {program.target}")
         return Answer(True)
 
     def _has_arguments(self, program: Program) -> Answer:

@@ -236,8 +236,9 @@ class Loaded:
     def entries(self, name: str, key: Layout, value: Layout, capacity: int) -> list[tuple[bytes, Any, Any]]:
         """All entries of a hash map: key bytes, raw rows of `key` and `value`. They may come and go meanwhile."""
         keys, values = bytearray(key.size * capacity), bytearray(value.size * capacity)
-        count = lib.tcpscope_map_dump(self.map_fd(name), key.size, value.size, ffi.from_buffer(keys),
-                                      ffi.from_buffer(values), capacity)  # fmt: skip
+        count = lib.tcpscope_map_dump(
+            self.map_fd(name), key.size, value.size, ffi.from_buffer(keys), ffi.from_buffer(values), capacity
+        )
         if count < 0:
             raise OSError(-count, f"map '{name}': {os.strerror(-count)}")
         key_rows = key.decoder(raw=True).rows(memoryview(keys)[: count * key.size])

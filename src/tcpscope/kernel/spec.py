@@ -97,9 +97,17 @@ class Spec:
                 continue
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
             events = frozenset(tags["for"].split()) if "for" in tags else None
-            program = Program(symbol.name, symbol.section, tags.get("optional"), tags.get("map"), events,
-                              frozenset(tags.get("unless", "").split()), "again" in tags,
-                              int(tags.get("arguments", 0)), tags.get("needs", ""))  # fmt: skip
+            program = Program(
+                symbol.name,
+                symbol.section,
+                tags.get("optional"),
+                tags.get("map"),
+                events,
+                frozenset(tags.get("unless", "").split()),
+                "again" in tags,
+                int(tags.get("arguments", 0)),
+                tags.get("needs", ""),
+            )
             found.append((function.id, program))
         return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))
 
@@ -153,7 +161,6 @@ class Spec:
     def layout(self, name: str, internal: bool = False) -> Layout:
         """The layout of the struct `name`; with `internal` also of the fields that are not for showing."""
         return Layout.of(self.btf, name, internal)
-
 
     def labels(self, enum: str) -> dict[int, str]:
         """Value -> name of the enumerators of `enum`, without the prefix that they share."""

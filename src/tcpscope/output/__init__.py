@@ -37,8 +37,17 @@ class Column(msgspec.Struct, frozen=True):
     def of(cls, field: Field) -> Column:
         labels = tuple(field.labels.values()) if field.labels else ()
         width = max(map(len, labels)) if labels else field.width
-        return cls(field.name, field.kind, field.unit, field.doc, field.unknown is not None, field.title, width,
-                   field.enum, labels)  # fmt: skip
+        return cls(
+            field.name,
+            field.kind,
+            field.unit,
+            field.doc,
+            field.unknown is not None,
+            field.title,
+            width,
+            field.enum,
+            labels,
+        )
 
 
 class Sink(Protocol):

@@ -86,8 +86,7 @@ class _Cell:
         width = self.width if self.right else -self.width
         if kind is type(None):
             return "%.0s" + self.pad("-")
-        return {int: f"%{width}d", str: f"%{width}s",
-                float: f"%{width}.{6 if self.kind == 'time' else 1}f"}.get(kind)  # fmt: skip
+        return {int: f"%{width}d", str: f"%{width}s", float: f"%{width}.{6 if self.kind == 'time' else 1}f"}.get(kind)
 
     def text(self, value: Any) -> str:
         if self.kind in _BELOW:

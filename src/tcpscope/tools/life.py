@@ -30,9 +30,23 @@ class Life(Stream):
 tool = Life(
     "connections",
     "life",
-    ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "tx_bytes", "rx_bytes", "retrans", "srtt_us",
-     "duration_us", "closed_by", "end"),
+    (
+        "time",
+        "pid",
+        "comm",
+        "laddr",
+        "lport",
+        "raddr",
+        "rport",
+        "tx_bytes",
+        "rx_bytes",
+        "retrans",
+        "srtt_us",
+        "duration_us",
+        "closed_by",
+        "end",
+    ),
     aliases=("tcplife",),
     options=(Option(("--live",), "Begin with the connections that are open now; the buffer has 16M then."),),
     summaries=(Summary("count", "Count them.", ("end", "closed_by")),),
-)  # fmt: skip
+)

@@ -39,8 +39,18 @@ _HOLDERS = (
 
 class List(Tool):
     probes = ("sockets",)
-    shown = ("state", "rx_queue_bytes", "tx_queue_bytes", "accept_queue", "accept_limit", "laddr", "lport", "raddr",
-             "rport", "holders")  # fmt: skip
+    shown = (
+        "state",
+        "rx_queue_bytes",
+        "tx_queue_bytes",
+        "accept_queue",
+        "accept_limit",
+        "laddr",
+        "lport",
+        "raddr",
+        "rport",
+        "holders",
+    )
     for_more: ClassVar = {
         "CAP_SYS_ADMIN": "other network namespaces than its own",
         "CAP_SYS_PTRACE": "network namespaces without a name",

@@ -33,13 +33,39 @@ from tcpscope.session import RING_BYTES, Session, closed_on_error, monotonic_ns
 from tcpscope.tool import Stream
 
 _TABLE = (
-    "time", "laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from", "syn_queue", "overflows",
-    "syn_drops", "cookies", "accepts_per_s", "since_accept_ms", "oldest_wait_ms",
-)  # fmt: skip
+    "time",
+    "laddr",
+    "lport",
+    "pid",
+    "comm",
+    "accept_queue",
+    "accept_limit",
+    "limit_from",
+    "syn_queue",
+    "overflows",
+    "syn_drops",
+    "cookies",
+    "accepts_per_s",
+    "since_accept_ms",
+    "oldest_wait_ms",
+)
 _EVENTS = (
-    "time", "laddr", "lport", "pid", "comm", "raddr", "rport", "cause", "step", "answer", "accept_queue",
-    "accept_limit", "syn_queue", "syncookies", "count",
-)  # fmt: skip
+    "time",
+    "laddr",
+    "lport",
+    "pid",
+    "comm",
+    "raddr",
+    "rport",
+    "cause",
+    "step",
+    "answer",
+    "accept_queue",
+    "accept_limit",
+    "syn_queue",
+    "syncookies",
+    "count",
+)
 
 
 class _Look(NamedTuple):
@@ -134,11 +160,34 @@ _DERIVED = (
     _Derived("holders", "list", doc="every process that holds it", formula=lambda look: list(look.listener.holders)),
 )
 _ORDER = (
-    "time", "netns", "family", "laddr", "lport", "pid", "comm", "accept_queue", "accept_limit", "limit_from",
-    "syn_queue", "overflows", "overflows_at_syn", "overflows_at_ack", "syn_drops", "cookies", "drops", "accepts",
-    "accepts_per_s", "since_accept_ms", "oldest_wait_ms", "somaxconn", "max_syn_backlog", "syncookies",
-    "abort_on_overflow", "cookie", "holders",
-)  # fmt: skip
+    "time",
+    "netns",
+    "family",
+    "laddr",
+    "lport",
+    "pid",
+    "comm",
+    "accept_queue",
+    "accept_limit",
+    "limit_from",
+    "syn_queue",
+    "overflows",
+    "overflows_at_syn",
+    "overflows_at_ack",
+    "syn_drops",
+    "cookies",
+    "drops",
+    "accepts",
+    "accepts_per_s",
+    "since_accept_ms",
+    "oldest_wait_ms",
+    "somaxconn",
+    "max_syn_backlog",
+    "syncookies",
+    "abort_on_overflow",
+    "cookie",
+    "holders",
+)
 
 
 def _columns() -> tuple[Column, ...]:

@@ -55,13 +55,21 @@ class Rtt(Tool):
     aliases = ("tcprtt",)
     intervals = True
     options = (
-        Option(("--by",), "One distribution for each: none, laddr, raddr, lport, rport, pid, connection; "
-               "or several with commas.", str, "none"),
+        Option(
+            ("--by",),
+            "One distribution for each: none, laddr, raddr, lport, rport, pid, connection; or several with commas.",
+            str,
+            "none",
+        ),
         Option(("--smoothed",), "The smoothed RTT, as ss -ti shows it, instead of each measurement."),
         Option(("--histogram",), "Draw the distribution for each key too."),
-        Option(("--max-keys",), "So many keys at the most in an interval; samples of further ones count as lost.",
-               int, 4096),
-    )  # fmt: skip
+        Option(
+            ("--max-keys",),
+            "So many keys at the most in an interval; samples of further ones count as lost.",
+            int,
+            4096,
+        ),
+    )
 
     def columns(self, request: Request) -> tuple[Column, ...]:
         wanted = {name for key in _parse_by(request.options["by"]) for name in _KEYS[key]}
@@ -114,8 +122,10 @@ class _Measuring(Run):
             yield self._batch("interval", last)
         yield self._batch("total", reader.total)
         if reader.without_total:
-            self.notes.append(f"{len(reader.total)} keys have a total; {reader.without_total} samples of others are in "
-                              "the intervals only")  # fmt: skip
+            self.notes.append(
+                f"{len(reader.total)} keys have a total; {reader.without_total} samples of others are in "
+                "the intervals only"
+            )
         self.stats.shown = reader.samples
 
     @property

@@ -8,16 +8,16 @@
 #include <sys/socket.h>
 #include <sys/types.h>
 
-#define SLOTS 2100	    /* sockets of a process, by number */
+#define SLOTS 2100           /* sockets of a process, by number */
 #define MESSAGE (192 * 1024) /* of a command or its answer */
 #define WORDS 64
 
 /* What came of a command. */
 struct reply {
 	long long begin, end; /* CLOCK_MONOTONIC, ns: around the system call */
-	long long ret;	      /* what it returned; -1 with `error` */
-	int error;	      /* errno, 0 for none */
-	int fd;		      /* sent along, -1 for none */
+	long long ret;        /* what it returned; -1 with `error` */
+	int error;            /* errno, 0 for none */
+	int fd;               /* sent along, -1 for none */
 	int size;
 	char data[MESSAGE];
 };
@@ -40,7 +40,7 @@ extern const struct entry socket_commands[], host_commands[], mix_commands[], ro
 
 /* process.c */
 int split(char *line, char **words);
-void decode(char *word); /* %XX in place */
+void decode(char *word);                                              /* %XX in place */
 ssize_t send_with(int socket, const void *data, size_t size, int fd); /* with a descriptor; -1 for none */
 ssize_t receive_with(int socket, void *data, size_t size, int *fd);
 void become(struct actor *actor, int control);

@@ -61,8 +61,8 @@ static void add_end(struct reply *reply, int failed, struct sockaddr_storage *ad
 	outcome(reply, failed ? -1 : ntohs(four->sin_port));
 	if (failed)
 		return;
-	inet_ntop(address->ss_family, address->ss_family == AF_INET6 ? (const void *)&six->sin6_addr : &four->sin_addr, text,
-		  sizeof(text));
+	inet_ntop(address->ss_family, address->ss_family == AF_INET6 ? (const void *)&six->sin6_addr : &four->sin_addr,
+		  text, sizeof(text));
 	add(reply, "%s", text);
 }
 
@@ -202,7 +202,8 @@ static void accepts(struct actor *a, int count, char **w, struct reply *r)
 	int listener = *slot(a, w[0]), made;
 
 	r->begin = now_ns();
-	made = count > 2 ? accept4(listener, (void *)&address, &size, atoi(w[2])) : accept(listener, (void *)&address, &size);
+	made = count > 2 ? accept4(listener, (void *)&address, &size, atoi(w[2]))
+			 : accept(listener, (void *)&address, &size);
 	add_end(r, made < 0, &address);
 	*slot(a, w[1]) = made;
 }
@@ -389,7 +390,9 @@ static void processor(struct actor *a, int count, char **w, struct reply *r)
 	outcome(r, sched_setaffinity(0, sizeof(set), &set));
 }
 
-static void woken(int number) {}
+static void woken(int number)
+{
+}
 
 /* interrupt MILLISECONDS: a signal comes again and again after so long, until it is 0; the call that it meets is not begun
  * again */

@@ -128,7 +128,8 @@ static int sockets(void (*each)(const struct inet_diag_msg *found, void *to), vo
 			struct nlmsghdr header;
 			struct inet_diag_req_v2 body;
 		} request = {
-			.header = {.nlmsg_len = sizeof(request), .nlmsg_type = SOCK_DIAG_BY_FAMILY,
+			.header = {.nlmsg_len = sizeof(request),
+				   .nlmsg_type = SOCK_DIAG_BY_FAMILY,
 				   .nlmsg_flags = NLM_F_REQUEST | NLM_F_DUMP},
 			.body = {.sdiag_family = families[i], .sdiag_protocol = IPPROTO_TCP, .idiag_states = ~0U},
 		};
@@ -154,8 +155,9 @@ static int sockets(void (*each)(const struct inet_diag_msg *found, void *to), vo
 	return 0;
 }
 
-static const char *const states[] = {"?", "ESTABLISHED", "SYN_SENT", "SYN_RECV", "FIN_WAIT1", "FIN_WAIT2", "TIME_WAIT", "CLOSE",
-				     "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING", "SYN_RECV"};
+static const char *const states[] = {"?",         "ESTABLISHED", "SYN_SENT", "SYN_RECV",   "FIN_WAIT1",
+				     "FIN_WAIT2", "TIME_WAIT",   "CLOSE",    "CLOSE_WAIT", "LAST_ACK",
+				     "LISTEN",    "CLOSING",     "SYN_RECV"};
 
 static const char *state_of(const struct inet_diag_msg *found)
 {
@@ -169,9 +171,9 @@ static void add_socket(const struct inet_diag_msg *found, void *to)
 
 	inet_ntop(found->idiag_family, found->id.idiag_src, local, sizeof(local));
 	inet_ntop(found->idiag_family, found->id.idiag_dst, remote, sizeof(remote));
-	add(to, "%d,%s,%s,%d,%s,%d,%u,%u,%llu,%u,%d;", found->idiag_family, state_of(found), local, ntohs(found->id.idiag_sport),
-	    remote, ntohs(found->id.idiag_dport), found->idiag_rqueue, found->idiag_wqueue, cookie, found->idiag_inode,
-	    found->idiag_retrans);
+	add(to, "%d,%s,%s,%d,%s,%d,%u,%u,%llu,%u,%d;", found->idiag_family, state_of(found), local,
+	    ntohs(found->id.idiag_sport), remote, ntohs(found->id.idiag_dport), found->idiag_rqueue,
+	    found->idiag_wqueue, cookie, found->idiag_inode, found->idiag_retrans);
 }
 
 /* sockets: all of this host: family,state,laddr,lport,raddr,rport,recv_q,send_q,cookie,inode,retransmits; */
@@ -221,11 +223,14 @@ static void destroy(struct actor *a, int count, char **w, struct reply *r)
 		struct nlmsghdr header;
 		struct inet_diag_req_v2 body;
 	} request = {
-		.header = {.nlmsg_len = sizeof(request), .nlmsg_type = SOCK_DESTROY_, .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK},
+		.header = {.nlmsg_len = sizeof(request),
+			   .nlmsg_type = SOCK_DESTROY_,
+			   .nlmsg_flags = NLM_F_REQUEST | NLM_F_ACK},
 		.body = {.sdiag_family = strchr(w[0], ':') ? AF_INET6 : AF_INET,
 			 .sdiag_protocol = IPPROTO_TCP,
 			 .idiag_states = ~0U,
-			 .id = {.idiag_sport = htons(atoi(w[1])), .idiag_dport = htons(atoi(w[3])),
+			 .id = {.idiag_sport = htons(atoi(w[1])),
+				.idiag_dport = htons(atoi(w[3])),
 				.idiag_cookie = {INET_DIAG_NOCOOKIE, INET_DIAG_NOCOOKIE}}},
 	};
 	int netlink = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_SOCK_DIAG);
@@ -235,7 +240,8 @@ static void destroy(struct actor *a, int count, char **w, struct reply *r)
 	inet_pton(request.body.sdiag_family, w[0], request.body.id.idiag_src);
 	inet_pton(request.body.sdiag_family, w[2], request.body.id.idiag_dst);
 	r->begin = now_ns();
-	if (netlink < 0 || send(netlink, &request, sizeof(request), 0) < 0 || recv(netlink, answer, sizeof(answer), 0) < 0) {
+	if (netlink < 0 || send(netlink, &request, sizeof(request), 0) < 0 ||
+	    recv(netlink, answer, sizeof(answer), 0) < 0) {
 		outcome(r, -1);
 		return;
 	}
@@ -306,7 +312,8 @@ static void executes(struct actor *a, int count, char **w, struct reply *r)
 	close(ends[1]);
 	while ((size = read(ends[0], piece, sizeof(piece))) > 0)
 		for (ssize_t i = 0; i < size; i++)
-			add(r, piece[i] <= ' ' || piece[i] == '%' || piece[i] > '~' ? "%%%02x" : "%c", (unsigned char)piece[i]);
+			add(r, piece[i] <= ' ' || piece[i] == '%' || piece[i] > '~' ? "%%%02x" : "%c",
+			    (unsigned char)piece[i]);
 	close(ends[0]);
 	waitpid(pid, &status, 0);
 	outcome(r, WIFEXITED(status) ? WEXITSTATUS(status) : -1);
@@ -361,10 +368,10 @@ static void segment(struct actor *a, int count, char **w, struct reply *r)
 	size_t width = six ? 16 : 4, head = six ? 40 : 20, size = (atoi(w[6]) & 2) ? 24 : 20;
 	unsigned char packet[128] = {}, pseudo[128] = {}, *tcp = packet + head;
 	socklen_t room = to_address(w[2], "0", &target);
-	const void *from = six ? (void *)&((struct sockaddr_in6 *)&source)->sin6_addr :
-				 (void *)&((struct sockaddr_in *)&source)->sin_addr;
-	const void *to = six ? (void *)&((struct sockaddr_in6 *)&target)->sin6_addr :
-			       (void *)&((struct sockaddr_in *)&target)->sin_addr;
+	const void *from = six ? (void *)&((struct sockaddr_in6 *)&source)->sin6_addr
+			       : (void *)&((struct sockaddr_in *)&source)->sin_addr;
+	const void *to = six ? (void *)&((struct sockaddr_in6 *)&target)->sin6_addr
+			     : (void *)&((struct sockaddr_in *)&target)->sin_addr;
 	unsigned int sequence = htonl(strtoul(w[4], NULL, 0)), acknowledged = htonl(strtoul(w[5], NULL, 0));
 	unsigned short sport = htons(atoi(w[1])), dport = htons(atoi(w[3])), check;
 	int raw = socket(six ? AF_INET6 : AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);

@@ -228,7 +228,8 @@ static void answered(struct scenario *scenario, struct step *step, const char *l
 	step->answered = true;
 	fprintf(record, "r %td %d %s\n", scenario - scenarios, step->number, line);
 	if ((step->mode[0] == '!' && step->ret < 0) || (step->mode[0] == '=' && step->ret)) {
-		fail(scenario, "step %d: %s: %lld %s %s", step->number, step->text, step->ret, strerror(step->error), line + used);
+		fail(scenario, "step %d: %s: %lld %s %s", step->number, step->text, step->ret, strerror(step->error),
+		     line + used);
 		finish(scenario);
 	}
 }
@@ -278,7 +279,8 @@ static void tell(struct scenario *scenario, int number, int index, const char *t
 	struct process *process = &scenario->processes[number];
 
 	if (process->control < 0 || send_with(process->control, text, strlen(text), fd) < 0) {
-		fail(scenario, "step %d: process %d is not there for '%s'", scenario->steps[index].number, number, text);
+		fail(scenario, "step %d: process %d is not there for '%s'", scenario->steps[index].number, number,
+		     text);
 		finish(scenario);
 		return;
 	}

@@ -17,7 +17,19 @@
 #define ERRNOS 256
 #define EVENTS 64
 
-enum kind { CLIENT_CLOSES, SERVER_CLOSES, SERVER_RESETS, CLIENT_RESETS, UNREAD, KEPT, REFUSED, SILENT, ABANDONED, SHUT_DOWN, KINDS };
+enum kind {
+	CLIENT_CLOSES,
+	SERVER_CLOSES,
+	SERVER_RESETS,
+	CLIENT_RESETS,
+	UNREAD,
+	KEPT,
+	REFUSED,
+	SILENT,
+	ABANDONED,
+	SHUT_DOWN,
+	KINDS
+};
 
 static const struct {
 	const char *name;
@@ -29,11 +41,11 @@ static const struct {
 	[SERVER_RESETS] = {"server_resets", 10, "reset"},
 	[CLIENT_RESETS] = {"client_resets", 10, "hello"},
 	[UNREAD] = {"unread", 5, "hello"}, /* the client closes with data unread */
-	[KEPT] = {"kept", 5, "hello"},	   /* stays open until everything else has ended */
+	[KEPT] = {"kept", 5, "hello"},     /* stays open until everything else has ended */
 	[REFUSED] = {"refused", 10, ""},
-	[SILENT] = {"silent", 5, ""},	      /* nobody answers: times out */
-	[ABANDONED] = {"abandoned", 3, ""},   /* nobody answers, and it is closed while it waits */
-	[SHUT_DOWN] = {"shut_down", 2, ""},   /* nobody answers, and it is shut down while it waits */
+	[SILENT] = {"silent", 5, ""},       /* nobody answers: times out */
+	[ABANDONED] = {"abandoned", 3, ""}, /* nobody answers, and it is closed while it waits */
+	[SHUT_DOWN] = {"shut_down", 2, ""}, /* nobody answers, and it is shut down while it waits */
 };
 
 static void watch(int poll, int operation, int fd, unsigned int events, void *what)
@@ -188,8 +200,8 @@ static int start(struct clients *all, enum kind kind, const char *address, const
 	socklen_t size = to_address(address, port, &target);
 	int tries = 1;
 
-	*client = (struct client){
-		.kind = kind, .fd = socket(target.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)};
+	*client = (struct client){.kind = kind,
+				  .fd = socket(target.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)};
 	if (client->fd < 0)
 		return -1;
 	if (kind == SILENT)
@@ -240,7 +252,8 @@ static bool move(struct clients *all, struct client *client)
 	if (client->kind == UNREAD)
 		return false;
 	size = recv(client->fd, heard, sizeof(heard), 0);
-	if (size >= 0 && client->kind == CLIENT_RESETS) /* not before: a RST may overtake the ACK that makes the child */
+	if (size >= 0 &&
+	    client->kind == CLIENT_RESETS) /* not before: a RST may overtake the ACK that makes the child */
 		reset_at_close(client->fd);
 	return size > 0 && client->kind == SERVER_CLOSES;
 }

@@ -138,8 +138,10 @@ static int give_address(int family, int number)
 	unsigned char bytes[16];
 	size_t size = host_address(family, number, bytes);
 
-	*info = (struct ifaddrmsg){.ifa_family = family, .ifa_prefixlen = family == AF_INET ? 24 : 64,
-				   .ifa_index = if_nametoindex(DEVICE), .ifa_flags = family == AF_INET6 ? IFA_F_NODAD : 0};
+	*info = (struct ifaddrmsg){.ifa_family = family,
+				   .ifa_prefixlen = family == AF_INET ? 24 : 64,
+				   .ifa_index = if_nametoindex(DEVICE),
+				   .ifa_flags = family == AF_INET6 ? IFA_F_NODAD : 0};
 	attribute(&request, IFA_LOCAL, bytes, size);
 	attribute(&request, IFA_ADDRESS, bytes, size);
 	return tell_kernel(&request);
@@ -148,8 +150,8 @@ static int give_address(int family, int number)
 static int neighbour(int family, int number, const char *mac)
 {
 	struct request request;
-	struct ndmsg *info =
-		begin(&request, mac ? RTM_NEWNEIGH : RTM_DELNEIGH, mac ? NLM_F_CREATE | NLM_F_REPLACE : 0, sizeof(*info));
+	struct ndmsg *info = begin(&request, mac ? RTM_NEWNEIGH : RTM_DELNEIGH, mac ? NLM_F_CREATE | NLM_F_REPLACE : 0,
+				   sizeof(*info));
 	unsigned char bytes[16];
 	size_t size = host_address(family, number, bytes);
 
@@ -209,9 +211,9 @@ static int configure(int number)
 			return -1;
 	where = "addresses";
 	return set_up(1, true) || give_address(AF_INET, number) || give_address(AF_INET6, number) || link_up(true) ||
-			       neighbours(number, number ? "02:00:c0:00:02:01" : "02:00:c0:00:02:02") ?
-		       -1 :
-		       0;
+			       neighbours(number, number ? "02:00:c0:00:02:01" : "02:00:c0:00:02:02")
+		       ? -1
+		       : 0;
 }
 
 /* Leaves the caller in the server's namespace. */

@@ -155,18 +155,19 @@ static void run(struct actor *actor, int count, char **words, struct reply *repl
 
 static bool holds(long long ret, const char *op, long long value)
 {
-	return !strcmp(op, "==") ? ret == value :
-	       !strcmp(op, ">=") ? ret >= value :
-	       !strcmp(op, "<=") ? ret <= value :
-	       !strcmp(op, "!=") ? ret != value :
-				   false;
+	return !strcmp(op, "==")   ? ret == value
+	       : !strcmp(op, ">=") ? ret >= value
+	       : !strcmp(op, "<=") ? ret <= value
+	       : !strcmp(op, "!=") ? ret != value
+				   : false;
 }
 
 /* until OP VALUE SECONDS COMMAND ... */
 static void repeat(struct actor *actor, int count, char **words, struct reply *reply)
 {
 	long long value = atoll(words[2]), end = now_ns() + atoll(words[3]) * 1000000000LL;
-	struct timespec pause = {.tv_nsec = 10000000}; /* many wait at a time, and a look costs an emulated guest much */
+	struct timespec pause = {.tv_nsec =
+					 10000000}; /* many wait at a time, and a look costs an emulated guest much */
 
 	for (;;) {
 		run(actor, count - 4, words + 4, reply);
@@ -242,7 +243,8 @@ void *perform(void *argument)
 		} else {
 			run(actor, count, words, reply);
 		}
-		length = snprintf(head, sizeof(head), "%lld %lld %lld %d ", reply->begin, reply->end, reply->ret, reply->error);
+		length = snprintf(head, sizeof(head), "%lld %lld %lld %d ", reply->begin, reply->end, reply->ret,
+				  reply->error);
 		answer = malloc(length + reply->size + 1);
 		memcpy(answer, head, length);
 		memcpy(answer + length, reply->data, reply->size);

@@ -21,9 +21,10 @@ static long long enter(struct io_uring_sqe *request, struct reply *reply)
 
 	if (ring < 0)
 		return -1;
-	questions = mmap(NULL, p.sq_off.array + p.sq_entries * 4, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQ_RING);
-	answers = mmap(NULL, p.cq_off.cqes + p.cq_entries * sizeof(struct io_uring_cqe), PROT_READ | PROT_WRITE, MAP_SHARED,
-		       ring, IORING_OFF_CQ_RING);
+	questions = mmap(NULL, p.sq_off.array + p.sq_entries * 4, PROT_READ | PROT_WRITE, MAP_SHARED, ring,
+			 IORING_OFF_SQ_RING);
+	answers = mmap(NULL, p.cq_off.cqes + p.cq_entries * sizeof(struct io_uring_cqe), PROT_READ | PROT_WRITE,
+		       MAP_SHARED, ring, IORING_OFF_CQ_RING);
 	slots = mmap(NULL, p.sq_entries * sizeof(*slots), PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQES);
 	if (questions == MAP_FAILED || answers == MAP_FAILED || slots == MAP_FAILED)
 		return -1;

@@ -32,10 +32,17 @@ class Attempt:
     """
 
     def __init__(
-        self, process: Process, address: str, port: object, how: str = "blocking", *,
-        local: tuple[str, int] | None = None, options: Options = (), socket: Socket | None = None,
+        self,
+        process: Process,
+        address: str,
+        port: object,
+        how: str = "blocking",
+        *,
+        local: tuple[str, int] | None = None,
+        options: Options = (),
+        socket: Socket | None = None,
         may_fail: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.process, self._may_fail = process, may_fail
         self.socket = socket or made(process, address, local=local, options=options)
         self._error: Call | None = None

@@ -38,10 +38,21 @@ def test_aborted(script: Script, way: str, family: str) -> Test:
     fails, repeated = script.client.counter("TcpAttemptFails"), syn_retransmissions(script.client)
     seen = yield
     assert saw.errno == "EINPROGRESS"
-    (row,) = rows(seen, script, {
-        "by": saw.process, "rport": PORT, "outcome": "ABORTED", "errno": "none", "syn_sent": True, "laddr": local.data,
-        "lport": local.ret, "raddr": SILENT[family], "syn_retrans": repeated.ret,
-    })  # fmt: skip
+    (row,) = rows(
+        seen,
+        script,
+        {
+            "by": saw.process,
+            "rport": PORT,
+            "outcome": "ABORTED",
+            "errno": "none",
+            "syn_sent": True,
+            "laddr": local.data,
+            "lport": local.ret,
+            "raddr": SILENT[family],
+            "syn_retrans": repeated.ret,
+        },
+    )
     assert end.begin_us - saw.first.end_us - 1 <= row["latency_us"] <= end.end_us - saw.first.begin_us + 1
     assert fails.ret == 0  # it is nobody's failure
 

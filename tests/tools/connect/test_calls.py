@@ -40,8 +40,12 @@ def test_calls_that_say_nothing_new(script: Script) -> Test:
     saw.socket.close()
     seen = yield
     assert [saw.first.errno, *(call.errno for call in (*early, *late))] == [
-        "EINPROGRESS", "EALREADY", "EALREADY", "none", "EISCONN",
-    ]  # fmt: skip
+        "EINPROGRESS",
+        "EALREADY",
+        "EALREADY",
+        "none",
+        "EISCONN",
+    ]
     rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "ESTABLISHED"})
 
 
@@ -94,16 +98,29 @@ def test_addresses_that_are_none(script: Script) -> Test:
     """Too short, or of another family: what was not given is not made up."""
     client = script.client.process("client")
     mine = client.socket()
-    calls = [mine("connect_raw", *sockaddr("203.0.113.9", PORT, size, family), may_fail=True)
-             for size, family in ((8, socket.AF_INET), (16, socket.AF_UNIX))]  # fmt: skip
+    calls = [
+        mine("connect_raw", *sockaddr("203.0.113.9", PORT, size, family), may_fail=True)
+        for size, family in ((8, socket.AF_INET), (16, socket.AF_UNIX))
+    ]
     mine.close()
     seen = yield
     assert [call.errno for call in calls] == ["EINVAL", "EAFNOSUPPORT"]
-    rows(seen, script, *(
-        {"by": client, "saw": call, "rport": None, "outcome": "FAILED", "syn_sent": False, "raddr": None,
-         "lport": None}
-        for call in calls
-    ))  # fmt: skip
+    rows(
+        seen,
+        script,
+        *(
+            {
+                "by": client,
+                "saw": call,
+                "rport": None,
+                "outcome": "FAILED",
+                "syn_sent": False,
+                "raddr": None,
+                "lport": None,
+            }
+            for call in calls
+        ),
+    )
 
 
 @recorded(CONNECT)
@@ -113,8 +130,7 @@ def test_an_address_at_the_end_of_memory(script: Script) -> Test:
     call = client.socket()("connect_at_edge", NOWHERE["4"], PORT, may_fail=True)
     seen = yield
     assert call.errno == "ENETUNREACH"
-    rows(seen, script, {"by": client, "saw": call, "rport": PORT, "outcome": "UNREACHABLE",
-                        "raddr": NOWHERE["4"]})  # fmt: skip
+    rows(seen, script, {"by": client, "saw": call, "rport": PORT, "outcome": "UNREACHABLE", "raddr": NOWHERE["4"]})
 
 
 @recorded(CONNECT)
@@ -146,8 +162,21 @@ def test_older_than_the_tool(script: Script) -> Test:
     saw.socket.close()
     seen = yield
     assert saw.errno == "EINPROGRESS"
-    rows(seen, script, {"by": older, "rport": PORT, "latency_us": None, "laddr": local.data, "lport": local.ret,
-                        "syn_sent": True, "raddr": SILENT["4"], "outcome": "ABORTED", "errno": "none"})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {
+            "by": older,
+            "rport": PORT,
+            "latency_us": None,
+            "laddr": local.data,
+            "lport": local.ret,
+            "syn_sent": True,
+            "raddr": SILENT["4"],
+            "outcome": "ABORTED",
+            "errno": "none",
+        },
+    )
 
 
 @pytest.mark.parametrize("ending", ["established", "reset", "closed"])

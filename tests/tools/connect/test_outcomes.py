@@ -40,10 +40,21 @@ def test_established(script: Script, family: str, call: str) -> Test:
     saw.socket.close()
     seen = yield
     assert saw.errno == "none"
-    (row,) = rows(seen, script, {
-        "saw": saw, "rport": PORT, "outcome": "ESTABLISHED", "syn_sent": True, "syn_retrans": info.info["retrans"],
-        "raddr": shown(address), "lport": local.ret, "laddr": shown(local.data), "family": version(family),
-    })  # fmt: skip
+    (row,) = rows(
+        seen,
+        script,
+        {
+            "saw": saw,
+            "rport": PORT,
+            "outcome": "ESTABLISHED",
+            "syn_sent": True,
+            "syn_retrans": info.info["retrans"],
+            "raddr": shown(address),
+            "lport": local.ret,
+            "laddr": shown(local.data),
+            "family": version(family),
+        },
+    )
     assert row["latency_us"] is not None
     assert row["cookie"] == cookie.ret if seen.machine.gives_cookies else row["cookie"] in (cookie.ret, None)
 
@@ -62,8 +73,16 @@ def test_refused(script: Script, family: str, call: str) -> Test:
     # Whoever asks again after the error was fetched is not told why, and no new attempt was made.
     assert again.errno == ("ECONNABORTED" if call == "nonblocking" else "ECONNREFUSED")
     local = script.client.address("6" if family == "6" else "4")
-    wanted = {"by": client, "rport": REFUSED, "outcome": "REFUSED", "errno": "ECONNREFUSED", "syn_sent": True,
-              "raddr": shown(address), "laddr": local, "family": version(family)}  # fmt: skip
+    wanted = {
+        "by": client,
+        "rport": REFUSED,
+        "outcome": "REFUSED",
+        "errno": "ECONNREFUSED",
+        "syn_sent": True,
+        "raddr": shown(address),
+        "laddr": local,
+        "family": version(family),
+    }
     further = [wanted | {"saw": again}] if call == "blocking" else []
     found = rows(seen, script, wanted | {"saw": saw}, *further)
     assert sum(row["syn_retrans"] for row in found) == repeated.ret
@@ -82,9 +101,12 @@ def test_the_second_call_fetches_the_error(script: Script) -> Test:
     started.socket.close()
     seen = yield
     assert [call.errno for call in (started, fetched, again)] == ["EINPROGRESS", "ECONNREFUSED", "ENETUNREACH"]
-    rows(seen, script,
-         {"by": client, "rport": REFUSED, "outcome": "REFUSED", "errno": "ECONNREFUSED"},
-         {"by": client, "saw": again, "rport": OTHER, "outcome": "UNREACHABLE", "syn_sent": False})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {"by": client, "rport": REFUSED, "outcome": "REFUSED", "errno": "ECONNREFUSED"},
+        {"by": client, "saw": again, "rport": OTHER, "outcome": "UNREACHABLE", "syn_sent": False},
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,16 +123,23 @@ def test_latency_with_a_retransmission(script: Script, family: str) -> Test:
     saw.socket.close()
     seen = yield
     again = info.info["retrans"]
-    (row,) = rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "ESTABLISHED", "syn_retrans": again,
-                                 "syn_sent": True})  # fmt: skip
+    (row,) = rows(
+        seen, script, {"saw": saw, "rport": PORT, "outcome": "ESTABLISHED", "syn_retrans": again, "syn_sent": True}
+    )
     assert (saw.first.errno, saw.errno) == ("EINPROGRESS", "none")
     assert again >= 1  # a third SYN may come a second after the second
     assert row["latency_us"] >= max(waited.begin_us - saw.first.end_us - 1, 900_000)
 
 
-@pytest.mark.parametrize(("family", "how"), [
-    ("4", "blocking"), ("6", "nonblocking"), ("mapped", "blocking"), ("4", "nonblocking"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("4", "blocking"),
+        ("6", "nonblocking"),
+        ("mapped", "blocking"),
+        ("4", "nonblocking"),
+    ],
+)
 @recorded(CONNECT)
 def test_timed_out(script: Script, family: str, how: str) -> Test:
     silence(script)
@@ -119,8 +148,18 @@ def test_timed_out(script: Script, family: str, how: str) -> Test:
     repeated = syn_retransmissions(script.client)
     seen = yield
     assert saw.errno == "ETIMEDOUT"
-    (row,) = rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "TIMED_OUT", "syn_sent": True,
-                                 "raddr": shown(SILENT[family]), "family": version(family)})  # fmt: skip
+    (row,) = rows(
+        seen,
+        script,
+        {
+            "saw": saw,
+            "rport": PORT,
+            "outcome": "TIMED_OUT",
+            "syn_sent": True,
+            "raddr": shown(SILENT[family]),
+            "family": version(family),
+        },
+    )
     assert row["syn_retrans"] == repeated.ret >= 1
     # Two SYNs of 1 and 2 s; since 6.5 the first timers are of 1 s each, and there are more of them.
     assert row["latency_us"] >= max(2.9, row["syn_retrans"] + 0.9) * 1e6
@@ -135,11 +174,22 @@ def test_no_route(script: Script, family: str, call: str) -> Test:
     saw.socket.close()
     seen = yield
     assert saw.errno == "ENETUNREACH"
-    rows(seen, script, {
-        "saw": saw, "rport": PORT, "outcome": "UNREACHABLE", "syn_sent": False, "syn_retrans": 0, "latency_us": None,
-        "lport": None, "raddr": shown(NOWHERE[family]), "family": version(family),
-        "laddr": "::" if family == "6" else "0.0.0.0",
-    })  # fmt: skip
+    rows(
+        seen,
+        script,
+        {
+            "saw": saw,
+            "rport": PORT,
+            "outcome": "UNREACHABLE",
+            "syn_sent": False,
+            "syn_retrans": 0,
+            "latency_us": None,
+            "lport": None,
+            "raddr": shown(NOWHERE[family]),
+            "family": version(family),
+            "laddr": "::" if family == "6" else "0.0.0.0",
+        },
+    )
 
 
 @pytest.mark.parametrize("family", ["4", "6"])
@@ -151,8 +201,11 @@ def test_no_route_from_a_port(script: Script, family: str) -> Test:
     saw.socket.close()
     seen = yield
     assert saw.errno == "ENETUNREACH"
-    rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "UNREACHABLE", "laddr": local, "lport": 31000,
-                        "syn_sent": False})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {"saw": saw, "rport": PORT, "outcome": "UNREACHABLE", "laddr": local, "lport": 31000, "syn_sent": False},
+    )
 
 
 @recorded(CONNECT)
@@ -166,11 +219,21 @@ def test_routes_that_say_no(script: Script) -> Test:
     seen = yield
     outcomes = {"EACCES": "FAILED", "EHOSTUNREACH": "UNREACHABLE", "EINVAL": "FAILED"}
     assert {saw.errno for _, saw in tried} == outcomes.keys()
-    rows(seen, script, *(
-        {"saw": saw, "rport": PORT + number, "syn_sent": False, "latency_us": None, "raddr": address,
-         "outcome": outcomes[saw.errno]}
-        for number, (address, saw) in enumerate(tried)
-    ))  # fmt: skip
+    rows(
+        seen,
+        script,
+        *(
+            {
+                "saw": saw,
+                "rport": PORT + number,
+                "syn_sent": False,
+                "latency_us": None,
+                "raddr": address,
+                "outcome": outcomes[saw.errno],
+            }
+            for number, (address, saw) in enumerate(tried)
+        ),
+    )
 
 
 @recorded(CONNECT)
@@ -182,8 +245,9 @@ def test_a_neighbour_that_is_not_there(script: Script) -> Test:
     saw.socket.close()
     seen = yield
     assert saw.errno == "EHOSTUNREACH"
-    (row,) = rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "UNREACHABLE", "syn_sent": True,
-                                 "raddr": NOBODY})  # fmt: skip
+    (row,) = rows(
+        seen, script, {"saw": saw, "rport": PORT, "outcome": "UNREACHABLE", "syn_sent": True, "raddr": NOBODY}
+    )
     assert row["latency_us"] >= pause.ret * 1000 - 10_000  # jiffies
 
 
@@ -212,12 +276,25 @@ def test_no_free_port(script: Script) -> Test:
     assert [saw.errno for saw in (*fits, *late)] == ["none", "none", "EADDRNOTAVAIL", "EADDRNOTAVAIL"]
     assert {local.ret for local in lports} == {40000, 40001}
     found = rows(
-        seen, script,
-        *({"saw": saw, "rport": PORT, "raddr": address, "outcome": "ESTABLISHED", "lport": local.ret}
-          for saw, local in zip(fits, lports, strict=True)),
-        *({"saw": saw, "rport": PORT, "raddr": address, "outcome": "FAILED", "syn_sent": False, "lport": None,
-           "syn_retrans": 0} for saw in late),
-    )  # fmt: skip
+        seen,
+        script,
+        *(
+            {"saw": saw, "rport": PORT, "raddr": address, "outcome": "ESTABLISHED", "lport": local.ret}
+            for saw, local in zip(fits, lports, strict=True)
+        ),
+        *(
+            {
+                "saw": saw,
+                "rport": PORT,
+                "raddr": address,
+                "outcome": "FAILED",
+                "syn_sent": False,
+                "lport": None,
+                "syn_retrans": 0,
+            }
+            for saw in late
+        ),
+    )
     assert None not in [row["latency_us"] for row in found]
 
 
@@ -230,5 +307,9 @@ def test_both_ends_are_taken(script: Script) -> Test:
     seen = yield
     assert [saw.errno for saw in both] == ["none", "EADDRNOTAVAIL"]
     ends = {"lport": 31001, "laddr": script.client.ipv4, "rport": PORT}
-    rows(seen, script, {"saw": both[0], "outcome": "ESTABLISHED", **ends},
-         {"saw": both[1], "outcome": "FAILED", "syn_sent": False, **ends})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {"saw": both[0], "outcome": "ESTABLISHED", **ends},
+        {"saw": both[1], "outcome": "FAILED", "syn_sent": False, **ends},
+    )

@@ -45,13 +45,25 @@ def test_after_a_failure(script: Script, bound: bool) -> Test:
     seen = yield
     assert (refused.errno, aborted.errno, last.errno) == ("ECONNREFUSED", "EINPROGRESS", "none")
     first, second, third = rows(
-        seen, script,
+        seen,
+        script,
         {"saw": refused, "rport": REFUSED, "outcome": "REFUSED"},
-        {"by": client, "rport": PORT, "outcome": "ABORTED", "errno": "none", "lport": lports[0].ret,
-         "syn_retrans": repeated.ret - before.ret},
-        {"saw": last, "rport": PORT, "outcome": "ESTABLISHED", "lport": lports[1].ret,
-         "syn_retrans": again.info["retrans"]},
-    )  # fmt: skip
+        {
+            "by": client,
+            "rport": PORT,
+            "outcome": "ABORTED",
+            "errno": "none",
+            "lport": lports[0].ret,
+            "syn_retrans": repeated.ret - before.ret,
+        },
+        {
+            "saw": last,
+            "rport": PORT,
+            "outcome": "ESTABLISHED",
+            "lport": lports[1].ret,
+            "syn_retrans": again.info["retrans"],
+        },
+    )
     assert second["syn_retrans"] >= 1
     assert end.begin_us - aborted.first.end_us - 1 <= second["latency_us"] <= end.end_us - aborted.first.begin_us + 1
     assert second["latency_us"] >= 900_000
@@ -73,10 +85,13 @@ def test_the_error_of_an_earlier_attempt_is_not_its_own(script: Script) -> Test:
     last = Attempt(client, address, PORT, socket=aborted.socket)
     seen = yield
     assert (first.errno, aborted.errno, last.errno) == ("none", "EINPROGRESS", "EADDRNOTAVAIL")
-    rows(seen, script,
-         {"saw": first, "rport": PORT, "outcome": "ESTABLISHED"},
-         {"by": client, "rport": OTHER, "outcome": "ABORTED", "errno": "none"},
-         {"saw": last, "rport": PORT, "outcome": "FAILED", "syn_sent": False})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {"saw": first, "rport": PORT, "outcome": "ESTABLISHED"},
+        {"by": client, "rport": OTHER, "outcome": "ABORTED", "errno": "none"},
+        {"saw": last, "rport": PORT, "outcome": "FAILED", "syn_sent": False},
+    )
 
 
 @recorded(CONNECT)
@@ -93,7 +108,10 @@ def test_after_a_connection(script: Script) -> Test:
     one.socket.close()
     seen = yield
     assert [saw.errno for saw in (one, two, nowhere)] == ["none", "none", "ENETUNREACH"]
-    rows(seen, script,
-         {"saw": one, "rport": PORT, "outcome": "ESTABLISHED", "lport": lports[0].ret},
-         {"saw": two, "rport": OTHER, "outcome": "ESTABLISHED", "lport": lports[1].ret},
-         {"saw": nowhere, "rport": REFUSED, "outcome": "UNREACHABLE", "lport": None, "laddr": "0.0.0.0"})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {"saw": one, "rport": PORT, "outcome": "ESTABLISHED", "lport": lports[0].ret},
+        {"saw": two, "rport": OTHER, "outcome": "ESTABLISHED", "lport": lports[1].ret},
+        {"saw": nowhere, "rport": REFUSED, "outcome": "UNREACHABLE", "lport": None, "laddr": "0.0.0.0"},
+    )

@@ -29,14 +29,20 @@ def test_together(script: Script) -> Test:
     client = script.client.process("client")
     refused, established = (Attempt(client, script.server.ipv4, port) for port in (REFUSED, PORT))
     seen = yield
-    rows(seen, script, {"saw": refused, "rport": REFUSED, "outcome": "REFUSED"},
-         {"saw": established, "rport": PORT, "outcome": "ESTABLISHED"})  # fmt: skip
+    rows(
+        seen,
+        script,
+        {"saw": refused, "rport": REFUSED, "outcome": "REFUSED"},
+        {"saw": established, "rport": PORT, "outcome": "ESTABLISHED"},
+    )
 
     every = seen.of_all(CONNECT)
     wanted = [row for row in every if row["outcome"] != "ESTABLISHED"]
     # Each tool has read the clock for itself.
-    texts = [[json.dumps({name: row[name] for name in row if name not in ("time", "latency_us", "cookie")})
-              for row in each] for each in (seen.of_all(FAILED), wanted)]  # fmt: skip
+    texts = [
+        [json.dumps({name: row[name] for name in row if name not in ("time", "latency_us", "cookie")}) for row in each]
+        for each in (seen.of_all(FAILED), wanted)
+    ]
     assert sorted(texts[0]) == sorted(texts[1])
     stats = seen.run(FAILED).stats
     assert stats is not None
@@ -54,8 +60,9 @@ def test_together(script: Script) -> Test:
     assert set(by_interval[0]) == {"netns", "comm", "outcome", "count", "total"}
 
     # The owners are the processes that played, not one that looks.
-    assert {row["pid"] for row in every} <= {pid for played in seen.recording.scenarios.values()
-                                             for pid in played.pids.values()}  # fmt: skip
+    assert {row["pid"] for row in every} <= {
+        pid for played in seen.recording.scenarios.values() for pid in played.pids.values()
+    }
 
 
 def counts(found: list[Row], *names: str) -> Counter[Any]:

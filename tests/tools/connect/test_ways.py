@@ -53,18 +53,32 @@ def test_fast_open(script: Script) -> Test:
     seen = yield
     assert (active.ret, opens.ret, opened.ret) == (1, 2, 2)
     assert [saw.errno for saw in (*sent, begun, given_up, refusal, no_route)] == [
-        "none", "none", "none", "none", "ECONNREFUSED", "ENETUNREACH",
-    ]  # fmt: skip
-    last = {"by": client, "saw": no_route, "rport": OTHER, "outcome": "UNREACHABLE", "syn_sent": False,
-            "latency_us": None}  # fmt: skip
+        "none",
+        "none",
+        "none",
+        "none",
+        "ECONNREFUSED",
+        "ENETUNREACH",
+    ]
+    last = {
+        "by": client,
+        "saw": no_route,
+        "rport": OTHER,
+        "outcome": "UNREACHABLE",
+        "syn_sent": False,
+        "latency_us": None,
+    }
     found = rows(
-        seen, script,
-        *({"by": client, "saw": saw, "rport": PORT, "outcome": "ESTABLISHED", "syn_sent": True, "lport": local.ret}
-          for saw, local in zip((*sent, begun), lports, strict=True)),
+        seen,
+        script,
+        *(
+            {"by": client, "saw": saw, "rport": PORT, "outcome": "ESTABLISHED", "syn_sent": True, "lport": local.ret}
+            for saw, local in zip((*sent, begun), lports, strict=True)
+        ),
         {"by": client, "rport": PORT, "outcome": "ABORTED", "errno": "none", "syn_sent": False},
         {"by": client, "saw": refusal, "rport": REFUSED, "outcome": "REFUSED"},
         *([last] if sees_every_call(seen) else []),
-    )  # fmt: skip
+    )
     assert found[2]["latency_us"] is not None
     span_us = end.begin_us - given_up.first.end_us - 1, end.end_us - given_up.first.begin_us + 1
     assert span_us[0] <= found[3]["latency_us"] <= span_us[1]
@@ -77,8 +91,12 @@ def test_mptcp(script: Script) -> Test:
     client, address = script.client.process("client"), script.server.ipv4
     script.client.agent("sysctl", "mptcp/enabled", 1, may_fail=True)
     tried, made, lports = [], [], []
-    for target, port, how in ((address, PORT, "blocking"), (address, PORT, "nonblocking"),
-                              (address, REFUSED, "blocking"), (NOWHERE["4"], OTHER, "blocking")):  # fmt: skip
+    for target, port, how in (
+        (address, PORT, "blocking"),
+        (address, PORT, "nonblocking"),
+        (address, REFUSED, "blocking"),
+        (NOWHERE["4"], OTHER, "blocking"),
+    ):
         mine = client.socket(protocol=IPPROTO_MPTCP, may_fail=True)
         made.append(mine.made)
         tried.append(Attempt(client, target, port, how, socket=mine, may_fail=True))
@@ -90,12 +108,13 @@ def test_mptcp(script: Script) -> Test:
         pytest.skip("this kernel has no MPTCP")
     assert [saw.errno for saw in tried] == ["none", "none", "ECONNREFUSED", "ENETUNREACH"]
     found = rows(
-        seen, script,
+        seen,
+        script,
         {"saw": tried[0], "rport": PORT, "outcome": "ESTABLISHED", "lport": lports[0].ret},
         {"saw": tried[1], "rport": PORT, "outcome": "ESTABLISHED", "lport": lports[1].ret},
         {"saw": tried[2], "rport": REFUSED, "outcome": "REFUSED"},
         {"saw": tried[3], "rport": OTHER, "outcome": "UNREACHABLE"},
-    )  # fmt: skip
+    )
     assert None not in [row["latency_us"] for row in found[:2]]
 
 
@@ -114,8 +133,12 @@ def test_io_uring(script: Script) -> Test:
         pytest.skip(f"this kernel has no io_uring for us: io_uring_setup() says {calls[0].errno}")
     assert [call.errno for call in calls] == ["none", "ECONNREFUSED", "ENETUNREACH"]
     wanted = [("ESTABLISHED", PORT), ("REFUSED", REFUSED), ("UNREACHABLE", OTHER)][: 2 + sees_every_call(seen)]
-    found = rows(seen, script, *(
-        {"by": ring, "saw": call, "rport": port, "outcome": outcome}
-        for (outcome, port), call in zip(wanted, calls, strict=False)
-    ))  # fmt: skip
+    found = rows(
+        seen,
+        script,
+        *(
+            {"by": ring, "saw": call, "rport": port, "outcome": outcome}
+            for (outcome, port), call in zip(wanted, calls, strict=False)
+        ),
+    )
     assert found[0]["latency_us"] is not None

@@ -35,9 +35,15 @@ class Pair:
     """A connection: `server` has accepted it, `client` has opened it."""
 
     def __init__(
-        self, script: Script, family: str = "4", *, accept: bool = True, port: int = PORT,
-        client: Process | None = None, server: Process | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        script: Script,
+        family: str = "4",
+        *,
+        accept: bool = True,
+        port: int = PORT,
+        client: Process | None = None,
+        server: Process | None = None,
+    ) -> None:
         self.script, self.port = script, port
         self.family = 6 if family == "6" else 4
         server = server or script.server.process("server")

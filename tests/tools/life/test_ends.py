@@ -81,8 +81,10 @@ def test_a_timewait_socket_waits_for_the_fin(script: Script) -> Test:
     assert (row["tx_bytes"], row["acked_bytes"]) == (info["tx_bytes"], info["acked"])
     assert info["tx_bytes"] - info["bytes_retrans"] == info["acked"] == 700
     assert (row["rx_bytes"], row["tx_data_segs"], row["rx_data_segs"]) == (
-        info["received"], info["tx_data_segs"], info["rx_data_segs"]
-    )  # fmt: skip
+        info["received"],
+        info["tx_data_segs"],
+        info["rx_data_segs"],
+    )
     check_end(pair.row(seen, "ACTIVE"), "FIN", "REMOTE", "LAST_ACK")
 
 

@@ -69,8 +69,10 @@ def test_a_lost_handshake(script: Script) -> Test:
         ends[role] = made.until_state("CLOSE"), made.info()
         made.close()
     seen = yield
-    rows = {"ACTIVE": ended(seen, script.client, lport=local.ret, rport=PORT),
-            "PASSIVE": ended(seen, script.server, lport=PORT, rport=local.ret)}  # fmt: skip
+    rows = {
+        "ACTIVE": ended(seen, script.client, lport=local.ret, rport=PORT),
+        "PASSIVE": ended(seen, script.server, lport=PORT, rport=local.ret),
+    }
     for role, row in rows.items():
         assert row["syn_retrans"] == opens[role].info["retrans"] > 0
         assert row["retrans"] == ends[role][1].info["retrans"]
@@ -108,8 +110,10 @@ def test_a_slow_handshake(script: Script) -> Test:
     undisturbed = 0
     for port, local, connecting, waited, at_client, at_server in tried:
         repeated = [info.info["retrans"] for info in (at_client, at_server)]
-        rows = [ended(seen, script.client, lport=local.ret, rport=port),
-                ended(seen, script.server, lport=port, rport=local.ret)]  # fmt: skip
+        rows = [
+            ended(seen, script.client, lport=local.ret, rport=port),
+            ended(seen, script.server, lport=port, rport=local.ret),
+        ]
         assert [row["syn_retrans"] for row in rows] == repeated
         if any(repeated):
             continue
@@ -319,8 +323,10 @@ def test_fast_open(script: Script, family: str) -> Test:
     address = script.server.address(family)
 
     def opens() -> list[Call]:
-        return [host.counter(f"TcpExtTCPFastOpen{role}")
-                for host, role in zip(script.hosts, ("Active", "Passive"), strict=True)]  # fmt: skip
+        return [
+            host.counter(f"TcpExtTCPFastOpen{role}")
+            for host, role in zip(script.hosts, ("Active", "Passive"), strict=True)
+        ]
 
     before = opens()
     listener = script.server.process("server").listener(PORT, address)

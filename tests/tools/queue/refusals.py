@@ -37,9 +37,15 @@ class Run:
     after: Call
 
     def __init__(
-        self, script: Script, family: str = "4", backlog: int = BACKLOG, port: int = PORT, *,
-        owner: Process | None = None, client: Process | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        script: Script,
+        family: str = "4",
+        backlog: int = BACKLOG,
+        port: int = PORT,
+        *,
+        owner: Process | None = None,
+        client: Process | None = None,
+    ) -> None:
         self.host, self.peer, self.port = script.server, script.client, port
         self.owner = owner or self.host.process("server")
         self.client = client or self.peer.process("client")

@@ -51,8 +51,10 @@ def test_as_sock_diag_and_the_counters_say(script: Script) -> Test:
     run.start(2)
     run.until_overflows(at_ack, 2)
     run.end()
-    sysctls = {name: script.server.sysctl(name if name == "somaxconn" else f"tcp_{name}")
-               for name in ("somaxconn", "max_syn_backlog", "syncookies")}  # fmt: skip
+    sysctls = {
+        name: script.server.sysctl(name if name == "somaxconn" else f"tcp_{name}")
+        for name in ("somaxconn", "max_syn_backlog", "syncookies")
+    }
     found = script.server.sockets()
     script.server.until_rows(TABLE, lport=run.port)
     seen = yield
@@ -163,8 +165,9 @@ def test_where_the_limit_comes_from(script: Script) -> Test:
     rows = seen.rows(TABLE, script.server, lport=cut.port)
     assert [row["somaxconn"] for row in rows] == sorted((row["somaxconn"] for row in rows), reverse=True)
     assert values(rows, "accept_limit", "limit_from", "somaxconn") == {
-        (64, "somaxconn", 64), (64, "listen(), before somaxconn was lowered", 10),
-    }  # fmt: skip
+        (64, "somaxconn", 64),
+        (64, "listen(), before somaxconn was lowered", 10),
+    }
     rows = seen.rows(TABLE, script.server, lport=own.port, somaxconn=64)
     assert values(rows, "accept_limit", "limit_from") == {(63, "listen()")}
 

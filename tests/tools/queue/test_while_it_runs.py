@@ -84,8 +84,9 @@ def test_filters(lab: Lab, run_tool: type[RunningTool]) -> None:
 @pytest.mark.kernel
 def test_any_holder_will_do_and_all_are_shown(lab: Lab, run_tool: type[RunningTool]) -> None:
     parent = Puppet(lab.server, "parent")
-    parent.do("s = socket.create_server(('0.0.0.0', 8000)); child = os.fork()\n"
-              "if not child: import signal; signal.pause()")  # fmt: skip
+    parent.do(
+        "s = socket.create_server(('0.0.0.0', 8000)); child = os.fork()\nif not child: import signal; signal.pause()"
+    )
     child = parent.ask("child")
     try:
         with run_tool("queue", "-d", "0.1", "-p", str(child)) as tool:

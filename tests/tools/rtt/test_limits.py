@@ -55,9 +55,20 @@ def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
             address = bytes(10) + b"\xff\xff" + bytes([192, 0, 2, number])
             key = SimpleNamespace(pid=0, comm=bytes(16), laddr=address, lport=0, raddr=address, rport=0, cookie=number)
             buckets = struct.pack("<8I", 0, 0, 0, 0, 0, 3, 0, 0)
-            found.append((b"", key, SimpleNamespace(
-                buckets=buckets, sum_us=15, min_us=struct.pack("<I", 6), max_us=struct.pack("<I", 5),
-                owner_pid=number, owner_comm=b"someone")))  # fmt: skip
+            found.append(
+                (
+                    b"",
+                    key,
+                    SimpleNamespace(
+                        buckets=buckets,
+                        sum_us=15,
+                        min_us=struct.pack("<I", 6),
+                        max_us=struct.pack("<I", 5),
+                        owner_pid=number,
+                        owner_comm=b"someone",
+                    ),
+                )
+            )
         return found
 
     epoch = memoryview(bytearray(4))
