@@ -13,7 +13,8 @@ TEST_PACKAGES := qemu-system-x86 busybox-static kmod zstd lz4 file iproute2 libc
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 C_FILES = $(shell find src tests bench -name '*.[ch]')
-MESON_FILES := meson.build $(shell find src -name meson.build)
+# The directory too: a probe has come or gone.
+MESON_FILES := meson.build src/tcpscope/bpf $(shell find src -name meson.build)
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

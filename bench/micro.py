@@ -27,7 +27,7 @@ ROUNDS = 15
 def main() -> None:
     states: Any = toolbox.find("states")
     drained = []
-    with Session("connections", "transition", Filter(), ring_bytes=RING_BYTES) as session:
+    with Session("transition", "transition", Filter(), ring_bytes=RING_BYTES) as session:
         assert session.layout is not None and session._ring is not None
         layout = session.layout
         for _ in range(ROUNDS):

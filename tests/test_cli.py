@@ -272,8 +272,8 @@ def test_a_kernel_without_btf(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "target", "hook"),
     [
-        (["states"], "inet_sock_set_state", "'state' of the probe 'connections'"),
-        (["states"], "tcp_destroy_sock", "'destroy' of the probe 'connections'"),
+        (["states"], "inet_sock_set_state", "'state' of the probe 'transition'"),
+        (["states"], "tcp_destroy_sock", "'destroy' of the probe 'transition'"),
         (["list"], "tcp", "'existing' of the probe 'sockets'"),
         (["queue"], "task_file", "'seed' of the probe 'listeners'"),
     ],

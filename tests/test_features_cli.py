@@ -24,7 +24,8 @@ def report():
 @pytest.mark.kernel
 @pytest.mark.every_kernel
 def test_every_tool_is_there_and_needs_no_guess(report):
-    assert sorted(entry["tool"] for entry in report["tools"]) == names()
+    assert sorted({entry["tool"] for entry in report["tools"]}) == names()
+    assert [entry["probe"] for entry in report["tools"] if entry["tool"] == "rtt"] == ["rtt", "owners"]
     assert all(entry["works"] is True and entry["why"] is None for entry in report["tools"])
 
 

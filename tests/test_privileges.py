@@ -237,7 +237,7 @@ def test_an_ordinary_user() -> None:
         "import os, sys\n"
         "from tcpscope import cli, tool\n"
         "from tcpscope.kernel.spec import Spec\n"
-        "tool.find('states'), Spec.of('connections')\n"
+        "tool.find('states'), Spec.of('transition')\n"
         "os.setgroups([]), os.setresgid(65534, 65534, 65534), os.setresuid(65534, 65534, 65534)\n"
         "sys.argv = ['tcpscope', 'states']\n"
         "cli.main()\n"

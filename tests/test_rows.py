@@ -186,7 +186,7 @@ def test_values_in_place_of_text() -> None:
 def test_every_errno_and_every_label() -> None:
     life = {column.name: column for column in columns_of(find("life"))}
     convert = converter("life", [life["errno"], life["end"]])
-    for label in Spec.of("connections").labels("end").values():
+    for label in Spec.of("life").labels("end").values():
         assert convert(SimpleNamespace(errno="4095", end=label)).end is rows.End[label]
     assert convert(SimpleNamespace(errno="4095", end="FIN")).errno == 4095
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from tcpscope.errors import UsageError
 from tcpscope.filters import address_bytes
-from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.spec import Spec, probes
 from tcpscope.schema import Clock, Decoder, Layout, comm_text
 from tests import examples  # noqa: F401  for its settings
 
-PROBES = ("connections", "listeners", "rtt", "sockets")
-TRANSITION = Spec.of("connections").layout("transition")
+PROBES = probes()
+TRANSITION = Spec.of("transition").layout("transition")
 VALUES: dict[str, Any] = {
     "time": 5_000_000_000,
     "cookie": 7,
@@ -163,7 +163,7 @@ def test_raw_values_are_those_of_the_struct() -> None:
 
 def test_internal_fields_only_when_asked_for() -> None:
     assert "in_cgroup" not in [field.name for field in TRANSITION.fields]
-    internal = Spec.of("connections").layout("transition", internal=True)
+    internal = Spec.of("transition").layout("transition", internal=True)
     assert "in_cgroup" in [field.name for field in internal.fields]
     assert not any(field.name.startswith("padding") for field in internal.fields)
 

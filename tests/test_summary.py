@@ -26,7 +26,7 @@ from tcpscope.stop import Stop
 from tcpscope.summary import Summary
 from tcpscope.tool import Tool
 
-ATTEMPT = Spec.of("connections").layout("attempt")
+ATTEMPT = Spec.of("attempt").layout("attempt")
 COUNT = Summary("count", "", ("comm", "outcome"))
 LATENCY = Summary("histogram", "", ("outcome",), "latency_us")
 NOT_KNOWN = 2**64 - 1

@@ -33,7 +33,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_wheel_for_every_python_brings_libbpf_and_libelf(wheel: Path) -> None:
     assert "-abi3-manylinux" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    for part in ("tcpscope.libs/libbpf", "tcpscope.libs/libelf", "tcpscope/bpf/connections.bpf.o", "tcpscope/py.typed"):
+    for part in ("tcpscope.libs/libbpf", "tcpscope.libs/libelf", "tcpscope/bpf/transition.bpf.o", "tcpscope/py.typed"):
         assert any(name.startswith(part) for name in names), part
     assert not any(name.endswith((".bpf.c", ".bpf.h", "meson.build", "shim.c", "kernel_btf.c")) for name in names)
 

@@ -13,21 +13,21 @@ import msgspec
 from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.kernel.features import Kernel, perf_event_paranoid
-from tcpscope.kernel.loaded import Hook, Loaded, Setup, plan, plan_refusals
+from tcpscope.kernel.loaded import Hook, Loaded, plan, plan_refusals
 from tcpscope.kernel.spec import Spec
 
 
-def examine(probe: str, event: str | None, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
-    """The hooks of a probe for an event as this kernel takes them, whether it works, and why not or why nobody knows.
+def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
+    """The hooks of a probe as this kernel takes them, whether it works, and why not or why nobody knows.
 
     With privileges the probe is really attached, for a moment; without them only what can be read is told.
     """
     spec = Spec.of(probe)
     try:
-        loaded = Loaded(spec, kernel, Setup(event=event))
+        loaded = Loaded(spec, kernel)
     except TcpscopeError as error:
         works = False if isinstance(error, UnsupportedError) else None
-        return plan(spec, plan_refusals(spec, kernel), event=event), works, str(error)
+        return plan(spec, plan_refusals(spec, kernel)), works, str(error)
     hooks = loaded.hooks
     loaded.close()
     return hooks, True, ""
@@ -54,8 +54,8 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
     result = []
     for name in toolbox.names():
         tool = toolbox.find(name)
-        for probe in tool.probes:
-            hooks, works, why = examine(probe, tool.event or None, kernel)
+        for probe in (*tool.probes, *(other for each in tool.probes for other in Spec.of(each).shared.values())):
+            hooks, works, why = examine(probe, kernel)
             result.append(
                 {
                     "tool": name,

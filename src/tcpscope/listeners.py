@@ -15,7 +15,7 @@ from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
 
 UNREAD = 2**64 - 1
-LISTENERS_AT_MOST = 8192  # as `listening` and `activities` of the probe
+LISTENERS_AT_MOST = 8192  # as `activities` of the probe
 MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",

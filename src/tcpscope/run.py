@@ -96,7 +96,9 @@ class Run(ABC):
 
     def account(self) -> Stats:
         """Exact after the end: seen == shown + filtered + lost."""
-        return sum((session.account() for session in self.sessions), Stats())
+        owners = {session.owners for session in self.sessions if session.owners}
+        shared = sum((each.account() for each in owners), Stats())
+        return sum((session.account() for session in self.sessions), shared)
 
     def batches(self, stop: Stop, most: int | None = None) -> Iterator[Batch]:
         """Poll until `stop`, once at least; `NOTHING` each time before it waits.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
@@ -35,7 +36,7 @@ class Stats:
     lost        asked for, and no room: in the ring buffer, or in an aggregate's map
     table_full  connections that found no place in a table of the kernel: their owner and times are not known
     missed      not in `seen`: runs of a program that the kernel left out because it interrupted itself, and that no
-                second copy of it took; and gaps, where a connection's state has changed without any program
+                second copy of it took; and transitions of connections that no program saw
     """
 
     seen: int = 0
@@ -72,6 +73,7 @@ class Session:
 
     probe     name of the object in bpf/
     event     name of its event struct, or None if it sends none
+    owners    whether a probe that asks for the owners of sockets needs them in this run
     filter    what is asked for; what the kernel cannot decide of it is in `residual` and is decided by the caller
     """
 
@@ -84,6 +86,7 @@ class Session:
         constants: dict[str, Any] | None = None,
         entries: dict[str, int] | None = None,
         skip: Sequence[str] = (),
+        owners: bool = True,
         ring_bytes: int = RING_BYTES,
         kernel: Kernel | None = None,
         debug: bool = False,
@@ -94,23 +97,32 @@ class Session:
         setup = Setup(
             constants=filtering.constants(decided) | (constants or {}),
             entries=dict(entries or {}),
-            event=event,
             skip=frozenset(skip),
             debug=debug,
         )
         setup.entries["events"] = ring_bytes if event else mmap.PAGESIZE
         if event:
             setup.constants["wakeup_bytes"] = ring_bytes // 4
-        self.loaded = Loaded(self.spec, self.kernel, setup)
+        self.owners: Owners | None = None
+        if self.spec.shared:
+            if owners:
+                self.owners = Owners.share(filter, self.kernel, debug)
+                setup.shared = {name: self.owners.loaded.map_fd(name) for name in self.spec.shared}
+            else:
+                setup.entries |= dict.fromkeys(self.spec.shared, 1)
         self.stats = Stats()
         try:
-            self._counters = self.loaded.memory("counters")
+            self.loaded = Loaded(self.spec, self.kernel, setup)
+        except BaseException:
+            self._release()
+            raise
+        try:
+            self._counters = Counters(self.loaded)
             self.layout = self.spec.layout(event) if event else None
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
-            if "seed" in self.loaded.hooks:  # once more: what was made while the hooks were being attached
-                self.loaded.run("seed")
+            self.loaded.run_role("seeds")  # once more: what was made while the hooks were being attached
         except BaseException:
-            self.loaded.close()
+            self.close()
             raise
 
     def __enter__(self) -> Session:
@@ -123,6 +135,14 @@ class Session:
 
     def close(self) -> None:
         self.loaded.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self.owners and not self._released:
+            self._released = True
+            self.owners.release()
+
+    _released = False
 
     def batches(self) -> Iterator[memoryview]:
         """What is in the ring now. A batch is valid until the next one is asked for."""
@@ -137,27 +157,23 @@ class Session:
     def end(self) -> None:
         """Flush what the probe holds back, detach, and return when no program runs any more: then all is final.
 
-        Gaps are looked for while all is seen. Then nothing new is held back; the hook that forgets sockets stays until
-        the flush has looked at them.
+        Nothing new is held back then; what forgets sockets stays attached until the flush has looked at them.
         """
-        if (gap := self.loaded.hooks.get("gap")) and gap.program:
-            self.loaded.run("gap")
-        gaps = self.counters()["unseen"]
-        if "flush" in self.loaded.hooks:
-            self.loaded.detach("connected__fexit", "connected__syscall", "state", "state_again")
+        if self.spec.role("flushes"):
+            self.loaded.detach(*self.spec.role("delays"))
             wait_for_programs()
-            self.loaded.run("flush")
+            self.loaded.run_role("flushes")
         self.loaded.detach()
         wait_for_programs()
-        hooks = self.loaded.hooks
-        again = {hook.program for hook in hooks.values() if hook.program and hook.program.again}
-        missed = {name: missed for name, (*_, missed) in self.loaded.program_info().items()}
-        self._missed = missed_runs(missed, {name for program in again for name in (program.first, program.name)}) + gaps
+        self._missed = missed_runs(self.loaded)
 
     _missed = 0
 
     def account(self) -> Stats:
-        """The statistics so far: what was counted in the kernel, and `shown`, which the caller counts in `stats`."""
+        """The statistics so far: what was counted in the kernel, and `shown`, which the caller counts in `stats`.
+
+        What `owners` lacks is not in it: several sessions may share that.
+        """
         totals = self.counters()
         return Stats(
             seen=totals["seen"] + self.stats.seen,
@@ -165,14 +181,71 @@ class Session:
             filtered=totals["filtered"] + self.stats.filtered,
             lost=totals["lost"] + self.stats.lost,
             table_full=totals["table_full"],
-            missed=self._missed,
+            missed=totals["missed"] + self._missed,
         )
 
     def counters(self) -> dict[str, int]:
         """`struct counters` of output.bpf.h, over all processors."""
-        names = ("seen", "filtered", "lost", "table_full", "rescued", "unseen")
-        words = self._counters.cast("Q")
-        return {name: sum(words[at::8]) for at, name in enumerate(names)}
+        return self._counters.read()
+
+
+class Counters:
+    """`struct counters` of output.bpf.h, in an object that is loaded."""
+
+    _NAMES = ("seen", "filtered", "lost", "table_full", "rescued", "missed")
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._words = loaded.memory("counters").cast("Q")
+
+    def read(self) -> dict[str, int]:
+        """Over all processors."""
+        return {name: sum(self._words[at::8]) for at, name in enumerate(self._NAMES)}
+
+
+class Owners:
+    """Whose each socket is: the object `owners`, loaded once for all sessions of this process that ask for it.
+
+    Which sockets have a place in its table depends on the namespace and the family of the filter, and what is known of
+    cgroups on its cgroup: sessions that differ in one of these have another one.
+    """
+
+    _shared: ClassVar[dict[tuple[Any, ...], Owners]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, key: tuple[Any, ...], loaded: Loaded) -> None:
+        self.loaded = loaded
+        self._key = key
+        self._users = 0
+        self._counters = Counters(loaded)
+
+    @classmethod
+    def share(cls, filter: Filter, kernel: Kernel, debug: bool = False) -> Owners:
+        """Those for this filter, until `release()`."""
+        key = (filter.netns, filter.family, filter.cgroup)
+        with cls._lock:
+            found = cls._shared.get(key)
+            if found is None:
+                wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
+                setup = Setup(constants=filtering.constants(wanted), entries={"events": mmap.PAGESIZE}, debug=debug)
+                found = cls._shared[key] = cls(key, Loaded(Spec.of("owners"), kernel, setup))
+                found.loaded.run_role("seeds")
+            found._users += 1
+            return found
+
+    def release(self) -> None:
+        """One user less; the last one unloads it."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                del self._shared[self._key]
+                self._last = self.account()
+                self.loaded.close()
+
+    _last: Stats | None = None
+
+    def account(self) -> Stats:
+        """What it lacks: `table_full` and `missed`."""
+        return self._last or Stats(table_full=self._counters.read()["table_full"], missed=missed_runs(self.loaded))
 
 
 @contextmanager
@@ -185,16 +258,16 @@ def closed_on_error(session: Session) -> Iterator[Session]:
         raise
 
 
-def missed_runs(missed: Mapping[str, int], paired: Set[str]) -> int:
-    """Runs that the kernel left out because the program had interrupted itself, and that nobody has made up for.
+def missed_runs(loaded: Loaded) -> int:
+    """Runs that the kernel skipped because the program had interrupted itself, and that nobody has made up for.
 
-    missed  program -> runs that it was left out of; what a kernel does not count is 0
-    paired  programs that have a second copy, and these
-
-    Of a program and its second copy one is free for an event, but for a few instructions since 7.0 (once.bpf.h): what
-    one of them missed says nothing, and what both did is a gap, where states are followed.
+    Of a program and its second copy one is free for an event, but for a few instructions since 7.0 (recursion.bpf.h).
+    What one of them missed says nothing; what both did is a missed transition, where transitions are followed. What a
+    kernel does not count is 0.
     """
-    return sum(count for name, count in missed.items() if name not in paired)
+    again = [hook.program for hook in loaded.hooks.values() if hook.program and hook.program.again]
+    paired = {name for program in again for name in (program.first, program.name)}
+    return sum(missed for name, (*_, missed) in loaded.program_info().items() if name not in paired)
 
 
 def wait_for_programs() -> None:

@@ -60,7 +60,7 @@ class Tool(ABC):
 class Stream(Tool):
     """A tool that gives one row per event.
 
-    probe, event  the object and its event struct
+    probe         the object; its event struct has the same name unless `event` gives another
     summaries     what its rows can be put together to
     constants     read-only globals of the object, from the request
     """
@@ -68,16 +68,16 @@ class Stream(Tool):
     def __init__(
         self,
         probe: str,
-        event: str,
         shown: Sequence[str],
         *,
+        event: str | None = None,
         aliases: tuple[str, ...] = (),
         options: tuple[Option, ...] = (),
         summaries: tuple[Summary, ...] = (),
         constants: Callable[[Request], dict[str, Any]] = lambda request: {},
     ) -> None:
         self.probes = (probe,)
-        self.event = event
+        self.event = event or probe
         self.shown = tuple(shown)
         self.aliases = aliases
         self.summaries = summaries

@@ -1,4 +1,4 @@
-"""bpf/connections.bpf.c: both ways to visit the entries of the table visit all of them."""
+"""bpf/visit.bpf.h: both ways to visit the entries of the table visit all of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Only(Kernel):
         self._way = way
 
     def can(self, program: Program) -> Answer:
-        if program.hook in ("gap", "flush", "live") and not program.name.endswith(self._way):
+        if program.hook in ("flush", "live") and not program.name.endswith(self._way):
             return Answer(False, "the other way is tried")
         return super().can(program)
 
@@ -41,7 +41,7 @@ class Only(Kernel):
 def open_session(way: str, event: str, lab: Lab) -> Session:
     kernel = Only(way)
     try:
-        return Session("connections", event, Filter(netns=lab.client.inode), kernel=kernel)
+        return Session(event, event, Filter(netns=lab.client.inode), kernel=kernel)
     except UnsupportedError as error:
         # On a kernel where everything else can be hooked too, a refusal would be a fault of ours.
         if "flush" not in str(error) or (way == "__element" and kernel.fentry):
@@ -96,7 +96,7 @@ def test_an_attempt_that_found_no_place(lab: Lab) -> None:
     """Its outcome is told by the state alone, and once: what connect() returns is no second attempt."""
     puppet = Puppet(lab.client)
     one = {"connections": 1}
-    with Session("connections", "attempt", Filter(netns=lab.client.inode), entries=one) as session, held(lab.server):
+    with Session("attempt", "attempt", Filter(netns=lab.client.inode), entries=one) as session, held(lab.server):
         puppet.do(
             "waiting = socket.socket(); waiting.setblocking(False); waiting.connect_ex((address, 7))\n"
             "for n in range(count): socket.socket().connect_ex(('127.0.0.1', 7))",
@@ -126,8 +126,8 @@ def crowded(host: Host) -> Puppet:
 def test_what_the_filter_excludes_takes_no_place(lab: Lab, event: str, family: Family | None) -> None:
     """Sockets of another network namespace, and with -6 those of IPv4: ten times as many as there are places."""
     crowd = crowded(lab.client if family else lab.server)
-    wanted, places = Puppet(lab.client, "wanted"), {"connections": CONNECTIONS, "listening": 1}
-    with Session("connections", event, Filter(netns=lab.client.inode, family=family), entries=places) as session:
+    wanted, places = Puppet(lab.client, "wanted"), {"connections": CONNECTIONS}
+    with Session(event, event, Filter(netns=lab.client.inode, family=family), entries=places) as session:
         crowd.do("younger = more()")
         wanted.do(
             "listener = socket.create_server(('::1', 0), family=socket.AF_INET6)\n"
@@ -146,7 +146,7 @@ def test_what_the_filter_excludes_takes_no_place(lab: Lab, event: str, family: F
 
 def test_round_trips_that_the_filter_excludes_take_no_place(lab: Lab) -> None:
     crowd, wanted = crowded(lab.server), Filter(netns=lab.client.inode)
-    places = {"last_seen": CONNECTIONS, "connections": CONNECTIONS}
+    places = {"last_seen": CONNECTIONS}
     with Session("rtt", None, wanted, constants={"want_owner": True}, entries=places) as session:
         crowd.do("younger = more()\nfor client, child in older: client.send(b'x'); child.recv(1); child.send(b'x')")
         Puppet(lab.client).do(
@@ -166,7 +166,7 @@ def test_what_has_been_accepted_needs_no_place(lab: Lab, early: bool) -> None:
         host.sysctl("tcp_fastopen", TFO_WITHOUT_COOKIES)
     client, server = Puppet(lab.client), Puppet(lab.server)
     state = "child.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]"
-    with Session("connections", "accepted", Filter(netns=lab.server.inode)) as session:
+    with Session("accepted", "accepted", Filter(netns=lab.server.inode)) as session:
         server.do(
             "listener = socket.create_server((address, 7))\n"
             "listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 5)",
@@ -184,4 +184,4 @@ def test_what_has_been_accepted_needs_no_place(lab: Lab, early: bool) -> None:
             assert not early or server.ask(state) == SYN_RECV
         until(lambda: server.ask(state) == ESTABLISHED, "the end of the handshake")
         assert [row.rport for row in rows_of(session)] == [client.ask("made.getsockname()[1]")]
-        assert left(session, lab.server) == ["connections", "listening"]  # the listener's
+        assert left(session, lab.server) == 1  # the listener

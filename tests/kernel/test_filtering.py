@@ -69,6 +69,7 @@ class Cast:
     twin: Puppet  # root
     inner: Path
     outer: Path
+    chosen: Puppet | None = None  # whose listener got the connection from port 40007
 
     @property
     def puppets(self) -> tuple[Puppet, ...]:
@@ -93,12 +94,12 @@ class Watchers:
 
     def add(self, wanted: Filter) -> Watcher:
         session = Session(
-            "connections",
+            "transition",
             "transition",
             wanted,
             ring_bytes=1 << 16,
             kernel=self._kernel,
-            entries={"connections": 8192, "listening": 1024},
+            entries={"connections": 8192},
         )
         assert session.layout is not None
         return Watcher(self._stack.enter_context(Streaming(session, session.layout.decoder(Clock("none")))))
@@ -175,6 +176,13 @@ def connect(puppet: Puppet, source: tuple[str, int], to: tuple[str, int], family
     return bool(puppet.ask("error == 0"))
 
 
+def act_before(cast: Cast) -> None:
+    """A connection that waits for accept() already when the watchers begin: nobody knows whose it is."""
+    listen(cast.twin, "older", "AF_INET", "127.0.2.8", 7001)
+    assert connect(cast.alice, ("127.0.1.5", 40008), ("127.0.2.8", 7001))
+    cast.alice.do("earlier = connection")
+
+
 def act(cast: Cast) -> None:
     """All connections, one after the other, from birth to death; the listeners are closed at last."""
     alice, bob, web, db, twin = cast.puppets
@@ -198,10 +206,13 @@ def act(cast: Cast) -> None:
         server.do("child.recv(1); child.close()")
         client.do("connection.recv(1); connection.close()")
     assert not connect(alice, ("127.0.1.5", 40006), ("127.0.2.9", 9999))
-    # Nobody knows whose child this is: the listeners are two processes, and neither accepts.
+    # Whose child it is only the kernel can tell: the listeners are two processes, and neither accepts.
     assert connect(alice, ("127.0.1.5", 40007), ("127.0.2.7", 7000))
+    (waiting,) = (each for each in cast.host.sockets() if each.state == "LISTEN" and each.lport == 7000 and each.recv_q)
+    cast.chosen = db if waiting.inode == db.ask("os.fstat(shared.fileno()).st_ino") else twin
     alice.do("connection.close()")
-    for puppet, names in ((web, ("any", "six")), (db, ("four", "six", "shared")), (twin, ("shared",))):
+    alice.do("earlier.close()")
+    for puppet, names in ((web, ("any", "six")), (db, ("four", "six", "shared")), (twin, ("shared", "older"))):
         for name in names:
             puppet.do(f"{name}.close()")
     stranger = Puppet(cast.elsewhere, "alice")
@@ -236,7 +247,10 @@ def options_and_rules(cast: Cast) -> dict[str, tuple[dict[str, Any], Rule]]:
         "all ports": ({"port": "1-65535"}, lambda row: True),
         "all remote ports": ({"rport": "1-65535"}, lambda row: row["rport"] is not None),
         "laddr": ({"laddr": "127.0.1.5"}, one_of("laddr", "127.0.1.5")),
-        "laddr network": ({"laddr": "127.0.2.0/23"}, one_of("laddr", "127.0.2.1", "127.0.2.7", "127.0.3.3")),
+        "laddr network": (
+            {"laddr": "127.0.2.0/23"},
+            one_of("laddr", "127.0.2.1", "127.0.2.7", "127.0.2.8", "127.0.3.3"),
+        ),
         "laddr IPv6": ({"laddr": "2001:db8::/64"}, one_of("laddr", cast.host.ipv6)),
         "laddr of both": ({"laddr": "::1,192.0.2.0/30"}, one_of("laddr", "::1", cast.host.ipv4)),
         "raddr": ({"raddr": "127.0.2.9"}, one_of("raddr", "127.0.2.9")),
@@ -302,6 +316,7 @@ class Seen:
 @pytest.fixture(scope="module", params=[pytest.param("few", marks=pytest.mark.kernel), "all"])
 def seen(cast: Cast, request: pytest.FixtureRequest) -> Iterator[Seen]:
     everything_is_asked = request.param == "all"
+    act_before(cast)
     with contextlib.ExitStack() as stack:
         watchers = Watchers(stack, Kernel())
         host = Filter.from_options(netns=cast.host.netns)
@@ -334,7 +349,8 @@ def test_everything_is_there(cast: Cast, seen: Seen) -> None:
     listeners = {(port, None): ["LISTEN", "CLOSE"] for port in (8080, 8443, 9000, 9001)}
     listeners[7000, None] = ["LISTEN", "LISTEN", "CLOSE", "CLOSE"]
     pairs = [(40001, 8080), (40002, 8443), (40003, 9000), (40004, 9001), (40005, 8080)]
-    assert {ends: states for ends, states in steps.items() if 40007 not in ends} == (
+    listeners[7001, None] = ["CLOSE"]
+    assert {ends: states for ends, states in steps.items() if not {40007, 40008} & {*ends}} == (
         dict.fromkeys(pairs, active)
         | {(b, a): passive for a, b in pairs}
         | listeners
@@ -343,8 +359,10 @@ def test_everything_is_there(cast: Cast, seen: Seen) -> None:
     assert steps[7000, 40007][:3] == passive[:3]
     unknown = [row for row in seen.everything if row["pid"] is None]
     assert {(row["lport"], row["rport"], row["comm"], row["uid"], row["cgroup"]) for row in unknown} == {
-        (7000, 40007, None, None, None)
+        (7001, 40008, None, None, None)
     }
+    assert cast.chosen
+    assert {row["pid"] for row in seen.everything if row["lport"] == 7000 and row["rport"]} == {cast.chosen.pid}
 
 
 def test_netns(cast: Cast, seen: Seen) -> None:

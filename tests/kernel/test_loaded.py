@@ -28,11 +28,11 @@ from tcpscope.kernel.loaded import (
     verifier_lines,
     verifier_summary,
 )
-from tcpscope.kernel.spec import Program, Spec
+from tcpscope.kernel.spec import Program, Spec, probes
 from tcpscope.show import explain
 
 BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
-CONNECTIONS = Spec.of("connections")
+TRANSITION, ACCEPTED = Spec.of("transition"), Spec.of("accepted")
 
 # The first way compiles, and no verifier takes it: an integer is followed as a pointer.
 OWN = """
@@ -107,13 +107,14 @@ def naive(tmp_path_factory: pytest.TempPathFactory) -> Spec:
 
 
 def test_the_first_way_that_is_not_refused() -> None:
-    hooks = plan(CONNECTIONS, {}, event="transition")
+    hooks = plan(TRANSITION, {})
     assert {name: hook.program.name for name, hook in hooks.items() if hook.program and "__" in hook.program.name} == {
         "connect": "connect__fentry",
         "accept": "accept__fexit",
         "timewait": "timewait__fexit",
         "graft": "graft__fentry",
-        "gap": "gap__each",
+        "child4": "child4__fentry",
+        "child6": "child6__fentry",
         "flush": "flush__each",
     }
     assert not any(hook.refused for hook in hooks.values())
@@ -121,7 +122,7 @@ def test_the_first_way_that_is_not_refused() -> None:
 
 def test_why_each_better_way_was_not_taken() -> None:
     refused = {"connect__fentry": "no trampolines", "connect__retransmit": "not asked"}
-    hooks = plan(CONNECTIONS, refused | {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"})
+    hooks = plan(TRANSITION, refused | {"timewait__fexit": "no function", "timewait__kprobe": "no kprobes"})
     assert hooks["connect"].program is not None
     assert (hooks["connect"].program.name, hooks["connect"].refused) == (
         "connect__kprobe",
@@ -134,7 +135,7 @@ def test_why_each_better_way_was_not_taken() -> None:
 
 def test_a_way_that_needs_what_the_kernel_lacks(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "enumerator", lambda name: None if name == "BPF_FUNC_for_each_map_elem" else 1)
-    flush = plan(CONNECTIONS, plan_refusals(CONNECTIONS, kernel))["flush"]
+    flush = plan(TRANSITION, plan_refusals(TRANSITION, kernel))["flush"]
     assert flush.program is not None
     assert flush.program.name == "flush__element"
     assert flush.refused == {"flush__each": "the kernel has no BPF_FUNC_for_each_map_elem"}
@@ -153,20 +154,20 @@ def test_an_iterator_that_pauses_goes_on() -> None:
 
 
 def test_a_hook_that_is_not_wanted_is_not_planned() -> None:
-    every = plan(CONNECTIONS, {}).keys()
-    assert plan(CONNECTIONS, {}, frozenset({"seed", "state"})).keys() == every - {"seed", "state"}
+    every = plan(TRANSITION, {}).keys()
+    assert plan(TRANSITION, {}, frozenset({"seed", "state"})).keys() == every - {"seed", "state"}
 
 
-def test_an_event_has_the_hooks_that_it_needs() -> None:
-    assert "connected" in plan(CONNECTIONS, {}, event="attempt")
-    assert not {"accept", "live"} & plan(CONNECTIONS, {}, event="attempt").keys()
-    assert "connected" not in plan(CONNECTIONS, {}, event="life")
-    assert {"accept", "live", "reset_sent"} <= plan(CONNECTIONS, {}, event="life").keys()
+def test_a_probe_has_the_hooks_that_it_needs() -> None:
+    attempt, life = (plan(Spec.of(probe), {}).keys() for probe in ("attempt", "life"))
+    assert "connected" in attempt and "connected" not in life
+    assert not {"accept", "live"} & attempt
+    assert {"accept", "live", "reset_sent"} <= life
 
 
 def test_a_hook_that_another_program_makes_needless_is_not_planned() -> None:
-    assert "accept_uring" not in plan(CONNECTIONS, {}, event="accepted")
-    hooks = plan(CONNECTIONS, {"accept__fexit": "no functions"}, event="accepted")
+    assert "accept_uring" not in plan(ACCEPTED, {})
+    hooks = plan(ACCEPTED, {"accept__fexit": "no functions"})
     assert "graft" not in hooks
     assert hooks["accept_uring"].program is not None
 
@@ -288,9 +289,9 @@ def test_nothing_is_left_behind(kernel: Kernel) -> None:
     fds = Path("/proc/self/fd")
 
     def run() -> int:
-        setup = Setup(entries={"events": 4096, "connections": 64, "listening": 64})
-        loaded = Loaded(CONNECTIONS, kernel, setup)
-        ring = Ring(loaded.map_fd("events"), CONNECTIONS.layout("transition").size)
+        setup = Setup(entries={"events": 4096, "connections": 64})
+        loaded = Loaded(TRANSITION, kernel, setup)
+        ring = Ring(loaded.map_fd("events"), TRANSITION.layout("transition").size)
         assert all(isinstance(piece, bytes) for piece in loaded.iterate("seed"))
         assert list(ring.batches()) is not None
         del ring
@@ -325,7 +326,7 @@ def test_an_iterator_in_a_namespace_that_is_none(sockets: Loaded) -> None:
 @pytest.mark.every_kernel
 def test_all_ways_but_the_refused_are_really_there(kernel: Kernel) -> None:
     """What the kernel is said to have, it has: every hook of every probe attaches by its planned way."""
-    for probe in ("connections", "listeners", "rtt", "sockets"):
+    for probe in probes():
         spec = Spec.of(probe)
         planned = plan(spec, plan_refusals(spec, kernel))
         loaded = Loaded(spec, kernel)
@@ -347,12 +348,12 @@ class Poorer(Kernel):
 
 @pytest.mark.kernel
 @pytest.mark.every_kernel
-@pytest.mark.parametrize("probe", ["connections", "listeners", "rtt"])
+@pytest.mark.parametrize("probe", [probe for probe in probes() if probe != "sockets"])
 def test_every_worse_way_is_taken_by_the_verifier_too(probe: str) -> None:
     """Kernel probes instead of trampolines, then neither, with everything switched on that costs stack."""
     spec = Spec.of(probe)
     constants = {name: True for name in ("send_events", "send_stacks", "want_owner") if name in spec.variables}
-    entries = {"connections": 64, "listening": 64} | ({"events": 4096} if spec.btf.find("events", Kind.VAR) else {})
+    entries = {"connections": 64} | ({"events": 4096} if spec.btf.find("events", Kind.VAR) else {})
     for without in (("fentry", "fexit"), ("fentry", "fexit", "kprobe", "kretprobe")):
         loaded = Loaded(spec, Poorer(*without), Setup(constants=dict(constants), entries=dict(entries)))
         taken = {hook.name: hook.program.type for hook in loaded.hooks.values() if hook.program}
@@ -379,8 +380,7 @@ def test_tables_have_room_for_the_sockets_of_the_machine(tmp_path: Path) -> None
 @pytest.mark.kernel
 @pytest.mark.every_kernel
 def test_room_is_made_beforehand_where_programs_cannot_allocate() -> None:
-    spec = Spec.of("connections")
-    loaded = Loaded(spec, Kernel(), Setup(event="attempt"))
+    loaded = Loaded(TRANSITION, Kernel())
     lines = Path(f"/proc/self/fdinfo/{loaded.map_fd('connections')}").read_text().splitlines()
     found = {name: int(value, 0) for name, value in (line.split(":") for line in lines if line.startswith("m"))}
     loaded.close()

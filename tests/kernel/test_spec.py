@@ -18,7 +18,7 @@ from tcpscope.kernel.spec import Program, Spec
 PROBES = sorted(
     path.name.removesuffix(".bpf.o") for path in (files("tcpscope") / "bpf").iterdir() if path.name.endswith(".bpf.o")
 )
-CONNECTIONS = Spec.of("connections")
+TRANSITION = Spec.of("transition")
 
 
 def test_a_program() -> None:
@@ -30,22 +30,22 @@ def test_a_program() -> None:
 
 def test_programs_stand_in_the_order_of_the_file() -> None:
     """So the first way of a hook is the best one."""
-    ways = {name: [way.name for way in ways] for name, ways in CONNECTIONS.hooks.items()}
+    ways = {name: [way.name for way in ways] for name, ways in TRANSITION.hooks.items()}
     assert ways["connect"] == ["connect__fentry", "connect__kprobe", "connect__retransmit"]
     assert ways["accept"] == ["accept__fexit", "accept__syscall"]
     assert ways["state"] == ["state"]
-    assert CONNECTIONS.section("accept__fexit") == "fexit/inet_csk_accept"
-    source = (Path(__file__).parents[2] / "src/tcpscope/bpf/connections.bpf.c").read_text()
-    macro = re.compile(r"FOR_EACH_CONNECTION\((\w+), \w+\)$", re.MULTILINE)
-    source = macro.sub(r"\1__each( \1__element(", source)
-    places = [re.search(rf"\b{program.name}\(|\b{program.name}[,)]", source) for program in CONNECTIONS.programs]
-    assert all(places)
-    assert [place.start() for place in places if place] == sorted(place.start() for place in places if place)
+    assert TRANSITION.section("accept__fexit") == "fexit/inet_csk_accept"
+    names = [program.name for program in TRANSITION.programs]
+    for file in ("follow.bpf.h", "accept.bpf.h", "child.bpf.h", "transition.bpf.c"):
+        source = (Path(__file__).parents[2] / "src/tcpscope/bpf" / file).read_text()
+        found = {name: match.start() for name in names if (match := re.search(rf"\b{name}[,)]", source))}
+        assert len(found) > 2
+        assert list(found) == sorted(found, key=lambda name: found[name])
 
 
 def test_an_optional_hook_says_what_is_then_not_known() -> None:
-    assert CONNECTIONS.hooks["timewait"][0].without == "what follows CLOSE"
-    assert CONNECTIONS.hooks["state"][0].without is None
+    assert TRANSITION.hooks["timewait"][0].without == "what follows CLOSE"
+    assert TRANSITION.hooks["state"][0].without is None
 
 
 @pytest.mark.parametrize("probe", PROBES)
@@ -73,14 +73,14 @@ def test_the_objects_are_stripped(probe: str) -> None:
 
 
 def test_variables() -> None:
-    variables = CONNECTIONS.variables
+    variables = TRANSITION.variables
     assert variables["filter"].section == ".rodata"
     assert variables["counters"].section == ".bss"
     assert variables["filter_lport"].size == 65536 // 8
     places = sorted((v.section, v.offset, v.offset + v.size) for v in variables.values())
     for (section, _, end), (other, start, _) in itertools.pairwise(places):
         assert section != other or end <= start
-    assert CONNECTIONS.section_size(".bss") >= variables["counters"].size
+    assert TRANSITION.section_size(".bss") >= variables["counters"].size
 
 
 class Network(ctypes.Structure):
@@ -114,8 +114,8 @@ def test_packing_a_filter() -> None:
     wanted = Filter.from_options(
         pid=1, uid=0, comm="nginx", netns=4026531840, ipv4=True, cgroup=2**40, laddr="10.0.0.0/8,192.0.2.1", rport=443
     )
-    variable = CONNECTIONS.variables["filter"]
-    data = CONNECTIONS.pack(variable.type, filtering.constants(wanted)["filter"])
+    variable = TRANSITION.variables["filter"]
+    data = TRANSITION.pack(variable.type, filtering.constants(wanted)["filter"])
     assert len(data) == variable.size == ctypes.sizeof(InKernel)
     packed = InKernel.from_buffer_copy(data)
     assert (packed.pid, packed.uid, packed.netns, packed.family) == (1, 0, 4026531840, 4)
@@ -131,12 +131,12 @@ def test_packing_a_filter() -> None:
 
 
 def test_packing_numbers() -> None:
-    pid = next(member for member in CONNECTIONS.btf.struct("owner").members if member.name == "pid")
-    assert CONNECTIONS.pack(pid.type_id, 258) == b"\x02\x01\0\0"
-    assert CONNECTIONS.pack(pid.type_id, -1) == b"\xff" * 4
+    pid = next(member for member in TRANSITION.btf.struct("owner").members if member.name == "pid")
+    assert TRANSITION.pack(pid.type_id, 258) == b"\x02\x01\0\0"
+    assert TRANSITION.pack(pid.type_id, -1) == b"\xff" * 4
     with pytest.raises(OverflowError):
-        CONNECTIONS.pack(pid.type_id, 1 << 32)
-    assert CONNECTIONS.pack(pid.type_id, b"ab") == b"ab\0\0"
+        TRANSITION.pack(pid.type_id, 1 << 32)
+    assert TRANSITION.pack(pid.type_id, b"ab") == b"ab\0\0"
 
 
 def test_what_is_no_object() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from tcpscope import tool
 from tcpscope.kernel.btf import Btf
+from tcpscope.kernel.spec import Spec, probes
 from tests.kernels import signature
 from tests.kernels.debian import Image
 from tests.kernels.image import btf_of
@@ -18,12 +19,12 @@ from tests.kernels.image import btf_of
 _LOADED = "tests/kernel/test_loaded.py::test_all_ways_but_the_refused_are_really_there"
 SHOWN = {
     "mptcp_sock.subflow": {
-        "connections": "tests/tools/connect/test_ways.py::test_mptcp",
+        "attempt": "tests/tools/connect/test_ways.py::test_mptcp",
         "listeners": "tests/tools/queue/test_events.py::test_mptcp",
         "rtt": "tests/tools/rtt/test_keys.py::test_mptcp",
         "sockets": "tests/tools/test_list.py::test_mptcp",
     },
-    "kernel functions": dict.fromkeys(signature.probes(), _LOADED),
+    "kernel functions": dict.fromkeys(probes(), _LOADED),
 }
 """The name of what a kernel may have alone -> probe -> the test of every kernel that covers it."""
 
@@ -51,7 +52,7 @@ def paths(offers: Mapping[str, frozenset[str]]) -> list[str]:
     probes = [probe for probe, only in offers.items() if not all(shown(probe, what) for what in only)]
     tools = [name for name in tool.names() if set(tool.find(name).probes) & set(probes)]
     found = [path for name in tools for path in (f"tests/tools/test_{name}.py", f"tests/tools/{name}/")]
-    return [*found, *(["tests/bpf/"] if "connections" in probes else ())]
+    return [*found, *(["tests/bpf/"] if any(Spec.of(probe).role("delays") for probe in probes) else ())]
 
 
 def page(images: Mapping[str, Image], offers: Mapping[str, Mapping[str, frozenset[str]]]) -> str:

@@ -100,7 +100,7 @@ def _unknown(kernel: Offline) -> dict[str, list[str]]:
     for name in tool.names():
         each = tool.find(name)
         spec = Spec.of(each.probes[0])
-        hooks = plan(spec, plan_refusals(spec, kernel), event=each.event or None).values()
+        hooks = plan(spec, plan_refusals(spec, kernel)).values()
         found[name] = sorted({hook.without for hook in hooks if not hook.program and hook.without})
         found[name] += [
             f"single refusals: the kernel's BTF does not number {enumerator}"

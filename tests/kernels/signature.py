@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 
 from tcpscope.kernel import elf
 from tcpscope.kernel.btf import Btf, Kind
 from tcpscope.kernel.loaded import plan, plan_refusals
-from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.spec import Spec, probes
 from tests.kernels.answers import Answer, Answers, width
 from tests.kernels.offline import Offline
 
@@ -16,12 +15,6 @@ Signature = Mapping[str, frozenset[str]]
 """Probe -> what of it differs between kernels, in words."""
 
 _WITH_ARGUMENTS = ("fentry", "fexit", "kprobe", "kretprobe", "tp_btf")
-
-
-def probes() -> list[str]:
-    """The objects that the package ships."""
-    ending = ".bpf.o"
-    return sorted(f.name.removesuffix(ending) for f in (files("tcpscope") / "bpf").iterdir() if f.name.endswith(ending))
 
 
 def of(btf: Btf, *, functions: bool = True) -> dict[str, frozenset[str]]:

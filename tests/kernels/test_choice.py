@@ -32,7 +32,7 @@ def test_what_a_kernel_has_alone_brings_the_tests_of_its_probe() -> None:
     found = choice.paths({"listeners": ONLY})
     assert "tests/tools/queue/" in found
     assert not any("states" in path or path.startswith("tests/bpf") for path in found)
-    assert {"tests/bpf/", "tests/tools/life/"} <= set(choice.paths({"connections": ONLY}))
+    assert {"tests/bpf/", "tests/tools/life/"} <= set(choice.paths({"life": ONLY}))
     assert choice.paths({}) == []
 
 

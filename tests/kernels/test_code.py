@@ -88,19 +88,19 @@ def test_callbacks(spec: Spec) -> None:
 
 
 def test_arguments_of_our_own() -> None:
-    connections = Spec.of("connections")
+    transition = Spec.of("transition")
     names = ("state", "destroy", "connect__fentry", "accept__fexit")
-    assert [code.arguments(connections, name) for name in names] == [3, 1, 1, 5]  # the last asks where to look
+    assert [code.arguments(transition, name) for name in names] == [3, 1, 1, 5]  # the last asks where to look
 
 
 def test_helpers_of_our_own() -> None:
     """The ones that their source names."""
-    connections = Spec.of("connections")
+    life = Spec.of("life")
     names = {
         value: name
-        for enum in connections.btf.find_all("bpf_func_id", Kind.ENUM)
+        for enum in life.btf.find_all("bpf_func_id", Kind.ENUM)
         if isinstance(enum, Enum)
         for name, value in enum.values
     }
-    assert "BPF_FUNC_for_each_map_elem" in {names[number] for number in code.helpers(connections, "flush__each", ())}
-    assert "BPF_FUNC_get_socket_cookie" in {names[number] for number in code.helpers(connections, "state", ())}
+    assert "BPF_FUNC_for_each_map_elem" in {names[number] for number in code.helpers(life, "flush__each", ())}
+    assert "BPF_FUNC_get_socket_cookie" in {names[number] for number in code.helpers(life, "state", ())}

@@ -115,7 +115,7 @@ def test_types_of_the_same_name() -> None:
 
 
 def test_relocations_are_those_of_the_source() -> None:
-    read = {str(one): one.asks for one in relocations(Spec.of("connections"))}
+    read = {str(one): one.asks for one in relocations(Spec.of("life"))}
     assert read["tcp_sock.bytes_acked"] is Asks.FIELD_OFFSET
     assert read["proto_accept_arg"] is Asks.TYPE_EXISTS
     assert read["bpf_func_id.BPF_FUNC_check_mtu"] is Asks.ENUMERATOR_EXISTS

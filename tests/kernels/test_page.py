@@ -8,7 +8,7 @@ from tests.kernels.ring import Verdict
 from tests.kernels.ring_cli import PAGE
 
 WELL = Verdict({}, {}, {})
-OLD = Verdict({}, {}, {"connections": ["flush by `iter/bpf_map_elem`", "no `x`"], "rtt": ["no `x`"]})
+OLD = Verdict({}, {}, {"life": ["flush by `iter/bpf_map_elem`", "no `x`"], "rtt": ["no `x`"]})
 LACKING = Verdict({"rtt": ["no tcp_sock.rack"]}, {"queue": ["overflow events"]}, {})
 
 

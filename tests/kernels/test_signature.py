@@ -40,9 +40,8 @@ int tcp_connect(void *sk) { return 0; }
 )
 def test_a_difference_has_words(tmp_path: Path, old: str, new: str, had: str, has: str) -> None:
     assert old in KERNEL
-    before, after = (
-        signature.of(types_of(source, tmp_path))["connections"] for source in (KERNEL, KERNEL.replace(old, new))
-    )
+    both = (signature.of(types_of(source, tmp_path)).values() for source in (KERNEL, KERNEL.replace(old, new)))
+    before, after = (frozenset().union(*probes) for probes in both)
     assert had in before - after
     assert has in after - before
 
@@ -58,15 +57,15 @@ def test_arguments_are_counted(tmp_path: Path) -> None:
             f"typedef void (*btf_trace_tcp_send_reset)(void *, {parameters}); btf_trace_tcp_send_reset hook;"
             f"int tcp_connect({parameters}) {{ return 0; }}"
         )
-        return signature.of(types_of(source, tmp_path))["connections"]
+        return frozenset().union(*signature.of(types_of(source, tmp_path)).values())
 
     assert {"tcp_send_reset has 1 arguments", "tcp_connect has 1 arguments"} <= has("int a")
     assert {"tcp_send_reset has 2 arguments", "tcp_connect has 2 arguments"} <= has("int a, int b")
 
 
 def test_a_kernel_without_functions_to_hook(here: bytes) -> None:
-    assert "accept: accept__syscall" in signature.of(Btf.parse(here), functions=False)["connections"]
-    assert "accept: accept__fexit" in signature.of(Btf.parse(here))["connections"]
+    assert "accept: accept__syscall" in signature.of(Btf.parse(here), functions=False)["life"]
+    assert "accept: accept__fexit" in signature.of(Btf.parse(here))["life"]
 
 
 def test_what_a_kernel_has_alone() -> None:
@@ -85,4 +84,4 @@ def test_the_kernels_of_the_matrix_differ() -> None:
         pytest.skip("the kernels of the matrix have not been fetched here")
     old, new = (signature.of(Btf.parse(btf_of(image))) for image in (images[0], images[-1]))
     alone = signature.alone("new", {"old": old, "new": new}, ("old",))
-    assert {"inet_csk_accept has 2 arguments", "flush: flush__each"} <= alone["connections"]
+    assert {"inet_csk_accept has 2 arguments", "flush: flush__each"} <= alone["life"]

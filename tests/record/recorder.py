@@ -193,21 +193,16 @@ def ends(tools: list[Tool]) -> dict[str, tuple[list[str], int]]:
 
 
 def about_the_kernel() -> dict[str, Any]:
-    """Its release, whether functions can be hooked, and the hooks of each event of each probe, by its own account."""
+    """Its release, whether functions can be hooked, and the hooks of each probe, by its own account."""
     from tcpscope.kernel.features import Kernel
     from tcpscope.kernel.loaded import plan, plan_refusals
-    from tcpscope.kernel.spec import Spec
+    from tcpscope.kernel.spec import Spec, probes
 
     kernel, hooks = Kernel(), {}
-    for probe in ("connections", "listeners", "rtt", "sockets"):
+    for probe in probes():
         spec = Spec.of(probe)
-        refused = plan_refusals(spec, kernel)
-        events = {event for ways in spec.hooks.values() for event in ways[0].events or ()} or {""}
-        plans = {event: plan(spec, refused, event=event or None) for event in events}
-        hooks[probe] = {
-            event: {name: hook.program and hook.program.name for name, hook in chosen.items()}
-            for event, chosen in plans.items()
-        }
+        chosen = plan(spec, plan_refusals(spec, kernel))
+        hooks[probe] = {name: hook.program and hook.program.name for name, hook in chosen.items()}
     functions = "yes" if kernel.fentry or kernel.kprobe else "no"
     switch = Path("/proc/sys/kernel/io_uring_disabled")
     config = {

@@ -101,7 +101,7 @@ class Machine:
         self.config: dict[str, str] = about["config"]
         self.wall_clock_us: tuple[float, float] = tuple(about["wall_clock_us"])
         """time.time() of that machine before and after."""
-        self._hooks: dict[str, dict[str, dict[str, str | None]]] = about["hooks"]
+        self._hooks: dict[str, dict[str, str | None]] = about["hooks"]
 
     @cached_property
     def kernel(self) -> Offline:
@@ -112,13 +112,13 @@ class Machine:
     def functions_can_be_hooked(self) -> bool:
         return self.config["functions"] == "yes"
 
-    def hook(self, probe: str, event: str, hook: str) -> str | None:
-        """The program that is attached there for this hook of a probe and event; None for none."""
-        return self._hooks[probe][event].get(hook)
+    def hook(self, probe: str, hook: str) -> str | None:
+        """The program that is attached there for this hook of a probe; None for none."""
+        return self._hooks[probe].get(hook)
 
-    def hooks(self, probe: str, event: str) -> dict[str, str | None]:
+    def hooks(self, probe: str) -> dict[str, str | None]:
         """Hook -> the program that is attached there, None for none."""
-        return self._hooks[probe][event]
+        return self._hooks[probe]
 
     @property
     def preempts_programs(self) -> bool:

@@ -309,7 +309,7 @@ def test_a_call_that_began_before_the_tool_on_a_shared_port(script: Script) -> T
     row = only_row(seen, script)
     assert row["rport"] == local.ret == children[number].accepted.ret
     check_owner(row, owners[number])
-    if seen.machine.hook("connections", "accepted", "accept") == "accept__syscall":
+    if seen.machine.hook("accepted", "accept") == "accept__syscall":
         check_listener(row, script.server.ipv4, cookie=cookies[number].ret)
     else:
         assert row["listener_cookie"] is None

@@ -44,6 +44,21 @@ static __always_inline bool tracepoints_are_preemptible(void)
 	return bpf_core_field_exists(struct tp_transition_snapshot, srcu_gp);
 }
 
+/*
+ * What is written before it is seen by whoever sees what is written after it, on any processor. x86 keeps the order of
+ * stores and that of loads by itself. Elsewhere an exchange does it, which BPF's JITs make a full barrier.
+ */
+#if defined(__TARGET_ARCH_x86)
+#define memory_barrier() barrier()
+#else
+#define memory_barrier()                                     \
+	({                                                   \
+		__u64 nothing = 0;                           \
+		(void)__sync_lock_test_and_set(&nothing, 1); \
+		barrier();                                   \
+	})
+#endif
+
 extern void bpf_preempt_disable(void) __ksym __weak; /* since 6.10 */
 extern void bpf_preempt_enable(void) __ksym __weak;
 extern void bpf_local_irq_save(unsigned long *flags) __ksym __weak; /* since 6.14 */

@@ -30,6 +30,14 @@ static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 	return tcp_sock_of_socket((struct socket *)BPF_CORE_READ(file, private_data));
 }
 
+/* Whether as long as the file is open the socket is there: not so of a subflow behind an MPTCP socket. */
+static __always_inline bool file_holds(struct file *file, struct sock *sk)
+{
+	struct socket *socket = BPF_CORE_READ(file, private_data);
+
+	return BPF_CORE_READ(socket, sk) == sk;
+}
+
 /* Give a TCP socket in that state its cookie, where the kernel lets us: events know the socket by address only. */
 static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 {

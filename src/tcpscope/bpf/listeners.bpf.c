@@ -15,7 +15,7 @@
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
 #include "snapshot.bpf.h"
-#include "once.bpf.h"
+#include "recursion.bpf.h"
 
 OPTIONAL("overflow events, their peers and steps; overflows are sampled instead")
 SEC("fentry/tcp_conn_request")
@@ -145,7 +145,6 @@ SEC("tp_btf/inet_sock_set_state")
 int TRACING_PROG_IF(of_listener(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
 {
 	if (sk->sk_protocol == IPPROTO_TCP) {
-		once_note(sk, old_state << 8 | new_state);
 		COOKIE_OF(sk);
 		state_changed(sk, old_state, new_state);
 	}
@@ -156,7 +155,7 @@ AGAIN
 SEC("tp_btf/inet_sock_set_state")
 int TRACING_PROG_IF(of_listener(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
-	if (sk->sk_protocol == IPPROTO_TCP && once_missed(sk, old_state << 8 | new_state)) {
+	if (sk->sk_protocol == IPPROTO_TCP && was_skipped(sk, new_state, new_state == STATE_LISTEN)) {
 		COOKIE_OF(sk);
 		state_changed(sk, old_state, new_state);
 	}
@@ -172,6 +171,7 @@ static __noinline int destroyed(struct sock *sk)
 	return connection_forget(sk) || was_active;
 }
 
+ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy, struct sock *sk)
 {
@@ -180,27 +180,16 @@ int TRACING_PROG(destroy, struct sock *sk)
 }
 
 AGAIN
+ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
-	once_forget(sk);
-	if (destroyed(sk)) /* the first copy leaves nothing behind */
+	if (destroyed(sk))
 		COUNT(rescued);
 	return 0;
 }
 
-SEC("iter/task_file")
-int seed(struct bpf_iter__task_file *ctx)
-{
-	struct task_struct *task = ctx->task;
-	struct file *file = ctx->file;
-
-	if (task && file) {
-		connection_seed(task, file, STATE_LISTEN);
-		cookie_give(file, STATE_LISTEN);
-	}
-	return 0;
-}
+SEED(STATE_LISTEN)
 
 /* A record for each process that holds a listener, in whatever network namespace: files know no namespaces. */
 SEC("iter/task_file")

@@ -20,8 +20,14 @@
 /* On the first way of a hook: the probe works without it, and the text says what is then not known. */
 #define OPTIONAL(text) __attribute__((btf_decl_tag("optional:" text)))
 
-/* On the first way of a hook: which events need it; without the tag all of them do. */
-#define FOR(events) __attribute__((btf_decl_tag("for:" events)))
+/*
+ * On the first way of a hook: when the loader attaches, runs or detaches it.
+ *   seeds    an iterator, run as soon as `forgets` is attached and once more at the end of the start
+ *   forgets  deletes entries: attached before any are made, detached after everything else
+ *   delays   may hold back an event: detached before `flushes` runs
+ *   flushes  an iterator, run at the end: emits what was held back
+ */
+#define ROLE(text) __attribute__((btf_decl_tag("role:" text)))
 
 /* On the first way of a hook: it is not needed where one of these programs is attached. */
 #define UNLESS(programs) __attribute__((btf_decl_tag("unless:" programs)))
@@ -38,6 +44,9 @@
 /* On an iterator over the entries of a map: which map. */
 #define OVER_MAP(name) __attribute__((btf_decl_tag("map:" name)))
 
+/* On a map: it is that of another object, which is loaded once in a process. */
+#define SHARED(object) __attribute__((btf_decl_tag("shared:" object)))
+
 /*
  * Of a table with an entry for each socket. User space puts in the place of this as many as the machine may come to have
  * while the tool runs, and has room made for all of them at once where tracing programs had better not allocate.
@@ -51,8 +60,8 @@ struct counters {
 	__u64 filtered;   /* not asked for */
 	__u64 lost;       /* asked for, and the ring or an aggregate had no room */
 	__u64 table_full; /* connections without a place in a table: their later events lack owner and times */
-	__u64 rescued;    /* taken by the second copy of a program, because the first was left out: once.bpf.h */
-	__u64 unseen; /* gaps: changes of a connection's state, one or several in a row, that no program was given */
+	__u64 rescued;    /* handled by the second copy of a program, as the first was skipped: recursion.bpf.h */
+	__u64 missed;     /* transitions of a connection, one or several in a row, that no program saw: missed.bpf.h */
 } __attribute__((aligned(64)));
 
 /* A .bss map is memory shared with user space: reading the counters takes no system call and no privilege. */

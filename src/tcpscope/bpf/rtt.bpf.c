@@ -18,8 +18,9 @@
 #include "compat.bpf.h"
 #include "output.bpf.h"
 #include "filter.bpf.h"
+#include "files.bpf.h"
+#define CONNECTIONS_ARE SHARED("owners")
 #include "connection.bpf.h"
-#include "once.bpf.h"
 #include "bucket.bpf.h"
 
 #define BUCKETS 256 /* a power of two, so that a mask bounds the index */
@@ -69,6 +70,7 @@ struct delivered {
 struct last_look {
 	struct delivered newest;
 	__u64 cookie;
+	__u64 established; /* the handshake was looked at, and it is still in that state */
 };
 
 /* Inserted when a connection is first seen, deleted at tcp_destroy_sock. */
@@ -184,20 +186,90 @@ static __always_inline void look(struct sock *sk, __u64 cookie)
 	sample(sk, seen->cookie, smoothed ? BPF_CORE_READ(tcp, srtt_us) >> 3 : BPF_CORE_READ(tcp, rack.rtt_us));
 }
 
-/* 0: the SYN or SYN-ACK was retransmitted, and nobody knows which one was answered. */
-static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie)
+/*
+ * The handshake of a child whose listener is woken next and becomes known by that (child.bpf.h): its sample waits for its
+ * owner, in the same softirq.
+ */
+struct awaiting {
+	struct sock *sk; /* NULL: none */
+	__u64 cookie;
+	__u32 us;
+	__u32 padding;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct awaiting);
+} awaiting_owner SEC(".maps");
+
+const volatile bool hooked_woken;
+
+static __noinline int awaited(struct awaiting *sample_of)
+{
+	struct awaiting waits = *sample_of;
+
+	sample_of->sk = NULL;
+	return waits.sk ? sample(waits.sk, waits.cookie, waits.us) : 0;
+}
+
+static __always_inline void sample_handshake(struct sock *sk, __u64 cookie, __u32 us)
+{
+	struct connection *connection = want_owner && hooked_woken ? connection_find(sk) : NULL;
+	__u32 zero = 0;
+	struct awaiting *place = bpf_map_lookup_elem(&awaiting_owner, &zero);
+
+	if (place && connection && connection->role == ROLE_PASSIVE && !connection->opener.pid &&
+	    !connection->accepted) {
+		awaited(place);
+		place->sk = sk;
+		place->cookie = cookie;
+		place->us = us;
+	} else {
+		sample(sk, cookie, us);
+	}
+}
+
+/* Where functions cannot be hooked. The program of `owners` at this tracepoint runs first. */
+UNLESS("half_closed__fentry half_closed__kprobe")
+OPTIONAL("whose a connection is at the end of its handshake")
+SEC("tp_btf/sk_data_ready")
+int TRACING_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, struct sock *listener)
+{
+	__u32 zero = 0;
+	struct awaiting *place = bpf_map_lookup_elem(&awaiting_owner, &zero);
+
+	if (place)
+		awaited(place);
+	return 0;
+}
+
+/*
+ * `again`: for the second copy of the program, if the first one was skipped (recursion.bpf.h). It has left an entry, or the
+ * table is full.
+ */
+static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie, bool again)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	struct last_look now = {.newest = delivered_read(tcp), .cookie = cookie};
+	struct last_look now = {.newest = delivered_read(tcp), .cookie = cookie, .established = 1};
 	__u32 us = BPF_CORE_READ(tcp, srtt_us) >> 3;
 	__u64 key = (__u64)sk;
+	struct last_look *seen = again ? bpf_map_lookup_elem(&last_seen, &key) : NULL;
+	bool full;
 
-	if (!filter_may_want(sk))
+	if (!filter_may_want(sk) || (seen && seen->established))
 		return;
-	if (bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
+	full = bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY);
+	if (again && full)
+		return;
+	if (again)
+		COUNT(rescued);
+	if (full)
 		COUNT(table_full);
+	/* 0: the SYN or SYN-ACK was retransmitted, and nobody knows which one was answered. */
 	if (us)
-		sample(sk, cookie, us);
+		sample_handshake(sk, cookie, us);
 }
 
 /* Only connections; this function also gets the segments of handshakes and of listeners. */
@@ -278,47 +350,41 @@ int BPF_KPROBE(half_closed__kprobe, struct sock *sk)
 	return 0;
 }
 
-static __noinline int state_changed(struct sock *sk, int old_state, int new_state, __u64 cookie)
+static __noinline int state_changed(struct sock *sk, int old_state, int new_state, __u64 cookie, bool again)
 {
-	if (want_owner)
-		connection_transition(sk, old_state, new_state);
-	if (new_state == STATE_ESTABLISHED)
-		look_at_handshake(sk, cookie);
-	else if (old_state == STATE_ESTABLISHED || half_closed_state(old_state))
+	__u64 key = (__u64)sk;
+	struct last_look *seen;
+
+	if (new_state == STATE_ESTABLISHED) {
+		look_at_handshake(sk, cookie, again);
+	} else {
 		look(sk, cookie);
+		seen = bpf_map_lookup_elem(&last_seen, &key);
+		if (seen)
+			seen->established = 0;
+	}
 	return 0;
 }
 
-SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state, struct sock *sk, int old_state, int new_state)
+static __always_inline bool matters(int old_state, int new_state)
 {
-	if (sk->sk_protocol == IPPROTO_TCP) {
-		once_note(sk, old_state << 8 | new_state);
-		state_changed(sk, old_state, new_state, COOKIE_OF(sk));
-	}
+	return new_state == STATE_ESTABLISHED || old_state == STATE_ESTABLISHED || half_closed_state(old_state);
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
+{
+	if (sk->sk_protocol == IPPROTO_TCP)
+		state_changed(sk, old_state, new_state, COOKIE_OF(sk), false);
 	return 0;
 }
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG(state_again, struct sock *sk, int old_state, int new_state)
+int TRACING_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
-	if (sk->sk_protocol == IPPROTO_TCP && once_missed(sk, old_state << 8 | new_state))
-		state_changed(sk, old_state, new_state, COOKIE_OF(sk));
-	return 0;
-}
-
-SEC("fexit/inet_csk_accept")
-int TRACING_PROG(accept__fexit)
-{
-	connection_accepted(ACCEPTED_CHILD(ctx));
-	return 0;
-}
-
-SEC("tp_btf/sys_exit")
-int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
-{
-	connection_accepted(tcp_sock_of_fd(fd));
+	if (sk->sk_protocol == IPPROTO_TCP)
+		state_changed(sk, old_state, new_state, COOKIE_OF(sk), true);
 	return 0;
 }
 
@@ -326,11 +392,11 @@ int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct 
 static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
-	bool was_seen = !bpf_map_delete_elem(&last_seen, &key);
 
-	return (want_owner && connection_forget(sk)) || was_seen;
+	return !bpf_map_delete_elem(&last_seen, &key);
 }
 
+ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy, struct sock *sk)
 {
@@ -339,23 +405,12 @@ int TRACING_PROG(destroy, struct sock *sk)
 }
 
 AGAIN
+ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
 int TRACING_PROG(destroy_again, struct sock *sk)
 {
-	once_forget(sk);
-	if (destroyed(sk)) /* the first copy leaves nothing behind */
+	if (destroyed(sk))
 		COUNT(rescued);
-	return 0;
-}
-
-SEC("iter/task_file")
-int seed(struct bpf_iter__task_file *ctx)
-{
-	struct task_struct *task = ctx->task;
-	struct file *file = ctx->file;
-
-	if (task && file)
-		connection_seed(task, file, 0);
 	return 0;
 }
 

@@ -10,7 +10,8 @@
 #include "compat.bpf.h"
 #include "output.bpf.h"
 #include "filter.bpf.h"
-#include "connection.bpf.h"
+#include "files.bpf.h"
+#include "owner.bpf.h"
 
 struct existing {
 	struct identity id;

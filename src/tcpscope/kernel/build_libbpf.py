@@ -28,6 +28,7 @@ struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *object, co
 struct bpf_map *bpf_object__next_map(const struct bpf_object *object, const struct bpf_map *map);
 int bpf_map__fd(const struct bpf_map *map);
 uint32_t bpf_map__max_entries(const struct bpf_map *map);
+int bpf_map__reuse_fd(struct bpf_map *map, int fd);
 int bpf_map__set_map_flags(struct bpf_map *map, uint32_t flags);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 void *bpf_map__initial_value(struct bpf_map *map, size_t *size);

@@ -25,7 +25,6 @@ from tcpscope.schema import Layout
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 BATCH_BYTES = 256 << 10  # larger ones are not faster, and their rows are what the tool needs most memory for
 _VERIFIER_LINES = 6
-_FORGETTING = ("destroy", "destroy_again")
 _PER_SOCKET = 65536  # in output.bpf.h
 _NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
 
@@ -44,16 +43,16 @@ class Hook:
 class Setup:
     """How an object is to be loaded.
 
-    constants  read-only globals; `emits_EVENT` and `hooked_HOOK` are set by the loader where the object has them
+    constants  read-only globals; `hooked_HOOK` is set by the loader where the object has it
     entries    sizes of maps
-    event      the event that is wanted, for an object that can send several
     skip       hooks that this run does not need
+    shared     maps that are those of another object -> their file descriptors
     """
 
     constants: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
-    event: str | None = None
     skip: frozenset[str] = frozenset()
+    shared: Mapping[str, int] = field(default_factory=dict)
     debug: bool = False
 
 
@@ -87,7 +86,7 @@ class Loaded:
         self._allocates = kernel.allocates_in_programs
         kernel.release()  # libbpf reads its own, and needs most memory then
         while True:
-            self.hooks = plan(spec, refused, self._setup.skip, self._setup.event)
+            self.hooks = plan(spec, refused, self._setup.skip)
             for hook in self.hooks.values():
                 if hook.program is None and hook.without is None:
                     raise UnsupportedError(
@@ -139,6 +138,9 @@ class Loaded:
         self._size_tables()
         for name, entries in self._setup.entries.items():
             lib.bpf_map__set_max_entries(self._map(name), entries)
+        for name, descriptor in self._setup.shared.items():
+            if error := lib.bpf_map__reuse_fd(self._map(name), descriptor):
+                raise TcpscopeError(f"{self.spec.name}: map '{name}' cannot be shared: {os.strerror(-error)}")
         self._write_constants()
         error = -lib.bpf_object__load(self._object)
         if error:
@@ -159,8 +161,6 @@ class Loaded:
             for hook in self.hooks.values()
             if f"hooked_{hook.name}" in self.spec.variables
         }
-        if f"emits_{self._setup.event}" in self.spec.variables:
-            hooked[f"emits_{self._setup.event}"] = True
         values = hooked | self._setup.constants
         if not values:
             return  # an object may have no constants, and then no section for them
@@ -186,15 +186,16 @@ class Loaded:
         return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}", "; ".join(said[-2:]))
 
     def _attach(self) -> None:
-        """Iterators, the hook that forgets sockets, the seed, then the others: their first event finds its owner."""
+        """Iterators, what forgets sockets, the seed, then the others: their first event finds its owner."""
         chosen = {hook.program.name: hook.program for hook in self.hooks.values() if hook.program}
-        seeded = False
-        early = [name for name in self._programs if chosen[name].type == "iter" or chosen[name].hook in _FORGETTING]
-        for name in (*early, *(name for name in self._programs if name not in early)):
-            if name not in early and "seed" in self._links and not seeded:
-                seeded = True
-                self.run("seed")
+        forgetting = self.spec.role("forgets")
+        early = [name for name in self._programs if chosen[name].type == "iter" or name in forgetting]
+        for name in early:
             self.attach(name, chosen[name].over)
+        self.run_role("seeds")
+        for name in self._programs:
+            if name not in early:
+                self.attach(name, chosen[name].over)
 
     def _map(self, name: str) -> Any:
         found = lib.bpf_object__find_map_by_name(self._object, name.encode())
@@ -254,6 +255,12 @@ class Loaded:
         """Run an iterator that has no output."""
         for _ in self.iterate(hook):
             pass
+
+    def run_role(self, role: str) -> None:
+        """Run the iterators that have this role."""
+        for hook in self.hooks.values():
+            if hook.program and hook.program.name in self.spec.role(role):
+                self.run(hook.name)
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
         """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs missed by recursion."""
@@ -335,13 +342,11 @@ def plan_refusals(spec: Spec, kernel: Kernel) -> dict[str, str]:
     return {name: answer.why for name, answer in answers.items() if not answer}
 
 
-def plan(
-    spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset(), event: str | None = None
-) -> dict[str, Hook]:
+def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset()) -> dict[str, Hook]:
     """For each hook that is wanted: the first way that is not refused. A second copy is only there if it has one."""
     hooks = {}
     for name, ways in spec.hooks.items():
-        if name in skip or (event and ways[0].events is not None and event not in ways[0].events):
+        if name in skip:
             continue
         best = next((way for way in ways if way.name not in refused), None)
         if not best and ways[0].again:

@@ -2,8 +2,8 @@
 
 A program called `hook` or `hook__way` is one way to attach the logical hook `hook`; the ways are tried in the order of
 the file. What holds for the hook stands on its first way: with the tag `optional:TEXT` it may be missing, and TEXT says
-what is then not known; with `for:EVENTS` only these events need it; with `unless:PROGRAMS` it is not needed where one
-of these is attached.
+what is then not known; with `unless:PROGRAMS` it is not needed where one of these is attached; with `role:NAME` the
+loader attaches, runs or detaches it at its time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Program(msgspec.Struct, frozen=True):
 
     without    what is not known when the hook has no way; None: it cannot be done without
     over       the map whose entries an iterator visits
-    events     those that need the hook; None: all
+    role       seeds, forgets, delays or flushes (output.bpf.h); empty: none
     unless     programs that make the hook needless
     again      the second copy of a program, which takes what the first was left out of; not needed where it has no way
     arguments  how many the hooked function must have at the least
@@ -36,7 +36,7 @@ class Program(msgspec.Struct, frozen=True):
     section: str
     without: str | None = None
     over: str | None = None
-    events: frozenset[str] | None = None
+    role: str = ""
     unless: frozenset[str] = frozenset()
     again: bool = False
     arguments: int = 0
@@ -96,13 +96,12 @@ class Spec:
             if function is None or symbol.section in ("", ".text"):
                 continue
             tags = dict(tag.split(":", 1) for tag in self.btf.decl_tags(function.id) if ":" in tag)
-            events = frozenset(tags["for"].split()) if "for" in tags else None
             program = Program(
                 symbol.name,
                 symbol.section,
                 tags.get("optional"),
                 tags.get("map"),
-                events,
+                tags.get("role", ""),
                 frozenset(tags.get("unless", "").split()),
                 "again" in tags,
                 int(tags.get("arguments", 0)),
@@ -118,6 +117,19 @@ class Spec:
         for program in self.programs:
             hooks[program.hook] = (*hooks.get(program.hook, ()), program)
         return hooks
+
+    def role(self, role: str) -> frozenset[str]:
+        """The programs of the hooks that have this role."""
+        return frozenset(way.name for ways in self.hooks.values() if ways[0].role == role for way in ways)
+
+    @cached_property
+    def shared(self) -> dict[str, str]:
+        """Maps of this object that are those of another object -> its name."""
+        tags = {
+            symbol.name: self.btf.find(symbol.name, B.Kind.VAR) for symbol in self._symbols if symbol.section == ".maps"
+        }
+        found = {name: tag for name, variable in tags.items() if variable for tag in self.btf.decl_tags(variable.id)}
+        return {name: tag.partition(":")[2] for name, tag in found.items() if tag.startswith("shared:")}
 
     @cached_property
     def variables(self) -> dict[str, Variable]:
@@ -167,6 +179,14 @@ class Spec:
         found = self.btf.find(enum, B.Kind.ENUM)
         assert isinstance(found, B.Enum)
         return labels_of(self.btf.enumerators(found))
+
+
+def probes() -> list[str]:
+    """All objects that the package ships: the directory `bpf/` is the list."""
+    from importlib.resources import files
+
+    names = (file.name for file in (files("tcpscope") / "bpf").iterdir())
+    return sorted(name.removesuffix(".bpf.o") for name in names if name.endswith(".bpf.o"))
 
 
 def _shipped(name: str) -> bytes:

@@ -9,7 +9,6 @@ from tcpscope.summary import Summary
 from tcpscope.tool import Stream
 
 tool = Stream(
-    "connections",
     "accepted",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "wait_us", "accept_queue", "accept_limit"),
     aliases=("tcpaccept",),

@@ -10,7 +10,6 @@ from tcpscope.summary import Summary
 from tcpscope.tool import Stream
 
 tool = Stream(
-    "connections",
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "outcome", "errno", "latency_us", "syn_retrans"),
     aliases=("tcpconnect",),

@@ -30,7 +30,6 @@ def _constants(request: Request) -> dict[str, Any]:
 
 
 tool = Stream(
-    "connections",
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "latency_us", "syn_retrans", "outcome"),
     aliases=("tcpconnlat",),

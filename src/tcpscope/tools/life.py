@@ -28,7 +28,6 @@ class Life(Stream):
 
 
 tool = Life(
-    "connections",
     "life",
     (
         "time",

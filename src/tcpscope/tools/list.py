@@ -62,8 +62,7 @@ class List(Tool):
 
     def open(self, request: Request) -> Run:
         columns = request.choose(self.columns(request), self.shown)
-        unused = {"connections": 1, "listening": 1}
-        session = Session("sockets", None, request.filter, entries=unused, debug=request.debug)
+        session = Session("sockets", None, request.filter, debug=request.debug)
         return _Existing(columns, session, request.filter)
 
 

@@ -244,8 +244,8 @@ class Queue(Stream):
     def __init__(self) -> None:
         super().__init__(
             "listeners",
-            "overflow",
             _EVENTS,
+            event="overflow",
             aliases=("tcpsynbl",),
             options=(
                 Option(("-e", "--events"), "One row per refused handshake."),

@@ -89,10 +89,12 @@ class Rtt(Tool):
             "want_owner": owner,
             "smoothed": request.options["smoothed"],
         }
-        skip = () if owner else ("accept", "seed")
-        entries = {"rtts_even": max_keys, "rtts_odd": max_keys} | ({} if owner else {"connections": 1, "listening": 1})
+        entries = {"rtts_even": max_keys, "rtts_odd": max_keys}
         wanted = filtering.kernel_only(request.filter, "rtt")
-        session = Session("rtt", None, wanted, constants=constants, skip=skip, entries=entries, debug=request.debug)
+        skip = () if owner else ("woken",)
+        session = Session(
+            "rtt", None, wanted, constants=constants, entries=entries, owners=owner, skip=skip, debug=request.debug
+        )
         with closed_on_error(session):
             return _Measuring(request, columns, session, max_keys)
 

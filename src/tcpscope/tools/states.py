@@ -8,7 +8,6 @@ the kernel keeps: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing.
 from tcpscope.tool import Stream
 
 tool = Stream(
-    "connections",
     "transition",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "old_state", "new_state", "in_state_us", "followed_by"),
     aliases=("tcpstates",),

@@ -7,7 +7,6 @@ network namespace. Attempts that fail are the business of `connect`; what a conn
 from tcpscope.tool import Stream
 
 tool = Stream(
-    "connections",
     "step",
     ("time", "step", "pid", "comm", "netns", "laddr", "lport", "raddr", "rport"),
     aliases=("tcptracer",),

@@ -122,7 +122,7 @@ def version(family: str) -> int:
 
 def sees_every_call(seen: Seen) -> bool:
     """Not only the system call connect()."""
-    return seen.machine.hook("connections", "attempt", "connected") == "connected__fexit"
+    return seen.machine.hook("attempt", "connected") == "connected__fexit"
 
 
 def rows(seen: Seen, script: Script, *wanted: Row, host: Host | None = None) -> list[Row]:

@@ -122,4 +122,4 @@ def check_end(row: Row, end: str | None, closed_by: str | None, state: str, errn
 
 def hooked(seen: Seen, *programs: str) -> bool:
     """Whether the kernel offers one of these hooks, by its own account."""
-    return any(program in programs for program in seen.machine.hooks("connections", "life").values())
+    return any(program in programs for program in seen.machine.hooks("life").values())

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
  * A connection from birth to death: what it did, who closed it and how.
  *
@@ -6,12 +6,39 @@
  * somebody closes it in this very moment, and whether a RST leaves will be seen after this: so the row waits for
  * tcp_send_reset or tcp_destroy_sock, of which one follows in the same call.
  */
-#ifndef TCPSCOPE_LIFE_BPF_H
-#define TCPSCOPE_LIFE_BPF_H
 
-#include "connection.bpf.h"
+#include "kernel.bpf.h"
+#include "compat.bpf.h"
+#include "output.bpf.h"
 #include "event.bpf.h"
-#include "transition.bpf.h" /* hooked_timewait */
+#include "state.bpf.h"
+
+enum reset {
+	RESET_NONE,
+	RESET_SENT,
+	RESET_RECEIVED,
+	RESET_SEEN, /* one of the two */
+} __attribute__((packed));
+
+struct scratch {
+	__u64 established_ns; /* 0: not seen */
+	__u64 closed_ns;      /* entered CLOSE, and its end is pending; 0: it is not */
+	enum tcp_state closed_in;
+	enum reset reset;
+	bool timewait;          /* tcp_time_wait() was called, whether or not a timewait socket could be had */
+	__u32 syn_retrans;      /* valid once established */
+	__u32 handshake_us;     /* of a child; valid once established */
+	__u32 data_segs_before; /* received with data before it entered FIN_WAIT1 */
+	__u32 error;            /* that ends it, if it was reported before: see error.bpf.h */
+};
+#define HAS_SCRATCH
+
+#include "follow.bpf.h"
+#include "accept.bpf.h"
+#include "child.bpf.h"
+#include "error.bpf.h"
+#include "timewait.bpf.h"
+#include "visit.bpf.h"
 
 #define RCV_SHUTDOWN 1 /* include/net/sock.h */
 
@@ -64,8 +91,6 @@ struct life {
 };
 
 const struct life *life_anchor __attribute__((unused));
-
-const volatile bool emits_life;
 
 struct closing {
 	__u64 time_ns;
@@ -129,10 +154,10 @@ static __noinline int life_emit(struct sock *sk, const struct connection *connec
 	if (connection) {
 		if (connection->opened_ns)
 			event->duration_us = (closing->time_ns - connection->opened_ns) / 1000;
-		if (connection->established_ns) {
-			event->established_us = (closing->time_ns - connection->established_ns) / 1000;
-			event->syn_retrans = connection->syn_retrans;
-			event->handshake_us = connection->handshake_us;
+		if (connection->scratch.established_ns) {
+			event->established_us = (closing->time_ns - connection->scratch.established_ns) / 1000;
+			event->syn_retrans = connection->scratch.syn_retrans;
+			event->handshake_us = connection->scratch.handshake_us;
 		}
 	}
 	event_submit(event);
@@ -148,21 +173,21 @@ static __always_inline enum end end_in_fin_wait2(struct sock *sk, const struct c
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 
 	if (hooked_timewait)
-		return connection->timewait ? END_FIN_WAIT2 : END_RST_SENT;
+		return connection->scratch.timewait ? END_FIN_WAIT2 : END_RST_SENT;
 	if (BPF_CORE_READ(tp, linger2) < 0)
 		return END_RST_SENT;
-	return BPF_CORE_READ(tp, data_segs_in) == connection->data_segs_before ? END_FIN_WAIT2 : END_UNKNOWN;
+	return BPF_CORE_READ(tp, data_segs_in) == connection->scratch.data_segs_before ? END_FIN_WAIT2 : END_UNKNOWN;
 }
 
 /* How a connection has ended whose end waited until now. */
 static __always_inline void life_resolve(struct sock *sk, struct connection *connection)
 {
-	struct closing closing = {.time_ns = connection->closed_ns, .state = connection->closed_in};
+	struct closing closing = {.time_ns = connection->scratch.closed_ns, .state = connection->scratch.closed_in};
 
 	if (!closing.time_ns)
 		return;
-	connection->closed_ns = 0;
-	if (connection->reset == RESET_SENT)
+	connection->scratch.closed_ns = 0;
+	if (connection->scratch.reset == RESET_SENT)
 		closing.end = END_RST_SENT;
 	else if (closing.state == STATE_FIN_WAIT2)
 		closing.end = end_in_fin_wait2(sk, connection);
@@ -170,46 +195,62 @@ static __always_inline void life_resolve(struct sock *sk, struct connection *con
 }
 
 /* What is only to be had while the handshake ends. */
-static __always_inline void life_established(struct sock *sk, struct connection *connection, const struct held *change)
+static __always_inline void life_established(struct sock *sk, struct connection *connection,
+					     const struct change *change)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 
-	connection->established_ns = change->time_ns;
-	connection->syn_retrans = BPF_CORE_READ(tp, total_retrans);
-	connection->handshake_us = -1;
+	connection->scratch.established_ns = change->time_ns;
+	connection->scratch.syn_retrans = BPF_CORE_READ(tp, total_retrans);
+	connection->scratch.handshake_us = -1;
 	if (connection->role == ROLE_PASSIVE) {
 		/* tcp_synack_rtt_meas(); after a retransmission it measures the last one only */
-		if (!connection->syn_retrans && BPF_CORE_READ(tp, srtt_us))
-			connection->handshake_us = BPF_CORE_READ(tp, srtt_us) >> 3;
+		if (!connection->scratch.syn_retrans && BPF_CORE_READ(tp, srtt_us))
+			connection->scratch.handshake_us = BPF_CORE_READ(tp, srtt_us) >> 3;
 	} else if (connection->opened_ns) {
-		connection->handshake_us = (change->time_ns - connection->opened_ns) / 1000;
+		connection->scratch.handshake_us = (change->time_ns - connection->opened_ns) / 1000;
 	}
 }
 
 /* It was disconnected without a RST (no memory for one), and its numbers are zero since then. */
 static __always_inline void life_lost(const struct connection *connection)
 {
-	if (connection->closed_ns) {
+	if (connection->scratch.closed_ns) {
 		COUNT(seen);
 		COUNT(lost);
 	}
 }
 
-/* `id` is the connection's, if there is one. */
-static __always_inline void life_changed(struct sock *sk, struct connection *connection, const struct identity *id,
-					 const struct held *change)
+static __always_inline bool matters(int old_state, int new_state)
+{
+	return true;
+}
+
+/* A socket that closes needs no entry any more; but a life that nobody held when the tool began may be pending in one. */
+static __always_inline bool makes_entry(int old_state, int new_state)
+{
+	return new_state != STATE_CLOSE || was_established(old_state);
+}
+
+static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
 {
 	struct closing closing = {.time_ns = change->time_ns, .state = change->old_state};
-	enum reset reset = connection ? connection->reset : RESET_NONE;
+	struct connection *connection;
+	struct followed now;
+	enum reset reset;
 
-	if (!emits_life)
-		return;
+	follow_find(&now, sk, change);
+	connection = now.connection;
+	if (follow_begins_anew(&now, change))
+		life_lost(connection);
+	follow_update(&now, sk, change, cookie);
+	reset = connection ? connection->scratch.reset : RESET_NONE;
 	if (connection && change->new_state == STATE_ESTABLISHED)
 		life_established(sk, connection, change);
 	else if (connection && change->new_state == STATE_FIN_WAIT1)
-		connection->data_segs_before = BPF_CORE_READ((struct tcp_sock *)sk, data_segs_in);
+		connection->scratch.data_segs_before = BPF_CORE_READ((struct tcp_sock *)sk, data_segs_in);
 	if (change->new_state != STATE_CLOSE || !had_life(connection, change->old_state))
-		return;
+		return 0;
 	closing.errno = error_of(sk, connection);
 	if (closing.errno == ECONNABORTED)
 		closing.end = END_KILLED;
@@ -228,11 +269,114 @@ static __always_inline void life_changed(struct sock *sk, struct connection *con
 		closing.end = END_TIMEOUT;
 	else if (connection && !BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, repair) &&
 		 ((closing.state != STATE_LAST_ACK && closing.state != STATE_CLOSING) || unread_thrown_away(sk))) {
-		connection->closed_ns = closing.time_ns;
-		connection->closed_in = closing.state;
-		return;
+		connection->scratch.closed_ns = closing.time_ns;
+		connection->scratch.closed_in = closing.state;
+		return 0;
 	}
-	life_emit(sk, connection, id, &closing);
+	return life_emit(sk, connection, follow_identity(&now), &closing);
 }
 
-#endif
+static __always_inline void child_known(struct sock *child, struct connection *connection)
+{
+}
+
+static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener)
+{
+}
+
+static __always_inline void timewait(struct connection *connection, int state, bool made)
+{
+	connection->scratch.timewait = true;
+}
+
+SEC("tp_btf/tcp_send_reset")
+int TRACING_PROG(reset_sent, struct sock *sk)
+{
+	struct connection *connection = sk ? connection_find(sk) : NULL;
+
+	if (!connection)
+		return 0;
+	if (connection->scratch.closed_ns || was_established(BPF_CORE_READ(sk, __sk_common.skc_state)))
+		connection->scratch.reset = RESET_SENT;
+	life_resolve(sk, connection);
+	return 0;
+}
+
+/*
+ * Called for a RST that came, and for data that came after close(), which is answered by one. Without the packet at hand
+ * the two cannot be told apart where the application has closed.
+ */
+static __always_inline void reset_received(struct sock *sk, enum reset reset)
+{
+	struct connection *connection = connection_find(sk);
+
+	if (connection)
+		connection->scratch.reset = reset;
+}
+
+#define TCP_FLAGS_AT 13 /* in the header */
+#define TCP_FLAG_RST 0x04
+
+/* tcp_reset() is given the packet since 5.11. */
+ARGUMENTS(2)
+SEC("fentry/tcp_reset")
+int TRACING_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	unsigned char *header = BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, transport_header);
+	__u8 flags = 0;
+
+	bpf_probe_read_kernel(&flags, sizeof(flags), header + TCP_FLAGS_AT);
+	reset_received(sk, flags & TCP_FLAG_RST ? RESET_RECEIVED : RESET_SENT);
+	return 0;
+}
+
+SEC("tp_btf/tcp_receive_reset")
+int TRACING_PROG(reset_received__tracepoint, struct sock *sk)
+{
+	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	bool closed =
+		(state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) && BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN;
+
+	reset_received(sk, closed ? RESET_SEEN : RESET_RECEIVED);
+	return 0;
+}
+
+static __always_inline void before_end(struct sock *sk, struct connection *connection)
+{
+	life_resolve(sk, connection);
+}
+
+/* At the end of a run. */
+static long flush_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
+{
+	life_resolve((struct sock *)*key, connection);
+	return 0;
+}
+
+ROLE("flushes")
+FOR_EACH_CONNECTION(flush, flush_entry)
+
+/* Those that are open now. */
+static long live_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
+{
+	struct closing closing = {.end = END_OPEN};
+	struct sock *sk = (struct sock *)*key;
+
+	closing.state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	if (!was_established(closing.state))
+		return 0;
+	closing.time_ns = bpf_ktime_get_ns();
+	if (!identity_complete(connection))
+		identity_read(sk, &connection->id);
+	if (!connection->id.cookie)
+		connection->id.cookie = cookie_if_any(sk);
+	life_emit(sk, connection, &connection->id, &closing);
+	return 0;
+}
+
+FOR_EACH_CONNECTION(live, live_entry)
+
+SEED(ANY_STATE)
+
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";

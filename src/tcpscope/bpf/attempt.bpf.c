@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
  * An active open and its outcome.
  *
@@ -8,11 +8,34 @@
  * Otherwise what connect() returns is waited for; if nothing comes before the socket dies, the application gave up. A
  * connect() that fails before SYN_SENT (no route) has only what it returns.
  */
-#ifndef TCPSCOPE_ATTEMPT_BPF_H
-#define TCPSCOPE_ATTEMPT_BPF_H
 
-#include "connection.bpf.h"
+#include "kernel.bpf.h"
+#include "compat.bpf.h"
+#include "output.bpf.h"
 #include "event.bpf.h"
+
+enum stage {
+	STAGE_NONE,
+	STAGE_OPEN,    /* SYN_SENT */
+	STAGE_CLOSED,  /* closed without an error of the socket: what connect() returns will tell */
+	STAGE_REPORTED /* failed and shown; connect() may still return the error */
+} __attribute__((packed));
+
+struct scratch {
+	__u64 closed_ns; /* of STAGE_CLOSED, as the next two */
+	__u32 syn_retrans;
+	bool syn_sent;
+	bool connect_returned; /* while in STAGE_OPEN; a byte of its own, as others write `stage` meanwhile */
+	enum stage stage;
+	__u32 error;       /* that ends it, if it was reported before: see error.bpf.h */
+	__u32 stale_error; /* was in the socket when it entered SYN_SENT */
+};
+#define HAS_SCRATCH
+
+#define FOLLOWED (STATE_BIT(SYN_SENT) | STATE_BIT(SYN_RECV) | STATE_BIT(CLOSE))
+#include "follow.bpf.h"
+#include "error.bpf.h"
+#include "visit.bpf.h"
 
 enum outcome {
 	OUTCOME_ESTABLISHED,
@@ -39,7 +62,6 @@ struct attempt {
 
 const struct attempt *attempt_anchor __attribute__((unused));
 
-const volatile bool emits_attempt;
 const volatile __u64 attempt_min_us;     /* a shorter latency is not asked for */
 const volatile bool attempt_failed_only; /* nor one that succeeded */
 
@@ -121,17 +143,17 @@ static __always_inline bool is_answer(struct sock *sk, __u32 error)
 static __always_inline void attempt_resolve(struct connection *connection, __u32 error)
 {
 	struct ending ending = {
-		.time_ns = connection->closed_ns,
+		.time_ns = connection->scratch.closed_ns,
 		.began_ns = connection->opened_ns,
-		.syn_retrans = connection->syn_retrans,
-		.syn_sent = connection->syn_sent,
+		.syn_retrans = connection->scratch.syn_retrans,
+		.syn_sent = connection->scratch.syn_sent,
 		.errno = error,
 		.outcome = outcome_of(error),
 	};
 
-	if (connection->attempt != ATTEMPT_CLOSED)
+	if (connection->scratch.stage != STAGE_CLOSED)
 		return;
-	connection->attempt = ATTEMPT_NONE;
+	connection->scratch.stage = STAGE_NONE;
 	if (!error) {
 		/* Closed by the application; or, without a SYN, by a call whose return is not hooked. */
 		ending.outcome = ending.syn_sent ? OUTCOME_ABORTED : OUTCOME_FAILED;
@@ -144,22 +166,39 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 	attempt_emit(&connection->id, &connection->opener, &ending);
 }
 
-/* `id` is the connection's, if there is one. */
-static __always_inline void attempt_changed(struct sock *sk, struct connection *connection, const struct identity *id,
-					    const struct held *change)
+static __always_inline bool matters(int old_state, int new_state)
+{
+	return new_state == STATE_SYN_SENT || old_state == STATE_SYN_SENT || old_state == STATE_SYN_RECV;
+}
+
+static __always_inline bool makes_entry(int old_state, int new_state)
+{
+	return new_state == STATE_SYN_SENT;
+}
+
+static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 	struct ending ending = {.time_ns = change->time_ns};
+	struct connection *connection;
+	const struct identity *id;
+	struct followed now;
 	bool failed;
 
-	if (!emits_attempt)
-		return;
+	follow_find(&now, sk, change);
+	connection = now.connection;
+	if (!connection && change->old_state == STATE_SYN_RECV)
+		return 0; /* a child; an attempt that has met another one from the other end has an entry */
+	if (follow_begins_anew(&now, change))
+		attempt_resolve(connection, 0);
+	follow_update(&now, sk, change, cookie);
+	id = follow_identity(&now);
 	if (change->new_state == STATE_SYN_SENT) {
 		if (connection) {
-			connection->attempt = ATTEMPT_OPEN;
-			connection->stale_error = BPF_CORE_READ(sk, sk_err);
+			connection->scratch.stage = STAGE_OPEN;
+			connection->scratch.stale_error = BPF_CORE_READ(sk, sk_err);
 		}
-		return;
+		return 0;
 	}
 	/*
 	 * Out of SYN_SENT, whether its beginning was seen or not; or out of SYN_RECV after both ends have sent a SYN, where
@@ -168,39 +207,41 @@ static __always_inline void attempt_changed(struct sock *sk, struct connection *
 	failed = change->new_state == STATE_CLOSE ||
 		 (change->old_state == STATE_SYN_RECV && change->new_state == STATE_FIN_WAIT1);
 	if (change->new_state != STATE_ESTABLISHED && !failed)
-		return;
+		return 0;
 	if (change->old_state != STATE_SYN_SENT &&
-	    !(change->old_state == STATE_SYN_RECV && connection && connection->attempt == ATTEMPT_OPEN))
-		return;
+	    !(change->old_state == STATE_SYN_RECV && connection && connection->scratch.stage == STAGE_OPEN))
+		return 0;
 	ending.syn_retrans = BPF_CORE_READ(tp, total_retrans);
 	ending.syn_sent = BPF_CORE_READ(tp, segs_out) > 0;
 	ending.errno = failed ? error_of(sk, connection) : 0;
 	/* tcp_connect() erases what an earlier attempt has left. If it was not reached, connect() tells. */
-	if (!ending.syn_sent && connection && !connection->error && ending.errno == connection->stale_error)
+	if (!ending.syn_sent && connection && !connection->scratch.error &&
+	    ending.errno == connection->scratch.stale_error)
 		ending.errno = 0;
 	ending.outcome = outcome_of(ending.errno);
 	if (connection) {
-		if (failed && !ending.errno && !connection->connect_returned) {
-			connection->attempt = ATTEMPT_CLOSED;
-			connection->closed_ns = ending.time_ns;
-			connection->syn_retrans = ending.syn_retrans;
-			connection->syn_sent = ending.syn_sent;
+		if (failed && !ending.errno && !connection->scratch.connect_returned) {
+			connection->scratch.stage = STAGE_CLOSED;
+			connection->scratch.closed_ns = ending.time_ns;
+			connection->scratch.syn_retrans = ending.syn_retrans;
+			connection->scratch.syn_sent = ending.syn_sent;
 			if (!ending.syn_sent) /* in inet_sport the port of an earlier connection may stand */
 				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
-			return;
+			return 0;
 		}
 		if (failed && !ending.errno) /* the application, after connect() had returned */
 			ending.outcome = OUTCOME_ABORTED;
-		connection->attempt = ending.errno ? ATTEMPT_REPORTED : ATTEMPT_NONE;
+		connection->scratch.stage = ending.errno ? STAGE_REPORTED : STAGE_NONE;
 		ending.began_ns = connection->opened_ns;
 	} else if (failed && !ending.errno) {
 		if (!ending.syn_sent) /* the return of connect() tells, and has no entry that says that it was told */
-			return;
+			return 0;
 		ending.outcome = OUTCOME_ABORTED;
 	}
 	attempt_emit(id, connection ? &connection->opener : NULL, &ending);
 	if (change->new_state == STATE_ESTABLISHED) /* the table is for attempts */
 		connection_forget(sk);
+	return 0;
 }
 
 #define SOCKADDR_IN_SIZE 16 /* sizeof(struct sockaddr_in) */
@@ -263,27 +304,89 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 {
 	__u32 error = result < 0 ? -result : 0;
 	struct connection *connection = connection_find(sk);
-	enum attempt_stage stage = connection ? connection->attempt : ATTEMPT_NONE;
+	enum stage stage = connection ? connection->scratch.stage : STAGE_NONE;
 	/* Not answers to an attempt but to its repetition, or interruptions of one that goes on. */
 	bool says_nothing = error == EISCONN || error == EALREADY || error == EINPROGRESS || error == EINTR ||
 			    (error >= ERESTARTSYS && error <= ERESTART_RESTARTBLOCK);
 
 	if (to->family == AF_UNSPEC) { /* disconnects; another thread may be waiting */
-		if (stage == ATTEMPT_REPORTED && !error)
-			connection->attempt = ATTEMPT_NONE;
+		if (stage == STAGE_REPORTED && !error)
+			connection->scratch.stage = STAGE_NONE;
 		return;
 	}
-	if (stage == ATTEMPT_OPEN)
-		connection->connect_returned = true;
+	if (stage == STAGE_OPEN)
+		connection->scratch.connect_returned = true;
 	else if (says_nothing) /* the outcome may have come before the system call's end */
 		return;
-	else if (stage == ATTEMPT_CLOSED)
+	else if (stage == STAGE_CLOSED)
 		attempt_resolve(connection, error);
-	else if (stage == ATTEMPT_REPORTED) /* here is the error that was shown before */
-		connection->attempt = ATTEMPT_NONE;
-	else if (stage == ATTEMPT_NONE && error && !is_disconnected(error) && !is_answer(sk, error) &&
+	else if (stage == STAGE_REPORTED) /* here is the error that was shown before */
+		connection->scratch.stage = STAGE_NONE;
+	else if (stage == STAGE_NONE && error && !is_disconnected(error) && !is_answer(sk, error) &&
 		 (connection || filter_may_want(sk)))
 		attempt_failed_early(sk, to, size, error);
 }
 
-#endif
+/* connect(), and sendto() with MSG_FASTOPEN: what it returns. */
+ROLE("delays")
+SEC("fexit/__inet_stream_connect")
+int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
+		 int result)
+{
+	struct sock *sk = tcp_sock_of_socket(socket);
+	struct remote_address to = {};
+
+	if (!sk || subflow_is_connected_apart(socket))
+		return 0;
+	REMOTE_ADDRESS_READ(bpf_probe_read_kernel, &to, address, size);
+	attempt_returned(sk, &to, size, result);
+	return 0;
+}
+
+SEC("tp_btf/sys_exit")
+int TRACING_PROG_IF(SYSCALL_IS_CONNECT(regs), connected__syscall, struct pt_regs *regs, long result)
+{
+	struct remote_address to = {};
+	struct sock *sk;
+
+	sk = tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs));
+	if (!sk)
+		return 0;
+	REMOTE_ADDRESS_READ(bpf_probe_read_user, &to, SYSCALL_ARGUMENT_2(regs), SYSCALL_ARGUMENT_3(regs));
+	attempt_returned(sk, &to, SYSCALL_ARGUMENT_3(regs), result);
+	return 0;
+}
+
+static __always_inline void before_end(struct sock *sk, struct connection *connection)
+{
+	attempt_resolve(connection, 0);
+}
+
+/* At the end of a run. */
+static long flush_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
+{
+	attempt_resolve(connection, 0);
+	return 0;
+}
+
+ROLE("flushes")
+FOR_EACH_CONNECTION(flush, flush_entry)
+
+ROLE("seeds")
+SEC("iter/task_file")
+int seed(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+	struct connection *connection;
+
+	if (!task || !file)
+		return 0;
+	connection = connection_seed(task, file, STATE_SYN_SENT);
+	if (connection && connection->role == ROLE_ACTIVE && !connection->scratch.stage)
+		connection->scratch.stage = STAGE_OPEN;
+	return 0;
+}
+
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";

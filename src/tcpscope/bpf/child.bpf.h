@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * Which listener a child is of. Its address does not say: SO_REUSEPORT, sk_lookup programs, TPROXY and migration choose a
+ * listener by something else. The function that makes a child is called with the listener. Where functions cannot be
+ * hooked, the kernel wakes the listener in the same softirq, right after the child's second transition
+ * (tcp_child_process()) or, with TCP Fast Open, its first (tcp_conn_request()).
+ *
+ * An object that includes this defines child_known(), called when the listener of a child has become known by its wake-up.
+ */
+#ifndef TCPSCOPE_CHILD_BPF_H
+#define TCPSCOPE_CHILD_BPF_H
+
+#include "connection.bpf.h"
+
+const volatile bool hooked_child_woken;
+
+static __always_inline void child_known(struct sock *child, struct connection *connection);
+
+static __always_inline void at_birth_note(struct sock *sk)
+{
+	__u32 zero = 0;
+	__u64 *place = bpf_map_lookup_elem(&at_birth, &zero);
+
+	if (place)
+		*place = (__u64)sk;
+}
+
+OPTIONAL("the listener of an IPv4 connection at its birth")
+SEC("fentry/tcp_v4_syn_recv_sock")
+int TRACING_PROG(child4__fentry, struct sock *listener)
+{
+	at_birth_note(listener);
+	return 0;
+}
+
+SEC("kprobe/tcp_v4_syn_recv_sock")
+int BPF_KPROBE(child4__kprobe, struct sock *listener)
+{
+	at_birth_note(listener);
+	return 0;
+}
+
+OPTIONAL("the listener of an IPv6 connection at its birth")
+SEC("fentry/tcp_v6_syn_recv_sock")
+int TRACING_PROG(child6__fentry, struct sock *listener)
+{
+	at_birth_note(listener);
+	return 0;
+}
+
+SEC("kprobe/tcp_v6_syn_recv_sock")
+int BPF_KPROBE(child6__kprobe, struct sock *listener)
+{
+	at_birth_note(listener);
+	return 0;
+}
+
+/* Several children may be on their way to one listener, each on a processor of its own: hence not the queue's last one. */
+UNLESS("child4__fentry child4__kprobe")
+OPTIONAL("the listener of a connection before accept()")
+SEC("tp_btf/sk_data_ready")
+int TRACING_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN && listener->sk_protocol == IPPROTO_TCP,
+		    child_woken, struct sock *listener)
+{
+	__u32 zero = 0;
+	__u64 *place = bpf_map_lookup_elem(&at_birth, &zero);
+	struct sock *child = place ? (struct sock *)*place : NULL;
+	struct connection *connection = child ? connection_find(child) : NULL;
+
+	if (place)
+		*place = 0;
+	if (connection && connection->role == ROLE_PASSIVE && !connection->listener) {
+		connection_of_listener(connection, listener);
+		child_known(child, connection);
+	}
+	return 0;
+}
+
+#endif

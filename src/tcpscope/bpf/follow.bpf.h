@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * Following connections from transition to transition until their sockets end: the programs that every object about
+ * connections has. An object that includes this defines
+ *
+ *   matters(old_state, new_state)      whether a transition needs a look; asked before anything else, so most cost nothing
+ *   makes_entry(old_state, new_state)  whether this transition gives a socket an entry that has none
+ *   state_changed(sk, change, cookie)  what becomes of one that matters; it calls follow_find() and follow_update()
+ *   before_end(sk, connection)         what is pending when the socket is destroyed
+ *
+ * and, where it does not follow all states, FOLLOWED (missed.bpf.h).
+ */
+#ifndef TCPSCOPE_FOLLOW_BPF_H
+#define TCPSCOPE_FOLLOW_BPF_H
+
+#include "connection.bpf.h"
+#include "missed.bpf.h"
+#include "recursion.bpf.h"
+
+static __always_inline bool matters(int old_state, int new_state);
+static __always_inline bool makes_entry(int old_state, int new_state);
+static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie);
+static __always_inline void before_end(struct sock *sk, struct connection *connection);
+
+/* A connection at one of its transitions. */
+struct followed {
+	struct connection *connection; /* NULL: it has no entry */
+	struct identity unlisted;      /* its identity then */
+	bool after_miss;               /* when it entered the old state is not known */
+	bool unseen_start;             /* what stands in the entry is of the connection before it */
+};
+
+/* Whose entry it is that follow_update() will bring up to date. What it says still holds for the old state. */
+static __always_inline void follow_find(struct followed *now, struct sock *sk, const struct change *change)
+{
+	now->connection =
+		makes_entry(change->old_state, change->new_state) ? connection_find_or_add(sk) : connection_find(sk);
+	now->after_miss = now->unseen_start = false;
+	if (!now->connection)
+		return;
+	/* A child is a new socket; what stands at its address is one that has gone. */
+	now->after_miss = missed_transition(
+		sk, now->connection, is_birth(change->old_state, change->new_state) ? STATE_CLOSE : change->old_state);
+	now->unseen_start =
+		now->after_miss && (change->old_state == STATE_SYN_SENT || change->old_state == STATE_SYN_RECV);
+}
+
+/* Whether the socket is connected again: what the connection before left pending will not come. */
+static __always_inline bool follow_begins_anew(const struct followed *now, const struct change *change)
+{
+	return now->connection && (now->unseen_start || change->new_state == STATE_SYN_SENT);
+}
+
+static __always_inline const struct identity *follow_identity(const struct followed *now)
+{
+	return now->connection ? &now->connection->id : &now->unlisted;
+}
+
+static __always_inline void follow_update(struct followed *now, struct sock *sk, const struct change *change,
+					  __u64 cookie)
+{
+	struct connection *connection = now->connection;
+
+	if (!connection) {
+		__builtin_memset(&now->unlisted, 0, sizeof(now->unlisted));
+		now->unlisted.cookie = cookie;
+		identity_read(sk, &now->unlisted);
+		return;
+	}
+	if (now->unseen_start)
+		connection_begin(connection, ROLE_UNKNOWN);
+	connection_changed(sk, connection, change->old_state, change->new_state);
+	connection->state = change->new_state;
+	connection->id.cookie = cookie;
+	if (change->new_state == STATE_SYN_SENT || is_birth(change->old_state, change->new_state))
+		connection->opened_ns = change->time_ns;
+}
+
+/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after the child's first transition. */
+#define COOKIE_AT(sk, old_state, new_state) (is_birth(old_state, new_state) ? 0 : COOKIE_OF(sk))
+
+ROLE("delays")
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
+{
+	struct change change = {.old_state = old_state, .new_state = new_state};
+
+	if (sk->sk_protocol == IPPROTO_TCP) {
+		change.time_ns = bpf_ktime_get_ns();
+		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+	}
+	return 0;
+}
+
+AGAIN
+ROLE("delays")
+SEC("tp_btf/inet_sock_set_state")
+int TRACING_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
+{
+	struct change change = {.old_state = old_state, .new_state = new_state};
+
+	if (sk->sk_protocol == IPPROTO_TCP && was_skipped(sk, new_state, makes_entry(old_state, new_state))) {
+		change.time_ns = bpf_ktime_get_ns();
+		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+	}
+	return 0;
+}
+
+static __always_inline int destroyed(struct sock *sk)
+{
+	struct connection *connection = connection_find(sk);
+
+	if (!connection)
+		return 0;
+	missed_transition(sk, connection, STATE_CLOSE);
+	before_end(sk, connection);
+	connection_forget(sk);
+	return 1;
+}
+
+ROLE("forgets")
+SEC("tp_btf/tcp_destroy_sock")
+int TRACING_PROG(destroy, struct sock *sk)
+{
+	destroyed(sk);
+	return 0;
+}
+
+AGAIN
+ROLE("forgets")
+SEC("tp_btf/tcp_destroy_sock")
+int TRACING_PROG(destroy_again, struct sock *sk)
+{
+	if (destroyed(sk))
+		COUNT(rescued);
+	return 0;
+}
+
+#endif

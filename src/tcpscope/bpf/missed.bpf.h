@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/* Transitions that no program saw. The next transition of the connection shows it, or the end of its socket. */
+#ifndef TCPSCOPE_MISSED_BPF_H
+#define TCPSCOPE_MISSED_BPF_H
+
+#include "connection.bpf.h"
+
+#define STATE_BIT(state) (1U << STATE_##state)
+
+/* States out of which an object sees every transition. */
+#ifndef FOLLOWED
+#define FOLLOWED (-1U)
+#endif
+
+/*
+ * Did we miss a transition? `state` is where the socket is now, or comes from. A kernel may have tasks in which it runs no
+ * BPF: what a softirq does that interrupts one of them is not seen.
+ */
+static __noinline int missed_transition(struct sock *sk, struct connection *connection, int state)
+{
+	if (!connection->state || connection->state == state || !(FOLLOWED >> connection->state & 1))
+		return 0;
+	if (!connection->id.rport)
+		identity_read(sk, &connection->id);
+	else if (!connection->id.lport) /* an attempt */
+		connection->id.lport = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
+	if (filter_pass(&connection->id, connection_owner(connection)))
+		COUNT(missed);
+	return 1;
+}
+
+#endif

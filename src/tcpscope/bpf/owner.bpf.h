@@ -1,0 +1,66 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/* Whose a socket is: the process behind a task. */
+#ifndef TCPSCOPE_OWNER_BPF_H
+#define TCPSCOPE_OWNER_BPF_H
+
+#include "kernel.bpf.h"
+#include "compat.bpf.h"
+#include "filter.bpf.h"
+#include "identity.bpf.h"
+
+/* The processes below a cgroup belong to it. Walks upwards; 32 levels are more than anyone nests. */
+static __always_inline bool below_filter_cgroup(struct task_struct *task)
+{
+	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
+
+	for (int level = 0; level < 32 && cgroup; level++) {
+		struct cgroup_subsys_state *parent;
+
+		if (BPF_CORE_READ(cgroup, kn, id) == filter.cgroup)
+			return true;
+		parent = BPF_CORE_READ(cgroup, self.parent);
+		if (!parent)
+			break;
+		cgroup = BPF_CORE_READ(parent, cgroup);
+	}
+	return false;
+}
+
+/* The name is the process's, as ps and ss show it, not that of one of its threads. */
+static __always_inline void owner_name(struct task_struct *task, struct owner *owner)
+{
+	/* Up to the NUL: before 5.17 the bytes behind it are those of an older name. */
+	__builtin_memset(owner->comm, 0, sizeof(owner->comm));
+	BPF_CORE_READ_STR_INTO(&owner->comm, task, group_leader, comm);
+}
+
+static __noinline __attribute__((unused)) int owner_of_task(struct task_struct *task, struct owner *owner)
+{
+	owner->pid = BPF_CORE_READ(task, tgid);
+	owner->uid = BPF_CORE_READ(task, cred, uid.val);
+	owner->cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
+	owner_name(task, owner);
+	if (filter.cgroup)
+		owner->in_cgroup = below_filter_cgroup(task);
+	return 0;
+}
+
+/* The same in a third of the time, by the helpers that know the current task. */
+static __noinline __attribute__((unused)) int owner_of_current(struct owner *owner)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	__u64 process_and_thread = bpf_get_current_pid_tgid();
+
+	owner->pid = process_and_thread >> 32;
+	owner->uid = bpf_get_current_uid_gid();
+	owner->cgroup = bpf_get_current_cgroup_id();
+	if ((__u32)process_and_thread == owner->pid)
+		bpf_get_current_comm(owner->comm, sizeof(owner->comm));
+	else
+		owner_name(task, owner);
+	if (filter.cgroup)
+		owner->in_cgroup = below_filter_cgroup(task);
+	return 0;
+}
+
+#endif

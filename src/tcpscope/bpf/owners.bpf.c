@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+/*
+ * Whose each socket is, for the objects that ask for it at events of another kind: their `connections` is SHARED("owners").
+ * It is loaded once in a process and sends no events.
+ */
+
+#include "kernel.bpf.h"
+#include "compat.bpf.h"
+#include "output.bpf.h"
+#include "state.bpf.h"
+
+#define FOLLOWED 0
+#include "follow.bpf.h"
+#include "accept.bpf.h"
+#include "child.bpf.h"
+
+/* CLOSE, so that a socket which is connected again can be told from one whose SYN_SENT was handled. */
+static __always_inline bool matters(int old_state, int new_state)
+{
+	return new_state == STATE_SYN_SENT || new_state == STATE_LISTEN || new_state == STATE_CLOSE ||
+	       is_birth(old_state, new_state);
+}
+
+static __always_inline bool makes_entry(int old_state, int new_state)
+{
+	return new_state != STATE_CLOSE;
+}
+
+static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+{
+	struct followed now;
+
+	follow_find(&now, sk, change);
+	if (now.connection)
+		follow_update(&now, sk, change, cookie);
+	return 0;
+}
+
+static __always_inline void child_known(struct sock *child, struct connection *connection)
+{
+}
+
+static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener)
+{
+}
+
+static __always_inline void before_end(struct sock *sk, struct connection *connection)
+{
+}
+
+SEED(ANY_STATE)
+
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * All entries of the table, in two ways. An iteration over all maps ends with a call without one, which is the moment to
+ * visit them with "bpf: Add bpf_for_each_map_elem() helper" (5.13). Before, there is an iterator over the entries of one
+ * map, which some kernels refuse that have iterators otherwise.
+ */
+#ifndef TCPSCOPE_VISIT_BPF_H
+#define TCPSCOPE_VISIT_BPF_H
+
+#include "connection.bpf.h"
+
+#define FOR_EACH_CONNECTION(hook, entry)                                                           \
+	NEEDS("BPF_FUNC_for_each_map_elem")                                                        \
+	SEC("iter/bpf_map")                                                                        \
+	int hook##__each(struct bpf_iter__bpf_map *ctx)                                            \
+	{                                                                                          \
+		if (!ctx->map)                                                                     \
+			bpf_for_each_map_elem(&connections, entry, NULL, 0);                       \
+		return 0;                                                                          \
+	}                                                                                          \
+                                                                                                   \
+	OVER_MAP("connections")                                                                    \
+	SEC("iter/bpf_map_elem")                                                                   \
+	int hook##__element(struct bpf_iter__bpf_map_elem *ctx)                                    \
+	{                                                                                          \
+		__u64 *key = ctx->key;                                                             \
+		struct connection *connection = key ? connection_find((struct sock *)*key) : NULL; \
+                                                                                                   \
+		return connection ? entry(NULL, key, connection, NULL) : 0;                        \
+	}
+
+#endif
