@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 import shlex
 import subprocess
@@ -20,9 +19,6 @@ import pytest
 import tcpscope
 from tcpscope import cli, errors
 from tcpscope import tool as toolbox
-from tcpscope.kernel.features import Kernel
-from tcpscope.kernel.loaded import Loaded
-from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Lab
 from tcpscope.output import Column
 from tcpscope.request import Request
@@ -183,11 +179,6 @@ def module(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> t
     return made
 
 
-@pytest.mark.parametrize("module", ["A tool"], indirect=True)
-def test_the_example_of_a_tool(module: types.ModuleType) -> None:
-    assert set(module.tool.shown) <= {column.name for column in module.tool.columns(Request())}
-
-
 @pytest.mark.parametrize("module", ["A rule"], indirect=True)
 def test_the_example_of_a_rule(module: types.ModuleType) -> None:
     from tcpscope.diagnose.listening import Listening
@@ -210,19 +201,6 @@ def test_the_example_of_a_recorded_test(tmp_path: Path) -> None:
     where += ["--record-to", tmp_path / "recording", tmp_path]
     done = subprocess.run([*command, *where], cwd=TREE, capture_output=True, text=True)
     assert "1 passed" in done.stdout, done.stdout
-
-
-def test_the_example_of_a_probe(tmp_path: Path) -> None:
-    source, made = tmp_path / "example.bpf.c", tmp_path / "example.bpf.o"
-    source.write_text(example("A probe", "c"))
-    flags = ["-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
-    machine = platform.machine()
-    flags += [f"-D__TARGET_ARCH_{'arm64' if machine == 'aarch64' else 'x86'}", "-I", str(TREE / "src/tcpscope/bpf")]
-    flags += ["-idirafter", f"/usr/include/{machine}-linux-gnu"]
-    subprocess.run(["clang", *flags, "-c", source, "-o", made], check=True)
-    spec = Spec("example", made.read_bytes())
-    assert [field.name for field in spec.layout("retransmission").fields][:2] == ["time", "cookie"]
-    Loaded(spec, Kernel()).close()
 
 
 def test_the_readme_names_the_kernels_of_the_matrix() -> None:

@@ -25,7 +25,7 @@ def report():
 @pytest.mark.every_kernel
 def test_every_tool_is_there_and_needs_no_guess(report):
     assert sorted({entry["tool"] for entry in report["tools"]}) == names()
-    assert [entry["probe"] for entry in report["tools"] if entry["tool"] == "rtt"] == ["rtt", "owners"]
+    assert [entry["probe"] for entry in report["tools"] if entry["tool"] == "rtt"] == ["rtt", "owner"]
     assert all(entry["works"] is True and entry["why"] is None for entry in report["tools"])
 
 

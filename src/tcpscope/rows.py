@@ -62,6 +62,15 @@ class FollowedBy(StrEnum):
     FIN_WAIT2 = "FIN_WAIT2"
 
 
+class Kind(StrEnum):
+    FAST = "FAST"
+    RTO = "RTO"
+    RACK = "RACK"
+    LOSS_PROBE = "LOSS_PROBE"
+    SYN = "SYN"
+    SYNACK = "SYNACK"
+
+
 class Outcome(StrEnum):
     ESTABLISHED = "ESTABLISHED"
     REFUSED = "REFUSED"
@@ -508,6 +517,64 @@ class Queue(msgspec.Struct, frozen=True):
     """every process that holds it"""
 
 
+class Retrans(msgspec.Struct, frozen=True):
+    """A row of `retrans`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    kind: Kind
+    """FAST: ACKs show the loss; RTO, RACK: timers; LOSS_PROBE: of the tail; SYN; SYNACK"""
+
+    state: TcpState
+    """state of the connection"""
+
+    segs: int
+    """segments, as TcpRetransSegs counts them"""
+
+    errno: int
+    """why it was not sent; before Linux 6.17 such attempts are not seen"""
+
+    length: int
+    """data of these segments"""
+
+    srtt_us: int | None
+    """smoothed round-trip time"""
+
+
 class States(msgspec.Struct, frozen=True):
     """A row of `states`."""
 
@@ -783,6 +850,16 @@ def open(tool: Literal["queue"], /, *, stack: bool = ..., **asked: Unpack[Asked]
 @overload
 def open(
     tool: Literal["queue"], /, *, events: bool = ..., stack: bool = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["retrans"], /, **asked: Unpack[Asked]) -> Events[Retrans]: ...
+
+
+@overload
+def open(
+    tool: Literal["retrans"], /, *, count: bool = ..., by: str | None = ..., **asked: Unpack[AskedInPart]
 ) -> Events[Any]: ...
 
 

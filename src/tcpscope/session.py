@@ -203,7 +203,7 @@ class Counters:
 
 
 class Owners:
-    """Whose each socket is: the object `owners`, loaded once for all sessions of this process that ask for it.
+    """Whose each socket is: the object `owner`, loaded once for all sessions of this process that ask for it.
 
     Which sockets have a place in its table depends on the namespace and the family of the filter, and what is known of
     cgroups on its cgroup: sessions that differ in one of these have another one.
@@ -227,7 +227,7 @@ class Owners:
             if found is None:
                 wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
                 setup = Setup(constants=filtering.constants(wanted), entries={"events": mmap.PAGESIZE}, debug=debug)
-                found = cls._shared[key] = cls(key, Loaded(Spec.of("owners"), kernel, setup))
+                found = cls._shared[key] = cls(key, Loaded(Spec.of("owner"), kernel, setup))
                 found.loaded.run_role("seeds")
             found._users += 1
             return found

@@ -25,6 +25,7 @@ PROBES = sorted(
 
 MAY_BE_MISSING = {
     "proto_accept_arg": "came with the second signature of inet_csk_accept (6.10); only asked whether it exists",
+    "trace_event_raw_tcp_retransmit_skb": "since 6.17; its field is only asked whether it exists",
     "tp_transition_snapshot": "its field is only asked whether it exists",
     "io_kiocb": "with CONFIG_IO_URING",
     "io_uring_cqe": "with CONFIG_IO_URING",

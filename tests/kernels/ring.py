@@ -22,6 +22,7 @@ from tests.kernels.signature import probes
 
 ASKS_FIRST = {
     "accept__fexit": "inet_csk_accept() lost two arguments with struct proto_accept_arg (6.10), which it asks for",
+    "retransmit": "tcp_retransmit_skb got an argument with its own event class (6.17), which it asks for",
 }
 """Programs that read more arguments than some kernels have, and not there."""
 

@@ -51,7 +51,7 @@ def renamed(btf: bytes, old: str) -> Btf:
         ("skc_state", "life", "no sock.__sk_common.skc_state"),
         ("sk_max_ack_backlog", "listeners", "no sock.sk_max_ack_backlog"),
         ("btf_trace_inet_sock_set_state", "life", "no hook for 'state'"),
-        ("bpf_iter_task_file", "owners", "no hook for 'seed'"),
+        ("bpf_iter_task_file", "owner", "no hook for 'seed'"),
         ("bpf_iter_tcp", "sockets", "no hook for 'existing'"),
     ],
 )

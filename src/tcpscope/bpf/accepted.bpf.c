@@ -107,6 +107,3 @@ static __always_inline void before_end(struct sock *sk, struct connection *conne
 }
 
 SEED(STATE_LISTEN)
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

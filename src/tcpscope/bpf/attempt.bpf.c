@@ -387,6 +387,3 @@ int seed(struct bpf_iter__task_file *ctx)
 		connection->scratch.stage = STAGE_OPEN;
 	return 0;
 }
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

@@ -27,6 +27,13 @@
 	((struct sock *)(bpf_core_type_exists(struct proto_accept_arg) ? CTX_SLOT(ctx, 2) : CTX_SLOT(ctx, 4)))
 
 /*
+ * "tcp: trace retransmit failures in tcp_retransmit_skb" (6.17) gave the tracepoint a third argument and an event class of
+ * its own: 0, or why the attempt was not sent. Before, it is passed only when something was sent.
+ */
+#define RETRANSMIT_ERROR(ctx)                                                                               \
+	(bpf_core_field_exists(struct trace_event_raw_tcp_retransmit_skb, err) ? (int)CTX_SLOT(ctx, 2) : 0)
+
+/*
  * "bpf: Expose bpf_get_socket_cookie to tracing programs" (5.12). Below, the cookie is there only if somebody asked
  * for it before (ss -e, SO_COOKIE). BPF_FUNC_check_mtu came in the same release and can be seen in the BTF.
  */

@@ -19,7 +19,7 @@
 #include "owner.bpf.h"
 #include "state.bpf.h"
 
-/* SHARED("owners") in an object that only asks whose a socket is. */
+/* SHARED("owner") in an object that only asks whose a socket is. */
 #ifndef CONNECTIONS_ARE
 #define CONNECTIONS_ARE
 #endif

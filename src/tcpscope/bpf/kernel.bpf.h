@@ -24,6 +24,9 @@
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
+#define TCP_CA_RECOVERY 3      /* enum tcp_ca_state: include/uapi/linux/tcp.h */
+#define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
+#define ICSK_TIME_REO_TIMEOUT 6
 #define IORING_OP_ACCEPT 13       /* include/uapi/linux/io_uring.h */
 #define SOCKFS_MAGIC 0x534F434B   /* include/uapi/linux/magic.h */
 #define NSEC_PER_SEC 1000000000LL /* include/vdso/time64.h */
@@ -174,6 +177,8 @@ struct request_sock_queue { /* include/net/request_sock.h */
 
 struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	struct request_sock_queue icsk_accept_queue;
+	__u8 icsk_ca_state : 5;
+	__u8 icsk_pending;
 };
 
 struct tcp_rack { /* include/linux/tcp.h, as struct tcp_sock.rack */
@@ -208,6 +213,7 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;
+	__u32 snd_cwnd;
 	__u8 repair : 1;
 	int linger2;
 	struct tcp_rack rack;
@@ -219,9 +225,15 @@ struct mptcp_sock { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 };
 
 struct sk_buff { /* include/linux/skbuff.h */
+	char cb[48];
+	unsigned int len;
 	unsigned char *head;
 	__u16 transport_header;
 	__u16 network_header;
+};
+
+struct tcp_skb_cb { /* include/net/tcp.h, in sk_buff.cb */
+	__u16 tcp_gso_segs;
 };
 
 struct inet_timewait_sock { /* include/net/inet_timewait_sock.h */
@@ -292,6 +304,10 @@ struct task_struct { /* include/linux/sched.h */
 
 struct proto_accept_arg {
 }; /* include/net/sock.h, since 6.10 */
+
+struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since 6.17 */
+	int err;
+};
 
 struct tp_transition_snapshot { /* kernel/tracepoint.c */
 	unsigned long srcu_gp;  /* since 7.0 */

@@ -377,6 +377,3 @@ static long live_entry(struct bpf_map *table, const __u64 *key, struct connectio
 FOR_EACH_CONNECTION(live, live_entry)
 
 SEED(ANY_STATE)
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

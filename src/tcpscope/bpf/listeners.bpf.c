@@ -202,6 +202,3 @@ int snapshot(struct bpf_iter__task_file *ctx)
 		listener_write(ctx->meta->seq, task, file, ctx->fd);
 	return 0;
 }
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

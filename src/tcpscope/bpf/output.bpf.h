@@ -9,6 +9,9 @@
 #ifndef TCPSCOPE_OUTPUT_BPF_H
 #define TCPSCOPE_OUTPUT_BPF_H
 
+SEC("license")
+char LICENSE[] = "Dual BSD/GPL";
+
 #define UNIT(text) __attribute__((btf_decl_tag("unit:" text)))
 #define TITLE(text) __attribute__((btf_decl_tag("title:" text))) /* above the column of a table, if not the name */
 #define WIDTH(number)                                                                                         \
@@ -91,7 +94,7 @@ static __always_inline void *event_reserve(__u64 size)
  * Wakes the reader when this event has filled a quarter of the ring, not with each one after that. Two processors that
  * submit at once may both miss a border; there are the next ones, and the reader's timer.
  */
-#define event_submit(event) event_submit_sized(event, sizeof(*(event)))
+#define event_submit(event) (event_submit_sized(event, sizeof(*(event))), 0)
 
 static __always_inline void event_submit_sized(void *event, __u64 size)
 {

@@ -19,7 +19,7 @@
 #include "output.bpf.h"
 #include "filter.bpf.h"
 #include "files.bpf.h"
-#define CONNECTIONS_ARE SHARED("owners")
+#define CONNECTIONS_ARE SHARED("owner")
 #include "connection.bpf.h"
 #include "bucket.bpf.h"
 
@@ -413,6 +413,3 @@ int TRACING_PROG(destroy_again, struct sock *sk)
 		COUNT(rescued);
 	return 0;
 }
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

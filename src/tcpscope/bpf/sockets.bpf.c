@@ -123,6 +123,3 @@ int holders(struct bpf_iter__task_file *ctx)
 	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
 	return 0;
 }
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

@@ -85,6 +85,3 @@ static __always_inline void before_end(struct sock *sk, struct connection *conne
 }
 
 SEED(ANY_STATE)
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

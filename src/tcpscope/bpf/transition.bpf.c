@@ -206,6 +206,3 @@ ROLE("flushes")
 FOR_EACH_CONNECTION(flush, flush_entry)
 
 SEED(ANY_STATE)
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * Whose each socket is, for the objects that ask for it at events of another kind: their `connections` is SHARED("owners").
+ * Whose each socket is, for the objects that ask for it at events of another kind: their `connections` is SHARED("owner").
  * It is loaded once in a process and sends no events.
  */
 
@@ -49,6 +49,3 @@ static __always_inline void before_end(struct sock *sk, struct connection *conne
 }
 
 SEED(ANY_STATE)
-
-SEC("license")
-char LICENSE[] = "Dual BSD/GPL";

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+/* A segment that is sent again: why, and what its sender knows at that moment. */
+#include "socket_event.bpf.h"
+
+enum kind { KIND_FAST, KIND_RTO, KIND_RACK, KIND_LOSS_PROBE, KIND_SYN, KIND_SYNACK } __attribute__((packed));
+
+struct retrans {
+	struct event event;
+	enum kind kind DOC("FAST: ACKs show the loss; RTO, RACK: timers; LOSS_PROBE: of the tail; SYN; SYNACK");
+	enum tcp_state state DOC("state of the connection");
+	__u16 segs DOC("segments, as TcpRetransSegs counts them");
+	__u32 errno KIND("errno") DOC("why it was not sent; before Linux 6.17 such attempts are not seen");
+	__u32 length UNIT("bytes") DOC("data of these segments");
+	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
+};
+const struct retrans *retrans_anchor __attribute__((unused));
+
+/* A loss probe stays pending into Recovery, where what is sent is none. An RTO is no longer pending. */
+static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state state)
+{
+	__u8 congestion = BPF_CORE_READ_BITFIELD_PROBED(&tcp->inet_conn, icsk_ca_state);
+	__u8 timer = BPF_CORE_READ(tcp, inet_conn.icsk_pending);
+
+	if (state == STATE_SYN_SENT)
+		return KIND_SYN;
+	if (timer == ICSK_TIME_LOSS_PROBE && congestion < TCP_CA_RECOVERY)
+		return KIND_LOSS_PROBE;
+	return timer == ICSK_TIME_REO_TIMEOUT ? KIND_RACK : timer ? KIND_FAST : KIND_RTO;
+}
+
+SEC("tp_btf/tcp_retransmit_skb")
+int TRACING_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
+{
+	struct tcp_skb_cb *cb = (struct tcp_skb_cb *)__builtin_preserve_access_index(&skb->cb);
+	struct retrans *event = socket_event_begin(sizeof(*event), sk, COOKIE_OF(sk), sk);
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+
+	if (!event)
+		return 0;
+	event->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	event->kind = kind_of(tcp, event->state);
+	event->segs = BPF_CORE_READ(cb, tcp_gso_segs);
+	event->errno = -RETRANSMIT_ERROR(ctx);
+	event->length = BPF_CORE_READ(skb, len);
+	event->srtt_us = BPF_CORE_READ(tcp, srtt_us) >> 3;
+	return event_submit(event);
+}
+
+SEC("tp_btf/tcp_retransmit_synack")
+int TRACING_PROG(synack, struct sock *listener, struct sock *request)
+{
+	struct retrans *event = socket_event_begin(sizeof(*event), request, 0, listener);
+
+	if (!event)
+		return 0;
+	*event = (struct retrans){.event = event->event, .kind = KIND_SYNACK, .state = STATE_SYN_RECV, .segs = 1};
+	return event_submit(event);
+}

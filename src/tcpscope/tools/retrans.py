@@ -1,0 +1,15 @@
+"""What is sent again, for whom, and why?
+
+One row per retransmission, of data, a FIN, a SYN or a SYN-ACK: what made the kernel send it again, how many segments,
+and what the sender knew at that moment.
+"""
+
+from tcpscope.summary import Summary
+from tcpscope.tool import Stream
+
+tool = Stream(
+    "retrans",
+    ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "state", "kind", "segs", "length", "errno", "srtt_us"),
+    aliases=("tcpretrans",),
+    summaries=(Summary("count", "Count them.", ("raddr", "rport", "kind")),),
+)
