@@ -19,7 +19,8 @@ from tcpscope.kernel.spec import Spec, probes
 from tcpscope.schema import Clock, Decoder, Layout, comm_text
 from tests import examples  # noqa: F401  for its settings
 
-PROBES = probes()
+PROBES = [probe for probe in probes() if probe != "owner"]
+"""Those that have rows."""
 TRANSITION = Spec.of("transition").layout("transition")
 VALUES: dict[str, Any] = {
     "time": 5_000_000_000,

@@ -568,7 +568,7 @@ class Retrans(msgspec.Struct, frozen=True):
     errno: int
     """why it was not sent; before Linux 6.17 such attempts are not seen"""
 
-    length: int
+    data_bytes: int
     """data of these segments"""
 
     srtt_us: int | None

@@ -142,6 +142,6 @@ def test_packing_numbers() -> None:
 def test_what_is_no_object() -> None:
     with pytest.raises(MalformedError, match="not a little-endian ELF64 object"):
         Spec("mine", b"#!/bin/sh\n")
-    header = (files("tcpscope") / "bpf" / "connections.bpf.o").read_bytes()[:60] + bytes(4)  # no sections at all
+    header = (files("tcpscope") / "bpf" / "transition.bpf.o").read_bytes()[:60] + bytes(4)  # no sections at all
     with pytest.raises(TcpscopeError, match=r"mine: no \.BTF section; compile with clang -g"):
         Spec("mine", header)

@@ -36,7 +36,7 @@ def test_data(script: Script) -> Test:
     timeouts = after["TcpExtTCPTimeouts"].ret - before["TcpExtTCPTimeouts"].ret
     assert sum(row["kind"] == "RTO" for row in rows) == timeouts >= 1
     assert {row["kind"] for row in rows} <= {"RTO", "LOSS_PROBE", "FAST", "RACK"}
-    assert all(0 < row["length"] <= 3000 for row in rows)
+    assert all(0 < row["data_bytes"] <= 3000 for row in rows)
 
 
 @recorded(RETRANS, COUNTED)
@@ -56,7 +56,7 @@ def test_handshakes(script: Script) -> Test:
     syns = seen.rows(RETRANS, script.client, lport=local.ret, kind="SYN")
     answers = seen.rows(RETRANS, script.server, rport=local.ret)
     for row in syns:
-        assert (row["comm"], row["state"], row["segs"], row["length"]) == (client.comm, "SYN_SENT", 1, 0)
+        assert (row["comm"], row["state"], row["segs"], row["data_bytes"]) == (client.comm, "SYN_SENT", 1, 0)
     for row in answers:
         assert (row["kind"], row["comm"], row["state"], row["segs"]) == ("SYNACK", server.comm, "SYN_RECV", 1)
         assert (row["laddr"], row["lport"], row["raddr"]) == (script.server.ipv4, PORT, script.client.ipv4)

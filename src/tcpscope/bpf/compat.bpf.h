@@ -43,15 +43,6 @@ static __always_inline bool have_cookie_helper(void)
 }
 
 /*
- * Since "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast" (7.0) a process may lose the processor
- * within a program of a tracepoint, and go on with the next one on another processor. The field came with it.
- */
-static __always_inline bool tracepoints_are_preemptible(void)
-{
-	return bpf_core_field_exists(struct tp_transition_snapshot, srcu_gp);
-}
-
-/*
  * What is written before it is seen by whoever sees what is written after it, on any processor. x86 keeps the order of
  * stores and that of loads by itself. Elsewhere an exchange does it, which BPF's JITs make a full barrier.
  */

@@ -309,10 +309,6 @@ struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since
 	int err;
 };
 
-struct tp_transition_snapshot { /* kernel/tracepoint.c */
-	unsigned long srcu_gp;  /* since 7.0 */
-};
-
 struct pt_regs___kernel { /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)
 	unsigned long dx;

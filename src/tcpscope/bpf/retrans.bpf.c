@@ -10,7 +10,7 @@ struct retrans {
 	enum tcp_state state DOC("state of the connection");
 	__u16 segs DOC("segments, as TcpRetransSegs counts them");
 	__u32 errno KIND("errno") DOC("why it was not sent; before Linux 6.17 such attempts are not seen");
-	__u32 length UNIT("bytes") DOC("data of these segments");
+	__u32 data_bytes TITLE("BYTES") UNIT("bytes") DOC("data of these segments");
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
 };
 const struct retrans *retrans_anchor __attribute__((unused));
@@ -41,7 +41,7 @@ int TRACING_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 	event->kind = kind_of(tcp, event->state);
 	event->segs = BPF_CORE_READ(cb, tcp_gso_segs);
 	event->errno = -RETRANSMIT_ERROR(ctx);
-	event->length = BPF_CORE_READ(skb, len);
+	event->data_bytes = BPF_CORE_READ(skb, len);
 	event->srtt_us = BPF_CORE_READ(tcp, srtt_us) >> 3;
 	return event_submit(event);
 }
