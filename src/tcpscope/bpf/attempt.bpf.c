@@ -7,6 +7,17 @@
  * could not send a SYN, or of the application, which gave up. If connect() has returned before, it was the application.
  * Otherwise what connect() returns is waited for; if nothing comes before the socket dies, the application gave up. A
  * connect() that fails before SYN_SENT (no route) has only what it returns.
+ *
+ *   stage     what comes                                      row                          next stage
+ *   NONE      SYN_SENT                                        -                            OPEN
+ *   NONE      connect() fails before a SYN                    by its error                 NONE
+ *   OPEN      ESTABLISHED                                     ESTABLISHED                  the entry goes
+ *   OPEN      CLOSE, the socket has an error                  by that error                REPORTED
+ *   OPEN      CLOSE without one, connect() has returned       ABORTED                      NONE
+ *   OPEN      CLOSE without one, connect() has not returned   -                            CLOSED
+ *   CLOSED    connect() returns an error                      by that error                NONE
+ *   CLOSED    SYN_SENT, end of the socket or of the run       ABORTED; no SYN sent: FAILED OPEN, or the entry goes
+ *   REPORTED  connect() returns                               -                            NONE
  */
 
 #include "kernel.bpf.h"

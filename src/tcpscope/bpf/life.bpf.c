@@ -5,6 +5,20 @@
  * It ends when it enters CLOSE. How is known then, if a FIN of each end was seen or the socket has an error. Otherwise
  * somebody closes it in this very moment, and whether a RST leaves will be seen after this: so the row waits for
  * tcp_send_reset or tcp_destroy_sock, of which one follows in the same call.
+ *
+ *   at the transition to CLOSE                                  end
+ *   the socket's error is ECONNABORTED                          KILLED
+ *   a RST was received                                          RST_RECEIVED
+ *   a RST was sent; the socket has another error                RST_SENT; KEEPALIVE
+ *   both FINs, ours acknowledged                                FIN
+ *   the socket has an error                                     RST (ECONNRESET, EPIPE), TIMEOUT
+ *   none of these, and somebody closes it                       pending
+ *   none of these, in LAST_ACK or CLOSING                       UNKNOWN
+ *   pending, then                                               end
+ *   a RST is sent                                               RST_SENT
+ *   destroyed in FIN_WAIT2, a timewait socket takes over        FIN_WAIT2; else RST_SENT
+ *   destroyed in another state, or the run ends                 UNKNOWN
+ *   connected again                                             lost, and counted
  */
 
 #include "kernel.bpf.h"

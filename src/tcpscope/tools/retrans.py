@@ -9,7 +9,21 @@ from tcpscope.tool import Stream
 
 tool = Stream(
     "retrans",
-    ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "state", "kind", "segs", "data_bytes", "errno", "srtt_us"),
+    (
+        "time",
+        "pid",
+        "comm",
+        "laddr",
+        "lport",
+        "raddr",
+        "rport",
+        "state",
+        "kind",
+        "segs",
+        "data_bytes",
+        "errno",
+        "srtt_us",
+    ),
     aliases=("tcpretrans",),
     summaries=(Summary("count", "Count them.", ("raddr", "rport", "kind")),),
 )

@@ -1,0 +1,99 @@
+"""bpf/child.bpf.h: a child belongs to the listener that the kernel has chosen, not to the one that has its address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpscope.filters import Filter
+from tcpscope.lab.hosts import Lab
+from tcpscope.session import Session
+from tests import steer
+from tests.conftest import until
+from tests.puppets import Puppet
+
+pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
+
+PORT, OTHER = 7001, 7002
+LISTEN = (
+    "listener = socket.socket(); listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)\n"
+    "listener.bind(('127.0.0.1', port)); listener.listen()"
+)
+CONNECT = "client = socket.create_connection(('127.0.0.1', port))"
+
+
+class Children:
+    """The rows of the children of a namespace."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.rows: list[Any] = []
+
+    def until_states(self, states: list[str]) -> list[Any]:
+        """Their rows, once they have been in these states, without those of the part before."""
+        assert self._session.layout is not None
+        decode = self._session.layout.decoder().rows
+
+        def there() -> bool:
+            for batch in self._session.batches():
+                self.rows += [row for row in decode(batch) if row.lport in (PORT, OTHER) and row.rport]
+            return [row.new_state for row in self.rows] == states
+
+        until(there, f"children in {states}")
+        rows, self.rows = self.rows, []
+        return rows
+
+
+def test_a_program_has_chosen_the_listener(lab: Lab) -> None:
+    """sk_lookup: another listener has the connection's address."""
+    named, steered, client = Puppet(lab.client, "named"), Puppet(lab.client, "steered"), Puppet(lab.client)
+    with Session("transition", "transition", Filter(netns=lab.client.inode)) as session:
+        children = Children(session)
+        named.do(LISTEN, port=PORT)
+        steered.do(LISTEN, port=OTHER)
+        steered.do(Path(steer.__file__).read_text() + "link = to(listener.fileno())")
+        client.do(CONNECT, port=PORT)
+        rows = children.until_states(["SYN_RECV", "ESTABLISHED"])
+        assert {(row.lport, row.comm, row.pid) for row in rows} == {(PORT, "steered", steered.pid)}
+        steered.do("os.close(link)")
+        client.do(CONNECT.replace("client", "second"), port=PORT)
+        rows = children.until_states(["SYN_RECV", "ESTABLISHED"])
+        assert {(row.lport, row.comm, row.pid) for row in rows} == {(PORT, "named", named.pid)}
+        session.end()
+
+
+def test_a_port_that_is_handed_over(lab: Lab) -> None:
+    """A reload: the new process listens before the old one has closed; each child is of whom it waits for."""
+    old, new, client = Puppet(lab.client, "old"), Puppet(lab.client, "new"), Puppet(lab.client)
+    with Session("transition", "transition", Filter(netns=lab.client.inode)) as session:
+        children = Children(session)
+        old.do(LISTEN, port=PORT)
+        client.do(CONNECT, port=PORT)
+        assert {row.pid for row in children.until_states(["SYN_RECV", "ESTABLISHED"])} == {old.pid}
+        new.do(LISTEN, port=PORT)
+        old.do("child, _ = listener.accept(); listener.close()")
+        client.do(CONNECT.replace("client", "second"), port=PORT)
+        assert {row.pid for row in children.until_states(["SYN_RECV", "ESTABLISHED"])} == {new.pid}
+        session.end()
+
+
+def test_migration(lab: Lab) -> None:
+    """The listener is closed while a connection waits. Where the kernel gives it to another one, that owns it then."""
+    try:
+        lab.client.sysctl("tcp_migrate_req", 1)
+    except FileNotFoundError:
+        pytest.skip("this kernel has no net.ipv4.tcp_migrate_req (5.14)")
+    old, new, client = Puppet(lab.client, "old"), Puppet(lab.client, "new"), Puppet(lab.client)
+    with Session("transition", "transition", Filter(netns=lab.client.inode)) as session:
+        children = Children(session)
+        old.do(LISTEN, port=PORT)
+        client.do(CONNECT, port=PORT)
+        assert {row.pid for row in children.until_states(["SYN_RECV", "ESTABLISHED"])} == {old.pid}
+        new.do(LISTEN, port=PORT)
+        old.do("listener.close()")
+        new.do("child, _ = listener.accept()")
+        client.do("client.close()")
+        assert {row.pid for row in children.until_states(["CLOSE_WAIT"])} == {new.pid}
+        session.end()
