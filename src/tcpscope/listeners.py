@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
 
 UNREAD = 2**64 - 1
-LISTENERS_AT_MOST = 8192  # as `activities` of the probe
+LISTENERS_AT_MOST = 8192  # as MAX_LISTENERS and `activities` of the probe
+WALK_SHARE = 100  # walks over all open files take at most this part of the time of one processor
 MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",
@@ -26,15 +28,18 @@ MIB = {
 
 
 class Holder(msgspec.Struct, frozen=True, order=True):
-    """A process that has the listener open as file descriptor `fd`."""
+    """A process that has the listener open as file descriptor `fd`; None if all that is known is its listen()."""
 
     pid: int
     comm: str
     uid: int
-    fd: int
+    fd: int | None = None
 
     def __str__(self) -> str:
         return f"{self.comm}({self.pid})"
+
+
+_Key = tuple[int, int]  # address of the socket, and when listen() was called; not all kernels give cookies
 
 
 class NetCounters(NamedTuple):
@@ -129,7 +134,8 @@ def open_session(
 ) -> Session:
     """The probe `listeners`, with the numbers of the kernel's counters filled in."""
     kernel = Kernel()
-    constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks}
+    # Refusals that have to be sampled are divided among all listeners of a namespace.
+    constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks, "both_families": events}
     skip = []
     for name, enumerator in MIB.items():
         value = kernel.enumerator(enumerator)
@@ -141,7 +147,7 @@ def open_session(
         "overflow" if events else None,
         filter,
         constants=constants,
-        entries={"connections": LISTENERS_AT_MOST},
+        entries={"connections": LISTENERS_AT_MOST, "found": LISTENERS_AT_MOST},
         skip=skip,
         ring_bytes=ring_bytes,
         kernel=kernel,
@@ -165,33 +171,78 @@ def why_sampled(session: Session) -> str | None:
     return None
 
 
-def snapshot(session: Session, all_: bool = False) -> list[Listener]:
-    """Every listener that the filter wants, with every process that holds it; with `all_` the others too."""
-    layout = session.spec.layout("listener", internal=True)
-    decode = layout.decoder(raw=True).rows
-    records = [row for piece in session.loaded.iterate("snapshot") for row in decode(piece)]
-    exact = sees_refusals(session)
-    accepts = session.loaded.hooks["accept"].program is not None
-    enums = session.spec.labels("step"), session.spec.labels("cause")
+class Snapshots:
+    """All listeners of the machine, again and again.
 
-    def refused(record: Any) -> dict[tuple[str, ...], int] | None:
-        return counters_of(record.refused, *enums) if exact else None
+    A look visits the probe's table of listeners. Who holds a listener is told by a walk over all open files, which
+    takes much longer. A look makes one if the walk before took less than a hundredth of the time since then, in CPU
+    time. What a look without a walk shows of the holders is that old. Of a new listener it shows who called listen().
+    """
 
-    return [own for own in _join(records, refused, accepts, session.residual) if own.wanted or all_]
+    def __init__(self, session: Session) -> None:
+        loaded, spec = session.loaded, session.spec
+        self._session = session
+        self._layout = spec.layout("listener", internal=True)
+        self._decode = self._layout.decoder(raw=True).rows
+        self._decode_holders = spec.layout("listener_holder", internal=True).decoder(raw=True).rows
+        self._found = loaded.values("found", LISTENERS_AT_MOST * self._layout.size)
+        self._count = loaded.memory("found_count").cast("I")
+        self._enums = spec.labels("step"), spec.labels("cause")
+        self._exact = sees_refusals(session)
+        self._accepts = loaded.hooks["accept"].program is not None
+        self._holders: dict[_Key, _Holders] = {}
+        self._next_walk = 0.0
+
+    def look(self, all_: bool = False, fresh: bool = False) -> list[Listener]:
+        """Every listener that the filter wants and a process holds; with `all_` those that it does not want, too.
+
+        With `fresh` the holders are those of now.
+        """
+        records = self._visit()
+        if fresh or time.monotonic() >= self._next_walk:
+            self._walk(records)
+            records = self._visit()  # with those that have a place since the walk
+        found = map(self._listener, records)
+        return [own for own in found if own.holders and (own.wanted or all_)]
+
+    def _visit(self) -> list[Any]:
+        self._count[0] = 0
+        self._session.loaded.run("look")
+        return self._decode(self._found[: self._count[0] * self._layout.size])
+
+    def _walk(self, records: list[Any]) -> None:
+        """Find the holders anew. Of these listeners it is known then if they have none."""
+        began = time.thread_time()
+        holders: dict[_Key, set[Holder]] = defaultdict(set)
+        wanted = set()
+        for piece in self._session.loaded.iterate("seed"):
+            for row in self._decode_holders(piece):
+                key = row.socket, row.since_ns
+                holders[key].add(Holder(row.pid, comm_text(row.comm), row.uid, row.fd))
+                if row.wanted:
+                    wanted.add(key)
+        known = {(record.socket, record.since_ns) for record in records} | holders.keys()
+        self._holders = {key: _Holders(tuple(sorted(holders.get(key, ()))), key in wanted) for key in known}
+        self._next_walk = time.monotonic() + WALK_SHARE * (time.thread_time() - began)
+
+    def _listener(self, record: Any) -> Listener:
+        held = self._holders.get((record.socket, record.since_ns)) or _Holders.opener(record)
+        wanted = record.wanted and held.wanted and filtering.matches(self._session.residual, record)
+        refused = counters_of(record.refused, *self._enums) if self._exact else None
+        return _listener(record, held.holders, refused, self._accepts, wanted)
 
 
-def _join(
-    records: Iterable[Any], refused: Callable[[Any], dict[tuple[str, ...], int] | None], accepts: bool, residual: Filter
-) -> Iterator[Listener]:
-    listeners: dict[int, tuple[Any, list[Holder]]] = {}
-    wanted = set()
-    for record in records:
-        holder = Holder(record.pid, comm_text(record.comm), record.uid, record.fd)
-        listeners.setdefault(record.socket, (record, []))[1].append(holder)
-        if record.wanted and filtering.matches(residual, record):
-            wanted.add(record.socket)
-    for socket, (record, holders) in listeners.items():
-        yield _listener(record, tuple(sorted(set(holders))), refused(record), accepts, socket in wanted)
+class _Holders(NamedTuple):
+    """The processes that hold a listener, and whether the filter wants one of them."""
+
+    holders: tuple[Holder, ...]
+    wanted: bool
+
+    @classmethod
+    def opener(cls, record: Any) -> _Holders:
+        """The process that called listen(), for a listener of which no more is known. None if it was not seen."""
+        one = Holder(record.pid, comm_text(record.comm), record.uid)
+        return cls((one,) if record.pid else (), record.owner_wanted)
 
 
 def _listener(

@@ -28,7 +28,7 @@ struct connection {
 	struct identity id;    /* see identity_complete() */
 	struct owner opener;   /* who called connect() or listen(); for a child, who listens */
 	struct owner accepter; /* who called accept() */
-	__u64 opened_ns;       /* entered SYN_SENT or, as a child, SYN_RECV; 0: not seen */
+	__u64 opened_ns;       /* entered SYN_SENT, LISTEN or, as a child, SYN_RECV; 0: not seen */
 	__u64 listener;        /* of a child: address of the listener's socket, which may be gone; 0: not known */
 	bool accepted;         /* `accepter` is filled */
 	enum role role;

@@ -35,6 +35,7 @@ struct filter {
 };
 
 const volatile struct filter filter;
+const volatile bool both_families; /* each takes a place in the tables, whatever `family` is */
 const volatile __u64 filter_lport[PORT_WORDS];
 const volatile __u64 filter_rport[PORT_WORDS];
 const volatile __u64 filter_port[PORT_WORDS];
@@ -63,7 +64,7 @@ static __always_inline bool filter_may_want(struct sock *sk)
 {
 	if (filter.netns && BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum) != filter.netns)
 		return false;
-	return filter.family != 6 || BPF_CORE_READ(sk, __sk_common.skc_family) != AF_INET;
+	return filter.family != 6 || both_families || BPF_CORE_READ(sk, __sk_common.skc_family) != AF_INET;
 }
 
 static __always_inline bool filter_wants_owner(void)

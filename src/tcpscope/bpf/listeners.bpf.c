@@ -16,6 +16,7 @@
 #include "queues.bpf.h"
 #include "snapshot.bpf.h"
 #include "recursion.bpf.h"
+#include "visit.bpf.h"
 
 OPTIONAL("overflow events, their peers and steps; overflows are sampled instead")
 SEC("fentry/tcp_conn_request")
@@ -132,12 +133,15 @@ static __always_inline bool of_listener(int old_state, int new_state)
 
 static __noinline int state_changed(struct sock *sk, int old_state, int new_state)
 {
+	struct connection *connection;
 	__u64 key = (__u64)sk;
 
 	/* A packet in hand while the socket before at this address was destroyed may have left its activity. */
 	if (new_state == STATE_LISTEN)
 		bpf_map_delete_elem(&activities, &key);
-	connection_transition(sk, old_state, new_state);
+	connection = connection_transition(sk, old_state, new_state);
+	if (connection && new_state == STATE_LISTEN)
+		connection->opened_ns = bpf_ktime_get_ns();
 	return 0;
 }
 
@@ -189,16 +193,28 @@ int TRACING_PROG(destroy_again, struct sock *sk)
 	return 0;
 }
 
-SEED(STATE_LISTEN)
-
-/* A record for each process that holds a listener, in whatever network namespace: files know no namespaces. */
+/*
+ * The listeners that are older than the tool, and a record for each process that holds a listener, in whatever network
+ * namespace: files know no namespaces.
+ */
+ROLE("seeds")
 SEC("iter/task_file")
-int snapshot(struct bpf_iter__task_file *ctx)
+int seed(struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
+	struct sock *sk;
 
-	if (task && file)
-		listener_write(ctx->meta->seq, task, file, ctx->fd);
+	if (!task || !file)
+		return 0;
+	sk = tcp_sock_of_file(file);
+	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
+		return 0;
+	connection_seed(task, file, STATE_LISTEN);
+	cookie_give(file, STATE_LISTEN);
+	holder_write(ctx->meta->seq, task, sk, ctx->fd);
 	return 0;
 }
+
+/* Every listener of the table, into `found`. */
+FOR_EACH_CONNECTION(look, look_entry)

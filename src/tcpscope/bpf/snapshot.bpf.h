@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* A listener as it is now, once for each process that holds it. */
+/* Listeners as they are now, and the processes that hold them. */
 #ifndef TCPSCOPE_SNAPSHOT_BPF_H
 #define TCPSCOPE_SNAPSHOT_BPF_H
 
@@ -9,16 +9,18 @@
 #include "queues.bpf.h"
 
 #define MAX_CPUS 1024
+#define MAX_LISTENERS 8192 /* the loader gives `connections` as many places */
 
 struct listener {
 	struct identity id;
-	struct owner owner;
+	struct owner owner; /* who called listen(), or held it first */
 	struct queues queues;
-	__u32 fd DOC("file descriptor of the process");
-	__u64 socket; /* address, to join the holders of one listener */
 	__u32 drops DOC("the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two");
-	bool wanted; /* this holder passes the filter */
-	__u8 padding[3];
+	__u64 socket;   /* address; the two join it with its holders */
+	__u64 since_ns; /* of the call of listen(); 0: it is older than the tool */
+	bool wanted;    /* its address passes the filter */
+	bool owner_wanted;
+	__u8 padding[6];
 	__u64 accepts;
 	__u64 last_accept_ns;
 	__u64 net_overflows; /* the counters of the namespace, for samples; all bits set if they cannot be read */
@@ -30,6 +32,18 @@ struct listener {
 };
 
 const struct listener *listener_anchor __attribute__((unused));
+
+/* A process that has it open. */
+struct listener_holder {
+	struct owner owner;
+	__u64 socket;
+	__u64 since_ns;
+	__u32 fd DOC("file descriptor of the process");
+	bool wanted; /* passes the filter */
+	__u8 padding[3];
+};
+
+const struct listener_holder *listener_holder_anchor __attribute__((unused));
 
 const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit; /* without one of them user space samples */
 
@@ -81,48 +95,41 @@ static __always_inline bool listener_wanted(struct sock *sk, struct identity *id
 	return wanted;
 }
 
-/* A record has no room on the stack of 512 bytes. Snapshots are read one after the other, so one place is enough. */
+/* What a look has found, in memory shared with user space, which sets `found_count` to 0 before it looks. */
 struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__uint(max_entries, MAX_LISTENERS);
 	__type(key, __u32);
 	__type(value, struct listener);
-} scratch SEC(".maps");
+} found SEC(".maps");
 
-static __always_inline void listener_write(struct seq_file *seq, struct task_struct *task, struct file *file, __u32 fd)
+__u32 found_count;
+
+static __noinline int listener_read(struct sock *sk, const struct connection *connection, struct listener *record)
 {
-	struct sock *sk = tcp_sock_of_file(file);
-	struct inet_connection_sock *icsk;
+	struct inet_connection_sock *icsk = (struct inet_connection_sock *)sk;
 	struct request_sock *oldest;
 	struct activity *activity;
-	struct listener *record;
-	__u32 zero = 0;
-	__u64 key;
+	__u64 key = (__u64)sk;
 
-	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
-		return;
-	record = bpf_map_lookup_elem(&scratch, &zero);
-	if (!record)
-		return;
 	__builtin_memset(record, 0, sizeof(*record));
-	cookie_give(file, STATE_LISTEN);
 	identity_read(sk, &record->id);
 	record->id.cookie = cookie_if_any(sk);
 	record->wanted = listener_wanted(sk, &record->id);
 	if (!record->wanted && !sampled())
-		return;
-	owner_of_task(task, &record->owner);
-	record->wanted = record->wanted && filter_owner(&record->owner);
+		return 0;
+	record->owner = connection->opener;
+	record->owner_wanted = filter_owner(&record->owner);
 	queues_read(sk, &record->queues);
-	record->fd = fd;
-	record->socket = key = (__u64)sk;
+	record->socket = key;
+	record->since_ns = connection->opened_ns;
 	record->net_drops = -1;
 	/* Before the counters: a refusal in between is then one of the namespace that waits for its packet. */
 	record->drops = BPF_CORE_READ(sk, sk_drops.counter);
 	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
 		net_counters_read(sk, record);
 	record->now_ns = bpf_ktime_get_ns();
-	icsk = (struct inet_connection_sock *)sk;
 	oldest = BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
 	if (oldest)
 		record->oldest_synack_us = BPF_CORE_READ((struct tcp_request_sock *)oldest, snt_synack);
@@ -132,7 +139,34 @@ static __always_inline void listener_write(struct seq_file *seq, struct task_str
 		record->last_accept_ns = activity->last_accept_ns;
 		__builtin_memcpy(record->refused, activity->refused, sizeof(record->refused));
 	}
-	bpf_seq_write(seq, record, sizeof(*record));
+	return 1;
+}
+
+/* An entry of the table. One that listens no more stays there until it is destroyed. */
+static long look_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
+{
+	struct sock *sk = (struct sock *)*key;
+	__u32 at = found_count;
+	struct listener *record;
+
+	if (BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
+		return 0;
+	record = bpf_map_lookup_elem(&found, &at);
+	if (record && listener_read(sk, connection, record))
+		found_count = at + 1;
+	return 0;
+}
+
+static __always_inline void holder_write(struct seq_file *seq, struct task_struct *task, struct sock *sk, __u32 fd)
+{
+	struct listener_holder holder = {.socket = (__u64)sk, .fd = fd};
+	const struct connection *connection = connection_find(sk);
+
+	if (connection)
+		holder.since_ns = connection->opened_ns;
+	owner_of_task(task, &holder.owner);
+	holder.wanted = filter_owner(&holder.owner);
+	bpf_seq_write(seq, &holder, sizeof(holder));
 }
 
 #endif

@@ -10,7 +10,7 @@ from typing import Any
 
 from tcpscope import listeners
 from tcpscope.kernel import netns
-from tcpscope.listeners import Listener
+from tcpscope.listeners import Listener, Snapshots
 from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
 from tcpscope.sampling import LIMITS, Sampler
@@ -71,7 +71,7 @@ class Listening:
         )
         self.why_sampled = listeners.why_sampled(self.session)
         self.exact = self.why_sampled is None
-        self._sampler = Sampler()
+        self._snapshots, self._sampler = Snapshots(self.session), Sampler()
         assert self.session.layout is not None
         names = ("netns", "lport", "laddr", "cookie", "raddr", "cause", "step", "accept_queue", "syn_queue")
         self.run = Streaming(self.session, self.session.layout.select(names).decoder())
@@ -88,7 +88,7 @@ class Listening:
 
     def end(self) -> None:
         self._drain(self.run.poll())
-        self._look()
+        self._look(fresh=True)
         self._drain(self.run.end())
         self._settle()
 
@@ -101,8 +101,9 @@ class Listening:
     def blind_spots(self) -> list[str]:
         return [] if self.exact else [f"{self.why_sampled}: {LIMITS}"]
 
-    def _look(self, newborn: bool = True) -> None:
-        found = listeners.snapshot(self.session, all_=not self.exact)
+    def _look(self, newborn: bool = True, fresh: bool = False) -> None:
+        found = self._snapshots.look(all_=not self.exact, fresh=fresh)
+        counters: dict[int, dict[str, int]] = {}
         for listener in found:
             if not listener.wanted:
                 continue
@@ -111,15 +112,17 @@ class Listening:
                 history = self.histories[listener.socket] = History(
                     _unborn(listener) if newborn else listener, listener
                 )
-                if listener.netns not in self._counters_before:
-                    self._counters_before[listener.netns] = namespace_counters(listener)
             history.last = listener
             history.looks += 1
             history.full_seen += listener.accept_queue > listener.accept_limit
             history.longest_syn_queue = max(history.longest_syn_queue, listener.syn_queue)
             history.longest_accept_queue = max(history.longest_accept_queue, listener.accept_queue)
-            if counters := namespace_counters(listener):
-                self._counters_now[listener.netns] = counters
+            if not counters.get(listener.netns):
+                counters[listener.netns] = namespace_counters(listener)
+        for inode, read in counters.items():
+            self._counters_before.setdefault(inode, read)
+            if read:
+                self._counters_now[inode] = read
         self._by_address.clear()
         for history in self.histories.values():
             own = history.last

@@ -224,6 +224,10 @@ class Loaded:
         mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section))
         return memoryview(mapped)[variable.offset : variable.offset + variable.size]
 
+    def values(self, name: str, size: int) -> memoryview:
+        """The first `size` bytes of the values of an array map, as memory shared with the kernel: BPF_F_MMAPABLE."""
+        return memoryview(mmap.mmap(self.map_fd(name), size))
+
     def iterate(self, hook: str, netns_fd: int = -1) -> Iterator[bytes]:
         """Run an iterator to its end, in the network namespace of `netns_fd` or in this one: pieces of its output."""
         program = self.hooks[hook].program

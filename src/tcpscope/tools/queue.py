@@ -23,7 +23,7 @@ from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.spec import Spec
 from tcpscope.kernel.symbols import Symbols
-from tcpscope.listeners import Listener
+from tcpscope.listeners import Listener, Snapshots
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Streaming, Ticker
@@ -308,6 +308,7 @@ class _Table(Run):
     def __init__(self, request: Request, columns: Sequence[Column], session: Session) -> None:
         super().__init__(columns, session)
         self._session, self._clock = session, Clock(request.time)
+        self._snapshots = Snapshots(session)
         self._rates, self._ticker = _Rates(), Ticker(request.interval or 1.0, at_once=True)
         self._row = msgspec.defstruct("Listener", [(column.name, Any) for column in columns])
         self._round = 0
@@ -317,13 +318,15 @@ class _Table(Run):
             return
         self._round += 1
         when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
-        found = _by_urgency(listeners.snapshot(self._session))
+        found = _by_urgency(self._snapshots.look())
         looks = [_Look(listener, when, self._rates.rate(listener)) for listener in found]
         rows = [self._row(*(_value_of(column, look) for column in self.columns)) for look in looks]
         yield Batch("snapshot", rows, self._round)
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
+        if self._session.counters()["table_full"]:
+            self.notes.append(f"not all listeners are shown: there is room for {listeners.LISTENERS_AT_MOST} at a time")
         yield from ()
 
     @property
@@ -340,22 +343,23 @@ class _Sampling(Run):
         super().__init__([Column.of(field) for field in decoder.fields], session)
         self._session, self._decoder, self._clock = session, decoder, clock
         self._ticker, self._sampler = Ticker(sampling.SECONDS), Sampler()
-        self._sampler.look(listeners.snapshot(session, all_=True))
+        self._snapshots = Snapshots(session)
+        self._sampler.look(self._snapshots.look(all_=True))
 
     def poll(self) -> Iterator[Batch]:
         if self._ticker.due():
             yield self._look()
 
     def end(self) -> Iterator[Batch]:
-        yield self._look()
+        yield self._look(fresh=True)
         self._session.end()
 
     @property
     def pause(self) -> float:
         return self._ticker.remaining
 
-    def _look(self) -> Batch:
-        samples = self._sampler.look(listeners.snapshot(self._session, all_=True))
+    def _look(self, fresh: bool = False) -> Batch:
+        samples = self._sampler.look(self._snapshots.look(all_=True, fresh=fresh))
         when = self._clock.read(monotonic_ns())
         rows = [_row(self._decoder, sample, when) for sample in samples if sample.listener.wanted]
         self.stats.seen += len(samples)

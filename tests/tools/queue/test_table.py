@@ -6,7 +6,7 @@ the wait. Of a new listener one row will do.
 
 from __future__ import annotations
 
-from tests.record import PORTS, Script, Test, Watch, recorded
+from tests.record import PORTS, Process, Script, Test, Watch, recorded
 from tests.tools.queue.refusals import (
     EVENTS,
     PORT,
@@ -56,7 +56,7 @@ def test_as_sock_diag_and_the_counters_say(script: Script) -> Test:
         for name in ("somaxconn", "max_syn_backlog", "syncookies")
     }
     found = script.server.sockets()
-    script.server.until_rows(TABLE, lport=run.port)
+    script.server.until_rows(TABLE, lport=run.port, fd=fd)
     seen = yield
     counted = run.change("ListenOverflows")
     row = seen.rows(TABLE, script.server, lport=run.port)[-1]
@@ -172,6 +172,12 @@ def test_where_the_limit_comes_from(script: Script) -> Test:
     assert values(rows, "accept_limit", "limit_from") == {(63, "listen()")}
 
 
+def until_walked(script: Script, process: Process, port: int) -> None:
+    """Until the tool has walked over all open files: it knows the descriptor of a listener that is new now."""
+    made = process.listener(port)
+    script.server.until_rows(TABLE, 1, lport=port, fd=made.fd())
+
+
 @recorded(TABLE)
 def test_every_holder_is_named(script: Script) -> Test:
     """A listener of one process, inherited by another; and sockets that share a port, each with an owner."""
@@ -179,11 +185,11 @@ def test_every_holder_is_named(script: Script) -> Test:
     listener = parent.listener(PORT, "0.0.0.0", backlog=7, reuse_port=True)
     fd = listener.fd()
     child = parent.fork("child")
-    script.server.until_rows(TABLE, lport=PORT)
+    until_walked(script, second, PORT + 1)
     second.listener(PORT, "0.0.0.0", backlog=9, reuse_port=True)
-    script.server.until_rows(TABLE, 4, lport=PORT)
+    until_walked(script, second, PORT + 2)
     parent.kill()
-    script.server.until_rows(TABLE, 4, lport=PORT)
+    until_walked(script, second, PORT + 3)
     seen = yield
     rows = seen.rows(TABLE, script.server, lport=PORT)
     both = [row for row in rows if {held["comm"] for held in row["holders"]} == {"parent", "child"}]
