@@ -21,10 +21,10 @@
 #include "files.bpf.h"
 #define CONNECTIONS_ARE SHARED("owner")
 #include "connection.bpf.h"
+#include "aggregate.bpf.h"
 #include "bucket.bpf.h"
 
 #define BUCKETS 256 /* a power of two, so that a mask bounds the index */
-#define MAX_SHARDS 16
 
 struct rtt_key {
 	__u64 cookie;
@@ -40,25 +40,14 @@ struct rtt_key {
 
 struct rtt_value {
 	__u64 sum_us;
-	__u32 max_us[MAX_SHARDS]; /* by CPU: 5.10 has no compare-and-exchange */
-	__u32 min_us[MAX_SHARDS]; /* 0: none yet; stored plus one */
+	struct extremes extremes;
 	__u32 buckets[BUCKETS];
 	__u32 owner_pid; /* by connection: the last owner, who may be another one after accept() */
 	char owner_comm[16];
 	__u32 padding;
 };
 
-const struct rtt_key *rtt_key_anchor __attribute__((unused));
-const struct rtt_value *rtt_value_anchor __attribute__((unused));
-
-/* Two of them, in turn: while the one of the last interval is read and emptied, the other is filled. */
-struct rtts {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 4096);
-	__type(key, struct rtt_key);
-	__type(value, struct rtt_value);
-} rtts_even SEC(".maps")
-, rtts_odd SEC(".maps");
+AGGREGATE(rtts, rtt_key, rtt_value, 4096)
 
 /* The newest delivered packet. */
 struct delivered {
@@ -87,25 +76,10 @@ const volatile bool by_laddr, by_raddr, by_lport, by_rport, by_pid, by_connectio
 const volatile bool want_owner;
 const volatile bool smoothed;
 
-__u32 epoch;
-
-static const struct rtt_value new_value;
-
-static __always_inline struct rtt_value *find_or_add(void *map, const struct rtt_key *key)
-{
-	struct rtt_value *value = bpf_map_lookup_elem(map, key);
-
-	if (value)
-		return value;
-	bpf_map_update_elem(map, key, &new_value, BPF_NOEXIST);
-	return bpf_map_lookup_elem(map, key);
-}
-
 static __noinline int record(struct sock *sk, const struct identity *id, const struct owner *owner, __u32 us)
 {
 	struct rtt_key key = {};
 	struct rtt_value *value;
-	__u32 shard = bpf_get_smp_processor_id() & (MAX_SHARDS - 1);
 	__u32 bucket = bucket_of(us);
 
 	if (by_laddr || by_connection)
@@ -124,21 +98,16 @@ static __noinline int record(struct sock *sk, const struct identity *id, const s
 		key.pid = owner->pid;
 		__builtin_memcpy(key.comm, owner->comm, 16);
 	}
-	value = epoch & 1 ? find_or_add(&rtts_odd, &key) : find_or_add(&rtts_even, &key);
-	if (!value) {
-		COUNT(lost);
+	value = rtts_at(&key);
+	if (!value)
 		return 0;
-	}
 	if (by_connection && owner && owner->pid) {
 		value->owner_pid = owner->pid;
 		__builtin_memcpy(value->owner_comm, owner->comm, 16);
 	}
 	__sync_fetch_and_add(&value->buckets[bucket & (BUCKETS - 1)], 1);
 	__sync_fetch_and_add(&value->sum_us, us);
-	if (us > value->max_us[shard])
-		value->max_us[shard] = us;
-	if (!value->min_us[shard] || us + 1 < value->min_us[shard])
-		value->min_us[shard] = us + 1;
+	extremes_add(&value->extremes, us);
 	return 0;
 }
 

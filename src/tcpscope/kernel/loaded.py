@@ -24,6 +24,7 @@ from tcpscope.schema import Layout
 
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 BATCH_BYTES = 256 << 10  # larger ones are not faster, and their rows are what the tool needs most memory for
+LEAST_BATCH = 64  # entries of a map
 _VERIFIER_LINES = 6
 _PER_SOCKET = 65536  # in output.bpf.h
 _NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
@@ -238,22 +239,32 @@ class Loaded:
         with os.fdopen(fd, "rb", buffering=0) as file:
             yield from pieces(file)
 
-    def entries(self, name: str, key: Layout, value: Layout, capacity: int) -> list[tuple[bytes, Any, Any]]:
-        """All entries of a hash map: key bytes, raw rows of `key` and `value`. They may come and go meanwhile."""
-        keys, values = bytearray(key.size * capacity), bytearray(value.size * capacity)
-        count = lib.tcpscope_map_dump(
-            self.map_fd(name), key.size, value.size, ffi.from_buffer(keys), ffi.from_buffer(values), capacity
-        )
-        if count < 0:
-            raise OSError(-count, f"map '{name}': {os.strerror(-count)}")
-        key_rows = key.decoder(raw=True).rows(memoryview(keys)[: count * key.size])
-        value_rows = value.decoder(raw=True).rows(memoryview(values)[: count * value.size])
-        raw = [bytes(keys[at : at + key.size]) for at in range(0, count * key.size, key.size)]
-        return list(zip(raw, key_rows, value_rows, strict=True))
+    def entries(self, name: str, key: Layout, value: Layout, take: bool = False) -> Iterator[tuple[Any, Any]]:
+        """All entries of a hash map, raw rows of `key` and `value`; with `take` they are taken out of it.
 
-    def delete(self, name: str, key: bytes) -> None:
-        """Delete an entry of a hash map; that it is gone already is no error."""
-        lib.bpf_map_delete_elem(self.map_fd(name), ffi.from_buffer(key))
+        Of the entries that come or go meanwhile it has those whose bucket is read at the right moment.
+        """
+        read = lib.bpf_map_lookup_and_delete_batch if take else lib.bpf_map_lookup_batch
+        decode_keys, decode_values = key.decoder(raw=True).rows, value.decoder(raw=True).rows
+        room = max(LEAST_BATCH, BATCH_BYTES // (key.size + value.size))
+        start, position, count = ffi.NULL, ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        while True:
+            keys, values = bytearray(key.size * room), bytearray(value.size * room)
+            count[0] = room
+            into = ffi.from_buffer(keys), ffi.from_buffer(values)
+            error = -read(self.map_fd(name), start, position, *into, count, ffi.NULL)
+            if error == errno.ENOSPC:  # one bucket has more than there is room for
+                room *= 2
+                continue
+            if error not in (0, errno.ENOENT):
+                raise OSError(error, f"map '{name}': {os.strerror(error)}")
+            ends = count[0] * key.size, count[0] * value.size
+            yield from zip(
+                decode_keys(memoryview(keys)[: ends[0]]), decode_values(memoryview(values)[: ends[1]]), strict=True
+            )
+            if error:  # ENOENT: that was the last bucket
+                return
+            start = position
 
     def run(self, hook: str) -> None:
         """Run an iterator that has no output."""

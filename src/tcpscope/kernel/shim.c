@@ -183,30 +183,6 @@ int tcpscope_iterate(int link_fd, int netns_fd)
 	return fd < 0 ? -error : fd;
 }
 
-long tcpscope_map_dump(int map_fd, size_t key_size, size_t value_size, void *keys, void *values, size_t capacity)
-{
-	void *previous = NULL;
-	size_t count = 0;
-
-	while (count < capacity) {
-		char *key = (char *)keys + count * key_size;
-
-		if (bpf_map_get_next_key(map_fd, previous, key))
-			return errno == ENOENT ? (long)count : -errno;
-		previous = key;
-		/* An entry deleted meanwhile is not an entry. */
-		if (!bpf_map_lookup_elem(map_fd, key, (char *)values + count * value_size))
-			count++;
-		else if (errno != ENOENT)
-			return -errno;
-		else if (count + 1 >= capacity)
-			return (long)count;
-		else
-			previous = memcpy((char *)keys + (capacity - 1) * key_size, key, key_size);
-	}
-	return (long)count;
-}
-
 int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info)
 {
 	struct bpf_prog_info kernel_info = {};

@@ -33,9 +33,6 @@ struct bpf_link *tcpscope_attach_to_map(struct bpf_program *program, int map_fd)
 /* An iterator's file, opened in the network namespace `netns_fd`, or in the current one when it is -1. */
 int tcpscope_iterate(int link_fd, int netns_fd);
 
-/* All entries of a hash map, at most `capacity`; returns how many. Tolerates changes meanwhile. */
-long tcpscope_map_dump(int map_fd, size_t key_size, size_t value_size, void *keys, void *values, size_t capacity);
-
 /* What the kernel says of its functions, types and enumerators. NULL and errno if it cannot be read. */
 struct tcpscope_btf;
 struct tcpscope_btf *tcpscope_btf_load(void);

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from tcpscope.aggregate import Aggregate, extremes
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import filtering
@@ -23,7 +24,7 @@ from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Ticker
 from tcpscope.schema import Clock, comm_text
-from tcpscope.session import Session, closed_on_error, monotonic_ns, wait_for_programs
+from tcpscope.session import Session, closed_on_error, monotonic_ns
 from tcpscope.summary import TOTAL
 from tcpscope.tool import Tool
 
@@ -157,32 +158,25 @@ def _parse_by(text: str) -> tuple[str, ...]:
 
 
 class _Reader:
-    """Takes the distributions out of the kernel's two maps in turn: while one is read the other is filled."""
+    """Takes the distributions out of the kernel, and adds them up for the whole run."""
 
     def __init__(self, session: Session, capacity: int) -> None:
-        self._session = session
+        self._aggregate = Aggregate(session.loaded, "rtts", "rtt_key", "rtt_value")
         self._capacity = capacity
-        self._epoch = session.loaded.memory("epoch").cast("I")
-        self._key = session.spec.layout("rtt_key", internal=True)
-        self._value = session.spec.layout("rtt_value", internal=True)
         self.total: dict[Any, Histogram] = {}
         self.owners: dict[Any, dict[str, Any]] = {}
         self.samples = self.without_total = 0
 
     def take(self) -> dict[Any, Histogram]:
         """What was measured since the last call, by key; `total` grows by it, as far as there is room."""
-        ended = "rtts_odd" if self._epoch[0] & 1 else "rtts_even"
-        self._epoch[0] += 1
-        wait_for_programs()
         found: dict[Any, Histogram] = {}
         for name in self.owners.keys() - self.total.keys():
             del self.owners[name]
-        for raw, key, value in self._session.loaded.entries(ended, self._key, self._value, self._capacity):
+        for key, value in self._aggregate.take():
             name = _plain(key)
             found[name] = _histogram(value)
             if value.owner_pid:
                 self.owners[name] = {"pid": value.owner_pid, "comm": comm_text(value.owner_comm)}
-            self._session.loaded.delete(ended, raw)
         for name, distribution in found.items():
             self.samples += distribution.count
             if name in self.total:
@@ -218,16 +212,16 @@ def _plain(key: Any) -> _Key:
 
 def _histogram(value: Any) -> Histogram:
     buckets = struct.unpack(f"<{len(value.buckets) // 4}I", value.buckets)
-    shards = len(value.max_us) // 4
-    lowest = [n - 1 for n in struct.unpack(f"<{shards}I", value.min_us) if n]
-    highest = struct.unpack(f"<{shards}I", value.max_us)
+    lowest, highest = extremes(value)
+    if lowest is None or highest is None:
+        return Histogram(buckets, value.sum_us, None, None)
     # Two runs of the program on one CPU, or on one shard, may overtake each other: then the bucket is what is known.
     filled = [index for index, n in enumerate(buckets) if n]
     return Histogram(
         buckets,
         value.sum_us,
-        min([*lowest, bucket_start(filled[0] + 1) - 1]) if filled else None,
-        max([*highest, bucket_start(filled[-1])]) if filled else None,
+        min(lowest, bucket_start(filled[0] + 1) - 1),
+        max(highest, bucket_start(filled[-1])),
     )
 
 

@@ -48,7 +48,7 @@ def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rtt, "_TOTAL_KEYS", 2)
     names = iter(range(1, 7))
 
-    def entries(*_: Any) -> list[tuple[bytes, Any, Any]]:
+    def entries(*_: Any, take: bool) -> list[tuple[Any, Any]]:
         """Two new keys with three samples of 5 us each."""
         found = []
         for number in (next(names), next(names)):
@@ -57,13 +57,12 @@ def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
             buckets = struct.pack("<8I", 0, 0, 0, 0, 0, 3, 0, 0)
             found.append(
                 (
-                    b"",
                     key,
                     SimpleNamespace(
                         buckets=buckets,
                         sum_us=15,
-                        min_us=struct.pack("<I", 6),
-                        max_us=struct.pack("<I", 5),
+                        min=struct.pack("<I", 6),
+                        max=struct.pack("<I", 5),
                         owner_pid=number,
                         owner_comm=b"someone",
                     ),
@@ -72,8 +71,8 @@ def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     epoch = memoryview(bytearray(4))
-    loaded = SimpleNamespace(memory=lambda name: epoch, entries=entries, delete=lambda *_: None)
-    reader = rtt._Reader(SimpleNamespace(loaded=loaded, spec=Spec.of("rtt")), 1)
+    loaded = SimpleNamespace(memory=lambda name: epoch, entries=entries, spec=Spec.of("rtt"))
+    reader = rtt._Reader(SimpleNamespace(loaded=loaded), 1)
     takes = [reader.take() for _ in range(3)]
     assert [len(found) for found in takes] == [2, 2, 2]
     assert reader.total.keys() == takes[0].keys()
