@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +29,8 @@ from tcpscope.kernel.loaded import (
 )
 from tcpscope.kernel.spec import Program, Spec, probes
 from tcpscope.show import explain
+from tests.compiled import compiled
 
-BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
 TRANSITION, ACCEPTED = Spec.of("transition"), Spec.of("accepted")
 
 # The first way compiles, and no verifier takes it: an integer is followed as a pointer.
@@ -63,32 +62,6 @@ SEC("tracepoint/skb/kfree_skb") int drop(struct context *ctx)
 }
 char LICENSE[] SEC("license") = "GPL";
 """
-
-
-def compiled(folder: Path, name: str, text: str) -> Spec:
-    source = folder / f"{name}.bpf.c"
-    source.write_text(text)
-    subprocess.run(
-        [
-            "clang",
-            "-target",
-            "bpf",
-            "-mcpu=v3",
-            "-O2",
-            "-g",
-            "-D__TARGET_ARCH_x86",
-            "-idirafter",
-            "/usr/include/x86_64-linux-gnu",
-            "-I",
-            BPF,
-            "-c",
-            source,
-            "-o",
-            source.with_suffix(".o"),
-        ],
-        check=True,
-    )
-    return Spec(name, source.with_suffix(".o").read_bytes())
 
 
 @pytest.fixture(scope="module")

@@ -22,14 +22,14 @@ OPTIONAL("overflow events, their peers and steps; overflows are sampled instead"
 SEC("fentry/tcp_conn_request")
 int TRACING_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
 {
-	handshake_enter(sk, skb, NULL);
+	handshake_enter(FUNCTION_SYN, sk, skb, NULL);
 	return 0;
 }
 
 SEC("kprobe/tcp_conn_request")
 int BPF_KPROBE(syn_enter__kprobe, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
 {
-	handshake_enter(sk, skb, NULL);
+	handshake_enter(FUNCTION_SYN, sk, skb, NULL);
 	return 0;
 }
 
@@ -37,14 +37,14 @@ OPTIONAL("overflow events at the SYN")
 SEC("fexit/tcp_conn_request")
 int TRACING_PROG(syn_exit__fexit)
 {
-	handshake_exit(ctx, STEP_SYN);
+	handshake_exit(ctx, FUNCTION_SYN);
 	return 0;
 }
 
 SEC("kretprobe/tcp_conn_request")
 int syn_exit__kretprobe(void *ctx)
 {
-	handshake_exit(ctx, STEP_SYN);
+	handshake_exit(ctx, FUNCTION_SYN);
 	return 0;
 }
 
@@ -52,14 +52,14 @@ OPTIONAL("overflow events at the final ACK, IPv4")
 SEC("fentry/tcp_v4_syn_recv_sock")
 int TRACING_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
-	handshake_enter(sk, skb, req);
+	handshake_enter(FUNCTION_ACK4, sk, skb, req);
 	return 0;
 }
 
 SEC("kprobe/tcp_v4_syn_recv_sock")
 int BPF_KPROBE(ack4_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
-	handshake_enter(sk, skb, req);
+	handshake_enter(FUNCTION_ACK4, sk, skb, req);
 	return 0;
 }
 
@@ -67,14 +67,14 @@ OPTIONAL("overflow events at the final ACK, IPv4")
 SEC("fexit/tcp_v4_syn_recv_sock")
 int TRACING_PROG(ack4_exit__fexit)
 {
-	handshake_exit(ctx, STEP_ACK);
+	handshake_exit(ctx, FUNCTION_ACK4);
 	return 0;
 }
 
 SEC("kretprobe/tcp_v4_syn_recv_sock")
 int ack4_exit__kretprobe(void *ctx)
 {
-	handshake_exit(ctx, STEP_ACK);
+	handshake_exit(ctx, FUNCTION_ACK4);
 	return 0;
 }
 
@@ -82,14 +82,14 @@ OPTIONAL("overflow events at the final ACK, IPv6")
 SEC("fentry/tcp_v6_syn_recv_sock")
 int TRACING_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
-	handshake_enter(sk, skb, req);
+	handshake_enter(FUNCTION_ACK6, sk, skb, req);
 	return 0;
 }
 
 SEC("kprobe/tcp_v6_syn_recv_sock")
 int BPF_KPROBE(ack6_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
-	handshake_enter(sk, skb, req);
+	handshake_enter(FUNCTION_ACK6, sk, skb, req);
 	return 0;
 }
 
@@ -97,14 +97,14 @@ OPTIONAL("overflow events at the final ACK, IPv6")
 SEC("fexit/tcp_v6_syn_recv_sock")
 int TRACING_PROG(ack6_exit__fexit)
 {
-	handshake_exit(ctx, STEP_ACK);
+	handshake_exit(ctx, FUNCTION_ACK6);
 	return 0;
 }
 
 SEC("kretprobe/tcp_v6_syn_recv_sock")
 int ack6_exit__kretprobe(void *ctx)
 {
-	handshake_exit(ctx, STEP_ACK);
+	handshake_exit(ctx, FUNCTION_ACK6);
 	return 0;
 }
 

@@ -16,12 +16,25 @@ struct mib {
 	__u64 overflows, drops, cookies, full;
 };
 
-/* The packet in hand on this CPU. Softirqs do not nest, so one place per CPU is enough. */
+/* The functions that refuse a handshake. Each may call those below it, for the same packet. */
+enum function {
+	FUNCTION_NONE,
+	FUNCTION_SYN,  /* tcp_conn_request: TCP Fast Open makes the child within it (tcp_fastopen_create_child) */
+	FUNCTION_ACK6, /* tcp_v6_syn_recv_sock: calls the next one for a v4-mapped handshake */
+	FUNCTION_ACK4, /* tcp_v4_syn_recv_sock */
+};
+
+/*
+ * The packet in hand on this CPU, and the outermost function that has it. Softirqs do not nest, so one place per CPU is
+ * enough.
+ */
 struct in_hand {
 	struct sock *sk;
 	struct sk_buff *skb;
 	struct request_sock *req;
 	struct mib before;
+	__u32 function;
+	bool fast_open; /* a child was tried within FUNCTION_SYN */
 };
 
 struct {

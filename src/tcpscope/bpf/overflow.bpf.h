@@ -67,6 +67,8 @@ static __always_inline enum answer answer_to(struct in_hand *packet, int step, i
 
 	if (cause == CAUSE_COOKIE_SENT)
 		return ANSWER_SYN_COOKIE;
+	if (packet->fast_open)
+		return ANSWER_UNKNOWN; /* without the child tcp_conn_request() goes on and may send a SYN-ACK */
 	if (step == STEP_ACK && cause == CAUSE_ACCEPT_QUEUE_FULL && abort_on_overflow &&
 	    BPF_CORE_READ(req, __req_common.skc_listener))
 		return ANSWER_RST;
@@ -103,16 +105,24 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	return 0;
 }
 
-static __always_inline void handshake_enter(struct sock *sk, struct sk_buff *skb, struct request_sock *req)
+/* A function that is called by the one that has the packet already changes nothing: the outermost one counts. */
+static __always_inline void handshake_enter(enum function function, struct sock *sk, struct sk_buff *skb,
+					    struct request_sock *req)
 {
 	__u32 zero = 0;
 	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
 
 	if (!packet)
 		return;
+	if (packet->function && packet->function < function && packet->sk == sk && packet->skb == skb) {
+		packet->fast_open = packet->function == FUNCTION_SYN;
+		return;
+	}
 	packet->sk = sk;
 	packet->skb = skb;
 	packet->req = req;
+	packet->function = function;
+	packet->fast_open = false;
 	mib_read(packet, &packet->before);
 }
 
@@ -127,16 +137,17 @@ static __always_inline bool reserved_quarter(struct sock *sk)
 }
 
 /*
- * A v4-mapped handshake passes tcp_v6_syn_recv_sock and, inside, tcp_v4_syn_recv_sock. The inner one reports and puts
- * the packet down, so the outer one finds none. Nor does an exit whose entry was missed.
+ * Only the exit of the function that took the packet reports. One whose entry was missed finds another function there, or
+ * none. One that was missed itself leaves the packet there until the next one comes.
  */
-static __always_inline void handshake_exit(void *ctx, int step)
+static __always_inline void handshake_exit(void *ctx, enum function function)
 {
+	enum step step = function == FUNCTION_SYN ? STEP_SYN : STEP_ACK;
 	__u32 zero = 0;
 	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
 	struct mib before, now = {};
 
-	if (!packet || !packet->sk)
+	if (!packet || packet->function != function)
 		return;
 	before = packet->before;
 	mib_read(packet, &now);
@@ -148,7 +159,7 @@ static __always_inline void handshake_exit(void *ctx, int step)
 									   : CAUSE_OTHER);
 	else if (now.cookies != before.cookies)
 		refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
-	packet->sk = NULL;
+	packet->function = FUNCTION_NONE;
 }
 
 #endif
