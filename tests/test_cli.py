@@ -149,6 +149,14 @@ def test_a_namespace_that_does_not_exist(run: Run, monkeypatch: pytest.MonkeyPat
         tcpscope.open("states", netns=7)
 
 
+def test_a_namespace_of_which_nobody_can_say_whether_it_exists(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken, and one line says so."""
+    monkeypatch.setattr(netns, "exists", lambda inode: None)
+    monkeypatch.setattr(cli, "show", lambda tool, request, stream: None)
+    message = "network namespace 4026540000 is not found; not all processes can be looked at"
+    assert run("states", "--netns", "4026540000") == (0, "", f"tcpscope: {message}\n")
+
+
 def test_no_arguments_is_a_question(run: Run) -> None:
     status, out, err = run()
     assert (status, out) == (2, "")

@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
@@ -207,6 +208,7 @@ def tcpscope() -> None:
 def main() -> NoReturn:
     """Run the command line and exit: a known error is one line and its status, never a traceback."""
     _open_standard_streams()
+    warnings.showwarning = _warn
     if sys.stdout is None:
         sys.exit(_fail("standard output is closed", 1))
     sys.exit(_guarded(lambda: tcpscope.main(prog_name="tcpscope", standalone_mode=False)))
@@ -247,6 +249,11 @@ def _guarded(run: Callable[[], Any]) -> int:
         if os.environ.get("TCPSCOPE_TRACEBACK"):
             raise
         return _fail(str(error.strerror or error) + (f": {error.filename}" if error.filename else ""), 1)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A doubt about what was asked for (filters.py): one line, too."""
+    print(f"tcpscope: {printable(str(message))}", file=sys.stderr)
 
 
 def _fail(message: str, status: int) -> int:

@@ -18,6 +18,7 @@ import os
 import pwd
 import re
 import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -245,7 +246,7 @@ def parse_cgroup(value: str | int) -> int:
 def parse_netns(value: str | int) -> int:
     """The inode number of a network namespace: the number, its name in /run/netns, `pid:N`, or a path to it.
 
-    A number is taken as it is where it cannot be known whether there is such a namespace.
+    A number is taken with a warning where it cannot be known whether there is such a namespace.
     """
     text = str(value).strip()
     names = [path.name for path in namespaces.named()]
@@ -253,8 +254,11 @@ def parse_netns(value: str | int) -> int:
         path = str(namespaces.NAMED / text)
     elif _is_number(text):
         inode = _number(text, "network namespace", 1, 2**32 - 1)
-        if namespaces.exists(inode) is False:
+        exists = namespaces.exists(inode)
+        if exists is False:
             raise UsageError(f"no network namespace {inode}", "no process, mount, open file or socket holds it")
+        if exists is None:
+            warnings.warn(f"network namespace {inode} is not found; not all processes can be looked at", stacklevel=2)
         return inode
     elif text.startswith("pid:"):
         path = f"/proc/{parse_pid(text.removeprefix('pid:'))}/ns/net"

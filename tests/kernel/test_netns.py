@@ -103,7 +103,8 @@ def test_whatever_holds_one_it_exists(holder: str) -> None:
         process.communicate(b"\n")
     if netns.visible().hidden_processes:  # who may not look at all processes cannot tell
         assert netns.exists(inode) is None
-        assert filters.parse_netns(inode) == inode
+        with pytest.warns(UserWarning, match=f"network namespace {inode} is not found; not all processes can be"):
+            assert filters.parse_netns(inode) == inode
         return
     assert netns.exists(inode) is False
     with pytest.raises(UsageError, match=f"no network namespace {inode}; "):
@@ -129,8 +130,16 @@ def test_a_mount_elsewhere_holds_one(tmp_path: Path) -> None:
 def test_without_privilege_it_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     visible = netns.visible()
     monkeypatch.setattr(netns, "visible", lambda: netns.Visible(visible.namespaces, 1))
-    assert netns.exists(7) is None
+    assert netns.exists(2**32 - 1) is None
     assert netns.exists(inode_of_process("self")) is True
+
+
+def test_a_number_that_no_namespace_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever cannot look at all processes knows that, too. All that there are have a larger one."""
+    visible = netns.visible()
+    assert min(visible.namespaces) > netns._FIRST_INODE
+    monkeypatch.setattr(netns, "visible", lambda: netns.Visible(visible.namespaces, 1))
+    assert netns.exists(123) is False
 
 
 def test_what_is_gone_and_what_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

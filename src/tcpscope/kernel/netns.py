@@ -21,6 +21,7 @@ NAMED = Path("/run/netns")
 PROC = Path("/proc")
 _FIRST_PIDS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h: the namespace of all processes
 
+_FIRST_INODE = 0xEFFFFF00  # PROC_DYNAMIC_FIRST, fs/proc/generic.c, and the numbers just below for the first namespaces
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
 _CLONE_NEWNET = 0x40000000
 
@@ -66,6 +67,8 @@ def exists(inode: int) -> bool | None:
     seen = visible()
     if inode in seen.namespaces:
         return True
+    if inode < _FIRST_INODE:
+        return False
     text, mounts, hidden = f"net:[{inode}]", set[str](), seen.hidden_processes
     for process in _processes():
         try:
