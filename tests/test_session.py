@@ -352,6 +352,19 @@ def _all_of(terminal: int) -> str:
         pieces.append(piece)
 
 
+@pytest.mark.parametrize("words", [("states", "--comm", "nosuch"), ("rtt",), ("diagnose",)], ids=" ".join)
+def test_a_reader_that_goes_away_from_who_writes_nothing(run_tool: type[RunningTool], words: tuple[str, ...]) -> None:
+    """The write that would tell never comes."""
+    read, write = os.pipe()
+    with run_tool(*words, "-o", "json", stdout=write) as tool:
+        os.close(write)
+        assert tool.process.poll() is None
+        os.close(read)
+        done = tool.wait()
+    assert done.status == 0
+    assert done.stderr == ("tcpscope: watching for 30 s, Ctrl-C ends it sooner\n" if words == ("diagnose",) else "")
+
+
 def test_head_in_a_shell(lab: Lab) -> None:
     """The real thing: a shell, `head`, and the status of the tool itself."""
     script = '{ "$1" -m tcpscope states --netns "$2" -o csv -d 60; echo "status $?" >&2; } | head -n 1'

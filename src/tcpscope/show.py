@@ -21,7 +21,7 @@ from tcpscope.tool import Tool
 
 def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
     """Do what was asked for, until it is over. LossError under --strict if anything was lost."""
-    with Stop(request.duration) as stop, tool.open(request) as run:
+    with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
         if request.explain:
             stream.write("\n".join([*explain(request.filter, run.sessions), ""]).encode())
             return
@@ -41,6 +41,14 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         _print_notes(run)
         if run.accounts or request.stats or request.strict:
             finish(request, run.account(), sink, stream, run.more)
+
+
+def descriptor(stream: BinaryIO) -> int | None:
+    """Of a file; None of what is in memory only."""
+    try:
+        return stream.fileno()
+    except io.UnsupportedOperation:
+        return None
 
 
 def begin(sessions: Sequence[Session], stop: Stop, keep: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -14,11 +15,11 @@ _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who wai
 class Stop:
     """Asked to stop? By a signal, the code, or because `duration` seconds have passed since `begin()`.
 
-    As a context manager it catches SIGINT and SIGTERM.
+    As a context manager it catches SIGINT and SIGTERM. `output` is a descriptor whose reader may go away.
     """
 
-    def __init__(self, duration: float | None = None) -> None:
-        self._duration = duration
+    def __init__(self, duration: float | None = None, output: int | None = None) -> None:
+        self._duration, self._output = duration, output
         self.deadline: float | None = None
         self.stopped = self._closed = False
         self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -54,10 +55,17 @@ class Stop:
         return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
 
     def wait(self, seconds: float, *descriptors: int) -> None:
-        """Until one of the descriptors is readable, the time is over, or a stop is asked for."""
+        """Until one of the descriptors is readable, the time is over, or a stop is asked for.
+
+        BrokenPipeError as soon as nobody reads the output any more: what has nothing to write would never know.
+        """
         if self.deadline is not None:
             seconds = min(seconds, self.deadline - time.monotonic())
         poll = select.poll()
         for fd in (self._read, *descriptors):
             poll.register(fd, select.POLLIN)
-        poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000)
+        if self._output is not None:
+            poll.register(self._output, 0)  # POLLERR (a pipe) and POLLHUP (a socket, a terminal) come unasked
+        for fd, _ in poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000):
+            if fd == self._output:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

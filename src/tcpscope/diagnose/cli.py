@@ -17,7 +17,7 @@ from tcpscope.diagnose.connecting import Connecting
 from tcpscope.errors import UsageError
 from tcpscope.output import open_sink, printable
 from tcpscope.request import Request
-from tcpscope.show import begin, finish
+from tcpscope.show import begin, descriptor, finish
 from tcpscope.stop import Stop
 
 _POLL_SECONDS = 0.2
@@ -33,7 +33,7 @@ def _run(**values: Any) -> None:
     request.refuse_peers("a listener has no remote end, and one overflow refuses many peers")
     stream = sys.stdout.buffer
     rules = all_rules()
-    with Stop(request.duration) as stop:
+    with Stop(request.duration, descriptor(stream)) as stop:
         sources: dict[type[Any], Source] = {}
         try:
             kinds: list[type[Any]] = [Connecting, *(rule.source for rule in rules)]
