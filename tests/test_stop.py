@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
+
+import pytest
 
 from tcpscope.stop import Stop
 
@@ -30,3 +36,44 @@ def test_stop() -> None:
         stop.wait(60, read)  # nor does it while there is something to read
         assert not stop
     os.close(read), os.close(write)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_the_reader_of_the_output_goes_away(kind: str) -> None:
+    """Who has nothing to write notices it, too."""
+    read, write = os.pipe() if kind == "pipe" else (end.detach() for end in socket.socketpair())
+    with Stop(output=write) as stop:
+        stop.wait(0)
+        os.close(read)
+        with pytest.raises(BrokenPipeError):
+            stop.wait(60)
+        assert not stop
+    os.close(write)
+
+
+def test_an_output_that_is_a_file(tmp_path: Path) -> None:
+    """It is always ready, which ends no wait."""
+    with (tmp_path / "rows").open("wb") as file, Stop(output=file.fileno()) as stop:
+        begin = time.monotonic()
+        stop.wait(0.05)
+        assert time.monotonic() - begin >= 0.04
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("module", ["click", "tcpscope.tools.states"])
+def test_a_signal_while_modules_are_imported(tmp_path: Path, number: int, module: str) -> None:
+    """It ends the command with status 0 and without a word, however early it comes."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, os, sys\n"
+        "class Signals(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Signals())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "tcpscope", "states", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,3 +1,25 @@
-from tcpscope.cli import main
+"""`tcpscope` and `python -m tcpscope`: SIGINT and SIGTERM end it quietly from the first import on.
 
-main()
+A run catches them by itself (stop.py). Until then, and when it is over, there is nothing to be put in order.
+"""
+
+import signal
+import sys
+from typing import NoReturn
+
+
+def _end(*_: object) -> NoReturn:
+    sys.exit(0)
+
+
+def main() -> NoReturn:
+    """The command line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _end)
+    from tcpscope import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
