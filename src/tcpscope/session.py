@@ -144,6 +144,11 @@ class Session:
 
     _released = False
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of its objects, a line each."""
+        return [*self.loaded.notes, *(self.owners.loaded.notes if self.owners else ())]
+
     def batches(self) -> Iterator[memoryview]:
         """What is in the ring now. A batch is valid until the next one is asked for."""
         assert self._ring is not None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.filters import Filter
+from tcpscope.kernel import loaded as module
 from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.loaded import (
@@ -30,8 +35,9 @@ from tcpscope.kernel.loaded import (
 from tcpscope.kernel.spec import Program, Spec, probes
 from tcpscope.show import explain
 from tests.compiled import compiled
+from tests.conftest import until
 
-TRANSITION, ACCEPTED = Spec.of("transition"), Spec.of("accepted")
+TRANSITION, ACCEPTED, OWNER = Spec.of("transition"), Spec.of("accepted"), Spec.of("owner")
 
 # The first way compiles, and no verifier takes it: an integer is followed as a pointer.
 OWN = """
@@ -360,3 +366,93 @@ def test_room_is_made_beforehand_where_programs_cannot_allocate() -> None:
     allocates = Kernel().allocates_in_programs
     assert found["map_flags"] == allocates
     assert sockets_at_most(0, allocates) <= found["max_entries"] <= sockets_at_most(1 << 30, allocates)
+
+
+class NoMemory:
+    """libbpf, where the first loads find no memory."""
+
+    def __init__(self, times: int) -> None:
+        self._times, self._lib = times, module.lib
+        self.loads = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lib, name)
+
+    def bpf_object__load(self, object: Any) -> int:
+        self.loads += 1
+        return -errno.ENOMEM if self.loads <= self._times else self._lib.bpf_object__load(object)
+
+
+@pytest.mark.kernel
+def test_without_memory_the_tables_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sockets_at_most", lambda now, allocates: 1 << 16)
+    monkeypatch.setattr(module, "lib", NoMemory(2))
+    loaded = Loaded(OWNER, Kernel())
+    lines = Path(f"/proc/self/fdinfo/{loaded.map_fd('connections')}").read_text().splitlines()
+    loaded.close()
+    assert f"max_entries:\t{1 << 14}" in lines
+    assert loaded.notes == [
+        "no memory for 65536 sockets in the tables of 'owner', there is room for 16384; "
+        "further ones are counted as table_full"
+    ]
+
+
+@pytest.mark.kernel
+def test_without_any_memory_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "sockets_at_most", lambda now, allocates: 1 << 16)
+    monkeypatch.setattr(module, "lib", lib := NoMemory(100))
+    with pytest.raises(TcpscopeError, match="owner: no memory for the maps, however small") as caught:
+        Loaded(OWNER, Kernel())
+    assert caught.value.exit_status == 1
+    assert lib.loads == 7  # 65536 to 1024
+
+
+@pytest.mark.kernel
+def test_a_table_that_the_kernel_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the machine has, where room is made for all entries at the start."""
+    kernel = Kernel()
+    if kernel.allocates_in_programs:
+        pytest.skip("tables grow with what is in them: the kernel has bpf_mem_alloc")
+    monkeypatch.setattr(module, "sockets_at_most", lambda now, allocates: 1 << 25)
+    loaded = Loaded(OWNER, kernel)
+    loaded.close()
+    assert loaded._entries < 1 << 25
+    assert len(loaded.notes) == 1
+
+
+# So many calls wait in the function that its kretprobe has no place for the last ones.
+WAITS = """
+#include "kernel.bpf.h"
+SEC("kretprobe/inet_csk_accept") int returned(void *ctx) { return 0; }
+char LICENSE[] SEC("license") = "GPL";
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.every_kernel
+def test_calls_that_a_kernel_probe_missed(tmp_path: Path, kernel: Kernel) -> None:
+    if not kernel.kprobe:
+        pytest.skip(kernel.kprobe.why)
+    if kernel.enumerator("BPF_LINK_TYPE_NETKIT") is None:  # came with the same release
+        pytest.skip("the kernel's links do not tell what a kernel probe has missed (6.7)")
+    loaded = Loaded(compiled(tmp_path, "waits", WAITS), kernel)
+    try:
+        assert loaded.program_info()["returned"][2] == 0
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threads = [threading.Thread(target=_accept, args=(listener,)) for _ in range(64)]
+            for thread in threads:
+                thread.start()
+            until(lambda: loaded.program_info()["returned"][2], "a call without a place")
+            listener.shutdown(socket.SHUT_RD)
+            for thread in threads:
+                thread.join()
+        missed = loaded.program_info()["returned"][2]
+        loaded.detach()
+        assert loaded.program_info()["returned"][2] == missed
+    finally:
+        loaded.close()
+
+
+def _accept(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        listener.accept()

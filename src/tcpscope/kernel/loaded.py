@@ -27,6 +27,7 @@ BATCH_BYTES = 256 << 10  # larger ones are not faster, and their rows are what t
 LEAST_BATCH = 64  # entries of a map
 _VERIFIER_LINES = 6
 _PER_SOCKET = 65536  # in output.bpf.h
+_LEAST_ENTRIES = 1024
 _NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
 
 
@@ -67,10 +68,19 @@ class _Refused(Exception):
         self.log = log
 
 
+class _NoMemoryError(Exception):
+    """The kernel has no memory for the maps. `said` are libbpf's words."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = said
+
+
 class Loaded:
     """An object in the kernel, from `Loaded(spec, kernel, setup)` until `close()`.
 
     Raises NotPermittedError without the privileges, UnsupportedError when a hook that is not optional has no way.
+    `notes` are what the user should know of it, a line each.
     """
 
     def __init__(self, spec: Spec, kernel: Kernel, setup: Setup | None = None) -> None:
@@ -81,10 +91,13 @@ class Loaded:
         self._object: Any = ffi.NULL
         self._links: dict[str, Any] = {}
         self._programs: dict[str, Any] = {}
+        self._missed: dict[str, int] = {}
         self._data = ffi.from_buffer(spec.data)
         self.verifier: dict[str, str] = {}  # program that was refused -> the end of the verifier's log
         refused = plan_refusals(spec, kernel)
         self._allocates = kernel.allocates_in_programs
+        wanted = self._entries = sockets_at_most(tcp_sockets(), self._allocates)
+        self.notes: list[str] = []
         kernel.release()  # libbpf reads its own, and needs most memory then
         while True:
             self.hooks = plan(spec, refused, self._setup.skip)
@@ -97,7 +110,17 @@ class Loaded:
             try:
                 self._load()
                 self._attach()
+                if self._entries < wanted:
+                    self.notes.append(
+                        f"no memory for {wanted} sockets in the tables of '{spec.name}', "
+                        f"there is room for {self._entries}; further ones are counted as table_full"
+                    )
                 return
+            except _NoMemoryError as error:
+                self.close()
+                if self._entries // 2 < _LEAST_ENTRIES:
+                    raise TcpscopeError(f"{spec.name}: no memory for the maps, however small", error.said) from None
+                self._entries //= 2
             except _Refused as refusal:
                 self.close()
                 if refusal.program not in spec_names(spec) or refusal.program in refused:
@@ -148,11 +171,10 @@ class Loaded:
             raise self._load_error(error)
 
     def _size_tables(self) -> None:
-        entries = sockets_at_most(tcp_sockets(), self._allocates)
         table = lib.bpf_object__next_map(self._object, ffi.NULL)
         while table != ffi.NULL:
             if lib.bpf_map__max_entries(table) == _PER_SOCKET:
-                lib.bpf_map__set_max_entries(table, entries)
+                lib.bpf_map__set_max_entries(table, self._entries)
                 lib.bpf_map__set_map_flags(table, _NO_PREALLOC if self._allocates else 0)
             table = lib.bpf_object__next_map(self._object, table)
 
@@ -184,6 +206,8 @@ class Loaded:
                 ("CAP_SYS_RESOURCE",),
             )
         said = [line.removeprefix("libbpf: ") for line in log.splitlines() if "failed to load object" not in line]
+        if error == errno.ENOMEM:
+            return _NoMemoryError("; ".join(said[-2:]))
         return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}", "; ".join(said[-2:]))
 
     def _attach(self) -> None:
@@ -278,13 +302,23 @@ class Loaded:
                 self.run(hook.name)
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
-        """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs missed by recursion."""
+        """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs that the kernel left out.
+
+        A kernel tells as much as it counts: trampolines since 5.12, tracepoints since they have no recursion (6.1),
+        kernel probes since 6.7 ("bpf: Count missed stats in trace_call_bpf", and `missed` of their links).
+        """
         info = ffi.new("struct tcpscope_program_info *")
         result = {}
         for name, program in self._programs.items():
             if lib.tcpscope_program_info(lib.bpf_program__fd(program), info) == 0:
-                result[name] = (info.run_time_ns, info.run_count, info.missed)
+                result[name] = (info.run_time_ns, info.run_count, info.missed + self._missed_calls(name))
         return result
+
+    def _missed_calls(self, name: str) -> int:
+        """Calls for which a kernel probe did not come to run the program; also of one that is detached."""
+        if name in self._links:
+            self._missed[name] = max(0, lib.tcpscope_link_missed(lib.bpf_link__fd(self._links[name])))
+        return self._missed.get(name, 0)
 
     def attach(self, name: str, over: str | None = None) -> None:
         """Attach a program, an iterator to the map `over`; again after `detach`, too."""
@@ -304,6 +338,7 @@ class Loaded:
         """Detach these programs, or all; maps and counters stay readable."""
         for name in programs or tuple(self._links):
             if name in self._links:
+                self._missed_calls(name)
                 lib.bpf_link__destroy(self._links.pop(name))
 
     def close(self) -> None:

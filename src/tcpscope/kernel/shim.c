@@ -196,6 +196,29 @@ int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info)
 	return 0;
 }
 
+int64_t tcpscope_link_missed(int link_fd)
+{
+	/*
+	 * struct bpf_link_info, include/uapi/linux/bpf.h, as far as `missed` of a kernel probe. It came with "bpf: Add missed
+	 * value to kprobe perf link info" (6.7), after libbpf 1.1. A kernel that does not know it leaves it zero.
+	 */
+	struct {
+		uint32_t type, id, prog_id, padding;
+		uint32_t perf_event_type, padding2;
+		uint64_t func_name;
+		uint32_t name_len, offset;
+		uint64_t addr, missed;
+	} info = {};
+	const uint32_t perf_event = 7, kprobe = 3, kretprobe = 4;
+	uint32_t length = sizeof(info);
+
+	if (bpf_obj_get_info_by_fd(link_fd, &info, &length))
+		return -errno;
+	if (info.type != perf_event || (info.perf_event_type != kprobe && info.perf_event_type != kretprobe))
+		return 0;
+	return info.missed;
+}
+
 /* --- other processes -------------------------------------------------------------------------------------------- */
 
 int64_t tcpscope_socket_netns(int pid, int fd)

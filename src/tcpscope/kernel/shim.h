@@ -48,6 +48,8 @@ struct tcpscope_program_info {
 	uint64_t run_time_ns, run_count, missed;
 };
 int tcpscope_program_info(int program_fd, struct tcpscope_program_info *info);
+/* Calls that a kernel probe has missed; 0 for every other link, and where the kernel does not tell. */
+int64_t tcpscope_link_missed(int link_fd);
 
 /* Capability sets of this thread as bit masks. */
 int tcpscope_capabilities(uint64_t *effective, uint64_t *permitted);
