@@ -211,7 +211,8 @@ class Connect(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     outcome: Outcome
-    """how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why"""
+    """how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, bpf_sock_destroy()),
+    FAILED: errno says why"""
 
     syn_sent: bool
     """a SYN has left: the kernel counts it as TcpActiveOpens"""
@@ -266,7 +267,8 @@ class Connlat(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     outcome: Outcome
-    """how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why"""
+    """how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, bpf_sock_destroy()),
+    FAILED: errno says why"""
 
     syn_sent: bool
     """a SYN has left: the kernel counts it as TcpActiveOpens"""
@@ -328,8 +330,8 @@ class Life(msgspec.Struct, frozen=True):
 
     end: End | None
     """how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait socket
-    waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by ss -K;
-    OPEN: it has not"""
+    waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by another
+    program (ss -K, bpf_sock_destroy()); OPEN: it has not"""
 
     closed_by: Closer | None
     """whose FIN or RST came first"""

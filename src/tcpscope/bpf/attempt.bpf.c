@@ -61,8 +61,8 @@ enum outcome {
 
 struct attempt {
 	struct event event;
-	enum outcome outcome
-		DOC("how it ended; ABORTED: the application gave up, KILLED: by ss -K, FAILED: errno says why");
+	enum outcome outcome DOC("how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, "
+				 "bpf_sock_destroy()), FAILED: errno says why");
 	bool syn_sent DOC("a SYN has left: the kernel counts it as TcpActiveOpens");
 	__u16 padding;
 	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket or, where it has none, of connect()");

@@ -82,7 +82,7 @@ struct life {
 	enum end end UNKNOWN_IS("zero")
 	DOC("how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait "
 	    "socket waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by "
-	    "ss -K; OPEN: it has not");
+	    "another program (ss -K, bpf_sock_destroy()); OPEN: it has not");
 	enum closer closed_by UNKNOWN_IS("zero") DOC("whose FIN or RST came first");
 	__u32 errno KIND("errno") DOC("error of the socket");
 	__u64 tx_bytes WIDTH(10) UNIT("bytes") DOC("data sent, retransmissions included");
