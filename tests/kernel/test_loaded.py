@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import os
 import re
 import socket
 import threading
@@ -27,6 +28,7 @@ from tcpscope.kernel.loaded import (
     pieces,
     plan,
     plan_refusals,
+    possible_cpus,
     sockets_at_most,
     tcp_sockets,
     verifier_lines,
@@ -366,6 +368,14 @@ def test_room_is_made_beforehand_where_programs_cannot_allocate() -> None:
     allocates = Kernel().allocates_in_programs
     assert found["map_flags"] == allocates
     assert sockets_at_most(0, allocates) <= found["max_entries"] <= sockets_at_most(1 << 30, allocates)
+
+
+def test_the_processors_that_are_possible(tmp_path: Path) -> None:
+    mask = tmp_path / "possible"
+    for text, count in (("0", 1), ("0-3", 4), ("0-4095", 4096), ("0-3,8-11", 0), ("0,2", 0), ("1-3", 0)):
+        mask.write_text(f"{text}\n")
+        assert possible_cpus(mask) == count
+    assert possible_cpus() >= (os.cpu_count() or 1)
 
 
 class NoMemory:

@@ -8,7 +8,6 @@
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
 
-#define MAX_CPUS 1024
 #define MAX_LISTENERS 8192 /* the loader gives `connections` as many places */
 
 struct listener {
@@ -45,6 +44,13 @@ struct listener_holder {
 
 const struct listener_holder *listener_holder_anchor __attribute__((unused));
 
+/*
+ * Filled by user space before loading; the verifier walks through as many turns of the loop. 0: the mask of possible CPUs
+ * has gaps, which x86 never makes (prefill_possible_map(), topology_init_possible_cpus()). The look-up gives something for
+ * a CPU in a gap, too, and it is not that CPU's copy: there the counters cannot be read.
+ */
+const volatile __u32 possible_cpus;
+
 const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit; /* without one of them user space samples */
 
 /* Then the events are made from snapshots, which needs every listener of a namespace beside its counters. */
@@ -62,7 +68,7 @@ static __noinline int net_counters_read(struct sock *sk, struct listener *record
 	__u32 zero = 0;
 
 	record->net_drops = 0;
-	for (__u32 cpu = 0; cpu < MAX_CPUS; cpu++) {
+	for (__u32 cpu = 0; cpu < possible_cpus; cpu++) {
 		struct in_hand *copy = bpf_map_lookup_percpu_elem(&in_hand, &zero, cpu);
 		__u64 value = 0, offset;
 
@@ -127,7 +133,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 	record->net_drops = -1;
 	/* Before the counters: a refusal in between is then one of the namespace that waits for its packet. */
 	record->drops = BPF_CORE_READ(sk, sk_drops.counter);
-	if (sampled() && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
+	if (sampled() && possible_cpus && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
 		net_counters_read(sk, record);
 	record->now_ns = bpf_ktime_get_ns();
 	oldest = BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);

@@ -45,7 +45,7 @@ class Hook:
 class Setup:
     """How an object is to be loaded.
 
-    constants  read-only globals; `hooked_HOOK` is set by the loader where the object has it
+    constants  read-only globals; `hooked_HOOK` and `possible_cpus` are set by the loader where the object has them
     entries    sizes of maps
     skip       hooks that this run does not need
     shared     maps that are those of another object -> their file descriptors
@@ -179,12 +179,14 @@ class Loaded:
             table = lib.bpf_object__next_map(self._object, table)
 
     def _write_constants(self) -> None:
-        hooked = {
+        values: dict[str, Any] = {
             f"hooked_{hook.name}": hook.program is not None
             for hook in self.hooks.values()
             if f"hooked_{hook.name}" in self.spec.variables
         }
-        values = hooked | self._setup.constants
+        if "possible_cpus" in self.spec.variables:
+            values["possible_cpus"] = possible_cpus()
+        values |= self._setup.constants
         if not values:
             return  # an object may have no constants, and then no section for them
         size = ffi.new("size_t *")
@@ -358,6 +360,12 @@ def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:
         return 0
     words = next((line.split() for line in lines if line.startswith("TCP:")), [])
     return int(words[words.index("alloc") + 1]) if "alloc" in words else 0
+
+
+def possible_cpus(mask: Path = Path("/sys/devices/system/cpu/possible")) -> int:
+    """How many processors this kernel may come to have, 0 if they are not numbered from 0 without gaps."""
+    first, _, last = mask.read_text().strip().partition("-")
+    return int(last or first) + 1 if first == "0" and (last or "0").isdecimal() else 0
 
 
 def sockets_at_most(now: int, allocates: bool) -> int:
