@@ -153,13 +153,8 @@ def test_a_hook_that_another_program_makes_needless_is_not_planned() -> None:
     assert hooks["accept_uring"].program is not None
 
 
-LOG = """libbpf: something before
-libbpf: prog 'drop': BPF program load failed: Permission denied
-libbpf: prog 'drop': -- BEGIN PROG LOAD LOG --
-{lines}
+LOG = """{lines}
 processed 312 insns (limit 1000000) max_states_per_insn 0
--- END PROG LOAD LOG --
-libbpf: failed to load program 'drop'
 """
 
 
@@ -183,8 +178,7 @@ def test_the_report_that_newer_kernels_add_to_the_verifiers_log() -> None:
 
 
 def test_a_log_without_the_verifiers_words() -> None:
-    assert verifier_summary("libbpf: first\nlibbpf: failed to find it\n") == "failed to find it"
-    assert verifier_summary("") == ""
+    assert verifier_summary("") == verifier_summary("processed 0 insns (limit 1000000)") == ""
     other = verifier_summary(LOG.format(lines="back-edge from insn 5 to 3"))
     assert other == "the verifier's last words (0 lines before left out): back-edge from insn 5 to 3"
 
@@ -241,6 +235,22 @@ def test_experiment_k(naive: Spec, kernel: Kernel) -> None:
     assert len(text) < 1000
     assert "\n" not in text
     assert "libbpf" not in text
+
+
+@pytest.mark.kernel
+@pytest.mark.every_kernel
+def test_a_long_log_of_the_verifier(tmp_path: Path, kernel: Kernel) -> None:
+    """Its end is there, and what was before it is counted."""
+    long = compiled(tmp_path, "naive", NAIVE.replace("i < 40", "i < 2000"))
+    with pytest.raises(TcpscopeError) as caught:
+        Loaded(long, kernel)
+    text = str(caught.value)
+    assert text.startswith(
+        "naive: program 'drop': refused by the kernel (Permission denied); the verifier's last words"
+    )
+    assert "invalid mem access" in text
+    assert int(text.partition("last words (")[2].partition(" ")[0]) > 2000
+    assert len(text) < 1000
 
 
 @pytest.mark.kernel

@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 BATCH_BYTES = 256 << 10  # larger ones are not faster, and their rows are what the tool needs most memory for
 LEAST_BATCH = 64  # entries of a map
 _VERIFIER_LINES = 6
+# The most that kernels before 5.18 take (bpf_verifier_log_attr_valid). One that is too small loses the log's end, where
+# the reason stands, before 6.4. libbpf only hands it over when a program has been refused: until then it is no memory.
+_VERIFIER_BYTES = 0xFFFFFFFF >> 8
 _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
 _NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
@@ -59,13 +63,22 @@ class Setup:
 
 
 class _Refused(Exception):
-    """The kernel refused one program. `log` has the verifier's words, if it was the verifier."""
+    """The kernel refused one program.
 
-    def __init__(self, program: str, reason: str, log: str = "") -> None:
+    `log` has the verifier's words, if it was the verifier; `said` is the last that libbpf said.
+    """
+
+    def __init__(self, program: str, reason: str, log: str = "", said: str = "") -> None:
         super().__init__(program)
         self.program = program
         self.reason = reason
         self.log = log
+        self.said = said
+
+    @property
+    def hint(self) -> str:
+        """Why it was refused, in one line."""
+        return verifier_summary(self.log) or self.said
 
 
 class _NoMemoryError(Exception):
@@ -124,7 +137,7 @@ class Loaded:
             except _Refused as refusal:
                 self.close()
                 if refusal.program not in spec_names(spec) or refusal.program in refused:
-                    raise TcpscopeError(f"{spec.name}: {refusal.reason}", verifier_summary(refusal.log)) from None
+                    raise TcpscopeError(f"{spec.name}: {refusal.reason}", refusal.hint) from None
                 if self._last_way(refusal.program, refused):
                     raise self._final(refusal) from None
                 last = verifier_lines(refusal.log)[-1:]
@@ -142,7 +155,7 @@ class Loaded:
 
     def _final(self, refusal: _Refused) -> TcpscopeError:
         what = f"{self.spec.name}: program '{refusal.program}': {refusal.reason}"
-        return UnsupportedError(what, verifier_summary(refusal.log))
+        return UnsupportedError(what, refusal.hint)
 
     def _load(self) -> None:
         lib.tcpscope_log_start(self._setup.debug)
@@ -152,11 +165,13 @@ class Loaded:
         if not has_capability("CAP_SYS_ADMIN"):
             lib.tcpscope_leave_modules(self._object)
         chosen = {hook.program.name: hook for hook in self.hooks.values() if hook.program}
+        verifier = ffi.from_buffer(mmap.mmap(-1, _VERIFIER_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         program = lib.bpf_object__next_program(self._object, ffi.NULL)
         while program != ffi.NULL:
             name = ffi.string(lib.bpf_program__name(program)).decode()
             lib.bpf_program__set_autoload(program, name in chosen)
             if name in chosen:
+                lib.bpf_program__set_log_buf(program, verifier, _VERIFIER_BYTES)
                 self._programs[name] = program
             program = lib.bpf_object__next_program(self._object, program)
         self._size_tables()
@@ -168,7 +183,7 @@ class Loaded:
         self._write_constants()
         error = -lib.bpf_object__load(self._object)
         if error:
-            raise self._load_error(error)
+            raise self._load_error(error, ffi.string(verifier).decode(errors="replace"))
 
     def _size_tables(self) -> None:
         table = lib.bpf_object__next_map(self._object, ffi.NULL)
@@ -196,18 +211,24 @@ class Loaded:
             variable = self.spec.variables[name]
             memory[variable.offset : variable.offset + variable.size] = self.spec.pack(variable.type, value)
 
-    def _load_error(self, error: int) -> Exception:
+    def _load_error(self, error: int, verifier: str) -> Exception:
+        """What has happened. Which program was refused only libbpf's messages tell: all are unloaded by now.
+
+        A program's log would not: it stays empty where the kernel refuses before it asks the verifier.
+        """
         log = ffi.string(lib.tcpscope_log()).decode(errors="replace")
+        if self._setup.debug:
+            print(verifier, end="", file=sys.stderr)
+        said = [line.removeprefix("libbpf: ") for line in log.splitlines() if "failed to load object" not in line]
         found = re.search(r"prog '(\w+)': (?:BPF program load failed|failed to (?:load|find|prepare))", log)
         if found:
-            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", log)
+            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", verifier, "; ".join(said[-1:]))
         if error == errno.EPERM and not self._kernel.accounts_memory_by_cgroup:
             return NotPermittedError(
                 f"{self.spec.name}: no memory for BPF maps within the limit of locked memory",
                 "this kernel needs CAP_SYS_RESOURCE too, or a larger 'ulimit -l'",
                 ("CAP_SYS_RESOURCE",),
             )
-        said = [line.removeprefix("libbpf: ") for line in log.splitlines() if "failed to load object" not in line]
         if error == errno.ENOMEM:
             return _NoMemoryError("; ".join(said[-2:]))
         return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}", "; ".join(said[-2:]))
@@ -416,12 +437,11 @@ def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozense
 
 
 def verifier_lines(log: str) -> list[str]:
-    """What the verifier says of a program in libbpf's log, the reason last; empty if it was not asked.
+    """What the verifier says of a program, the reason last; empty if it was not asked.
 
     Since 7.3 a report of some fifty lines with excerpts of the source follows the reason: left out.
     """
-    said = log.partition("-- BEGIN PROG LOAD LOG --\n")[2].partition("-- END PROG LOAD LOG --")[0]
-    lines = said.partition("\nVerification failed: ")[0].splitlines()
+    lines = log.partition("\nVerification failed: ")[0].splitlines()
     statistics = ("processed ", "verification time", "stack depth")
     return [line for line in lines if line.strip() and not line.startswith(statistics)]
 
@@ -430,7 +450,7 @@ def verifier_summary(log: str) -> str:
     """The end of a verifier's log, where the reason stands, with a hint for the commonest mistake."""
     lines = verifier_lines(log)
     if not lines:
-        return log.strip().rpartition("\n")[2].removeprefix("libbpf: ")
+        return ""
     shown = lines[-_VERIFIER_LINES:]
     text = f"the verifier's last words ({len(lines) - len(shown)} lines before left out): " + " | ".join(shown)
     if "invalid mem access 'inv'" in text or "invalid mem access 'scalar'" in text:

@@ -21,7 +21,7 @@
 
 /* --- libbpf's messages ------------------------------------------------------------------------------------------ */
 
-/* A verifier's log can have megabytes, and what matters stands at its end: the tail is kept. */
+/* What matters stands at the end: the tail is kept. */
 static char log_text[64 << 10];
 static size_t log_used;
 static bool log_debug;
