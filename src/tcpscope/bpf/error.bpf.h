@@ -7,8 +7,8 @@
 
 /*
  * Does this error of the socket end the connection? In an active open any does. Later it comes from a RST, from
- * `ss -K`, or from a timer that gives up, and then it is the soft error where there is one. What ICMP said to a socket with
- * IP_RECVERR ends nothing.
+ * another program (`ss -K`, bpf_sock_destroy()), or from a timer that gives up, and then it is the soft error where there is
+ * one. What ICMP said to a socket with IP_RECVERR ends nothing.
  */
 static __always_inline bool error_ends(struct sock *sk, const struct connection *connection, __u32 error)
 {
