@@ -59,7 +59,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["xyz"], "no command 'xyz'; there are accept, connect, "),
         (["states", "--columns", "lprot"], "unknown column 'lprot'; did you mean 'lport'?"),
         (["states", "--columns", "pid,xyz"], "unknown column 'xyz'; there are time, cookie, netns"),
-        (["states", "--columns", ","], "--columns is empty; names with commas between them"),
+        (["states", "--columns", ","], "--columns is empty; give names of columns, separated by commas"),
         (["queue", "--columns", "acept_queue"], "unknown column 'acept_queue'; did you mean 'accept_queue'?"),
         (["queue", "--events", "--columns", "setp"], "unknown column 'setp'; did you mean 'step'?"),
         (["queue", "--columns", "step"], "unknown column 'step'; there are time, netns"),

@@ -13,7 +13,7 @@ import textwrap
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +51,7 @@ Written by `python -m tests.test_rows` from what the tools say of their columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from tcpscope.events import Events
+    from tcpscope.filters import Networks, Ports
 '''
 ASKED = '''
 
@@ -77,11 +79,11 @@ class Asked(TypedDict, total=False):
     netns: int | str
     ipv4: bool
     ipv6: bool
-    lport: int | str
-    rport: int | str
-    port: int | str
-    laddr: str
-    raddr: str
+    lport: Ports
+    rport: Ports
+    port: Ports
+    laddr: Networks
+    raddr: Networks
     duration: float | None
     interval: float | None
     max_events: int | None
@@ -92,7 +94,7 @@ class AskedInPart(Asked, total=False):
     """The same, with what changes the attributes of a row."""
 
     time: Literal["iso", "elapsed", "none"]
-    columns: tuple[str, ...] | None
+    columns: str | Sequence[str] | None
 '''
 
 
@@ -157,7 +159,8 @@ def parameter(option: Option, must: bool) -> str:
     if must:
         return f"{option.name}: Literal[True]"
     null = " | None" if option.unset is None else ""
-    return f"{option.name}: {option.type.__name__}{null} = ..."
+    several = " | Sequence[str]" if option.names else ""
+    return f"{option.name}: {option.type.__name__}{several}{null} = ..."
 
 
 def formatted(text: str) -> str:
@@ -203,7 +206,19 @@ def test_every_errno_and_every_label() -> None:
         ({"max_events": -1}, "--max-events -1; a number above 0"),
         ({"buffer": 5000}, "--buffer 5000; a power of two from 4K to 1024M"),
         ({"failed": 1}, "failed=1; a value of type bool"),
-        ({"count": True, "by": ("raddr",)}, "by=('raddr',); a value of type str"),
+        ({"failed": ["x"]}, "failed=['x']; a value of type bool"),
+        ({"count": True, "by": 1}, "by=1; a value of type str or a sequence of them"),
+        ({"count": True, "by": [1]}, "by=[1]; a value of type str or a sequence of them"),
+        ({"count": True, "by": ["radr"]}, "unknown column 'radr'; did you mean 'raddr'?"),
+        ({"count": True, "by": []}, "--by is empty"),
+        ({"columns": "tme"}, "unknown column 'tme'; did you mean 'time'?"),
+        ({"columns": []}, "--columns is empty"),
+        ({"columns": "raddr,raddr"}, "--columns has 'raddr' twice"),
+        ({"columns": [1]}, "--columns [1]; names as text with commas, or a sequence of names"),
+        ({"columns": 1}, "--columns 1; names as text with commas, or a sequence of names"),
+        ({"columns": "time", "time": "none"}, "--columns has 'time'; --time none removes that column"),
+        ({"rport": [80, "x"]}, "port 'x' is neither a number nor a range"),
+        ({"raddr": [ip_network("10.0.0.0/8"), "x"]}, "'x' is neither an address nor a network"),
     ],
 )
 def test_wrong_usage(keywords: dict[str, Any], error: str) -> None:
@@ -230,6 +245,28 @@ def test_an_attempt_as_the_client_sees_it() -> None:
     assert before - timedelta(seconds=1) <= row.time <= datetime.now(UTC)
     assert (row.outcome, row.errno, row.family) == (rows.Outcome.REFUSED, 111, 4)
     assert row.raddr == ip_address("127.0.0.1")
+
+
+@pytest.mark.parametrize("columns", ["rport, raddr", ("rport", "raddr"), ["rport", "raddr"]])
+def test_lists_as_text_and_as_sequences(columns: Any) -> None:
+    """Of columns, of ports, of networks."""
+    port = refused()
+    wanted = {"rport": [1, port], "raddr": [ip_network("127.0.0.0/8"), "::1"]}
+    with tcpscope.open("connect", duration=DEADLINE, columns=columns, max_events=1, **wanted) as events:
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", port)) == 111
+        (row,) = events
+    assert row.__struct_fields__ == ("rport", "raddr")
+    assert (row.rport, row.raddr) == (port, ip_address("127.0.0.1"))
+
+
+@pytest.mark.parametrize("by", ["rport,outcome", ("rport", "outcome"), ["rport", "outcome"]])
+def test_groups_as_text_and_as_sequences(by: Any) -> None:
+    with tcpscope.open("connect", raddr=ip_address("127.0.0.1"), count=True, by=by) as events:
+        port = refused(2)
+        events.stop()
+        found = [(row.outcome, row.count) for row in events if row.rport == port]
+    assert found == [("REFUSED", 2)]
 
 
 def test_an_iteration_ends_once() -> None:
@@ -335,7 +372,12 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
     section = (TREE / "README.md").read_text().partition("\n## From Python\n")[2]
     (example,) = re.findall(r"^```python\n(.*?)^```$", section.partition("\n## ")[0], re.M | re.S)
     good, wrong = tmp_path / "good.py", tmp_path / "wrong.py"
-    good.write_text(example)
+    good.write_text(
+        f"{example}\nfrom ipaddress import ip_address, ip_network\n\n"
+        "tcpscope.open('connect', rport=[80, '8000-8100'], raddr=ip_network('10.0.0.0/8'), columns='time,raddr')\n"
+        "tcpscope.open('connect', rport='80,443', laddr=[ip_address('::1')], count=True, by=['raddr', 'rport'])\n"
+        "tcpscope.open('rtt', by=('raddr', 'rport'), columns=['raddr', 'p99_us'], port=range(80, 90))\n"
+    )
     wrong.write_text(
         "import tcpscope\n\n"
         "for event in tcpscope.open('connect', failed=True):\n    reveal_type(event.raddr)\n"
@@ -343,6 +385,7 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
         "tcpscope.open('connect', smoothed=True)\n"
         "for refusal in tcpscope.open('queue', events=True):\n    reveal_type(refusal.cause)\n"
         "for part in tcpscope.open('connect', columns=('raddr',)):\n    reveal_type(part)\n"
+        "tcpscope.open('connect', raddr=80)\n"
     )
 
     def mypy(path: Path) -> str:
@@ -357,6 +400,7 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
     assert 'wrong.py:7: error: No overload variant of "open"' in said
     assert 'Revealed type is "tcpscope.rows.Cause' in said
     assert 'wrong.py:11: note: Revealed type is "Any"' in said
+    assert 'wrong.py:12: error: No overload variant of "open"' in said
 
 
 if __name__ == "__main__":

@@ -185,18 +185,8 @@ def filter_of(values: dict[str, Any]) -> Filter:
 def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
     """The checked request behind the options of a command."""
     filter = filter_of(values)
-    columns = values.pop("columns", None)
-    if columns is not None:
-        columns = tuple(name.strip() for name in columns.split(",") if name.strip())
-        if not columns:
-            raise UsageError("--columns is empty", "names with commas between them")
-        for name in columns:
-            if columns.count(name) > 1:
-                raise UsageError(f"--columns has '{name}' twice")
-        if "time" in columns and values.get("time") == "none":
-            raise UsageError("--columns has 'time'", "which --time none takes away")
     own = {option.name: values.pop(option.name) for option in tool.options}
-    return Request(filter=filter, columns=columns, options=own, **values)
+    return Request(filter=filter, options=own, **values)
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

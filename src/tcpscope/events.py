@@ -139,15 +139,13 @@ def _request(tool: Tool, given: dict[str, Any]) -> Request:
     asked = ["duration", "max_events", "columns", *(name for name in useful if useful[name])]
     options = {option.name: option for option in tool.options}
     known = [*FILTERS, *asked, *options]
-    for name, value in given.items():
+    for name in given:
         if name not in known:
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
             raise UsageError(f"'{tool.name}' has no '{name}'", hint)
-        if name in options:
-            options[name].check(value)
     return Request(
         filter=Filter.from_options(**{name: given[name] for name in FILTERS if name in given}),
         output="json",
-        options={name: given.get(name, option.unset) for name, option in options.items()},
+        options={name: option.taken(given.get(name, option.unset)) for name, option in options.items()},
         **{name: given[name] for name in asked if name in given},
     )

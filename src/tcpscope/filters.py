@@ -31,9 +31,10 @@ from tcpscope.kernel import netns as namespaces
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Family = Literal[4, 6]
-Value = str | int | Address | Network
-Values = Value | Iterable[Value]
-"""What a list may be given as: text with commas, one value, or several."""
+Ports = int | str | Iterable[int | str]
+"""Ports as a caller gives them: a number, text with commas (`80,8000-8100`), or several of these."""
+Networks = str | Address | Network | Iterable[str | Address | Network]
+"""Addresses and networks as a caller gives them: one, text with commas, or several of these."""
 
 _MAPPED = bytes(10) + b"\xff\xff"
 _COMM_SIZE = 15  # TASK_COMM_LEN without its NUL
@@ -87,11 +88,11 @@ class Filter:
         ipv4: bool = False,
         ipv6: bool = False,
         family: int | None = None,
-        lport: Values | None = None,
-        rport: Values | None = None,
-        port: Values | None = None,
-        laddr: Values | None = None,
-        raddr: Values | None = None,
+        lport: Ports | None = None,
+        rport: Ports | None = None,
+        port: Ports | None = None,
+        laddr: Networks | None = None,
+        raddr: Networks | None = None,
     ) -> Filter:
         """A filter from values as the command line gives them. Raises `UsageError`.
 
@@ -279,7 +280,7 @@ def parse_netns(value: str | int) -> int:
         raise UsageError(f"{text!r} is not a network namespace") from None
 
 
-def parse_ports(value: Values) -> tuple[PortRange, ...]:
+def parse_ports(value: Ports) -> tuple[PortRange, ...]:
     """Ports and ranges of ports (`80,443,8000-8100`): sorted, and joined where they touch."""
     merged: list[PortRange] = []
     for ports in sorted(map(_port_range, _items(value, "port"))):
@@ -288,7 +289,7 @@ def parse_ports(value: Values) -> tuple[PortRange, ...]:
     return tuple(merged)
 
 
-def parse_networks(value: Values) -> tuple[Network, ...]:
+def parse_networks(value: Networks) -> tuple[Network, ...]:
     """Addresses and networks (`192.0.2.1,2001:db8::/32`): joined where they touch, IPv4 first."""
     networks = list(map(_network, _items(value, "address")))
     ipv4 = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
@@ -329,12 +330,12 @@ def _given(parse: Callable[[Any], _Wanted], value: object) -> _Wanted | None:
     return None if value is None else parse(value)
 
 
-def _items(value: Values, what: str) -> list[str]:
+def _items(value: Ports | Networks, what: str) -> list[str]:
     """The values of a list with commas, or of several."""
-    several = [value] if isinstance(value, Value) else value
+    several = [value] if isinstance(value, str | int | Address | Network) else value
     items = [item.strip() for one in several for item in str(one).split(",")]
     if not all(items) or not items:
-        raise UsageError(f"a value is missing in {','.join(items)!r}", f"give one {what} or more, with commas")
+        raise UsageError(f"a value is missing in {','.join(items)!r}", f"give one {what} or more, separated by commas")
     return items
 
 

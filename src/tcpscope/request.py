@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,16 @@ TIMES = ("iso", "elapsed", "none")
 
 @dataclass(frozen=True)
 class Option:
-    """A tool's own option. `type` is a Python type or a tuple of allowed values; a bool is a flag."""
+    """A tool's own option. `type` is a Python type or a tuple of allowed values; a bool is a flag.
+
+    names  it is a list of names: text with commas; in Python a sequence of names too
+    """
 
     flags: tuple[str, ...]
     help: str
     type: Any = bool
     default: Any = None
+    names: bool = False
 
     @property
     def name(self) -> str:
@@ -31,19 +35,27 @@ class Option:
         """Its value for who did not give it."""
         return False if self.type is bool else self.default
 
-    def check(self, value: Any) -> None:
-        """UsageError for a value of another type."""
+    def taken(self, value: Any) -> Any:
+        """The value of a keyword, as the command line gives it. UsageError for one of another type."""
+        if self.names and _is_sequence_of_text(value):
+            return ",".join(value)
         if type(value) is not self.type and value is not self.unset:
-            raise UsageError(f"{self.name}={value!r}", f"a value of type {self.type.__name__}")
+            allowed = f"{self.type.__name__}{' or a sequence of them' if self.names else ''}"
+            raise UsageError(f"{self.name}={value!r}", f"a value of type {allowed}")
+        return value
 
 
 @dataclass
 class Request:
-    """The same for every tool, and the tool's own options in `options`. `time` is iso, elapsed or none."""
+    """The same for every tool, and the tool's own options in `options`.
+
+    columns  names, as text with commas or as a sequence; a tuple once the request is made
+    time     iso, elapsed or none
+    """
 
     filter: Filter = field(default_factory=Filter)
     output: str = "table"
-    columns: tuple[str, ...] | None = None
+    columns: str | Sequence[str] | None = None
     header: bool = True
     time: str = "iso"
     duration: float | None = None
@@ -57,7 +69,7 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """UsageError for numbers that make no sense."""
+        """UsageError for values that make no sense."""
         for name, seconds in (("duration", self.duration), ("interval", self.interval)):
             if seconds is not None and not (_is_number(seconds) and 0 < seconds < 1e9):
                 raise UsageError(f"--{name} {_plain(seconds)}", "a number of seconds above 0")
@@ -68,6 +80,21 @@ class Request:
             raise UsageError(f"--buffer {size!r}", "a power of two from 4K to 1024M")
         if self.time not in TIMES:
             raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(TIMES)}")
+        if self.columns is not None:
+            self.columns = self._checked_columns(self.columns)
+
+    def _checked_columns(self, columns: str | Sequence[str]) -> tuple[str, ...]:
+        if not isinstance(columns, str) and not _is_sequence_of_text(columns):
+            raise UsageError(f"--columns {columns!r}", "names as text with commas, or a sequence of names")
+        names = names_in(columns)
+        if not names:
+            raise UsageError("--columns is empty", "give names of columns, separated by commas")
+        for name in names:
+            if names.count(name) > 1:
+                raise UsageError(f"--columns has '{name}' twice")
+        if "time" in names and self.time == "none":
+            raise UsageError("--columns has 'time'", "--time none removes that column")
+        return names
 
     def choose(self, columns: Sequence[Column], shown: Sequence[str], drawn: Sequence[str] = ()) -> tuple[Column, ...]:
         """The columns that were asked for; else those `shown` in a table, and all in the machine formats.
@@ -89,6 +116,16 @@ class Request:
         for option, value in self.filter.describe():
             if option in ("--rport", "--raddr"):
                 raise UsageError(f"{option} {value}", why)
+
+
+def names_in(value: str | Iterable[str]) -> tuple[str, ...]:
+    """The names in text with commas, or in several such texts."""
+    several = [value] if isinstance(value, str) else value
+    return tuple(name.strip() for text in several for name in text.split(",") if name.strip())
+
+
+def _is_sequence_of_text(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ Written by `python -m tests.test_rows` from what the tools say of their columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from tcpscope.events import Events
+    from tcpscope.filters import Networks, Ports
 
 
 class Answer(StrEnum):
@@ -761,11 +763,11 @@ class Asked(TypedDict, total=False):
     netns: int | str
     ipv4: bool
     ipv6: bool
-    lport: int | str
-    rport: int | str
-    port: int | str
-    laddr: str
-    raddr: str
+    lport: Ports
+    rport: Ports
+    port: Ports
+    laddr: Networks
+    raddr: Networks
     duration: float | None
     interval: float | None
     max_events: int | None
@@ -776,7 +778,7 @@ class AskedInPart(Asked, total=False):
     """The same, with what changes the attributes of a row."""
 
     time: Literal["iso", "elapsed", "none"]
-    columns: tuple[str, ...] | None
+    columns: str | Sequence[str] | None
 
 
 @overload
@@ -785,7 +787,7 @@ def open(tool: Literal["accept"], /, **asked: Unpack[Asked]) -> Events[Accept]: 
 
 @overload
 def open(
-    tool: Literal["accept"], /, *, count: bool = ..., by: str | None = ..., **asked: Unpack[AskedInPart]
+    tool: Literal["accept"], /, *, count: bool = ..., by: str | Sequence[str] | None = ..., **asked: Unpack[AskedInPart]
 ) -> Events[Any]: ...
 
 
@@ -800,7 +802,7 @@ def open(
     *,
     failed: bool = ...,
     count: bool = ...,
-    by: str | None = ...,
+    by: str | Sequence[str] | None = ...,
     **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
@@ -816,7 +818,7 @@ def open(
     *,
     min: str | None = ...,
     histogram: bool = ...,
-    by: str | None = ...,
+    by: str | Sequence[str] | None = ...,
     **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
@@ -827,7 +829,13 @@ def open(tool: Literal["life"], /, *, live: bool = ..., **asked: Unpack[Asked]) 
 
 @overload
 def open(
-    tool: Literal["life"], /, *, live: bool = ..., count: bool = ..., by: str | None = ..., **asked: Unpack[AskedInPart]
+    tool: Literal["life"],
+    /,
+    *,
+    live: bool = ...,
+    count: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 
@@ -870,7 +878,7 @@ def open(
     tool: Literal["rtt"],
     /,
     *,
-    by: str = ...,
+    by: str | Sequence[str] = ...,
     smoothed: bool = ...,
     histogram: bool = ...,
     max_keys: int = ...,

@@ -14,7 +14,7 @@ from msgspec import structs
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram
-from tcpscope.request import Request
+from tcpscope.request import Request, names_in
 from tcpscope.run import NOTHING, Batch, Run, Ticker
 from tcpscope.schema import Clock
 from tcpscope.session import Stats, monotonic_ns
@@ -65,11 +65,11 @@ class Summary:
 
     def _kind(self, request: Request) -> tuple[str, ...]:
         text = request.options.get("by")
-        names = self.by if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+        names = self.by if text is None else names_in(text)
         if not names:
-            raise UsageError("--by is empty", "names of columns with commas between them")
+            raise UsageError("--by is empty", "give names of columns, separated by commas")
         if "time" in names:
-            raise UsageError("--by has 'time'", "every row has its own; --interval puts together what comes in a time")
+            raise UsageError("--by has 'time'", "each row has a time of its own; --interval groups rows by time")
         return tuple(dict.fromkeys(names))
 
 

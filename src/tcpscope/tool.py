@@ -88,7 +88,7 @@ class Stream(Tool):
                 Option((f"--{summary.option}",), f"{summary.help} By default by {','.join(summary.by)}.")
                 for summary in summaries
             ),
-            *((Option(("--by",), "The columns that it is done by, with commas.", str),) if summaries else ()),
+            *((Option(("--by",), "Group by these columns (comma-separated).", str, names=True),) if summaries else ()),
         )
         self.constants = constants
 

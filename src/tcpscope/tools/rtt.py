@@ -61,6 +61,7 @@ class Rtt(Tool):
             "One distribution for each: none, laddr, raddr, lport, rport, pid, connection; or several with commas.",
             str,
             "none",
+            names=True,
         ),
         Option(("--smoothed",), "The smoothed RTT, as ss -ti shows it, instead of each measurement."),
         Option(("--histogram",), "Draw the distribution for each key too."),
