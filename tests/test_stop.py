@@ -12,13 +12,36 @@ from pathlib import Path
 
 import pytest
 
+import pytest
+
 from tcpscope.stop import Stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+    assert signal.getsignal(number) == before
+
+
+def test_nohup() -> None:
+    """Who starts us with SIGHUP ignored wants us to go on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_stop() -> None:
     with Stop() as stop:
-        assert not stop
-        os.kill(os.getpid(), signal.SIGTERM)
+        stop.stop()
         assert stop
         stop.wait(60)  # does not wait
     stop.stop()  # after its end it is no error

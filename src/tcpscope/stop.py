@@ -15,7 +15,8 @@ _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who wai
 class Stop:
     """Asked to stop? By a signal, the code, or because `duration` seconds have passed since `begin()`.
 
-    As a context manager it catches SIGINT and SIGTERM. `output` is a descriptor whose reader may go away.
+    As a context manager it catches SIGINT, SIGTERM, and SIGHUP unless that is ignored (nohup). `output` is a descriptor
+    whose reader may go away.
     """
 
     def __init__(self, duration: float | None = None, output: int | None = None) -> None:
@@ -26,7 +27,9 @@ class Stop:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, lambda *_: self.stop())
         return self
 
