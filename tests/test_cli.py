@@ -311,7 +311,7 @@ def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: R
 
     monkeypatch.setattr(features.Kernel, "can", cannot)
     many = ",".join(f"10.{n}.0.0/16" for n in range(0, 20, 2))
-    status, out, err = run("states", "--explain", "--cgroup", "1", "--raddr", many)
+    status, out, err = run("states", "--explain", "-4", "--cgroup", "1", "--raddr", many)
     assert (status, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     (memory,) = (line.split()[1] for line in lines if line.startswith("memory "))
@@ -319,6 +319,7 @@ def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: R
     assert "timewait not attached" in lines
     assert "not known on this kernel: what follows CLOSE" in lines
     assert "filter --cgroup 1: decided in the kernel" in lines
+    assert "filter -4: decided in the kernel" in lines
     assert any(line.startswith("filter --raddr") and line.endswith("decided in user space") for line in lines)
 
 

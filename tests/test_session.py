@@ -110,10 +110,9 @@ def test_loss_is_counted_exactly(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert stats["lost"] >= made * STEPS - 32
     assert stats["table_full"] == stats["missed"] == 0
     assert done.status == 5
-    account = Stats(**stats).line()
     assert done.stderr.splitlines() == [
-        f"tcpscope: {account}",
-        f"tcpscope: events were lost: {account}; a larger --buffer or a narrower filter helps",
+        f"tcpscope: {Stats(**stats).line()}",
+        "tcpscope: events were lost; a larger --buffer or a narrower filter helps",
     ]
 
 
@@ -325,6 +324,29 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
     assert "Traceback" not in text + done.stderr
     if arguments[0] == "queue":
         assert max(map(len, text.replace("\x1b[H\x1b[J", "\n").splitlines())) <= 40
+
+
+@pytest.mark.parametrize("arguments", [("states",), ("queue", "-i", "0.1"), ("rtt",), ("diagnose",)])
+def test_ctrl_c_leaves_no_trace(lab: Lab, run_tool: type[RunningTool], arguments: tuple[str, ...]) -> None:
+    """The terminal echoes ^C; what is written next does not stand behind it."""
+    ours, theirs = os.openpty()
+    command = (*arguments, "--netns", str(lab.client.inode), "-o", "table")
+    with run_tool(*command, prefix=("setsid", "--ctty"), stdin=theirs, stdout=theirs, stderr=theirs) as tool:
+        os.close(theirs)
+        os.write(ours, b"\x03")
+        text = _all_of(ours)
+        done = tool.wait()
+    assert done.status == 0
+    assert "^C\r\x1b[K" in text, text
+
+
+def test_sighup_is_an_end_in_order(lab: Lab, run_tool: type[RunningTool]) -> None:
+    with run_tool("states", "--netns", str(lab.client.inode)) as tool:
+        refused(lab.client, 1)
+        done = tool.stop(signal.SIGHUP)
+    assert done.status == 0
+    assert len(done.rows) == STEPS
+    assert done.stats is not None and done.stats["shown"] == STEPS
 
 
 def _until(terminal: int, wanted: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import BinaryIO
 
+from tcpscope.errors import LossError
 from tcpscope.filters import Filter
 from tcpscope.output import Sink, open_sink
 from tcpscope.request import Request
@@ -33,11 +34,15 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         if not screen:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
         for batch in run.batches(stop, request.max_events):
+            if stop.stopped:
+                clear_interrupt()
             if not screen:
                 sink.rows(batch.rows)
             elif batch.kind == "snapshot":
                 screen.draw(batch)
             stream.flush()
+        if stop.stopped:
+            clear_interrupt()
         _print_notes(run)
         if run.accounts or request.stats or request.strict:
             finish(request, run.account(), sink, stream, run.more)
@@ -67,8 +72,16 @@ def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: s
         sink.record("stats", asdict(stats))
     stream.flush()
     print(f"tcpscope: {stats.line()}", file=sys.stderr)
-    if request.strict:
-        stats.check(f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
+    if request.strict and not stats.lossless:
+        raise LossError("events were lost", f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
+
+
+def clear_interrupt() -> None:
+    """Clear the terminal's line, where it has echoed ^C: the next line begins in the first column."""
+    for stream in (sys.stderr, sys.stdout):
+        if stream.isatty():
+            print("\r\x1b[K", end="", file=stream, flush=True)
+            return
 
 
 def _print_notes(run: Run) -> None:
@@ -92,7 +105,8 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
                 yield f"  {'':<14} not known on this kernel: {hook.without}"
         here = dict(session.residual.describe())
         for option, value in filter.describe():
-            yield f"  filter {option} {value}: decided in {'user space' if option in here else 'the kernel'}"
+            where = "user space" if option in here else "the kernel"
+            yield f"  filter {f'{option} {value}'.strip()}: decided in {where}"
 
 
 class _Screen:

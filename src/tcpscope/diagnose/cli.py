@@ -17,7 +17,7 @@ from tcpscope.diagnose.connecting import Connecting
 from tcpscope.errors import UsageError
 from tcpscope.output import open_sink, printable
 from tcpscope.request import Request
-from tcpscope.show import begin, descriptor, finish
+from tcpscope.show import begin, clear_interrupt, descriptor, finish
 from tcpscope.stop import Stop
 
 _POLL_SECONDS = 0.2
@@ -64,8 +64,7 @@ def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
             text = f"{time.monotonic() - started:4.0f} s  " + "; ".join(source.live() for source in sources)
             print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
         stop.wait(_POLL_SECONDS)
-    if live:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    clear_interrupt()
     for source in sources:
         source.end()
 
