@@ -58,7 +58,7 @@ class Run(ABC):
     more      the option of which more helps against loss
     accounts  whether it counts events, so that an account belongs at its end
     counted   whether its rows are what the account counts; else they are made of that
-    done      it ends by itself
+    done      it ends by itself, after the next poll
     over      it has ended or was closed: there are no more batches
     repeats   what its snapshots are of, when each takes the place of the one before: "listener"
     """

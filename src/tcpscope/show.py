@@ -31,7 +31,7 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, run.keep)
         _print_notes(run)
-        if not screen:
+        if not screen and not run.done:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
         for batch in run.batches(stop, request.max_events):
             if stop.stopped:
@@ -40,6 +40,9 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
                 sink.rows(batch.rows)
             elif batch.kind == "snapshot":
                 screen.draw(batch)
+            stream.flush()
+        if not screen:
+            sink.rows([])  # the titles, if no row came
             stream.flush()
         if stop.stopped:
             clear_interrupt()

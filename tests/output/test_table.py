@@ -39,6 +39,65 @@ def test_an_address_is_never_cut() -> None:
     assert long in table({"pid": 1, "comm": "a", "raddr": long, "sent_bytes": 0})[1]
 
 
+class Terminal(io.BytesIO):
+    def isatty(self) -> bool:
+        return True
+
+
+LONG = "2001:db8:1111:2222:3333:4444:5555:6666"
+SHORT = "192.0.2.1"
+
+
+def in_batches(stream: io.BytesIO, *batches: list[str]) -> list[str]:
+    """What is written for batches of rows with these remote addresses; the column's title and the port's end agree."""
+    sink = open_sink("table", (*COLUMNS, Column("rport")), stream)
+    sink.rows([])
+    for addresses in batches:
+        rows = [{"pid": 1, "comm": "a", "raddr": each, "sent_bytes": 5, "rport": 443} for each in addresses]
+        sink.rows([SimpleNamespace(**row) for row in rows])
+    return stream.getvalue().decode().splitlines()
+
+
+def test_a_long_value_widens_its_column() -> None:
+    """For its batch and for all later ones; on a terminal the titles come again."""
+    narrow, wide = 57, 57 + len(LONG) - 15
+    titles, first, again, *rest = in_batches(Terminal(), [SHORT], [SHORT, LONG], [SHORT], [LONG])
+    assert [len(line) for line in (titles, first)] == [narrow, narrow]
+    assert (again.split(), len(again)) == (titles.split(), wide)
+    assert again.index("RADDR") == titles.index("RADDR")
+    assert [line.split()[2] for line in rest] == [SHORT, LONG, SHORT, LONG]
+    assert {len(line) for line in rest} == {wide}
+
+
+def test_in_a_pipe_titles_come_once() -> None:
+    titles, *rows = in_batches(io.BytesIO(), [SHORT], [LONG, SHORT], [SHORT])
+    assert "RADDR" in titles and not any("RADDR" in row for row in rows)
+    assert [len(row) for row in rows] == [57, 80, 80, 80]
+
+
+def test_titles_fit_what_comes_with_them() -> None:
+    stream = io.BytesIO()
+    open_sink("table", COLUMNS, stream).rows([SimpleNamespace(pid=1, comm="a", raddr=LONG, sent_bytes=5)])
+    titles, row = stream.getvalue().decode().splitlines()
+    assert len(titles) == len(row)
+
+
+def test_a_number_widens_its_column_too() -> None:
+    lines = table({"pid": 1, "comm": "a", "raddr": "::1", "sent_bytes": 10**15}, columns=COLUMNS[::-1])
+    assert lines[1].startswith(f"{10**15} ::1 ")
+
+
+def test_a_list_and_a_last_column_move_nothing() -> None:
+    columns = (Column("pid"), Column("holders", "list"), Column("comm", "comm"))
+    stream = Terminal()
+    sink = open_sink("table", columns, stream)
+    for holders, comm in ((["a(1)"], "a"), (["a(1)"] * 40, "b" * 20), (["a(1)"], "c")):
+        sink.rows([SimpleNamespace(pid=1, holders=holders, comm=comm)])
+    lines = stream.getvalue().decode().splitlines()
+    assert [line.split()[-1][0] for line in lines] == ["C", "a", "b", "c"]
+    assert lines[3] == "  1 a(1)    c"
+
+
 def test_unknown_is_not_zero() -> None:
     row = table({"pid": None, "comm": None, "raddr": None, "sent_bytes": 0})[1]
     assert row.split() == ["-", "-", "-", "0"]
@@ -84,6 +143,9 @@ def test_a_stack_stands_below_its_row() -> None:
     columns = (Column("pid"), Column("stack", "stack"))
     lines = table({"pid": 7, "stack": ["tcp_v4_rcv+0x1", "ip_rcv+0x2"]}, {"pid": 8, "stack": None}, columns=columns)
     assert [line.strip() for line in lines] == ["PID", "7", "tcp_v4_rcv+0x1", "ip_rcv+0x2", "8"]
+    lines = table({"pid": 7, "stack": ["tcp_v4_rcv+0x1"]}, {"pid": 8, "stack": None}, columns=columns[::-1])
+    assert lines == ["PID", "  7", "    tcp_v4_rcv+0x1", "  8"]
+    assert table({"stack": ["f"]}, columns=columns[1:]) == ["", "", "    f"]
 
 
 def test_kinds() -> None:

@@ -1,12 +1,13 @@
 """A table for people: aligned columns, numbers to the right, `-` for what is not known.
 
-The widths fit what the columns usually hold (an IPv4 address, a port, a state); a longer value pushes its row to the
-right instead of being cut: a cut address is a wrong address.
+A column is as wide as the values that it usually holds (an IPv4 address, a port, a state). When a longer value comes
+(an IPv6 address), the column grows for this batch of rows and for all later ones, and on a terminal the titles are
+printed again above them. A value is never cut: a cut address is a wrong address. A list does not widen its column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, BinaryIO
 
@@ -27,28 +28,56 @@ class Sink:
         self._stream = stream
         self._header = header
         self._cells = [_Cell(column) for column in columns]
+        self._on_line = [(at, cell) for at, cell in enumerate(self._cells) if cell.kind not in _BELOW]
         self._below = [
             (index, _BELOW[column.kind], column.unit) for index, column in enumerate(columns) if column.kind in _BELOW
         ]
         names = [column.name for column in columns]
         self._values = attrgetter(*names) if len(names) > 1 else lambda row: (getattr(row, names[0]),)
         self._templates: dict[tuple[type, ...], str | None] = {}
+        self._terminal = stream.isatty()
+        self._titled = False
 
     def rows(self, rows: Sequence[Any]) -> None:
-        lines = []
-        if self._header:
-            self._header = False
-            lines.append(" ".join(cell.pad(cell.header) for cell in self._cells).rstrip())
-        for row in rows:
-            values = self._values(row)
-            lines.append(self._line(values))
-            for index, drawn, unit in self._below:
-                lines.extend(drawn(values[index], unit) if values[index] else ())
-        if lines:
-            self._stream.write("\n".join([*lines, ""]).encode())
+        cells = [self._values(row) for row in rows]
+        lines = [self._line(values) for values in cells]
+        if max(map(len, lines), default=0) > self._width and self._grow(cells):
+            lines = [self._line(values) for values in cells]
+            self._titled = self._titled and not self._terminal
+        titles = []
+        if self._header and not self._titled:
+            self._titled = True
+            titles.append(" ".join(cell.pad(cell.header) for _, cell in self._on_line).rstrip())
+        if self._below:
+            lines = [line for values, above in zip(cells, lines, strict=True) for line in self._whole(values, above)]
+        if titles or lines:
+            self._stream.write("\n".join([*titles, *map(str.rstrip, lines), ""]).encode())
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """The statistics stand on stderr; a table has no place for them."""
+
+    @property
+    def _width(self) -> int:
+        """Characters of a line whose values all fit."""
+        return max(0, sum(cell.width + 1 for _, cell in self._on_line) - 1)
+
+    def _grow(self, rows: Sequence[tuple[Any, ...]]) -> bool:
+        """Widen each column to its longest value here. Returns whether a column stands in another place now."""
+        before = [cell.width for _, cell in self._on_line]
+        for at, cell in self._on_line:
+            if cell.kind != "list":
+                cell.width = max(cell.width, *(len(cell.text(values[at])) for values in rows))
+        self._templates.clear()
+        after = [cell.width for _, cell in self._on_line]
+        _, last = self._on_line[-1]
+        return before != after if last.right else before[:-1] != after[:-1]
+
+    def _whole(self, values: tuple[Any, ...], line: str) -> Iterator[str]:
+        """The line, and what stands below it."""
+        yield line
+        for index, drawn, unit in self._below:
+            if values[index]:
+                yield from drawn(values[index], unit)
 
     def _line(self, values: tuple[Any, ...]) -> str:
         """One format for the whole line, made once for each combination of types, is three times as fast as cells."""
@@ -60,8 +89,8 @@ class Sink:
             template = self._templates[types] = " ".join(filter(None, parts)) if all(parts) else None
         line = template % values if template else ""
         if not line.isprintable() or not line:
-            line = " ".join(cell.text(value) for cell, value in zip(self._cells, values, strict=True))
-        return line.rstrip()
+            line = " ".join(cell.text(values[at]) for at, cell in self._on_line)
+        return line
 
 
 class _Cell:
@@ -72,8 +101,6 @@ class _Cell:
         unit = f"({column.unit})" if column.unit and column.kind != "time" else ""
         self.header = column.title or f"{title}{unit}"
         self.width = max(column.width or _WIDTHS.get(column.kind, 0), len(self.header))
-        if column.kind in _BELOW:
-            self.header, self.width = "", 0
         self.right = column.kind in ("int", "float")
 
     def pad(self, text: str) -> str:
@@ -89,8 +116,6 @@ class _Cell:
         return {int: f"%{width}d", str: f"%{width}s", float: f"%{width}.{6 if self.kind == 'time' else 1}f"}.get(kind)
 
     def text(self, value: Any) -> str:
-        if self.kind in _BELOW:
-            return ""
         if value is None:
             return self.pad("-")
         if value is True or value is False:

@@ -71,7 +71,7 @@ class _Existing(Run):
 
     keep = tuple(List.for_more)
     accounts = False
-    counted = True
+    counted = done = True
 
     def __init__(self, columns: Sequence[Column], session: Session, filter: Filter) -> None:
         super().__init__(columns, session)
@@ -79,7 +79,6 @@ class _Existing(Run):
         self._row = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
 
     def poll(self) -> Iterator[Batch]:
-        self.done = True
         for found in self._sockets():
             self.stats.seen += len(found)
             self.stats.shown += len(found)
