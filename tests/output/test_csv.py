@@ -26,7 +26,14 @@ def test_names_then_rows() -> None:
 def test_what_needs_quotes() -> None:
     """A process may call itself anything."""
     for name in ('a,b"c', "'", "é"):
-        assert read_back({"pid": None, "comm": name, "stack": ["f+0x1", "g+0x2"]})[1] == ["", name, "f+0x1 < g+0x2"]
+        assert read_back({"pid": None, "comm": name, "stack": ["f+0x1", "g+0x2"]})[1] == ["", name, "f+0x1;g+0x2"]
+
+
+def test_lists_are_one_field() -> None:
+    columns = (Column("holders", "list"), Column("histogram", "distribution", "us"))
+    read = read_back({"holders": ["a(1)", "b(2)"], "histogram": [[16, 31, 1], [32, 63, 2]]}, columns=columns)
+    assert read[1] == ["a(1);b(2)", "16-31:1;32-63:2"]
+    assert read_back({"holders": [], "histogram": []}, columns=columns)[1] == ["", ""]
 
 
 def test_what_would_repaint_the_terminal() -> None:

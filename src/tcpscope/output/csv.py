@@ -1,4 +1,7 @@
-"""CSV (RFC 4180): a line of names, then a line per row; what is not known is an empty field."""
+"""CSV (RFC 4180): a line of names, then a line per row; what is not known is an empty field.
+
+A list (`stack`, `holders`) is one field whose parts are separated by `;`. The parts of a `histogram` are FROM-TO:COUNT.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,10 @@ class Sink:
 
 
 def _cells(values: Sequence[Any]) -> list[Any]:
-    """Lists (a stack) become one cell. Names are the process's own choice, and a terminal may be what reads them."""
-    cells = (" < ".join(map(str, v)) if isinstance(v, list) else v for v in values)
+    """A process chooses its own name, and the reader may be a terminal: so text is made printable."""
+    cells = (";".join(map(_part, v)) if isinstance(v, list) else v for v in values)
     return [printable(cell) if isinstance(cell, str) else cell for cell in cells]
+
+
+def _part(value: Any) -> str:
+    return "{}-{}:{}".format(*value) if isinstance(value, list) else str(value)
