@@ -120,6 +120,18 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["connlat", "--histogram", "--columns", "pid"], "unknown column 'pid'; there are time, outcome"),
         (["connlat", "--histogram", "-i", "0"], "--interval 0; a number of seconds above 0"),
         (["connect", "--histogram"], "No such option"),
+        (["list", "-d", "1"], "'list' has no option '-d'; it prints one snapshot and ends"),
+        (["list", "--duration", "1"], "'list' has no option '--duration'; it prints one snapshot and ends"),
+        (["connect", "-P", "80"], "'connect' has no option '-P'; use -R PORTS for remote ports"),
+        (["tcpaccept", "-P", "80"], "'accept' has no option '-P'; use -L PORTS for local ports"),
+        (["tcplife", "-tw"], "'life' has no option '-t'; every row has a time; --time elapsed counts seconds"),
+        (["connect", "-U"], "'connect' has no option '-U'; use --columns with uid among the names"),
+        (["life", "-w"], "'life' has no option '-w'; leave it out: addresses are never cut"),
+        (["tcpconnlat", "10"], "'connlat' takes no argument; use --min for the shortest latency"),
+        (["diagnose", "--timestamp"], "'diagnose' has no option '--timestamp'; every row has"),
+        (["diagnose", "-o", "csv"], "Invalid value for '-o' / '--output': 'csv' is not one of 'table', 'json'."),
+        (["diagnose", "-R", "80"], "--rport 80; a listener has no remote end"),
+        (["queue", "-R", "80"], "--rport 80; a listener has no remote end; with --events the peers are known"),
         (["queue", "--stack"], "--stack; it goes with --events"),
         (["queue", "--buffer", "64K"], "--buffer; it goes with --events"),
         (["list", "--time", "none"], "No such option"),
@@ -180,9 +192,29 @@ def test_help_and_version(run: Run) -> None:
 def test_a_tool_has_the_options_that_it_has_a_use_for(run: Run, name: str) -> None:
     """They follow from what the tool is."""
     found, text = tool.find(name), run(name, "--help")[1]
-    used = {"--interval": found.intervals, "--time": found.timed, "--buffer": isinstance(found, tool.Stream)}
+    used = {
+        "--interval": bool(found.intervals),
+        "--duration": name != "list",
+        "--time": found.timed,
+        "--buffer": isinstance(found, tool.Stream),
+    }
     assert {option: option in text for option in used} == used
-    assert "[default: 4M]" in text or not used["--buffer"]
+    words = " ".join(text.split())
+    assert "[default: 4M]" in words or not used["--buffer"]
+    assert f"print results every SECONDS. [default: {found.intervals}]" in words.replace("Print", "print") or (
+        not used["--interval"]
+    )
+
+
+def test_help_says_what_an_option_needs(run: Run) -> None:
+    text = " ".join(run("queue", "--help")[1].split())
+    for option in ("-R, --rport PORTS", "--raddr NETWORKS", "--buffer SIZE", "--stack"):
+        assert f"{option} With --events:" in text
+    text = " ".join(run("connect", "--help")[1].split())
+    assert "--by NAMES With --count: group by" in text and "[default: raddr,rport]" in text
+    assert "--interval SECONDS With --count: print results" in text
+    text = " ".join(run("diagnose", "--help")[1].split())
+    assert "-R, --rport PORTS Refused here" in text and "[table|json]" in text and "[default: 30]" in text
 
 
 def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, Request]:
@@ -297,7 +329,7 @@ def test_a_kernel_without_a_hook(
         return missing if program.target == target else can(kernel, program)
 
     monkeypatch.setattr(features.Kernel, "can", cannot)
-    status, out, err = run(*arguments, "-d", "0.1")
+    status, out, err = run(*arguments)
     assert (status, out) == (3, "")
     assert err == f"tcpscope: this kernel offers no hook for {hook}; the kernel has no {target}\n"
 

@@ -224,7 +224,7 @@ def test_each_missing_one_is_named(memory: set[str], run_tool: type[RunningTool]
 
 @pytest.mark.parametrize("name", toolbox.names())
 def test_without_any(run_tool: type[RunningTool], name: str) -> None:
-    with run_tool(name, "-d", "1", prefix=only(), ready=False) as tool:
+    with run_tool(name, prefix=only(), ready=False) as tool:
         done = tool.wait()
     assert (done.status, done.stdout) == (4, "")
     assert done.stderr == "tcpscope: missing CAP_BPF and CAP_PERFMON; run as root, or grant them\n"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -88,65 +89,123 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
 FILTERS = (
     click.Option(["-p", "--pid"], metavar="PID", help="Owned by this process."),
-    click.Option(["--comm"], metavar="NAME", help="Owned by a process of this name."),
+    click.Option(["--comm"], metavar="NAME", help="Owned by a process with this name."),
     click.Option(["-u", "--uid"], metavar="UID|NAME", help="Owned by a process of this user."),
-    click.Option(["--cgroup"], metavar="PATH|ID", help="Owned by a process in this cgroup (v2) or below."),
+    click.Option(["--cgroup"], metavar="PATH|ID", help="Owned by a process in this cgroup (v2) or below it."),
     click.Option(["--netns"], metavar="INODE|NAME|pid:N", help="In this network namespace."),
-    click.Option(["-4", "ipv4"], is_flag=True, help="IPv4 only (v4-mapped sockets too)."),
+    click.Option(["-4", "ipv4"], is_flag=True, help="IPv4 only, with IPv4 on IPv6 sockets."),
     click.Option(["-6", "ipv6"], is_flag=True, help="IPv6 only."),
-    click.Option(["-L", "--lport"], metavar="PORTS", help="Local ports: 80,443,8000-8100."),
+    click.Option(["-L", "--lport"], metavar="PORTS", help="Local ports, such as 80,443,8000-8100."),
     click.Option(["-R", "--rport"], metavar="PORTS", help="Remote ports."),
     click.Option(["--port"], metavar="PORTS", help="Ports at either end."),
-    click.Option(["--laddr"], metavar="NETWORKS", help="Local addresses: 10.0.0.0/8,::1."),
-    click.Option(["--raddr"], metavar="NETWORKS", help="Remote addresses."),
+    click.Option(["--laddr"], metavar="NETWORKS", help="Local addresses or networks, such as 10.0.0.0/8,::1."),
+    click.Option(["--raddr"], metavar="NETWORKS", help="Remote addresses or networks."),
+)
+DURATION = click.Option(
+    ["-d", "--duration"],
+    type=float,
+    callback=_seconds,
+    metavar="SECONDS",
+    help="Stop after this many seconds.  [default: at Ctrl-C]",
+)
+FORMAT = click.Option(
+    ["-o", "--output"],
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="Output format.",
 )
 COMMON = (
-    click.Option(
-        ["-o", "--output"],
-        type=click.Choice(["table", "json", "csv"]),
-        default="table",
-        show_default=True,
-        help="Format.",
-    ),
-    click.Option(
-        ["-d", "--duration"],
-        type=float,
-        callback=_seconds,
-        metavar="SECONDS",
-        help="End so long after the hooks are attached.",
-    ),
-    click.Option(["--stats"], is_flag=True, help="The account of events in the output too (JSON)."),
-    click.Option(["--strict"], is_flag=True, help="Exit with 5 if any event was lost."),
-    click.Option(["--debug"], is_flag=True, help="libbpf's own messages on stderr."),
+    FORMAT,
+    DURATION,
+    click.Option(["--stats"], is_flag=True, help="Append the account of events as a last JSON record (-o json)."),
+    click.Option(["--strict"], is_flag=True, help="Exit with status 5 if an event was lost."),
+    click.Option(["--debug"], is_flag=True, help="Print libbpf's messages on stderr."),
 )
 TIME = click.Option(
     ["--time"],
     type=click.Choice(["iso", "elapsed", "none"]),
     default="iso",
     show_default=True,
-    help="Time stamps: UTC, seconds since the start, or none.",
+    help="Time stamps: UTC (iso), seconds since the start (elapsed), or none.",
 )
 BUFFER = click.Option(
-    ["--buffer"], callback=_bytes, metavar="SIZE", help="Ring buffer between kernel and tool.  [default: 4M]"
+    ["--buffer"],
+    callback=_bytes,
+    metavar="SIZE",
+    help="Size of the ring buffer between kernel and tool.  [default: 4M]",
 )
 OUTPUT = (
     *COMMON,
-    click.Option(["--columns"], metavar="NAMES", help="Columns, in this order."),
-    click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="No line of titles."),
+    click.Option(
+        ["--columns"],
+        metavar="NAMES",
+        help="Print these columns, comma-separated.  [default: the most useful in a table, all in JSON and CSV]",
+    ),
+    click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="Print no titles."),
     TIME,
     click.Option(
         ["-n", "--max-events"],
         type=click.IntRange(1),
         metavar="N",
-        help="At most so many rows: of a stream in all, and it ends then; else each time.",
+        help="Stop after N rows. Of snapshots and groups: print only the first N each time.  [default: no limit]",
     ),
-    click.Option(["--explain"], is_flag=True, help="Say how this would be done on this kernel, and end."),
+    click.Option(["--explain"], is_flag=True, help="Show which kernel hooks would be used here, then exit."),
     BUFFER,
 )
 INTERVAL = click.Option(
-    ["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print every so often."
+    ["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print results every SECONDS."
 )
+FILTERS_TITLE = "Filters (all must match; of several values in one option, any)"
+OUTPUT_TITLE = "Output"
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
+
+
+class Command(click.Command):
+    """A command whose help has its options in groups.
+
+    hints  an option that it does not have -> what to say to somebody who gives it; for the flags of bcc's tools: bcc.py
+    """
+
+    def __init__(
+        self,
+        name: str,
+        groups: Mapping[str, Sequence[click.Option]],
+        hints: Mapping[str, str] | None = None,
+        **attributes: Any,
+    ) -> None:
+        super().__init__(name, params=[option for group in groups.values() for option in group], **attributes)
+        self.groups, self.hints = groups, hints or {}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            if isinstance(error, click.NoSuchOption):
+                what, hint = f"has no option '{error.option_name}'", self._hint(error.option_name)
+            elif error.message.startswith("Got unexpected extra argument"):
+                what, hint = "takes no argument", self._hint("ARGUMENT")
+            else:
+                raise
+            if not hint:
+                raise
+            raise UsageError(f"'{self.name}' {what}", hint) from None
+
+    def _hint(self, flag: str) -> str:
+        from tcpscope import bcc  # only for who made a mistake
+
+        return self.hints.get(flag) or bcc.hint(self.name or "", flag)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        help_option = self.get_help_option(ctx)
+        groups = dict(self.groups)
+        last = list(groups)[-1]
+        for title, group in groups.items():
+            options = [*group, help_option] if title == last and help_option else group
+            rows = [row for option in options if (row := option.get_help_record(ctx))]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
 
 def command_of(tool: toolbox.Tool) -> click.Command:
@@ -160,7 +219,8 @@ def command_of(tool: toolbox.Tool) -> click.Command:
             else (None if option.type is bool else option.type),
             default=option.unset,
             show_default=option.default is not None,
-            help=option.help,
+            metavar=option.metavar,
+            help=_with(tool.only_with.get(option.name), option.help),
         )
         for option in tool.options
     ]
@@ -169,12 +229,44 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         show(tool, request_of(tool, values), sys.stdout.buffer)
 
     useless = {
-        option for option, used in ((INTERVAL, tool.intervals), (TIME, tool.timed), (BUFFER, tool.event)) if not used
+        option
+        for option, used in (
+            (INTERVAL, tool.intervals),
+            (TIME, tool.timed),
+            (BUFFER, tool.event),
+            (DURATION, not tool.once),
+        )
+        if not used
     }
-    shared = [option for option in (INTERVAL, *FILTERS, *OUTPUT) if option not in useless]
-    return click.Command(
-        tool.name, params=[*own, *shared], callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary
-    )
+    interval = changed(INTERVAL, help=f"{INTERVAL.help}  [default: {tool.intervals}]")
+
+    def used(options: Sequence[click.Option]) -> list[click.Option]:
+        return [
+            changed(option, help=_with(tool.only_with.get(option.name or ""), option.help or ""))
+            for option in options
+            if option not in useless
+        ]
+
+    groups = {
+        "Options": [*own, *(used([interval]) if tool.intervals else ())],
+        FILTERS_TITLE: used(FILTERS),
+        OUTPUT_TITLE: used(OUTPUT),
+    }
+    hints = dict.fromkeys(DURATION.opts, "it prints one snapshot and ends") if tool.once else {}
+    return Command(tool.name, groups, hints, callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary)
+
+
+def changed(option: click.Option, **attributes: Any) -> click.Option:
+    """A copy of an option with other attributes."""
+    copied = copy.copy(option)
+    for name, value in attributes.items():
+        setattr(copied, name, value)
+    return copied
+
+
+def _with(other: str | None, help: str) -> str:
+    """The help of an option that goes with another one only."""
+    return f"With {other}: {help[0].lower()}{help[1:]}" if other else help
 
 
 def filter_of(values: dict[str, Any]) -> Filter:

@@ -135,8 +135,13 @@ class Events(Generic[Row]):
 
 def _request(tool: Tool, given: dict[str, Any]) -> Request:
     """What was asked for by keywords. UsageError for one that the tool has no use for, as on the command line."""
-    useful = {"interval": tool.intervals, "time": tool.timed, "buffer": bool(tool.event)}
-    asked = ["duration", "max_events", "columns", *(name for name in useful if useful[name])]
+    useful = {
+        "duration": not tool.once,
+        "interval": bool(tool.intervals),
+        "time": tool.timed,
+        "buffer": bool(tool.event),
+    }
+    asked = ["max_events", "columns", *(name for name in useful if useful[name])]
     options = {option.name: option for option in tool.options}
     known = [*FILTERS, *asked, *options]
     for name in given:

@@ -17,7 +17,8 @@ TIMES = ("iso", "elapsed", "none")
 class Option:
     """A tool's own option. `type` is a Python type or a tuple of allowed values; a bool is a flag.
 
-    names  it is a list of names: text with commas; in Python a sequence of names too
+    names    it is a list of names: text with commas; in Python a sequence of names too
+    metavar  what stands for its value in the help
     """
 
     flags: tuple[str, ...]
@@ -25,6 +26,7 @@ class Option:
     type: Any = bool
     default: Any = None
     names: bool = False
+    metavar: str | None = None
 
     @property
     def name(self) -> str:

@@ -29,7 +29,9 @@ class Tool(ABC):
     """Base of all tools.
 
     shown         columns of a table; the machine formats have all
-    intervals     has a use for --interval
+    intervals     when it prints without --interval; empty: it has no use for --interval
+    once          it prints one snapshot and ends, so it has no use for --duration
+    only_with     an option -> another one that it needs
     timed         its rows have a --time
     event         the event struct that comes through the --buffer
     for_more      a capability that it can do without -> what it is for
@@ -42,7 +44,9 @@ class Tool(ABC):
     probes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
     shown: tuple[str, ...] = ()
-    intervals = False
+    intervals = ""
+    once = False
+    only_with: Mapping[str, str] = {}
     timed = True
     event = ""
     capabilities: tuple[str, ...] = PRIVILEGES
@@ -81,15 +85,14 @@ class Stream(Tool):
         self.shown = tuple(shown)
         self.aliases = aliases
         self.summaries = summaries
-        self.intervals = self.intervals or bool(summaries)
-        self.options = (
-            *options,
-            *(
-                Option((f"--{summary.option}",), f"{summary.help} By default by {','.join(summary.by)}.")
-                for summary in summaries
-            ),
-            *((Option(("--by",), "Group by these columns (comma-separated).", str, names=True),) if summaries else ()),
-        )
+        self.options = (*options, *(Option((f"--{summary.option}",), summary.help) for summary in summaries))
+        if summaries:
+            groups = " or ".join(dict.fromkeys(",".join(summary.by) for summary in summaries))
+            text = f"Group by these columns, comma-separated.  [default: {groups}]"
+            self.options = (*self.options, Option(("--by",), text, str, names=True, metavar="NAMES"))
+            self.intervals = "once, at the end"
+            goes_with = " or ".join(f"--{summary.option}" for summary in summaries)
+            self.only_with = {"by": goes_with, "interval": goes_with}
         self.constants = constants
 
     @property
@@ -148,11 +151,10 @@ class Stream(Tool):
         if len(asked) > 1:
             raise UsageError(" and ".join(f"--{summary.option}" for summary in asked), "one of them at a time")
         if not asked and self.summaries:
-            goes_with = " or ".join(f"--{summary.option}" for summary in self.summaries)
-            for option, value in (("--by", request.options.get("by")), ("--interval", request.interval)):
+            for option, value in (("by", request.options.get("by")), ("interval", request.interval)):
                 if value is not None:
                     text = f"{value:g}" if isinstance(value, float) else value
-                    raise UsageError(f"{option} {text}", f"goes with {goes_with}")
+                    raise UsageError(f"--{option} {text}", f"goes with {self.only_with[option]}")
         return asked[0] if asked else None
 
 

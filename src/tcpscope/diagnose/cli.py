@@ -11,10 +11,9 @@ from typing import Any, BinaryIO
 import click
 import msgspec
 
-from tcpscope.cli import COMMON, FILTERS, filter_of
+from tcpscope.cli import COMMON, DURATION, FILTERS, FILTERS_TITLE, FORMAT, OUTPUT_TITLE, Command, changed, filter_of
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
-from tcpscope.errors import UsageError
 from tcpscope.output import open_sink, printable
 from tcpscope.request import Request
 from tcpscope.show import begin, clear_interrupt, descriptor, finish
@@ -28,8 +27,6 @@ _WIDTH = 100
 def _run(**values: Any) -> None:
     request = Request(filter=filter_of(values), **{k: v for k, v in values.items() if v is not None})
     request.duration = values["duration"] or _DEFAULT_SECONDS
-    if request.output == "csv":
-        raise UsageError("--output csv", "findings are no rows: table or json")
     request.refuse_peers("a listener has no remote end, and one overflow refuses many peers")
     stream = sys.stdout.buffer
     rules = all_rules()
@@ -101,9 +98,16 @@ def _text(number: int, finding: Finding) -> list[str]:
     return lines
 
 
-diagnose = click.Command(
+_NO_PEERS = "Refused here: a listener has no remote end."
+_FILTERS = [changed(option, help=_NO_PEERS) if option.name in ("rport", "raddr") else option for option in FILTERS]
+_COMMON = [
+    changed(FORMAT, type=click.Choice(["table", "json"])),
+    changed(DURATION, help=f"Watch for this many seconds, or until Ctrl-C.  [default: {_DEFAULT_SECONDS:g}]"),
+    *(option for option in COMMON if option not in (FORMAT, DURATION)),
+]
+diagnose = Command(
     "diagnose",
-    params=[*FILTERS, *COMMON],
+    {FILTERS_TITLE: _FILTERS, OUTPUT_TITLE: _COMMON},
     callback=_run,
     help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
     "It looks at every listener and every refused handshake, names the owner, the limit and where the limit comes "

@@ -12,5 +12,5 @@ tool = Stream(
     "accepted",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "wait_us", "accept_queue", "accept_limit"),
     aliases=("tcpaccept",),
-    summaries=(Summary("count", "Count them.", ("pid", "comm")),),
+    summaries=(Summary("count", "Count the connections of each group, do not print them.", ("pid", "comm")),),
 )

@@ -13,7 +13,7 @@ tool = Stream(
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "outcome", "errno", "latency_us", "syn_retrans"),
     aliases=("tcpconnect",),
-    options=(Option(("--failed",), "Only those that did not succeed."),),
-    summaries=(Summary("count", "Count them.", ("raddr", "rport")),),
+    options=(Option(("--failed",), "Print only attempts that did not succeed."),),
+    summaries=(Summary("count", "Count the attempts of each group, do not print them.", ("raddr", "rport")),),
     constants=lambda request: {"attempt_failed_only": bool(request.options.get("failed"))},
 )

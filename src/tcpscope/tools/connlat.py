@@ -33,7 +33,16 @@ tool = Stream(
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "latency_us", "syn_retrans", "outcome"),
     aliases=("tcpconnlat",),
-    options=(Option(("--min",), "Only those that took at least so long: 10ms.", str),),
-    summaries=(Summary("histogram", "The distribution of the latency.", ("outcome",), "latency_us"),),
+    options=(
+        Option(("--min",), "Print only attempts that took at least this long, such as 10ms.", str, metavar="TIME"),
+    ),
+    summaries=(
+        Summary(
+            "histogram",
+            "Print the distribution of each group's latency, not rows.",
+            ("outcome",),
+            "latency_us",
+        ),
+    ),
     constants=_constants,
 )

@@ -46,6 +46,6 @@ tool = Life(
         "end",
     ),
     aliases=("tcplife",),
-    options=(Option(("--live",), "Begin with the connections that are open now; the buffer has 16M then."),),
-    summaries=(Summary("count", "Count them.", ("end", "closed_by")),),
+    options=(Option(("--live",), "Print first the connections that are open now (--buffer is 16M by default then)."),),
+    summaries=(Summary("count", "Count the connections of each group, do not print them.", ("end", "closed_by")),),
 )

@@ -56,6 +56,7 @@ class List(Tool):
         "CAP_SYS_PTRACE": "network namespaces without a name",
     }
     timed = False
+    once = True
 
     def columns(self, request: Request) -> tuple[Column, ...]:
         return (*map(Column.of, Spec.of("sockets").layout("existing").fields), *_HOLDERS)

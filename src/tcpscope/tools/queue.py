@@ -238,18 +238,19 @@ def _by_urgency(listeners: Iterable[Listener]) -> list[Listener]:
 class Queue(Stream):
     """Two views of the probe `listeners`: its snapshots, and with --events its event stream."""
 
-    intervals = True
+    intervals = "1"
     for_more: ClassVar = {"CAP_SYSLOG": "names of functions in --stack; without it, addresses"}
 
     def __init__(self) -> None:
+        self.only_with = dict.fromkeys(("stack", "rport", "raddr", "buffer"), "--events")
         super().__init__(
             "listeners",
             _EVENTS,
             event="overflow",
             aliases=("tcpsynbl",),
             options=(
-                Option(("-e", "--events"), "One row per refused handshake."),
-                Option(("--stack",), "With --events: the kernel stack of each."),
+                Option(("-e", "--events"), "Print one row per refused handshake."),
+                Option(("--stack",), "Print the kernel stack of each refusal."),
             ),
         )
 

@@ -54,22 +54,24 @@ _TIME = Column("time", "time", doc="when it was read")
 class Rtt(Tool):
     probes = ("rtt",)
     aliases = ("tcprtt",)
-    intervals = True
+    intervals = "once, at the end"
     options = (
         Option(
             ("--by",),
-            "One distribution for each: none, laddr, raddr, lport, rport, pid, connection; or several with commas.",
+            "Group by these keys, comma-separated: laddr, raddr, lport, rport, pid; or by connection, or none.",
             str,
             "none",
             names=True,
+            metavar="KEYS",
         ),
-        Option(("--smoothed",), "The smoothed RTT, as ss -ti shows it, instead of each measurement."),
-        Option(("--histogram",), "Draw the distribution for each key too."),
+        Option(("--smoothed",), "Take the kernel's smoothed RTT (rtt: in ss -ti) instead of each measurement."),
+        Option(("--histogram",), "Draw the distribution of each group too."),
         Option(
             ("--max-keys",),
-            "So many keys at the most in an interval; samples of further ones count as lost.",
+            "Keep at most N groups per interval; samples of others count as lost.",
             int,
             4096,
+            metavar="N",
         ),
     )
 

@@ -1,0 +1,70 @@
+"""Flags of bcc's and libbpf-tools' TCP tools that are called otherwise here. Only read when somebody has given one."""
+
+from __future__ import annotations
+
+_TIME = "every row has a time; --time elapsed counts seconds from the start"
+_CSV = "use -o csv"
+_UID = "use --columns with uid among the names"
+_CGROUP = "use --cgroup PATH"
+_MOUNTS = "use --netns or --cgroup"
+
+_ALL = {
+    "-t": _TIME,
+    "-T": _TIME,
+    "--timestamp": _TIME,
+    "-s": _CSV,
+    "--csv": _CSV,
+    "-w": "leave it out: addresses are never cut",
+    "--wide": "leave it out: addresses are never cut",
+    "-N": "use --netns INODE, NAME or pid:N",
+    "-C": _CGROUP,
+    "--cgroupmap": _CGROUP,
+    "-M": _MOUNTS,
+    "--mntnsmap": _MOUNTS,
+    "-Y": "use -o json, and systemd-cat for the journal",
+    "--journal": "use -o json, and systemd-cat for the journal",
+    "-v": "use --debug for libbpf's messages",
+    "--verbose": "use --debug for libbpf's messages",
+    "--ebpf": "use --explain to see which programs are attached",
+}
+_TOOLS = {
+    "accept": {"-P": "use -L PORTS for local ports"},
+    "connect": {
+        "-P": "use -R PORTS for remote ports",
+        "-c": "use --count",
+        "-U": _UID,
+        "--print-uid": _UID,
+        "--dns": "addresses are shown as numbers only",
+    },
+    "connlat": {"ARGUMENT": "use --min for the shortest latency, such as --min 10ms"},
+    "life": {
+        "-D": "use -R PORTS for remote ports",
+        "--remoteport": "use -R PORTS",
+        "--localport": "use -L PORTS",
+    },
+    "queue": {"ARGUMENT": "use -i SECONDS for the interval and -d SECONDS for the duration"},
+    "rtt": {
+        "-P": "use -R PORTS for remote ports, -L PORTS for local ones",
+        "-a": "use --laddr ADDRESS",
+        "-A": "use --raddr ADDRESS",
+        "-b": "use --by laddr",
+        "--byladdr": "use --by laddr",
+        "-B": "use --by raddr",
+        "--byraddr": "use --by raddr",
+        "-e": "the average is always shown: mean_us",
+        "--extension": "the average is always shown: mean_us",
+        "-m": "times are in microseconds",
+        "--milliseconds": "times are in microseconds",
+    },
+    "states": {
+        "-D": "use -R PORTS for remote ports",
+        "--remoteport": "use -R PORTS",
+        "--localport": "use -L PORTS",
+    },
+    "tracer": {"-U": _UID, "--print-uid": _UID},
+}
+
+
+def hint(tool: str, flag: str) -> str:
+    """What to use in place of `flag`, or of an `ARGUMENT`; empty if no such tool of theirs has it."""
+    return _TOOLS.get(tool, {}).get(flag) or _ALL.get(flag, "")
