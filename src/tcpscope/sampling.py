@@ -15,7 +15,10 @@ from dataclasses import dataclass, field
 from tcpscope.listeners import Listener, NetCounters
 
 SECONDS = 0.2  # between two looks
-LIMITS = "refusals are sampled five times a second; their peers are not known, cause and step only at times"
+LIMITS = (
+    "refusals are sampled five times a second, without peers and often without cause and step; "
+    "SYNs answered with a SYN cookie are not seen"
+)
 Key = tuple[int, int | None]
 
 

@@ -1,7 +1,7 @@
 """Watch, then say what is wrong, why, and what helps. It never changes the system.
 
-A rule is one module in `rules/` with a variable `rule`. It names the source of what it looks at (`Listening`, ...);
-the engine opens each source that some rule needs once, lets it watch, and asks the rules at the end.
+A rule is one module in `rules/` with a variable `rule`. It names the source of its observations (`Listening`, ...).
+The engine opens each source once, polls it while it watches, and asks the rules at the end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Finding(msgspec.Struct, frozen=True):
     """Something that is wrong.
 
     rule      name of the rule that found it
-    severity  critical (connections fail), warning (they are slow, or will fail), info
+    severity  critical (connections fail), warning (they are slow, or may fail soon), info
     title     one line: what, and whose
     observed  what was seen, a line each; every number was counted or read
     why       the mechanism, in two sentences or so
@@ -52,7 +52,8 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Source(Protocol):
-    """A run and what it has shown. Opened by the engine with the request's filter; polled about five times a second."""
+    """A run, and what was learnt from its batches. The engine opens it with the request's filter, polls it about five
+    times a second, and ends it."""
 
     run: Run
 
@@ -66,7 +67,7 @@ class Source(Protocol):
         """What has been seen so far, in a few words."""
 
     def blind_spots(self) -> list[str]:
-        """What this kernel does not let it see, and what is done instead."""
+        """What it cannot see on this kernel, and what it does instead."""
 
 
 class Rule:

@@ -52,7 +52,7 @@ def _run(**values: Any) -> None:
 def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
     """Until the time is over or a stop is asked for, with a live line on a terminal."""
     live = sys.stderr.isatty()
-    print(f"tcpscope: watching for {request.duration:g} s, Ctrl-C ends it sooner", file=sys.stderr)
+    print(f"tcpscope: watching for {request.duration:g} s; Ctrl-C ends it sooner", file=sys.stderr)
     started = time.monotonic()
     while not stop:
         for source in sources:
@@ -74,7 +74,7 @@ def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources:
     for number, finding in enumerate(findings, 1):
         write("\n".join([*map(printable, _text(number, finding)), "", ""]).encode())
     if not findings:
-        write(b"Nothing found. What is judged so far: full accept queues and SYN queues.\n")
+        write(b"No full accept queue or SYN queue found. Nothing else is checked yet.\n")
     write(f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}.\n".encode())
     for source in sources:
         for blind in source.blind_spots():
@@ -110,7 +110,9 @@ diagnose = Command(
     {FILTERS_TITLE: _FILTERS, OUTPUT_TITLE: _COMMON},
     callback=_run,
     help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
-    "It looks at every listener and every refused handshake, names the owner, the limit and where the limit comes "
-    "from, and proposes a change. It never changes anything itself.",
+    "So far it finds full accept queues and full SYN queues. A finding names the listener, its owner, its limit and "
+    "where the limit comes from, and proposes a change. diagnose itself changes nothing.\n\n"
+    "Where the kernel's functions cannot be hooked, refusals are sampled, and a SYN queue that is answered with SYN "
+    "cookies is not seen.",
     short_help="Watch this machine's connections, then say what is wrong, why, and what helps.",
 )

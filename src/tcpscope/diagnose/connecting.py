@@ -1,4 +1,4 @@
-"""How many connections are opened, accepted, refused and closed: what the live line and the summary count."""
+"""How many connections were opened, received and closed, and how many failed: for the live line and the last line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tcpscope.tool import find
 
 
 class Connecting:
-    """Counts changes of state. No rule needs it yet; it says what was watched."""
+    """Counts transitions. No rule needs it yet; it says what was watched."""
 
     def __init__(self, request: Request) -> None:
         asked = Request(filter=request.filter, columns=("role", "old_state", "new_state"), debug=request.debug)
@@ -56,4 +56,4 @@ class Connecting:
     def blind_spots(self) -> list[str]:
         if not self.failed:
             return []
-        return [f"{self.failed} active opens failed, which no rule judges yet: 'tcpscope connect --failed' shows them"]
+        return [f"{self.failed} connects failed; no rule checks them yet: see 'tcpscope connect --failed'"]

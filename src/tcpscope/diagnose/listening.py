@@ -1,4 +1,4 @@
-"""What happens to listeners: how their queues fill, and every handshake they refuse."""
+"""What happens to listeners: how their queues fill, and which handshakes are refused."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _PEERS = 4096  # distinct remote addresses remembered per listener
 
 @dataclass
 class History:
-    """One listener over the time of watching.
+    """One listener while it was watched.
 
-    sampled     (step, cause) -> refusals, where they are sampled: UNKNOWN is a step or a cause that is not certain
-    drops       packets dropped at this listener in that time: a refused SYN counts once, a refused final ACK twice
-                (tcp_listendrop(), and again when the packet is thrown away)
-    full_seen   snapshots in which the accept queue was full, of `looks`
-    peers       (cause, remote address) -> refusals, of the first ones
+    sampled     (step, cause) -> refusals, where they are sampled; UNKNOWN: not certain
+    drops       packets dropped at this listener: one for a refused SYN, two for a refused final ACK
+                (tcp_listendrop(), and again when the kernel frees the packet)
+    looks       how many snapshots were taken; full_seen: in how many of them the accept queue was full
+    peers       (cause, remote address) -> refusals, of the first _PEERS
     """
 
     first: Listener
@@ -52,7 +52,7 @@ class History:
 
     @property
     def refused(self) -> Counter[tuple[str, ...]]:
-        """(step, cause) -> count. Exact ones come from the kernel's table, not from the events, which may be lost."""
+        """(step, cause) -> count. Exact counts come from the kernel's table: events may be lost."""
         if self.last.refused is None:
             return self.sampled
         before = self.first.refused or {}
@@ -158,7 +158,7 @@ class Listening:
 
 
 def _unborn(listener: Listener) -> Listener:
-    """A listener before anything has happened to it: what one that appears while watching is compared with."""
+    """The same listener with all counts at zero: the state with which one that appears later is compared."""
     return replace(
         listener,
         drops=0,
@@ -168,7 +168,7 @@ def _unborn(listener: Listener) -> Listener:
 
 
 def namespace_counters(listener: Listener) -> dict[str, int]:
-    """The kernel's own counters of the listener's network namespace (TcpExt...), empty if they cannot be read."""
+    """The kernel's counters (TcpExt...) of the listener's network namespace; empty if they cannot be read."""
     for holder in listener.holders:
         try:
             if _has_left(holder.pid, listener.netns):
@@ -184,9 +184,9 @@ def namespace_counters(listener: Listener) -> dict[str, int]:
 
 
 def _has_left(pid: int, inode: int) -> bool:
-    """Whether a process is in another network namespace than the one in which it made its socket.
+    """Whether a process has left the network namespace in which it made its socket.
 
-    Without privileges that cannot be seen; few programs change their namespace, so it is taken to have stayed.
+    Without privileges this cannot be seen. The answer is no then: few programs change their namespace.
     """
     try:
         return netns.inode_of(f"/proc/{pid}/ns/net") != inode

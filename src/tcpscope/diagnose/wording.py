@@ -25,7 +25,7 @@ def whose(listener: Listener) -> str:
 
 
 def peers(history: History, *causes: str) -> Iterator[str]:
-    """The remote addresses most often refused for one of these causes."""
+    """The remote addresses with most refusals for one of these causes."""
     found = Counter[str]()
     for (cause, address), n in history.peers.items():
         if cause in causes:
@@ -33,7 +33,7 @@ def peers(history: History, *causes: str) -> Iterator[str]:
     if found:
         top = ", ".join(f"{address} ({n})" for address, n in found.most_common(_PEERS_SHOWN))
         more = len(found) - _PEERS_SHOWN
-        yield f"from {top}" + (f" and {more} more addresses" if more > 0 else "")
+        yield f"clients: {top}" + (f" and {more} more addresses" if more > 0 else "")
 
 
 def counters_agree(seen: Listening, listener: Listener, names: tuple[str, ...]) -> Iterator[str]:
@@ -41,7 +41,7 @@ def counters_agree(seen: Listening, listener: Listener, names: tuple[str, ...]) 
     counters = seen.counters.get(listener.netns, {})
     known = [f"TcpExt{name} +{counters[name]}" for name in names if name in counters]
     if known:
-        yield f"the namespace's counters in the same time: {', '.join(known)}"
+        yield f"the kernel's counters of this network namespace: {', '.join(known)}"
 
 
 def in_namespace(listener: Listener, command: str) -> str:
@@ -52,10 +52,10 @@ def in_namespace(listener: Listener, command: str) -> str:
 
 
 def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
-    """How to get a longer queue: somaxconn where it cuts, and the application's backlog."""
+    """How to get a longer queue: raise somaxconn if it is below `proposed`, and the application's backlog."""
     if listener.somaxconn < proposed:
         yield Remedy(
-            "let listen() have more than it may now",
+            "Raise somaxconn: listen() cuts its backlog to it.",
             command=in_namespace(listener, f"sysctl -w net.core.somaxconn={proposed}"),
             name="net.core.somaxconn",
             present=listener.somaxconn,
@@ -63,7 +63,7 @@ def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
         )
     program = listener.owner.comm if listener.owner else "the application"
     yield Remedy(
-        f"give {program} a larger backlog in its call of listen(), and restart it: the limit is set by that call",
+        f"Let {program} call listen() with a larger backlog, and restart it: the kernel takes the limit at that call.",
         name="listen() backlog",
         present=listener.accept_limit if listener.limit_from == "listen()" else f"{listener.accept_limit} or more",
         proposed=proposed,

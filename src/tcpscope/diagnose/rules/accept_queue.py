@@ -1,4 +1,4 @@
-"""Accept queue overflow: the application does not accept connections as fast as they come."""
+"""Accept queue overflow: connections come faster than the application accepts them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tcpscope.diagnose.wording import (
     seconds,
     whose,
 )
+from tcpscope.listeners import Listener
 
 WHY = (
-    "A connection whose handshake is complete waits in the listener's accept queue until the application calls "
-    "accept(). The queue is full when it is longer than its limit, so it holds one connection more; then new SYNs are "
-    "dropped, and of handshakes under way the final ACK is ignored: such a client believes it is connected, sends, and "
-    "retransmits until a place is free or it gives up."
+    "After its handshake a connection waits in the accept queue until the application calls accept(). A queue with "
+    "limit {limit} holds {most} connections. When it is full, the kernel drops new SYNs and ignores final ACKs. A "
+    "client whose ACK was ignored believes that it is connected; nobody answers its data, and it retransmits."
 )
-WHY_RESET = " With tcp_abort_on_overflow=1 these clients are sent a RST instead."
+WHY_RESET = " With tcp_abort_on_overflow=1 the kernel sends such a client a RST instead."
 
 
 class AcceptQueue(Rule):
@@ -45,13 +45,13 @@ class AcceptQueue(Rule):
                 history.count("ACCEPT_QUEUE_FULL", step="SYN"),
                 history.count("ACCEPT_QUEUE_FULL", step="ACK"),
             )
-            refused = f"{count} refusals, {at_syn} at the SYN, {at_ack} at the final ACK; repeats count again"
+            refused = f"{count} refusals: {at_syn} SYNs, {at_ack} final ACKs; each retransmission counts again"
         else:
-            refused = f"{count} refusals" + (f", and {unsure} for this or another reason" if unsure else "")
-            refused += f" (sampled); {history.drops} packets dropped, a refused final ACK counts twice there"
+            refused = f"{count} refusals (sampled)" + (f", and {unsure} for this or another cause" if unsure else "")
+            refused += f"; {history.drops} packets dropped (two for a refused final ACK)"
         observed = [
             refused,
-            f"accept queue {history.longest_accept_queue} at most, limit {listener.accept_limit}; "
+            f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; "
             f"{_accepts(history)}{_waiting(history)}",
             listener.about_limit,
             *peers(history, "ACCEPT_QUEUE_FULL"),
@@ -62,7 +62,7 @@ class AcceptQueue(Rule):
             severity="critical",
             title=f"accept queue overflow on {listener.name}, {whose(listener)}",
             observed=observed,
-            why=WHY + (WHY_RESET if listener.abort_on_overflow else ""),
+            why=_why(listener) + (WHY_RESET if listener.abort_on_overflow else ""),
             remedies=list(_remedies(history, count + unsure)),
             facts=facts(history, count=None if unsure else count, at_syn=at_syn, at_ack=at_ack),
         )
@@ -74,26 +74,30 @@ class AcceptQueue(Rule):
             severity="warning",
             title=f"accept queue full on {listener.name}, {whose(listener)}",
             observed=[
-                f"accept queue {history.longest_accept_queue}, limit {listener.accept_limit}, full in "
-                f"{history.full_seen} of {history.looks} looks; nothing was refused in this time; "
+                f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
+                f"{history.full_seen} of {history.looks} samples, but nothing was refused; "
                 f"{_accepts(history)}{_waiting(history)}",
                 listener.about_limit,
             ],
-            why=WHY,
+            why=_why(listener),
             remedies=list(_remedies(history, 1)),
             facts=facts(history, count=0),
         )
 
 
+def _why(listener: Listener) -> str:
+    return WHY.format(limit=listener.accept_limit, most=listener.accept_limit + 1)
+
+
 def _accepts(history: History) -> str:
     if history.accepts is None:
-        return "accepts not known on this kernel"
-    return f"{history.accepts} accepted in this time"
+        return "accepted connections are not known on this kernel"
+    return f"the application accepted {history.accepts}"
 
 
 def _waiting(history: History) -> str:
     wait = history.last.oldest_wait_us
-    return f"; the oldest connection waits for {seconds(wait)}" if wait is not None else ""
+    return f"; the oldest connection has waited {seconds(wait)}" if wait is not None else ""
 
 
 def _remedies(history: History, count: int) -> Iterator[Remedy]:
@@ -101,11 +105,9 @@ def _remedies(history: History, count: int) -> Iterator[Remedy]:
     owner = listener.owner
     if history.accepts == 0 and owner:
         yield Remedy(
-            f"{owner.comm} accepted nothing in this time: find out what it does instead. A longer queue only delays "
-            "the overflow as long as nobody accepts",
+            f"Find out what {owner.comm} does: it accepted no connection. Until it accepts, a longer queue only delays "
+            "the overflow.",
             command=f"cat /proc/{owner.pid}/stack /proc/{owner.pid}/wchan; ps -Lp {owner.pid} -o tid,stat,wchan,comm",
-            name="accepts in this time",
-            present=0,
         )
     yield from raise_limit(listener, next_power(listener.accept_limit + count))
 

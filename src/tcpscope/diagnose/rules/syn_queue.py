@@ -1,4 +1,4 @@
-"""SYN queue overflow: more handshakes wait for their final ACK than the listener may hold."""
+"""SYN queue overflow: more handshakes wait for their final ACK than the queue holds."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from tcpscope.diagnose.wording import (
     whose,
 )
 
-WHY = "A SYN that was answered waits in the SYN queue for the final ACK; its limit is the accept queue's. "
+WHY = (
+    "A handshake waits in the SYN queue from its SYN to its final ACK. The SYN queue has the same limit as the accept "
+    "queue. "
+)
 WHY_DROP = (
-    "When it is full and SYN cookies are off, further SYNs are dropped and the client retransmits after 1, 3, 7 s. "
+    "When it is full and SYN cookies are off, the kernel drops further SYNs; clients retransmit them after 1, 3, 7 s. "
 )
 WHY_RESERVED = (
-    "Without cookies the last quarter of tcp_max_syn_backlog is kept for peers that the kernel knows from before: SYNs "
-    "of all others are dropped already then. "
+    "Without SYN cookies the kernel reserves the last quarter of tcp_max_syn_backlog for peers that it knows from "
+    "earlier connections. It drops the SYNs of all others. "
 )
 WHY_COOKIE = (
-    "When it is full, SYNs are answered by a cookie instead of being remembered: the connection can be made, but "
-    "window scaling and SACK survive only if the client sends timestamps. "
+    "When it is full, the kernel answers a SYN with a SYN cookie and does not remember it. The client can still "
+    "connect, but loses window scaling and SACK if it sends no TCP timestamps. "
 )
-CAUSES = "Either a flood of SYNs whose senders never answer, or final ACKs that are lost or late on the way."
+CAUSES = "Either this is a flood of SYNs whose senders never answer, or final ACKs are lost or late."
 
 
 class SynQueue(Rule):
@@ -54,14 +57,14 @@ class SynQueue(Rule):
         observed = []
         if dropped:
             parts = [f"{full} because the queue was full"] if full else []
-            parts += [f"{reserved} because its last quarter is reserved"] if reserved else []
+            parts += [f"{reserved} because the last quarter is reserved"] if reserved else []
             if unsure:
-                parts.append(f"{unsure} for one of these reasons or another: the queue full, its last quarter reserved")
+                parts.append(f"{unsure} for a cause that is not certain (queue full, or last quarter reserved)")
             observed.append(f"{dropped} SYNs dropped: {', '.join(parts)}")
         if cookies:
-            observed.append(f"{cookies} SYNs answered by a SYN cookie")
+            observed.append(f"{cookies} SYNs answered with a SYN cookie")
         observed += [
-            f"SYN queue {history.longest_syn_queue} at most, limit {listener.accept_limit}; "
+            f"longest SYN queue {history.longest_syn_queue}, limit {listener.accept_limit}; "
             f"tcp_syncookies={listener.syncookies}, tcp_max_syn_backlog={listener.max_syn_backlog}",
             listener.about_limit,
             *peers(history, "SYN_QUEUE_FULL", "SYN_QUEUE_RESERVED", "COOKIE_SENT"),
@@ -90,7 +93,7 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
     listener = history.last
     if listener.syncookies == 0:
         yield Remedy(
-            "switch SYN cookies on: with a full queue they cost some TCP options, not the connection",
+            "Enable SYN cookies: when the queue is full, connections lose some TCP options but are made.",
             command=in_namespace(listener, "sysctl -w net.ipv4.tcp_syncookies=1"),
             name="net.ipv4.tcp_syncookies",
             present=0,
@@ -99,7 +102,7 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
     if reserved:
         proposed = next_power(listener.max_syn_backlog + reserved + 1)
         yield Remedy(
-            "keep more room for peers that are not known yet",
+            "Raise tcp_max_syn_backlog: three quarters of it are for peers that the kernel does not know yet.",
             command=in_namespace(listener, f"sysctl -w net.ipv4.tcp_max_syn_backlog={proposed}"),
             name="net.ipv4.tcp_max_syn_backlog",
             present=listener.max_syn_backlog,
