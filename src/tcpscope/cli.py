@@ -1,4 +1,4 @@
-"""The command line. Commands are found, not listed: tools by their modules, and diagnose, features, lab here."""
+"""The command line. Each module of `tools/` is a command; diagnose, features and lab are listed here."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tcpscope.show import show
 
 _OTHERS = {
     "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
-    "features": ("tcpscope.features_cli", "What each tool can do on this kernel, and what is missing."),
-    "lab": ("tcpscope.lab.cli", "Two hosts in network namespaces with a known fault, to try the tools on."),
+    "features": ("tcpscope.features_cli", "Show what each tool can do on this kernel, and what is missing."),
+    "lab": ("tcpscope.lab.cli", "Make a known fault between two network namespaces, to try the tools on."),
 }
 
 
 class _ReaderGoneError(Exception):
-    """Whoever read our output has closed it."""
+    """The reader of our output has closed it."""
 
 
 class Commands(click.Group):
-    """Imports a command's module only when that command is called: the start counts."""
+    """The top command. It imports a command's module only when that command is called, to start fast."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -70,12 +70,12 @@ class Commands(click.Group):
 
 def _seconds(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not 0 < value < 1e9:
-        raise UsageError(f"--{parameter.name} {value:g}", "a number of seconds above 0")
+        raise UsageError(f"--{parameter.name} {value:g}", "give a number of seconds above 0")
     return value
 
 
 def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """4096, 64K, 4M: a power of two of at least a page, as the kernel wants it."""
+    """4096, 64K or 4M in bytes. The kernel takes a power of two, at least a page."""
     if value is None:
         return None
     digits, factor = value, 1
@@ -83,7 +83,7 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
         digits, factor = value[:-1], 1 << (10 if value[-1].upper() == "K" else 20)
     size = int(digits) * factor if digits.isascii() and digits.isdigit() and len(digits) <= 10 else 0
     if size < 4096 or size & (size - 1) or size > 1 << 30:
-        raise UsageError(f"--buffer {value}", "a power of two from 4K to 1024M")
+        raise UsageError(f"--buffer {value}", "give a power of two from 4K to 1024M")
     return size
 
 
@@ -192,7 +192,7 @@ class Command(click.Command):
             raise UsageError(f"'{self.name}' {what}", hint) from None
 
     def _hint(self, flag: str) -> str:
-        from tcpscope import bcc  # only for who made a mistake
+        from tcpscope import bcc  # only after a mistake
 
         return self.hints.get(flag) or bcc.hint(self.name or "", flag)
 
@@ -209,7 +209,7 @@ class Command(click.Command):
 
 
 def command_of(tool: toolbox.Tool) -> click.Command:
-    """The click command of a tool: its own options, and those of all tools that it has a use for."""
+    """The click command of a tool: its own options, and those common options that it has a use for."""
     own = [
         click.Option(
             list(option.flags),
@@ -265,17 +265,17 @@ def changed(option: click.Option, **attributes: Any) -> click.Option:
 
 
 def _with(other: str | None, help: str) -> str:
-    """The help of an option that goes with another one only."""
+    """The help of an option that needs another one."""
     return f"With {other}: {help[0].lower()}{help[1:]}" if other else help
 
 
 def filter_of(values: dict[str, Any]) -> Filter:
-    """Takes the options of the filter out of `values`."""
+    """The filter. Its options are removed from `values`."""
     return Filter.from_options(**{name: values.pop(name) for name in _FILTER_NAMES})
 
 
 def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
-    """The checked request behind the options of a command."""
+    """The request that the options of a command make. Raises UsageError."""
     filter = filter_of(values)
     own = {option.name: values.pop(option.name) for option in tool.options}
     return Request(filter=filter, options=own, **values)
@@ -288,7 +288,7 @@ def tcpscope() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: a known error is one line and its status, never a traceback."""
+    """Run the command line and exit. A known error prints one line, never a traceback."""
     _open_standard_streams()
     warnings.showwarning = _warn
     if sys.stdout is None:
@@ -297,7 +297,7 @@ def main() -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """What was closed by who called us: its number would be given to the next file, and be written to."""
+    """Open /dev/null for each standard stream that our caller has closed. Else the next file gets its number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -320,7 +320,7 @@ def _guarded(run: Callable[[], Any]) -> int:
     except TcpscopeError as error:
         return _fail(str(error), error.exit_status)
     except (BrokenPipeError, _ReaderGoneError):
-        # The reader has gone, which is its right. stdout must not be flushed again at exit.
+        # The reader has closed the pipe, which is no error. Python must not flush stdout again at exit.
         _give_up(sys.stdout)
         return 0
     except (KeyboardInterrupt, click.Abort):
@@ -347,5 +347,5 @@ def _fail(message: str, status: int) -> int:
 
 
 def _give_up(stream: TextIO) -> None:
-    """What is left in its buffer cannot be written, and Python tries again at exit."""
+    """Send the rest of its buffer to /dev/null: it cannot be written, and Python tries again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

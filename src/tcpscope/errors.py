@@ -68,7 +68,7 @@ class BtfError(MalformedError):
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     """`did you mean 'states'?` when one of `allowed` is near `value`, otherwise an empty string."""
-    import difflib  # only for who made a mistake
+    import difflib  # only after a mistake
 
     near = difflib.get_close_matches(value, list(allowed), n=1)
     return f"did you mean '{near[0]}'?" if near else ""

@@ -18,9 +18,9 @@ from tcpscope.kernel.spec import Spec
 
 
 def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
-    """The hooks of a probe as this kernel takes them, whether it works, and why not or why nobody knows.
+    """The hooks of a probe on this kernel; whether the probe works, None for not known; and why.
 
-    With privileges the probe is really attached, for a moment; without them only what can be read is told.
+    With privileges the probe is attached for a moment. Without them the answer comes from what can be read.
     """
     spec = Spec.of(probe)
     try:
@@ -40,7 +40,7 @@ def needed(tool: toolbox.Tool, kernel: Kernel) -> list[str]:
 
 
 def for_more(tool: toolbox.Tool, hooks: Mapping[str, Hook]) -> dict[str, str]:
-    """Capabilities that the tool can do without on this kernel -> what they are for."""
+    """Optional capabilities of the tool on this kernel -> what they are for."""
     level = perf_event_paranoid()
     probes = [hook.name for hook in hooks.values() if hook.program and hook.program.type in ("kprobe", "kretprobe")]
     if level > 2 and probes:
@@ -50,7 +50,7 @@ def for_more(tool: toolbox.Tool, hooks: Mapping[str, Hook]) -> dict[str, str]:
 
 
 def report(kernel: Kernel) -> list[dict[str, Any]]:
-    """For every tool: its hooks, the way each is attached, why not a better one, and what is then not known."""
+    """For every tool: its hooks, how each is attached, why not in a better way, and what is not known without it."""
     result = []
     for name in toolbox.names():
         tool = toolbox.find(name)
@@ -100,8 +100,8 @@ def _run(json: bool) -> None:
 
 features = click.Command(
     "features",
-    params=[click.Option(["--json"], is_flag=True, help="For programs.")],
+    params=[click.Option(["--json"], is_flag=True, help="Print JSON, for programs.")],
     callback=_run,
-    help="For every tool: which hooks it uses on this kernel, which better ones the kernel refuses and why, and what "
-    "is then not known. As root the probes are attached for a moment to be sure.",
+    help="Show for every tool which hooks it uses on this kernel, why it cannot use better ones, and what it does not "
+    "know without them. As root, the probes are attached for a moment, to be sure.",
 )

@@ -43,7 +43,7 @@ class Option:
             return ",".join(value)
         if type(value) is not self.type and value is not self.unset:
             allowed = f"{self.type.__name__}{' or a sequence of them' if self.names else ''}"
-            raise UsageError(f"{self.name}={value!r}", f"a value of type {allowed}")
+            raise UsageError(f"{self.name}={value!r}", f"give a value of type {allowed}")
         return value
 
 
@@ -74,12 +74,12 @@ class Request:
         """UsageError for values that make no sense."""
         for name, seconds in (("duration", self.duration), ("interval", self.interval)):
             if seconds is not None and not (_is_number(seconds) and 0 < seconds < 1e9):
-                raise UsageError(f"--{name} {_plain(seconds)}", "a number of seconds above 0")
+                raise UsageError(f"--{name} {_plain(seconds)}", "give a number of seconds above 0")
         if self.max_events is not None and not (type(self.max_events) is int and self.max_events > 0):
-            raise UsageError(f"--max-events {self.max_events!r}", "a number above 0")
+            raise UsageError(f"--max-events {self.max_events!r}", "give a number above 0")
         size = self.buffer
         if size is not None and not (type(size) is int and 4096 <= size <= 1 << 30 and not size & (size - 1)):
-            raise UsageError(f"--buffer {size!r}", "a power of two from 4K to 1024M")
+            raise UsageError(f"--buffer {size!r}", "give a power of two from 4K to 1024M")
         if self.time not in TIMES:
             raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(TIMES)}")
         if self.columns is not None:

@@ -154,7 +154,7 @@ class Stream(Tool):
             for option, value in (("by", request.options.get("by")), ("interval", request.interval)):
                 if value is not None:
                     text = f"{value:g}" if isinstance(value, float) else value
-                    raise UsageError(f"--{option} {text}", f"goes with {self.only_with[option]}")
+                    raise UsageError(f"--{option} {text}", f"needs {self.only_with[option]}")
         return asked[0] if asked else None
 
 

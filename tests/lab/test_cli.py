@@ -108,7 +108,7 @@ def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     running.send_signal(number)
     _, errors = running.communicate()
     assert running.returncode == status
-    assert errors == "tcpscope: interrupted; the lab is gone\n"
+    assert errors == "tcpscope: interrupted; the lab was removed\n"
     assert ours(running.pid) == []
     assert start_time(server) is None
 

@@ -1,4 +1,4 @@
-"""Run a scenario and show what a tool says about it, beside what was done."""
+"""Run a tool beside a scenario, and show its output between the steps of the scenario."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tcpscope.errors import TcpscopeError
 from tcpscope.lab import processes
 from tcpscope.lab.hosts import Lab
 
-READY_FD = "TCPSCOPE_READY_FD"  # where a tool says that its hooks are attached
+READY_FD = "TCPSCOPE_READY_FD"  # a tool writes to this descriptor when its hooks are attached
 DEADLINE = 120.0
 
 Emit = Callable[[str, str], None]  # who, one line
@@ -60,7 +60,7 @@ class Tool:
             emit(self.name, line.rstrip("\n"))
 
     def wait_until_ready(self, deadline: float = DEADLINE) -> None:
-        """Return when the tool's hooks are attached. A tool that has ended without saying so is an error."""
+        """Return when the tool's hooks are attached. It is an error if the tool ends before."""
         if not select.select([self._ready], [], [], deadline)[0]:
             raise TcpscopeError(f"'tcpscope {self.name}' was not ready after {deadline:g} s")
         if not os.read(self._ready, 16):
@@ -68,7 +68,7 @@ class Tool:
             raise TcpscopeError(f"'tcpscope {self.name}' ended before it watched anything")
 
     def end(self, interrupt: bool = True, deadline: float = DEADLINE) -> None:
-        """Let it end in order (SIGINT), and wait until all of its output is out. A bad exit status is an error."""
+        """Stop it with SIGINT and wait until all of its output was given to `emit`. A bad exit status is an error."""
         try:
             if interrupt and self._process.poll() is None:
                 self._process.send_signal(signal.SIGINT)

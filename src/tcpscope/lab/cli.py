@@ -1,4 +1,4 @@
-"""`tcpscope lab`: two hosts in network namespaces with a known fault, to try the tools on."""
+"""`tcpscope lab`: make a known fault between two network namespaces, to try the tools on."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Scenarios(click.Group):
 
 @click.group()
 def lab() -> None:
-    """Two hosts in network namespaces with a known fault, to try the tools on.
+    """Make a known fault between two network namespaces, to try the tools on.
 
     \b
     tcpscope lab list
     tcpscope lab run accept-overflow
     tcpscope lab run accept-overflow --backlog 2 -- queue -o json
 
-    Nothing outside of the two namespaces is touched, and they are removed at the end.
+    The lab changes nothing outside of the two namespaces, and removes them at the end.
     """
 
 
 @lab.command("list")
 def show() -> None:
-    """What can be run."""
+    """List the scenarios."""
     known = names()
     width = max(map(len, known))
     for name in known:
@@ -53,7 +53,7 @@ def show() -> None:
 
 @lab.command()
 def clean() -> None:
-    """Remove what labs that were killed have left behind. (The next lab that starts does that, too.)"""
+    """Remove the namespaces of labs that were killed. The next lab that starts does this too."""
     removed = namespaces.sweep()
     for name in removed:
         click.echo(f"removed {name}")
@@ -65,13 +65,13 @@ def clean() -> None:
 def run() -> None:
     """Make a fault, and show what a tool says about it.
 
-    The tool and its options stand behind `--`. It watches the server's namespace unless it is given a
-    --netns; in its options {client} and {server} stand for the two hosts' namespaces.
+    Write the tool and its options behind `--`. The tool watches the server's network namespace, unless its options
+    have another --netns. In its options {client} and {server} stand for the two hosts' namespaces.
     """
 
 
 def command_of(scenario: type[Scenario]) -> click.Command:
-    """The command of a scenario: its parameters, and the options of all."""
+    """The command of a scenario: its parameters, and the options of all scenarios."""
 
     def callback(tool: tuple[str, ...], freeze: bool, keep: bool, **values: Any) -> None:
         with signals_interrupt():
@@ -88,9 +88,9 @@ def command_of(scenario: type[Scenario]) -> click.Command:
             click.Option(
                 ["--freeze"],
                 is_flag=True,
-                help="Take the link down after the fault, do not wait for its end.",
+                help="Take the link down after the fault. Without it the lab waits until nothing is retransmitted.",
             ),
-            click.Option(["--keep"], is_flag=True, help="Keep the hosts until Ctrl-C, to look around in them."),
+            click.Option(["--keep"], is_flag=True, help="Keep the two hosts until Ctrl-C, to look around."),
             click.Argument(["tool"], nargs=-1, type=click.UNPROCESSED, metavar="[-- TOOL [TOOL OPTIONS]]"),
         ],
     )
@@ -108,7 +108,7 @@ def option_of(field: Field[Any]) -> click.Option:
 
 
 def play(scenario: Scenario, tool: tuple[str, ...], freeze: bool, keep: bool) -> None:
-    """One run, from two new hosts to none."""
+    """Make the hosts, run the scenario and the tool, and remove the hosts."""
     printer = Printer(tool[0] if tool else "")
     click.echo(f"{scenario.name()}: {scenario.title}")
     try:
@@ -129,16 +129,16 @@ def play(scenario: Scenario, tool: tuple[str, ...], freeze: bool, keep: bool) ->
                     printer(host.role, line)
             if keep:
                 with contextlib.suppress(KeyboardInterrupt):
-                    printer("", f"look around: ip netns exec {lab.server.netns} ss -tan; Ctrl-C ends it")
+                    printer("", f"look around: ip netns exec {lab.server.netns} ss -tan; Ctrl-C ends the lab")
                     threading.Event().wait()
             if watching:
                 watching.end()
     except KeyboardInterrupt:
-        raise TcpscopeError("interrupted; the lab is gone") from None
+        raise TcpscopeError("interrupted; the lab was removed") from None
 
 
 def report(scenario: Scenario, outcome: Outcome, lab: Lab) -> Iterator[tuple[Host, list[str]]]:
-    """What the kernels of both hosts say about the run, as lines."""
+    """Sockets and counters of both hosts after the run, as lines."""
     queue = f"accept queue of the listener: {outcome.listener.recv_q}, limit {outcome.listener.send_q}"
     for host, states, counters in (
         (lab.client, outcome.client_states, outcome.client_counters),
@@ -154,7 +154,7 @@ def report(scenario: Scenario, outcome: Outcome, lab: Lab) -> Iterator[tuple[Hos
 
 
 class Printer:
-    """Lines with their origin in front of them, from any thread."""
+    """Prints lines with their origin in front, from any thread."""
 
     def __init__(self, tool: str) -> None:
         self._width = max(len("client"), len(tool))
@@ -167,7 +167,7 @@ class Printer:
 
 @contextlib.contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP are a KeyboardInterrupt: everything is removed before the process ends."""
+    """SIGTERM and SIGHUP end the lab as SIGINT does, with a KeyboardInterrupt: everything is removed first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

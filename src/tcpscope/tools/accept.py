@@ -1,8 +1,8 @@
 """Who accepts connections, how long did they wait in the accept queue, and how full was it?
 
-One row per connection that accept() has returned: who accepted it, both ends, the time between the end of the handshake
-and accept(), and how many more are waiting in the queue of that listener. With --count the connections by process: how
-they are shared among workers.
+One row per connection that accept() returns: the process, both ends, the time between the end of the handshake and
+accept(), and how many connections still wait in the listener's accept queue. With --count: how many connections each
+process accepted.
 """
 
 from tcpscope.summary import Summary

@@ -1,8 +1,8 @@
-"""Which connections are slow to be made?
+"""Which connections take long to establish?
 
-One row per active open, when its outcome is known, with the time from connect() until then: until the SYN-ACK came, or
-until it was refused or given up. With --min only the slow ones, decided in the kernel; one whose beginning was not seen
-has no latency and is not among them. With --histogram the distribution for each outcome.
+One row per connect attempt, when its outcome is known, with the time from connect() to that outcome: the arrival of the
+SYN-ACK, a refusal, or a timeout. With --min the kernel sends only slow attempts. An attempt that began before the tool
+has no latency, so --min leaves it out. With --histogram: how the latency is distributed, for each outcome.
 """
 
 import re
@@ -20,7 +20,7 @@ def microseconds(text: str) -> int:
     """10ms, 1.5s, 300us in microseconds; UsageError for anything else."""
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(us|ms|s)", text.strip())
     if not found:
-        raise UsageError(f"--min {text}", "a time with its unit: 300us, 10ms, 1.5s")
+        raise UsageError(f"--min {text}", "give a time with its unit, such as 300us, 10ms or 1.5s")
     return round(float(found[1]) * _FACTORS[found[2]])
 
 

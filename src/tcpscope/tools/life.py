@@ -1,8 +1,8 @@
 """What did each connection do from birth to death, who closed it and how?
 
-One row per connection that has ended: owner, role, both ends, bytes, segments and retransmissions, round-trip times,
-the time of the handshake, the duration with and without it, who closed first, and how it ended. Connections older than
-the tool are shown with what the kernel still knows. With --live the open ones come first.
+One row per connection that has ended: owner, role, both ends, bytes, segments, retransmissions, round-trip times, how
+long the handshake and the connection lasted, who closed first, and how it ended. Connections older than the tool are
+shown with what the kernel still knows. With --live the open connections are printed first.
 """
 
 from tcpscope.request import Option, Request

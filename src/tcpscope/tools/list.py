@@ -1,8 +1,9 @@
-"""What exists now: every TCP socket, with its owners, queues and cookie.
+"""All TCP sockets that exist now, with the processes that hold them.
 
-Like `ss -tanpe`, for all network namespaces that can be seen, without walking /proc: the holders come from the kernel's
-own list of open files. Sockets without a file are there too: handshakes, TIME_WAIT, what waits in an accept queue.
-Where ss writes a listener's accept queue and its limit under Recv-Q and Send-Q, here they have columns of their own.
+Like `ss -tanpe`, but for all network namespaces that can be seen. The processes come from the kernel's own walk over
+open files, not from /proc/PID/fd. Sockets without a file are listed too: handshakes, TIME_WAIT, connections that wait
+in an accept queue. ss shows a listener's accept queue and its limit as Recv-Q and Send-Q; here they have columns of
+their own.
 """
 
 from __future__ import annotations

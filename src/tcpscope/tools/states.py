@@ -1,8 +1,8 @@
 """How long was each connection in each state, and what followed?
 
-One row per change of state, with the owner of the socket (not whoever was on the CPU) and the time spent in the old
-state. Connections older than the tool are shown too, their first row without a time. After CLOSE the row says what
-the kernel keeps: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing.
+One row per transition of a socket's TCP state, with the owner of the socket (not the process that was on the CPU) and
+the time spent in the old state. Connections older than the tool are shown too; their first row has no time. After CLOSE
+the row says what the kernel keeps: a timewait socket in TIME_WAIT or FIN_WAIT2, or nothing.
 """
 
 from tcpscope.tool import Stream

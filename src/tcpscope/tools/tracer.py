@@ -1,7 +1,7 @@
 """Connect, accept and close in one stream.
 
-One row when an active open succeeds, when accept() returns a connection, and when a connection ends, with owner and
-network namespace. Attempts that fail are the business of `connect`; what a connection did in between, of `life`.
+One row when a connect succeeds, when accept() returns a connection, and when a connection ends, with the owner and the
+network namespace. `connect` shows attempts that fail, and `life` what a connection did.
 """
 
 from tcpscope.tool import Stream
