@@ -133,10 +133,10 @@ def test_every_tool_from_python(name: str) -> None:
     tool = find(name)
     request = Request(options={option.name: option.unset for option in tool.options})
     chosen = tuple(column.name for column in tool.columns(request)[:3])
-    asked = {"interval": 0.1} if name == "rtt" else {}
+    asked = ({"interval": 0.1} if name == "rtt" else {}) | ({} if tool.once else {"duration": 1})
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        tcpscope.open(name, duration=1, columns=chosen, **asked) as rows,
+        tcpscope.open(name, columns=chosen, **asked) as rows,
     ):
         client = socket.create_connection(listener.getsockname())
         child, _ = listener.accept()

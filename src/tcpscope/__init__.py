@@ -6,7 +6,7 @@
         for e in events:
             print(e.time, e.comm, e.raddr, e.outcome, e.latency_us)
 
-Rows are structs whose attributes are the columns of the tool (tcpscope.rows); None means not known.
+Rows are structs. Their attributes are the columns of the tool (see tcpscope.rows). None means "not known".
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ if TYPE_CHECKING:
 else:
 
     def open(tool, /, **asked):
-        """The rows of a tool, from the moment of the call; a context manager, an iterator, and an asynchronous one.
+        """Start a tool. Returns its rows, as a context manager, an iterator and an asynchronous iterator.
 
-        tool        its name, such as "connect"
+        tool        name of a tool, such as "connect"; diagnose, features and lab are no tools
         duration    seconds after which the iteration ends; None: never
-        interval    seconds between two rows of one key, for the tools that put together, and between two snapshots
-        max_events  the most rows: of events in all, and the iteration ends then; else of each interval, snapshot, total
+        interval    seconds between two results, for tools that group rows, and between two snapshots
+        max_events  events: the iteration ends after so many; groups and snapshots: only the first of each time
         time        "iso" (datetime in UTC), "elapsed" (seconds since the start) or "none"
-        columns     only these; all by default
-        buffer      bytes of the ring buffer between kernel and here, a power of two
+        columns     only these columns, as text with commas or as a sequence of names; None: all
+        buffer      size of the ring buffer between kernel and tool in bytes, a power of two
 
-        Further keywords are the filters (pid, comm, uid, cgroup, netns, ipv4, ipv6, lport, rport, port, laddr, raddr)
-        and the tool's own options, named as on the command line.
+        The filters are keywords too: pid, comm, uid, cgroup, netns, ipv4, ipv6, lport, rport, port, laddr, raddr. Ports
+        and addresses may be a list: rport=[80, 443], raddr=ip_network("10.0.0.0/8"). The tool's own options have the
+        names of the command line.
 
-        Raises UsageError, UnsupportedError or NotPermittedError. Privileges of the process are left as they are.
+        Raises UsageError, UnsupportedError or NotPermittedError. The process keeps its privileges.
         """
         from tcpscope.events import Events
 

@@ -2,13 +2,13 @@
 
     TcpscopeError            1  failed at run time
     ├── UsageError           2  wrong usage: a value, and what is allowed
-    ├── UnsupportedError     3  this kernel cannot do it, and what is missing
-    ├── NotPermittedError    4  a capability is missing, and which
-    ├── LossError            5  events were lost and --strict was given
+    ├── UnsupportedError     3  this kernel cannot do it: what is missing
+    ├── NotPermittedError    4  a capability is missing: its name
+    ├── LossError            5  events were lost, under --strict
     └── MalformedError       1  bytes that are not what they claim to be (BTF, ELF, a batch)
         └── BtfError
 
-Every error is one line: what happened with the value that caused it, then (`hint`) what helps.
+An error prints one line: what is wrong, with the value that caused it, then what helps (`hint`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class TcpscopeError(Exception):
-    """Base of every known error. `str(error)` is the one line to print; `hint` is its second half."""
+    """Base of all known errors. `str(error)` is the line to print, and `hint` its second half."""
 
     exit_status = 1
 
@@ -37,7 +37,7 @@ class UsageError(TcpscopeError):
 
 
 class UnsupportedError(TcpscopeError):
-    """The running kernel lacks what was asked for."""
+    """The running kernel lacks something that the request needs."""
 
     exit_status = 3
 
@@ -53,7 +53,7 @@ class NotPermittedError(TcpscopeError):
 
 
 class LossError(TcpscopeError):
-    """Events were lost in a run that must not lose any (`--strict`)."""
+    """Events were lost in a run that must not lose any (--strict)."""
 
     exit_status = 5
 
@@ -63,11 +63,11 @@ class MalformedError(TcpscopeError):
 
 
 class BtfError(MalformedError):
-    """BTF that is cut short, or that contradicts itself."""
+    """BTF that is cut short or contradicts itself."""
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """`did you mean 'states'?` when one of `allowed` is near `value`, otherwise an empty string."""
+    """`did you mean 'states'?`, if one of `allowed` is similar to `value`; else an empty string."""
     import difflib  # only after a mistake
 
     near = difflib.get_close_matches(value, list(allowed), n=1)

@@ -1,4 +1,4 @@
-"""The library's view of a tool: its rows as a Python iterator."""
+"""The rows of a tool as a Python iterator, for the library."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FILTERS = (*(field.name for field in fields(Filter)), "ipv4", "ipv6")
 
 
 class Events(Generic[Row]):
-    """Made by `tcpscope.open`. Iterate over it, or over `batches()` for whole lists; `stats` is the loss contract.
+    """Made by `tcpscope.open`. Iterate over it for rows, or over `batches()` for lists of rows. `stats` is the account.
 
-    All iterations go through the same rows: one that is left early is gone on with by the next.
+    All iterations share the same rows. If one is left early, the next one continues there.
     """
 
     def __init__(self, tool: str, given: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class Events(Generic[Row]):
             raise
 
     def batches(self) -> Iterator[list[Row]]:
-        """Lists of rows as they were read: never empty."""
+        """Lists of rows, as they were read. No list is empty."""
         while rows := self._take():
             yield rows
 
@@ -64,7 +64,7 @@ class Events(Generic[Row]):
                 self._waiting += rows[given:]
 
     async def __aiter__(self) -> AsyncIterator[Row]:
-        """The same in asyncio. A thread of its own waits."""
+        """The same in asyncio. A separate thread waits for the rows."""
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
@@ -75,7 +75,7 @@ class Events(Generic[Row]):
                 future = thread.submit(self._take, dropped)
                 try:
                     rows = await asyncio.wrap_future(future)
-                except BaseException:  # cancelled: the thread still waits for them
+                except BaseException:  # cancelled, while the thread still waits for rows
                     dropped.set()
                     future.add_done_callback(self._give_back)
                     raise
@@ -92,7 +92,7 @@ class Events(Generic[Row]):
             thread.shutdown(wait=False)
 
     def _take(self, dropped: threading.Event | None = None) -> list[Row]:
-        """The next rows; none at the end, or when nobody wants them any more."""
+        """The next rows. Empty at the end, or when `dropped` is set because the caller was cancelled."""
         with self._lock:
             while not self._waiting:
                 batch = next(self._batches, None)
@@ -114,11 +114,11 @@ class Events(Generic[Row]):
         return self._run.account()
 
     def stop(self) -> None:
-        """End the iteration, from another thread or from a signal handler: what is in the buffer still comes."""
+        """End the iteration, from another thread or a signal handler. Rows that are in the buffer still come."""
         self._stop.stop()
 
     def close(self) -> None:
-        """Detach. Called at the end of `with`; a thread that iterates comes to its end first."""
+        """Detach. Called at the end of `with`. Waits until a thread that iterates has ended."""
         self._stop.stop()
         with self._lock:
             self._run.close()
@@ -134,7 +134,7 @@ class Events(Generic[Row]):
 
 
 def _request(tool: Tool, given: dict[str, Any]) -> Request:
-    """What was asked for by keywords. UsageError for one that the tool has no use for, as on the command line."""
+    """The request that keywords make. UsageError for a keyword that the tool has no use for."""
     useful = {
         "duration": not tool.once,
         "interval": bool(tool.intervals),

@@ -1,14 +1,13 @@
-"""The filters that are the same for every tool.
+"""The filters that all tools share.
 
-Different options are combined (and); the values of one option are alternatives (or). `--port` matches either
-end. What is not known matches no filter: a row without an owner is not shown under `--pid`.
+A row must match all options that are given. It matches an option if it matches one of its values. `--port` matches
+either end. A value that is not known matches no filter: with `--pid` a row without an owner is not shown.
 
 An IPv4-mapped IPv6 address (::ffff:192.0.2.1) is IPv4 everywhere in tcpscope: it has family 4 and is written
-192.0.2.1. Addresses are held and compared as 16 bytes in the mapped form, where an IPv4 prefix is 96 bits
-longer; `::/0` is all of IPv6 and none of IPv4.
+192.0.2.1. Addresses are stored and compared as 16 bytes in the mapped form, in which an IPv4 prefix is 96 bits
+longer. `::/0` is all of IPv6 and none of IPv4.
 
-`Filter.matches` is the specification of the kernel's filter (bpf/filter.bpf.h), and does in user space what a
-hook cannot decide.
+`Filter.matches` specifies the kernel's filter (bpf/filter.bpf.h). It also does in user space what a hook cannot decide.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ class PortRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What is to be shown. A field that is None or empty asks for nothing.
+    """Which rows to show. A field that is None or empty matches every row.
 
-    `cgroup` is a cgroup v2 id and means that cgroup and all below it; `netns` is an inode number.
+    `cgroup` is a cgroup v2 id, and means this cgroup and all below it. `netns` is an inode number.
     """
 
     pid: int | None = None
@@ -94,10 +93,10 @@ class Filter:
         laddr: Networks | None = None,
         raddr: Networks | None = None,
     ) -> Filter:
-        """A filter from values as the command line gives them. Raises `UsageError`.
+        """Make a filter of values as on the command line. Raises `UsageError`.
 
-        An option that is None was not given. `ipv4` and `ipv6` are the flags -4 and -6; `family` is for
-        callers that have a number.
+        None means that the option is not given. `ipv4` and `ipv6` are the flags -4 and -6. `family` is for callers
+        that have the number 4 or 6.
         """
         wanted = cls(
             pid=_given(parse_pid, pid),
@@ -118,14 +117,14 @@ class Filter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything matches."""
+        """Whether every row matches."""
         return self == Filter()
 
     def matches(self, row: object) -> bool:
-        """Whether a row (a mapping, or an object with attributes) is wanted.
+        """Whether a row (a mapping, or an object with attributes) matches.
 
-        Its fields are named as here. Addresses are 16 bytes; None, or no such field, is "not known". Whether
-        its cgroup lies below that of the filter is only known to the kernel, which says so in `in_cgroup`.
+        Its fields have the names of the filter's fields. Addresses are 16 bytes. None, or no such field, means "not
+        known". Only the kernel knows whether a cgroup is below the filter's; it says so in `in_cgroup`.
         """
         get: Callable[[str], Any]
         get = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
@@ -144,7 +143,7 @@ class Filter:
         )
 
     def describe(self) -> list[tuple[str, str]]:
-        """The options, as pairs of name and value, that would give this filter again."""
+        """The options that make this filter, as pairs of name and value."""
         options = [
             (f"--{name}", str(value))
             for name in ("pid", "comm", "uid", "cgroup", "netns")
@@ -225,8 +224,8 @@ def parse_uid(value: str | int) -> int:
 def parse_cgroup(value: str | int) -> int:
     """The id of a cgroup v2, from the id itself or from its path.
 
-    The path may be as in the file system (/sys/fs/cgroup/system.slice) or as in /proc/PID/cgroup
-    (/system.slice). An id is not looked for: its cgroup may lie outside of what our cgroup namespace shows.
+    The path may be that of the file system (/sys/fs/cgroup/system.slice) or that of /proc/PID/cgroup
+    (/system.slice). An id is not checked: its cgroup may be outside of our cgroup namespace.
     """
     text = str(value).strip()
     if _is_number(text):
@@ -247,7 +246,7 @@ def parse_cgroup(value: str | int) -> int:
 def parse_netns(value: str | int) -> int:
     """The inode number of a network namespace: the number, its name in /run/netns, `pid:N`, or a path to it.
 
-    A number is taken with a warning where it cannot be known whether there is such a namespace.
+    If it cannot be known whether the namespace of a number exists, the number is taken, with a warning.
     """
     text = str(value).strip()
     names = [path.name for path in namespaces.named()]
@@ -281,7 +280,7 @@ def parse_netns(value: str | int) -> int:
 
 
 def parse_ports(value: Ports) -> tuple[PortRange, ...]:
-    """Ports and ranges of ports (`80,443,8000-8100`): sorted, and joined where they touch."""
+    """Ports and ranges of ports (`80,443,8000-8100`), sorted. Ranges that touch are joined."""
     merged: list[PortRange] = []
     for ports in sorted(map(_port_range, _items(value, "port"))):
         before = merged.pop() if merged and ports.first <= merged[-1].last + 1 else ports
@@ -290,7 +289,7 @@ def parse_ports(value: Ports) -> tuple[PortRange, ...]:
 
 
 def parse_networks(value: Networks) -> tuple[Network, ...]:
-    """Addresses and networks (`192.0.2.1,2001:db8::/32`): joined where they touch, IPv4 first."""
+    """Addresses and networks (`192.0.2.1,2001:db8::/32`), IPv4 first. Networks that touch are joined."""
     networks = list(map(_network, _items(value, "address")))
     ipv4 = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
     ipv6 = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
@@ -309,20 +308,20 @@ def address_bytes(address: str | Address) -> bytes:
 
 @lru_cache(maxsize=1 << 14)
 def address_text(address: bytes) -> str:
-    """The inverse of `address_bytes`: a mapped address is written as IPv4."""
+    """The inverse of `address_bytes`. A mapped address is written as IPv4."""
     if address.startswith(_MAPPED):
         return socket.inet_ntop(socket.AF_INET, address[12:])
     return socket.inet_ntop(socket.AF_INET6, address)
 
 
 def network_bytes(network: Network) -> tuple[bytes, bytes]:
-    """Address and mask of a network, 16 bytes each, as the kernel's filter takes them."""
+    """Address and mask of a network, 16 bytes each, for the kernel's filter."""
     mask = network.netmask.packed
     return address_bytes(network.network_address), mask.rjust(16, b"\xff")
 
 
 def network_text(network: Network) -> str:
-    """A network as it is given: without its prefix length if it is one address."""
+    """The text of a network, without the prefix length if it is one address."""
     return str(network if network.num_addresses > 1 else network.network_address)
 
 
@@ -331,7 +330,7 @@ def _given(parse: Callable[[Any], _Wanted], value: object) -> _Wanted | None:
 
 
 def _items(value: Ports | Networks, what: str) -> list[str]:
-    """The values of a list with commas, or of several."""
+    """The values of a text with commas, or of several such values."""
     several = [value] if isinstance(value, str | int | Address | Network) else value
     items = [item.strip() for one in several for item in str(one).split(",")]
     if not all(items) or not items:
@@ -392,7 +391,7 @@ def _family(ipv4: bool, ipv6: bool, family: int | None) -> Family | None:
 
 
 def _process_of_thread(pid: int) -> int:
-    """The process that a thread belongs to; of a process, itself (proc_pid_status(5), `Tgid`)."""
+    """The process of a thread, or the process itself (proc_pid_status(5), `Tgid`)."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""What the user asked for, and the options that a tool has of its own."""
+"""What the user asks of a tool, and the options that only some tools have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMES = ("iso", "elapsed", "none")
 
 @dataclass(frozen=True)
 class Option:
-    """A tool's own option. `type` is a Python type or a tuple of allowed values; a bool is a flag.
+    """An option of a tool. `type` is a Python type or a tuple of allowed values; a bool is a flag.
 
     names    it is a list of names: text with commas; in Python a sequence of names too
     metavar  what stands for its value in the help
@@ -34,7 +34,7 @@ class Option:
 
     @property
     def unset(self) -> Any:
-        """Its value for who did not give it."""
+        """Its value if it is not given."""
         return False if self.type is bool else self.default
 
     def taken(self, value: Any) -> Any:
@@ -99,9 +99,9 @@ class Request:
         return names
 
     def choose(self, columns: Sequence[Column], shown: Sequence[str], drawn: Sequence[str] = ()) -> tuple[Column, ...]:
-        """The columns that were asked for; else those `shown` in a table, and all in the machine formats.
+        """The columns to print: those of --columns. Else those `shown` in a table, and all of them in JSON and CSV.
 
-        A table has those `drawn` in any case. UsageError for a name that is none of `columns`.
+        A table always has those `drawn`. UsageError for a name that is not in `columns`.
         """
         known = {column.name: column for column in columns if column.kind != "time" or self.time != "none"}
         default = [name for name in shown if name in known] if self.output == "table" else [*known]
@@ -114,7 +114,7 @@ class Request:
         return tuple(known[name] for name in dict.fromkeys((*(self.columns or default), *also)))
 
     def refuse_peers(self, why: str) -> None:
-        """UsageError if the filter asks for a remote end where there is none."""
+        """UsageError if the filter names a remote end. Call it where there is none; `why` says so."""
         for option, value in self.filter.describe():
             if option in ("--rport", "--raddr"):
                 raise UsageError(f"{option} {value}", why)

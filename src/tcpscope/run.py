@@ -1,6 +1,6 @@
-"""A tool at work. It yields batches of rows, and knows nothing of who shows them.
+"""A running tool. It yields batches of rows, and does not know its reader.
 
-Whoever opens a run calls `batches()`, which is the one loop of all tools, or `poll()` now and then and `end()` at last.
+A reader calls `batches()`, the one loop of all tools. Or it calls `poll()` now and then, and `end()` once at the end.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from tcpscope.session import POLL_SECONDS, Session, Stats
 from tcpscope.stop import Stop
 
 FOREVER = 1e6
-"""Seconds, for who waits for a descriptor or a stop only."""
+"""Seconds to wait, if only a descriptor or a stop can end the wait."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows, structs whose attributes are the run's columns.
+    """Rows: structs whose attributes are the run's columns.
 
-    event     each is something that happened
-    snapshot  each is something that exists
-    interval  what was put together since the interval before
-    total     what was put together over the whole run
+    event     each row is something that happened
+    snapshot  each row is something that exists
+    interval  each row is a group, over the last interval
+    total     each row is a group, over the whole run
 
-    `round` counts the snapshots, intervals and totals: one of them may come in several batches.
+    A snapshot, interval or total may come in several batches. They have the same `round`.
     """
 
     kind: Literal["event", "snapshot", "interval", "total"]
@@ -41,26 +41,26 @@ class Batch:
 
 
 _AT_ONCE = 64
-"""Batches of a stream in one poll: they may come faster than they are read."""
+"""Most batches of a stream in one poll. Events may come faster than they are read, and a poll must end."""
 
 NOTHING = Batch("event", ())
-"""Time has passed."""
+"""An empty batch: time has passed."""
 
 
 class Run(ABC):
     """From `with tool.open(request) as run` until its end.
 
-    columns   of its rows, in their order
-    sessions  the probes that it has in the kernel
+    columns   the columns of its rows, in their order
+    sessions  its probes in the kernel
     stats     its own part of the account
     keep      capabilities that it needs while it runs
-    notes     what the user should know, a line each; who reads them takes them out
-    more      the option of which more helps against loss
-    accounts  whether it counts events, so that an account belongs at its end
-    counted   whether its rows are what the account counts; else they are made of that
+    notes     lines for the user; the reader prints and removes them
+    more      the option that helps against loss if it is larger
+    accounts  it counts events, so an account is printed at its end
+    counted   the account counts its rows; else it counts what the rows are made of
     done      it ends by itself, after the next poll
-    over      it has ended or was closed: there are no more batches
-    repeats   what its snapshots are of, when each takes the place of the one before: "listener"
+    over      it has ended or was closed; there are no more batches
+    repeats   what a row of its snapshots is ("listener"), if a snapshot replaces the previous one on a terminal
     """
 
     keep: tuple[str, ...] = ()
@@ -78,20 +78,20 @@ class Run(ABC):
 
     @abstractmethod
     def poll(self) -> Iterator[Batch]:
-        """What is new. Never waits. Whoever reads it may stop after any batch; what was given is given."""
+        """New batches. Never waits. The reader may stop after any batch, and gets no batch twice."""
 
     @abstractmethod
     def end(self) -> Iterator[Batch]:
-        """Detach; what is left, after which the account is final."""
+        """Detach, and yield the last batches. The account is final after that."""
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Readable when there is something new."""
+        """File descriptors that are readable when there is something new."""
         return ()
 
     @property
     def pause(self) -> float:
-        """Seconds after which to poll again, whether or not a descriptor is readable."""
+        """Seconds until the next poll, if no descriptor is readable before."""
         return POLL_SECONDS
 
     def account(self) -> Stats:
@@ -101,9 +101,9 @@ class Run(ABC):
         return sum((session.account() for session in self.sessions), shared)
 
     def batches(self, stop: Stop, most: int | None = None) -> Iterator[Batch]:
-        """Poll until `stop`, once at least; `NOTHING` each time before it waits.
+        """Poll until `stop`, at least once. Yields `NOTHING` each time before it waits.
 
-        At most `most` rows: of events in all, and the run ends then; of everything else in each round.
+        `most` limits the rows. A run of events ends after so many. Of other batches, each round has only the first.
         """
         limited = _Limit(self, most)
         while not self.over:
@@ -159,7 +159,7 @@ class _Limit:
 class Streaming(Run):
     """The events of a session, decoded.
 
-    after  what is done to the rows of each batch
+    after  a function that changes the rows of each batch
     """
 
     counted = True
@@ -192,7 +192,7 @@ class Streaming(Run):
 
 
 class Ticker:
-    """Due every so many seconds from the first question on, and then too if `at_once`; without seconds never."""
+    """Due every `seconds`, counted from the first call of `due()`; with `at_once` also at that call. None: never."""
 
     def __init__(self, seconds: float | None, at_once: bool = False) -> None:
         self._seconds, self._at_once = seconds, at_once
@@ -214,12 +214,12 @@ class Ticker:
 
     @property
     def remaining(self) -> float:
-        """Seconds until it is due."""
+        """Seconds until it is due again."""
         return FOREVER if self._next is None else max(0.0, self._next - time.monotonic())
 
 
 def residual_filter(session: Session) -> Callable[[memoryview, list[Any]], list[Any]] | None:
-    """What the kernel could not decide: a function that keeps the matching rows of a batch."""
+    """A function that keeps the wanted rows of a batch. None if the kernel has decided the whole filter."""
     if session.residual.is_empty:
         return None
     assert session.layout is not None

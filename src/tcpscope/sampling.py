@@ -1,9 +1,9 @@
-"""Refusals from samples, for kernels whose functions cannot be hooked.
+"""Samples refusals, for kernels whose functions cannot be hooked.
 
-Two counts are there to be sampled. A namespace's ListenDrops grows by one for each refusal, but does not say whose
-listener it was. A socket's sk_drops does, but it counts packets: a refused SYN once, a refused final ACK twice (as a
-refusal, and when the packet is thrown away), and a repeated SYN or a RST for a request too, which were not refused.
-Together they tell: ListenDrops says how many, sk_drops says whose.
+Two counters are sampled. A namespace's ListenDrops grows by one for each refusal, but does not name the listener. A
+socket's sk_drops names the listener, but counts packets: one for a refused SYN, and two for a refused final ACK (the
+refusal, and the dropped packet). It also counts a retransmitted SYN or a RST for a request, which are no refusals. So
+ListenDrops gives the number of refusals, and sk_drops the listener.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tcpscope.listeners import Listener, NetCounters
 
-SECONDS = 0.2  # between two looks
+SECONDS = 0.2  # between two samples
 LIMITS = (
     "refusals are sampled five times a second, without peers and often without cause and step; "
     "SYNs answered with a SYN cookie are not seen"
@@ -24,7 +24,7 @@ Key = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Sample:
-    """`count` refusals of one listener since the last look. `cause` and `step` are None unless they are certain."""
+    """`count` refusals of one listener since the last snapshot. `cause` and `step` are None if not certain."""
 
     listener: Listener
     count: int
@@ -34,22 +34,21 @@ class Sample:
 
 @dataclass
 class Sampler:
-    """Compares each snapshot of all listeners with the one before.
+    """Compares each snapshot of all listeners with the previous one.
 
-    A kernel that cannot give the namespace's counters leaves sk_drops alone, which then stands for the refusals. What
-    a listener was refused in the last moment before it was closed is not seen, nor what is refused while a namespace
-    that had no listener before is looked at for the first time.
+    If the namespace's counters cannot be read, sk_drops alone stands for the refusals. Not seen are refusals just
+    before a listener is closed, and refusals during the first snapshot of a namespace that had no listener before.
     """
 
     _drops: dict[Key, int] = field(default_factory=dict)
     _counters: dict[int, NetCounters] = field(default_factory=dict)
-    # A refusal that was under way during a look is in one of the two counts only. It waits for the other, for one look.
+    # A refusal during a snapshot may be in one of the two counters only. It waits one snapshot for the other counter.
     _packets: dict[Key, int] = field(default_factory=dict)
     _refusals: dict[int, NetCounters] = field(default_factory=dict)
     _started: bool = False
 
     def look(self, listeners: Iterable[Listener]) -> list[Sample]:
-        """What has been refused since the last call; the first one sets the start."""
+        """Refusals since the last call. The first call only notes the counters."""
         groups: dict[int, list[Listener]] = defaultdict(list)
         for own in listeners:
             groups[own.netns].append(own)
@@ -66,11 +65,11 @@ class Sampler:
             return
         shares = {key: count + self._packets.pop(key, 0) for key, count in grown.items()}
         packets = sum(shares.values())
-        # In a namespace without a listener until now, what was refused was refused by these.
+        # If the namespace had no listener before, all its refusals are of these listeners.
         older = NetCounters(0, 0, 0) if now.drops <= packets else now._replace(drops=now.drops - packets)
         before = self._counters.get(netns, older)
         waiting = self._refusals.pop(netns, NetCounters(0, 0, 0))
-        if any(n < b for n, b in zip(now, before, strict=True)):  # the number was that of a namespace that is gone
+        if any(n < b for n, b in zip(now, before, strict=True)):  # another namespace had this number, and is gone
             before, waiting = older, NetCounters(0, 0, 0)
         self._counters[netns] = now
         new = NetCounters(*(n - b + w for n, b, w in zip(now, before, waiting, strict=True)))
@@ -91,13 +90,13 @@ class Sampler:
 
 
 def _grown(before: int, now: int) -> int:
-    """The count has 32 bits and wraps; one that has become smaller is that of another listener at the same address."""
+    """The difference of two 32-bit counts, which may wrap. A smaller count is that of another listener."""
     grown = (now - before) % (1 << 32)
     return grown if grown < 1 << 31 else now
 
 
 def _divide(total: int, shares: list[int]) -> list[int]:
-    """`total` in proportion to `shares`, in whole numbers, with the largest remainders rounded up."""
+    """Divide `total` in proportion to `shares`, in whole numbers. The largest remainders are rounded up."""
     whole = sum(shares)
     parts = [total * share // whole for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda i: -(total * shares[i] % whole))

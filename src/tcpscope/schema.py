@@ -1,15 +1,15 @@
-"""What an event consists of, read from the BTF of the object that sends it, and how its bytes become rows.
+"""Reads what an event consists of from the BTF of its object, and decodes records to rows.
 
-The C struct is the only description of an event. Its fields carry tags (see `bpf/output.bpf.h`):
+The C struct is the only description of an event. Its fields have tags (see `bpf/output.bpf.h`):
 
-    doc:TEXT       what it means; a field without one is internal and not shown
-    unit:TEXT      us, ns, bytes, ...; also the end of the field's name
-    kind:TEXT      address, comm, time, stack, errno: how the bytes are to be read
-    unknown:TEXT   zero or max (all bits set): the value that stands for "not known" and becomes None
-    title:TEXT     above the column of a table, if not the name
-    width:NUMBER   of that column
+    doc:TEXT       what the field means; a field without it is internal and not shown
+    unit:TEXT      us, ns, bytes, ...; the field's name ends with it, too
+    kind:TEXT      how to read the bytes: address, comm, time, stack, errno
+    unknown:TEXT   zero or max (all bits set): the value that means "not known"; it becomes None
+    title:TEXT     title of the column in a table, if it is not the name
+    width:NUMBER   width of that column
 
-Nested structs are flattened, so the parts that all events share are described once.
+Nested structs are flattened, so fields that all events share are described once.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ class Layout(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, btf: B.Btf, name: str, internal: bool = False) -> Layout:
-        """The layout of struct `name`: the fields with a doc tag, with `internal` the others too."""
+        """The layout of struct `name`: the fields with a doc tag; with `internal` all fields."""
         outer = btf.struct(name)
         fields = _flatten(btf, outer, 0)
         return cls(name, outer.size, tuple(field for field in fields if field.doc or internal))
 
     def field(self, name: str) -> Field:
-        """The field called `name`, or a UsageError that says which there are."""
+        """The field called `name`. UsageError if there is none."""
         for field in self.fields:
             if field.name == name:
                 return field
@@ -92,13 +92,13 @@ class Layout(msgspec.Struct, frozen=True):
         raise UsageError(f"unknown column '{name}'", did_you_mean(name, names) or f"there are {', '.join(names)}")
 
     def select(self, names: Iterable[str]) -> Layout:
-        """The same struct with these fields only, in this order."""
+        """The layout with only these fields, in this order."""
         return Layout(self.name, self.size, tuple(self.field(name) for name in names))
 
     def decoder(self, clock: Clock | None = None, *, raw: bool = False, frame: Callable[[int], str] = hex) -> Decoder:
-        """A compiled function from a batch to rows; with `raw` their values are as in the C struct.
+        """A decoder of batches to rows. With `raw` the values are those of the C struct.
 
-        `frame` names the address of a stack frame.
+        `frame` gives the name of a stack frame's address.
         """
         return Decoder(self, clock or Clock(), raw, frame)
 
@@ -145,7 +145,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
 
 
 def labels_of(enumerators: dict[int, str]) -> dict[int, str]:
-    """Names without the prefix that C needs and a reader does not: STATE_LISTEN -> LISTEN."""
+    """Names of enumerators without their common prefix: STATE_LISTEN -> LISTEN."""
     names = list(enumerators.values())
     shared = len(os.path.commonprefix(names))  # noqa: RUF071 (these are no paths)
     prefix = names[0][:shared].rpartition("_")[0] + "_"
@@ -153,7 +153,7 @@ def labels_of(enumerators: dict[int, str]) -> dict[int, str]:
 
 
 def counters_of(data: bytes, *enums: Mapping[int, str]) -> dict[tuple[str, ...], int]:
-    """A C array of 64-bit counters with an index for each enum: the names -> the counter. UNKNOWN, 0, is left out."""
+    """Names -> counter, for a C array of 64-bit counters with one index per enum. The enumerator 0 is left out."""
     sizes = [max(enum) + 1 for enum in enums]
     counters = struct.unpack(f"<{math.prod(sizes)}Q", data)
     found = {}
@@ -166,7 +166,7 @@ def counters_of(data: bytes, *enums: Mapping[int, str]) -> dict[tuple[str, ...],
 
 
 class _Cache(dict[Any, Any]):
-    """A dict that computes what it does not hold; emptied when it grows, so that it cannot leak."""
+    """A dict that computes a missing value. It is cleared when it has `limit` entries."""
 
     def __init__(self, compute: Callable[[Any], Any], limit: int = 1 << 14) -> None:
         self.compute = compute
@@ -180,7 +180,7 @@ class _Cache(dict[Any, Any]):
 
 
 class Clock:
-    """Turns the kernel's monotonic time stamps into what the reader asked for.
+    """Converts the kernel's monotonic time stamps.
 
     mode: "iso" (UTC, microseconds), "elapsed" (seconds since this clock was made) or "none".
     """
@@ -192,7 +192,7 @@ class Clock:
         self._milliseconds = _Cache(_iso_milliseconds, limit=64)  # rows come nearly in order
 
     def read(self, monotonic_ns: int) -> str | float:
-        """One time stamp, as the mode says."""
+        """A time stamp in the clock's mode."""
         if self.mode == "elapsed":
             return (monotonic_ns - self.start_ns) / 1e9
         millisecond, ns = divmod(monotonic_ns + self._to_wall_ns, 1_000_000)
@@ -208,19 +208,19 @@ def _iso_milliseconds(ms: int) -> str:
 
 
 def comm_text(data: bytes) -> str:
-    """A process name: up to its first NUL; bytes that are not UTF-8 are shown, not lost."""
+    """A process name, up to its first NUL. Bytes that are not UTF-8 are escaped."""
     return data.partition(b"\0")[0].decode(errors="backslashreplace")
 
 
 def errno_text(number: int) -> str:
-    """ECONNREFUSED for 111; "none" where there was no error."""
+    """ECONNREFUSED for 111, "none" for 0."""
     return errno.errorcode.get(number, str(number)) if number else "none"
 
 
 class Decoder:
-    """A batch of records to a list of rows. Row types are msgspec structs, so that they encode quickly.
+    """Decodes a batch of records to a list of rows. Rows are msgspec structs, which encode quickly.
 
-    The loop is compiled once per layout; one record costs one unpack and one constructor call.
+    Its loop is compiled for the layout. A record costs one unpack and one constructor call.
     """
 
     def __init__(self, layout: Layout, clock: Clock, raw: bool = False, frame: Callable[[int], str] = hex) -> None:
@@ -271,7 +271,7 @@ class Decoder:
 
 
 def _format(size: int, fields: Iterable[Field]) -> str:
-    """The struct format of a record of which only `fields` are read."""
+    """The struct format that reads only `fields` of a record."""
     text, at = "<", 0
     for field in sorted(fields, key=lambda f: f.offset):
         text += f"{field.offset - at}x{field.format}"

@@ -1,4 +1,4 @@
-"""The command line's reader of a run: rows go to standard output, notes and the account to standard error."""
+"""Shows a run on the command line: rows on standard output, notes and the account on standard error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tcpscope.tool import Tool
 
 
 def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
-    """Do what was asked for, until it is over. LossError under --strict if anything was lost."""
+    """Run a tool and print its rows until it ends. Raises LossError under --strict if an event was lost."""
     with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
         if request.explain:
             stream.write("\n".join([*explain(request.filter, run.sessions), ""]).encode())
@@ -60,16 +60,16 @@ def descriptor(stream: BinaryIO) -> int | None:
 
 
 def begin(sessions: Sequence[Session], stop: Stop, keep: Sequence[str] = ()) -> None:
-    """Everything is attached: give up privileges, say so, and let the duration begin."""
+    """Call it when everything is attached: it drops privileges, announces readiness, and starts the duration."""
     drop_privileges(sessions, keep)
     announce_ready()
     stop.begin()
 
 
 def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: str = "") -> None:
-    """The account at the end: on stderr, and in the output under --stats where the format has a place.
+    """Print the account on stderr, and with --stats in the output, if the format has a place for it.
 
-    `more` is the option of which more helps against loss.
+    `more` is the option that helps against loss if it is larger.
     """
     if request.stats:
         sink.record("stats", asdict(stats))
@@ -94,7 +94,7 @@ def _print_notes(run: Run) -> None:
 
 
 def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
-    """How this run is done on this kernel: hooks in use, what better ways were refused and why, who filters."""
+    """How this run works on this kernel: its hooks, the better ways that were refused and why, and who filters."""
     for session in sessions:
         yield f"probe {session.spec.name}"
         yield f"  {'memory':<14} {session.loaded.kernel_bytes / 1e6:.1f} MB of the kernel's, for tables and buffer"
@@ -113,7 +113,7 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
 
 
 class _Screen:
-    """A terminal on which each snapshot takes the place of the one before."""
+    """A terminal on which each snapshot replaces the previous one."""
 
     def __init__(self, run: Run, request: Request, stream: BinaryIO) -> None:
         stamp = request.columns is None  # the time stands above the table, once
@@ -122,7 +122,7 @@ class _Screen:
         self._request, self._stream = request, stream
 
     def draw(self, batch: Batch) -> None:
-        """The table, cut to what the terminal has."""
+        """Draw the table, cut to the size of the terminal."""
         size = shutil.get_terminal_size()
         page = io.BytesIO()
         open_sink(self._request.output, self._columns, page, self._request.header).rows(batch.rows)
@@ -137,5 +137,5 @@ class _Screen:
 
 
 def _cut(line: str, width: int) -> str:
-    """The line, or as much of it as fits with a mark that there is more."""
+    """The line, cut to the width, with a mark where it was cut."""
     return line if len(line) <= width else line[: width - 1] + ">"

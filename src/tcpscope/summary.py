@@ -1,4 +1,4 @@
-"""Rows of a stream put together: how many there are of each kind, or how a number is distributed among them."""
+"""Groups the rows of a stream: counts them (--count), or shows how a number is distributed in each group."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from tcpscope.schema import Clock
 from tcpscope.session import Stats, monotonic_ns
 
 MAX_KINDS = 65536
-"""Rows of further kinds count as lost: nobody reads so many, and a machine in trouble makes them without end."""
+"""Most groups of a run. Rows of further groups count as lost: a machine in trouble makes groups without end."""
 
-_TIME = Column("time", "time", doc="when it was put together")
+_TIME = Column("time", "time", doc="when the interval or the run ended")
 _COUNT = Column("count", doc="rows")
 TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a stream can be put together to, with the flag --`option`.
+    """A way to group the rows of a stream, with the flag --`option`.
 
-    by  columns that make a kind; --by chooses others
-    of  a column in us whose distribution is asked for; None: the rows are only counted
+    by  columns whose values make a group; --by chooses others
+    of  column in us whose distribution is shown; None: rows are only counted
 
-    The account has the rows of all kinds, also where --max-events shows fewer.
+    The account counts the rows of all groups, also if --max-events prints fewer groups.
     """
 
     option: str
@@ -43,7 +43,7 @@ class Summary:
     of: str | None = None
 
     def columns(self, stream: Sequence[Column], request: Request) -> tuple[Column, ...]:
-        """All that can be shown, of a stream that has those."""
+        """All columns of the groups of a stream with these columns."""
         known = {column.name: column for column in stream}
         names = self._kind(request)
         for name in names:
@@ -51,12 +51,12 @@ class Summary:
                 raise UsageError(
                     f"unknown column '{name}'", did_you_mean(name, known) or f"there are {', '.join(known)}"
                 )
-        # Of a kind the number may be known nowhere.
+        # The number may be null in all rows of a group.
         distribution = [structs.replace(column, nullable=True) for column in histogram.COLUMNS[1:] if self.of]
         return (_TIME, *(known[name] for name in names), _COUNT, *distribution, TOTAL)
 
     def open(self, request: Request, available: Sequence[Column], events: Callable[[Sequence[str]], Run]) -> Run:
-        """A run of it. `events` opens the stream, with rows of the columns that it is told."""
+        """A run that yields the groups. `events` opens the stream with the columns that it gets as argument."""
         shown = [column.name for column in available if column.kind != "distribution"]
         columns = request.choose(available, shown, drawn=("histogram",) if self.of else ())
         names = self._kind(request)
@@ -74,7 +74,7 @@ class Summary:
 
 
 class _Summarizing(Run):
-    """The events of another run, put together."""
+    """Groups the events of another run."""
 
     def __init__(
         self, request: Request, columns: Sequence[Column], names: Sequence[str], of: str | None, events: Run
@@ -152,16 +152,16 @@ class _Group:
 
 
 class _Groups:
-    """What has been seen of each kind, and with `distributed` the distribution of its numbers."""
+    """Rows per group and, with `distributed`, the distribution of their numbers."""
 
     def __init__(self, distributed: bool) -> None:
         self._groups: dict[tuple[Any, ...], _Group] = {}
         self._distributed = distributed
 
     def add(self, kinds: Sequence[tuple[Any, ...]], values: Sequence[int | None]) -> int:
-        """A batch: the kind of each row, and its number (none at all if rows are only counted).
+        """Add a batch: the group of each row, and its number (no numbers if rows are only counted).
 
-        Returns how many rows were left out because there are kinds enough.
+        Returns how many rows were left out because there is no room for their group.
         """
         left_out = 0
         for kind, count in Counter(kinds).items():
@@ -182,12 +182,12 @@ class _Groups:
         return left_out
 
     def largest(self) -> list[tuple[tuple[Any, ...], _Group]]:
-        """All, those with most rows first."""
+        """All groups, those with most rows first."""
         return sorted(self._groups.items(), key=lambda item: (-item[1].count, str(item[0])))
 
 
 def _getter(names: Sequence[str]) -> Callable[[Any], tuple[Any, ...]]:
-    """A function from a row to these columns of it."""
+    """A function that returns these columns of a row as a tuple."""
     if len(names) == 1:
         return lambda row: (getattr(row, names[0]),)
     return attrgetter(*names)

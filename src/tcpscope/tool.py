@@ -1,7 +1,7 @@
-"""What a tool is: data, and a way to open it.
+"""What a tool is: its columns and options, and a way to start it.
 
-A tool is one module in `tools/` with a variable `tool`. Its name is the module's name, its help the module's
-docstring. Most tools are a `Stream`: a projection of one event struct of one probe.
+A tool is one module in `tools/` with a variable `tool`. The module's name is its name, the module's docstring its help.
+Most tools are a `Stream`: they show the rows of one event struct of one probe.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from tcpscope.summary import Summary
 class Tool(ABC):
     """Base of all tools.
 
-    shown         columns of a table; the machine formats have all
+    shown         columns of a table; JSON and CSV have all columns
     intervals     when it prints without --interval; empty: it has no use for --interval
     once          it prints one snapshot and ends, so it has no use for --duration
     only_with     an option -> another one that it needs
     timed         its rows have a --time
-    event         the event struct that comes through the --buffer
-    for_more      a capability that it can do without -> what it is for
+    event         its event struct, which comes through the ring buffer (--buffer); empty: none
+    for_more      an optional capability -> what it is for
     """
 
     name = ""
@@ -54,19 +54,19 @@ class Tool(ABC):
 
     @abstractmethod
     def columns(self, request: Request) -> tuple[Column, ...]:
-        """All that its rows can have for this request. Needs no kernel; UsageError for options that make no sense."""
+        """All columns that its rows can have for this request. Needs no kernel. UsageError for wrong options."""
 
     @abstractmethod
     def open(self, request: Request) -> Run:
-        """Everything attached. TcpscopeError if it cannot be."""
+        """Attach everything and return the run. Raises TcpscopeError if that fails."""
 
 
 class Stream(Tool):
-    """A tool that gives one row per event.
+    """A tool that prints one row per event.
 
     probe         the object; its event struct has the same name unless `event` gives another
-    summaries     what its rows can be put together to
-    constants     read-only globals of the object, from the request
+    summaries     ways to group its rows
+    constants     a function from the request to the object's read-only globals
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class Stream(Tool):
         return Spec.of(self.probes[0]).layout(self.event)
 
     def skip(self, request: Request) -> tuple[str, ...]:
-        """Hooks that this run can do without."""
+        """Hooks that this run does not need."""
         return ()
 
     def ring_bytes(self, request: Request) -> int:
-        """The size of the ring buffer unless --buffer gives another."""
+        """The size of the ring buffer without --buffer."""
         return RING_BYTES
 
     def begin(self, session: Session, request: Request) -> None:
-        """Called when everything is attached, before anybody is told that the tool is ready."""
+        """Called when everything is attached, before the tool announces that it is ready."""
 
     def columns(self, request: Request) -> tuple[Column, ...]:
         columns = tuple(map(Column.of, self.layout.fields))
@@ -125,7 +125,7 @@ class Stream(Tool):
         )
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
-        """A run whose rows have these columns."""
+        """A run of events whose rows have these columns."""
         with closed_on_error(self.session(request)) as session:
             assert session.layout is not None
             return Streaming(session, session.layout.select(names).decoder(clock))
@@ -146,7 +146,7 @@ class Stream(Tool):
         return session
 
     def _asked(self, request: Request) -> Summary | None:
-        """The summary that is asked for in place of rows."""
+        """The summary that the request asks for; None: rows."""
         asked = [summary for summary in self.summaries if request.options.get(summary.option)]
         if len(asked) > 1:
             raise UsageError(" and ".join(f"--{summary.option}" for summary in asked), "one of them at a time")
@@ -165,7 +165,7 @@ def names() -> list[str]:
 
 @cache
 def find(name: str) -> Tool:
-    """The tool called `name`, or by a bcc name of it; UsageError if there is none."""
+    """The tool with this name, or with this bcc name. UsageError if there is none."""
     known = names()
     if name in known:
         return _import(name)

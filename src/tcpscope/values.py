@@ -1,4 +1,4 @@
-"""Rows for Python: values in place of text."""
+"""Makes Python values of the text in a run's rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tcpscope.output import Column
 
 
 def converter(tool: str, columns: Sequence[Column]) -> Callable[[Any], Any]:
-    """A function from a row of these columns to one of values: of the class in `rows` if these are all its columns."""
+    """A function that converts a row of these columns: to a class of `rows`, if one has exactly these columns."""
     names = tuple(column.name for column in columns)
     classes = (getattr(rows, name, None) for name in (tool.title(), f"{tool.title()}Events"))
     made = next((each for each in classes if each and each.__struct_fields__ == names), None)

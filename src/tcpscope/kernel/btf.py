@@ -1,18 +1,17 @@
-"""BTF, the type information that the kernel and every BPF object carry.
+"""Reads BTF, the type information of the kernel and of BPF objects.
 
 The format is described in the kernel's Documentation/bpf/btf.rst and defined in include/uapi/linux/btf.h. A
-blob is a header, a section of types and a section of NUL-terminated strings. The types are numbered from 1 in
-the order in which they lie there (0 is `void`); each is three 32-bit words (name, info, size or type), then
-whatever its kind adds.
+blob is a header, a section of types and a section of NUL-terminated strings. The types are numbered from 1, in
+the order of the section; 0 is `void`. A type is three 32-bit words (name, info, size or type), and then what
+its kind adds.
 
     kernel = Btf.parse(Path("/sys/kernel/btf/vmlinux").read_bytes())
     kernel.field("tcp_sock", "srtt_us")               # Member(name='srtt_us', type_id=..., bit_offset=...)
     kernel.enum_value("LINUX_MIB_LISTENOVERFLOWS")    # its number on this kernel
     kernel.func_params("tcp_retransmit_skb")          # [('sk', ...), ('skb', ...), ('segs', ...)]
 
-`Btf.parse` checks the whole blob, so that what it returns can be read without another check, but it only
-notes where each type lies: of the hundred thousand types of a kernel, a program looks at some hundred, and
-only these become objects.
+`Btf.parse` checks the whole blob, so later reads need no checks. It only notes where each type begins. A kernel
+has a hundred thousand types, and a program needs some hundred: only these become objects.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ _TAILS[Kind.ENUM64] = _Tail(each=3, name=0)
 
 
 class Type(msgspec.Struct, frozen=True):
-    """What every type has. `name` is empty for the anonymous ones."""
+    """What every type has. The name of an anonymous type is empty."""
 
     id: int
     kind: Kind
@@ -278,20 +277,20 @@ class Btf:
         return next(self.find_all(name, kind), None)
 
     def find_all(self, name: str, kind: Kind) -> Iterator[Type]:
-        """Every type of this kind with this name: what two files of the kernel define apart may have the same."""
+        """All types of this kind with this name. Two files of the kernel may define different types with one name."""
         for type_id in self._ids(name, self._by_name):
             if self._kinds[type_id] == kind:
                 yield self.type(type_id)
 
     def struct(self, name: str) -> Struct:
-        """The struct of this name, which must exist (ask `find` where it may not)."""
+        """The struct with this name. BtfError if there is none; `find` returns None then."""
         found = self.find(name, Kind.STRUCT)
         if not isinstance(found, Struct):
             raise BtfError(f"no struct '{name}' in this BTF")
         return found
 
     def field(self, struct_name: str, name: str) -> Member | None:
-        """A member of a struct or union by name, also inside its anonymous members, as C finds it.
+        """A member of a struct or union by name. As in C, it may be inside an anonymous member.
 
         `bit_offset` counts from the start of the named struct.
         """
@@ -339,7 +338,7 @@ class Btf:
         return names
 
     def enum_value(self, name: str) -> int | None:
-        """The value of an enumerator, whichever enum it is in, also an anonymous one."""
+        """The value of an enumerator of any enum, also of an anonymous one."""
         for type_id in self._ids(name, self._by_enumerator):
             enum = self.type(type_id)
             if isinstance(enum, Enum):
@@ -420,9 +419,9 @@ class Btf:
         return tags
 
     def _check_cycles(self) -> None:
-        """No type may stand for itself or be as long as itself: `resolve` and `size_of` would not end.
+        """Refuse types that refer to themselves: `resolve` and `size_of` would not end.
 
-        A cycle has a link that does not lead to a lower id, so each walk starts at one of these.
+        A cycle has a link that does not lead to a lower id. So each walk starts at such a link.
         """
         walked = array("I", bytes(4 * len(self)))  # type id -> where the walk started that came by
         for kind in _SIZED_BY_ANOTHER:
@@ -474,7 +473,7 @@ def _split(data: bytes) -> tuple[array[int], bytes, list[_Tail]]:
 
 
 def _newer_tails(layout: bytes) -> list[_Tail]:
-    """The sizes of kinds that this reader does not know: by these it can step over them."""
+    """The sizes of kinds that this reader does not know, to step over them."""
     if len(layout) % _LAYOUT.size:
         raise BtfError(f"BTF layout section has {len(layout)} bytes", "expected a multiple of 4")
     tails = []

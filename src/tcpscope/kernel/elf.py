@@ -1,6 +1,6 @@
-"""Sections and symbols of a BPF object file: little-endian ELF64, as clang writes it.
+"""Reads sections and symbols of a BPF object file: little-endian ELF64, as clang writes it (elf(5)).
 
-Only what is needed to find BTF and the place of a variable, after elf(5). Everything else is libbpf's.
+It reads only what is needed to find the BTF and the place of a variable. libbpf does the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SHT_NOBITS = 8
 
 
 class Symbol(msgspec.Struct, frozen=True):
-    """A named place. `section` is the name of the section it is in, empty if it is in none."""
+    """A symbol. `section` is the name of its section, empty if it has none."""
 
     name: str
     section: str
@@ -37,7 +37,7 @@ class _Section(msgspec.Struct, frozen=True):
 
 
 def sections(data: bytes) -> dict[str, bytes]:
-    """The sections of an object file by name. One that takes no room in the file (.bss) is empty."""
+    """The sections of an object file by name. A section without bytes in the file (.bss) is empty."""
     found: dict[str, bytes] = {}
     for section in _read(data):
         found.setdefault(section.name, section.data)

@@ -1,4 +1,4 @@
-"""What the running kernel can do, asked of the kernel itself: its BTF, a trial load, its files; never its version."""
+"""What the running kernel can do. Asks its BTF, its files and trial loads, never its version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALWAYS_CARRIED = 6
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Yes or no, and why not."""
+    """Yes, or no and the reason."""
 
     yes: bool
     why: str = ""
@@ -32,10 +32,10 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Kernel:
-    """The running kernel. Answers are computed when first asked for.
+    """The running kernel. An answer is computed at the first question.
 
-    A subclass may speak for another one: by `parameters`, `enumerator`, `has_type` and `has_typedef`, which are asked
-    of the BTF, by `fentry` and `fentry_on`, which are tried, by `kprobe` and by `release`. All else follows from these.
+    A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `has_type` and `has_typedef`, which
+    read the BTF, `fentry` and `fentry_on`, which try, and `kprobe` and `release`. All other answers follow from these.
     """
 
     def __init__(self) -> None:
@@ -52,11 +52,11 @@ class Kernel:
         return ffi.gc(btf, lib.tcpscope_btf_free)
 
     def release(self) -> None:
-        """Give back the memory of its BTF, some ten megabytes; it is read anew if something else is asked."""
+        """Free the memory of its BTF, some ten megabytes. The next question reads it again."""
         self.__dict__.pop("_btf", None)
 
     def parameters(self, function: str) -> int | None:
-        """How many parameters a kernel function has; None if there is no such function."""
+        """Number of parameters of a kernel function; None if there is no such function."""
         count: int = lib.tcpscope_btf_parameters(self._btf, function.encode())
         return count if count >= 0 else None
 
@@ -66,16 +66,16 @@ class Kernel:
         return None if value == -errno.ENOENT else value
 
     def has_type(self, name: str) -> bool:
-        """Whether there is a struct, union or enum of that name."""
+        """Whether there is a struct, union or enum with this name."""
         return bool(lib.tcpscope_btf_has_type(self._btf, name.encode()))
 
     def has_typedef(self, name: str) -> bool:
-        """Whether there is a typedef of that name."""
+        """Whether there is a typedef with this name."""
         return bool(lib.tcpscope_btf_has_typedef(self._btf, name.encode()))
 
     @cached_property
     def fentry(self) -> Answer:
-        """Whether functions can be traced through trampolines (fentry, fexit)."""
+        """Whether functions can be hooked through trampolines (fentry, fexit)."""
         return self._try_fentry(_TRIAL_FUNCTION)
 
     def fentry_on(self, function: str) -> Answer:
@@ -95,14 +95,14 @@ class Kernel:
 
     @cached_property
     def kprobe(self) -> Answer:
-        """Whether kernel probes can be set."""
+        """Whether functions can be hooked with kprobes."""
         if _KPROBE_PMU.exists():
             return Answer(True)
         return Answer(False, "the kernel is built without kprobes")
 
     @cached_property
     def accounts_memory_by_cgroup(self) -> bool:
-        """Whether maps count against the memory cgroup, not against RLIMIT_MEMLOCK.
+        """Whether the memory of maps is charged to the memory cgroup, and not to RLIMIT_MEMLOCK.
 
         "bpf: Eliminate rlimit-based memory accounting" (5.11); bpf_map has a memory cgroup of its own since then.
         """
@@ -110,14 +110,14 @@ class Kernel:
 
     @cached_property
     def allocates_in_programs(self) -> bool:
-        """Whether a tracing program may add to a map that has no room made beforehand.
+        """Whether a tracing program may insert into a map that is not preallocated.
 
         "bpf: Introduce any context BPF specific memory allocator" (6.1).
         """
         return self.has_type("bpf_mem_alloc")
 
     def can(self, program: Program) -> Answer:
-        """Whether this kernel has what `program` hooks. Yes is not a promise: attaching may still be refused."""
+        """Whether this kernel has what `program` hooks. After a yes, the kernel may still refuse to attach it."""
         if program.needs and self.enumerator(program.needs) is None:
             return Answer(False, f"the kernel has no {program.needs}")
         if program.type in ("fentry", "fexit"):
@@ -131,7 +131,7 @@ class Kernel:
         return Answer(True)
 
     def _has_arguments(self, program: Program) -> Answer:
-        """Is there such a function, with as many arguments as the program reads?"""
+        """Whether the function exists, and has all arguments that the program reads."""
         count = self.parameters(program.target)
         if count is not None and count < program.arguments:
             return Answer(False, f"{program.target}() has {count} of the {program.arguments} arguments that are needed")
@@ -161,12 +161,12 @@ def capability_masks() -> tuple[int, int]:
 
 
 def has_capability(name: str) -> bool:
-    """Whether this thread has it, effectively."""
+    """Whether this thread has the capability, effectively."""
     return bool(capability_masks()[0] >> _CAPABILITIES[name] & 1)
 
 
 def require_capabilities(*names: str) -> None:
-    """NotPermittedError that names the ones of `names` this process does not have."""
+    """Raise NotPermittedError with those of `names` that this process lacks."""
     effective, _ = capability_masks()
     root = effective >> _CAPABILITIES["CAP_SYS_ADMIN"] & 1  # stands for CAP_BPF and CAP_PERFMON
     missing = tuple(
@@ -179,7 +179,7 @@ def require_capabilities(*names: str) -> None:
 
 
 def drop_capabilities(keep: tuple[str, ...] = ()) -> None:
-    """Give up every capability of this process but `keep`, for good."""
+    """Give up every capability of this process but `keep`. It cannot get them back."""
     _, permitted = capability_masks()
     _check(lib.tcpscope_no_new_privileges())
     mask = permitted & sum(1 << _CAPABILITIES[name] for name in keep)
@@ -187,9 +187,9 @@ def drop_capabilities(keep: tuple[str, ...] = ()) -> None:
 
 
 def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
-    """Whether bpf(BPF_MAP_LOOKUP_ELEM) works with no effective capability on this kernel, found by trying.
+    """Whether bpf(BPF_MAP_LOOKUP_ELEM) works without an effective capability on this kernel. Tries it.
 
-    "bpf: refine kernel.unprivileged_bpf_disabled behaviour" (5.19) allows it; before, the sysctl forbids all of bpf().
+    "bpf: refine kernel.unprivileged_bpf_disabled behaviour" (5.19) allows it. Before, the sysctl forbids all of bpf().
     """
     effective, permitted = capability_masks()
     _check(lib.tcpscope_set_capabilities(0, permitted))
@@ -200,10 +200,10 @@ def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
 
 
 def perf_event_paranoid() -> int:
-    """Above 2, kernel probes need CAP_SYS_ADMIN; -1 if the kernel does not say.
+    """The sysctl, -1 if it is not known. Above 2, kprobes need CAP_SYS_ADMIN.
 
-    Debian and Ubuntu know a level 3 of the sysctl ("security,perf: Allow further restriction of perf_event_open"),
-    which asks for more than CAP_PERFMON. Programs of type fentry and tp_btf do not pass there.
+    Debian and Ubuntu have a level 3 ("security,perf: Allow further restriction of perf_event_open"), for which
+    CAP_PERFMON is not enough. It does not concern programs of type fentry and tp_btf.
     """
     try:
         return int(_PARANOID.read_text())
@@ -212,7 +212,7 @@ def perf_event_paranoid() -> int:
 
 
 def perf_event_denied() -> str:
-    """Why a kernel probe may be refused in spite of CAP_PERFMON; empty if not for this reason."""
+    """Why the kernel refuses a kprobe in spite of CAP_PERFMON; empty if perf_event_paranoid does not forbid it."""
     level = perf_event_paranoid()
     if level <= 2 or has_capability("CAP_SYS_ADMIN"):
         return ""

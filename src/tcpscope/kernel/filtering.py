@@ -1,4 +1,4 @@
-"""The filter as the kernel's programs want it: `struct filter` and the port sets of bpf/filter.bpf.h."""
+"""The filter in the form of the kernel's programs: `struct filter` and the port sets of bpf/filter.bpf.h."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NETWORKS = 8  # FILTER_NETWORKS
 
 
 def split(filter: Filter) -> tuple[Filter, Filter]:
-    """What the kernel decides, and what is left for user space: lists of more networks than the kernel holds."""
+    """What the kernel decides, and what user space decides: lists of more than eight networks."""
     in_kernel, here = filter, Filter()
     if len(filter.laddr) > NETWORKS:
         in_kernel, here = replace(in_kernel, laddr=()), replace(here, laddr=filter.laddr)
@@ -22,13 +22,13 @@ def split(filter: Filter) -> tuple[Filter, Filter]:
 
 
 def matches(residual: Filter, record: Any) -> bool:
-    """Whether a raw record matches what `split` left for user space. As in the kernel, an end whose port is 0 is not
-    known: the zeros in its place are no address."""
+    """Whether a raw record matches what `split` left for user space. As in the kernel, an end with port 0 is not known:
+    its zeros are no address."""
     return residual.matches({"laddr": record.laddr, "raddr": record.raddr if record.rport else None})
 
 
 def kernel_only(filter: Filter, tool: str) -> Filter:
-    """`filter` itself, for a tool that aggregates in the kernel; UsageError if the kernel cannot decide all of it."""
+    """`filter`, for a tool that counts in the kernel. UsageError if the kernel cannot decide all of it."""
     _, here = split(filter)
     for option, value in here.describe():
         raise UsageError(f"{option} {value}", f"'{tool}' counts in the kernel, which takes at most {NETWORKS} networks")
@@ -77,7 +77,7 @@ def _words(data: bytes) -> list[int]:
 
 
 def _port_set(ranges: tuple[PortRange, ...]) -> bytes:
-    """A bit per port; bit n of the little-endian words is bit n of the bytes."""
+    """One bit per port. Bit n of the little-endian words is bit n of the bytes."""
     bits = 0
     for ports in ranges:
         bits |= ((1 << (ports.last - ports.first + 1)) - 1) << ports.first

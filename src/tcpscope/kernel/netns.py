@@ -1,8 +1,9 @@
 """The network namespaces that can be seen from here.
 
-The kernel has no list of them. A namespace is known by what holds it: a process, or a file in /run/netns to
-which `ip netns add` binds it (namespaces(7), ip-netns(8)). `visible` finds these. A thread which has left its
-process's namespace, a mount elsewhere, an open file or a socket may hold one, too: only `exists` looks so far.
+The kernel has no list of them. A namespace exists while something holds it: a process, or a file in /run/netns,
+to which `ip netns add` binds it (namespaces(7), ip-netns(8)). `visible` finds these. A namespace may also be held by
+a thread that has left the namespace of its process, by a mount elsewhere, an open file or a socket. Only `exists`
+looks for these.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _CLONE_NEWNET = 0x40000000
 
 
 class Namespace(msgspec.Struct, frozen=True):
-    """A network namespace: `path` opens it while its holder lives; `name` is its file in /run/netns."""
+    """A network namespace. `path` opens it while its holder lives. `name` is its file in /run/netns."""
 
     inode: int
     path: str
@@ -35,7 +36,7 @@ class Namespace(msgspec.Struct, frozen=True):
 
 
 class Visible(msgspec.Struct, frozen=True):
-    """What was found, by inode (our own namespace first), and how many processes could not be looked at."""
+    """The namespaces that were found, by inode, our own first; and how many processes could not be read."""
 
     namespaces: dict[int, Namespace]
     hidden_processes: int
@@ -63,7 +64,7 @@ def visible() -> Visible:
 
 
 def exists(inode: int) -> bool | None:
-    """Whether anything holds a network namespace of this inode; None if not all that might can be looked at."""
+    """Whether a network namespace with this inode exists. None: not all possible holders can be read."""
     seen = visible()
     if inode in seen.namespaces:
         return True
@@ -130,9 +131,9 @@ def _processes() -> Iterator[Path]:
 
 
 def _inode_in_link(path: Path) -> int:
-    """The same from a link such as `net:[4026531840]`: several times as fast as opening it.
+    """The inode in a link such as `net:[4026531840]`. This is several times as fast as opening it.
 
-    A link that may not be read is an error on newer kernels, and empty on 5.10.
+    Without permission to read the link, newer kernels return an error, and 5.10 an empty link.
     """
     text = path.readlink().name
     if not text:

@@ -9,7 +9,7 @@ _KALLSYMS = Path("/proc/kallsyms")
 
 
 class Symbols:
-    """The kernel's functions. `name` gives `function+0x1a`, or the bare address when it is in none."""
+    """The kernel's functions. `name` returns `function+0x1a`, or the address if it is in no function."""
 
     def __init__(self, lines: list[str] | None = None) -> None:
         found = []

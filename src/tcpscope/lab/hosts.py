@@ -6,9 +6,9 @@
         lab.client.spawn(["ping", "-c1", lab.server.ipv4])
         lab.server.counters()["TcpExtListenOverflows"]
 
-Nothing touches the machine's own network: the pair is born inside the two namespaces, and no address, route
-or device is made outside of them. Leaving the `with` block ends the processes and removes the namespaces; a
-lab that was killed is removed by the next one that starts.
+A lab does not touch the machine's own network. The pair is created inside the two namespaces, and no address,
+route or device outside of them. The end of the `with` block ends the processes and removes the namespaces. If a
+lab was killed, the next one removes its namespaces.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _numbers = itertools.count(1)
 
 
 class Host:
-    """One end of the pair, with the addresses `ipv4`, `ipv6`, `mac`. `inode` is its network namespace."""
+    """One end of the pair, with the addresses `ipv4`, `ipv6`, `mac`. `inode` is that of its network namespace."""
 
     def __init__(self, role: str, number: int, lab: int) -> None:
         self.role = role
@@ -66,17 +66,17 @@ class Host:
     # What runs in the host
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` in a thread of this process that lives in the host, one call after the other."""
+        """Call `function` in the thread of this process that lives in the host. Calls run one after the other."""
         return self._namespace.run(function, *args, **kwargs)
 
     def socket(self, family: int, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
-        """A socket of this host, to be used from any thread. Closed with the lab at the latest."""
+        """A socket of this host, for use in any thread. The lab closes it at its end."""
         made = self.run(socket.socket, family, kind, protocol)
         self._sockets.append(made)
         return made
 
     def spawn(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
-        """Start a program in the host. `options` are those of `subprocess.Popen`. It dies with the lab."""
+        """Start a program in the host. `options` are those of `subprocess.Popen`. The lab kills it at its end."""
         child = self.run(processes.start, argv, **options)
         self._children.append(child)
         return child
@@ -84,8 +84,8 @@ class Host:
     # What the kernel says about it
 
     def sysctl(self, name: str, value: int | str | None = None) -> str:
-        """Set (when a value is given) and return a sysctl of this host: `tcp_syncookies`, `somaxconn`,
-        or a path below `/proc/sys/net` such as `ipv4/neigh/veth0/app_solicit`."""
+        """Set a sysctl of this host if a value is given, and return its value. The name is `tcp_syncookies`,
+        `somaxconn`, or a path below `/proc/sys/net` such as `ipv4/neigh/veth0/app_solicit`."""
 
         def access() -> str:
             for directory in ("", "ipv4", "core", "ipv6"):
@@ -104,7 +104,7 @@ class Host:
             raise _not_permitted(error) from error
 
     def counters(self) -> dict[str, int]:
-        """Every SNMP counter of this host, under the name that `nstat` gives it: `TcpExtListenOverflows`."""
+        """All SNMP counters of this host, with the names of `nstat`: `TcpExtListenOverflows`."""
         # Not /proc/net, which shows the namespace of the process's first thread.
         texts = self.run(lambda: [Path("/proc/thread-self/net", name).read_text() for name in COUNTER_FILES])
         found: dict[str, int] = {}
@@ -126,7 +126,7 @@ class Host:
     # What lies between it and its peer
 
     def netem(self, delay_ms: float = 0, loss_percent: float = 0) -> None:
-        """Delay and lose what this host sends, where the kernel has netem. Both zero: undisturbed again."""
+        """Delay and lose what this host sends, if the kernel has netem. Two zeros end this."""
 
         def replace(link: Any) -> None:
             index = socket.if_nametoindex(DEVICE)
@@ -145,20 +145,19 @@ class Host:
                 ) from error
 
     def hold(self) -> None:
-        """Keep back what this host sends to its peer until `release()`: nothing is lost, the order is kept.
+        """Hold what this host sends to its peer until `release()`. No packet is lost, and they stay in order.
 
-        The host forgets its peer's link address and waits for somebody to supply it. The kernel parks
-        packets of unresolved neighbours in a queue, so this works on kernels without netem, and it lets a
-        scenario put an order on packets that would otherwise race.
+        The host forgets its peer's link address. The kernel queues packets for a neighbour without an address, so
+        this works without netem. A scenario uses it to order packets that would otherwise race.
         """
         self.run(self._netlink, lambda link: self._neighbours(link, "del"))
 
     def release(self) -> None:
-        """Send what `hold()` has kept back."""
+        """Send the packets that `hold()` has held back."""
         self.run(self._netlink, lambda link: self._neighbours(link, "replace"))
 
     def blackhole(self, prefix: str) -> None:
-        """Swallow what arrives for `prefix`, and let the peer send it here: its addresses never answer."""
+        """Route `prefix` from the peer to this host, and drop it here. So its addresses never answer."""
         family = socket.AF_INET6 if ":" in prefix else socket.AF_INET
         self.run(self._netlink, lambda link: link.route("replace", dst=prefix, type="blackhole", family=family))
         self.peer.run(
@@ -193,11 +192,11 @@ class Host:
             link.neigh(command, dst=address, ifindex=socket.if_nametoindex(DEVICE), family=family, **details)
 
     def _configure(self, link: Any) -> None:
-        """Addresses and neighbours, usable when this returns: no duplicate address detection, no ARP."""
+        """Set addresses and neighbours, without duplicate address detection and ARP: they work at once."""
         from pyroute2.netlink.rtnl.ifaddrmsg import IFA_F_NODAD
 
         for family in ("ipv4", "ipv6"):
-            # Unresolved neighbours are asked of user space, which stays silent: see hold().
+            # The kernel asks user space for unresolved neighbours and gets no answer: see hold().
             for name, value in (("mcast_solicit", 0), ("app_solicit", 10_000), ("unres_qlen_bytes", 1 << 24)):
                 self.sysctl(f"{family}/neigh/{DEVICE}/{name}", value)
         for name, value in (("keep_addr_on_down", 1), ("router_solicitations", 0), ("accept_ra", 0)):
@@ -246,7 +245,7 @@ class Lab:
             self._stack.callback(self.server._close)
             self.client.peer, self.server.peer = self.server, self.client
             self.client.run(self.client._netlink, self._join)
-            # The link goes first: a socket that somebody keeps open keeps its namespace, not the devices.
+            # The link is removed first. A socket that is still open keeps its namespace alive.
             self._stack.callback(self.client.run, self.client._netlink, self._part)
             for host in self.hosts:
                 host.run(host._netlink, host._configure)
@@ -280,28 +279,26 @@ class Lab:
             link.link("del", index=socket.if_nametoindex(DEVICE))
 
     def freeze(self) -> None:
-        """Take the link down. When this returns no packet is on its way any more, and none of the counters
-        that packets move will move."""
+        """Take the link down. When this returns, no packet is in flight, and no counter of packets changes any more."""
         self.client._set_link("down")
         self.flush()
 
     def flush(self) -> None:
-        """Wait until everything has been handled that was sent before: a system call may return earlier."""
+        """Wait until the hosts have processed all packets that were sent before. (System calls return earlier.)"""
         for host in self.hosts:
             host.run(_flush_backlogs)
 
     def thaw(self) -> None:
-        """Bring the link up again. Retransmissions go on at their own pace."""
+        """Bring the link up again. Retransmissions continue when their timers expire."""
         self.client._set_link("up")
         for host in self.hosts:
             host.release()
 
 
 def _flush_backlogs() -> None:
-    """Wait until packets that were received before have been handled, on every CPU.
+    """Wait until every CPU has processed the packets that it received before.
 
-    A veth hands packets to the CPU's backlog, a queue. One sent to ourselves passes the same queue behind
-    them.
+    A veth puts packets into the CPU's backlog, a queue. A packet to ourselves passes this queue after them.
     """
     allowed = os.sched_getaffinity(0)
     try:
@@ -327,7 +324,7 @@ def _not_permitted(error: OSError) -> OSError | NotPermittedError:
 
 @contextlib.contextmanager
 def held(host: Host) -> Iterator[None]:
-    """`with held(lab.server):` what the server sends inside of the block leaves at its end, in order."""
+    """`with held(lab.server):` sends what the server sends inside the block at its end, in order."""
     host.hold()
     try:
         yield

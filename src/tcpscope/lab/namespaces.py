@@ -1,12 +1,11 @@
 """Network namespaces that end with their owner.
 
-A `Namespace` is a network namespace with a name under `/run/netns` (so `ip netns exec NAME ...` works from
-another terminal) and one worker thread that lives in it. What the worker creates (sockets, netlink sockets,
-child processes) belongs to the namespace and can be used from anywhere in the process.
+A `Namespace` is a network namespace with a name in `/run/netns`, so that `ip netns exec NAME ...` works in another
+terminal. One worker thread lives in it. Sockets and child processes that the worker creates belong to the namespace,
+and the whole process can use them.
 
-A process that is killed cannot remove its names. Each name therefore carries the process's number and start
-time, and the owner holds a lock on the namespace file; `sweep()` removes names for which neither of the two
-shows a living owner.
+A process that is killed cannot remove its names. So a name contains the process's number and start time, and the
+owner holds a lock on the file of the namespace. `sweep()` removes names whose owner lives by neither of the two.
 """
 
 from __future__ import annotations
@@ -79,15 +78,15 @@ class Namespace:
             while call := self._calls.get():
                 call()
             if self.inode:
-                # The kernel's thread may outlive join() by a moment; it shall not hold the namespace then.
+                # The kernel's thread may live a moment longer than join(). It must not hold the namespace then.
                 _call("setns", home, CLONE_NEWNET)
         finally:
             os.close(home)
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` in the namespace's thread and return what it returns, or raise what it raises.
+        """Call `function` in the namespace's thread. Return what it returns, or raise what it raises.
 
-        Calls run one after the other, so a function that blocks keeps all others waiting.
+        Calls run one after the other, so a function that blocks delays all later calls.
         """
         if threading.current_thread() is self._worker:
             return function(*args, **kwargs)
@@ -115,7 +114,7 @@ class Namespace:
         fcntl.flock(self._lock, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Remove the name and end the worker. Sockets still open keep the kernel's namespace alive, unnamed."""
+        """Remove the name and end the worker. Open sockets keep the namespace alive, without a name."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -152,8 +151,7 @@ def _abandoned(path: Path) -> bool:
     match = re.fullmatch(rf"{PREFIX}-(\d+)-(\d+)-.+", path.name)
     if not match or start_time(int(match[1])) == int(match[2]):
         return False
-    # The owner may live in another PID namespace, where its number means something else: ask its lock as
-    # well.
+    # In another PID namespace the owner has another number. So its lock is asked, too.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -168,7 +166,7 @@ def _abandoned(path: Path) -> bool:
 
 
 def sweep() -> list[str]:
-    """Remove what dead labs left behind, and return the names. Living labs, also those of others, stay."""
+    """Remove the namespaces of dead labs, and return their names. Other living labs are not touched."""
     if not NAMES.is_dir():
         return []
     abandoned = [path for path in sorted(NAMES.glob(f"{PREFIX}-*")) if _abandoned(path)]

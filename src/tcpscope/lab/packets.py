@@ -1,5 +1,4 @@
-"""SYNs made by hand, with a source address that is not ours. For raw sockets, so the IP header is
-included."""
+"""Builds SYNs with any source address, for raw sockets, so with an IP header."""
 
 from __future__ import annotations
 
@@ -38,5 +37,5 @@ def syn(source: str, sport: int, target: str, dport: int, sequence: int) -> byte
 
 
 def raw_socket(family: int) -> socket.socket:
-    """A socket that sends such packets; needs CAP_NET_RAW. IPPROTO_RAW says that the header is included."""
+    """A socket that sends such packets. Needs CAP_NET_RAW. IPPROTO_RAW means that a packet has its IP header."""
     return socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive the lab, however it ends."""
+"""Child processes that die with the lab, however it ends."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _prctl = ctypes.CDLL(None).prctl
 
 
 def start(argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
-    """`subprocess.Popen`, killed by the kernel when the thread that calls this has ended."""
+    """`subprocess.Popen`, but the kernel kills the child when the calling thread ends."""
     parent = os.getpid()
     return subprocess.Popen(argv, preexec_fn=lambda: follow(parent), **options)
 
 
 def follow(parent: int) -> None:
-    """Let the kernel kill this process, just forked, with its parent. Nothing here may import or take a lock."""
+    """Ask the kernel to kill this forked process with its parent. This function must not import or take a lock."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""A program of `tcpscope.lab.peers` that runs in a host, seen from outside."""
+"""Starts and controls a program of `tcpscope.lab.peers` in a host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POLL = 0.005
 
 
 def until(condition: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:
-    """Return as soon as `condition()` holds; after `deadline` seconds fail, naming `what` was waited for."""
+    """Return as soon as `condition()` is true. After `deadline` seconds raise an error that names `what`."""
     end = time.monotonic() + deadline
     while not condition():
         if time.monotonic() > end:
@@ -30,7 +30,7 @@ def until(condition: Callable[[], bool], what: str, deadline: float = DEADLINE) 
 
 
 class Program:
-    """`server` or `client`. Reports are read as they are asked for; `pid` is known from the first one."""
+    """`server` or `client`. `hear` reads its reports one by one."""
 
     def __init__(self, host: Host, name: str, **config: object) -> None:
         self.name = name
@@ -47,7 +47,7 @@ class Program:
         self.process.stdin.flush()
 
     def hear(self, what: str, deadline: float = DEADLINE) -> dict[str, Any]:
-        """The next report, which must be a `what`."""
+        """The next report. It is an error if its kind is not `what`."""
         assert self.process.stdout is not None and self.process.stderr is not None
         end = time.monotonic() + deadline
         while b"\n" not in self._unread:
@@ -69,6 +69,6 @@ class Program:
         return report
 
     def kill(self) -> None:
-        """End it without warning, as a crash would. Its sockets are closed when this returns."""
+        """Kill it, as a crash would. Its sockets are closed when this returns."""
         self.process.kill()
         self.process.wait()

@@ -7,12 +7,11 @@
         title = "one line"
         backlog: int = parameter(5, "argument of listen()")
 
-        def prepare(self, lab): ...   # the programs run, nothing is wrong yet
-        def act(self, lab): ...       # the fault; returns when the applications have seen all of it
-        def calm(self, lab): ...      # true when the kernels' retransmissions and timers have ended, too
+        def prepare(self, lab): ...   # start the programs; nothing is wrong yet
+        def act(self, lab): ...       # make the fault; return when the applications have seen all of it
+        def calm(self, lab): ...      # true when all retransmissions and timers of the kernels have ended
 
-Callers use `setup()`, `fault()`, `settle()`, so that they can start something between two of them, or
-`run()`.
+Callers use `run()`. Or they call `setup()`, `fault()` and `settle()`, and start a tool between two of them.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ FAMILIES = ("4", "6", "mapped")
 
 @dataclass(frozen=True)
 class Step:
-    """Something that was done, and to which host."""
+    """Something that the scenario did, and on which host."""
 
     host: str
     text: str
@@ -48,7 +47,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Listener:
-    """The server's listening socket. `recv_q` and `send_q` are the accept queue's length and limit, as last seen."""
+    """The server's listening socket. `recv_q` and `send_q` are the last seen length and limit of the accept queue."""
 
     address: str
     port: int
@@ -64,7 +63,7 @@ class Listener:
 
 @dataclass(frozen=True)
 class Client:
-    """One connection, as its application saw it: the error numbers of connect() and of what came after."""
+    """One connection, as its application saw it: the errno of connect(), and of the calls after it."""
 
     number: int
     local_port: int
@@ -75,8 +74,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened between `setup()` and `settle()`. A counter that did not move is not in a Counter, and
-    reads 0."""
+    """What happened between `setup()` and `settle()`. The counters contain only those that have changed."""
 
     listener: Listener
     clients: tuple[Client, ...]
@@ -103,7 +101,7 @@ class Outcome:
 
 
 def parameter(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
-    """A field of a scenario that its user may set. Its type is that of the default."""
+    """A field of a scenario that is an option for its user. The default gives its type."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -113,7 +111,7 @@ class Scenario:
 
     title: ClassVar[str]
     counters: ClassVar[tuple[str, ...]] = ()
-    """The SNMP counters that tell the story; shown even when they did not move."""
+    """The SNMP counters that the scenario changes. They are printed even if they did not change."""
 
     def __post_init__(self) -> None:
         for field in self.parameters():
@@ -138,12 +136,12 @@ class Scenario:
     # The phases
 
     def setup(self, lab: Lab) -> None:
-        """Start what runs before the fault. A tool that shall see the fault is started after this."""
+        """Start the programs. Start a tool after this, so that it sees the fault."""
         self.prepare(lab)
         self._before = [host.counters() for host in lab.hosts]
 
     def fault(self, lab: Lab) -> None:
-        """Make the fault. When this returns the applications have seen its effects, the kernels maybe not yet."""
+        """Make the fault. When this returns, the applications have seen its effects. The kernels may still be busy."""
         self.act(lab)
 
     def settle(self, lab: Lab, freeze: bool = False) -> Outcome:
@@ -172,7 +170,7 @@ class Scenario:
     # What the phases are made of
 
     def step(self, host: str, text: str) -> None:
-        """Say what is done: kept in `steps`, given to `on_step`."""
+        """Record a step in `steps`, and pass it to `on_step`."""
         self.steps.append(Step(host, text))
         self.on_step(self.steps[-1])
 
@@ -228,11 +226,11 @@ class Scenario:
         return self.server
 
     def connect(self, number: int) -> None:
-        """Let the client start `number` connects at once; `connected()` waits for them."""
+        """Let the client start `number` connects at once. `connected()` waits for them."""
         self.client.tell(do="connect", number=number)
 
     def connected(self, number: int) -> list[Client]:
-        """Wait until `number` connects have ended, well or not."""
+        """Wait until `number` connects have succeeded or failed."""
         ended = []
         for _ in range(number):
             found = self.client.hear("connected")
@@ -242,7 +240,7 @@ class Scenario:
         return ended
 
     def finish(self, number: int, send: int = 10, closes: str = "first", pause: float = 0) -> None:
-        """Let what is connected send `send` bytes and close; wait until `number` of them have."""
+        """Let each connection send `send` bytes and close. Wait until `number` connections have done so."""
         self.client.tell(do="finish", send=send, closes=closes, pause=pause)
         for _ in range(number):
             found = self.client.hear("finished")
@@ -254,7 +252,7 @@ class Scenario:
         return sum(found.recv_q for found in lab.server.sockets() if found.state == "LISTEN")
 
     def queued(self, lab: Lab, number: int) -> None:
-        """Wait until so many wait for accept(): connect() returns a moment before the server has the last ACK."""
+        """Wait until `number` connections wait for accept(). (connect() returns before the server has the last ACK.)"""
         until(lambda: self.waiting(lab) >= number, f"{number} in the accept queue")
 
     def _look_at_listener(self, lab: Lab) -> None:

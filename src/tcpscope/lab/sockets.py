@@ -1,6 +1,6 @@
-"""The TCP sockets of a namespace, as the kernel's sock_diag tells them: what `ss -tan` shows.
+"""Reads the TCP sockets of a namespace from the kernel's sock_diag, as `ss -tan` does.
 
-Written against `include/uapi/linux/inet_diag.h`: pyroute2's DiagSocket cuts the socket cookie to 32 bits.
+The structs are those of `include/uapi/linux/inet_diag.h`. (pyroute2's DiagSocket cuts the socket cookie to 32 bits.)
 """
 
 from __future__ import annotations

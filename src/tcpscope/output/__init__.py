@@ -1,6 +1,6 @@
-"""Where rows go. One module per format; the directory is the list. Each has `Sink(columns, stream, header)`.
+"""The output formats: one module each, with a class `Sink(columns, stream, header)`. The directory is the list.
 
-A sink gets rows (msgspec structs whose attributes are the columns) and writes them whole: one write per batch.
+A sink writes batches of rows (msgspec structs whose attributes are the columns), with one write per batch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tcpscope.schema import Field
 
 
 class Column(msgspec.Struct, frozen=True):
-    """One column of the output. All of it comes from the event's C struct where there is one.
+    """One column of the output. If an event's C struct has the field, all of this comes from there.
 
-    nullable      None where it is not known
-    title, width  in a table: what stands above it, if not the name, and how wide most values are
-    enum, labels  C name of an enum, and its values
+    nullable      its value may be None, which means "not known"
+    title, width  in a table: its title, if that is not the name, and the width of most values
+    enum, labels  name of a C enum, and its values
     """
 
     name: str
@@ -51,13 +51,13 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Sink(Protocol):
-    """What every format offers."""
+    """What every format has."""
 
     def rows(self, rows: Sequence[Any]) -> None:
         """Write these rows."""
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
-        """Write something that is no row (the statistics) where the format has a place for it."""
+        """Write a record that is not a row (the account), if the format has a place for it."""
 
 
 def formats() -> list[str]:
@@ -73,7 +73,7 @@ def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header:
 
 
 def printable(text: str) -> str:
-    """A process may call itself anything: a line of its own, or an escape sequence that repaints the terminal."""
+    """Escape control characters: a process may have a line break or a terminal's escape sequence in its name."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""CSV (RFC 4180): a line of names, then a line per row; what is not known is an empty field.
+"""CSV (RFC 4180): a line of names, then a line per row. An empty field means "not known".
 
 A list (`stack`, `holders`) is one field whose parts are separated by `;`. The parts of a `histogram` are FROM-TO:COUNT.
 """
@@ -39,7 +39,7 @@ class Sink:
 
 
 def _cells(values: Sequence[Any]) -> list[Any]:
-    """A process chooses its own name, and the reader may be a terminal: so text is made printable."""
+    """The fields of a row. A process chooses its own name and the reader may be a terminal, so text is escaped."""
     cells = (";".join(map(_part, v)) if isinstance(v, list) else v for v in values)
     return [printable(cell) if isinstance(cell, str) else cell for cell in cells]
 

@@ -1,4 +1,4 @@
-"""Distributions: the kernel's buckets, what can be said of them, and how they are drawn.
+"""Distributions: their buckets, their percentiles, and how they are drawn.
 
 Buckets are as in bpf/rtt.bpf.c: exact below 8, then 8 per power of two, so a value is known to 1/8 of itself.
 """
@@ -54,7 +54,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: Iterable[int]) -> Histogram:
-        """That of values below 2**64."""
+        """The histogram of these values, which are below 2**64."""
         known = list(values)
         buckets = [0] * BUCKETS
         for value in known:
@@ -80,7 +80,7 @@ class Histogram:
         )
 
     def percentile(self, percent: float) -> int | None:
-        """The value that `percent` of the values do not exceed, interpolated in its bucket, within min and max.
+        """The value that `percent` of the values do not exceed. It is interpolated in its bucket, within min and max.
 
         It is off by at most the width of a bucket: 1/8 of the value.
         """

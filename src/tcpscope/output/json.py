@@ -1,4 +1,4 @@
-"""JSON lines: one object per row, keys as in the C struct, `null` for what is not known."""
+"""JSON lines: one object per row. Keys are the names of the columns; `null` means "not known"."""
 
 from __future__ import annotations
 

@@ -15,14 +15,13 @@ class AcceptOverflow(Scenario):
     """The accept queue overflows at the last step of the handshake, and no client notices.
 
     A server listens with a short queue and never accepts. Ten clients connect, send ten bytes and close.
-    All of them are told that they are connected, because a client is connected as soon as the SYN-ACK has
-    come. But only six fit into a queue of five: the kernel calls it full when it holds more than its limit.
-    For the others the server's kernel throws the last ACK away, and each packet that follows it, and counts
-    an overflow each time. It keeps them as half-open requests and repeats the SYN-ACK, until it gives up
-    and answers with a reset.
+    All ten connects succeed, because a client is connected as soon as the SYN-ACK arrives. But a queue with
+    limit five holds only six connections. For the other four, the server's kernel drops the final ACK and
+    each later packet, and counts an overflow each time. It keeps their requests and retransmits the
+    SYN-ACK. At last it gives up and answers with a reset.
 
-    Whether a handshake is refused at its first or at its last step depends on the moment: here the last
-    SYN-ACKs are held back until all SYNs are in, as a network with some delay would do.
+    The order of packets decides whether a handshake is refused at its SYN or at its final ACK. Here the last
+    SYN-ACKs are held back until all SYNs have arrived, as a network with some delay would do.
     """
 
     title = "the accept queue overflows, while every client believes that it is connected"

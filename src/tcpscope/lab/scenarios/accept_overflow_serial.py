@@ -10,11 +10,10 @@ from tcpscope.lab.scenario import FAMILIES, Scenario, describe, parameter
 class AcceptOverflowSerial(Scenario):
     """The accept queue overflows at the first step of the handshake, and the client's connect() times out.
 
-    A server listens with a queue of five and never accepts; clients come one after the other. Six succeed.
-    When the seventh sends its SYN the queue is already full, so the server's kernel drops the SYN: no
-    answer, no reset, one overflow counted. The client repeats the SYN, each one is dropped again, and at
-    last connect() fails. A packet capture on the server shows these SYNs arriving, because they are dropped
-    above the place where it looks.
+    A server listens with a backlog of five and never accepts. Clients connect one after the other, and six
+    succeed. When the seventh sends its SYN, the queue is full. The server's kernel drops the SYN without an
+    answer, and counts an overflow. The client retransmits the SYN, the kernel drops it again, and at last
+    connect() fails. A packet capture on the server shows these SYNs arriving: they are dropped later.
     """
 
     title = "the accept queue is full before the SYN arrives, and connect() times out"

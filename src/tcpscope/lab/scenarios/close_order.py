@@ -8,12 +8,12 @@ from tcpscope.lab.scenario import FAMILIES, Scenario, describe, parameter
 
 @dataclass
 class CloseOrder(Scenario):
-    """An orderly end: who closes first keeps the connection's memory in TIME_WAIT.
+    """A normal close: the end that closes first gets TIME_WAIT.
 
-    The side that closes first goes from ESTABLISHED through FIN_WAIT1 and FIN_WAIT2, the other one through
-    CLOSE_WAIT and LAST_ACK. FIN_WAIT2 lasts until the other side closes, too; when the application has let
-    go of the socket by then, the kernel has already replaced it by a small timewait socket, and a tool that
-    watches sockets sees it go to CLOSE. The same small socket then stays in TIME_WAIT for a minute.
+    The end that closes first goes from ESTABLISHED through FIN_WAIT1 and FIN_WAIT2. The other end goes
+    through CLOSE_WAIT and LAST_ACK. FIN_WAIT2 lasts until the other end closes too. If the application has
+    closed the socket, the kernel replaces it by a timewait socket meanwhile, and a tool that watches sockets
+    sees it go to CLOSE. The timewait socket then stays in TIME_WAIT for a minute.
     """
 
     title = "who closes first, and where TIME_WAIT stays"

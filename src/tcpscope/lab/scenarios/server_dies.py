@@ -11,10 +11,9 @@ from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
 class ServerDies(AcceptOverflow):
     """The server dies with unread data, and its clients are reset although they had closed in order.
 
-    As in accept-overflow, clients fill the accept queue, send ten bytes and close; then the server's
-    process is killed. Its kernel closes what nobody has read: each connection in CLOSE_WAIT goes to CLOSE
-    at once, and the client gets a reset (RST, ACK) in place of an orderly end, because the data will never
-    reach an application.
+    As in accept-overflow, clients fill the accept queue, send ten bytes and close. Then the server's process
+    is killed. Its connections in CLOSE_WAIT have unread data, so the kernel moves them to CLOSE and sends a
+    reset (RST, ACK): the data will never reach an application.
     """
 
     title = "the server dies with unread data: a close becomes a reset"

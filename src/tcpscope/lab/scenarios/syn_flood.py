@@ -8,8 +8,7 @@ from tcpscope.lab.packets import raw_socket, syn
 from tcpscope.lab.programs import until
 from tcpscope.lab.scenario import FAMILIES, PORT, Scenario, parameter
 
-# Documentation addresses (RFC 5737, RFC 3849) that are routed to the client, which swallows what comes for
-# them.
+# Documentation addresses (RFC 5737, RFC 3849). They are routed to the client, which drops what comes for them.
 NOBODY = {socket.AF_INET: "198.51.100.0/24", socket.AF_INET6: "2001:db8:51::/64"}
 
 
@@ -17,11 +16,11 @@ NOBODY = {socket.AF_INET: "198.51.100.0/24", socket.AF_INET6: "2001:db8:51::/64"
 class SynFlood(Scenario):
     """The SYN queue overflows: SYNs from addresses that never answer the SYN-ACK.
 
-    Each SYN becomes a request that waits for its final ACK. Since Linux 4.4 the queue's limit is the listener's
-    backlog, and like the accept queue it holds one more. What happens when it is full is up to tcp_syncookies: 0
-    drops the SYN; 1 answers with a cookie, which needs no memory; 2 answers every SYN with a cookie. Without
-    cookies the last quarter of tcp_max_syn_backlog is kept for peers that have proven to be alive, so that SYNs
-    may be dropped before the queue is full.
+    Each SYN becomes a request that waits for its final ACK. Since Linux 4.4 the limit of the SYN queue is the
+    listener's backlog; like the accept queue it holds one more. tcp_syncookies decides what the kernel does when
+    the queue is full. 0: it drops the SYN. 1: it answers with a SYN cookie, which needs no memory. 2: it answers
+    every SYN with a SYN cookie. Without cookies the kernel reserves the last quarter of tcp_max_syn_backlog for
+    peers that it knows, so it may drop SYNs before the queue is full.
     """
 
     title = "the SYN queue overflows with handshakes that are never completed"
