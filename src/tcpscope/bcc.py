@@ -43,6 +43,13 @@ _TOOLS = {
         "--localport": "use -L PORTS",
     },
     "queue": {"ARGUMENT": "use -i SECONDS for the interval and -d SECONDS for the duration"},
+    "retrans": {
+        "-c": "use --count",
+        "-l": "tail loss probes are always shown: kind LOSS_PROBE",
+        "--lossprobe": "tail loss probes are always shown: kind LOSS_PROBE",
+        "-s": "sequence numbers are not shown",
+        "--sequence": "sequence numbers are not shown",
+    },
     "rtt": {
         "-P": "use -R PORTS for remote ports, -L PORTS for local ones",
         "-a": "use --laddr ADDRESS",

@@ -869,7 +869,12 @@ def open(tool: Literal["retrans"], /, **asked: Unpack[Asked]) -> Events[Retrans]
 
 @overload
 def open(
-    tool: Literal["retrans"], /, *, count: bool = ..., by: str | None = ..., **asked: Unpack[AskedInPart]
+    tool: Literal["retrans"],
+    /,
+    *,
+    count: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 

@@ -1,7 +1,7 @@
-"""What is sent again, for whom, and why?
+"""What is retransmitted, for whom, and why?
 
-One row per retransmission, of data, a FIN, a SYN or a SYN-ACK: what made the kernel send it again, how many segments,
-and what the sender knew at that moment.
+One row per retransmission of data, a FIN, a SYN or a SYN-ACK: the owner, both ends, what made the kernel retransmit,
+how many segments, and what the sender knew at that moment.
 """
 
 from tcpscope.summary import Summary
@@ -25,5 +25,7 @@ tool = Stream(
         "srtt_us",
     ),
     aliases=("tcpretrans",),
-    summaries=(Summary("count", "Count them.", ("raddr", "rport", "kind")),),
+    summaries=(
+        Summary("count", "Count the retransmissions of each group, do not print them.", ("raddr", "rport", "kind")),
+    ),
 )
