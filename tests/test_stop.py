@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import pytest
-
 from tcpscope.stop import Stop
 
 
