@@ -330,7 +330,7 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
 @pytest.mark.parametrize("arguments", [("states",), ("queue", "-i", "0.1"), ("rtt",), ("diagnose",)])
 def test_ctrl_c_leaves_no_trace(lab: Lab, run_tool: type[RunningTool], arguments: tuple[str, ...]) -> None:
     """The terminal echoes ^C. What is written next does not stand behind it."""
-    written = {"states": "FOLLOWED BY", "queue": "listener", "rtt": "TOTAL", "diagnose": "watching for"}[arguments[0]]
+    written = {"states": "FOLLOWED BY", "queue": "listener", "rtt": "TOTAL", "diagnose": "sooner\r\n"}[arguments[0]]
     ours, theirs = os.openpty()
     command = (*arguments, "--netns", str(lab.client.inode), "-o", "table")
     with run_tool(*command, prefix=("setsid", "--ctty"), stdin=theirs, stdout=theirs, stderr=theirs) as tool:
@@ -344,7 +344,8 @@ def test_ctrl_c_leaves_no_trace(lab: Lab, run_tool: type[RunningTool], arguments
 
 
 def test_sighup_is_an_end_in_order(lab: Lab, run_tool: type[RunningTool]) -> None:
-    with run_tool("states", "--netns", str(lab.client.inode)) as tool:
+    prefix = ("env", "--default-signal=HUP")  # these tests may run under nohup
+    with run_tool("states", "--netns", str(lab.client.inode), prefix=prefix) as tool:
         refused(lab.client, 1)
         done = tool.stop(signal.SIGHUP)
     assert done.status == 0

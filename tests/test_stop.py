@@ -17,12 +17,15 @@ from tcpscope.stop import Stop
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Stop() as stop:
-        assert not stop
-        os.kill(os.getpid(), number)
-        assert stop
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        with Stop() as stop:
+            assert not stop
+            os.kill(os.getpid(), number)
+            assert stop
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_nohup() -> None:

@@ -52,7 +52,7 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
 
 
 def descriptor(stream: BinaryIO) -> int | None:
-    """Of a file; None of what is in memory only."""
+    """The file descriptor of a stream; None if it is in memory."""
     try:
         return stream.fileno()
     except io.UnsupportedOperation:
