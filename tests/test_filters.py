@@ -338,7 +338,8 @@ def test_no_contradictions(options: dict[str, Any]) -> None:
     Filter.from_options(**options)
 
 
-def test_matches() -> None:
+def test_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "exists", lambda inode: True)
     row = {
         "pid": 7,
         "comm": "nginx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -133,11 +134,18 @@ def test_every_tool_from_python(name: str) -> None:
     tool = find(name)
     request = Request(options={option.name: option.unset for option in tool.options})
     chosen = tuple(column.name for column in tool.columns(request)[:3])
-    asked = ({"interval": 0.1} if name == "rtt" else {}) | ({} if tool.once else {"duration": 1})
+    seconds = 2.5 if name == "retrans" else 1  # a SYN is sent again after a second
+    asked = ({"interval": 0.1} if name == "rtt" else {}) | ({} if tool.once else {"duration": seconds})
     with (
+        contextlib.ExitStack() as stack,
         socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_server(("127.0.0.1", 0), backlog=0) as full,
         tcpscope.open(name, columns=chosen, **asked) as rows,
     ):
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
         client = socket.create_connection(listener.getsockname())
         child, _ = listener.accept()
         for end in (client, child):

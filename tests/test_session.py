@@ -388,7 +388,7 @@ def test_a_reader_that_goes_away_from_who_writes_nothing(run_tool: type[RunningT
         os.close(read)
         done = tool.wait()
     assert done.status == 0
-    assert done.stderr == ("tcpscope: watching for 30 s, Ctrl-C ends it sooner\n" if words == ("diagnose",) else "")
+    assert done.stderr == ("tcpscope: watching for 30 s; Ctrl-C ends it sooner\n" if words == ("diagnose",) else "")
 
 
 def test_head_in_a_shell(lab: Lab) -> None:
