@@ -49,7 +49,6 @@ const volatile bool hooked_state, hooked_extra;
 SEC("tp_btf/inet_sock_set_state") int state__bad(__u64 *ctx) { return *(int *)ctx[1]; }
 SEC("tp_btf/inet_sock_set_state") int state__good(__u64 *ctx) { counters[0].seen++; return 0; }
 OPTIONAL("something") SEC("tp_btf/inet_sock_set_state") int extra(__u64 *ctx) { return *(int *)ctx[1]; }
-char LICENSE[] SEC("license") = "GPL";
 """
 # Experiment K: a tracepoint program that follows skb->sk directly.
 NAIVE = """
