@@ -426,19 +426,6 @@ def test_without_any_memory_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lib.loads == 7  # 65536 to 1024
 
 
-@pytest.mark.kernel
-def test_a_table_that_the_kernel_has_no_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than the machine has, where room is made for all entries at the start."""
-    kernel = Kernel()
-    if kernel.allocates_in_programs:
-        pytest.skip("tables grow with what is in them: the kernel has bpf_mem_alloc")
-    monkeypatch.setattr(module, "sockets_at_most", lambda now, allocates: 1 << 25)
-    loaded = Loaded(OWNER, kernel)
-    loaded.close()
-    assert loaded._entries < 1 << 25
-    assert len(loaded.notes) == 1
-
-
 # So many calls wait in the function that its kretprobe has no place for the last ones.
 WAITS = """
 #include "kernel.bpf.h"
