@@ -181,9 +181,9 @@ def module(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> t
 
 @pytest.mark.parametrize("module", ["A rule"], indirect=True)
 def test_the_example_of_a_rule(module: types.ModuleType) -> None:
-    from tcpscope.diagnose.listening import Listening
+    from tcpscope.diagnose.queue_history import QueueHistory
 
-    seen = Listening.__new__(Listening)
+    seen = QueueHistory.__new__(QueueHistory)
     seen.histories = {}
     assert list(module.rule.check(seen)) == []
 

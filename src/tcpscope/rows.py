@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from tcpscope.filters import Networks, Ports
 
 
+class ActionKind(StrEnum):
+    CONNECT = "CONNECT"
+    ACCEPT = "ACCEPT"
+    CLOSE = "CLOSE"
+
+
 class Answer(StrEnum):
     UNKNOWN = "UNKNOWN"
     NONE = "NONE"
@@ -95,12 +101,6 @@ class Step(StrEnum):
     UNKNOWN = "UNKNOWN"
     SYN = "SYN"
     ACK = "ACK"
-
-
-class StepKind(StrEnum):
-    CONNECT = "CONNECT"
-    ACCEPT = "ACCEPT"
-    CLOSE = "CLOSE"
 
 
 class TcpState(StrEnum):
@@ -673,7 +673,7 @@ class Tracer(msgspec.Struct, frozen=True):
     cgroup: int | None
     """cgroup v2 id of that process"""
 
-    step: StepKind
+    action: ActionKind
     """CONNECT: an active open succeeded; ACCEPT: accept() returned it; CLOSE: it ended"""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from tcpscope.kernel import filtering
+from tcpscope.kernel import compiled_filter
 from tcpscope.output import Column
 from tcpscope.schema import Decoder
 from tcpscope.session import POLL_SECONDS, Session, Stats
@@ -226,5 +226,5 @@ def residual_filter(session: Session) -> Callable[[memoryview, list[Any]], list[
     raw = session.layout.select(("family", "laddr", "raddr", "lport", "rport")).decoder(raw=True)
     wanted = session.residual
     return lambda batch, rows: [
-        row for row, r in zip(rows, raw.rows(batch), strict=True) if filtering.matches(wanted, r)
+        row for row, r in zip(rows, raw.rows(batch), strict=True) if compiled_filter.matches(wanted, r)
     ]

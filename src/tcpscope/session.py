@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
-from tcpscope.kernel import filtering
+from tcpscope.kernel import compiled_filter
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
 from tcpscope.kernel.loaded import Loaded, Ring, Setup
@@ -93,9 +93,9 @@ class Session:
     ) -> None:
         self.spec = Spec.of(probe)
         self.kernel = kernel or Kernel()
-        decided, self.residual = filtering.split(filter)
+        decided, self.residual = compiled_filter.split(filter)
         setup = Setup(
-            constants=filtering.constants(decided) | (constants or {}),
+            constants=compiled_filter.constants(decided) | (constants or {}),
             entries=dict(entries or {}),
             skip=frozenset(skip),
             debug=debug,
@@ -231,7 +231,9 @@ class Owners:
             found = cls._shared.get(key)
             if found is None:
                 wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
-                setup = Setup(constants=filtering.constants(wanted), entries={"events": mmap.PAGESIZE}, debug=debug)
+                setup = Setup(
+                    constants=compiled_filter.constants(wanted), entries={"events": mmap.PAGESIZE}, debug=debug
+                )
                 found = cls._shared[key] = cls(key, Loaded(Spec.of("owner"), kernel, setup))
                 found.loaded.run_role("seeds")
             found._users += 1

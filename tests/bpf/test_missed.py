@@ -62,7 +62,7 @@ def shut_down_unseen(session: Session, puppet: Puppet) -> None:
         until(lambda: puppet.ask(ARE_SHUT_DOWN), "the FINs and their acknowledgements")
 
 
-@pytest.mark.parametrize("event", ["transition", "life", "step"])
+@pytest.mark.parametrize("event", ["transition", "life", "action"])
 def test_the_end_was_not_seen(lab: Lab, event: str) -> None:
     puppet = Puppet(lab.client)
     with Session(event, event, Filter(netns=lab.client.inode)) as session:

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from tcpscope.diagnose import Finding, all_rules, ordered, wording
-from tcpscope.diagnose.listening import History, Listening
+from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.listeners import Listener
 from tests.test_sampling import at
 
@@ -18,7 +18,7 @@ def finding(severity: str, count: int, title: str = "") -> Finding:
 def test_the_directory_is_the_list_of_rules():
     rules = {rule.name: rule for rule in all_rules()}
     assert {"accept_queue", "syn_queue"} <= set(rules)
-    assert all(rule.source is Listening for rule in rules.values())
+    assert all(rule.source is QueueHistory for rule in rules.values())
 
 
 def test_most_severe_first_then_the_most_refusals():
@@ -53,7 +53,7 @@ def test_times_read_well(us, text):
 
 def sampled(*, full_seen: int, syncookies: int, **causes: int) -> dict[str, dict[str, object]]:
     """Rule -> the facts it finds where refusals were sampled, with so many of each cause."""
-    seen = Listening.__new__(Listening)
+    seen = QueueHistory.__new__(QueueHistory)
     listener = at(9, 9, 9, 0, syncookies=syncookies)
     refused = Counter({("UNKNOWN", cause): n for cause, n in causes.items()})
     seen.exact, seen.counters = False, {}

@@ -343,7 +343,7 @@ def test_every_worse_way_is_taken_by_the_verifier_too(probe: str) -> None:
     """Kernel probes instead of trampolines, then neither, with everything switched on that costs stack."""
     spec = Spec.of(probe)
     constants = {name: True for name in ("send_events", "send_stacks", "want_owner") if name in spec.variables}
-    entries = {"connections": 64} | ({"events": 4096} if spec.btf.find("events", Kind.VAR) else {})
+    entries = {name: size for name, size in (("connections", 64), ("events", 4096)) if spec.btf.find(name, Kind.VAR)}
     for without in (("fentry", "fexit"), ("fentry", "fexit", "kprobe", "kretprobe")):
         loaded = Loaded(spec, Poorer(*without), Setup(constants=dict(constants), entries=dict(entries)))
         taken = {hook.name: hook.program.type for hook in loaded.hooks.values() if hook.program}

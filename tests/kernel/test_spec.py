@@ -12,7 +12,7 @@ import pytest
 
 from tcpscope.errors import MalformedError, TcpscopeError
 from tcpscope.filters import Filter
-from tcpscope.kernel import elf, filtering
+from tcpscope.kernel import compiled_filter, elf
 from tcpscope.kernel.spec import Program, Spec
 
 PROBES = sorted(
@@ -36,7 +36,7 @@ def test_programs_stand_in_the_order_of_the_file() -> None:
     assert ways["state"] == ["state"]
     assert TRANSITION.section("accept__fexit") == "fexit/inet_csk_accept"
     names = [program.name for program in TRANSITION.programs]
-    for file in ("follow.bpf.h", "accept.bpf.h", "child.bpf.h", "transition.bpf.c"):
+    for file in ("follow.bpf.h", "accept_hooks.bpf.h", "child.bpf.h", "transition.bpf.c"):
         source = (Path(__file__).parents[2] / "src/tcpscope/bpf" / file).read_text()
         found = {name: match.start() for name in names if (match := re.search(rf"\b{name}[,)]", source))}
         assert len(found) > 2
@@ -115,7 +115,7 @@ def test_packing_a_filter() -> None:
         pid=1, uid=0, comm="nginx", netns=4026531840, ipv4=True, cgroup=2**40, laddr="10.0.0.0/8,192.0.2.1", rport=443
     )
     variable = TRANSITION.variables["filter"]
-    data = TRANSITION.pack(variable.type, filtering.constants(wanted)["filter"])
+    data = TRANSITION.pack(variable.type, compiled_filter.constants(wanted)["filter"])
     assert len(data) == variable.size == ctypes.sizeof(InKernel)
     packed = InKernel.from_buffer_copy(data)
     assert (packed.pid, packed.uid, packed.netns, packed.family) == (1, 0, 4026531840, 4)

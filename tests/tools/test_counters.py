@@ -83,5 +83,5 @@ def test_a_mix_of_connections(script: Script) -> Test:
         assert len(rows) == connected
         resets = sum(row["state"] in ("ESTABLISHED", "CLOSE_WAIT") for row in rows)
         assert resets == counted[host]["TcpEstabResets"] > 0
-        steps = Counter(row["step"] for row in seen.rows(TRACER, host))
+        steps = Counter(row["action"] for row in seen.rows(TRACER, host))
         assert steps == {"CONNECT" if host is client else "ACCEPT": connected, "CLOSE": connected}

@@ -17,7 +17,7 @@ from tests.lacks import functions_cannot_be_hooked
 from tests.puppets import Puppet
 from tests.tables import left
 
-EVENTS = ("attempt", "accepted", "life", "step", "transition")
+EVENTS = ("attempt", "accepted", "life", "action", "transition")
 STEP = 20_000
 NOT_SHOWN_AT_MOST = 5
 """Ends of sockets in tasks for which a kernel runs no program (tests/record/unseen.py)."""

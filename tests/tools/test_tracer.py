@@ -48,7 +48,7 @@ def close(one: Socket, other: Socket) -> None:
 
 def steps(rows: Rows, *hosts: Host) -> dict[str, list[str]]:
     """What happened in each host, in the order of the rows."""
-    return {host.role: [row["step"] for row in rows if row["netns"] == host.inode] for host in hosts}
+    return {host.role: [row["action"] for row in rows if row["netns"] == host.inode] for host in hosts}
 
 
 @pytest.mark.parametrize("family", ["4", "6"])
@@ -61,7 +61,7 @@ def test_both_ends(script: Script, family: str, first: str) -> Test:
     seen = yield
     rows = seen.rows(TRACER)
     assert steps(rows, *script.hosts) == {"client": ["CONNECT", "CLOSE"], "server": ["ACCEPT", "CLOSE"]}
-    assert [row["step"] for row in rows] == ["CONNECT", "ACCEPT", "CLOSE", "CLOSE"]
+    assert [row["action"] for row in rows] == ["CONNECT", "ACCEPT", "CLOSE", "CLOSE"]
     # The ends may close on two processors at a time, and the row of the later one be first.
     assert rows[0]["time"] <= rows[1]["time"] <= min(row["time"] for row in rows[2:])
     for host, process, lport, rport in (

@@ -13,7 +13,7 @@ struct scratch {
 
 #define FOLLOWED (STATE_BIT(SYN_SENT) | STATE_BIT(SYN_RECV) | STATE_BIT(LISTEN) | STATE_BIT(CLOSE))
 #include "follow.bpf.h"
-#include "accept.bpf.h"
+#include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 
 struct accepted {

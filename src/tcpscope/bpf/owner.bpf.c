@@ -11,7 +11,7 @@
 
 #define FOLLOWED 0
 #include "follow.bpf.h"
-#include "accept.bpf.h"
+#include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 
 /* CLOSE, so that a socket which is connected again can be told from one whose SYN_SENT was handled. */

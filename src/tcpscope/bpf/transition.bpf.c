@@ -21,7 +21,7 @@ struct scratch {
 #define HAS_SCRATCH
 
 #include "follow.bpf.h"
-#include "accept.bpf.h"
+#include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 #include "timewait.bpf.h"
 #include "visit.bpf.h"

@@ -1,6 +1,6 @@
 """Watch, then say what is wrong, why, and what helps. It never changes the system.
 
-A rule is one module in `rules/` with a variable `rule`. It names the source of its observations (`Listening`, ...).
+A rule is one module in `rules/` with a variable `rule`. It names the source of its observations (`QueueHistory`, ...).
 The engine opens each source once, polls it while it watches, and asks the rules at the end.
 """
 

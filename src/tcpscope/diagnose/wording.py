@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tcpscope.diagnose import Remedy
-from tcpscope.diagnose.listening import History, Listening
+from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.kernel import netns
 from tcpscope.listeners import Listener
 
@@ -36,7 +36,7 @@ def peers(history: History, *causes: str) -> Iterator[str]:
         yield f"clients: {top}" + (f" and {more} more addresses" if more > 0 else "")
 
 
-def counters_agree(seen: Listening, listener: Listener, names: tuple[str, ...]) -> Iterator[str]:
+def counters_agree(seen: QueueHistory, listener: Listener, names: tuple[str, ...]) -> Iterator[str]:
     """The kernel's counters of the namespace in the same time: an independent witness."""
     counters = seen.counters.get(listener.netns, {})
     known = [f"TcpExt{name} +{counters[name]}" for name in names if name in counters]

@@ -17,7 +17,7 @@ import msgspec
 
 from tcpscope.errors import NotPermittedError, TcpscopeError
 from tcpscope.filters import Filter
-from tcpscope.kernel import filtering, netns
+from tcpscope.kernel import compiled_filter, netns
 from tcpscope.kernel.features import has_capability
 from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
@@ -99,7 +99,7 @@ class _Existing(Run):
         """
         found = list(self._pieces())
         holders, wanted = _holders(self._session)
-        owner_asked = filtering.asks_owner(self._filter)
+        owner_asked = compiled_filter.asks_owner(self._filter)
         layout = self._session.spec.layout("existing", internal=True)
         decode, names = layout.decoder().rows, [field.name for field in layout.fields]
         raw = layout.decoder(raw=True).rows
@@ -110,7 +110,7 @@ class _Existing(Run):
                     key = (plain.socket, plain.cookie)
                     if owner_asked and key not in wanted:
                         continue
-                    if not filtering.matches(self._session.residual, plain):
+                    if not compiled_filter.matches(self._session.residual, plain):
                         continue
                     own = holders.get(key, ())
                     values = {name: getattr(row, name) for name in names}

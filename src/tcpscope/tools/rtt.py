@@ -18,7 +18,7 @@ import msgspec
 from tcpscope.aggregate import Aggregate, extremes
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import address_text
-from tcpscope.kernel import filtering
+from tcpscope.kernel import compiled_filter
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.request import Option, Request
@@ -88,13 +88,13 @@ class Rtt(Tool):
         max_keys = request.options["max_keys"]
         if not 1 <= max_keys <= 1 << 20:
             raise UsageError(f"--max-keys {max_keys}", "a number from 1 to 1048576")
-        owner = "pid" in by or "connection" in by or filtering.asks_owner(request.filter)
+        owner = "pid" in by or "connection" in by or compiled_filter.asks_owner(request.filter)
         constants = {f"by_{name}": True for name in by} | {
             "want_owner": owner,
             "smoothed": request.options["smoothed"],
         }
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys}
-        wanted = filtering.kernel_only(request.filter, "rtt")
+        wanted = compiled_filter.kernel_only(request.filter, "rtt")
         skip = () if owner else ("woken",)
         session = Session(
             "rtt", None, wanted, constants=constants, entries=entries, owners=owner, skip=skip, debug=request.debug

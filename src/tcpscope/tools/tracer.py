@@ -7,7 +7,7 @@ network namespace. `connect` shows attempts that fail, and `life` what a connect
 from tcpscope.tool import Stream
 
 tool = Stream(
-    "step",
-    ("time", "step", "pid", "comm", "netns", "laddr", "lport", "raddr", "rport"),
+    "action",
+    ("time", "action", "pid", "comm", "netns", "laddr", "lport", "raddr", "rport"),
     aliases=("tcptracer",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule
-from tcpscope.diagnose.listening import History, Listening
+from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import (
     counters_agree,
     facts,
@@ -26,9 +26,9 @@ WHY_RESET = " With tcp_abort_on_overflow=1 the kernel sends such a client a RST 
 
 
 class AcceptQueue(Rule):
-    source = Listening
+    source = QueueHistory
 
-    def check(self, seen: Listening) -> Iterator[Finding]:
+    def check(self, seen: QueueHistory) -> Iterator[Finding]:
         for history in seen.histories.values():
             unsure = history.count("UNKNOWN") if history.full_seen else 0
             if history.count("ACCEPT_QUEUE_FULL") or unsure:
@@ -36,7 +36,7 @@ class AcceptQueue(Rule):
             elif history.full_seen:
                 yield self._full(history)
 
-    def _finding(self, seen: Listening, history: History, unsure: int) -> Finding:
+    def _finding(self, seen: QueueHistory, history: History, unsure: int) -> Finding:
         listener = history.last
         count = history.count("ACCEPT_QUEUE_FULL")
         at_syn = at_ack = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule
-from tcpscope.diagnose.listening import History, Listening
+from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import (
     counters_agree,
     facts,
@@ -35,9 +35,9 @@ CAUSES = "Either this is a flood of SYNs whose senders never answer, or final AC
 
 
 class SynQueue(Rule):
-    source = Listening
+    source = QueueHistory
 
-    def check(self, seen: Listening) -> Iterator[Finding]:
+    def check(self, seen: QueueHistory) -> Iterator[Finding]:
         for history in seen.histories.values():
             full = history.count("SYN_QUEUE_FULL")
             reserved = history.count("SYN_QUEUE_RESERVED")
@@ -50,7 +50,7 @@ class SynQueue(Rule):
                 yield self._finding(seen, history, full, reserved, unsure, cookies)
 
     def _finding(
-        self, seen: Listening, history: History, full: int, reserved: int, unsure: int, cookies: int
+        self, seen: QueueHistory, history: History, full: int, reserved: int, unsure: int, cookies: int
     ) -> Finding:
         listener = history.last
         dropped = full + reserved + unsure

@@ -3,8 +3,8 @@
  * A process accepts a connection. An object that includes this defines accepted(), which is called for each connection
  * once.
  */
-#ifndef TCPSCOPE_ACCEPT_BPF_H
-#define TCPSCOPE_ACCEPT_BPF_H
+#ifndef TCPSCOPE_ACCEPT_HOOKS_BPF_H
+#define TCPSCOPE_ACCEPT_HOOKS_BPF_H
 
 #include "connection.bpf.h"
 

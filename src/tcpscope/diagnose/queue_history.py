@@ -62,7 +62,7 @@ class History:
         return sum(n for (s, c), n in self.refused.items() if c == cause and step in (None, s))
 
 
-class Listening:
+class QueueHistory:
     """The source of all rules about listeners."""
 
     def __init__(self, request: Request) -> None:

@@ -1,36 +1,36 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* The three steps of a connection that an application knows: connected, accepted, closed. */
+/* What an application does with a connection: connected, accepted, closed. */
 
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
 #include "output.bpf.h"
 #include "event.bpf.h"
 #include "follow.bpf.h"
-#include "accept.bpf.h"
+#include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 
-enum step_kind {
-	STEP_CONNECT,
-	STEP_ACCEPT,
-	STEP_CLOSE,
+enum action_kind {
+	ACTION_CONNECT,
+	ACTION_ACCEPT,
+	ACTION_CLOSE,
 } __attribute__((packed));
 
-struct step {
+struct action {
 	struct event event;
-	enum step_kind step DOC("CONNECT: an active open succeeded; ACCEPT: accept() returned it; CLOSE: it ended");
+	enum action_kind action DOC("CONNECT: an active open succeeded; ACCEPT: accept() returned it; CLOSE: it ended");
 	__u8 padding[7];
 };
 
-const struct step *step_anchor __attribute__((unused));
+const struct action *action_anchor __attribute__((unused));
 
-static __noinline int step_emit(__u64 time_ns, const struct identity *id, const struct owner *owner,
-				enum step_kind kind)
+static __noinline int action_emit(__u64 time_ns, const struct identity *id, const struct owner *owner,
+				  enum action_kind kind)
 {
-	struct step *event = event_begin(sizeof(*event), time_ns, id, owner);
+	struct action *event = event_begin(sizeof(*event), time_ns, id, owner);
 
 	if (!event)
 		return 0;
-	event->step = kind;
+	event->action = kind;
 	__builtin_memset(event->padding, 0, sizeof(event->padding));
 	event_submit(event);
 	return 0;
@@ -58,9 +58,9 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	owner = connection_owner(connection);
 	if (change->new_state == STATE_ESTABLISHED &&
 	    (change->old_state == STATE_SYN_SENT || (connection && connection->role == ROLE_ACTIVE)))
-		step_emit(change->time_ns, follow_identity(&now), owner, STEP_CONNECT);
+		action_emit(change->time_ns, follow_identity(&now), owner, ACTION_CONNECT);
 	else if (change->new_state == STATE_CLOSE && had_life(connection, change->old_state))
-		step_emit(change->time_ns, follow_identity(&now), owner, STEP_CLOSE);
+		action_emit(change->time_ns, follow_identity(&now), owner, ACTION_CLOSE);
 	return 0;
 }
 
@@ -77,7 +77,7 @@ static __always_inline void accepted(struct sock *child, struct connection *conn
 	id.cookie = connection && connection->id.cookie ? connection->id.cookie : cookie_if_any(child);
 	if (!connection)
 		owner_of_current(&owner);
-	step_emit(bpf_ktime_get_ns(), &id, connection ? &connection->accepter : &owner, STEP_ACCEPT);
+	action_emit(bpf_ktime_get_ns(), &id, connection ? &connection->accepter : &owner, ACTION_ACCEPT);
 }
 
 static __always_inline void before_end(struct sock *sk, struct connection *connection)

@@ -21,7 +21,7 @@ import pytest
 from tcpscope import filters
 from tcpscope.errors import UsageError
 from tcpscope.filters import Filter, address_bytes
-from tcpscope.kernel import filtering
+from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.run import Run, Streaming
@@ -425,13 +425,13 @@ def test_the_cgroup_of_the_row(cast: Cast, seen: Seen) -> None:
 def test_the_split_and_the_constants() -> None:
     """Eight networks are the kernel's; the ninth moves the whole list, and only it, to user space."""
     eight = Filter.from_options(laddr=MANY_IPV4[:8], raddr=MANY_IPV4[1:9], uid=7)
-    assert filtering.split(eight) == (eight, Filter())
+    assert compiled_filter.split(eight) == (eight, Filter())
     nine = Filter.from_options(laddr=MANY_IPV4[:9], raddr=MANY_IPV4[1:9], uid=7)
-    assert filtering.split(nine) == (Filter.from_options(raddr=MANY_IPV4[1:9], uid=7), Filter(laddr=nine.laddr))
+    assert compiled_filter.split(nine) == (Filter.from_options(raddr=MANY_IPV4[1:9], uid=7), Filter(laddr=nine.laddr))
     with pytest.raises(UsageError, match="at most 8 networks"):
-        filtering.kernel_only(nine, "rtt")
-    assert filtering.kernel_only(eight, "rtt") is eight
-    ports = filtering.constants(Filter.from_options(lport="1,8,65535"))["filter_lport"]
+        compiled_filter.kernel_only(nine, "rtt")
+    assert compiled_filter.kernel_only(eight, "rtt") is eight
+    ports = compiled_filter.constants(Filter.from_options(lport="1,8,65535"))["filter_lport"]
     assert [at for at, byte in enumerate(ports) if byte] == [0, 1, 8191]
     assert (ports[0], ports[1], ports[8191]) == (2, 1, 128)
 
