@@ -19,7 +19,7 @@ struct traffic {
 AGGREGATE(traffics, network_key, traffic, 256)
 
 SEC("tp_btf/sys_enter")
-int TRACING_PROG_IF((int)SYSCALL_ARGUMENT_1(regs) == NO_FILE, entered, struct pt_regs *regs)
+int TRACEPOINT_PROG_IF((int)SYSCALL_ARGUMENT_1(regs) == NO_FILE, entered, struct pt_regs *regs)
 {
 	struct network_key key = {.network = SYSCALL_ARGUMENT_3(regs)};
 	__u64 bytes = SYSCALL_ARGUMENT_2(regs);

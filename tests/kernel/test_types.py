@@ -26,11 +26,13 @@ PROBES = sorted(
 MAY_BE_MISSING = {
     "proto_accept_arg": "came with the second signature of inet_csk_accept (6.10); only asked whether it exists",
     "trace_event_raw_tcp_retransmit_skb": "since 6.17; its field is only asked whether it exists",
+    "tp_transition_snapshot": "its field is only asked whether it exists",
     "io_kiocb": "with CONFIG_IO_URING",
     "io_uring_cqe": "with CONFIG_IO_URING",
     "mptcp_sock": "with CONFIG_MPTCP only; its field is asked for before it is read",
 }
 FIELDS_THAT_MAY_BE_MISSING = {
+    ("tp_transition_snapshot", "srcu_gp"): "came in 7.0; only asked whether it exists",
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
 }
 OTHER_KINDS = {

@@ -1,12 +1,18 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
  * A process accepts a connection. An object that includes this defines accepted(), which is called for each connection
- * once.
+ * once. It has the listener if ACCEPTED_FROM is defined and the listener is known.
  */
 #ifndef TCPSCOPE_ACCEPT_HOOKS_BPF_H
 #define TCPSCOPE_ACCEPT_HOOKS_BPF_H
 
 #include "connection.bpf.h"
+
+#ifdef ACCEPTED_FROM
+#define LISTENER_IF_WANTED(listener) (listener)
+#else
+#define LISTENER_IF_WANTED(listener) NULL
+#endif
 
 /* `connection` has its owner now; NULL: no place for it. `listener` is NULL where it is not known. */
 static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener);
@@ -23,7 +29,7 @@ static __noinline int accept_returned(struct sock *child, struct sock *listener)
 	    (connection->accepted || connection->role == ROLE_ACTIVE || connection->role == ROLE_LISTENER))
 		return 0; /* seen by another hook; or not a child at all, but what a number that is no descriptor points to */
 	connection = connection_accepted(child);
-	accepted(child, connection, listener ? listener : connection_listener(connection));
+	accepted(child, connection, listener ? listener : LISTENER_IF_WANTED(connection_listener(connection)));
 	return 0;
 }
 
@@ -35,7 +41,7 @@ static __noinline int accept_returned(struct sock *child, struct sock *listener)
 UNLESS("accept__fexit")
 OPTIONAL("connections accepted through io_uring")
 SEC("tp_btf/io_uring_complete")
-int TRACING_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring_cqe *completion)
+int TRACEPOINT_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_uring_cqe *completion)
 {
 	struct connection *connection;
 	int fd = completion->res;
@@ -47,29 +53,30 @@ int TRACING_PROG(accept_uring, void *ring, struct io_kiocb *request, struct io_u
 	connection = child ? connection_find(child) : NULL;
 	if (!connection || connection->role != ROLE_PASSIVE || !connection->opened_ns)
 		return 0;
-	return accept_returned(child, request ? tcp_sock_of_file(BPF_CORE_READ(request, file)) : NULL);
+	return accept_returned(child,
+			       LISTENER_IF_WANTED(request ? tcp_sock_of_file(BPF_CORE_READ(request, file)) : NULL));
 }
 
 SEC("fexit/inet_csk_accept")
-int TRACING_PROG(accept__fexit)
+int FUNCTION_PROG(accept__fexit)
 {
 	return accept_returned(ACCEPTED_CHILD(ctx), (struct sock *)CTX_SLOT(ctx, 0));
 }
 
 /* A kretprobe would come to mind, but it has few places for calls under way, and loses the others without a count. */
 SEC("tp_btf/sys_exit")
-int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
+int TRACEPOINT_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
 	struct sock *child = tcp_sock_of_fd(fd);
 
-	return child ? accept_returned(child, tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs))) : 0;
+	return child ? accept_returned(child, LISTENER_IF_WANTED(tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs)))) : 0;
 }
 
 /* A call that was already waiting in inet_csk_accept() when that was hooked passes here when it wakes up. */
 UNLESS("accept__syscall")
 OPTIONAL("who accepts by a call that began before the tool")
 SEC("fentry/security_sock_graft")
-int TRACING_PROG(graft__fentry, struct sock *child)
+int FUNCTION_PROG(graft__fentry, struct sock *child)
 {
 	return connection_find(child) ? accept_returned(child, NULL) : 0;
 }

@@ -13,6 +13,7 @@ struct scratch {
 
 #define FOLLOWED (STATE_BIT(SYN_SENT) | STATE_BIT(SYN_RECV) | STATE_BIT(LISTEN) | STATE_BIT(CLOSE))
 #include "follow.bpf.h"
+#define ACCEPTED_FROM
 #include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 
@@ -67,14 +68,14 @@ static __always_inline bool makes_entry(int old_state, int new_state)
 	return new_state == STATE_LISTEN || is_birth(old_state, new_state);
 }
 
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct change *change)
 {
 	struct followed now;
 
 	follow_find(&now, sk, change);
 	if (!now.connection)
 		return 0;
-	follow_update(&now, sk, change, cookie);
+	follow_update(&now, sk, change);
 	if (now.connection->scratch.emitted)
 		connection_forget(sk);
 	return 0;

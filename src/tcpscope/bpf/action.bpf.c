@@ -46,14 +46,14 @@ static __always_inline bool makes_entry(int old_state, int new_state)
 	return new_state != STATE_CLOSE;
 }
 
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct change *change)
 {
 	const struct connection *connection;
 	const struct owner *owner;
 	struct followed now;
 
 	follow_find(&now, sk, change);
-	follow_update(&now, sk, change, cookie);
+	follow_update(&now, sk, change);
 	connection = now.connection;
 	owner = connection_owner(connection);
 	if (change->new_state == STATE_ESTABLISHED &&

@@ -187,7 +187,7 @@ static __always_inline bool makes_entry(int old_state, int new_state)
 	return new_state == STATE_SYN_SENT;
 }
 
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct change *change)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 	struct ending ending = {.time_ns = change->time_ns};
@@ -202,7 +202,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 		return 0; /* a child; an attempt that has met another one from the other end has an entry */
 	if (follow_begins_anew(&now, change))
 		attempt_resolve(connection, 0);
-	follow_update(&now, sk, change, cookie);
+	follow_update(&now, sk, change);
 	id = follow_identity(&now);
 	if (change->new_state == STATE_SYN_SENT) {
 		if (connection) {
@@ -338,16 +338,26 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 		attempt_failed_early(sk, to, size, error);
 }
 
+/* In half the reads that it takes to find out what else the file is: what is no socket has no entry either. */
+static __always_inline bool file_has_no_entry(struct file *file)
+{
+	struct socket *socket = BPF_CORE_READ(file, private_data);
+	struct sock *sk = BPF_CORE_READ(socket, sk);
+
+	return !connection_find(sk) && BPF_CORE_READ(sk, sk_protocol) != IPPROTO_MPTCP;
+}
+
 /* connect(), and sendto() with MSG_FASTOPEN: what it returns. */
 ROLE("delays")
 SEC("fexit/__inet_stream_connect")
-int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
-		 int result)
+int FUNCTION_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
+		  int result)
 {
-	struct sock *sk = tcp_sock_of_socket(socket);
 	struct remote_address to = {};
+	struct sock *sk;
 
-	if (!sk || subflow_is_connected_apart(socket))
+	sk = tcp_sock_of_socket(socket);
+	if (!sk || subflow_is_connected_apart(socket) || (!result && !connection_find(sk)))
 		return 0;
 	REMOTE_ADDRESS_READ(bpf_probe_read_kernel, &to, address, size);
 	attempt_returned(sk, &to, size, result);
@@ -355,12 +365,16 @@ int TRACING_PROG(connected__fexit, struct socket *socket, void *address, int siz
 }
 
 SEC("tp_btf/sys_exit")
-int TRACING_PROG_IF(SYSCALL_IS_CONNECT(regs), connected__syscall, struct pt_regs *regs, long result)
+int TRACEPOINT_PROG_IF(SYSCALL_IS_CONNECT(regs), connected__syscall, struct pt_regs *regs, long result)
 {
+	struct file *file = file_of_fd(SYSCALL_ARGUMENT_1(regs));
 	struct remote_address to = {};
 	struct sock *sk;
 
-	sk = tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs));
+	/* Most calls succeed, and have no entry any more. */
+	if (!file || (!result && file_has_no_entry(file)))
+		return 0;
+	sk = tcp_sock_of_file(file);
 	if (!sk)
 		return 0;
 	REMOTE_ADDRESS_READ(bpf_probe_read_user, &to, SYSCALL_ARGUMENT_2(regs), SYSCALL_ARGUMENT_3(regs));

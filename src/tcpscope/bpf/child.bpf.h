@@ -27,7 +27,7 @@ static __always_inline void at_birth_note(struct sock *sk)
 
 OPTIONAL("the listener of an IPv4 connection at its birth")
 SEC("fentry/tcp_v4_syn_recv_sock")
-int TRACING_PROG(child4__fentry, struct sock *listener)
+int FUNCTION_PROG(child4__fentry, struct sock *listener)
 {
 	at_birth_note(listener);
 	return 0;
@@ -42,7 +42,7 @@ int BPF_KPROBE(child4__kprobe, struct sock *listener)
 
 OPTIONAL("the listener of an IPv6 connection at its birth")
 SEC("fentry/tcp_v6_syn_recv_sock")
-int TRACING_PROG(child6__fentry, struct sock *listener)
+int FUNCTION_PROG(child6__fentry, struct sock *listener)
 {
 	at_birth_note(listener);
 	return 0;
@@ -59,8 +59,8 @@ int BPF_KPROBE(child6__kprobe, struct sock *listener)
 UNLESS("child4__fentry child4__kprobe")
 OPTIONAL("the listener of a connection before accept()")
 SEC("tp_btf/sk_data_ready")
-int TRACING_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN && listener->sk_protocol == IPPROTO_TCP,
-		    child_woken, struct sock *listener)
+int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN && listener->sk_protocol == IPPROTO_TCP,
+		       child_woken, struct sock *listener)
 {
 	__u32 zero = 0;
 	__u64 *place = bpf_map_lookup_elem(&at_birth, &zero);

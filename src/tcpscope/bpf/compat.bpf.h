@@ -63,25 +63,31 @@ extern void bpf_local_irq_save(unsigned long *flags) __ksym __weak; /* since 6.1
 extern void bpf_local_irq_restore(unsigned long *flags) __ksym __weak;
 
 /*
- * From here to `processor_release` the program keeps the processor where it would not otherwise: at a tracepoint since 7.0,
- * at a function of a kernel that puts processes aside in the kernel. Before 6.10 nothing can be done about it.
+ * Before "tracing: Guard __DECLARE_TRACE() use of __DO_TRACE_CALL() with SRCU-fast" (7.0) no task is preempted within a
+ * program of a tracepoint. The field came with it.
  */
-static __always_inline void processor_keep(void)
+static __always_inline bool tracepoints_are_preemptible(void)
 {
-	if (bpf_preempt_disable)
+	return bpf_core_field_exists(struct tp_transition_snapshot, srcu_gp);
+}
+
+/* From here to `processor_release` the task is not preempted. Before 6.10 a program cannot ask for that. */
+static __always_inline void processor_keep(bool preemptible)
+{
+	if (preemptible && bpf_preempt_disable)
 		bpf_preempt_disable();
 }
 
 /*
- * preempt_enable() preempts a process whose time slice is over, still within the program. With interrupts off it does not
- * (preempt_schedule() asks preemptible()): the kernel preempts the process after the program. A process can still be
- * preempted in the few instructions at both ends. Kernels 6.10 to 6.13 have no call to turn interrupts off.
+ * preempt_enable() preempts a task whose time slice is over, still within the program. With interrupts off it does not
+ * (preempt_schedule() asks preemptible()): the kernel preempts the task after the program. A task can still be preempted in
+ * the few instructions at both ends. Kernels 6.10 to 6.13 have no call to turn interrupts off.
  */
-static __always_inline void processor_release(void)
+static __always_inline void processor_release(bool preemptible)
 {
 	unsigned long flags;
 
-	if (!bpf_preempt_disable)
+	if (!preemptible || !bpf_preempt_disable)
 		return;
 	if (bpf_local_irq_save) {
 		bpf_local_irq_save(&flags);
@@ -93,16 +99,19 @@ static __always_inline void processor_release(void)
 }
 
 /*
- * BPF_PROG() of libbpf, for tp_btf, fentry and fexit, that keeps the processor. Otherwise one that is put aside in the middle
- * has the kernel leave the program out for all others on its processor, and shares what it writes with them.
+ * BPF_PROG() of libbpf without preemption, for tracepoints (tp_btf) and for functions (fentry, fexit: preemptible where the
+ * kernel's own code is). A task that is preempted within a program makes the kernel skip the program on that CPU, and
+ * shares what the program writes there. With _IF `matters`, of the arguments, is asked before: most runs end with that.
  */
-#define TRACING_PROG(name, args...) TRACING_PROG_IF(true, name, ##args)
+#define TRACEPOINT_PROG(name, args...) PROG_WITHOUT_PREEMPTION(tracepoints_are_preemptible(), true, name, ##args)
+#define TRACEPOINT_PROG_IF(matters, name, args...)                                    \
+	PROG_WITHOUT_PREEMPTION(tracepoints_are_preemptible(), matters, name, ##args)
+#define FUNCTION_PROG(name, args...) PROG_WITHOUT_PREEMPTION(true, true, name, ##args)
 
 #define POINTERS_FROM_INTEGERS _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wint-conversion\"")
 #define POINTERS_FROM_INTEGERS_END _Pragma("GCC diagnostic pop")
 
-/* The same for most of whose runs there is nothing to do: `matters`, of the arguments, is asked before the processor is kept. */
-#define TRACING_PROG_IF(matters, name, args...)                                              \
+#define PROG_WITHOUT_PREEMPTION(preemptible, matters, name, args...)                         \
 	name(unsigned long long *ctx);                                                       \
 	static __always_inline bool matters_##name(unsigned long long *ctx, ##args);         \
 	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args); \
@@ -113,10 +122,10 @@ static __always_inline void processor_release(void)
 		POINTERS_FROM_INTEGERS                                                       \
 		if (!matters_##name(___bpf_ctx_cast(args)))                                  \
 			return 0;                                                            \
-		processor_keep();                                                            \
+		processor_keep(preemptible);                                                 \
 		result = kept_##name(___bpf_ctx_cast(args));                                 \
 		POINTERS_FROM_INTEGERS_END                                                   \
-		processor_release();                                                         \
+		processor_release(preemptible);                                              \
 		return result;                                                               \
 	}                                                                                    \
 	static __always_inline bool matters_##name(unsigned long long *ctx, ##args)          \

@@ -174,10 +174,9 @@ static __always_inline void connection_changed(struct sock *sk, struct connectio
 		connection_begin(connection, ROLE_PASSIVE);
 		connection_born(sk, connection);
 	}
-	if (!identity_complete(connection))
+	/* In the first state one of the two ends is not set yet. */
+	if (new_state != STATE_SYN_SENT && !is_birth(old_state, new_state) && !identity_complete(connection))
 		identity_read(sk, &connection->id);
-	if (new_state == STATE_SYN_SENT) /* in inet_sport the port of an earlier connection may stand */
-		connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 }
 
 /* The entry of a socket whose state changes, up to date. Call it before using the entry. */

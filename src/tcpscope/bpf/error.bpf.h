@@ -46,7 +46,7 @@ static __always_inline __u32 error_of(struct sock *sk, const struct connection *
  */
 OPTIONAL("an error that was fetched just before its socket was closed")
 SEC("fentry/sock_def_error_report")
-int TRACING_PROG(error__fentry, struct sock *sk)
+int FUNCTION_PROG(error__fentry, struct sock *sk)
 {
 	error_reported(sk);
 	return 0;
@@ -60,7 +60,7 @@ int BPF_KPROBE(error__kprobe, struct sock *sk)
 }
 
 SEC("tp_btf/inet_sk_error_report")
-int TRACING_PROG(error__tracepoint, struct sock *sk)
+int TRACEPOINT_PROG(error__tracepoint, struct sock *sk)
 {
 	error_reported(sk);
 	return 0;

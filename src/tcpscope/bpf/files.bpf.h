@@ -51,17 +51,25 @@ static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 		bpf_get_socket_cookie(socket->sk);
 }
 
-/* The TCP socket behind a file descriptor of the current process, or NULL. */
-static __noinline __attribute__((unused)) struct sock *tcp_sock_of_fd(__u32 fd)
+/* The file behind a descriptor of the current process, or NULL. */
+static __always_inline struct file *file_of_fd(__u32 fd)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
 	struct file **files = BPF_CORE_READ(table, fd);
 	struct file *file;
 
-	if (fd >= BPF_CORE_READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
+	if (fd >= BPF_CORE_READ(table, max_fds) || bpf_probe_read_kernel(&file, sizeof(file), files + fd))
 		return NULL;
-	return tcp_sock_of_file(file);
+	return file;
+}
+
+/* The TCP socket behind a file descriptor of the current process, or NULL. */
+static __noinline __attribute__((unused)) struct sock *tcp_sock_of_fd(__u32 fd)
+{
+	struct file *file = file_of_fd(fd);
+
+	return file ? tcp_sock_of_file(file) : NULL;
 }
 
 #endif

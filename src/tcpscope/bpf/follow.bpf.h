@@ -5,7 +5,7 @@
  *
  *   matters(old_state, new_state)      whether a transition needs a look; asked before anything else, so most cost nothing
  *   makes_entry(old_state, new_state)  whether this transition gives a socket an entry that has none
- *   state_changed(sk, change, cookie)  what becomes of one that matters; it calls follow_find() and follow_update()
+ *   state_changed(sk, change)          what becomes of one that matters; it calls follow_find() and follow_update()
  *   before_end(sk, connection)         what is pending when the socket is destroyed
  *
  * and, where it does not follow all states, FOLLOWED (missed.bpf.h).
@@ -19,7 +19,7 @@
 
 static __always_inline bool matters(int old_state, int new_state);
 static __always_inline bool makes_entry(int old_state, int new_state);
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie);
+static __always_inline int state_changed(struct sock *sk, const struct change *change);
 static __always_inline void before_end(struct sock *sk, struct connection *connection);
 
 /* A connection at one of its transitions. */
@@ -56,14 +56,15 @@ static __always_inline const struct identity *follow_identity(const struct follo
 	return now->connection ? &now->connection->id : &now->unlisted;
 }
 
-static __always_inline void follow_update(struct followed *now, struct sock *sk, const struct change *change,
-					  __u64 cookie)
+static __always_inline void follow_update(struct followed *now, struct sock *sk, const struct change *change)
 {
+	/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after a child's first transition. */
+	bool birth = is_birth(change->old_state, change->new_state);
 	struct connection *connection = now->connection;
 
 	if (!connection) {
 		__builtin_memset(&now->unlisted, 0, sizeof(now->unlisted));
-		now->unlisted.cookie = cookie;
+		now->unlisted.cookie = birth ? 0 : COOKIE_OF(sk);
 		identity_read(sk, &now->unlisted);
 		return;
 	}
@@ -71,23 +72,21 @@ static __always_inline void follow_update(struct followed *now, struct sock *sk,
 		connection_begin(connection, ROLE_UNKNOWN);
 	connection_changed(sk, connection, change->old_state, change->new_state);
 	connection->state = change->new_state;
-	connection->id.cookie = cookie;
-	if (change->new_state == STATE_SYN_SENT || is_birth(change->old_state, change->new_state))
+	if (!connection->id.cookie && !birth)
+		connection->id.cookie = COOKIE_OF(sk);
+	if (change->new_state == STATE_SYN_SENT || birth)
 		connection->opened_ns = change->time_ns;
 }
 
-/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after the child's first transition. */
-#define COOKIE_AT(sk, old_state, new_state) (is_birth(old_state, new_state) ? 0 : COOKIE_OF(sk))
-
 ROLE("delays")
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
+int TRACEPOINT_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
 {
 	struct change change = {.old_state = old_state, .new_state = new_state};
 
 	if (sk->sk_protocol == IPPROTO_TCP) {
 		change.time_ns = bpf_ktime_get_ns();
-		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+		state_changed(sk, &change);
 	}
 	return 0;
 }
@@ -95,13 +94,13 @@ int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int o
 AGAIN
 ROLE("delays")
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
+int TRACEPOINT_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
 	struct change change = {.old_state = old_state, .new_state = new_state};
 
 	if (sk->sk_protocol == IPPROTO_TCP && was_skipped(sk, new_state, makes_entry(old_state, new_state))) {
 		change.time_ns = bpf_ktime_get_ns();
-		state_changed(sk, &change, COOKIE_AT(sk, old_state, new_state));
+		state_changed(sk, &change);
 	}
 	return 0;
 }
@@ -120,7 +119,7 @@ static __always_inline int destroyed(struct sock *sk)
 
 ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy, struct sock *sk)
+int TRACEPOINT_PROG(destroy, struct sock *sk)
 {
 	destroyed(sk);
 	return 0;
@@ -129,7 +128,7 @@ int TRACING_PROG(destroy, struct sock *sk)
 AGAIN
 ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy_again, struct sock *sk)
+int TRACEPOINT_PROG(destroy_again, struct sock *sk)
 {
 	if (destroyed(sk))
 		COUNT(rescued);

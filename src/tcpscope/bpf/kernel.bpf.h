@@ -305,6 +305,10 @@ struct task_struct { /* include/linux/sched.h */
 struct proto_accept_arg {
 }; /* include/net/sock.h, since 6.10 */
 
+struct tp_transition_snapshot { /* kernel/tracepoint.c */
+	unsigned long srcu_gp;  /* since 7.0 */
+};
+
 struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since 6.17 */
 	int err;
 };

@@ -246,7 +246,7 @@ static __always_inline bool makes_entry(int old_state, int new_state)
 	return new_state != STATE_CLOSE || was_established(old_state);
 }
 
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct change *change)
 {
 	struct closing closing = {.time_ns = change->time_ns, .state = change->old_state};
 	struct connection *connection;
@@ -257,7 +257,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	connection = now.connection;
 	if (follow_begins_anew(&now, change))
 		life_lost(connection);
-	follow_update(&now, sk, change, cookie);
+	follow_update(&now, sk, change);
 	reset = connection ? connection->scratch.reset : RESET_NONE;
 	if (connection && change->new_state == STATE_ESTABLISHED)
 		life_established(sk, connection, change);
@@ -304,7 +304,7 @@ static __always_inline void timewait(struct connection *connection, int state, b
 }
 
 SEC("tp_btf/tcp_send_reset")
-int TRACING_PROG(reset_sent, struct sock *sk)
+int TRACEPOINT_PROG(reset_sent, struct sock *sk)
 {
 	struct connection *connection = sk ? connection_find(sk) : NULL;
 
@@ -334,7 +334,7 @@ static __always_inline void reset_received(struct sock *sk, enum reset reset)
 /* tcp_reset() is given the packet since 5.11. */
 ARGUMENTS(2)
 SEC("fentry/tcp_reset")
-int TRACING_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
+int FUNCTION_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
 {
 	unsigned char *header = BPF_CORE_READ(skb, head) + BPF_CORE_READ(skb, transport_header);
 	__u8 flags = 0;
@@ -345,7 +345,7 @@ int TRACING_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
 }
 
 SEC("tp_btf/tcp_receive_reset")
-int TRACING_PROG(reset_received__tracepoint, struct sock *sk)
+int TRACEPOINT_PROG(reset_received__tracepoint, struct sock *sk)
 {
 	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	bool closed =

@@ -20,7 +20,7 @@
 
 OPTIONAL("overflow events, their peers and steps; overflows are sampled instead")
 SEC("fentry/tcp_conn_request")
-int TRACING_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
+int FUNCTION_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
 {
 	handshake_enter(FUNCTION_SYN, sk, skb, NULL);
 	return 0;
@@ -35,7 +35,7 @@ int BPF_KPROBE(syn_enter__kprobe, void *rsk_ops, void *af_ops, struct sock *sk, 
 
 OPTIONAL("overflow events at the SYN")
 SEC("fexit/tcp_conn_request")
-int TRACING_PROG(syn_exit__fexit)
+int FUNCTION_PROG(syn_exit__fexit)
 {
 	handshake_exit(ctx, FUNCTION_SYN);
 	return 0;
@@ -50,7 +50,7 @@ int syn_exit__kretprobe(void *ctx)
 
 OPTIONAL("overflow events at the final ACK, IPv4")
 SEC("fentry/tcp_v4_syn_recv_sock")
-int TRACING_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
+int FUNCTION_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
 	handshake_enter(FUNCTION_ACK4, sk, skb, req);
 	return 0;
@@ -65,7 +65,7 @@ int BPF_KPROBE(ack4_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 
 OPTIONAL("overflow events at the final ACK, IPv4")
 SEC("fexit/tcp_v4_syn_recv_sock")
-int TRACING_PROG(ack4_exit__fexit)
+int FUNCTION_PROG(ack4_exit__fexit)
 {
 	handshake_exit(ctx, FUNCTION_ACK4);
 	return 0;
@@ -80,7 +80,7 @@ int ack4_exit__kretprobe(void *ctx)
 
 OPTIONAL("overflow events at the final ACK, IPv6")
 SEC("fentry/tcp_v6_syn_recv_sock")
-int TRACING_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
+int FUNCTION_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
 	handshake_enter(FUNCTION_ACK6, sk, skb, req);
 	return 0;
@@ -95,7 +95,7 @@ int BPF_KPROBE(ack6_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 
 OPTIONAL("overflow events at the final ACK, IPv6")
 SEC("fexit/tcp_v6_syn_recv_sock")
-int TRACING_PROG(ack6_exit__fexit)
+int FUNCTION_PROG(ack6_exit__fexit)
 {
 	handshake_exit(ctx, FUNCTION_ACK6);
 	return 0;
@@ -110,14 +110,14 @@ int ack6_exit__kretprobe(void *ctx)
 
 OPTIONAL("accepts per second and the time of the last one")
 SEC("fexit/inet_csk_accept")
-int TRACING_PROG(accept__fexit)
+int FUNCTION_PROG(accept__fexit)
 {
 	accepted_from((struct sock *)CTX_SLOT(ctx, 0), ACCEPTED_CHILD(ctx));
 	return 0;
 }
 
 SEC("tp_btf/sys_exit")
-int TRACING_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
+int TRACEPOINT_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
 	struct sock *child = tcp_sock_of_fd(fd);
 
@@ -146,7 +146,7 @@ static __noinline int state_changed(struct sock *sk, int old_state, int new_stat
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG_IF(of_listener(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
+int TRACEPOINT_PROG_IF(of_listener(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
 {
 	if (sk->sk_protocol == IPPROTO_TCP) {
 		COOKIE_OF(sk);
@@ -157,7 +157,7 @@ int TRACING_PROG_IF(of_listener(old_state, new_state), state, struct sock *sk, i
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG_IF(of_listener(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
+int TRACEPOINT_PROG_IF(of_listener(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
 	if (sk->sk_protocol == IPPROTO_TCP && was_skipped(sk, new_state, new_state == STATE_LISTEN)) {
 		COOKIE_OF(sk);
@@ -177,7 +177,7 @@ static __noinline int destroyed(struct sock *sk)
 
 ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy, struct sock *sk)
+int TRACEPOINT_PROG(destroy, struct sock *sk)
 {
 	destroyed(sk);
 	return 0;
@@ -186,7 +186,7 @@ int TRACING_PROG(destroy, struct sock *sk)
 AGAIN
 ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy_again, struct sock *sk)
+int TRACEPOINT_PROG(destroy_again, struct sock *sk)
 {
 	if (destroyed(sk))
 		COUNT(rescued);

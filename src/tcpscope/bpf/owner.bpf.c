@@ -26,13 +26,13 @@ static __always_inline bool makes_entry(int old_state, int new_state)
 	return new_state != STATE_CLOSE;
 }
 
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct change *change)
 {
 	struct followed now;
 
 	follow_find(&now, sk, change);
 	if (now.connection)
-		follow_update(&now, sk, change, cookie);
+		follow_update(&now, sk, change);
 	return 0;
 }
 

@@ -29,7 +29,7 @@ static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state st
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
-int TRACING_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
+int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 {
 	struct tcp_skb_cb *cb = (struct tcp_skb_cb *)__builtin_preserve_access_index(&skb->cb);
 	struct retrans *event = socket_event_begin(sizeof(*event), sk, COOKIE_OF(sk), sk);
@@ -47,7 +47,7 @@ int TRACING_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 }
 
 SEC("tp_btf/tcp_retransmit_synack")
-int TRACING_PROG(synack, struct sock *listener, struct sock *request)
+int TRACEPOINT_PROG(synack, struct sock *listener, struct sock *request)
 {
 	struct retrans *event = socket_event_begin(sizeof(*event), request, 0, listener);
 

@@ -204,7 +204,7 @@ static __always_inline void sample_handshake(struct sock *sk, __u64 cookie, __u3
 UNLESS("half_closed__fentry half_closed__kprobe")
 OPTIONAL("whose a connection is at the end of its handshake")
 SEC("tp_btf/sk_data_ready")
-int TRACING_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, struct sock *listener)
+int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, struct sock *listener)
 {
 	__u32 zero = 0;
 	struct awaiting *place = bpf_map_lookup_elem(&awaiting_owner, &zero);
@@ -265,7 +265,7 @@ struct {
  * segment are as good as one, so no note is needed that is right each time; it only spares the second look.
  */
 SEC("tp_btf/tcp_probe")
-int TRACING_PROG(segment, struct sock *sk, struct sk_buff *skb)
+int TRACEPOINT_PROG(segment, struct sock *sk, struct sk_buff *skb)
 {
 	__u32 zero = 0;
 	struct last_segment *last = bpf_map_lookup_elem(&looked_at, &zero);
@@ -280,7 +280,7 @@ int TRACING_PROG(segment, struct sock *sk, struct sk_buff *skb)
 
 AGAIN
 SEC("tp_btf/tcp_probe")
-int TRACING_PROG(segment_again, struct sock *sk, struct sk_buff *skb)
+int TRACEPOINT_PROG(segment_again, struct sock *sk, struct sk_buff *skb)
 {
 	__u32 zero = 0;
 	struct last_segment *last = bpf_map_lookup_elem(&looked_at, &zero);
@@ -295,7 +295,7 @@ int TRACING_PROG(segment_again, struct sock *sk, struct sk_buff *skb)
 
 OPTIONAL("but for one at each change of state, samples of connections that one side has closed")
 SEC("fentry/tcp_rcv_state_process")
-int TRACING_PROG(half_closed__fentry, struct sock *sk)
+int FUNCTION_PROG(half_closed__fentry, struct sock *sk)
 {
 	if (half_closed_state(sk->__sk_common.skc_state))
 		look(sk, COOKIE_OF(sk));
@@ -304,7 +304,7 @@ int TRACING_PROG(half_closed__fentry, struct sock *sk)
 
 AGAIN
 SEC("fentry/tcp_rcv_state_process")
-int TRACING_PROG(half_closed_again__fentry, struct sock *sk)
+int FUNCTION_PROG(half_closed_again__fentry, struct sock *sk)
 {
 	if (half_closed_state(sk->__sk_common.skc_state))
 		look(sk, COOKIE_OF(sk));
@@ -341,7 +341,7 @@ static __always_inline bool matters(int old_state, int new_state)
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
+int TRACEPOINT_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int old_state, int new_state)
 {
 	if (sk->sk_protocol == IPPROTO_TCP)
 		state_changed(sk, old_state, new_state, COOKIE_OF(sk), false);
@@ -350,7 +350,7 @@ int TRACING_PROG_IF(matters(old_state, new_state), state, struct sock *sk, int o
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int TRACING_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
+int TRACEPOINT_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
 	if (sk->sk_protocol == IPPROTO_TCP)
 		state_changed(sk, old_state, new_state, COOKIE_OF(sk), true);
@@ -367,7 +367,7 @@ static __noinline int destroyed(struct sock *sk)
 
 ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy, struct sock *sk)
+int TRACEPOINT_PROG(destroy, struct sock *sk)
 {
 	destroyed(sk);
 	return 0;
@@ -376,7 +376,7 @@ int TRACING_PROG(destroy, struct sock *sk)
 AGAIN
 ROLE("forgets")
 SEC("tp_btf/tcp_destroy_sock")
-int TRACING_PROG(destroy_again, struct sock *sk)
+int TRACEPOINT_PROG(destroy_again, struct sock *sk)
 {
 	if (destroyed(sk))
 		COUNT(rescued);

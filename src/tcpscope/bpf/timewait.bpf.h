@@ -23,7 +23,7 @@ static __always_inline void timewait_called(struct sock *sk, int state, bool mad
 
 OPTIONAL("what follows CLOSE")
 SEC("fexit/inet_twsk_alloc")
-int TRACING_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
+int FUNCTION_PROG(timewait__fexit, struct sock *sk, void *death_row, int state, void *timewait_sock)
 {
 	timewait_called(sk, state, timewait_sock);
 	return 0;

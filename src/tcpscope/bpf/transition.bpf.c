@@ -117,13 +117,13 @@ static __always_inline bool makes_entry(int old_state, int new_state)
 	return new_state != STATE_CLOSE;
 }
 
-static __always_inline int state_changed(struct sock *sk, const struct change *change, __u64 cookie)
+static __always_inline int state_changed(struct sock *sk, const struct change *change)
 {
 	struct connection *connection;
 	struct followed now;
 
 	follow_find(&now, sk, change);
-	follow_update(&now, sk, change, cookie);
+	follow_update(&now, sk, change);
 	connection = now.connection;
 	if (!connection)
 		return transition_emit(NULL, &now.unlisted, change);
@@ -161,7 +161,7 @@ static __always_inline void syn_sent(struct sock *sk)
 }
 
 SEC("fentry/tcp_connect")
-int TRACING_PROG(connect__fentry, struct sock *sk)
+int FUNCTION_PROG(connect__fentry, struct sock *sk)
 {
 	syn_sent(sk);
 	return 0;
@@ -175,7 +175,7 @@ int BPF_KPROBE(connect__kprobe, struct sock *sk)
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
-int TRACING_PROG(connect__retransmit, struct sock *sk)
+int TRACEPOINT_PROG(connect__retransmit, struct sock *sk)
 {
 	syn_sent(sk);
 	return 0;
