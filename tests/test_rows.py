@@ -280,7 +280,7 @@ def test_an_iteration_ends_once() -> None:
 
 def test_in_another_thread_and_stopped_from_this_one() -> None:
     found: list[Any] = []
-    with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
+    with tcpscope.open("connect", duration=DEADLINE, pid=os.getpid()) as events:
         thread = threading.Thread(target=lambda: found.extend(events))
         thread.start()
         port = refused(3)
@@ -297,7 +297,7 @@ def test_in_asyncio() -> None:
         return refused()
 
     async def first() -> Any:
-        with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
+        with tcpscope.open("connect", duration=DEADLINE, pid=os.getpid()) as events:
             beside = asyncio.create_task(later())
             async for row in events:
                 if beside.done() and row.rport == beside.result():
@@ -329,7 +329,7 @@ def test_a_task_that_is_cancelled() -> None:
     """What its thread still reads is for the next one; to close waits for the thread."""
 
     async def cancelled() -> list[Any]:
-        with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1") as events:
+        with tcpscope.open("connect", duration=DEADLINE, pid=os.getpid()) as events:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.2):
                     async for row in events:
@@ -342,7 +342,7 @@ def test_a_task_that_is_cancelled() -> None:
 
 
 def test_an_iteration_that_is_left_is_gone_on_with() -> None:
-    with tcpscope.open("connect", duration=DEADLINE, raddr="127.0.0.1", max_events=6) as events:
+    with tcpscope.open("connect", duration=DEADLINE, pid=os.getpid(), max_events=6) as events:
         port = refused(6)
         found = [next(iter(events))]
         for row in events:

@@ -80,6 +80,7 @@ def test_the_second_copies_are_found() -> None:
     """By their names, whatever the way."""
     pairs = {(program.first, program.name) for program in Spec.of("rtt").programs if program.again}
     assert pairs == {
+        ("woken", "woken_again"),
         ("segment", "segment_again"),
         ("half_closed__fentry", "half_closed_again__fentry"),
         ("state", "state_again"),

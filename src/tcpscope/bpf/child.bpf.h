@@ -55,12 +55,13 @@ int BPF_KPROBE(child6__kprobe, struct sock *listener)
 	return 0;
 }
 
-/* Several children may be on their way to one listener, each on a processor of its own: hence not the queue's last one. */
-UNLESS("child4__fentry child4__kprobe")
-OPTIONAL("the listener of a connection before accept()")
-SEC("tp_btf/sk_data_ready")
-int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN && listener->sk_protocol == IPPROTO_TCP,
-		       child_woken, struct sock *listener)
+static __always_inline bool may_have_child(struct sock *sk)
+{
+	return sk->__sk_common.skc_state == STATE_LISTEN && sk->sk_protocol == IPPROTO_TCP;
+}
+
+/* The child is the one of this CPU: several may be on their way to one listener, each on a CPU of its own. */
+static __always_inline int listener_woken(struct sock *listener)
 {
 	__u32 zero = 0;
 	__u64 *place = bpf_map_lookup_elem(&at_birth, &zero);
@@ -74,6 +75,23 @@ int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN && listen
 		child_known(child, connection);
 	}
 	return 0;
+}
+
+UNLESS("child4__fentry child4__kprobe")
+OPTIONAL("the listener of a connection before accept()")
+SEC("tp_btf/sk_data_ready")
+int TRACEPOINT_PROG_IF(may_have_child(listener), child_woken, struct sock *listener)
+{
+	return listener_woken(listener);
+}
+
+/* The first copy leaves no child at its place. */
+UNLESS("child4__fentry child4__kprobe")
+AGAIN
+SEC("tp_btf/sk_data_ready")
+int TRACEPOINT_PROG_IF(may_have_child(listener), child_woken_again, struct sock *listener)
+{
+	return listener_woken(listener);
 }
 
 #endif

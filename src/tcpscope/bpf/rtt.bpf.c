@@ -183,6 +183,14 @@ static __noinline int awaited(struct awaiting *sample_of)
 	return waits.sk ? sample(waits.sk, waits.cookie, waits.us) : 0;
 }
 
+static __always_inline int sample_awaiting(void)
+{
+	__u32 zero = 0;
+	struct awaiting *place = bpf_map_lookup_elem(&awaiting_owner, &zero);
+
+	return place ? awaited(place) : 0;
+}
+
 static __always_inline void sample_handshake(struct sock *sk, __u64 cookie, __u32 us)
 {
 	struct connection *connection = want_owner && hooked_woken ? connection_find(sk) : NULL;
@@ -200,18 +208,22 @@ static __always_inline void sample_handshake(struct sock *sk, __u64 cookie, __u3
 	}
 }
 
-/* Where functions cannot be hooked. The program of `owners` at this tracepoint runs first. */
+/* Where functions cannot be hooked. The program of `owner` at this tracepoint runs first. */
 UNLESS("half_closed__fentry half_closed__kprobe")
 OPTIONAL("whose a connection is at the end of its handshake")
 SEC("tp_btf/sk_data_ready")
 int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, struct sock *listener)
 {
-	__u32 zero = 0;
-	struct awaiting *place = bpf_map_lookup_elem(&awaiting_owner, &zero);
+	return sample_awaiting();
+}
 
-	if (place)
-		awaited(place);
-	return 0;
+/* The first copy leaves no sample. */
+UNLESS("half_closed__fentry half_closed__kprobe")
+AGAIN
+SEC("tp_btf/sk_data_ready")
+int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken_again, struct sock *listener)
+{
+	return sample_awaiting();
 }
 
 /*

@@ -95,7 +95,7 @@ class Rtt(Tool):
         }
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys}
         wanted = compiled_filter.kernel_only(request.filter, "rtt")
-        skip = () if owner else ("woken",)
+        skip = () if owner else ("woken", "woken_again")
         session = Session(
             "rtt", None, wanted, constants=constants, entries=entries, owners=owner, skip=skip, debug=request.debug
         )
