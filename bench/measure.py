@@ -87,6 +87,16 @@ class Running:
         found = re.search(r"VmHWM:\s+(\d+) kB", (self._proc / "status").read_text())
         return int(found[1]) if found else 0
 
+    def maps_kb(self) -> int:
+        """Memory of the kernel that its BPF maps take, as the kernel says itself (memlock in fdinfo)."""
+        found: dict[str, int] = {}
+        for info in self._proc.glob("fdinfo/*"):
+            with contextlib.suppress(OSError):
+                fields = dict(line.split(":\t", 1) for line in info.read_text().splitlines() if ":\t" in line)
+                if "map_type" in fields:
+                    found[fields["map_id"]] = int(fields["memlock"])
+        return sum(found.values()) // 1024
+
     def programs(self) -> dict[int, tuple[int, int]]:
         """BPF programs that it holds: number -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled)."""
         found = {}
@@ -205,6 +215,7 @@ class Cost:
     lost_said: int = 0
     tool_cpu_ns: int = 0
     peak_kb: int = 0
+    maps_kb: int = 0
     program_ns: int = 0
     program_runs: int = 0
     seconds: float = 0
@@ -221,7 +232,7 @@ def cost(subject: Subject | None, made: Traffic, limits: Limits) -> Cost:
         running.settled()
         cpu = running.cpu_ns() - cpu
         after = running.programs()
-        peak = running.peak_kb()
+        peak, maps = running.peak_kb(), running.maps_kb()
         running.check()
         rows, lost = running.stop()
     spent = [(ns - programs.get(n, (0, 0))[0], runs - programs.get(n, (0, 0))[1]) for n, (ns, runs) in after.items()]
@@ -231,6 +242,7 @@ def cost(subject: Subject | None, made: Traffic, limits: Limits) -> Cost:
         lost_said=lost,
         tool_cpu_ns=cpu,
         peak_kb=peak,
+        maps_kb=maps,
         program_ns=sum(ns for ns, _ in spent),
         program_runs=sum(runs for _, runs in spent),
     )

@@ -195,7 +195,7 @@ class Recording:
         return {name for name, played in self.scenarios.items() if any(map(played.may_be_of, self.unseen))}
 
 
-MISSED_AT_MOST = 100
+MISSED_AT_MOST = 10
 """Of a tool in a recording, on kernels that preempt programs. No row may be missing for it: the tests see to that."""
 
 
