@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * The table of connections: who each is, whose it is, and what softirq context has forgotten about it.
+ * The table of connections: both ends, owner and role. A softirq does not know these by itself.
  *
- * It is keyed by the socket's address. An entry is inserted when the socket is first seen (transition, accept, seed) and
- * deleted at tcp_destroy_sock, which fires for every TCP socket on every kernel of the matrix.
+ * The key is the socket's address. A transition, accept() or the seed inserts an entry when it first sees the socket.
+ * tcp_destroy_sock deletes it; this tracepoint fires for every TCP socket on every kernel of the matrix.
  *
- * An object that keeps more about a connection declares a `struct scratch` and HAS_SCRATCH before it includes this.
+ * An object that keeps more about a connection defines `struct scratch` and HAS_SCRATCH before it includes this.
  */
 #ifndef TCPSCOPE_CONNECTION_BPF_H
 #define TCPSCOPE_CONNECTION_BPF_H
@@ -19,20 +19,20 @@
 #include "owner.bpf.h"
 #include "state.bpf.h"
 
-/* SHARED("owner") in an object that only asks whose a socket is. */
+/* SHARED("owner") in an object that only asks for the owner of a socket. */
 #ifndef CONNECTIONS_ARE
 #define CONNECTIONS_ARE
 #endif
 
 struct connection {
 	struct identity id;    /* see identity_complete() */
-	struct owner opener;   /* who called connect() or listen(); for a child, who listens */
-	struct owner accepter; /* who called accept() */
-	__u64 opened_ns;       /* entered SYN_SENT, LISTEN or, as a child, SYN_RECV; 0: not seen */
+	struct owner opener;   /* the process that called connect() or listen(); of a child: its listener's opener */
+	struct owner accepter; /* the process that called accept() */
+	__u64 opened_ns;       /* when it entered SYN_SENT, LISTEN or, as a child, SYN_RECV; 0: not seen */
 	__u64 listener;        /* of a child: address of the listener's socket, which may be gone; 0: not known */
 	bool accepted;         /* `accepter` is filled */
 	enum role role;
-	enum tcp_state state; /* after the last transition that was seen; 0: none was */
+	enum tcp_state state; /* after the last transition that a program saw; 0: none saw one */
 #ifdef HAS_SCRATCH
 	struct scratch scratch;
 #endif
@@ -56,7 +56,7 @@ static __always_inline struct connection *connection_find(struct sock *sk)
 	return bpf_map_lookup_elem(&connections, &key);
 }
 
-/* NULL if the filter excludes it for good, or the table is full. */
+/* NULL if the socket can never pass the filter, or the table is full. */
 static __always_inline struct connection *connection_add(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
@@ -79,7 +79,7 @@ static __always_inline struct connection *connection_find_or_add(struct sock *sk
 	return found;
 }
 
-/* False if there was nothing to forget. */
+/* Deletes the entry. False if there was none. */
 static __always_inline bool connection_forget(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
@@ -97,19 +97,19 @@ static __always_inline const struct owner *connection_owner(const struct connect
 	return &connection->accepter;
 }
 
-/* It carried data, or might have: with TCP Fast Open a child is accepted, reads and writes in SYN_RECV. */
+/* Could it carry data in this state? With TCP Fast Open an accepted child reads and writes in SYN_RECV. */
 static __always_inline bool had_life(const struct connection *connection, int state)
 {
 	return was_established(state) || (state == STATE_SYN_RECV && connection && connection->accepted);
 }
 
-/* Both ports are set; a listener has only one. From then on the identity is not read again. */
+/* Both ports are set; a listener has only one. The identity does not change any more. */
 static __always_inline bool identity_complete(const struct connection *connection)
 {
 	return connection->id.lport && (connection->id.rport || connection->role == ROLE_LISTENER);
 }
 
-/* A socket may be connected again after a disconnect, and its address may be another one's after it: begin anew. */
+/* Clears the entry. A process may disconnect a socket and connect it again; another socket may get the same address. */
 static __always_inline void connection_begin(struct connection *connection, enum role role)
 {
 	__builtin_memset(connection, 0, sizeof(*connection));
@@ -117,8 +117,8 @@ static __always_inline void connection_begin(struct connection *connection, enum
 }
 
 /*
- * A child is being made on this CPU: its listener, or where that is not known before, the child. Softirqs do not nest, and
- * what stands here is used once. See child.bpf.h.
+ * While the kernel makes a child on this CPU: its listener, or the child if the listener is not known before. Softirqs do
+ * not nest, and the value is used once. See child.bpf.h.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
@@ -127,7 +127,7 @@ struct {
 	__type(value, __u64);
 } at_birth SEC(".maps");
 
-const volatile bool hooked_child4; /* else the listener's wake-up tells, after the child's transitions */
+const volatile bool hooked_child4; /* otherwise the listener's wake-up names it, after the child's transitions */
 
 static __always_inline void connection_of_listener(struct connection *connection, struct sock *listener)
 {
@@ -154,7 +154,7 @@ static __always_inline void connection_born(struct sock *sk, struct connection *
 	}
 }
 
-/* The listener of a child, if that is known and it still listens; else NULL. */
+/* The listener of a child. NULL if it is not known, or listens no more. */
 static __always_inline struct sock *connection_listener(const struct connection *connection)
 {
 	struct sock *sk = connection ? (struct sock *)connection->listener : NULL;
@@ -162,12 +162,12 @@ static __always_inline struct sock *connection_listener(const struct connection 
 	return sk && connection_find(sk) && BPF_CORE_READ(sk, __sk_common.skc_state) == STATE_LISTEN ? sk : NULL;
 }
 
-/* What a change of state tells about a connection. */
+/* Brings the role, the opener and the identity up to date at a transition. */
 static __always_inline void connection_changed(struct sock *sk, struct connection *connection, int old_state,
 					       int new_state)
 {
 	if (new_state == STATE_SYN_SENT || new_state == STATE_LISTEN) {
-		/* In the caller's context. */
+		/* In the context of connect() or listen(). */
 		connection_begin(connection, new_state == STATE_LISTEN ? ROLE_LISTENER : ROLE_ACTIVE);
 		owner_of_current(&connection->opener);
 	} else if (is_birth(old_state, new_state)) {
@@ -179,7 +179,7 @@ static __always_inline void connection_changed(struct sock *sk, struct connectio
 		identity_read(sk, &connection->id);
 }
 
-/* The entry of a socket whose state changes, up to date. Call it before using the entry. */
+/* The entry of a socket at a transition, brought up to date. NULL if it has none. */
 static __always_inline struct connection *connection_transition(struct sock *sk, int old_state, int new_state)
 {
 	struct connection *connection = new_state == STATE_CLOSE ? connection_find(sk) : connection_find_or_add(sk);
@@ -191,7 +191,7 @@ static __always_inline struct connection *connection_transition(struct sock *sk,
 	return connection;
 }
 
-/* accept() returns `child` to the current process. */
+/* accept() returns `child` to the current process, which becomes its owner. NULL: no place in the table. */
 static __always_inline struct connection *connection_accepted(struct sock *child)
 {
 	struct connection *connection = child ? connection_find_or_add(child) : NULL;
@@ -200,18 +200,17 @@ static __always_inline struct connection *connection_accepted(struct sock *child
 		return connection;
 	connection->role = ROLE_PASSIVE;
 	owner_of_current(&connection->accepter);
-	memory_barrier(); /* a reader on another processor never sees half an owner */
+	memory_barrier(); /* no reader on another processor sees half an owner */
 	connection->accepted = true;
 	return connection;
 }
 
 /*
- * The seed: one pass over all open files puts the owners of the sockets that are older than the tool into the table.
- * The first process that holds a socket is taken as its owner. With `only`, sockets in that state. NULL: not wanted, or
- * it has an owner.
+ * The seed: an iterator over all open files calls this, so that sockets older than the tool have an owner. The owner is the
+ * first process that holds the socket. `only`: sockets in that state. NULL: not wanted, or it has an owner already.
  *
- * The iterator holds the file, so the socket cannot be destroyed between the look and the insertion, and no entry can be
- * left behind. The file of an MPTCP socket does not hold its subflow: hence the second look.
+ * The iterator holds the file, so the socket cannot be destroyed between the look and the insertion, and no entry stays
+ * behind. The file of an MPTCP socket does not hold its subflow. So the code looks at the subflow once more.
  */
 static __always_inline struct connection *connection_seed(struct task_struct *task, struct file *file,
 							  enum tcp_state only)
@@ -247,7 +246,7 @@ static __always_inline struct connection *connection_seed(struct task_struct *ta
 
 #define ANY_STATE 0
 
-/* The program of the seed. Listeners get their cookie: events know them by address only. */
+/* The program of the seed. It gives listeners their cookie, because events know a listener only by address. */
 #define SEED(only)                                       \
 	ROLE("seeds")                                    \
 	SEC("iter/task_file")                            \

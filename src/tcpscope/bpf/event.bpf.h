@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* What every event begins with, and the one place where an event is counted, filtered and given its room. */
+/* What every event begins with. event_begin() counts each event, filters it and reserves its room. */
 #ifndef TCPSCOPE_EVENT_BPF_H
 #define TCPSCOPE_EVENT_BPF_H
 
@@ -14,7 +14,10 @@ struct event {
 	struct owner owner;
 };
 
-/* Room for an event of `size` bytes, begun; NULL if it is not asked for or there is no room. `owner` may be NULL. */
+/*
+ * Reserves an event of `size` bytes, and fills its `struct event`. NULL if the filter excludes it or the ring is full.
+ * `owner` may be NULL.
+ */
 static __always_inline void *event_begin(__u64 size, __u64 time_ns, const struct identity *id,
 					 const struct owner *owner)
 {

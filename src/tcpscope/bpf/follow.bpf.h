@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * Following connections from transition to transition until their sockets end: the programs that every object about
- * connections has. An object that includes this defines
+ * The programs of an object that follows connections from transition to transition, until the sockets are destroyed. An
+ * object that includes this defines
  *
- *   matters(old_state, new_state)      whether a transition needs a look; asked before anything else, so most cost nothing
- *   makes_entry(old_state, new_state)  whether this transition gives a socket an entry that has none
- *   state_changed(sk, change)          what becomes of one that matters; it calls follow_find() and follow_update()
- *   before_end(sk, connection)         what is pending when the socket is destroyed
+ *   matters(old_state, new_state)      whether it handles this transition; asked first, so all others cost little
+ *   makes_entry(old_state, new_state)  whether this transition adds an entry for a socket that has none
+ *   state_changed(sk, change)          handles a transition that matters; it calls follow_find() and follow_update()
+ *   before_end(sk, connection)         handles what is pending when the socket is destroyed
  *
- * and, where it does not follow all states, FOLLOWED (missed.bpf.h).
+ * and FOLLOWED (missed.bpf.h), if it does not follow all states.
  */
 #ifndef TCPSCOPE_FOLLOW_BPF_H
 #define TCPSCOPE_FOLLOW_BPF_H
@@ -25,12 +25,12 @@ static __always_inline void before_end(struct sock *sk, struct connection *conne
 /* A connection at one of its transitions. */
 struct followed {
 	struct connection *connection; /* NULL: it has no entry */
-	struct identity unlisted;      /* its identity then */
-	bool after_miss;               /* when it entered the old state is not known */
-	bool unseen_start;             /* what stands in the entry is of the connection before it */
+	struct identity unlisted;      /* its identity, if it has no entry */
+	bool after_miss;               /* a transition was missed: when it entered the old state is not known */
+	bool unseen_start;             /* the entry is still that of the connection before */
 };
 
-/* Whose entry it is that follow_update() will bring up to date. What it says still holds for the old state. */
+/* Finds the entry, which still describes the old state. follow_update() brings it up to date. */
 static __always_inline void follow_find(struct followed *now, struct sock *sk, const struct change *change)
 {
 	now->connection =
@@ -38,14 +38,14 @@ static __always_inline void follow_find(struct followed *now, struct sock *sk, c
 	now->after_miss = now->unseen_start = false;
 	if (!now->connection)
 		return;
-	/* A child is a new socket; what stands at its address is one that has gone. */
+	/* A child is a new socket: an entry at its address is that of a socket which is gone. */
 	now->after_miss = missed_transition(
 		sk, now->connection, is_birth(change->old_state, change->new_state) ? STATE_CLOSE : change->old_state);
 	now->unseen_start =
 		now->after_miss && (change->old_state == STATE_SYN_SENT || change->old_state == STATE_SYN_RECV);
 }
 
-/* Whether the socket is connected again: what the connection before left pending will not come. */
+/* Is the socket connected again? Then nothing more comes for what the connection before left pending. */
 static __always_inline bool follow_begins_anew(const struct followed *now, const struct change *change)
 {
 	return now->connection && (now->unseen_start || change->new_state == STATE_SYN_SENT);
@@ -58,7 +58,7 @@ static __always_inline const struct identity *follow_identity(const struct follo
 
 static __always_inline void follow_update(struct followed *now, struct sock *sk, const struct change *change)
 {
-	/* inet_csk_clone_lock() has copied the listener's cookie, too, and resets it only after a child's first transition. */
+	/* inet_csk_clone_lock() copies the listener's cookie, and resets the copy only after the child's first transition. */
 	bool birth = is_birth(change->old_state, change->new_state);
 	struct connection *connection = now->connection;
 

@@ -6,7 +6,7 @@
 #include "kernel.bpf.h"
 #include "output.bpf.h"
 
-/* Both ends, as every event shows them. Addresses are 16 bytes: IPv4 stands in its v4-mapped form. */
+/* Both ends, as every event shows them. Addresses are 16 bytes: IPv4 has its v4-mapped form. */
 struct identity {
 	__u64 cookie WIDTH(8) DOC("socket cookie, what ss -e prints as sk:") UNKNOWN_IS("zero");
 	__u32 netns WIDTH(10) DOC("network namespace, as inode number");
@@ -24,7 +24,7 @@ struct owner {
 	__u32 uid WIDTH(5) DOC("user of that process") UNKNOWN_IS("max");
 	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
 	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");
-	__u8 in_cgroup; /* below the cgroup of the filter */
+	__u8 in_cgroup; /* in the cgroup of the filter or below it */
 	__u8 padding[7];
 };
 
@@ -42,14 +42,14 @@ static __always_inline bool is_v4_mapped(const __u8 *address)
 	return !words[0] && !words[1] && words[2] == bpf_htonl(0xffff);
 }
 
-/* As much of a struct sock_common as says who it is; tests/kernel/test_types.py holds it against the kernels. */
+/* The part of struct sock_common that has both ends. tests/kernel/test_types.py checks it on all kernels. */
 #define COMMON_BYTES 96
 
 /*
- * Both ends as the socket has them now. Read by address, so it serves every program type, and in one piece: a read is a
- * call, and costs more than what it copies.
- * The port in skc_num is gone once the socket is unhashed, just before the last transition; inet_sport stays.
- * The remote end of a child is not set yet when it enters SYN_RECV, nor the local port of a connect in SYN_SENT.
+ * Reads both ends of a socket. It reads by address, so every program type can call it. One read copies all: a read is a
+ * call, which costs more than the copy.
+ * The kernel clears skc_num when it unhashes the socket, just before the last transition; inet_sport stays.
+ * When a child enters SYN_RECV, its remote end is not set yet. When connect() enters SYN_SENT, the local port is not.
  */
 static __noinline int identity_read(struct sock *sk, struct identity *id)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* Transitions that no program saw. The next transition of the connection shows it, or the end of its socket. */
+/* Transitions that no program saw. The connection's next transition shows this, or the end of its socket. */
 #ifndef TCPSCOPE_MISSED_BPF_H
 #define TCPSCOPE_MISSED_BPF_H
 
@@ -7,14 +7,14 @@
 
 #define STATE_BIT(state) (1U << STATE_##state)
 
-/* States out of which an object sees every transition. */
+/* The states that an object follows: it handles every transition out of them. */
 #ifndef FOLLOWED
 #define FOLLOWED (-1U)
 #endif
 
 /*
- * Did we miss a transition? `state` is where the socket is now, or comes from. A kernel may have tasks in which it runs no
- * BPF: what a softirq does that interrupts one of them is not seen.
+ * Did we miss a transition? `state` is the old state of this transition, or CLOSE at the end of the socket. Some kernels run
+ * no BPF program in some tasks: if a softirq interrupts such a task, no program sees its transitions.
  */
 static __noinline int missed_transition(struct sock *sk, struct connection *connection, int state)
 {

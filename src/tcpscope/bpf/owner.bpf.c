@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * Whose each socket is, for the objects that ask for it at events of another kind: their `connections` is SHARED("owner").
- * It is loaded once in a process and sends no events.
+ * The owner of each socket, for objects that do not follow transitions: their `connections` is SHARED("owner"). A process
+ * loads this object once. It sends no events.
  */
 
 #include "kernel.bpf.h"
@@ -14,7 +14,7 @@
 #include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 
-/* CLOSE, so that a socket which is connected again can be told from one whose SYN_SENT was handled. */
+/* CLOSE too: otherwise the second copy would take a second SYN_SENT of the socket for one that the first copy handled. */
 static __always_inline bool matters(int old_state, int new_state)
 {
 	return new_state == STATE_SYN_SENT || new_state == STATE_LISTEN || new_state == STATE_CLOSE ||

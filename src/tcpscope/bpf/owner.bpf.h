@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* Whose a socket is: the process behind a task. */
+/* The owner of a socket: the process of a task. */
 #ifndef TCPSCOPE_OWNER_BPF_H
 #define TCPSCOPE_OWNER_BPF_H
 
@@ -8,7 +8,7 @@
 #include "filter.bpf.h"
 #include "identity.bpf.h"
 
-/* The processes below a cgroup belong to it. Walks upwards; 32 levels are more than anyone nests. */
+/* Is the task in the filter's cgroup, or in one below it? Walks upwards, at most 32 levels. */
 static __always_inline bool below_filter_cgroup(struct task_struct *task)
 {
 	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
@@ -29,7 +29,7 @@ static __always_inline bool below_filter_cgroup(struct task_struct *task)
 /* The name is the process's, as ps and ss show it, not that of one of its threads. */
 static __always_inline void owner_name(struct task_struct *task, struct owner *owner)
 {
-	/* Up to the NUL: before 5.17 the bytes behind it are those of an older name. */
+	/* Up to the NUL: before 5.17 the bytes after it belong to an older name. */
 	__builtin_memset(owner->comm, 0, sizeof(owner->comm));
 	BPF_CORE_READ_STR_INTO(&owner->comm, task, group_leader, comm);
 }
@@ -45,7 +45,7 @@ static __noinline __attribute__((unused)) int owner_of_task(struct task_struct *
 	return 0;
 }
 
-/* The same in a third of the time, by the helpers that know the current task. */
+/* The same for the current task. The helpers take a third of the time. */
 static __noinline __attribute__((unused)) int owner_of_current(struct owner *owner)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();

@@ -1,19 +1,18 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * With "bpf: Prevent bpf program recursion for raw tracepoint probes" (6.1) the kernel skips a program on a CPU where it
- * runs already. A softirq that interrupts the program, and passes the same tracepoint, would be lost. So such a program is
- * attached twice: the tracepoint calls the second copy after the first, and the second handles what the first was
- * skipped for. One interruption leaves it free, and softirqs do not nest.
+ * Since "bpf: Prevent bpf program recursion for raw tracepoint probes" (6.1) the kernel skips a program on a CPU where it
+ * runs already. A softirq may interrupt the program and pass the same tracepoint: that event would be lost. So such a
+ * program is attached twice. The tracepoint calls the second copy after the first, and the second handles what the first
+ * was skipped for. Softirqs do not nest, so one copy is free.
  *
- * Whether the first copy ran is seen in what it left behind. A transition that it handled is in the table, as the
- * state of the connection's entry; at the end of a socket it has deleted the entry; and a second look at a segment
- * finds nothing new. So the second copy needs no notes. It leaves alone a socket that has no entry, unless the transition
- * makes one: the first copy handled it and forgot the socket, or the filter excludes it, or the table is full and the account
- * says so, or it is a socket older than the tool that no process holds.
+ * The second copy sees from the table whether the first one ran. If it did, the entry has the new state, or, at the end of a
+ * socket, the entry is gone. A second look at a segment finds nothing new. If a socket has no entry and the transition
+ * makes none, the second copy does nothing: the first copy handled it and deleted the entry, or the filter excludes the
+ * socket, or the table was full (which the account shows), or no process held the socket when the tool began.
  *
- * A process that is preempted within a program makes the kernel skip it on that CPU until the process runs again. Before 7.0
- * no process is preempted at a tracepoint. Since then it may be, in a few instructions at both ends of a copy
- * (processor_release). An event is lost if both copies are blocked: a missed transition, see missed.bpf.h.
+ * If a process is preempted inside a program, the kernel skips the program on that CPU until the process runs again. Before
+ * 7.0 no process is preempted at a tracepoint. Since 7.0 one can be, in a few instructions at both ends of a copy
+ * (processor_release()). If both copies are skipped, the transition is missed: missed.bpf.h.
  */
 #ifndef TCPSCOPE_RECURSION_BPF_H
 #define TCPSCOPE_RECURSION_BPF_H
@@ -21,7 +20,7 @@
 #include "connection.bpf.h"
 
 /*
- * For the second copy: was the first one skipped? `makes_entry`: the first copy leaves an entry of a socket that had none.
+ * For the second copy: was the first one skipped? `makes_entry`: this transition adds an entry for a socket that has none.
  */
 static __always_inline bool was_skipped(struct sock *sk, int new_state, bool makes_entry)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* An event of a socket whose owner the object `owner` knows: with this, a probe is its hook and its event struct. */
+/* Events about sockets whose owner the object `owner` knows. A probe adds its event struct and its hooks. */
 #ifndef TCPSCOPE_SOCKET_EVENT_BPF_H
 #define TCPSCOPE_SOCKET_EVENT_BPF_H
 
@@ -12,8 +12,8 @@
 #include "connection.bpf.h"
 
 /*
- * Room for an event of `size` bytes about the socket `of`, begun; NULL if it is not asked for or there is no room. Its owner
- * is that of `owned`: the same socket, or for a request its listener.
+ * Reserves an event of `size` bytes about the socket `of`, and fills its `struct event`. NULL if the filter excludes it or
+ * the ring is full. The event's owner is the owner of `owned`: the same socket, or the listener of a request.
  */
 static __always_inline void *socket_event_begin(__u64 size, struct sock *of, __u64 cookie, struct sock *owned)
 {

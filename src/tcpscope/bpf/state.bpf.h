@@ -13,7 +13,7 @@ enum role {
 	ROLE_LISTENER,
 } __attribute__((packed));
 
-/* A change of a socket's state. */
+/* A transition of a socket. */
 struct change {
 	__u64 time_ns; /* 0: none */
 	enum tcp_state old_state;
@@ -32,13 +32,13 @@ static __always_inline bool was_established(int state)
 	       state == STATE_CLOSE_WAIT || state == STATE_LAST_ACK || state == STATE_CLOSING;
 }
 
-/* In these states our FIN is the last that there is to send. */
+/* In these states our FIN is queued or sent: nothing follows it. */
 static __always_inline bool after_fin(int state)
 {
 	return was_established(state) && state != STATE_ESTABLISHED && state != STATE_CLOSE_WAIT;
 }
 
-/* Our FIN has been sent and acknowledged: it has a sequence number like a byte. */
+/* The remote end has acknowledged our FIN, which has a sequence number like a byte. */
 static __always_inline bool fin_acked(struct sock *sk, int state)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
@@ -53,9 +53,9 @@ static __always_inline __u64 acked_before_fin(struct sock *sk, int state)
 }
 
 /*
- * Who opened a connection that is older than the tool: only an active open has an acknowledged SYN among its bytes.
- * The data among them is what was sent for the first time, less what is on its way. Where this host has thrown away
- * what it sent, that was counted as sent and not as retransmitted, and nothing can be told.
+ * Who opened a connection that is older than the tool. The acknowledged bytes of an active open include its SYN. Their data
+ * is what was sent for the first time, less what is in flight. What this host itself
+ * dropped counts as sent and not as retransmitted: then the role is not known.
  */
 static __noinline enum role role_of_older(struct sock *sk, int state)
 {
