@@ -164,13 +164,13 @@ class Accept(msgspec.Struct, frozen=True):
     """socket cookie of the listener"""
 
     wait_us: int | None
-    """time in the accept queue"""
+    """time that it waited in the accept queue"""
 
     accept_queue: int | None
-    """connections that still wait in the listener's accept queue"""
+    """connections left in the listener's accept queue"""
 
     accept_limit: int | None
-    """its limit: one more than this fits"""
+    """limit of the accept queue, which holds one connection more"""
 
 
 class Connect(msgspec.Struct, frozen=True):
@@ -217,7 +217,7 @@ class Connect(msgspec.Struct, frozen=True):
     FAILED: errno says why"""
 
     syn_sent: bool
-    """a SYN has left: the kernel counts it as TcpActiveOpens"""
+    """whether a SYN was sent: the kernel counts that as TcpActiveOpens"""
 
     errno: int | None
     """error of the socket or, where it has none, of connect()"""
@@ -273,7 +273,7 @@ class Connlat(msgspec.Struct, frozen=True):
     FAILED: errno says why"""
 
     syn_sent: bool
-    """a SYN has left: the kernel counts it as TcpActiveOpens"""
+    """whether a SYN was sent: the kernel counts that as TcpActiveOpens"""
 
     errno: int | None
     """error of the socket or, where it has none, of connect()"""
@@ -332,8 +332,8 @@ class Life(msgspec.Struct, frozen=True):
 
     end: End | None
     """how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait socket
-    waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by another
-    program (ss -K, bpf_sock_destroy()); OPEN: it has not"""
+    waits for it; RST: sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by another program (ss
+    -K, bpf_sock_destroy()); OPEN: it has not ended"""
 
     closed_by: Closer | None
     """whose FIN or RST came first"""
@@ -363,10 +363,10 @@ class Life(msgspec.Struct, frozen=True):
     """segments received with data"""
 
     retrans: int
-    """retransmitted segments, of the handshake too"""
+    """retransmitted segments, those of the handshake included"""
 
     syn_retrans: int | None
-    """of these: of the SYN, or of a passive connection's SYN-ACK"""
+    """retransmissions of the SYN, or of a passive connection's SYN-ACK"""
 
     srtt_us: int | None
     """smoothed round-trip time"""
@@ -412,19 +412,19 @@ class List(msgspec.Struct, frozen=True):
     """state"""
 
     rx_queue_bytes: int | None
-    """received and not yet read, a FIN counts too; null for a listener"""
+    """received and not yet read, a FIN included; null for a listener"""
 
     tx_queue_bytes: int | None
     """sent and not yet acknowledged, or not yet sent; null for a listener"""
 
     accept_queue: int | None
-    """connections that wait for accept(); null but for a listener"""
+    """connections that wait for accept(); only for a listener"""
 
     accept_limit: int | None
-    """limit of the accept queue; null but for a listener"""
+    """limit of the accept queue; only for a listener"""
 
     uid: int | None
-    """user that made the socket"""
+    """user that created the socket"""
 
     pid: int | None
     """first process that holds it"""
@@ -464,13 +464,13 @@ class Queue(msgspec.Struct, frozen=True):
     """connections that wait for accept()"""
 
     accept_limit: int
-    """accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more"""
+    """limit of the accept queue, which holds one connection more: listen()'s backlog, cut to somaxconn"""
 
     limit_from: str
     """where that limit comes from: listen()'s backlog or somaxconn (derived)"""
 
     syn_queue: int
-    """handshakes that wait for the final ACK; their limit is the accept queue's"""
+    """handshakes that wait for the final ACK; the accept queue's limit holds for them, too"""
 
     overflows: int | None
     """refused because the accept queue was full, since the tool sees it"""
@@ -488,7 +488,7 @@ class Queue(msgspec.Struct, frozen=True):
     """SYNs answered by a SYN cookie"""
 
     drops: int
-    """the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two"""
+    """the socket's own count since listen() (sk_drops): one per refused SYN, two per refused final ACK"""
 
     accepts: int | None
     """accept() calls that returned a connection, since the tool sees it"""
@@ -561,16 +561,16 @@ class Retrans(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     kind: Kind
-    """FAST: ACKs show the loss; RTO, RACK: timers; LOSS_PROBE: of the tail; SYN; SYNACK"""
+    """FAST: ACKs show the loss; RTO, RACK: a timer expired; LOSS_PROBE: tail loss probe; SYN; SYNACK"""
 
     state: TcpState
     """state of the connection"""
 
     segs: int
-    """segments, as TcpRetransSegs counts them"""
+    """number of segments, as TcpRetransSegs counts them"""
 
     errno: int
-    """why it was not sent; before Linux 6.17 such attempts are not seen"""
+    """why it was not sent; Linux before 6.17 does not show such attempts"""
 
     data_bytes: int
     """data of these segments"""
@@ -622,10 +622,10 @@ class States(msgspec.Struct, frozen=True):
     """who opened it: active = this host, passive = the remote end"""
 
     old_state: TcpState
-    """state before"""
+    """state before the transition"""
 
     new_state: TcpState
-    """state after"""
+    """state after the transition"""
 
     followed_by: FollowedBy | None
     """what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing"""
@@ -674,7 +674,7 @@ class Tracer(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     action: ActionKind
-    """CONNECT: an active open succeeded; ACCEPT: accept() returned it; CLOSE: it ended"""
+    """CONNECT: an active open succeeded; ACCEPT: accept() returned the connection; CLOSE: it ended"""
 
 
 class QueueEvents(msgspec.Struct, frozen=True):
@@ -720,10 +720,10 @@ class QueueEvents(msgspec.Struct, frozen=True):
     """connections that wait for accept()"""
 
     accept_limit: int
-    """accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more"""
+    """limit of the accept queue, which holds one connection more: listen()'s backlog, cut to somaxconn"""
 
     syn_queue: int
-    """handshakes that wait for the final ACK; their limit is the accept queue's"""
+    """handshakes that wait for the final ACK; the accept queue's limit holds for them, too"""
 
     somaxconn: int
     """net.core.somaxconn of the namespace"""
@@ -744,10 +744,10 @@ class QueueEvents(msgspec.Struct, frozen=True):
     """at which step of the handshake"""
 
     answer: Answer | None
-    """what the peer got"""
+    """how the kernel answered the peer"""
 
     count: int
-    """how many; 1 unless sampled"""
+    """number of refusals; 1 unless sampled"""
 
     stack: list[str] | None
     """kernel stack, innermost first"""

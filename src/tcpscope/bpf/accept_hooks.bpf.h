@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * A process accepts a connection. An object that includes this defines accepted(), which is called for each connection
- * once. It has the listener if ACCEPTED_FROM is defined and the listener is known.
+ * A process accepts a connection. An object that includes this defines accepted(). The hooks call it once for each
+ * connection. They look for the listener only if the object defines ACCEPTED_FROM.
  */
 #ifndef TCPSCOPE_ACCEPT_HOOKS_BPF_H
 #define TCPSCOPE_ACCEPT_HOOKS_BPF_H
@@ -14,7 +14,7 @@
 #define LISTENER_IF_WANTED(listener) NULL
 #endif
 
-/* `connection` has its owner now; NULL: no place for it. `listener` is NULL where it is not known. */
+/* `connection` has its owner; NULL: no place in the table. `listener` is NULL if it is not known. */
 static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener);
 
 /* accept() returns `child` to the current process. */
@@ -27,16 +27,16 @@ static __noinline int accept_returned(struct sock *child, struct sock *listener)
 	connection = connection_find(child);
 	if (connection &&
 	    (connection->accepted || connection->role == ROLE_ACTIVE || connection->role == ROLE_LISTENER))
-		return 0; /* seen by another hook; or not a child at all, but what a number that is no descriptor points to */
+		return 0; /* another hook saw it; or it is no child: the call's result was a number, but no descriptor */
 	connection = connection_accepted(child);
 	accepted(child, connection, listener ? listener : LISTENER_IF_WANTED(connection_listener(connection)));
 	return 0;
 }
 
 /*
- * Without functions to hook: io_uring's completions. Those of a multishot request come without it, and a result may be
- * something else than a descriptor. But a child that was seen to be born and now has a descriptor has been accepted.
- * `completion` is followed directly, so that the verifier refuses kernels that have something else in its place.
+ * Where functions cannot be hooked: io_uring's completions. The completions of a multishot request do not have the request,
+ * and a result need not be a descriptor. But a child whose birth was seen, and which has a descriptor, was accepted.
+ * The program reads `completion` directly: the verifier refuses a kernel that has another argument there.
  */
 UNLESS("accept__fexit")
 OPTIONAL("connections accepted through io_uring")
@@ -63,7 +63,7 @@ int FUNCTION_PROG(accept__fexit)
 	return accept_returned(ACCEPTED_CHILD(ctx), (struct sock *)CTX_SLOT(ctx, 0));
 }
 
-/* A kretprobe would come to mind, but it has few places for calls under way, and loses the others without a count. */
+/* Not a kretprobe: it has few places for pending calls, and loses the others without a count. */
 SEC("tp_btf/sys_exit")
 int TRACEPOINT_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
@@ -72,9 +72,9 @@ int TRACEPOINT_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, stru
 	return child ? accept_returned(child, LISTENER_IF_WANTED(tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs)))) : 0;
 }
 
-/* A call that was already waiting in inet_csk_accept() when that was hooked passes here when it wakes up. */
+/* A call that already waited in inet_csk_accept() when the tool hooked it calls this function when it wakes up. */
 UNLESS("accept__syscall")
-OPTIONAL("who accepts by a call that began before the tool")
+OPTIONAL("which process accepts, if its accept() began before the tool")
 SEC("fentry/security_sock_graft")
 int FUNCTION_PROG(graft__fentry, struct sock *child)
 {

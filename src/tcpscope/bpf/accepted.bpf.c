@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* A connection that was handed to a process by accept(), and the queue it waited in. */
+/* accept() returned a connection to a process: how long it waited in the accept queue, and the queue's length. */
 
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
@@ -7,7 +7,7 @@
 #include "event.bpf.h"
 
 struct scratch {
-	bool emitted; /* accepted before it was ESTABLISHED, and shown */
+	bool emitted; /* its event was sent in SYN_RECV: accepted before it was ESTABLISHED */
 };
 #define HAS_SCRATCH
 
@@ -21,10 +21,10 @@ struct accepted {
 	struct event event;
 	__u8 listener[16] KIND("address") UNKNOWN_IS("max") DOC("address that the listener is bound to");
 	__u64 listener_cookie UNKNOWN_IS("zero") DOC("socket cookie of the listener");
-	__u64 wait_us UNIT("us") UNKNOWN_IS("max") DOC("time in the accept queue");
-	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max")
-	DOC("connections that still wait in the listener's accept queue");
-	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max") DOC("its limit: one more than this fits");
+	__u64 wait_us UNIT("us") UNKNOWN_IS("max") DOC("time that it waited in the accept queue");
+	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max") DOC("connections left in the listener's accept queue");
+	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max")
+	DOC("limit of the accept queue, which holds one connection more");
 };
 
 const struct accepted *accepted_anchor __attribute__((unused));
@@ -62,7 +62,7 @@ static __always_inline bool matters(int old_state, int new_state)
 	return new_state == STATE_LISTEN || old_state == STATE_LISTEN || old_state == STATE_SYN_RECV;
 }
 
-/* What leaves SYN_RECV has an entry, or has been accepted and given it up. */
+/* A socket that leaves SYN_RECV has an entry, unless it was accepted and its entry deleted. */
 static __always_inline bool makes_entry(int old_state, int new_state)
 {
 	return new_state == STATE_LISTEN || is_birth(old_state, new_state);
@@ -96,7 +96,7 @@ static __always_inline void accepted(struct sock *child, struct connection *conn
 		owner_of_current(&owner);
 	accepted_emit(&id, connection ? &connection->accepter : &owner, connection ? connection->opened_ns : 0,
 		      listener);
-	/* The table is for those that wait; but one that will be ESTABLISHED would then come in anew. */
+	/* An entry is needed only until accept(). In SYN_RECV it stays: the next transition would add a new one. */
 	if (BPF_CORE_READ(child, __sk_common.skc_state) != STATE_SYN_RECV)
 		connection_forget(child);
 	else if (connection)

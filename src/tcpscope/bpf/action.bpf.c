@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* What an application does with a connection: connected, accepted, closed. */
+/* What happens to a connection: connected, accepted, closed. */
 
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
@@ -17,7 +17,8 @@ enum action_kind {
 
 struct action {
 	struct event event;
-	enum action_kind action DOC("CONNECT: an active open succeeded; ACCEPT: accept() returned it; CLOSE: it ended");
+	enum action_kind action
+		DOC("CONNECT: an active open succeeded; ACCEPT: accept() returned the connection; CLOSE: it ended");
 	__u8 padding[7];
 };
 

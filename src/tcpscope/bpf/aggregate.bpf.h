@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * An aggregate: what programs add up by key, so that no event leaves the kernel. aggregate.py takes it while they go on.
+ * An aggregate: programs add up values by key, and no event leaves the kernel. aggregate.py reads it meanwhile.
  *
- * It has two maps. An even `epoch` fills one, an odd one the other. User space raises the epoch, waits until no program runs
- * any more that may have read the old one, and empties the map that is not filled.
+ * It has two maps. Programs fill one while `epoch` is even, the other while it is odd. User space raises the epoch, waits
+ * until no program runs that may have read the old one, and empties the map that programs no longer fill.
  */
 #ifndef TCPSCOPE_AGGREGATE_BPF_H
 #define TCPSCOPE_AGGREGATE_BPF_H
@@ -15,10 +15,10 @@
 
 __u32 epoch;
 
-/* The least and the greatest value, by processor: 5.10 has no compare-and-exchange. */
+/* The smallest and the largest value, by processor: BPF in 5.10 has no compare-and-exchange. */
 struct extremes {
 	__u32 max[SHARDS];
-	__u32 min[SHARDS]; /* stored plus one; 0: there was none */
+	__u32 min[SHARDS]; /* the value plus one; 0: none */
 };
 
 static __always_inline __attribute__((unused)) void extremes_add(struct extremes *extremes, __u32 value)
@@ -42,9 +42,9 @@ static __always_inline void *aggregate_find_or_add(void *map, const void *key, c
 }
 
 /*
- * The aggregate `name` of struct `value_type` by struct `key_type`, of so many keys. `name`_at(key) is the place of a key
- * to be added to, new ones being zero, or NULL where there is no room: what was to be added is lost, and counted. A program
- * calls it once for each thing that it adds. Different processors add to the same place at the same time.
+ * Defines the aggregate `name`: a struct `value_type` for each of at most `entries` struct `key_type`. `name`_at(key)
+ * returns the value of a key; a new one is zero. If there is no room, it returns NULL and counts one lost. A program calls
+ * it once for each sample. Several processors add to one value at the same time.
  */
 #define AGGREGATE(name, key_type, value_type, entries)                                                        \
 	const struct key_type *name##_key_anchor __attribute__((unused));                                     \

@@ -2,21 +2,21 @@
 /*
  * An active open and its outcome.
  *
- * The state tells most: SYN_SENT to ESTABLISHED, or to CLOSE with an error in the socket, which is what the kernel counts
- * as TcpAttemptFails (tcp_done()). A CLOSE without an error is the work of whoever closes: of connect() itself, which
- * could not send a SYN, or of the application, which gave up. If connect() has returned before, it was the application.
- * Otherwise what connect() returns is waited for; if nothing comes before the socket dies, the application gave up. A
- * connect() that fails before SYN_SENT (no route) has only what it returns.
+ * Most outcomes are transitions: SYN_SENT to ESTABLISHED, or to CLOSE with an error in the socket, which the kernel counts
+ * as TcpAttemptFails (tcp_done()). A CLOSE without an error is a close by connect() itself, which could not send a SYN, or
+ * by the application, which gave up. If connect() has returned before, it was the application. Otherwise the event waits
+ * for the return of connect(). If connect() does not return before the socket is destroyed, the application gave up. Of a
+ * connect() that fails before SYN_SENT (no route) only the return value tells.
  *
- *   stage     what comes                                      row                          next stage
+ *   stage     event                                           row                          next stage
  *   NONE      SYN_SENT                                        -                            OPEN
  *   NONE      connect() fails before a SYN                    by its error                 NONE
- *   OPEN      ESTABLISHED                                     ESTABLISHED                  the entry goes
+ *   OPEN      ESTABLISHED                                     ESTABLISHED                  entry deleted
  *   OPEN      CLOSE, the socket has an error                  by that error                REPORTED
  *   OPEN      CLOSE without one, connect() has returned       ABORTED                      NONE
  *   OPEN      CLOSE without one, connect() has not returned   -                            CLOSED
  *   CLOSED    connect() returns an error                      by that error                NONE
- *   CLOSED    SYN_SENT, end of the socket or of the run       ABORTED; no SYN sent: FAILED OPEN, or the entry goes
+ *   CLOSED    SYN_SENT, end of the socket or of the run       ABORTED; no SYN sent: FAILED OPEN, or entry deleted
  *   REPORTED  connect() returns                               -                            NONE
  */
 
@@ -28,18 +28,18 @@
 enum stage {
 	STAGE_NONE,
 	STAGE_OPEN,    /* SYN_SENT */
-	STAGE_CLOSED,  /* closed without an error of the socket: what connect() returns will tell */
-	STAGE_REPORTED /* failed and shown; connect() may still return the error */
+	STAGE_CLOSED,  /* closed without an error of the socket: waits for the return of connect() */
+	STAGE_REPORTED /* failed, and its event was sent; connect() may still return the error */
 } __attribute__((packed));
 
 struct scratch {
-	__u64 closed_ns; /* of STAGE_CLOSED, as the next two */
+	__u64 closed_ns; /* valid in STAGE_CLOSED, as the next two */
 	__u32 syn_retrans;
 	bool syn_sent;
-	bool connect_returned; /* while in STAGE_OPEN; a byte of its own, as others write `stage` meanwhile */
+	bool connect_returned; /* in STAGE_OPEN; a byte of its own, because another CPU may write `stage` */
 	enum stage stage;
-	__u32 error;       /* that ends it, if it was reported before: see error.bpf.h */
-	__u32 stale_error; /* was in the socket when it entered SYN_SENT */
+	__u32 error;       /* the error that ends it, if the kernel reported it before: error.bpf.h */
+	__u32 stale_error; /* the socket's error when it entered SYN_SENT */
 };
 #define HAS_SCRATCH
 
@@ -63,7 +63,7 @@ struct attempt {
 	struct event event;
 	enum outcome outcome DOC("how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, "
 				 "bpf_sock_destroy()), FAILED: errno says why");
-	bool syn_sent DOC("a SYN has left: the kernel counts it as TcpActiveOpens");
+	bool syn_sent DOC("whether a SYN was sent: the kernel counts that as TcpActiveOpens");
 	__u16 padding;
 	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket or, where it has none, of connect()");
 	__u32 syn_retrans DOC("retransmissions of the SYN");
@@ -73,12 +73,12 @@ struct attempt {
 
 const struct attempt *attempt_anchor __attribute__((unused));
 
-const volatile __u64 attempt_min_us;     /* a shorter latency is not asked for */
-const volatile bool attempt_failed_only; /* nor one that succeeded */
+const volatile __u64 attempt_min_us;     /* attempts with a shorter latency are filtered */
+const volatile bool attempt_failed_only; /* attempts that succeeded are filtered */
 
 #define ERRNO_UNKNOWN ((__u32) - 1)
 
-/* What is known when it ends. */
+/* An attempt that has ended. */
 struct ending {
 	__u64 time_ns;
 	__u64 began_ns; /* 0: not known */
@@ -136,7 +136,7 @@ static __noinline int attempt_emit(const struct identity *id, const struct owner
 }
 
 /*
- * What a connect() gets that waits while another thread disconnects the socket. EPIPE came with "tcp: allow again
+ * The error of a waiting connect() whose socket another thread disconnects. EPIPE came with "tcp: allow again
  * tcp_disconnect() when threads are waiting".
  */
 static __always_inline bool is_disconnected(__u32 error)
@@ -144,13 +144,13 @@ static __always_inline bool is_disconnected(__u32 error)
 	return error == ECONNRESET || error == ECONNABORTED || error == EPIPE;
 }
 
-/* What an answer brings, or that there was none. Before the first SYN of a socket it can only be a BPF program's word. */
+/* An error that an answer brings, or a missing one. Before a socket's first SYN only a BPF program can return it. */
 static __always_inline bool is_answer(struct sock *sk, __u32 error)
 {
 	return (error == ECONNREFUSED || error == ETIMEDOUT) && BPF_CORE_READ((struct tcp_sock *)sk, write_seq);
 }
 
-/* Its socket was closed without an error, and now it is known by whom: 0 = not by connect(). */
+/* Ends an attempt in STAGE_CLOSED. `error` is what connect() returned; 0: it was not connect() that closed the socket. */
 static __always_inline void attempt_resolve(struct connection *connection, __u32 error)
 {
 	struct ending ending = {
@@ -166,13 +166,13 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 		return;
 	connection->scratch.stage = STAGE_NONE;
 	if (!error) {
-		/* Closed by the application; or, without a SYN, by a call whose return is not hooked. */
+		/* The application closed it; or, without a SYN, a call whose return is not hooked. */
 		ending.outcome = ending.syn_sent ? OUTCOME_ABORTED : OUTCOME_FAILED;
 		ending.errno = ending.syn_sent ? 0 : ERRNO_UNKNOWN;
 	} else if (ending.syn_sent && is_disconnected(error)) {
 		ending.outcome = OUTCOME_ABORTED;
 	} else {
-		ending.syn_sent = false; /* tcp_connect() has failed: what it counted as sent did not leave */
+		ending.syn_sent = false; /* tcp_connect() failed: the SYN that it counted did not leave */
 	}
 	attempt_emit(&connection->id, &connection->opener, &ending);
 }
@@ -199,7 +199,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	follow_find(&now, sk, change);
 	connection = now.connection;
 	if (!connection && change->old_state == STATE_SYN_RECV)
-		return 0; /* a child; an attempt that has met another one from the other end has an entry */
+		return 0; /* a child: in a simultaneous open the socket has an entry */
 	if (follow_begins_anew(&now, change))
 		attempt_resolve(connection, 0);
 	follow_update(&now, sk, change);
@@ -212,8 +212,8 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 		return 0;
 	}
 	/*
-	 * Out of SYN_SENT, whether its beginning was seen or not; or out of SYN_RECV after both ends have sent a SYN, where
-	 * close() sends a FIN.
+	 * Out of SYN_SENT, whether a program saw its beginning or not. Or out of SYN_RECV in a simultaneous open, where close()
+	 * sends a FIN.
 	 */
 	failed = change->new_state == STATE_CLOSE ||
 		 (change->old_state == STATE_SYN_RECV && change->new_state == STATE_FIN_WAIT1);
@@ -225,7 +225,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	ending.syn_retrans = BPF_CORE_READ(tp, total_retrans);
 	ending.syn_sent = BPF_CORE_READ(tp, segs_out) > 0;
 	ending.errno = failed ? error_of(sk, connection) : 0;
-	/* tcp_connect() erases what an earlier attempt has left. If it was not reached, connect() tells. */
+	/* tcp_connect() clears the error of an earlier attempt. If it was not called, connect() returns the error. */
 	if (!ending.syn_sent && connection && !connection->scratch.error &&
 	    ending.errno == connection->scratch.stale_error)
 		ending.errno = 0;
@@ -236,7 +236,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 			connection->scratch.closed_ns = ending.time_ns;
 			connection->scratch.syn_retrans = ending.syn_retrans;
 			connection->scratch.syn_sent = ending.syn_sent;
-			if (!ending.syn_sent) /* in inet_sport the port of an earlier connection may stand */
+			if (!ending.syn_sent) /* inet_sport may still hold the port of an earlier connection */
 				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 			return 0;
 		}
@@ -245,12 +245,12 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 		connection->scratch.stage = ending.errno ? STAGE_REPORTED : STAGE_NONE;
 		ending.began_ns = connection->opened_ns;
 	} else if (failed && !ending.errno) {
-		if (!ending.syn_sent) /* the return of connect() tells, and has no entry that says that it was told */
+		if (!ending.syn_sent) /* the return of connect() makes the event, because no entry says STAGE_REPORTED */
 			return 0;
 		ending.outcome = OUTCOME_ABORTED;
 	}
 	attempt_emit(id, connection ? &connection->opener : NULL, &ending);
-	if (change->new_state == STATE_ESTABLISHED) /* the table is for attempts */
+	if (change->new_state == STATE_ESTABLISHED) /* only attempts have an entry */
 		connection_forget(sk);
 	return 0;
 }
@@ -265,7 +265,7 @@ struct remote_address {
 	__u8 v6[16];
 };
 
-/* What is shorter is refused, and what follows it in memory is no address. */
+/* The kernel refuses a shorter address, and the bytes after it are no address. */
 static __always_inline bool remote_address_fits(const struct remote_address *to, int size)
 {
 	if (to->family == AF_INET)
@@ -273,7 +273,7 @@ static __always_inline bool remote_address_fits(const struct remote_address *to,
 	return to->family == AF_INET6 && size >= (int)sizeof(*to);
 }
 
-/* As long as it was given: behind it no memory need be. `read` is bpf_probe_read_kernel or bpf_probe_read_user. */
+/* Reads no more than `size` bytes: the memory may end there. `read` is bpf_probe_read_kernel or bpf_probe_read_user. */
 #define REMOTE_ADDRESS_READ(read, to, address, size)                                            \
 	({                                                                                      \
 		read(to, SOCKADDR_IN_SIZE, (void *)(address));                                  \
@@ -282,7 +282,7 @@ static __always_inline bool remote_address_fits(const struct remote_address *to,
 			     (void *)(address) + SOCKADDR_IN_SIZE);                             \
 	})
 
-/* connect() failed before it had chosen a route: the socket does not know its remote end, its caller does. */
+/* connect() failed before it had a route: the remote end is not in the socket, but in the call's arguments. */
 static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, int size, __u32 error)
 {
 	struct ending ending = {
@@ -316,7 +316,7 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 	__u32 error = result < 0 ? -result : 0;
 	struct connection *connection = connection_find(sk);
 	enum stage stage = connection ? connection->scratch.stage : STAGE_NONE;
-	/* Not answers to an attempt but to its repetition, or interruptions of one that goes on. */
+	/* Errors of a repeated call, or of a call that was interrupted: the attempt goes on. */
 	bool says_nothing = error == EISCONN || error == EALREADY || error == EINPROGRESS || error == EINTR ||
 			    (error >= ERESTARTSYS && error <= ERESTART_RESTARTBLOCK);
 
@@ -327,18 +327,18 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 	}
 	if (stage == STAGE_OPEN)
 		connection->scratch.connect_returned = true;
-	else if (says_nothing) /* the outcome may have come before the system call's end */
+	else if (says_nothing) /* the outcome may come before the call returns */
 		return;
 	else if (stage == STAGE_CLOSED)
 		attempt_resolve(connection, error);
-	else if (stage == STAGE_REPORTED) /* here is the error that was shown before */
+	else if (stage == STAGE_REPORTED) /* the error that the event has shown */
 		connection->scratch.stage = STAGE_NONE;
 	else if (stage == STAGE_NONE && error && !is_disconnected(error) && !is_answer(sk, error) &&
 		 (connection || filter_may_want(sk)))
 		attempt_failed_early(sk, to, size, error);
 }
 
-/* In half the reads that it takes to find out what else the file is: what is no socket has no entry either. */
+/* A file that is no socket has no entry either. This takes half as many reads as tcp_sock_of_file(). */
 static __always_inline bool file_has_no_entry(struct file *file)
 {
 	struct socket *socket = BPF_CORE_READ(file, private_data);
@@ -347,7 +347,7 @@ static __always_inline bool file_has_no_entry(struct file *file)
 	return !connection_find(sk) && BPF_CORE_READ(sk, sk_protocol) != IPPROTO_MPTCP;
 }
 
-/* connect(), and sendto() with MSG_FASTOPEN: what it returns. */
+/* connect(), or sendto() with MSG_FASTOPEN, returns. */
 ROLE("delays")
 SEC("fexit/__inet_stream_connect")
 int FUNCTION_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
@@ -371,7 +371,7 @@ int TRACEPOINT_PROG_IF(SYSCALL_IS_CONNECT(regs), connected__syscall, struct pt_r
 	struct remote_address to = {};
 	struct sock *sk;
 
-	/* Most calls succeed, and have no entry any more. */
+	/* Most calls succeed, and their sockets have no entry any more. */
 	if (!file || (!result && file_has_no_entry(file)))
 		return 0;
 	sk = tcp_sock_of_file(file);

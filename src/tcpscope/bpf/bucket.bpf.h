@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * Buckets: exact below 8 us, then 8 per power of two, so a value is known to 1/8 of itself; the last of them begins far
- * above 2^32 us. output/histogram.py has the same formula, and its test compares them.
+ * Buckets of a histogram: one per microsecond below 8 us, then 8 per power of two, so a bucket is at most 1/8 of its value
+ * wide. output/histogram.py has the same formula, and its test compares the two.
  *
- * Inline: 6.12 does not let a program call a global function while preemption is disabled. Without a branch for each power:
- * the verifier would follow every way to the end of the program.
+ * It is inline, because a program on 6.12 must not call a global function while preemption is disabled. It has no branch
+ * for each power of two, because the verifier would follow each branch to the end of the program.
  */
 #ifndef TCPSCOPE_BUCKET_BPF_H
 #define TCPSCOPE_BUCKET_BPF_H
@@ -16,7 +16,7 @@ static __always_inline __u64 exceeds(__u64 value, __u64 limit)
 {
 	__u64 difference = limit - value;
 
-	barrier_var(difference); /* the compiler would make it a comparison again */
+	barrier_var(difference); /* otherwise the compiler makes it a comparison and a branch */
 	return difference >> 63;
 }
 

@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * Which listener a child is of. Its address does not say: SO_REUSEPORT, sk_lookup programs, TPROXY and migration choose a
- * listener by something else. The function that makes a child is called with the listener. Where functions cannot be
- * hooked, the kernel wakes the listener in the same softirq, right after the child's second transition
- * (tcp_child_process()) or, with TCP Fast Open, its first (tcp_conn_request()).
+ * The listener of a child. The child's address does not tell it: SO_REUSEPORT, sk_lookup programs, TPROXY and migration
+ * choose a listener by something else. The function that makes the child has the listener as argument. Where functions
+ * cannot be hooked, the listener's wake-up tells: the kernel wakes it in the same softirq, right after the child's second
+ * transition (tcp_child_process()) or, with TCP Fast Open, after its first (tcp_conn_request()).
  *
- * An object that includes this defines child_known(), called when the listener of a child has become known by its wake-up.
+ * An object that includes this defines child_known(). The hook of the wake-up calls it when it has found the listener.
  */
 #ifndef TCPSCOPE_CHILD_BPF_H
 #define TCPSCOPE_CHILD_BPF_H
@@ -60,7 +60,7 @@ static __always_inline bool may_have_child(struct sock *sk)
 	return sk->__sk_common.skc_state == STATE_LISTEN && sk->sk_protocol == IPPROTO_TCP;
 }
 
-/* The child is the one of this CPU: several may be on their way to one listener, each on a CPU of its own. */
+/* The child of this CPU, not the last one in the accept queue: other CPUs may add children of the same listener. */
 static __always_inline int listener_woken(struct sock *listener)
 {
 	__u32 zero = 0;

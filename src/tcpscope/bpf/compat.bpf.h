@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * What differs between kernels, in one place. The newest kernel is the straight path.
- * Which of several hooks is used is not decided here but by user space: see kernel/loaded.py.
+ * All differences between kernels but one: kernel/loaded.py decides in user space which way of a hook is used.
  */
 #ifndef TCPSCOPE_COMPAT_BPF_H
 #define TCPSCOPE_COMPAT_BPF_H
@@ -9,8 +8,8 @@
 #include "kernel.bpf.h"
 
 /*
- * An argument or the return value of a traced function, at a constant place of the context. The verifier wants the
- * offset in the instruction; without the asm the compiler joins two such reads into one with a computed offset.
+ * An argument or the return value of a traced function, at a constant offset in the context. The verifier requires a
+ * constant offset. Without the asm, the compiler may join two such reads into one with a computed offset.
  */
 #define CTX_SLOT(ctx, slot)                                                                       \
 	({                                                                                        \
@@ -27,15 +26,15 @@
 	((struct sock *)(bpf_core_type_exists(struct proto_accept_arg) ? CTX_SLOT(ctx, 2) : CTX_SLOT(ctx, 4)))
 
 /*
- * "tcp: trace retransmit failures in tcp_retransmit_skb" (6.17) gave the tracepoint a third argument and an event class of
- * its own: 0, or why the attempt was not sent. Before, it is passed only when something was sent.
+ * "tcp: trace retransmit failures in tcp_retransmit_skb" (6.17) gave the tracepoint a third argument, and its own event
+ * class. The argument is 0 or the error of an attempt that was not sent. Before 6.17 such attempts do not pass it.
  */
 #define RETRANSMIT_ERROR(ctx)                                                                               \
 	(bpf_core_field_exists(struct trace_event_raw_tcp_retransmit_skb, err) ? (int)CTX_SLOT(ctx, 2) : 0)
 
 /*
- * "bpf: Expose bpf_get_socket_cookie to tracing programs" (5.12). Below, the cookie is there only if somebody asked
- * for it before (ss -e, SO_COOKIE). BPF_FUNC_check_mtu came in the same release and can be seen in the BTF.
+ * "bpf: Expose bpf_get_socket_cookie to tracing programs" (5.12). Before 5.12 a socket has a cookie only if somebody asked
+ * for it (ss -e, SO_COOKIE). BPF_FUNC_check_mtu came in the same release, and the BTF has it.
  */
 static __always_inline bool have_cookie_helper(void)
 {
@@ -43,8 +42,8 @@ static __always_inline bool have_cookie_helper(void)
 }
 
 /*
- * What is written before it is seen by whoever sees what is written after it, on any processor. x86 keeps the order of
- * stores and that of loads by itself. Elsewhere an exchange does it, which BPF's JITs make a full barrier.
+ * A processor that sees a store after the barrier also sees all stores before it. x86 keeps stores in order, and loads too.
+ * Elsewhere an atomic exchange does it: BPF's JITs make it a full barrier.
  */
 #if defined(__TARGET_ARCH_x86)
 #define memory_barrier() barrier()
@@ -71,7 +70,7 @@ static __always_inline bool tracepoints_are_preemptible(void)
 	return bpf_core_field_exists(struct tp_transition_snapshot, srcu_gp);
 }
 
-/* From here to `processor_release` the task is not preempted. Before 6.10 a program cannot ask for that. */
+/* Disables preemption until processor_release(). Before 6.10 a program cannot do that. */
 static __always_inline void processor_keep(bool preemptible)
 {
 	if (preemptible && bpf_preempt_disable)
@@ -79,9 +78,9 @@ static __always_inline void processor_keep(bool preemptible)
 }
 
 /*
- * preempt_enable() preempts a task whose time slice is over, still within the program. With interrupts off it does not
- * (preempt_schedule() asks preemptible()): the kernel preempts the task after the program. A task can still be preempted in
- * the few instructions at both ends. Kernels 6.10 to 6.13 have no call to turn interrupts off.
+ * If the task's time slice is over, preempt_enable() preempts it, inside the program. With interrupts off it does not
+ * (preempt_schedule() tests preemptible()), and the kernel preempts the task after the program. A task can still be
+ * preempted in the few instructions at both ends. In 6.10 to 6.13 a program cannot turn interrupts off.
  */
 static __always_inline void processor_release(bool preemptible)
 {
@@ -100,8 +99,9 @@ static __always_inline void processor_release(bool preemptible)
 
 /*
  * BPF_PROG() of libbpf without preemption, for tracepoints (tp_btf) and for functions (fentry, fexit: preemptible where the
- * kernel's own code is). A task that is preempted within a program makes the kernel skip the program on that CPU, and
- * shares what the program writes there. With _IF `matters`, of the arguments, is asked before: most runs end with that.
+ * kernel's own code is). If a task is preempted inside a program, the kernel skips the program on that CPU, and other
+ * programs see its half-written per-CPU data. _IF first evaluates `matters`, an expression of the arguments: most runs end
+ * there.
  */
 #define TRACEPOINT_PROG(name, args...) PROG_WITHOUT_PREEMPTION(tracepoints_are_preemptible(), true, name, ##args)
 #define TRACEPOINT_PROG_IF(matters, name, args...)                                    \
@@ -134,13 +134,13 @@ static __always_inline void processor_release(bool preemptible)
 	}                                                                                    \
 	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args)
 
-/* The cookie as it stands, 0 if the kernel has not given one yet. For sockets that are only known by address. */
+/* The cookie, 0 if the kernel has not given it one yet. For a socket of which only the address is known. */
 static __always_inline __u64 cookie_if_any(struct sock *sk)
 {
 	return BPF_CORE_READ(sk, __sk_common.skc_cookie.counter);
 }
 
-/* The cookie, given now if need be. For sockets that the verifier knows as such: tp_btf, fentry, iterators. */
+/* The cookie; the kernel gives one if there is none. For pointers that the verifier trusts: tp_btf, fentry, iterators. */
 #define COOKIE_OF(sk) (have_cookie_helper() ? bpf_get_socket_cookie(sk) : cookie_if_any((struct sock *)(sk)))
 
 /* Numbers of accept, accept4 and connect: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h. */
@@ -161,8 +161,8 @@ static __always_inline __u64 cookie_if_any(struct sock *sk)
 #endif
 
 /*
- * "mptcp: avoid additional __inet_stream_connect() call" (6.6) and "mptcp: get rid of msk->subflow" came together. Before,
- * the first subflow is connected as a socket of its own, by the same function within that of the MPTCP socket.
+ * Before "mptcp: avoid additional __inet_stream_connect() call" (6.6) the function calls itself: for the MPTCP socket, and
+ * inside that for the first subflow. "mptcp: get rid of msk->subflow" came in the same release.
  */
 static __always_inline bool subflow_is_connected_apart(struct socket *socket)
 {
@@ -170,7 +170,7 @@ static __always_inline bool subflow_is_connected_apart(struct socket *socket)
 	       BPF_CORE_READ(socket, sk, sk_protocol) == IPPROTO_MPTCP;
 }
 
-/* Value of a small integer field whose width differs between kernels, read by address. */
+/* Reads a small integer field whose width differs between kernels, by address. */
 #define READ_ANY_WIDTH(pointer, field) BPF_CORE_READ_BITFIELD_PROBED(pointer, field)
 
 #endif

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* Why a connection ends: the error of its socket. An object that includes this has `error` in its scratch. */
+/* Why a connection ends: the error of its socket. An object that includes this has a field `error` in its scratch. */
 #ifndef TCPSCOPE_ERROR_BPF_H
 #define TCPSCOPE_ERROR_BPF_H
 
 #include "connection.bpf.h"
 
 /*
- * Does this error of the socket end the connection? In an active open any does. Later it comes from a RST, from
- * another program (`ss -K`, bpf_sock_destroy()), or from a timer that gives up, and then it is the soft error where there is
- * one. What ICMP said to a socket with IP_RECVERR ends nothing.
+ * Does this error of the socket end the connection? Any error ends an active open. Later the cause is a RST, another program
+ * (`ss -K`, bpf_sock_destroy()), or a timer that gives up: its error is the soft error if there is one. An ICMP error that
+ * the kernel reports to a socket with IP_RECVERR ends nothing.
  */
 static __always_inline bool error_ends(struct sock *sk, const struct connection *connection, __u32 error)
 {
@@ -19,7 +19,7 @@ static __always_inline bool error_ends(struct sock *sk, const struct connection 
 	       error == (__u32)BPF_CORE_READ(sk, sk_err_soft);
 }
 
-/* The owner is told of an error. */
+/* The kernel reports the socket's error to its owner. */
 static __always_inline void error_reported(struct sock *sk)
 {
 	__u32 error = BPF_CORE_READ(sk, sk_err);
@@ -29,7 +29,7 @@ static __always_inline void error_reported(struct sock *sk)
 		connection->scratch.error = error;
 }
 
-/* Why it is being closed: the error that is in the socket, or was; 0: none. */
+/* The error that closes the socket: the present one, or one that its owner has fetched; 0: none. */
 static __always_inline __u32 error_of(struct sock *sk, const struct connection *connection)
 {
 	__u32 error = BPF_CORE_READ(sk, sk_err);
@@ -40,11 +40,11 @@ static __always_inline __u32 error_of(struct sock *sk, const struct connection *
 }
 
 /*
- * The socket's error is told to its owner. Before "tcp: fix race in tcp_write_err()" (6.10) that comes before the change
- * of state, and the owner, on another processor, may have fetched and so erased it by then. This function wakes the owner
- * up; the tracepoint comes after it.
+ * The kernel reports the socket's error to its owner. Before "tcp: fix race in tcp_write_err()" (6.10) it does so before the
+ * transition to CLOSE. By then the owner, on another processor, may have fetched the error, which erases it. This function
+ * wakes the owner; the tracepoint comes after that.
  */
-OPTIONAL("an error that was fetched just before its socket was closed")
+OPTIONAL("an error that the application fetched just before the kernel closed the socket")
 SEC("fentry/sock_def_error_report")
 int FUNCTION_PROG(error__fentry, struct sock *sk)
 {

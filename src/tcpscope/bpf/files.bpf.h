@@ -6,7 +6,7 @@
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
 
-/* The TCP socket of a socket, or NULL. Behind an MPTCP one stands its first subflow: for a listener the one that listens. */
+/* The TCP socket of a socket, or NULL. Of an MPTCP socket it is the first subflow, which listens if the socket listens. */
 static __always_inline struct sock *tcp_sock_of_socket(struct socket *socket)
 {
 	struct sock *sk = BPF_CORE_READ(socket, sk);
@@ -20,7 +20,7 @@ static __always_inline struct sock *tcp_sock_of_socket(struct socket *socket)
 	return family == AF_INET || family == AF_INET6 ? sk : NULL;
 }
 
-/* The TCP socket behind a file, or NULL. Sockets are the files of the file system "sockfs". */
+/* The TCP socket of a file, or NULL. The files of sockets are in the file system "sockfs". */
 static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 {
 	struct inode *inode = BPF_CORE_READ(file, f_inode);
@@ -30,7 +30,7 @@ static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 	return tcp_sock_of_socket((struct socket *)BPF_CORE_READ(file, private_data));
 }
 
-/* Whether as long as the file is open the socket is there: not so of a subflow behind an MPTCP socket. */
+/* Does the open file hold the socket? The file of an MPTCP socket does not hold its subflow. */
 static __always_inline bool file_holds(struct file *file, struct sock *sk)
 {
 	struct socket *socket = BPF_CORE_READ(file, private_data);
@@ -38,7 +38,7 @@ static __always_inline bool file_holds(struct file *file, struct sock *sk)
 	return BPF_CORE_READ(socket, sk) == sk;
 }
 
-/* Give a TCP socket in that state its cookie, where the kernel lets us: events know the socket by address only. */
+/* Gives a TCP socket in that state its cookie, if the kernel has the helper: events know the socket only by address. */
 static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 {
 	struct socket *socket;
@@ -51,7 +51,7 @@ static __always_inline void cookie_give(struct file *file, enum tcp_state state)
 		bpf_get_socket_cookie(socket->sk);
 }
 
-/* The file behind a descriptor of the current process, or NULL. */
+/* The file of a descriptor of the current process, or NULL. */
 static __always_inline struct file *file_of_fd(__u32 fd)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -64,7 +64,7 @@ static __always_inline struct file *file_of_fd(__u32 fd)
 	return file;
 }
 
-/* The TCP socket behind a file descriptor of the current process, or NULL. */
+/* The TCP socket of a file descriptor of the current process, or NULL. */
 static __noinline __attribute__((unused)) struct sock *tcp_sock_of_fd(__u32 fd)
 {
 	struct file *file = file_of_fd(fd);

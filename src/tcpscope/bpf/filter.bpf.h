@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * The filters that every tool has, decided in the kernel.
+ * The filters of all tools, as the kernel decides them.
  *
- * User space fills `filter` and the port sets before loading; they are frozen then, and the verifier removes every
- * test that was not asked for. filters.py holds the same rules in Python; tests hold them against each other.
+ * User space fills `filter` and the port sets, and libbpf freezes them before it loads the programs. So the verifier removes
+ * every test that was not asked for. filters.py has the same rules in Python; tests compare the two.
  */
 #ifndef TCPSCOPE_FILTER_BPF_H
 #define TCPSCOPE_FILTER_BPF_H
@@ -12,13 +12,13 @@
 #include "output.bpf.h"
 #include "identity.bpf.h"
 
-#define FILTER_NETWORKS 8 /* per option; with more of them user space decides */
+#define FILTER_NETWORKS 8 /* per option; user space decides about more of them */
 #define PORT_WORDS (65536 / 64)
 
 struct network {
 	__u64 address[2];
 	__u64 mask[2];
-	__u64 family; /* ::/0 holds no IPv4 address, although the v4-mapped ones lie in it */
+	__u64 family; /* ::/0 has no IPv4 address, although it contains the v4-mapped ones */
 };
 
 struct filter {
@@ -35,7 +35,7 @@ struct filter {
 };
 
 const volatile struct filter filter;
-const volatile bool both_families; /* each takes a place in the tables, whatever `family` is */
+const volatile bool both_families; /* sockets of both families have an entry, whatever `family` is */
 const volatile __u64 filter_lport[PORT_WORDS];
 const volatile __u64 filter_rport[PORT_WORDS];
 const volatile __u64 filter_port[PORT_WORDS];
@@ -57,8 +57,8 @@ static __always_inline bool in_networks(const volatile struct network *networks,
 }
 
 /*
- * Whether this socket can ever pass, by what it keeps for its whole life: then it takes a place in a table. An IPv6 socket
- * may come to talk IPv4.
+ * Can this socket ever pass the filter? Its namespace and its address family never change, but an IPv6 socket may come to
+ * talk IPv4. A socket that can never pass has no entry in a table.
  */
 static __always_inline bool filter_may_want(struct sock *sk)
 {
@@ -80,7 +80,7 @@ static __always_inline bool same_comm(const char *comm)
 	return a[0] == b[0] && a[1] == b[1];
 }
 
-/* What is not known does not match: an owner of NULL or pid 0 passes only when no filter asks for the owner. */
+/* What is not known does not match: without an owner (NULL, or pid 0) it passes only if no filter asks for the owner. */
 static __always_inline bool filter_owner(const struct owner *owner)
 {
 	if (!filter_wants_owner())

@@ -2,8 +2,8 @@
 /*
  * The part of the kernel's types that tcpscope reads, and nothing else.
  *
- * Every field here is looked up by name in the running kernel's BTF when an object is loaded (CO-RE), so only the
- * names and the kinds of the fields matter, not their places. Each struct says where the kernel defines it.
+ * When libbpf loads an object, it finds every field by name in the running kernel's BTF (CO-RE). So only the names and kinds
+ * of the fields matter, not their offsets. Each struct says where the kernel defines it.
  */
 #ifndef TCPSCOPE_KERNEL_BPF_H
 #define TCPSCOPE_KERNEL_BPF_H

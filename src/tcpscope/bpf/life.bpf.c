@@ -2,17 +2,17 @@
 /*
  * A connection from birth to death: what it did, who closed it and how.
  *
- * It ends when it enters CLOSE. How is known then, if a FIN of each end was seen or the socket has an error. Otherwise
- * somebody closes it in this very moment, and whether a RST leaves will be seen after this: so the row waits for
- * tcp_send_reset or tcp_destroy_sock, of which one follows in the same call.
+ * A connection ends when it enters CLOSE. If both ends have sent a FIN, or the socket has an error, that tells how. If not,
+ * somebody is closing it in this moment, and the kernel may send a RST after the transition. So the row is pending until
+ * tcp_send_reset or tcp_destroy_sock, one of which follows in the same call.
  *
  *   at the transition to CLOSE                                  end
  *   the socket's error is ECONNABORTED                          KILLED
  *   a RST was received                                          RST_RECEIVED
- *   a RST was sent; the socket has another error                RST_SENT; KEEPALIVE
+ *   a RST was sent; also, the socket has another error          RST_SENT; KEEPALIVE
  *   both FINs, ours acknowledged                                FIN
  *   the socket has an error                                     RST (ECONNRESET, EPIPE), TIMEOUT
- *   none of these, and somebody closes it                       pending
+ *   none of these, and somebody is closing it                   pending
  *   none of these, in LAST_ACK or CLOSING                       UNKNOWN
  *   pending, then                                               end
  *   a RST is sent                                               RST_SENT
@@ -36,14 +36,14 @@ enum reset {
 
 struct scratch {
 	__u64 established_ns; /* 0: not seen */
-	__u64 closed_ns;      /* entered CLOSE, and its end is pending; 0: it is not */
+	__u64 closed_ns;      /* entered CLOSE, and the row is pending; 0: it is not */
 	enum tcp_state closed_in;
 	enum reset reset;
-	bool timewait;          /* tcp_time_wait() was called, whether or not a timewait socket could be had */
-	__u32 syn_retrans;      /* valid once established */
-	__u32 handshake_us;     /* of a child; valid once established */
-	__u32 data_segs_before; /* received with data before it entered FIN_WAIT1 */
-	__u32 error;            /* that ends it, if it was reported before: see error.bpf.h */
+	bool timewait;          /* the kernel called tcp_time_wait(), with or without memory for a timewait socket */
+	__u32 syn_retrans;      /* valid if established_ns is set */
+	__u32 handshake_us;     /* valid if established_ns is set; all bits set: not known */
+	__u32 data_segs_before; /* data_segs_in when it entered FIN_WAIT1 */
+	__u32 error;            /* the error that ends it, if the kernel reported it before: error.bpf.h */
 };
 #define HAS_SCRATCH
 
@@ -81,8 +81,8 @@ struct life {
 	enum tcp_state state DOC("state in which it ended, or in which an open one is");
 	enum end end UNKNOWN_IS("zero")
 	DOC("how it ended. FIN: both ends closed; FIN_WAIT2: the remote end's FIN was still missing, a timewait "
-	    "socket waits for it; RST: one that was sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by "
-	    "another program (ss -K, bpf_sock_destroy()); OPEN: it has not");
+	    "socket waits for it; RST: sent or received; KEEPALIVE, TIMEOUT: nobody answered; KILLED: by "
+	    "another program (ss -K, bpf_sock_destroy()); OPEN: it has not ended");
 	enum closer closed_by UNKNOWN_IS("zero") DOC("whose FIN or RST came first");
 	__u32 errno KIND("errno") DOC("error of the socket");
 	__u64 tx_bytes WIDTH(10) UNIT("bytes") DOC("data sent, retransmissions included");
@@ -92,8 +92,8 @@ struct life {
 	__u32 rx_segs DOC("segments received");
 	__u32 tx_data_segs DOC("segments sent with data");
 	__u32 rx_data_segs DOC("segments received with data");
-	__u32 retrans DOC("retransmitted segments, of the handshake too");
-	__u32 syn_retrans UNKNOWN_IS("max") DOC("of these: of the SYN, or of a passive connection's SYN-ACK");
+	__u32 retrans DOC("retransmitted segments, those of the handshake included");
+	__u32 syn_retrans UNKNOWN_IS("max") DOC("retransmissions of the SYN, or of a passive connection's SYN-ACK");
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
 	__u32 min_rtt_us UNIT("us") UNKNOWN_IS("max") DOC("smallest round-trip time of the last five minutes");
 	__u32 handshake_us UNIT("us") UNKNOWN_IS("max")
@@ -113,15 +113,15 @@ struct closing {
 	__u32 errno;
 };
 
-/* The remote end's FIN has come, and all before it: tcp_fin(). */
+/* The kernel has received the remote end's FIN, and all data before it: tcp_fin(). */
 static __always_inline bool fin_received(struct sock *sk)
 {
 	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_DONE) & 1;
 }
 
 /*
- * Both FINs are sent, and close() has thrown away data that was not read: tcp_close() empties the queue before it enters
- * CLOSE, tcp_disconnect() after it. The remote end's FIN may be unread, too.
+ * close() has dropped unread data: tcp_close() empties the receive queue before the transition to CLOSE, tcp_disconnect()
+ * after it. The remote end's FIN may be unread, too.
  */
 static __always_inline bool unread_thrown_away(struct sock *sk)
 {
@@ -179,8 +179,8 @@ static __noinline int life_emit(struct sock *sk, const struct connection *connec
 }
 
 /*
- * Nobody holds the socket, and no FIN has come: a timewait socket takes over; or, with TCP_LINGER2 below zero or if data
- * came along with the acknowledgement of our FIN, tcp_v4_rcv() sends a RST when this one is gone.
+ * No process holds the socket, and no FIN has come. Either a timewait socket takes over. Or, with TCP_LINGER2 below zero, or
+ * if data came together with the ACK of our FIN, tcp_v4_rcv() sends a RST when this socket is gone.
  */
 static __always_inline enum end end_in_fin_wait2(struct sock *sk, const struct connection *connection)
 {
@@ -193,7 +193,7 @@ static __always_inline enum end end_in_fin_wait2(struct sock *sk, const struct c
 	return BPF_CORE_READ(tp, data_segs_in) == connection->scratch.data_segs_before ? END_FIN_WAIT2 : END_UNKNOWN;
 }
 
-/* How a connection has ended whose end waited until now. */
+/* Emits the row of a connection whose end is pending. */
 static __always_inline void life_resolve(struct sock *sk, struct connection *connection)
 {
 	struct closing closing = {.time_ns = connection->scratch.closed_ns, .state = connection->scratch.closed_in};
@@ -208,7 +208,7 @@ static __always_inline void life_resolve(struct sock *sk, struct connection *con
 	life_emit(sk, connection, &connection->id, &closing);
 }
 
-/* What is only to be had while the handshake ends. */
+/* Notes what can be read only at the end of the handshake. */
 static __always_inline void life_established(struct sock *sk, struct connection *connection,
 					     const struct change *change)
 {
@@ -218,7 +218,7 @@ static __always_inline void life_established(struct sock *sk, struct connection 
 	connection->scratch.syn_retrans = BPF_CORE_READ(tp, total_retrans);
 	connection->scratch.handshake_us = -1;
 	if (connection->role == ROLE_PASSIVE) {
-		/* tcp_synack_rtt_meas(); after a retransmission it measures the last one only */
+		/* tcp_synack_rtt_meas(); after a retransmission it measures only the last SYN-ACK */
 		if (!connection->scratch.syn_retrans && BPF_CORE_READ(tp, srtt_us))
 			connection->scratch.handshake_us = BPF_CORE_READ(tp, srtt_us) >> 3;
 	} else if (connection->opened_ns) {
@@ -226,7 +226,7 @@ static __always_inline void life_established(struct sock *sk, struct connection 
 	}
 }
 
-/* It was disconnected without a RST (no memory for one), and its numbers are zero since then. */
+/* The socket was disconnected without a RST (no memory for one), which has cleared its counters: the row is lost. */
 static __always_inline void life_lost(const struct connection *connection)
 {
 	if (connection->scratch.closed_ns) {
@@ -240,7 +240,7 @@ static __always_inline bool matters(int old_state, int new_state)
 	return true;
 }
 
-/* A socket that closes needs no entry any more; but a life that nobody held when the tool began may be pending in one. */
+/* A socket in CLOSE needs no entry, unless its end is pending: no process may have held it when the tool began. */
 static __always_inline bool makes_entry(int old_state, int new_state)
 {
 	return new_state != STATE_CLOSE || was_established(old_state);
@@ -277,7 +277,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 									   : END_RST_SENT;
 	else if (fin_acked(sk, closing.state) && fin_received(sk))
 		closing.end = END_FIN;
-	else if (closing.errno == ECONNRESET || closing.errno == EPIPE) /* tcp_reset(), and no place to note it */
+	else if (closing.errno == ECONNRESET || closing.errno == EPIPE) /* tcp_reset(), which no entry notes */
 		closing.end = END_RST;
 	else if (closing.errno)
 		closing.end = END_TIMEOUT;
@@ -317,8 +317,8 @@ int TRACEPOINT_PROG(reset_sent, struct sock *sk)
 }
 
 /*
- * Called for a RST that came, and for data that came after close(), which is answered by one. Without the packet at hand
- * the two cannot be told apart where the application has closed.
+ * The kernel calls the function for a received RST, and for data received after close(), which it answers with a RST. After
+ * close() only the packet tells the two apart.
  */
 static __always_inline void reset_received(struct sock *sk, enum reset reset)
 {
@@ -328,10 +328,10 @@ static __always_inline void reset_received(struct sock *sk, enum reset reset)
 		connection->scratch.reset = reset;
 }
 
-#define TCP_FLAGS_AT 13 /* in the header */
+#define TCP_FLAGS_AT 13 /* offset in the header */
 #define TCP_FLAG_RST 0x04
 
-/* tcp_reset() is given the packet since 5.11. */
+/* tcp_reset() has the packet as argument since 5.11. */
 ARGUMENTS(2)
 SEC("fentry/tcp_reset")
 int FUNCTION_PROG(reset_received__fentry, struct sock *sk, struct sk_buff *skb)
@@ -370,7 +370,7 @@ static long flush_entry(struct bpf_map *table, const __u64 *key, struct connecti
 ROLE("flushes")
 FOR_EACH_CONNECTION(flush, flush_entry)
 
-/* Those that are open now. */
+/* The connections that are open now. */
 static long live_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
 {
 	struct closing closing = {.end = END_OPEN};

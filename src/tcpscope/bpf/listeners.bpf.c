@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * Listeners: their SYN queue and accept queue, and every handshake that is refused because one of them is full.
+ * Listeners: their SYN queue and accept queue, and every handshake that the kernel refuses because one of them is full.
  *
- * No packet tracepoint shows all of these refusals. The kernel counts them, though, on the CPU that handles the packet and
- * in the middle of one function call. So the counters of that CPU are read when the function is entered and when it has
- * returned: what has grown in between is what this very packet was refused for. Nothing is guessed from queue lengths,
- * and the events sum to the counters exactly.
+ * No packet tracepoint shows all of these refusals. But the kernel counts them, on the CPU that handles the packet and
+ * inside one function call. The programs read the counters of that CPU when the function is entered and when it returns:
+ * the counter that has grown tells why the kernel refused this packet. So nothing is guessed from queue lengths, and the
+ * events sum to the counters exactly.
  */
 
 #include "kernel.bpf.h"
@@ -136,7 +136,7 @@ static __noinline int state_changed(struct sock *sk, int old_state, int new_stat
 	struct connection *connection;
 	__u64 key = (__u64)sk;
 
-	/* A packet in hand while the socket before at this address was destroyed may have left its activity. */
+	/* The activity of an earlier socket at this address: one CPU handled a packet while another destroyed the socket. */
 	if (new_state == STATE_LISTEN)
 		bpf_map_delete_elem(&activities, &key);
 	connection = connection_transition(sk, old_state, new_state);
@@ -166,7 +166,7 @@ int TRACEPOINT_PROG_IF(of_listener(old_state, new_state), state_again, struct so
 	return 0;
 }
 
-/* 1 if there was something to forget. */
+/* 1 if there was an entry to delete. */
 static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
@@ -194,8 +194,8 @@ int TRACEPOINT_PROG(destroy_again, struct sock *sk)
 }
 
 /*
- * The listeners that are older than the tool, and a record for each process that holds a listener, in whatever network
- * namespace: files know no namespaces.
+ * Seeds the listeners that are older than the tool, and writes a record for each process that holds a listener, in all
+ * network namespaces.
  */
 ROLE("seeds")
 SEC("iter/task_file")
@@ -216,5 +216,5 @@ int seed(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
-/* Every listener of the table, into `found`. */
+/* Writes every listener of the table into `found`. */
 FOR_EACH_CONNECTION(look, look_entry)

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* The kernel's own counters of the processor at hand, to be read before and after a function call. */
+/* The kernel's own counters on this CPU. Programs read them before and after a function call. */
 #ifndef TCPSCOPE_MIB_BPF_H
 #define TCPSCOPE_MIB_BPF_H
 
 #include "kernel.bpf.h"
 #include "output.bpf.h"
 
-/* Filled by user space before loading. The numbers of the counters are an anonymous enum: CO-RE cannot name it. */
+/* Numbers of the counters. User space sets them before loading: their enum is anonymous, so CO-RE cannot name it. */
 const volatile __u32 mib_listen_overflows;
 const volatile __u32 mib_listen_drops;
 const volatile __u32 mib_reqq_full_cookies;
@@ -25,8 +25,8 @@ enum function {
 };
 
 /*
- * The packet in hand on this CPU, and the outermost function that has it. Softirqs do not nest, so one place per CPU is
- * enough.
+ * The packet that this CPU handles, and the outermost function that handles it. Softirqs do not nest, so one place per CPU
+ * is enough.
  */
 struct in_hand {
 	struct sock *sk;
@@ -34,7 +34,7 @@ struct in_hand {
 	struct request_sock *req;
 	struct mib before;
 	__u32 function;
-	bool fast_open; /* a child was tried within FUNCTION_SYN */
+	bool fast_open; /* FUNCTION_SYN has tried to make a child */
 };
 
 struct {
@@ -45,10 +45,10 @@ struct {
 } in_hand SEC(".maps");
 
 /*
- * The distance from a per-CPU pointer to the copy of the CPU whose element of `in_hand` this is. The kernel's own variable
- * for it is not in the BTF of 5.10, and reading its address from kallsyms would need CAP_SYSLOG. But the same distance
- * lies between what our per-CPU array holds and what a look-up of it returns. Pointers become numbers by being read back
- * from the stack.
+ * The offset from a per-CPU pointer to the copy of one CPU: the CPU of this element of `in_hand`. The BTF of 5.10 lacks the
+ * kernel's variable for it, and its address in kallsyms needs CAP_SYSLOG. But our per-CPU array holds a per-CPU pointer, and
+ * a look-up returns the CPU's copy: the difference is the same offset. The code reads the pointers back from the stack, so
+ * that the verifier takes them as numbers.
  */
 static __always_inline __u64 cpu_offset(struct in_hand *element)
 {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* A handshake that was refused, or answered with a cookie, because a queue is full. */
+/* A handshake that the kernel refused, or answered with a cookie, because a queue is full. */
 #ifndef TCPSCOPE_OVERFLOW_BPF_H
 #define TCPSCOPE_OVERFLOW_BPF_H
 
@@ -22,9 +22,9 @@ struct overflow {
 	struct queues queues;
 	enum cause cause DOC("what was full; UNKNOWN when sampled");
 	enum step step DOC("at which step of the handshake") UNKNOWN_IS("zero");
-	enum answer answer DOC("what the peer got") UNKNOWN_IS("zero");
+	enum answer answer DOC("how the kernel answered the peer") UNKNOWN_IS("zero");
 	__u8 padding;
-	__u32 count DOC("how many; 1 unless sampled");
+	__u32 count DOC("number of refusals; 1 unless sampled");
 	__u32 padding2;
 	__u64 stack[STACK_DEPTH] KIND("stack") DOC("kernel stack, innermost first") UNKNOWN_IS("zero");
 };
@@ -34,7 +34,7 @@ const struct overflow *overflow_anchor __attribute__((unused));
 const volatile bool send_events;
 const volatile bool send_stacks;
 
-/* The remote end of a handshake: from the packet, because at the SYN there is no request yet. */
+/* The remote end of a handshake. It comes from the packet: at the SYN there is no request yet. */
 static __always_inline void peer_read(struct sk_buff *skb, struct identity *id)
 {
 	unsigned char *head = BPF_CORE_READ(skb, head);
@@ -57,8 +57,8 @@ static __always_inline void peer_read(struct sk_buff *skb, struct identity *id)
 }
 
 /*
- * tcp_abort_on_overflow is looked at by tcp_check_req(), where the final ACK of a request goes. The ACK that answers a
- * SYN cookie has only a request that was made for the occasion and knows no listener; it is dropped in silence.
+ * tcp_check_req() handles the final ACK of a request, and reads tcp_abort_on_overflow. An ACK that answers a SYN cookie does
+ * not pass there. Its request is made from the cookie and has no listener; the kernel drops the ACK without an answer.
  */
 static __always_inline enum answer answer_to(struct in_hand *packet, int step, int cause, bool abort_on_overflow)
 {
@@ -105,7 +105,7 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	return 0;
 }
 
-/* A function that is called by the one that has the packet already changes nothing: the outermost one counts. */
+/* A function is entered. If the function that handles the packet calls another one, the outermost one counts. */
 static __always_inline void handshake_enter(enum function function, struct sock *sk, struct sk_buff *skb,
 					    struct request_sock *req)
 {
@@ -126,7 +126,7 @@ static __always_inline void handshake_enter(enum function function, struct sock 
 	mib_read(packet, &packet->before);
 }
 
-/* Without cookies the last quarter of tcp_max_syn_backlog is kept for peers that were seen before: tcp_conn_request. */
+/* Without cookies tcp_conn_request() reserves the last quarter of tcp_max_syn_backlog for known peers. */
 static __always_inline bool reserved_quarter(struct sock *sk)
 {
 	struct queues queues = {};
@@ -137,8 +137,8 @@ static __always_inline bool reserved_quarter(struct sock *sk)
 }
 
 /*
- * Only the exit of the function that took the packet reports. One whose entry was missed finds another function there, or
- * none. One that was missed itself leaves the packet there until the next one comes.
+ * A function returns. Only the outermost function reports. If the program at its entry was skipped, another function is
+ * there, or none. If this program is skipped, the packet stays there until the next one comes.
  */
 static __always_inline void handshake_exit(void *ctx, enum function function)
 {

@@ -12,7 +12,7 @@ enum cause {
 	CAUSE_ACCEPT_QUEUE_FULL,  /* ListenOverflows */
 	CAUSE_SYN_QUEUE_FULL,     /* TCPReqQFullDrop */
 	CAUSE_COOKIE_SENT,        /* SyncookiesSent: answered, not refused */
-	CAUSE_SYN_QUEUE_RESERVED, /* only ListenDrops; no cookies, and the last quarter is for peers known before */
+	CAUSE_SYN_QUEUE_RESERVED, /* only ListenDrops; no cookies, and the last quarter is for known peers */
 	CAUSE_OTHER,              /* only ListenDrops: no route, no memory, a security module */
 } __attribute__((packed));
 
@@ -29,8 +29,9 @@ enum step {
 struct queues {
 	__u32 accept_queue TITLE("ACCEPTQ") DOC("connections that wait for accept()");
 	__u32 accept_limit TITLE("LIMIT")
-	DOC("accept queue limit: listen()'s backlog, cut to somaxconn; it holds one more");
-	__u32 syn_queue TITLE("SYNQ") DOC("handshakes that wait for the final ACK; their limit is the accept queue's");
+	DOC("limit of the accept queue, which holds one connection more: listen()'s backlog, cut to somaxconn");
+	__u32 syn_queue TITLE("SYNQ")
+	DOC("handshakes that wait for the final ACK; the accept queue's limit holds for them, too");
 	__u32 somaxconn DOC("net.core.somaxconn of the namespace");
 	__u32 max_syn_backlog DOC("net.ipv4.tcp_max_syn_backlog of the namespace");
 	__u8 syncookies DOC("net.ipv4.tcp_syncookies of the namespace");
@@ -54,7 +55,7 @@ static __noinline int queues_read(struct sock *sk, struct queues *queues)
 	return 0;
 }
 
-/* Per listener: what it accepted and refused. Inserted at the first of either, deleted at tcp_destroy_sock. */
+/* What a listener has accepted and refused. Inserted at the first of either, deleted at tcp_destroy_sock. */
 struct activity {
 	__u64 accepts;
 	__u64 last_accept_ns;

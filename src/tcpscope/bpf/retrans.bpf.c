@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* A segment that is sent again: why, and what its sender knows at that moment. */
+/* A retransmitted segment: why TCP sends it again, and the state of the connection at that moment. */
 #include "socket_event.bpf.h"
 
 enum kind { KIND_FAST, KIND_RTO, KIND_RACK, KIND_LOSS_PROBE, KIND_SYN, KIND_SYNACK } __attribute__((packed));
 
 struct retrans {
 	struct event event;
-	enum kind kind DOC("FAST: ACKs show the loss; RTO, RACK: timers; LOSS_PROBE: of the tail; SYN; SYNACK");
+	enum kind kind
+		DOC("FAST: ACKs show the loss; RTO, RACK: a timer expired; LOSS_PROBE: tail loss probe; SYN; SYNACK");
 	enum tcp_state state DOC("state of the connection");
-	__u16 segs DOC("segments, as TcpRetransSegs counts them");
-	__u32 errno KIND("errno") DOC("why it was not sent; before Linux 6.17 such attempts are not seen");
+	__u16 segs DOC("number of segments, as TcpRetransSegs counts them");
+	__u32 errno KIND("errno") DOC("why it was not sent; Linux before 6.17 does not show such attempts");
 	__u32 data_bytes TITLE("BYTES") UNIT("bytes") DOC("data of these segments");
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
 };
 const struct retrans *retrans_anchor __attribute__((unused));
 
-/* A loss probe stays pending into Recovery, where what is sent is none. An RTO is no longer pending. */
+/* In Recovery the timer of a loss probe may still be pending, but no probe is sent. At an RTO no timer is pending. */
 static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state state)
 {
 	__u8 congestion = BPF_CORE_READ_BITFIELD_PROBED(&tcp->inet_conn, icsk_ca_state);

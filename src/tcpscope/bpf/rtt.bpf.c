@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * Round-trip times, one sample for each acknowledgement that delivered a newer packet than all before.
+ * Round-trip times: one sample per ACK of new data.
  *
- * tcp_probe fires for each segment that an established connection receives, before the segment is processed. What the
- * kernel measured from the segment before stands in the socket then: rack.rtt_us, the time from the last transmission
- * of the newest delivered packet (rack.mstamp, rack.end_seq) until its acknowledgement. A sample is taken when that
- * packet is another one than at the last look: a receiver of data gives none, however many segments it gets. Packets
- * that were sent together have the same time, so the time alone does not tell them apart. A packet is what TCP handed
- * down, up to 64 KB where the device cuts it. Without SACK the kernel keeps no such record: then only the handshake is
- * seen.
- * The handshake's sample is taken when the connection is established (nothing but the smoothed RTT holds it then). One
- * more look is taken at each change of state. A connection that one side has closed does not pass tcp_probe; where
- * functions can be hooked its segments are seen in tcp_rcv_state_process.
+ * tcp_probe fires for each segment that an established connection receives, before the kernel processes the segment. Then
+ * the socket still has what the kernel measured at the segment before: rack.rtt_us, the time from the last transmission of
+ * the newest delivered packet (rack.mstamp, rack.end_seq) to its ACK. If that packet is not the one of the last look, the
+ * program takes a sample. So a receiver of data gives no samples. Packets that were sent together have the same time stamp:
+ * hence rack.end_seq too. A packet is what TCP hands to the device, up to 64 KB with segmentation offload. Without SACK the
+ * kernel keeps no such record, and only the handshake gives a sample.
+ *
+ * The handshake gives its sample when the connection is established; only the smoothed RTT has it then. Each transition is
+ * one more look. The segments of a connection that one side has closed do not pass tcp_probe. Where functions can be
+ * hooked, the program looks at them in tcp_rcv_state_process().
  */
 
 #include "kernel.bpf.h"
@@ -42,7 +42,7 @@ struct rtt_value {
 	__u64 sum_us;
 	struct extremes extremes;
 	__u32 buckets[BUCKETS];
-	__u32 owner_pid; /* by connection: the last owner, who may be another one after accept() */
+	__u32 owner_pid; /* by connection: the last owner, because accept() may change it */
 	char owner_comm[16];
 	__u32 padding;
 };
@@ -55,11 +55,11 @@ struct delivered {
 	__u64 end_seq;
 };
 
-/* The cookie stays that of the first look: on 5.10 a socket gets it when somebody asks, and its key must not change. */
+/* The cookie of the first look is kept: on 5.10 a socket may get one later, and its key must not change. */
 struct last_look {
 	struct delivered newest;
 	__u64 cookie;
-	__u64 established; /* the handshake was looked at, and it is still in that state */
+	__u64 established; /* the handshake has given its sample, and the state is still ESTABLISHED */
 };
 
 /* Inserted when a connection is first seen, deleted at tcp_destroy_sock. */
@@ -144,7 +144,7 @@ static __always_inline void look(struct sock *sk, __u64 cookie)
 	struct last_look *seen = bpf_map_lookup_elem(&last_seen, &key);
 
 	if (!seen) {
-		/* Older than the tool: what was measured before it was seen is not counted. */
+		/* Older than the tool: what the kernel measured before is no sample. */
 		if (filter_may_want(sk) && bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
 			COUNT(table_full);
 		return;
@@ -156,8 +156,8 @@ static __always_inline void look(struct sock *sk, __u64 cookie)
 }
 
 /*
- * The handshake of a child whose listener is woken next and becomes known by that (child.bpf.h): its sample waits for its
- * owner, in the same softirq.
+ * The sample of a child's handshake. Where only the listener's wake-up names the listener (child.bpf.h), the sample waits
+ * for it, in the same softirq: then the child has an owner.
  */
 struct awaiting {
 	struct sock *sk; /* NULL: none */
@@ -208,9 +208,9 @@ static __always_inline void sample_handshake(struct sock *sk, __u64 cookie, __u3
 	}
 }
 
-/* Where functions cannot be hooked. The program of `owner` at this tracepoint runs first. */
+/* Where functions cannot be hooked. The program of the object `owner` runs first: it was attached before. */
 UNLESS("half_closed__fentry half_closed__kprobe")
-OPTIONAL("whose a connection is at the end of its handshake")
+OPTIONAL("the owner of a connection at the end of its handshake")
 SEC("tp_btf/sk_data_ready")
 int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, struct sock *listener)
 {
@@ -227,8 +227,8 @@ int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken_ag
 }
 
 /*
- * `again`: for the second copy of the program, if the first one was skipped (recursion.bpf.h). It has left an entry, or the
- * table is full.
+ * `again`: this is the second copy of the program (recursion.bpf.h). If the first one ran, there is an entry, or the table is
+ * full.
  */
 static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie, bool again)
 {
@@ -248,12 +248,12 @@ static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie, boo
 		COUNT(rescued);
 	if (full)
 		COUNT(table_full);
-	/* 0: the SYN or SYN-ACK was retransmitted, and nobody knows which one was answered. */
+	/* 0: the SYN or SYN-ACK was retransmitted, and the kernel does not know which one was answered. */
 	if (us)
 		sample_handshake(sk, cookie, us);
 }
 
-/* Only connections; this function also gets the segments of handshakes and of listeners. */
+/* Only connections: the function also handles segments of handshakes and of listeners. */
 static __always_inline bool half_closed_state(__u8 state)
 {
 	return state == STATE_CLOSE_WAIT || state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2 ||
@@ -264,7 +264,7 @@ struct last_segment {
 	__u64 sk, skb;
 };
 
-/* By processor, the last look at a segment: the second copy would find nothing new there. */
+/* The segment that this CPU looked at last, so that the second copy does not look at it again. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -273,8 +273,8 @@ struct {
 } looked_at SEC(".maps");
 
 /*
- * A softirq interrupts the program where a process handles the segments that came while it held the socket. Two looks at one
- * segment are as good as one, so no note is needed that is right each time; it only spares the second look.
+ * A softirq may interrupt this program while a process handles the segments that came while it held the socket. Two looks
+ * at one segment find one sample. So `looked_at` may be wrong; it only saves the second look.
  */
 SEC("tp_btf/tcp_probe")
 int TRACEPOINT_PROG(segment, struct sock *sk, struct sk_buff *skb)
@@ -305,7 +305,7 @@ int TRACEPOINT_PROG(segment_again, struct sock *sk, struct sk_buff *skb)
 	return 0;
 }
 
-OPTIONAL("but for one at each change of state, samples of connections that one side has closed")
+OPTIONAL("samples of connections that one side has closed, except one at each transition")
 SEC("fentry/tcp_rcv_state_process")
 int FUNCTION_PROG(half_closed__fentry, struct sock *sk)
 {
@@ -369,7 +369,7 @@ int TRACEPOINT_PROG_IF(matters(old_state, new_state), state_again, struct sock *
 	return 0;
 }
 
-/* 1 if there was something to forget. */
+/* 1 if there was an entry to delete. */
 static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* Listeners as they are now, and the processes that hold them. */
+/* A snapshot of the listeners, and the processes that hold them. */
 #ifndef TCPSCOPE_SNAPSHOT_BPF_H
 #define TCPSCOPE_SNAPSHOT_BPF_H
 
@@ -8,21 +8,22 @@
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
 
-#define MAX_LISTENERS 8192 /* the loader gives `connections` as many places */
+#define MAX_LISTENERS 8192 /* listeners.py sizes `connections` alike */
 
 struct listener {
 	struct identity id;
-	struct owner owner; /* who called listen(), or held it first */
+	struct owner owner; /* the process that called listen(); of an older listener, the first holder */
 	struct queues queues;
-	__u32 drops DOC("the socket's own count since listen() (sk_drops): a refused SYN is one, a final ACK two");
-	__u64 socket;   /* address; the two join it with its holders */
-	__u64 since_ns; /* of the call of listen(); 0: it is older than the tool */
+	__u32 drops
+		DOC("the socket's own count since listen() (sk_drops): one per refused SYN, two per refused final ACK");
+	__u64 socket;   /* address; socket and since_ns join a listener with its holders */
+	__u64 since_ns; /* when listen() was called; 0: before the tool */
 	bool wanted;    /* its address passes the filter */
 	bool owner_wanted;
 	__u8 padding[6];
 	__u64 accepts;
 	__u64 last_accept_ns;
-	__u64 net_overflows; /* the counters of the namespace, for samples; all bits set if they cannot be read */
+	__u64 net_overflows; /* counters of the namespace, if refusals are sampled; net_drops -1: not read */
 	__u64 net_drops;
 	__u64 net_full;
 	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */
@@ -32,7 +33,7 @@ struct listener {
 
 const struct listener *listener_anchor __attribute__((unused));
 
-/* A process that has it open. */
+/* A process that has the listener open. */
 struct listener_holder {
 	struct owner owner;
 	__u64 socket;
@@ -45,22 +46,22 @@ struct listener_holder {
 const struct listener_holder *listener_holder_anchor __attribute__((unused));
 
 /*
- * Filled by user space before loading; the verifier walks through as many turns of the loop. 0: the mask of possible CPUs
- * has gaps, which x86 never makes (prefill_possible_map(), topology_init_possible_cpus()). The look-up gives something for
- * a CPU in a gap, too, and it is not that CPU's copy: there the counters cannot be read.
+ * User space sets it before loading, and the verifier walks through as many turns of the loop. 0: the mask of possible CPUs
+ * has gaps, which x86 never makes (prefill_possible_map(), topology_init_possible_cpus()). For a CPU in a gap the look-up
+ * returns something that is no copy of a CPU. So the counters cannot be read there.
  */
 const volatile __u32 possible_cpus;
 
 const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit; /* without one of them user space samples */
 
-/* Then the events are made from snapshots, which needs every listener of a namespace beside its counters. */
+/* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
 static __always_inline bool sampled(void)
 {
 	return send_events && !(hooked_syn_exit && hooked_ack4_exit && hooked_ack6_exit);
 }
 
 /*
- * The namespace's counters over all CPUs. A loop, not bpf_loop(): 5.10 refuses a program with callbacks, used or not.
+ * The namespace's counters, summed over all CPUs. Not by bpf_loop(): 5.10 refuses a program with callbacks, even unused.
  */
 static __noinline int net_counters_read(struct sock *sk, struct listener *record)
 {
@@ -85,7 +86,7 @@ static __noinline int net_counters_read(struct sock *sk, struct listener *record
 	return 0;
 }
 
-/* A listener on :: takes IPv4 too, unless it is for IPv6 only (IPV6_V6ONLY, net.ipv6.bindv6only): -4 and -6 mean it. */
+/* Does the filter want it? -4 includes a listener on ::, which takes IPv4 too, unless it is IPv6 only (IPV6_V6ONLY). */
 static __always_inline bool listener_wanted(struct sock *sk, struct identity *id)
 {
 	struct sock_common *common = &sk->__sk_common;
@@ -101,7 +102,7 @@ static __always_inline bool listener_wanted(struct sock *sk, struct identity *id
 	return wanted;
 }
 
-/* What a look has found, in memory shared with user space, which sets `found_count` to 0 before it looks. */
+/* The listeners that a look has found, in memory shared with user space, which resets `found_count` before each look. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(map_flags, BPF_F_MMAPABLE);
@@ -131,7 +132,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 	record->socket = key;
 	record->since_ns = connection->opened_ns;
 	record->net_drops = -1;
-	/* Before the counters: a refusal in between is then one of the namespace that waits for its packet. */
+	/* Before the counters: of a refusal in between the sampler sees the counter first, and waits for sk_drops. */
 	record->drops = BPF_CORE_READ(sk, sk_drops.counter);
 	if (sampled() && possible_cpus && bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem))
 		net_counters_read(sk, record);
@@ -148,7 +149,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 	return 1;
 }
 
-/* An entry of the table. One that listens no more stays there until it is destroyed. */
+/* An entry of the table. A socket that listens no more has one until it is destroyed. */
 static long look_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
 {
 	struct sock *sk = (struct sock *)*key;

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * What exists now: every TCP socket of a network namespace, and every process that holds one.
+ * All TCP sockets of a network namespace that exist now, and all processes that hold one.
  *
- * iter/tcp shows one network namespace (that of whoever opens it) and sockets without a file too: handshakes, TIME_WAIT,
- * what waits in an accept queue, what was closed and still sends. iter/task_file shows the holders, in all namespaces.
+ * iter/tcp visits the sockets of the namespace in which it is opened, also those without a file: handshakes, TIME_WAIT,
+ * children in an accept queue, closed sockets that still send. iter/task_file visits the holders, in all namespaces.
  */
 
 #include "kernel.bpf.h"
@@ -16,16 +16,16 @@
 struct existing {
 	struct identity id;
 	enum tcp_state state DOC("state");
-	bool timewait; /* a small timewait socket: it has no owner any more */
+	bool timewait; /* a timewait socket, which has no owner any more */
 	__u8 padding[2];
 	__u32 rx_queue_bytes TITLE("RECV-Q") UNIT("bytes") UNKNOWN_IS("max")
-	DOC("received and not yet read, a FIN counts too; null for a listener");
+	DOC("received and not yet read, a FIN included; null for a listener");
 	__u32 tx_queue_bytes TITLE("SEND-Q") UNIT("bytes") UNKNOWN_IS("max")
 	DOC("sent and not yet acknowledged, or not yet sent; null for a listener");
 	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max")
-	DOC("connections that wait for accept(); null but for a listener");
-	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max") DOC("limit of the accept queue; null but for a listener");
-	__u32 uid WIDTH(5) DOC("user that made the socket") UNKNOWN_IS("max");
+	DOC("connections that wait for accept(); only for a listener");
+	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max") DOC("limit of the accept queue; only for a listener");
+	__u32 uid WIDTH(5) DOC("user that created the socket") UNKNOWN_IS("max");
 	__u64 socket;
 };
 
@@ -55,13 +55,13 @@ static __always_inline void full_socket_read(struct tcp_sock *tcp, struct existi
 		record->rx_queue_bytes = record->tx_queue_bytes = -1;
 		return;
 	}
-	/* As tcp_diag_get_info() computes them. copied_seq runs ahead of rcv_nxt by the FIN. */
+	/* As tcp_diag_get_info() computes them. After a FIN copied_seq may be one ahead of rcv_nxt. */
 	unread = BPF_CORE_READ(tcp, rcv_nxt) - BPF_CORE_READ(tcp, copied_seq);
 	record->rx_queue_bytes = unread > 0 ? unread : 0;
 	record->tx_queue_bytes = BPF_CORE_READ(tcp, write_seq) - BPF_CORE_READ(tcp, snd_una);
 }
 
-/* A handshake or a timewait socket: only the common part is there. */
+/* A request or a timewait socket: it has only the common part. */
 static __always_inline void small_socket_read(struct sock_common *common, struct existing *record)
 {
 	identity_read((struct sock *)common, &record->id);
@@ -87,7 +87,7 @@ int existing(struct bpf_iter__tcp *ctx)
 		struct tcp_timewait_sock *timewait = bpf_skc_to_tcp_timewait_sock(common);
 
 		small_socket_read(common, &record);
-		/* A request. The kernel tells the two apart for itself; to a reader both are SYN_RECV, as in ss. */
+		/* A request. Only the kernel distinguishes the two states; ss shows SYN_RECV, too. */
 		if (record.state == STATE_NEW_SYN_RECV)
 			record.state = STATE_SYN_RECV;
 		if (timewait) {

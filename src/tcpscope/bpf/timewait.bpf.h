@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * What follows CLOSE: a small timewait socket, or nothing. An object that includes this defines timewait(), which is called
+ * What follows CLOSE: a timewait socket, or nothing. An object that includes this defines timewait(). The hooks call it
  * before the transition to CLOSE.
  */
 #ifndef TCPSCOPE_TIMEWAIT_BPF_H
@@ -10,7 +10,7 @@
 
 const volatile bool hooked_timewait;
 
-/* tcp_time_wait() was called for a timewait socket in `state`; `made`: there was memory for it. */
+/* The kernel wants a timewait socket in `state`; `made`: it had memory for one. */
 static __always_inline void timewait(struct connection *connection, int state, bool made);
 
 static __always_inline void timewait_called(struct sock *sk, int state, bool made)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /*
- * A change of state, with the time spent in the old one.
+ * A transition, with the time spent in the old state.
  *
- * A connection's first transition happens before its ports or its remote end are set. It is pending until they are: until
- * the SYN leaves, or the next transition. Where the listener of a child becomes known only by its wake-up, the second
+ * At a connection's first transition its local port or its remote end is not set yet. So its event is pending until the SYN
+ * leaves, or until the next transition. Where only the wake-up of a child's listener names the listener, the second
  * transition is pending until then, too.
  */
 
@@ -14,8 +14,8 @@
 #include "state.bpf.h"
 
 struct scratch {
-	__u64 state_since_ns;     /* 0: not seen */
-	struct change pending[2]; /* in their order */
+	__u64 state_since_ns;     /* when it entered the state; 0: not seen */
+	struct change pending[2]; /* the older one first */
 	enum tcp_state followed_by;
 };
 #define HAS_SCRATCH
@@ -36,8 +36,8 @@ enum followed_by {
 struct transition {
 	struct event event;
 	enum role role DOC("who opened it: active = this host, passive = the remote end") UNKNOWN_IS("zero");
-	enum tcp_state old_state DOC("state before");
-	enum tcp_state new_state DOC("state after");
+	enum tcp_state old_state DOC("state before the transition");
+	enum tcp_state new_state DOC("state after the transition");
 	enum followed_by followed_by UNKNOWN_IS("zero")
 	DOC("what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing");
 	__u32 padding;
@@ -84,7 +84,7 @@ static __noinline int transition_emit(const struct connection *connection, const
 	return 0;
 }
 
-/* All that is pending. */
+/* Emits all that is pending. */
 static __noinline int transition_release(struct connection *connection)
 {
 	for (int i = 0; i < 2; i++) {
@@ -99,7 +99,7 @@ static __noinline int transition_release(struct connection *connection)
 	return 0;
 }
 
-/* Of a child whose listener is about to be woken. */
+/* Is this the second transition of a child whose listener the kernel wakes next? */
 static __always_inline bool listener_will_tell(const struct connection *connection, const struct change *change)
 {
 	return hooked_child_woken && connection->role == ROLE_PASSIVE && !connection->listener &&
@@ -149,7 +149,7 @@ static __always_inline void child_known(struct sock *child, struct connection *c
 		transition_release(connection);
 }
 
-/* The SYN is about to leave: the local port is chosen. Without functions to hook, its first retransmission tells. */
+/* The SYN is about to leave: the local port is set. If functions cannot be hooked, its first retransmission tells. */
 static __always_inline void syn_sent(struct sock *sk)
 {
 	struct connection *connection = connection_find(sk);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * All entries of the table, in two ways. An iteration over all maps ends with a call without one, which is the moment to
- * visit them with "bpf: Add bpf_for_each_map_elem() helper" (5.13). Before, there is an iterator over the entries of one
- * map, which some kernels refuse that have iterators otherwise.
+ * A visit to all entries of the table, in two ways. Since "bpf: Add bpf_for_each_map_elem() helper" (5.13) a program can
+ * visit them; it runs at the end of an iteration over all maps, in the call without a map. Before 5.13 there is an iterator
+ * over the entries of one map. Some kernels refuse that one and allow other iterators.
  */
 #ifndef TCPSCOPE_VISIT_BPF_H
 #define TCPSCOPE_VISIT_BPF_H
