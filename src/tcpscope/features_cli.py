@@ -18,9 +18,9 @@ from tcpscope.kernel.spec import Spec
 
 
 def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
-    """The hooks of a probe on this kernel; whether the probe works, None for not known; and why.
+    """The hooks of a probe on this kernel; whether the probe works (None: not known); and why not.
 
-    With privileges the probe is attached for a moment. Without them the answer comes from what can be read.
+    With privileges it attaches the probe for a moment. Without them it answers from the kernel's BTF and files.
     """
     spec = Spec.of(probe)
     try:
@@ -34,13 +34,13 @@ def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, s
 
 
 def needed(tool: toolbox.Tool, kernel: Kernel) -> list[str]:
-    """The capabilities without which the tool does not start on this kernel."""
+    """The capabilities that the tool needs to start on this kernel."""
     memory = () if kernel.accounts_memory_by_cgroup else ("CAP_SYS_RESOURCE",)
     return [*tool.capabilities, *memory]
 
 
 def for_more(tool: toolbox.Tool, hooks: Mapping[str, Hook]) -> dict[str, str]:
-    """Optional capabilities of the tool on this kernel -> what they are for."""
+    """Optional capability of the tool on this kernel -> what it is for."""
     level = perf_event_paranoid()
     probes = [hook.name for hook in hooks.values() if hook.program and hook.program.type in ("kprobe", "kretprobe")]
     if level > 2 and probes:
@@ -50,7 +50,12 @@ def for_more(tool: toolbox.Tool, hooks: Mapping[str, Hook]) -> dict[str, str]:
 
 
 def report(kernel: Kernel) -> list[dict[str, Any]]:
-    """For every tool: its hooks, how each is attached, why not in a better way, and what is not known without it."""
+    """One dict per tool and probe, as `features --json` prints them.
+
+    way        ELF section of the program that is attached; None: the hook is not attached
+    refused    program of each better way -> why this kernel cannot have it
+    not_known  what the tool does not know without the hook; None: the hook is attached
+    """
     result = []
     for name in toolbox.names():
         tool = toolbox.find(name)
@@ -91,17 +96,18 @@ def _run(json: bool) -> None:
         if entry["why"]:
             print(f"  {'cannot tell for sure' if entry['works'] is None else 'does not work here'}: {entry['why']}")
         for hook in entry["hooks"]:
-            print(f"  {hook['hook']:<14} {hook['way'] or 'not attached'}")
-            for why in dict.fromkeys(hook["refused"].values()):
-                print(f"  {'':<14} no better way: {why}" if hook["way"] else f"  {'':<14} {why}")
+            print(f"  {hook['hook']:<17} {hook['way'] or 'not attached'}")
+            for program, why in hook["refused"].items():
+                way = program.partition("__")[2]
+                print(f"  {'':<17} {f'not {way}: ' if way else ''}{why}")
             if hook["not_known"]:
-                print(f"  {'':<14} not known here: {hook['not_known']}")
+                print(f"  {'':<17} not known here: {hook['not_known']}")
 
 
 features = click.Command(
     "features",
     params=[click.Option(["--json"], is_flag=True, help="Print JSON, for programs.")],
     callback=_run,
-    help="Show for every tool which hooks it uses on this kernel, why it cannot use better ones, and what it does not "
-    "know without them. As root, the probes are attached for a moment, to be sure.",
+    help="Show which hooks each tool uses on this kernel, why it cannot use better ones, and what it does not know "
+    "without them. As root, it attaches each probe for a moment, to be sure.",
 )
