@@ -137,7 +137,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["list", "--time", "none"], "No such option"),
         (["list", "--buffer", "64K"], "No such option"),
         (["rtt", "--buffer", "64K"], "No such option"),
-        (["queue", "--events", "-i", "1"], "--interval 1; with --events rows come as things happen"),
+        (["queue", "--events", "-i", "1"], "--interval 1; with --events rows come as events happen"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

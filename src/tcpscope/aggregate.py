@@ -1,4 +1,4 @@
-"""Takes what a probe adds up by key in the kernel (bpf/aggregate.bpf.h), while the probe goes on."""
+"""Reads an aggregate (bpf/aggregate.bpf.h) while programs fill it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tcpscope.session import wait_for_programs
 
 
 class Aggregate:
-    """The aggregate `name` of an object, of struct `value` by struct `key`."""
+    """The aggregate `name` of a loaded object. `key` and `value` name the structs of its keys and values."""
 
     def __init__(self, loaded: Loaded, name: str, key: str, value: str) -> None:
         self._loaded, self._name = loaded, name
@@ -20,15 +20,18 @@ class Aggregate:
         self._value = loaded.spec.layout(value, internal=True)
 
     def take(self) -> Iterator[tuple[Any, Any]]:
-        """Raw rows of keys and values, of what was added since the last call. Read it to its end."""
+        """Remove and return what programs added since the last call: pairs of raw rows of `key` and `value`.
+
+        The caller must exhaust the iterator, or the rest stays in the kernel and is added to a later interval.
+        """
         ended = f"{self._name}_{'odd' if self._epoch[0] & 1 else 'even'}"
         self._epoch[0] += 1
-        wait_for_programs()  # those that may have read the old number
+        wait_for_programs()  # a program may still fill the old map
         yield from self._loaded.entries(ended, self._key, self._value, take=True)
 
 
 def extremes(value: Any) -> tuple[int | None, int | None]:
-    """The least and the greatest of a value that has a `struct extremes`; None if nothing was added."""
+    """The smallest and the largest value that programs added to a `struct extremes`; None if there was none."""
     lowest = [number - 1 for number in _words(value.min) if number]
     return (min(lowest), max(_words(value.max))) if lowest else (None, None)
 

@@ -1,4 +1,4 @@
-"""Listeners as they are now: queues, limits and where they come from, holders, activity. For `queue` and `diagnose`."""
+"""Snapshots of listeners: queues, limits and their origin, holders, activity. For `queue` and `diagnose`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
 
 UNREAD = 2**64 - 1
-LISTENERS_AT_MOST = 8192  # as MAX_LISTENERS and `activities` of the probe
-WALK_SHARE = 100  # walks over all open files take at most this part of the time of one processor
+LISTENERS_AT_MOST = 8192  # MAX_LISTENERS of the probe, and the size of its map `activities`
+WALK_SHARE = 100  # walks over all open files take at most a hundredth of the time of one processor
 MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",
     "mib_reqq_full_cookies": "LINUX_MIB_TCPREQQFULLDOCOOKIES",
     "mib_reqq_full_drop": "LINUX_MIB_TCPREQQFULLDROP",
 }
-"""Constants of the probe -> the enumerator of the kernel that each is the number of."""
+"""Constant of the probe -> the kernel's enumerator whose value it has."""
 
 
 class Holder(msgspec.Struct, frozen=True, order=True):
-    """A process that has the listener open as file descriptor `fd`; None if all that is known is its listen()."""
+    """A process that has the listener open as file descriptor `fd`. `fd` is None if only its listen() was seen."""
 
     pid: int
     comm: str
@@ -43,7 +43,7 @@ _Key = tuple[int, int]  # address of the socket, and when listen() was called; n
 
 
 class NetCounters(NamedTuple):
-    """A namespace's ListenDrops, ListenOverflows and TCPReqQFullDrop; read only where refusals have to be sampled."""
+    """ListenDrops, ListenOverflows and TCPReqQFullDrop of a namespace. Read only if refusals are sampled."""
 
     drops: int
     overflows: int
@@ -54,10 +54,13 @@ class NetCounters(NamedTuple):
 class Listener:
     """One listening socket at one moment.
 
-    `refused` counts by (step, cause) since the tool saw it first, None where the kernel's functions cannot be hooked;
-    `drops` is the socket's own count since listen(): a refused SYN is one, a refused final ACK two, because there the
-    kernel counts the refusal and the packet that is thrown away with it.
-    `oldest_wait_us` is the time since the SYN-ACK of the connection at the head of the accept queue was sent.
+    refused         refusals by (step, cause) since the tool first saw the listener; None if functions cannot be hooked
+    drops           the socket's own count since listen(): one per refused SYN, two per refused final ACK, because the
+                    kernel counts the refusal and the dropped packet
+    accepts         accept() calls that returned a connection; None if accept() cannot be hooked
+    oldest_wait_us  time since the SYN-ACK of the connection at the head of the accept queue; None if it is empty
+    counters        of its namespace; None if they were not read
+    wanted          whether it passes the filter
     """
 
     socket: int
@@ -84,7 +87,7 @@ class Listener:
 
     @property
     def key(self) -> tuple[int, int | None]:
-        """What tells it from others, also from a later one at the same address where the kernel gives cookies."""
+        """Identifies the socket. The cookie, if the kernel gives one, tells it from a later one at the same address."""
         return self.socket, self.cookie
 
     @property
@@ -94,7 +97,7 @@ class Listener:
 
     @property
     def about_limit(self) -> str:
-        """The same as half a sentence."""
+        """The limit and its origin, as a clause for a finding."""
         return self._limit[1]
 
     @property
@@ -114,11 +117,11 @@ class Listener:
 
     @property
     def owner(self) -> Holder | None:
-        """The first of the holders."""
+        """The first holder; None if there is none."""
         return self.holders[0] if self.holders else None
 
     def count(self, *causes: str, step: str | None = None) -> int | None:
-        """Refusals for these causes, at one step or at both; None if not known."""
+        """The number of refusals for these causes, at `step` or at both steps; None if not known."""
         if self.refused is None:
             return None
         return sum(n for (s, cause), n in self.refused.items() if cause in causes and step in (None, s))
@@ -132,14 +135,18 @@ class Listener:
 def open_session(
     filter: Filter, *, events: bool, stacks: bool = False, ring_bytes: int, debug: bool = False
 ) -> Session:
-    """The probe `listeners`, with the numbers of the kernel's counters filled in."""
+    """A session of the probe `listeners`.
+
+    events  whether it sends an event for each refusal
+    stacks  whether an event has the kernel stack
+    """
     kernel = Kernel()
-    # Refusals that have to be sampled are divided among all listeners of a namespace.
+    # If refusals must be sampled, the sampler divides them among all listeners of a namespace.
     constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks, "both_families": events}
     skip = []
     for name, enumerator in MIB.items():
         value = kernel.enumerator(enumerator)
-        if value is None:  # without their numbers the counters cannot be read, and the hooks are of no use
+        if value is None:  # the programs of these hooks cannot read a counter without its number
             skip = ["syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit"]
         constants[name] = value or 0
     return Session(
@@ -156,12 +163,12 @@ def open_session(
 
 
 def sees_refusals(session: Session) -> bool:
-    """Whether every refusal is seen as it happens; otherwise they can only be sampled."""
+    """Whether the probe sees every refusal; otherwise refusals can only be sampled."""
     return why_sampled(session) is None
 
 
 def why_sampled(session: Session) -> str | None:
-    """Why refusals are not seen as they happen; None if they are."""
+    """Why the probe does not see every refusal; None if it does."""
     hooks = session.loaded.hooks
     for name in ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit"):
         if name not in hooks:
@@ -172,11 +179,11 @@ def why_sampled(session: Session) -> str | None:
 
 
 class Snapshots:
-    """All listeners of the machine, again and again.
+    """Takes snapshots of all listeners of the machine.
 
-    A look visits the probe's table of listeners. Who holds a listener is told by a walk over all open files, which
-    takes much longer. A look makes one if the walk before took less than a hundredth of the time since then, in CPU
-    time. What a look without a walk shows of the holders is that old. Of a new listener it shows who called listen().
+    A look visits the probe's table of listeners. A walk over all open files finds the processes that hold them, and
+    takes much longer. A look includes a walk only as long as walks take less than a hundredth of one processor.
+    Otherwise it shows the holders of the last walk, and of a newer listener the process that called listen().
     """
 
     def __init__(self, session: Session) -> None:
@@ -194,14 +201,15 @@ class Snapshots:
         self._next_walk = 0.0
 
     def look(self, all_: bool = False, fresh: bool = False) -> list[Listener]:
-        """Every listener that the filter wants and a process holds; with `all_` those that it does not want, too.
+        """The listeners that pass the filter and that a process holds.
 
-        With `fresh` the holders are those of now.
+        all_   also those that do not pass the filter
+        fresh  walk over all open files in any case, so that the holders are the present ones
         """
         records = self._visit()
         if fresh or time.monotonic() >= self._next_walk:
             self._walk(records)
-            records = self._visit()  # with those that have a place since the walk
+            records = self._visit()  # with the listeners that the walk has added to the table
         found = map(self._listener, records)
         return [own for own in found if own.holders and (own.wanted or all_)]
 
@@ -211,7 +219,7 @@ class Snapshots:
         return self._decode(self._found[: self._count[0] * self._layout.size])
 
     def _walk(self, records: list[Any]) -> None:
-        """Find the holders anew. Of these listeners it is known then if they have none."""
+        """Find all holders. After that a listener of `records` without holders is known to have none."""
         began = time.thread_time()
         holders: dict[_Key, set[Holder]] = defaultdict(set)
         wanted = set()
@@ -240,7 +248,7 @@ class _Holders(NamedTuple):
 
     @classmethod
     def opener(cls, record: Any) -> _Holders:
-        """The process that called listen(), for a listener of which no more is known. None if it was not seen."""
+        """The process that called listen(), for a listener newer than the last walk. No holder if that was not seen."""
         one = Holder(record.pid, comm_text(record.comm), record.uid)
         return cls((one,) if record.pid else (), record.owner_wanted)
 

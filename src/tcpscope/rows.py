@@ -473,13 +473,13 @@ class Queue(msgspec.Struct, frozen=True):
     """handshakes that wait for the final ACK; the accept queue's limit holds for them, too"""
 
     overflows: int | None
-    """refused because the accept queue was full, since the tool sees it"""
+    """handshakes refused because the accept queue was full, since the tool first saw the listener"""
 
     overflows_at_syn: int | None
-    """... of them SYNs"""
+    """overflows at the SYN"""
 
     overflows_at_ack: int | None
-    """... of them final ACKs: the client believes it is connected"""
+    """overflows at the final ACK: the client believes it is connected"""
 
     syn_drops: int | None
     """SYNs refused because the SYN queue was full, or its last quarter reserved"""
@@ -491,16 +491,16 @@ class Queue(msgspec.Struct, frozen=True):
     """the socket's own count since listen() (sk_drops): one per refused SYN, two per refused final ACK"""
 
     accepts: int | None
-    """accept() calls that returned a connection, since the tool sees it"""
+    """accept() calls that returned a connection, since the tool first saw the listener"""
 
     accepts_per_s: float | None
-    """the same per second, since the snapshot before"""
+    """accepts per second, since the snapshot before"""
 
     since_accept_ms: int | None
     """time since the last accept()"""
 
     oldest_wait_ms: int | None
-    """how long its head waits for accept(), since its SYN-ACK"""
+    """how long the head of the accept queue has waited for accept(), since its SYN-ACK"""
 
     somaxconn: int
     """net.core.somaxconn of the namespace"""

@@ -1,4 +1,4 @@
-"""One probe at work: load, attach, seed, drain, and the account of what was seen."""
+"""A session: one probe in the kernel, from its start to its account."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from tcpscope.kernel.spec import Spec
 
 RING_BYTES = 4 << 20
 POLL_SECONDS = 0.1
-_GRACE_SECONDS = 0.05  # a program runs for microseconds
+_GRACE_SECONDS = 0.05  # longer than any program runs
 READY_FD = "TCPSCOPE_READY_FD"
 
 
 @dataclass
 class Stats:
-    """The loss contract: `seen == shown + filtered + lost`, in events. `table_full` and `missed` stand beside it.
+    """The account of a run. The loss contract: `seen == shown + filtered + lost`, in events.
 
-    seen        at the hook, and wanted or not
-    shown       given to the output
-    filtered    not asked for, in the kernel or here; with --max-events also what came after the last one
-    lost        asked for, and no room: in the ring buffer, or in an aggregate's map
+    seen        events at the hook, before any filter
+    shown       events that the reader got
+    filtered    events that the filter excludes, in the kernel or here; with --max-events also those after the last one
+    lost        events that the filter wants, for which the ring buffer or an aggregate had no room
     table_full  connections that found no place in a table of the kernel: their owner and times are not known
-    missed      not in `seen`: runs of a program that the kernel left out because it interrupted itself, and that no
-                second copy of it took; and transitions of connections that no program saw
+    missed      not in `seen`: transitions that no program saw, and runs that the kernel skipped (recursion) of programs
+                that have no second copy; a lower bound
     """
 
     seen: int = 0
@@ -51,6 +51,7 @@ class Stats:
 
     @property
     def lossless(self) -> bool:
+        """Whether `lost`, `table_full` and `missed` are zero."""
         return not (self.lost or self.table_full or self.missed)
 
     def line(self) -> str:
@@ -59,22 +60,28 @@ class Stats:
         if self.table_full:
             text += f"; {self.table_full} times a table was full"
         if self.missed:
-            text += f"; at least {self.missed} times the kernel left a program out"
+            text += f"; at least {self.missed} times the kernel skipped a program"
         return text
 
     def check(self, hint: str = "a narrower filter helps") -> None:
-        """LossError if anything was lost."""
+        """Raise LossError, with `hint`, unless the account is lossless."""
         if not self.lossless:
             raise LossError(f"events were lost: {self.line()}", hint)
 
 
 class Session:
-    """A probe in the kernel, from `with Session(...)` until its end.
+    """A probe in the kernel, from its construction until `close()`, or the end of the `with` block.
 
-    probe     name of the object in bpf/
-    event     name of its event struct, or None if it sends none
-    owners    whether a probe that asks for the owners of sockets needs them in this run
-    filter    what is asked for; what the kernel cannot decide of it is in `residual` and is decided by the caller
+    probe       name of the object in bpf/
+    event       name of its event struct; None: it sends no events in this run
+    filter      the filter of the run. The kernel decides what it can; the caller has to apply the rest, `residual`
+    constants   values of read-only globals of the object, by name
+    entries     sizes of maps, by name
+    skip        hooks that this run does not need
+    owners      whether this run needs the owners of sockets, if the probe uses the object `owner`
+    ring_bytes  size of the ring buffer, a power of two
+
+    Raises the errors of `Loaded`.
     """
 
     def __init__(
@@ -120,7 +127,7 @@ class Session:
             self._counters = Counters(self.loaded)
             self.layout = self.spec.layout(event) if event else None
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
-            self.loaded.run_role("seeds")  # once more: what was made while the hooks were being attached
+            self.loaded.run_role("seeds")  # once more: sockets that were made while the loader attached the hooks
         except BaseException:
             self.close()
             raise
@@ -134,6 +141,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
+        """Unload the probe, and stop using the object `owner`. May be called twice."""
         self.loaded.close()
         self._release()
 
@@ -146,23 +154,23 @@ class Session:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of its objects, a line each."""
+        """What the user should know about the loaded objects, one line each."""
         return [*self.loaded.notes, *(self.owners.loaded.notes if self.owners else ())]
 
     def batches(self) -> Iterator[memoryview]:
-        """What is in the ring now. A batch is valid until the next one is asked for."""
+        """The events that are in the ring now, as bytes. A batch is valid until the next one is asked for."""
         assert self._ring is not None
         return self._ring.batches()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Readable when a quarter of the ring is full."""
+        """File descriptors for poll(): one becomes readable when a quarter of the ring is full."""
         return (self._ring.fd,) if self._ring else ()
 
     def end(self) -> None:
-        """Flush what the probe holds back, detach, and return when no program runs any more: then all is final.
+        """Flush pending events, detach all programs, and wait until none runs: then the counters are final.
 
-        Nothing new is held back then; what forgets sockets stays attached until the flush has looked at them.
+        First it detaches what makes events pending. Programs that delete entries stay attached until the flush is over.
         """
         if self.spec.role("flushes"):
             self.loaded.detach(*self.spec.role("delays"))
@@ -175,9 +183,9 @@ class Session:
     _missed = 0
 
     def account(self) -> Stats:
-        """The statistics so far: what was counted in the kernel, and `shown`, which the caller counts in `stats`.
+        """The account so far: the kernel's counters, and what the caller has counted in `stats`.
 
-        What `owners` lacks is not in it: several sessions may share that.
+        `table_full` and `missed` of the object `owner` are not in it, because several sessions may share that object.
         """
         totals = self.counters()
         return Stats(
@@ -190,12 +198,12 @@ class Session:
         )
 
     def counters(self) -> dict[str, int]:
-        """`struct counters` of output.bpf.h, over all processors."""
+        """`struct counters` of output.bpf.h: counter -> its sum over all processors."""
         return self._counters.read()
 
 
 class Counters:
-    """`struct counters` of output.bpf.h, in an object that is loaded."""
+    """`struct counters` of output.bpf.h, of a loaded object."""
 
     _NAMES = ("seen", "filtered", "lost", "table_full", "rescued", "missed")
 
@@ -203,15 +211,15 @@ class Counters:
         self._words = loaded.memory("counters").cast("Q")
 
     def read(self) -> dict[str, int]:
-        """Over all processors."""
+        """Counter -> its sum over all processors."""
         return {name: sum(self._words[at::8]) for at, name in enumerate(self._NAMES)}
 
 
 class Owners:
-    """Whose each socket is: the object `owner`, loaded once for all sessions of this process that ask for it.
+    """The owners of sockets: the object `owner`, loaded once for all sessions of this process that use it.
 
-    Which sockets have a place in its table depends on the namespace and the family of the filter, and what is known of
-    cgroups on its cgroup: sessions that differ in one of these have another one.
+    The namespace and the family of the filter decide which sockets have an entry, and its cgroup what an entry says of
+    cgroups. Sessions whose filters differ in one of these use another `Owners`.
     """
 
     _shared: ClassVar[dict[tuple[Any, ...], Owners]] = {}
@@ -225,7 +233,7 @@ class Owners:
 
     @classmethod
     def share(cls, filter: Filter, kernel: Kernel, debug: bool = False) -> Owners:
-        """Those for this filter, until `release()`."""
+        """The `Owners` for this filter. Each call needs one `release()`. Raises the errors of `Loaded`."""
         key = (filter.netns, filter.family, filter.cgroup)
         with cls._lock:
             found = cls._shared.get(key)
@@ -240,7 +248,7 @@ class Owners:
             return found
 
     def release(self) -> None:
-        """One user less; the last one unloads it."""
+        """Stop using it. The last user unloads the object."""
         with self._lock:
             self._users -= 1
             if not self._users:
@@ -251,13 +259,13 @@ class Owners:
     _last: Stats | None = None
 
     def account(self) -> Stats:
-        """What it lacks: `table_full` and `missed`."""
+        """Its `table_full` and `missed`; all other fields are zero."""
         return self._last or Stats(table_full=self._counters.read()["table_full"], missed=missed_runs(self.loaded))
 
 
 @contextmanager
 def closed_on_error(session: Session) -> Iterator[Session]:
-    """The session, closed if the block fails: nobody else will."""
+    """The session. If the block raises, the session is closed."""
     try:
         yield session
     except BaseException:
@@ -266,11 +274,10 @@ def closed_on_error(session: Session) -> Iterator[Session]:
 
 
 def missed_runs(loaded: Loaded) -> int:
-    """Runs that the kernel skipped because the program had interrupted itself, and that nobody has made up for.
+    """Runs that the kernel skipped (recursion), of programs that have no second copy.
 
-    Of a program and its second copy one is free for an event, but for a few instructions since 7.0 (recursion.bpf.h).
-    What one of them missed says nothing; what both did is a missed transition, where transitions are followed. What a
-    kernel does not count is 0.
+    If the kernel skips one of two copies, the other handles the event (recursion.bpf.h). If it skips both, a transition
+    is missed, and an object that follows transitions counts it. A kernel that counts no skipped runs adds 0.
     """
     again = [hook.program for hook in loaded.hooks.values() if hook.program and hook.program.again]
     paired = {name for program in again for name in (program.first, program.name)}
@@ -278,18 +285,18 @@ def missed_runs(loaded: Loaded) -> int:
 
 
 def wait_for_programs() -> None:
-    """Return when no BPF program runs any more that runs now."""
-    if lib.tcpscope_wait_for_programs() < 0:  # not to be had with nohz_full
+    """Wait until all BPF programs that run now have ended."""
+    if lib.tcpscope_wait_for_programs() < 0:  # the kernel refuses membarrier() with nohz_full
         time.sleep(_GRACE_SECONDS)
 
 
 def monotonic_ns() -> int:
-    """The kernel's clock of the time stamps (bpf_ktime_get_ns)."""
+    """Nanoseconds of the clock that time stamps have (bpf_ktime_get_ns)."""
     return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
 
 
 def announce_ready() -> None:
-    """Tell whoever asked (by the number of a file descriptor in the environment) that all hooks are attached."""
+    """Write "ready" to the file descriptor that the environment names, if it names one: all hooks are attached."""
     if descriptor := os.environ.get(READY_FD):
         os.write(int(descriptor), b"ready\n")
         os.close(int(descriptor))
@@ -297,7 +304,7 @@ def announce_ready() -> None:
 
 
 def drop_privileges(sessions: Sequence[Session], keep: Sequence[str] = ()) -> tuple[str, ...]:
-    """Give up all capabilities; returns those kept: `keep`, and CAP_BPF where maps cannot be read without it."""
+    """Drop all capabilities but `keep`, and CAP_BPF if this kernel needs it to read maps. Returns those it kept."""
     needed = tuple(keep)
     for session in sessions:
         key, value = ffi.new("uint32_t *"), ffi.new("char[]", session.spec.section_size(".bss"))

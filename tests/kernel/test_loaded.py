@@ -160,7 +160,7 @@ processed 312 insns (limit 1000000) max_states_per_insn 0
 def test_the_end_of_the_verifiers_log() -> None:
     lines = [f"{n}: (bf) r1 = r{n % 9}" for n in range(80)] + ["R7 invalid mem access 'inv'"]
     text = verifier_summary(LOG.format(lines="\n".join(lines)))
-    assert text.startswith("the verifier's last words (75 lines before left out): 75: (bf) r1")
+    assert text.startswith("the verifier's last lines (75 earlier lines omitted): 75: (bf) r1")
     assert "R7 invalid mem access 'inv' | in programs of type kprobe and tracepoint follow kernel pointers with" in text
     assert "processed" not in text
     assert "\n" not in text
@@ -179,7 +179,7 @@ def test_the_report_that_newer_kernels_add_to_the_verifiers_log() -> None:
 def test_a_log_without_the_verifiers_words() -> None:
     assert verifier_summary("") == verifier_summary("processed 0 insns (limit 1000000)") == ""
     other = verifier_summary(LOG.format(lines="back-edge from insn 5 to 3"))
-    assert other == "the verifier's last words (0 lines before left out): back-edge from insn 5 to 3"
+    assert other == "the verifier's last lines (0 earlier lines omitted): back-edge from insn 5 to 3"
 
 
 @pytest.mark.kernel
@@ -196,7 +196,7 @@ def test_a_refused_program_is_struck_out(own: Spec, kernel: Kernel) -> None:
         )
         said = list(explain(Filter(), [SimpleNamespace(spec=own, loaded=loaded, residual=Filter())]))
         at = next(n for n, line in enumerate(said) if "not tp_btf/inet_sock_set_state: refused" in line)
-        assert "the verifier's last words" in said[at + 1]
+        assert "the verifier's last lines" in said[at + 1]
         assert any("invalid mem access" in line for line in said[at + 2 :])
         assert (extra.program, extra.without) == (None, "something")
         assert set(loaded.program_info()) == {"state__good"}
@@ -220,16 +220,16 @@ def test_a_hook_without_a_way_left(own: Spec, kernel: Kernel, monkeypatch: pytes
 @pytest.mark.kernel
 @pytest.mark.every_kernel
 def test_experiment_k(naive: Spec, kernel: Kernel) -> None:
-    """A user's own object that follows skb->sk directly: the verifier's last words and the hint, not 80 lines."""
+    """A user's own object that follows skb->sk directly: the verifier's last lines and the hint, not 80 lines."""
     with pytest.raises(TcpscopeError) as caught:
         Loaded(naive, kernel)
     text = str(caught.value)
     assert text.startswith(
-        "naive: program 'drop': refused by the kernel (Permission denied); the verifier's last words"
+        "naive: program 'drop': refused by the kernel (Permission denied); the verifier's last lines"
     )
     assert "invalid mem access" in text
     assert "BPF_CORE_READ" in text
-    left_out = int(text.partition("last words (")[2].partition(" ")[0])
+    left_out = int(text.partition("last lines (")[2].partition(" ")[0])
     assert left_out > 60
     assert len(text) < 1000
     assert "\n" not in text
@@ -245,10 +245,10 @@ def test_a_long_log_of_the_verifier(tmp_path: Path, kernel: Kernel) -> None:
         Loaded(long, kernel)
     text = str(caught.value)
     assert text.startswith(
-        "naive: program 'drop': refused by the kernel (Permission denied); the verifier's last words"
+        "naive: program 'drop': refused by the kernel (Permission denied); the verifier's last lines"
     )
     assert "invalid mem access" in text
-    assert int(text.partition("last words (")[2].partition(" ")[0]) > 2000
+    assert int(text.partition("last lines (")[2].partition(" ")[0]) > 2000
     assert len(text) < 1000
 
 

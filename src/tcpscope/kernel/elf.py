@@ -1,6 +1,6 @@
 """Reads sections and symbols of a BPF object file: little-endian ELF64, as clang writes it (elf(5)).
 
-It reads only what is needed to find the BTF and the place of a variable. libbpf does the rest.
+It reads what finds the BTF and the offsets of variables. libbpf does the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class _Section(msgspec.Struct, frozen=True):
 
 
 def sections(data: bytes) -> dict[str, bytes]:
-    """The sections of an object file by name. A section without bytes in the file (.bss) is empty."""
+    """The sections of an object file by name. A section without bytes in the file (.bss) is empty.
+
+    Raises MalformedError.
+    """
     found: dict[str, bytes] = {}
     for section in _read(data):
         found.setdefault(section.name, section.data)
@@ -45,7 +48,7 @@ def sections(data: bytes) -> dict[str, bytes]:
 
 
 def symbols(data: bytes) -> list[Symbol]:
-    """The named symbols of an object file."""
+    """The named symbols of an object file. Raises MalformedError."""
     table = _read(data)
     symtabs = (section for section in table if section.type == _SHT_SYMTAB)
     return [symbol for symtab in symtabs for symbol in _symbols(symtab, table)]

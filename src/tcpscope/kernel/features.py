@@ -1,4 +1,4 @@
-"""What the running kernel can do. Asks its BTF, its files and trial loads, never its version."""
+"""What the running kernel can do. It asks the kernel's BTF and files, and loads trial programs; never its version."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALWAYS_CARRIED = 6
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """Yes, or no and the reason."""
+    """Yes, or no with the reason."""
 
     yes: bool
     why: str = ""
@@ -32,10 +32,11 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Kernel:
-    """The running kernel. An answer is computed at the first question.
+    """The running kernel. It computes an answer at the first question. Raises UnsupportedError without BTF.
 
     A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `has_type` and `has_typedef`, which
-    read the BTF, `fentry` and `fentry_on`, which try, and `kprobe` and `release`. All other answers follow from these.
+    read the BTF, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and `release`. All other answers
+    follow from these.
     """
 
     def __init__(self) -> None:
@@ -52,7 +53,7 @@ class Kernel:
         return ffi.gc(btf, lib.tcpscope_btf_free)
 
     def release(self) -> None:
-        """Free the memory of its BTF, some ten megabytes. The next question reads it again."""
+        """Free the kernel's BTF, some ten megabytes. The next question reads it again."""
         self.__dict__.pop("_btf", None)
 
     def parameters(self, function: str) -> int | None:
@@ -61,7 +62,7 @@ class Kernel:
         return count if count >= 0 else None
 
     def enumerator(self, name: str) -> int | None:
-        """The value of an enumerator, also of an anonymous enum."""
+        """The value of an enumerator, also of an anonymous enum; None if there is none with this name."""
         value: int = lib.tcpscope_btf_enumerator(self._btf, name.encode())
         return None if value == -errno.ENOENT else value
 
@@ -79,7 +80,7 @@ class Kernel:
         return self._try_fentry(_TRIAL_FUNCTION)
 
     def fentry_on(self, function: str) -> Answer:
-        """The same for one function. Trampolines carry more than six arguments only since 6.6 on x86."""
+        """Whether this function can be hooked so. On x86 trampolines carry more than six arguments only since 6.6."""
         if not self.fentry or (self.parameters(function) or 0) <= _ALWAYS_CARRIED:
             return self.fentry
         if function not in self._tried:
@@ -102,9 +103,9 @@ class Kernel:
 
     @cached_property
     def accounts_memory_by_cgroup(self) -> bool:
-        """Whether the memory of maps is charged to the memory cgroup, and not to RLIMIT_MEMLOCK.
+        """Whether the kernel charges the memory of maps to the memory cgroup, and not to RLIMIT_MEMLOCK.
 
-        "bpf: Eliminate rlimit-based memory accounting" (5.11); bpf_map has a memory cgroup of its own since then.
+        "bpf: Eliminate rlimit-based memory accounting" (5.11) added the function that this looks for.
         """
         return self.parameters("bpf_map_kmalloc_node") is not None
 
@@ -117,7 +118,7 @@ class Kernel:
         return self.has_type("bpf_mem_alloc")
 
     def can(self, program: Program) -> Answer:
-        """Whether this kernel has what `program` hooks. After a yes, the kernel may still refuse to attach it."""
+        """Whether this kernel has what `program` hooks. The kernel may refuse the program in spite of a yes."""
         if program.needs and self.enumerator(program.needs) is None:
             return Answer(False, f"the kernel has no {program.needs}")
         if program.type in ("fentry", "fexit"):
@@ -154,14 +155,14 @@ _CAPABILITIES = {  # include/uapi/linux/capability.h
 
 
 def capability_masks() -> tuple[int, int]:
-    """Effective and permitted capabilities of this thread, as bit masks."""
+    """Effective and permitted capabilities of this thread, as bit masks. Raises OSError."""
     effective, permitted = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     _check(lib.tcpscope_capabilities(effective, permitted))
     return effective[0], permitted[0]
 
 
 def has_capability(name: str) -> bool:
-    """Whether this thread has the capability, effectively."""
+    """Whether the capability is in the effective set of this thread."""
     return bool(capability_masks()[0] >> _CAPABILITIES[name] & 1)
 
 
@@ -179,7 +180,7 @@ def require_capabilities(*names: str) -> None:
 
 
 def drop_capabilities(keep: tuple[str, ...] = ()) -> None:
-    """Give up every capability of this process but `keep`. It cannot get them back."""
+    """Drop every capability of this process but `keep`, for good. Raises OSError."""
     _, permitted = capability_masks()
     _check(lib.tcpscope_no_new_privileges())
     mask = permitted & sum(1 << _CAPABILITIES[name] for name in keep)
@@ -187,9 +188,10 @@ def drop_capabilities(keep: tuple[str, ...] = ()) -> None:
 
 
 def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
-    """Whether bpf(BPF_MAP_LOOKUP_ELEM) works without an effective capability on this kernel. Tries it.
+    """Whether bpf(BPF_MAP_LOOKUP_ELEM) works without an effective capability. It tries a look-up.
 
-    "bpf: refine kernel.unprivileged_bpf_disabled behaviour" (5.19) allows it. Before, the sysctl forbids all of bpf().
+    "bpf: refine kernel.unprivileged_bpf_disabled behaviour" (5.19) allows it. Before 5.19 the sysctl forbids all of
+    bpf().
     """
     effective, permitted = capability_masks()
     _check(lib.tcpscope_set_capabilities(0, permitted))
@@ -200,10 +202,10 @@ def can_read_maps_without_privilege(map_fd: int, key: Any, value: Any) -> bool:
 
 
 def perf_event_paranoid() -> int:
-    """The sysctl, -1 if it is not known. Above 2, kprobes need CAP_SYS_ADMIN.
+    """The sysctl kernel.perf_event_paranoid, -1 if it is not known. Above 2, kprobes need CAP_SYS_ADMIN.
 
-    Debian and Ubuntu have a level 3 ("security,perf: Allow further restriction of perf_event_open"), for which
-    CAP_PERFMON is not enough. It does not concern programs of type fentry and tp_btf.
+    Debian and Ubuntu have a level 3 ("security,perf: Allow further restriction of perf_event_open"), at which
+    CAP_PERFMON is not enough for kprobes. Programs of type fentry and tp_btf do not depend on it.
     """
     try:
         return int(_PARANOID.read_text())
@@ -212,7 +214,7 @@ def perf_event_paranoid() -> int:
 
 
 def perf_event_denied() -> str:
-    """Why the kernel refuses a kprobe in spite of CAP_PERFMON; empty if perf_event_paranoid does not forbid it."""
+    """Why the kernel refuses a kprobe in spite of CAP_PERFMON; empty if perf_event_paranoid allows it."""
     level = perf_event_paranoid()
     if level <= 2 or has_capability("CAP_SYS_ADMIN"):
         return ""

@@ -1,7 +1,7 @@
-"""What this kernel took of an object: programs attached by the best way it offers, maps, counters.
+"""An object in the kernel: programs attached in the best way that this kernel has, maps, counters.
 
-Which way a hook is attached is decided in three steps: the kernel is asked (features.py), the programs that may work
-are loaded and attached, and a program that is refused all the same is struck out and the next way is tried.
+The loader chooses the way of each hook in three steps. It asks the kernel what it has (features.py). It loads and
+attaches the programs that may work. If the kernel refuses a program, the loader begins again with the next way.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tcpscope.kernel.spec import Program, Spec
 from tcpscope.schema import Layout
 
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
-BATCH_BYTES = 256 << 10  # larger ones are not faster, and their rows are what the tool needs most memory for
+BATCH_BYTES = 256 << 10  # larger batches are not faster, and the rows of a batch take most of the tool's memory
 LEAST_BATCH = 64  # entries of a map
 _VERIFIER_LINES = 6
-# The most that kernels before 5.18 take (bpf_verifier_log_attr_valid). One that is too small loses the log's end, where
-# the reason stands, before 6.4. libbpf only hands it over when a program has been refused: until then it is no memory.
+# The largest that kernels before 5.18 take (bpf_verifier_log_attr_valid). Before 6.4 a small one loses the log's end,
+# with the reason. The pages take no memory until the kernel refuses a program: only then libbpf passes the buffer.
 _VERIFIER_BYTES = 0xFFFFFFFF >> 8
 _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
@@ -37,7 +37,12 @@ _NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
 
 @dataclass(frozen=True)
 class Hook:
-    """One logical hook: the program in use (None: not attached), and why each better way was not taken."""
+    """One logical hook.
+
+    program  the program in use; None: the hook is not attached
+    refused  each better way, by the name of its program -> why this kernel cannot have it
+    without  what is not known without the hook; None: the object does not work without it
+    """
 
     name: str
     program: Program | None
@@ -49,10 +54,11 @@ class Hook:
 class Setup:
     """How an object is to be loaded.
 
-    constants  read-only globals; `hooked_HOOK` and `possible_cpus` are set by the loader where the object has them
-    entries    sizes of maps
+    constants  values of read-only globals, by name. The loader sets `hooked_HOOK` and `possible_cpus` itself
+    entries    sizes of maps, by name
     skip       hooks that this run does not need
-    shared     maps that are those of another object -> their file descriptors
+    shared     maps of other objects that this object uses -> their file descriptors
+    debug      print the messages of libbpf and the verifier's log on stderr
     """
 
     constants: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +71,7 @@ class Setup:
 class _Refused(Exception):
     """The kernel refused one program.
 
-    `log` has the verifier's words, if it was the verifier; `said` is the last that libbpf said.
+    `log` is the verifier's log, if the verifier refused it; `said` is the last message of libbpf.
     """
 
     def __init__(self, program: str, reason: str, log: str = "", said: str = "") -> None:
@@ -82,7 +88,7 @@ class _Refused(Exception):
 
 
 class _NoMemoryError(Exception):
-    """The kernel has no memory for the maps. `said` are libbpf's words."""
+    """The kernel has no memory for the maps. `said` is libbpf's message."""
 
     def __init__(self, said: str) -> None:
         super().__init__(said)
@@ -92,8 +98,12 @@ class _NoMemoryError(Exception):
 class Loaded:
     """An object in the kernel, from `Loaded(spec, kernel, setup)` until `close()`.
 
-    Raises NotPermittedError without the privileges, UnsupportedError when a hook that is not optional has no way.
-    `notes` are what the user should know of it, a line each.
+    Raises NotPermittedError without the privileges, UnsupportedError if a hook that is not optional has no way, and
+    TcpscopeError if libbpf or the kernel cannot load the object.
+
+    hooks     hook -> how it is attached
+    notes     what the user should know about it, one line each
+    verifier  program that the kernel refused -> the end of the verifier's log
     """
 
     def __init__(self, spec: Spec, kernel: Kernel, setup: Setup | None = None) -> None:
@@ -106,7 +116,7 @@ class Loaded:
         self._programs: dict[str, Any] = {}
         self._missed: dict[str, int] = {}
         self._data = ffi.from_buffer(spec.data)
-        self.verifier: dict[str, str] = {}  # program that was refused -> the end of the verifier's log
+        self.verifier: dict[str, str] = {}
         refused = plan_refusals(spec, kernel)
         self._allocates = kernel.allocates_in_programs
         wanted = self._entries = sockets_at_most(tcp_sockets(), self._allocates)
@@ -212,9 +222,9 @@ class Loaded:
             memory[variable.offset : variable.offset + variable.size] = self.spec.pack(variable.type, value)
 
     def _load_error(self, error: int, verifier: str) -> Exception:
-        """What has happened. Which program was refused only libbpf's messages tell: all are unloaded by now.
+        """The exception for a failed load. Only libbpf's messages name the program that the kernel refused.
 
-        A program's log would not: it stays empty where the kernel refuses before it asks the verifier.
+        libbpf has unloaded all programs by now, and the log is empty if the kernel refused one before the verifier ran.
         """
         log = ffi.string(lib.tcpscope_log()).decode(errors="replace")
         if self._setup.debug:
@@ -234,7 +244,7 @@ class Loaded:
         return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}", "; ".join(said[-2:]))
 
     def _attach(self) -> None:
-        """Iterators, what forgets sockets, the seed, then the others: their first event finds its owner."""
+        """Attach iterators and what deletes entries, seed, attach the others: their first event finds its owner."""
         chosen = {hook.program.name: hook.program for hook in self.hooks.values() if hook.program}
         forgetting = self.spec.role("forgets")
         early = [name for name in self._programs if chosen[name].type == "iter" or name in forgetting]
@@ -258,7 +268,7 @@ class Loaded:
 
     @property
     def kernel_bytes(self) -> int:
-        """Memory of the kernel that the maps take now, as it says itself (memlock in fdinfo)."""
+        """Bytes of kernel memory that the maps take now, as the kernel reports them (memlock in fdinfo)."""
         found, table = 0, lib.bpf_object__next_map(self._object, ffi.NULL)
         while table != ffi.NULL:
             lines = Path(f"/proc/self/fdinfo/{lib.bpf_map__fd(table)}").read_text().splitlines()
@@ -267,7 +277,7 @@ class Loaded:
         return found
 
     def memory(self, name: str) -> memoryview:
-        """A global variable in .bss, as memory shared with the kernel: no system call, no privilege."""
+        """A global variable in .bss, as memory shared with the kernel. A read needs no system call and no privilege."""
         variable = self.spec.variables[name]
         mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section))
         return memoryview(mapped)[variable.offset : variable.offset + variable.size]
@@ -277,7 +287,10 @@ class Loaded:
         return memoryview(mmap.mmap(self.map_fd(name), size))
 
     def iterate(self, hook: str, netns_fd: int = -1) -> Iterator[bytes]:
-        """Run an iterator to its end, in the network namespace of `netns_fd` or in this one: pieces of its output."""
+        """Run an iterator to its end, in the network namespace of `netns_fd` (-1: in this one). Yields its output.
+
+        Raises OSError if the kernel cannot run it.
+        """
         program = self.hooks[hook].program
         assert program is not None
         fd = lib.tcpscope_iterate(lib.bpf_link__fd(self._links[program.name]), netns_fd)
@@ -287,9 +300,9 @@ class Loaded:
             yield from pieces(file)
 
     def entries(self, name: str, key: Layout, value: Layout, take: bool = False) -> Iterator[tuple[Any, Any]]:
-        """All entries of a hash map, raw rows of `key` and `value`; with `take` they are taken out of it.
+        """All entries of a hash map: pairs of raw rows of `key` and `value`. With `take` it removes them from the map.
 
-        Of the entries that come or go meanwhile it has those whose bucket is read at the right moment.
+        An entry that programs insert or delete meanwhile may be among them or not. Raises OSError.
         """
         read = lib.bpf_map_lookup_and_delete_batch if take else lib.bpf_map_lookup_batch
         decode_keys, decode_values = key.decoder(raw=True).rows, value.decoder(raw=True).rows
@@ -325,10 +338,10 @@ class Loaded:
                 self.run(hook.name)
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
-        """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), runs that the kernel left out.
+        """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), skipped runs.
 
-        A kernel tells as much as it counts: trampolines since 5.12, tracepoints since they have no recursion (6.1),
-        kernel probes since 6.7 ("bpf: Count missed stats in trace_call_bpf", and `missed` of their links).
+        The kernel counts skipped runs of trampolines since 5.12, of tracepoints since it skips any (6.1), of kernel
+        probes since 6.7 ("bpf: Count missed stats in trace_call_bpf", and `missed` of their links).
         """
         info = ffi.new("struct tcpscope_program_info *")
         result = {}
@@ -338,13 +351,13 @@ class Loaded:
         return result
 
     def _missed_calls(self, name: str) -> int:
-        """Calls for which a kernel probe did not come to run the program; also of one that is detached."""
+        """Calls of the function for which the kernel probe did not run; also after it was detached."""
         if name in self._links:
             self._missed[name] = max(0, lib.tcpscope_link_missed(lib.bpf_link__fd(self._links[name])))
         return self._missed.get(name, 0)
 
     def attach(self, name: str, over: str | None = None) -> None:
-        """Attach a program, an iterator to the map `over`; again after `detach`, too."""
+        """Attach a program, also again after `detach`. `over` is the map that an iterator visits."""
         program = self._programs[name]
         if over:
             link = lib.tcpscope_attach_to_map(program, self.map_fd(over))
@@ -358,7 +371,7 @@ class Loaded:
         self._links[name] = link
 
     def detach(self, *programs: str) -> None:
-        """Detach these programs, or all; maps and counters stay readable."""
+        """Detach these programs; without names, all. Maps and counters stay readable."""
         for name in programs or tuple(self._links):
             if name in self._links:
                 self._missed_calls(name)
@@ -384,27 +397,27 @@ def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:
 
 
 def possible_cpus(mask: Path = Path("/sys/devices/system/cpu/possible")) -> int:
-    """How many processors this kernel may come to have, 0 if they are not numbered from 0 without gaps."""
+    """How many processors this kernel may ever have; 0 if their numbers do not start at 0 or have gaps."""
     first, _, last = mask.read_text().strip().partition("-")
     return int(last or first) + 1 if first == "0" and (last or "0").isdecimal() else 0
 
 
 def sockets_at_most(now: int, allocates: bool) -> int:
-    """For so many sockets a table has room, where there are `now`.
+    """The size of a table with an entry for each socket, if the machine has `now` sockets.
 
-    Where programs allocate, a free place costs 16 bytes (struct bucket, kernel/bpf/hashtab.c): there are four times as
-    many, two million at the most. Elsewhere it costs as much as an entry, some 300 bytes that cannot be swapped out:
-    twice as many, and no more than half a million.
+    allocates  whether programs may allocate entries. Then a free place costs 16 bytes (struct bucket,
+               kernel/bpf/hashtab.c), and there are four per socket, at most two million. Otherwise it costs as much as
+               an entry, some 300 bytes of locked memory, and there are two per socket, at most half a million.
     """
     least, factor, most = (1 << 17, 4, 1 << 21) if allocates else (1 << 16, 2, 1 << 19)
     return min(max(now * factor, least), most)
 
 
 def pieces(file: io.RawIOBase) -> Iterator[bytes]:
-    """What an iterator writes, to its end.
+    """The output of an iterator, in pieces.
 
-    A read that has met a million objects and has nothing to give returns EAGAIN, None here (MAX_ITER_OBJECTS in
-    kernel/bpf/bpf_iter.c): the next one goes on from there.
+    After a million objects without output a read returns EAGAIN (MAX_ITER_OBJECTS in kernel/bpf/bpf_iter.c), which is
+    None here. The next read goes on from there.
     """
     while (piece := file.read(1 << 18)) != b"":
         if piece is not None:
@@ -416,13 +429,13 @@ def spec_names(spec: Spec) -> set[str]:
 
 
 def plan_refusals(spec: Spec, kernel: Kernel) -> dict[str, str]:
-    """Program -> why this kernel cannot have it, for those of which that is known without trying."""
+    """Program -> why this kernel cannot have it. It has only what is known without loading the program."""
     answers = {program.name: kernel.can(program) for program in spec.programs}
     return {name: answer.why for name, answer in answers.items() if not answer}
 
 
 def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset()) -> dict[str, Hook]:
-    """For each hook that is wanted: the first way that is not refused. A second copy is only there if it has one."""
+    """Hook -> its first way that is not in `refused`. A second copy without a way is omitted."""
     hooks = {}
     for name, ways in spec.hooks.items():
         if name in skip:
@@ -437,9 +450,9 @@ def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozense
 
 
 def verifier_lines(log: str) -> list[str]:
-    """What the verifier says of a program, the reason last; empty if it was not asked.
+    """The lines of a verifier's log, the reason last; none if the kernel did not ask the verifier.
 
-    Since 7.3 a report of some fifty lines with excerpts of the source follows the reason: left out.
+    Since 7.3 the log has a report of some fifty lines after the reason, with excerpts of the source. It is omitted.
     """
     lines = log.partition("\nVerification failed: ")[0].splitlines()
     statistics = ("processed ", "verification time", "stack depth")
@@ -447,19 +460,19 @@ def verifier_lines(log: str) -> list[str]:
 
 
 def verifier_summary(log: str) -> str:
-    """The end of a verifier's log, where the reason stands, with a hint for the commonest mistake."""
+    """The end of a verifier's log, which has the reason, with a hint for the commonest mistake."""
     lines = verifier_lines(log)
     if not lines:
         return ""
     shown = lines[-_VERIFIER_LINES:]
-    text = f"the verifier's last words ({len(lines) - len(shown)} lines before left out): " + " | ".join(shown)
+    text = f"the verifier's last lines ({len(lines) - len(shown)} earlier lines omitted): " + " | ".join(shown)
     if "invalid mem access 'inv'" in text or "invalid mem access 'scalar'" in text:
         text += " | in programs of type kprobe and tracepoint follow kernel pointers with BPF_CORE_READ, not directly"
     return text
 
 
 class Ring:
-    """Reader of a ring buffer map of equal records. Its file descriptor is for poll()."""
+    """Reads a ring buffer map whose records are all `record_size` bytes. `fd` is for poll(). Raises OSError."""
 
     def __init__(self, map_fd: int, record_size: int) -> None:
         ring = lib.tcpscope_ring_new(map_fd)
@@ -473,7 +486,7 @@ class Ring:
         self._pointer = ffi.from_buffer(self._buffer)
 
     def batches(self) -> Iterator[memoryview]:
-        """Everything that is in the ring now, in pieces that are valid until the next one is asked for."""
+        """All records that are in the ring now, in batches. A batch is valid until the next one is asked for."""
         while True:
             size = lib.tcpscope_ring_drain(self._ring, self._pointer, BATCH_BYTES, self.record_size)
             if size < 0:

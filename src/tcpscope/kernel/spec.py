@@ -1,9 +1,11 @@
 """What a BPF object file says of itself. Pure: needs no root and no kernel.
 
-A program called `hook` or `hook__way` is one way to attach the logical hook `hook`; the ways are tried in the order of
-the file. What holds for the hook stands on its first way: with the tag `optional:TEXT` it may be missing, and TEXT says
-what is then not known; with `unless:PROGRAMS` it is not needed where one of these is attached; with `role:NAME` the
-loader attaches, runs or detaches it at its time.
+A program called `hook` or `hook__way` is one way to attach the logical hook `hook`. The loader tries the ways in the
+order of the source. The tags on the first way hold for the hook:
+
+    optional:TEXT    the hook may be missing; TEXT says what is not known without it
+    unless:PROGRAMS  the loader omits the hook if one of these programs is attached
+    role:NAME        says when the loader attaches, runs or detaches it
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from tcpscope.schema import Layout, labels_of
 class Program(msgspec.Struct, frozen=True):
     """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`).
 
-    without    what is not known when the hook has no way; None: it cannot be done without
+    without    what is not known without the hook; None: the object does not work without it
     over       the map whose entries an iterator visits
     role       seeds, forgets, delays or flushes (output.bpf.h); empty: none
-    unless     programs that make the hook needless
-    again      the second copy of a program, which takes what the first was left out of; not needed where it has no way
-    arguments  how many the hooked function must have at the least
+    unless     the hook is omitted if one of these programs is attached
+    again      it is the second copy of a program, and handles what the first was skipped for (recursion.bpf.h)
+    arguments  how many arguments the hooked function must have at least
     needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem; empty: none
     """
 
@@ -44,24 +46,27 @@ class Program(msgspec.Struct, frozen=True):
 
     @property
     def hook(self) -> str:
+        """The logical hook that it is a way of."""
         return self.name.partition("__")[0]
 
     @property
     def first(self) -> str:
-        """Of a second copy the first one: `state` of `state_again`, `seen__fentry` of `seen_again__fentry`."""
+        """The first copy of a second one: `state` of `state_again`, `seen__fentry` of `seen_again__fentry`."""
         return self.name.replace("_again", "", 1)
 
     @property
     def type(self) -> str:
+        """`fexit` of `fexit/inet_csk_accept`."""
         return self.section.partition("/")[0]
 
     @property
     def target(self) -> str:
+        """`inet_csk_accept` of `fexit/inet_csk_accept`; empty if the section names none."""
         return self.section.partition("/")[2]
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """A global: where it lies in its section."""
+    """A global variable: its section, offset and size in bytes, and the BTF id of its type."""
 
     section: str
     offset: int
@@ -70,7 +75,7 @@ class Variable(msgspec.Struct, frozen=True):
 
 
 class Spec:
-    """An object file: programs, hooks, global variables, layouts."""
+    """An object file: programs, hooks, global variables, layouts. Raises TcpscopeError if it has no BTF."""
 
     def __init__(self, name: str, data: bytes) -> None:
         self.name = name
@@ -89,7 +94,7 @@ class Spec:
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:
-        """All programs in the order of the source, which is that of their BTF; functions in .text are their callees."""
+        """All programs, in the order of the source, which the BTF keeps. Functions in .text are no programs."""
         found = []
         for symbol in self._symbols:
             function = self.btf.find(symbol.name, B.Kind.FUNC)
@@ -119,12 +124,12 @@ class Spec:
         return hooks
 
     def role(self, role: str) -> frozenset[str]:
-        """The programs of the hooks that have this role."""
+        """The names of the programs whose hooks have this role."""
         return frozenset(way.name for ways in self.hooks.values() if ways[0].role == role for way in ways)
 
     @cached_property
     def shared(self) -> dict[str, str]:
-        """Maps of this object that are those of another object -> its name."""
+        """Map that this object uses of another object -> the name of that object."""
         tags = {
             symbol.name: self.btf.find(symbol.name, B.Kind.VAR) for symbol in self._symbols if symbol.section == ".maps"
         }
@@ -146,11 +151,11 @@ class Spec:
         return next(p.section for p in self.programs if p.name == program)
 
     def section_size(self, section: str) -> int:
-        """Bytes of .rodata or .bss up to the end of its last variable."""
+        """Size in bytes of .rodata or .bss, up to the end of its last variable."""
         return max(v.offset + v.size for v in self.variables.values() if v.section == section)
 
     def pack(self, type_id: int, value: Any) -> bytes:
-        """The bytes of `value` as type `type_id`: dicts for structs, sequences for arrays; what is missing is zero."""
+        """The bytes of `value` as type `type_id`: dicts for structs, sequences for arrays. Missing parts are zero."""
         type_ = self.btf.resolve(type_id)
         size = self.btf.size_of(type_.id)
         if isinstance(value, bytes):
@@ -171,11 +176,11 @@ class Spec:
         return bytes(packed)
 
     def layout(self, name: str, internal: bool = False) -> Layout:
-        """The layout of the struct `name`; with `internal` also of the fields that are not for showing."""
+        """The layout of the struct `name`. With `internal` it has also the fields without DOC."""
         return Layout.of(self.btf, name, internal)
 
     def labels(self, enum: str) -> dict[int, str]:
-        """Value -> name of the enumerators of `enum`, without the prefix that they share."""
+        """Value -> name of each enumerator of `enum`, without their common prefix."""
         found = self.btf.find(enum, B.Kind.ENUM)
         assert isinstance(found, B.Enum)
         return labels_of(self.btf.enumerators(found))
@@ -190,7 +195,7 @@ def probes() -> list[str]:
 
 
 def _shipped(name: str) -> bytes:
-    """A file of `bpf/`. Mostly it lies beside the code: to import importlib.resources would take 5 ms of each start."""
+    """A file of `bpf/`. It is read beside the code if it is there: importlib.resources takes 5 ms to import."""
     try:
         return (Path(__file__).parents[1] / "bpf" / name).read_bytes()
     except FileNotFoundError:  # an editable install has it elsewhere

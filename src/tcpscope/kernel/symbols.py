@@ -1,4 +1,4 @@
-"""Names of kernel addresses, from /proc/kallsyms. Reading real addresses there needs CAP_SYSLOG."""
+"""Names of kernel addresses, from /proc/kallsyms. The kernel shows addresses there only with CAP_SYSLOG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ _KALLSYMS = Path("/proc/kallsyms")
 
 
 class Symbols:
-    """The kernel's functions. `name` returns `function+0x1a`, or the address if it is in no function."""
+    """The kernel's functions, by address. Without CAP_SYSLOG there are none: `len()` is 0.
+
+    lines  those of /proc/kallsyms, instead of reading it
+    """
 
     def __init__(self, lines: list[str] | None = None) -> None:
         found = []
@@ -25,6 +28,7 @@ class Symbols:
         return len(self._names)
 
     def name(self, address: int) -> str:
+        """`function+0x1a`; the address in hexadecimal if it is below all functions."""
         at = bisect_right(self._addresses, address) - 1
         if at < 0:
             return hex(address)

@@ -1,13 +1,13 @@
 """Which listener's SYN queue or accept queue overflows, whose is it, and how full are they?
 
-Without options a table of all listeners, refreshed on a terminal, plain rows every interval in a pipe: both queue
-lengths, their limit and where it comes from, owner, refusals, accepts, and how long the oldest connection waits.
-With --events one row per refused handshake: which queue, at which step (SYN or final ACK), from whom, and the lengths
-and limits at that moment; --stack adds the kernel stack.
+Without options it shows a table of all listeners: both queue lengths, their limit and its origin, owner, refusals,
+accepts, and how long the oldest connection has waited. A terminal is refreshed; a pipe gets rows every interval. With
+--events it shows one row per refused handshake: which queue, at which step (SYN or final ACK), from whom, and the
+lengths and limits at that moment. --stack adds the kernel stack.
 
-The refusals are read off the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and
-SyncookiesSent exactly. Where functions cannot be hooked they are sampled: the number is that of TcpExtListenDrops, the
-listener is the one whose socket has dropped packets meanwhile; the peer is not known, cause and step only at times.
+Refusals come from the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and SyncookiesSent
+exactly. Where functions cannot be hooked, it samples TcpExtListenDrops, and names the listener whose socket has dropped
+packets meanwhile. Then the peer is not known, and the cause and the step only at times.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _EVENTS = (
 
 
 class _Look(NamedTuple):
-    """A listener in a snapshot, when that was taken, and how fast it accepts since the one before."""
+    """A listener in a snapshot, the time of the snapshot, and the accepts per second since the snapshot before."""
 
     listener: Listener
     when: str | float | None
@@ -77,13 +77,13 @@ class _Look(NamedTuple):
 
 
 class _Derived(Column, frozen=True):
-    """A column that the kernel's record does not have."""
+    """A column that is not in the kernel's record. `formula` computes its value."""
 
     formula: Callable[[_Look], Any] = lambda look: None
 
     @classmethod
     def refused(cls, name: str, doc: str, *causes: str, step: str | None = None) -> _Derived:
-        """Refusals for these causes, at a step or at any; None where they are not seen."""
+        """A column that counts refusals for these causes, at `step` or at both; None if they cannot be counted."""
         return cls(name, doc=doc, nullable=True, formula=lambda look: look.listener.count(*causes, step=step))
 
 
@@ -111,12 +111,14 @@ _DERIVED = (
         formula=lambda look: look.listener.limit_from,
     ),
     _Derived.refused(
-        "overflows", "refused because the accept queue was full, since the tool sees it", "ACCEPT_QUEUE_FULL"
+        "overflows",
+        "handshakes refused because the accept queue was full, since the tool first saw the listener",
+        "ACCEPT_QUEUE_FULL",
     ),
-    _Derived.refused("overflows_at_syn", "... of them SYNs", "ACCEPT_QUEUE_FULL", step="SYN"),
+    _Derived.refused("overflows_at_syn", "overflows at the SYN", "ACCEPT_QUEUE_FULL", step="SYN"),
     _Derived.refused(
         "overflows_at_ack",
-        "... of them final ACKs: the client believes it is connected",
+        "overflows at the final ACK: the client believes it is connected",
         "ACCEPT_QUEUE_FULL",
         step="ACK",
     ),
@@ -129,14 +131,14 @@ _DERIVED = (
     _Derived.refused("cookies", "SYNs answered by a SYN cookie", "COOKIE_SENT"),
     _Derived(
         "accepts",
-        doc="accept() calls that returned a connection, since the tool sees it",
+        doc="accept() calls that returned a connection, since the tool first saw the listener",
         nullable=True,
         formula=lambda look: look.listener.accepts,
     ),
     _Derived(
         "accepts_per_s",
         "float",
-        doc="the same per second, since the snapshot before",
+        doc="accepts per second, since the snapshot before",
         nullable=True,
         title="ACCEPT/s",
         formula=lambda look: look.accepts_per_s,
@@ -152,7 +154,7 @@ _DERIVED = (
     _Derived(
         "oldest_wait_ms",
         unit="ms",
-        doc="how long its head waits for accept(), since its SYN-ACK",
+        doc="how long the head of the accept queue has waited for accept(), since its SYN-ACK",
         nullable=True,
         title="WAIT(ms)",
         formula=lambda look: _ms(look.listener.oldest_wait_us),
@@ -223,7 +225,7 @@ def _ms(us: int | None) -> int | None:
 
 
 def _by_urgency(listeners: Iterable[Listener]) -> list[Listener]:
-    """Those that refuse or are full first."""
+    """Listeners that refuse come first, then the fullest."""
     return sorted(
         listeners,
         key=lambda own: (
@@ -257,7 +259,7 @@ class Queue(Stream):
     def columns(self, request: Request) -> tuple[Column, ...]:
         events, stack = request.options["events"], request.options["stack"]
         if events and request.interval is not None:
-            raise UsageError(f"--interval {request.interval:g}", "with --events rows come as things happen")
+            raise UsageError(f"--interval {request.interval:g}", "with --events rows come as events happen")
         for option, given in (("--stack", stack), ("--buffer", request.buffer)):
             if given and not events:
                 raise UsageError(option, "it goes with --events")
@@ -336,7 +338,7 @@ class _Table(Run):
 
 
 class _Sampling(Run):
-    """Rows like those of the events, of what was refused between two looks."""
+    """Rows like those of events, for the refusals between two snapshots."""
 
     counted = True
 
@@ -370,7 +372,7 @@ class _Sampling(Run):
 
 
 def _with_function(rows: list[Any]) -> list[Any]:
-    """Rows whose stacks begin with the function that refused: the trampolines of 7.2 leave no frame of it behind."""
+    """Add the function that refused at the front of a stack: with the trampolines of 7.2 its frame is missing."""
     for row in rows:
         stack: list[str] = getattr(row, "stack", None) or []
         named = any("+" in frame for frame in stack)
@@ -381,12 +383,12 @@ def _with_function(rows: list[Any]) -> list[Any]:
 
 @cache
 def _symbols() -> Symbols:
-    """Read once, and early: when rows are decoded the privilege to see addresses is gone."""
+    """Read once and early: the tool drops CAP_SYSLOG before it decodes rows."""
     return Symbols()
 
 
 def _refuse_unknown(request: Request) -> None:
-    """UnsupportedError for what samples cannot know."""
+    """Raise UnsupportedError if the run needs what sampling does not know."""
     for option, value in request.filter.describe():
         if option in ("--rport", "--raddr"):
             raise UnsupportedError(f"{option} {value}", "peers are not known where functions cannot be hooked")

@@ -1,10 +1,9 @@
 """How long is the round trip, and to whom?
 
-One sample for each acknowledgement that delivered a newer packet than all before: the time from its last transmission
-until then, as the kernel measures it (rack.rtt_us). A packet is what TCP hands to the device, up to 64 KB. A receiver
-of data gives no samples, however many segments it gets. The handshake gives one, too; without SACK it is the only one.
-With --smoothed the kernel's smoothed RTT at that moment instead, as `ss -ti` shows it. Percentiles are known to 1/8 of
-their value; count, min, max and mean are exact. With -n only the keys with the most samples are shown, each time.
+One sample per ACK of new data: the time since that data was last sent, as the kernel measures it (rack.rtt_us). The
+handshake gives a sample, too; without SACK it is the only one. A host that only receives data gives no others. With
+--smoothed a sample is the kernel's smoothed RTT at that moment, as `ss -ti` shows it. Percentiles are accurate to 1/8
+of their value; count, min, max and mean are exact. With -n each result has only the groups with the most samples.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _KEYS = {
     "connection": ("pid", "comm", "laddr", "lport", "raddr", "rport", "cookie"),
 }
 _TOTAL_KEYS = 16384
-"""So many keys, or --max-keys if that is more, have a total: one takes 2 KB, and connections come without end."""
+"""At most so many groups have a total, or --max-keys if that is more. A total takes 2 KB."""
 
 _KEY_COLUMNS = (
     Column("pid", width=7, doc="process that owns the connection", nullable=True),
@@ -48,7 +47,7 @@ _KEY_COLUMNS = (
     Column("rport", doc="remote port"),
     Column("cookie", width=8, doc="socket cookie, what ss -e prints as sk:", nullable=True),
 )
-_TIME = Column("time", "time", doc="when it was read")
+_TIME = Column("time", "time", doc="when the tool read the group from the kernel")
 
 
 class Rtt(Tool):
@@ -104,7 +103,7 @@ class Rtt(Tool):
 
 
 class _Measuring(Run):
-    """The kernel's distributions, taken at each interval and at the end."""
+    """Reads the kernel's distributions at each interval and at the end."""
 
     more = "--max-keys"
 
@@ -129,7 +128,7 @@ class _Measuring(Run):
         yield self._batch("total", reader.total)
         if reader.without_total:
             self.notes.append(
-                f"{len(reader.total)} keys have a total; {reader.without_total} samples of others are in "
+                f"{len(reader.total)} groups have a total; {reader.without_total} samples of others are in "
                 "the intervals only"
             )
         self.stats.shown = reader.samples
@@ -161,7 +160,7 @@ def _parse_by(text: str) -> tuple[str, ...]:
 
 
 class _Reader:
-    """Takes the distributions out of the kernel, and adds them up for the whole run."""
+    """Removes the distributions from the kernel, and adds them up for the whole run."""
 
     def __init__(self, session: Session, capacity: int) -> None:
         self._aggregate = Aggregate(session.loaded, "rtts", "rtt_key", "rtt_value")
@@ -171,7 +170,7 @@ class _Reader:
         self.samples = self.without_total = 0
 
     def take(self) -> dict[Any, Histogram]:
-        """What was measured since the last call, by key; `total` grows by it, as far as there is room."""
+        """The distributions since the last call, by key. Adds them to `total`, as far as there is room."""
         found: dict[Any, Histogram] = {}
         for name in self.owners.keys() - self.total.keys():
             del self.owners[name]
@@ -218,7 +217,7 @@ def _histogram(value: Any) -> Histogram:
     lowest, highest = extremes(value)
     if lowest is None or highest is None:
         return Histogram(buckets, value.sum_us, None, None)
-    # Two runs of the program on one CPU, or on one shard, may overtake each other: then the bucket is what is known.
+    # Two runs of the program may overwrite each other's extremes, on one CPU or in one shard. The buckets are right.
     filled = [index for index, n in enumerate(buckets) if n]
     return Histogram(
         buckets,
