@@ -5,6 +5,7 @@ Constants and layouts: include/uapi/linux/bpf.h.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -54,8 +55,8 @@ def _instructions(sockmap: int) -> bytes:
 
 def to(listener: int) -> int:
     """Steer the connections of this process's network namespace to the listener `listener`, until this is closed."""
-    unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY  # before 5.11 maps count against it
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, unlimited)
+    with contextlib.suppress(ValueError):  # before 5.11 maps count against it, and root may raise it in the guest
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     sockmap = _bpf(_MAP_CREATE, struct.pack("<5I", _SOCKMAP, 4, 8, 1, 0))
     key, value = ctypes.c_uint32(0), ctypes.c_uint64(listener)
     places = struct.pack("<I4xQQQ", sockmap, ctypes.addressof(key), ctypes.addressof(value), 0)

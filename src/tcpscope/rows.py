@@ -72,8 +72,8 @@ class FollowedBy(StrEnum):
 
 class Kind(StrEnum):
     FAST = "FAST"
+    SLOW_START = "SLOW_START"
     RTO = "RTO"
-    RACK = "RACK"
     LOSS_PROBE = "LOSS_PROBE"
     SYN = "SYN"
     SYNACK = "SYNACK"
@@ -561,7 +561,7 @@ class Retrans(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     kind: Kind
-    """FAST: ACKs show the loss; RTO, RACK: a timer expired; LOSS_PROBE: tail loss probe; SYN; SYNACK"""
+    """RTO: the timer expired; SLOW_START: after that; FAST: fast recovery; LOSS_PROBE: of the tail; SYN; SYNACK"""
 
     state: TcpState
     """state of the connection"""

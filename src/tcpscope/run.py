@@ -96,9 +96,7 @@ class Run(ABC):
 
     def account(self) -> Stats:
         """Exact after the end: seen == shown + filtered + lost."""
-        owners = {session.owners for session in self.sessions if session.owners}
-        shared = sum((each.account() for each in owners), Stats())
-        return sum((session.account() for session in self.sessions), shared)
+        return sum((session.account() for session in self.sessions), Stats())
 
     def batches(self, stop: Stop, most: int | None = None) -> Iterator[Batch]:
         """Poll until `stop`, at least once. Yields `NOTHING` each time before it waits.

@@ -111,14 +111,15 @@ class Session:
         if event:
             setup.constants["wakeup_bytes"] = ring_bytes // 4
         self.owners: Owners | None = None
-        if self.spec.shared:
-            if owners:
-                self.owners = Owners.share(filter, self.kernel, debug)
-                setup.shared = {name: self.owners.loaded.map_fd(name) for name in self.spec.shared}
-            else:
-                setup.entries |= dict.fromkeys(self.spec.shared, 1)
+        if self.spec.shared and owners:
+            self.owners = Owners.share(filter, self.kernel, debug)
+        else:
+            setup.entries |= dict.fromkeys(self.spec.shared, 1)
         self.stats = Stats()
         try:
+            if self.owners:
+                self._before = self.owners.account()
+                setup.shared = {name: self.owners.loaded.map_fd(name) for name in self.spec.shared}
             self.loaded = Loaded(self.spec, self.kernel, setup)
         except BaseException:
             self._release()
@@ -148,9 +149,19 @@ class Session:
     def _release(self) -> None:
         if self.owners and not self._released:
             self._released = True
+            self._owned = self._of_owners()
             self.owners.release()
 
     _released = False
+    _before = Stats()
+    _owned: Stats | None = None
+
+    def _of_owners(self) -> Stats:
+        """What the table of owners lacked during this session: final after the end."""
+        if self.owners is None or self._owned is not None:
+            return self._owned or Stats()
+        now, before = self.owners.account(), self._before
+        return Stats(table_full=now.table_full - before.table_full, missed=now.missed - before.missed)
 
     @property
     def notes(self) -> list[str]:
@@ -179,22 +190,23 @@ class Session:
         self.loaded.detach()
         wait_for_programs()
         self._missed = missed_runs(self.loaded)
+        self._owned = self._of_owners()
 
     _missed = 0
 
     def account(self) -> Stats:
-        """The account so far: the kernel's counters, and what the caller has counted in `stats`.
-
-        `table_full` and `missed` of the object `owner` are not in it, because several sessions may share that object.
-        """
+        """The account so far: the kernel's counters, and what the caller has counted in `stats`."""
         totals = self.counters()
-        return Stats(
-            seen=totals["seen"] + self.stats.seen,
-            shown=self.stats.shown,
-            filtered=totals["filtered"] + self.stats.filtered,
-            lost=totals["lost"] + self.stats.lost,
-            table_full=totals["table_full"],
-            missed=totals["missed"] + self._missed,
+        return (
+            Stats(
+                seen=totals["seen"] + self.stats.seen,
+                shown=self.stats.shown,
+                filtered=totals["filtered"] + self.stats.filtered,
+                lost=totals["lost"] + self.stats.lost,
+                table_full=totals["table_full"],
+                missed=totals["missed"] + self._missed,
+            )
+            + self._of_owners()
         )
 
     def counters(self) -> dict[str, int]:
@@ -236,16 +248,23 @@ class Owners:
         """The `Owners` for this filter. Each call needs one `release()`. Raises the errors of `Loaded`."""
         key = (filter.netns, filter.family, filter.cgroup)
         with cls._lock:
-            found = cls._shared.get(key)
-            if found is None:
-                wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
-                setup = Setup(
-                    constants=compiled_filter.constants(wanted), entries={"events": mmap.PAGESIZE}, debug=debug
-                )
-                found = cls._shared[key] = cls(key, Loaded(Spec.of("owner"), kernel, setup))
-                found.loaded.run_role("seeds")
+            found = cls._shared.get(key) or cls._load(key, filter, kernel, debug)
+            cls._shared[key] = found
             found._users += 1
             return found
+
+    @classmethod
+    def _load(cls, key: tuple[Any, ...], filter: Filter, kernel: Kernel, debug: bool) -> Owners:
+        wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
+        constants = compiled_filter.constants(wanted)
+        setup = Setup(constants=constants, entries={"events": mmap.PAGESIZE}, debug=debug)
+        loaded = Loaded(Spec.of("owner"), kernel, setup)
+        try:
+            loaded.run_role("seeds")
+            return cls(key, loaded)
+        except BaseException:
+            loaded.close()
+            raise
 
     def release(self) -> None:
         """Stop using it. The last user unloads the object."""
@@ -253,14 +272,11 @@ class Owners:
             self._users -= 1
             if not self._users:
                 del self._shared[self._key]
-                self._last = self.account()
                 self.loaded.close()
 
-    _last: Stats | None = None
-
     def account(self) -> Stats:
-        """Its `table_full` and `missed`; all other fields are zero."""
-        return self._last or Stats(table_full=self._counters.read()["table_full"], missed=missed_runs(self.loaded))
+        """Its `table_full` and `missed` so far; all other fields are zero. Only for who has not released it."""
+        return Stats(table_full=self._counters.read()["table_full"], missed=missed_runs(self.loaded))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
+from tcpscope.kernel.loaded import Loaded
 from tcpscope.output import Sink, open_sink
 from tcpscope.request import Request
 from tcpscope.run import Batch, Run
@@ -96,20 +97,25 @@ def _print_notes(run: Run) -> None:
 def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
     """How this run works on this kernel: its hooks, the better ways that were refused and why, and who filters."""
     for session in sessions:
-        yield f"probe {session.spec.name}"
-        yield f"  {'memory':<14} {session.loaded.kernel_bytes / 1e6:.1f} MB of the kernel's, for tables and buffer"
-        for hook in session.loaded.hooks.values():
-            yield f"  {hook.name:<14} {hook.program.section if hook.program else 'not attached'}"
-            for name, why in hook.refused.items():
-                yield f"  {'':<14} not {session.spec.section(name)}: {why}"
-                if name in session.loaded.verifier:
-                    yield from (f"  {'':<16} {line}" for line in session.loaded.verifier[name].split(" | "))
-            if hook.program is None and hook.without:
-                yield f"  {'':<14} not known on this kernel: {hook.without}"
+        for loaded in (session.loaded, *([session.owners.loaded] if session.owners else [])):
+            yield from _explain_object(loaded)
         here = dict(session.residual.describe())
         for option, value in filter.describe():
             where = "user space" if option in here else "the kernel"
             yield f"  filter {f'{option} {value}'.strip()}: decided in {where}"
+
+
+def _explain_object(loaded: Loaded) -> Iterator[str]:
+    yield f"probe {loaded.spec.name}"
+    yield f"  {'memory':<14} {loaded.kernel_bytes / 1e6:.1f} MB of the kernel's, for tables and buffer"
+    for hook in loaded.hooks.values():
+        yield f"  {hook.name:<14} {hook.program.section if hook.program else 'not attached'}"
+        for name, why in hook.refused.items():
+            yield f"  {'':<14} not {loaded.spec.section(name)}: {why}"
+            if name in loaded.verifier:
+                yield from (f"  {'':<16} {line}" for line in loaded.verifier[name].split(" | "))
+        if hook.program is None and hook.without:
+            yield f"  {'':<14} not known on this kernel: {hook.without}"
 
 
 class _Screen:

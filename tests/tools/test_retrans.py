@@ -6,6 +6,8 @@ from tests.record import Script, Test, Watch, recorded
 
 PORT = 6711
 RETRANS = Watch("retrans", "--port", f"{PORT}")
+SEGMENTS_OF = {"FAST": "TcpExtTCPFastRetrans", "SLOW_START": "TcpExtTCPSlowStartRetrans"}
+COUNTERS = ("TcpRetransSegs", "TcpExtTCPTimeouts", *SEGMENTS_OF.values())
 COUNTED = Watch("retrans", "--count", "--by", "netns,kind", "--port", f"{PORT}")
 
 
@@ -20,11 +22,12 @@ def test_data(script: Script) -> Test:
     local = near.name()
     near.send_all(100)
     far.read(100)
-    before = {name: script.client.counter(name) for name in ("TcpRetransSegs", "TcpExtTCPTimeouts")}
+    before = {name: script.client.counter(name) for name in COUNTERS}
     with script.client.losing():
         near.send_all(3000)
         near.until_field("retrans", 3)
     far.read(3000)
+    near.until_acknowledged()
     last = near.info()
     after = {name: script.client.counter(name) for name in before}
     seen = yield
@@ -33,9 +36,11 @@ def test_data(script: Script) -> Test:
     assert {(row["raddr"], row["rport"], row["state"]) for row in rows} == {(script.server.ipv4, PORT, "ESTABLISHED")}
     assert sum(row["segs"] for row in rows) == last.info["retrans"]
     assert last.info["retrans"] == after["TcpRetransSegs"].ret - before["TcpRetransSegs"].ret
-    timeouts = after["TcpExtTCPTimeouts"].ret - before["TcpExtTCPTimeouts"].ret
-    assert sum(row["kind"] == "RTO" for row in rows) == timeouts >= 1
-    assert {row["kind"] for row in rows} <= {"RTO", "LOSS_PROBE", "FAST", "RACK"}
+    counted = {name: after[name].ret - before[name].ret for name in COUNTERS}
+    for kind, name in SEGMENTS_OF.items():
+        assert sum(row["segs"] for row in rows if row["kind"] == kind) == counted[name], kind
+    assert sum(row["kind"] == "RTO" for row in rows) == counted["TcpExtTCPTimeouts"] >= 1
+    assert {row["kind"] for row in rows} <= {"RTO", "LOSS_PROBE", *SEGMENTS_OF}
     assert all(0 < row["data_bytes"] <= 3000 for row in rows)
 
 

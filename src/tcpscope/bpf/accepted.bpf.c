@@ -73,8 +73,11 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	struct followed now;
 
 	follow_find(&now, sk, change);
-	if (!now.connection)
+	if (!now.connection) {
+		if (is_birth(change->old_state, change->new_state))
+			connection_born(sk, NULL);
 		return 0;
+	}
 	follow_update(&now, sk, change);
 	if (now.connection->scratch.emitted)
 		connection_forget(sk);

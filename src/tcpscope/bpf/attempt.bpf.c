@@ -334,7 +334,7 @@ static __always_inline void attempt_returned(struct sock *sk, const struct remot
 	else if (stage == STAGE_REPORTED) /* the error that the event has shown */
 		connection->scratch.stage = STAGE_NONE;
 	else if (stage == STAGE_NONE && error && !is_disconnected(error) && !is_answer(sk, error) &&
-		 (connection || filter_may_want(sk)))
+		 (connection || (filter_may_want(sk) && !BPF_CORE_READ((struct tcp_sock *)sk, segs_out))))
 		attempt_failed_early(sk, to, size, error);
 }
 

@@ -55,11 +55,6 @@ int BPF_KPROBE(child6__kprobe, struct sock *listener)
 	return 0;
 }
 
-static __always_inline bool may_have_child(struct sock *sk)
-{
-	return sk->__sk_common.skc_state == STATE_LISTEN && sk->sk_protocol == IPPROTO_TCP;
-}
-
 /* The child of this CPU, not the last one in the accept queue: other CPUs may add children of the same listener. */
 static __always_inline int listener_woken(struct sock *listener)
 {
@@ -80,7 +75,7 @@ static __always_inline int listener_woken(struct sock *listener)
 UNLESS("child4__fentry child4__kprobe")
 OPTIONAL("the listener of a connection before accept()")
 SEC("tp_btf/sk_data_ready")
-int TRACEPOINT_PROG_IF(may_have_child(listener), child_woken, struct sock *listener)
+int TRACEPOINT_PROG_IF(is_tcp_listener(listener), child_woken, struct sock *listener)
 {
 	return listener_woken(listener);
 }
@@ -89,7 +84,7 @@ int TRACEPOINT_PROG_IF(may_have_child(listener), child_woken, struct sock *liste
 UNLESS("child4__fentry child4__kprobe")
 AGAIN
 SEC("tp_btf/sk_data_ready")
-int TRACEPOINT_PROG_IF(may_have_child(listener), child_woken_again, struct sock *listener)
+int TRACEPOINT_PROG_IF(is_tcp_listener(listener), child_woken_again, struct sock *listener)
 {
 	return listener_woken(listener);
 }

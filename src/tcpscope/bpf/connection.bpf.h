@@ -145,13 +145,13 @@ static __always_inline void connection_born(struct sock *sk, struct connection *
 
 	if (!place)
 		return;
-	if (hooked_child4) {
-		if (*place)
-			connection_of_listener(connection, (struct sock *)*place);
-		*place = 0;
-	} else {
-		*place = (__u64)sk;
+	if (!hooked_child4) {
+		*place = connection ? (__u64)sk : 0;
+		return;
 	}
+	if (*place && connection)
+		connection_of_listener(connection, (struct sock *)*place);
+	*place = 0;
 }
 
 /* The listener of a child. NULL if it is not known, or listens no more. */

@@ -36,8 +36,11 @@ static __always_inline void follow_find(struct followed *now, struct sock *sk, c
 	now->connection =
 		makes_entry(change->old_state, change->new_state) ? connection_find_or_add(sk) : connection_find(sk);
 	now->after_miss = now->unseen_start = false;
-	if (!now->connection)
+	if (!now->connection) {
+		if (makes_entry(change->old_state, change->new_state) && filter_may_want(sk))
+			note_no_place(sk, change->new_state);
 		return;
+	}
 	/* A child is a new socket: an entry at its address is that of a socket which is gone. */
 	now->after_miss = missed_transition(
 		sk, now->connection, is_birth(change->old_state, change->new_state) ? STATE_CLOSE : change->old_state);
@@ -63,6 +66,8 @@ static __always_inline void follow_update(struct followed *now, struct sock *sk,
 	struct connection *connection = now->connection;
 
 	if (!connection) {
+		if (birth)
+			connection_born(sk, NULL);
 		__builtin_memset(&now->unlisted, 0, sizeof(now->unlisted));
 		now->unlisted.cookie = birth ? 0 : COOKIE_OF(sk);
 		identity_read(sk, &now->unlisted);

@@ -24,12 +24,11 @@
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
-#define TCP_CA_RECOVERY 3      /* enum tcp_ca_state: include/uapi/linux/tcp.h */
-#define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
-#define ICSK_TIME_REO_TIMEOUT 6
-#define IORING_OP_ACCEPT 13       /* include/uapi/linux/io_uring.h */
-#define SOCKFS_MAGIC 0x534F434B   /* include/uapi/linux/magic.h */
-#define NSEC_PER_SEC 1000000000LL /* include/vdso/time64.h */
+#define TCP_CA_RECOVERY 3 /* enum tcp_ca_state: include/uapi/linux/tcp.h */
+#define TCP_CA_LOSS 4
+#define ICSK_TIME_LOSS_PROBE 5  /* include/net/inet_connection_sock.h */
+#define IORING_OP_ACCEPT 13     /* include/uapi/linux/io_uring.h */
+#define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
 
 /* include/uapi/asm-generic/errno.h, errno-base.h */
 #define EINTR 4
@@ -161,8 +160,6 @@ struct inet_sock { /* include/net/inet_sock.h */
 
 struct request_sock { /* include/net/request_sock.h */
 	struct sock_common __req_common;
-	struct request_sock *dl_next;
-	__u8 num_timeout;
 };
 
 struct tcp_request_sock { /* include/linux/tcp.h */
@@ -171,7 +168,6 @@ struct tcp_request_sock { /* include/linux/tcp.h */
 
 struct request_sock_queue { /* include/net/request_sock.h */
 	atomic_t qlen;
-	atomic_t young;
 	struct request_sock *rskq_accept_head;
 };
 
@@ -213,7 +209,6 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;
-	__u32 snd_cwnd;
 	__u8 repair : 1;
 	int linger2;
 	struct tcp_rack rack;

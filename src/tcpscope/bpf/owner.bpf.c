@@ -33,6 +33,8 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	follow_find(&now, sk, change);
 	if (now.connection)
 		follow_update(&now, sk, change);
+	else if (is_birth(change->old_state, change->new_state))
+		connection_born(sk, NULL);
 	return 0;
 }
 

@@ -2,12 +2,12 @@
 /* A retransmitted segment: why TCP sends it again, and the state of the connection at that moment. */
 #include "socket_event.bpf.h"
 
-enum kind { KIND_FAST, KIND_RTO, KIND_RACK, KIND_LOSS_PROBE, KIND_SYN, KIND_SYNACK } __attribute__((packed));
+enum kind { KIND_FAST, KIND_SLOW_START, KIND_RTO, KIND_LOSS_PROBE, KIND_SYN, KIND_SYNACK } __attribute__((packed));
 
 struct retrans {
 	struct event event;
-	enum kind kind
-		DOC("FAST: ACKs show the loss; RTO, RACK: a timer expired; LOSS_PROBE: tail loss probe; SYN; SYNACK");
+	enum kind kind DOC("RTO: the timer expired; SLOW_START: after that; FAST: fast recovery; LOSS_PROBE: of the "
+			   "tail; SYN; SYNACK");
 	enum tcp_state state DOC("state of the connection");
 	__u16 segs DOC("number of segments, as TcpRetransSegs counts them");
 	__u32 errno KIND("errno") DOC("why it was not sent; Linux before 6.17 does not show such attempts");
@@ -26,7 +26,7 @@ static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state st
 		return KIND_SYN;
 	if (timer == ICSK_TIME_LOSS_PROBE && congestion < TCP_CA_RECOVERY)
 		return KIND_LOSS_PROBE;
-	return timer == ICSK_TIME_REO_TIMEOUT ? KIND_RACK : timer ? KIND_FAST : KIND_RTO;
+	return !timer ? KIND_RTO : congestion == TCP_CA_LOSS ? KIND_SLOW_START : KIND_FAST;
 }
 
 SEC("tp_btf/tcp_retransmit_skb")

@@ -21,6 +21,7 @@
 #include "files.bpf.h"
 #define CONNECTIONS_ARE SHARED("owner")
 #include "connection.bpf.h"
+#include "recursion.bpf.h"
 #include "aggregate.bpf.h"
 #include "bucket.bpf.h"
 
@@ -212,7 +213,7 @@ static __always_inline void sample_handshake(struct sock *sk, __u64 cookie, __u3
 UNLESS("half_closed__fentry half_closed__kprobe")
 OPTIONAL("the owner of a connection at the end of its handshake")
 SEC("tp_btf/sk_data_ready")
-int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, struct sock *listener)
+int TRACEPOINT_PROG_IF(is_tcp_listener(listener), woken, struct sock *listener)
 {
 	return sample_awaiting();
 }
@@ -221,7 +222,7 @@ int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken, s
 UNLESS("half_closed__fentry half_closed__kprobe")
 AGAIN
 SEC("tp_btf/sk_data_ready")
-int TRACEPOINT_PROG_IF(listener->__sk_common.skc_state == STATE_LISTEN, woken_again, struct sock *listener)
+int TRACEPOINT_PROG_IF(is_tcp_listener(listener), woken_again, struct sock *listener)
 {
 	return sample_awaiting();
 }
@@ -239,15 +240,19 @@ static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie, boo
 	struct last_look *seen = again ? bpf_map_lookup_elem(&last_seen, &key) : NULL;
 	bool full;
 
-	if (!filter_may_want(sk) || (seen && seen->established))
+	if (!filter_may_want(sk) || (seen && seen->established) || (again && had_no_place(sk, STATE_ESTABLISHED)))
 		return;
 	full = bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY);
-	if (again && full)
+	if (again && full) {
+		COUNT(missed);
 		return;
+	}
 	if (again)
 		COUNT(rescued);
-	if (full)
+	if (full) {
+		note_no_place(sk, STATE_ESTABLISHED);
 		COUNT(table_full);
+	}
 	/* 0: the SYN or SYN-ACK was retransmitted, and the kernel does not know which one was answered. */
 	if (us)
 		sample_handshake(sk, cookie, us);

@@ -26,6 +26,12 @@ static __always_inline bool is_birth(int old_state, int new_state)
 	return old_state == STATE_LISTEN && new_state == STATE_SYN_RECV;
 }
 
+/* For a socket that the verifier knows as one. Other protocols have a state of this number, too. */
+static __always_inline bool is_tcp_listener(struct sock *sk)
+{
+	return sk->__sk_common.skc_state == STATE_LISTEN && sk->sk_protocol == IPPROTO_TCP;
+}
+
 static __always_inline bool was_established(int state)
 {
 	return state == STATE_ESTABLISHED || state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2 ||

@@ -145,7 +145,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 
 static __always_inline void child_known(struct sock *child, struct connection *connection)
 {
-	if (connection->scratch.pending[1].time_ns)
+	if (connection && connection->scratch.pending[1].time_ns)
 		transition_release(connection);
 }
 
@@ -189,6 +189,7 @@ static __always_inline void timewait(struct connection *connection, int state, b
 
 static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener)
 {
+	child_known(child, connection);
 }
 
 static __always_inline void before_end(struct sock *sk, struct connection *connection)

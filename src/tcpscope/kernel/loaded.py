@@ -24,6 +24,7 @@ from tcpscope.kernel.spec import Program, Spec
 from tcpscope.schema import Layout
 
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
+_CPUS_AT_MOST = 4096
 BATCH_BYTES = 256 << 10  # larger batches are not faster, and the rows of a batch take most of the tool's memory
 LEAST_BATCH = 64  # entries of a map
 _VERIFIER_LINES = 6
@@ -397,9 +398,14 @@ def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:
 
 
 def possible_cpus(mask: Path = Path("/sys/devices/system/cpu/possible")) -> int:
-    """How many processors this kernel may ever have; 0 if their numbers do not start at 0 or have gaps."""
+    """How many processors this kernel may ever have.
+
+    0 if their numbers do not start at 0 or have gaps, or if they are more than 4,096: the verifier refuses a loop over
+    8,190 of them.
+    """
     first, _, last = mask.read_text().strip().partition("-")
-    return int(last or first) + 1 if first == "0" and (last or "0").isdecimal() else 0
+    count = int(last or first) + 1 if first == "0" and (last or "0").isdecimal() else 0
+    return count if count <= _CPUS_AT_MOST else 0
 
 
 def sockets_at_most(now: int, allocates: bool) -> int:
