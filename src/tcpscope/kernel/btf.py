@@ -233,7 +233,7 @@ class Btf:
         return map(self.type, range(1, len(self)))
 
     def type(self, type_id: int) -> Type:
-        """The type with this id."""
+        """The type with this id. BtfError if there is none."""
         kind = self._kind(type_id)
         if kind is Kind.VOID:
             return Type(0, kind, "void")
@@ -273,7 +273,7 @@ class Btf:
         return Ref(*head, third)
 
     def find(self, name: str, kind: Kind) -> Type | None:
-        """The first type of this kind with this name."""
+        """The first type of this kind with this name; None if there is none."""
         return next(self.find_all(name, kind), None)
 
     def find_all(self, name: str, kind: Kind) -> Iterator[Type]:
@@ -316,7 +316,7 @@ class Btf:
         return self.type(type_id)
 
     def size_of(self, type_id: int) -> int:
-        """The size in bytes, as C's `sizeof`."""
+        """The size in bytes, as C's `sizeof`. BtfError for a type that has no size."""
         count = 1
         while (kind := self._kind(type_id)) in _SIZED_BY_ANOTHER:
             if kind is Kind.ARRAY:
@@ -338,7 +338,7 @@ class Btf:
         return names
 
     def enum_value(self, name: str) -> int | None:
-        """The value of an enumerator of any enum, also of an anonymous one."""
+        """The value of an enumerator of any enum, also of an anonymous one; None if there is none with this name."""
         for type_id in self._ids(name, self._by_enumerator):
             enum = self.type(type_id)
             if isinstance(enum, Enum):
@@ -346,7 +346,7 @@ class Btf:
         return None
 
     def func_params(self, name: str) -> list[tuple[str, int]] | None:
-        """The parameters of a function, as pairs of name and type id."""
+        """The parameters of a function, as pairs of name and type id; None if there is no such function."""
         func = self.find(name, Kind.FUNC)
         proto = self.type(func.type_id) if isinstance(func, Func) else None
         return list(proto.params) if isinstance(proto, FuncProto) else None
