@@ -113,12 +113,6 @@ struct closing {
 	__u32 errno;
 };
 
-/* The kernel has received the remote end's FIN, and all data before it: tcp_fin(). */
-static __always_inline bool fin_received(struct sock *sk)
-{
-	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_DONE) & 1;
-}
-
 /*
  * close() has dropped unread data: tcp_close() empties the receive queue before the transition to CLOSE, tcp_disconnect()
  * after it. The remote end's FIN may be unread, too.

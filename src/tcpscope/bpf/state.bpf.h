@@ -52,6 +52,12 @@ static __always_inline bool fin_acked(struct sock *sk, int state)
 	return after_fin(state) && BPF_CORE_READ(tp, snd_una) == BPF_CORE_READ(tp, write_seq);
 }
 
+/* The kernel has received the remote end's FIN, and all data before it: tcp_fin(). */
+static __always_inline bool fin_received(struct sock *sk)
+{
+	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_DONE) & 1;
+}
+
 /* Bytes that the remote end has acknowledged, with the SYN of an active open, but without the FIN. */
 static __always_inline __u64 acked_before_fin(struct sock *sk, int state)
 {
