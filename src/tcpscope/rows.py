@@ -634,6 +634,55 @@ class States(msgspec.Struct, frozen=True):
     """time spent in the old state"""
 
 
+class Top(msgspec.Struct, frozen=True):
+    """A row of `top`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that owns the socket"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    tx_bytes: int
+    """data sent for the first time"""
+
+    rx_bytes: int
+    """data received, once and in order"""
+
+    retrans_bytes: int
+    """data sent again"""
+
+
 class Tracer(msgspec.Struct, frozen=True):
     """A row of `tracer`."""
 
@@ -897,6 +946,14 @@ def open(tool: Literal["states"], /, **asked: Unpack[Asked]) -> Events[States]: 
 
 @overload
 def open(tool: Literal["states"], /, **asked: Unpack[AskedInPart]) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["top"], /, **asked: Unpack[Asked]) -> Events[Top]: ...
+
+
+@overload
+def open(tool: Literal["top"], /, *, by: str = ..., **asked: Unpack[AskedInPart]) -> Events[Any]: ...
 
 
 @overload
