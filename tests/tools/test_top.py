@@ -22,9 +22,9 @@ def sums(rows: list[Row]) -> tuple[int, int, int]:
     return tuple(sum(row[name] for row in rows) for name in ("tx_bytes", "rx_bytes", "retrans_bytes"))  # type: ignore
 
 
-def pair(script: Script, port: int, kind: str = "4", names: str = "client server") -> tuple[Socket, Socket, Call]:
+def pair(script: Script, port: int, kind: str = "4") -> tuple[Socket, Socket, Call]:
     """The two ends of a connection, of a process each, and its client's port."""
-    client, server = (host.process(name) for host, name in zip(script.hosts, names.split(), strict=True))
+    client, server = script.client.process("client"), script.server.process("server")
     listener = server.listener(port, script.server.address(kind))
     near = client.socket(kind)
     near.connect(script.server.address(kind), port)
@@ -141,6 +141,28 @@ def test_older_than_the_tool(script: Script) -> Test:
         near_rows, far_rows = of(seen, watch, script, PORT, local)
         assert sums(near_rows)[:2] == (17, 20)
         assert sums(far_rows)[:2] == (20, 17)
+
+
+@recorded(TOP)
+def test_from_the_accept_queue(script: Script) -> Test:
+    """It is older, but no process holds it at the start: what it has moved before accept() does not count."""
+    server, client = script.server.process("server"), script.client.process("client")
+    with script.older():
+        listener = server.listener(PORT)
+        near = client.socket()
+        near.connect(script.server.ipv4, PORT)
+        local = near.name()
+        near.send_all(1000)
+        near.until_acknowledged()
+    far = listener.accept()
+    near.send_all(10)
+    far.read(1010)
+    close(near, far)
+    seen = yield
+    near_rows, far_rows = of(seen, TOP, script, PORT, local)
+    assert sums(near_rows)[:2] == (10, 0)
+    assert sums(far_rows)[0] == 0
+    assert sums(far_rows)[1] <= 10
 
 
 @recorded(TOP)
