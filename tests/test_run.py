@@ -148,6 +148,8 @@ def test_every_tool_from_python(name: str) -> None:
             waiting.connect_ex(full.getsockname())
         client = socket.create_connection(listener.getsockname())
         child, _ = listener.accept()
+        client.send(b"x")
+        child.recv(1)
         for end in (client, child):
             end.close()
         found = list(rows)
