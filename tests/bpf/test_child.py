@@ -107,3 +107,39 @@ def test_migration(lab: Lab) -> None:
         client.do("client.close()")
         assert {row.pid for row in children.until_states(["CLOSE_WAIT"])} == {new.pid}
         session.end()
+
+
+def test_a_further_subflow(lab: Lab) -> None:
+    """The kernel opens it when it likes; it belongs to the process of the MPTCP socket. Witness: the process itself."""
+    server, client = Puppet(lab.server), Puppet(lab.client, "client")
+    try:
+        server.do("listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)")
+    except AssertionError as error:
+        if "EPROTONOSUPPORT" not in str(error) and "Protocol not" not in str(error):
+            raise
+        pytest.skip("this kernel has no MPTCP")
+    second = "192.0.2.101"
+    for host, *words in (
+        (lab.client, "addr", "add", f"{second}/24", "dev", "veth0"),
+        (lab.client, "mptcp", "limits", "set", "subflows", "2", "add_addr_accepted", "2"),
+        (lab.server, "mptcp", "limits", "set", "subflows", "2", "add_addr_accepted", "2"),
+        (lab.client, "mptcp", "endpoint", "add", second, "dev", "veth0", "subflow"),
+    ):
+        assert host.spawn(["ip", *words]).wait() == 0, words
+    with Session("transition", "transition", Filter(netns=lab.client.inode)) as session:
+        assert session.layout is not None
+        decode = session.layout.decoder().rows
+        server.do("listener.bind((address, port)); listener.listen()", address=lab.server.ipv4, port=PORT)
+        client.do(
+            "client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262); client.connect((address, port))",
+            address=lab.server.ipv4,
+            port=PORT,
+        )
+        server.do("child, _ = listener.accept(); child.send(b'x')")
+        client.do("client.recv(1); client.send(b'x')")
+        # The server does not know the way back to the second address: the subflow stays in SYN_SENT.
+        until(lambda: any(each.laddr == second for each in lab.client.sockets()), "a second subflow")
+        session.end()
+        rows = [row for batch in session.batches() for row in decode(batch)]
+    assert {row.laddr for row in rows} == {lab.client.ipv4, second}
+    assert {(row.comm, row.pid) for row in rows} == {("client", client.pid)}

@@ -29,9 +29,11 @@ MAY_BE_MISSING = {
     "tp_transition_snapshot": "its field is only asked whether it exists",
     "io_kiocb": "with CONFIG_IO_URING",
     "io_uring_cqe": "with CONFIG_IO_URING",
+    "mptcp_subflow_context": "with CONFIG_MPTCP only; its field is asked for before it is read",
     "mptcp_sock": "with CONFIG_MPTCP only; its field is asked for before it is read",
 }
 FIELDS_THAT_MAY_BE_MISSING = {
+    ("tcp_sock", "is_mptcp"): "with CONFIG_MPTCP only, as mptcp_subflow_context, which is asked for first",
     ("tp_transition_snapshot", "srcu_gp"): "came in 7.0; only asked whether it exists",
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
 }

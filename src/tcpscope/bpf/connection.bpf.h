@@ -116,6 +116,18 @@ static __always_inline void connection_begin(struct connection *connection, enum
 	connection->role = role;
 }
 
+/* In the context of connect() or listen(), but for a further subflow of an MPTCP socket. */
+static __always_inline void connection_opened(struct sock *sk, struct connection *connection)
+{
+	struct sock *first = first_subflow(sk);
+	const struct connection *other = first ? connection_find(first) : NULL;
+
+	if (!first)
+		owner_of_current(&connection->opener);
+	else if (other)
+		connection->opener = *connection_owner(other);
+}
+
 /*
  * While the kernel makes a child on this CPU: its listener, or the child if the listener is not known before. Softirqs do
  * not nest, and the value is used once. See child.bpf.h.
@@ -169,7 +181,7 @@ static __always_inline void connection_changed(struct sock *sk, struct connectio
 	if (new_state == STATE_SYN_SENT || new_state == STATE_LISTEN) {
 		/* In the context of connect() or listen(). */
 		connection_begin(connection, new_state == STATE_LISTEN ? ROLE_LISTENER : ROLE_ACTIVE);
-		owner_of_current(&connection->opener);
+		connection_opened(sk, connection);
 	} else if (is_birth(old_state, new_state)) {
 		connection_begin(connection, ROLE_PASSIVE);
 		connection_born(sk, connection);

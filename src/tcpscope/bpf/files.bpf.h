@@ -20,6 +20,22 @@ static __always_inline struct sock *tcp_sock_of_socket(struct socket *socket)
 	return family == AF_INET || family == AF_INET6 ? sk : NULL;
 }
 
+/* Of a further subflow of an MPTCP socket: the first one. The kernel connects it, in the context of any task. Else NULL. */
+static __noinline __attribute__((unused)) struct sock *first_subflow(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	struct mptcp_subflow_context *context;
+	struct mptcp_sock *mptcp;
+	struct sock *first;
+
+	if (!bpf_core_field_exists(struct mptcp_subflow_context, conn) || !BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp))
+		return NULL;
+	context = BPF_CORE_READ(tp, inet_conn.icsk_ulp_data);
+	mptcp = (struct mptcp_sock *)BPF_CORE_READ(context, conn);
+	first = BPF_CORE_READ(mptcp, first);
+	return first != sk ? first : NULL;
+}
+
 /* The TCP socket of a file, or NULL. The files of sockets are in the file system "sockfs". */
 static __always_inline struct sock *tcp_sock_of_file(struct file *file)
 {

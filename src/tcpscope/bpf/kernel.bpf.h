@@ -173,6 +173,7 @@ struct request_sock_queue { /* include/net/request_sock.h */
 
 struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	struct request_sock_queue icsk_accept_queue;
+	void *icsk_ulp_data;
 	__u8 icsk_ca_state : 5;
 	__u8 icsk_pending;
 };
@@ -209,6 +210,7 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;
+	__u8 is_mptcp : 1; /* with CONFIG_MPTCP */
 	__u8 repair : 1;
 	int linger2;
 	struct tcp_rack rack;
@@ -217,6 +219,10 @@ struct tcp_sock { /* include/linux/tcp.h */
 struct mptcp_sock { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 	struct sock *first;
 	struct socket *subflow; /* until 6.5 */
+};
+
+struct mptcp_subflow_context { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
+	struct sock *conn;
 };
 
 struct sk_buff { /* include/linux/skbuff.h */
