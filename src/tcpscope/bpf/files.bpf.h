@@ -28,7 +28,8 @@ static __noinline __attribute__((unused)) struct sock *first_subflow(struct sock
 	struct mptcp_sock *mptcp;
 	struct sock *first;
 
-	if (!bpf_core_field_exists(struct mptcp_subflow_context, conn) || !BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp))
+	if (!bpf_core_field_exists(struct mptcp_subflow_context, conn) ||
+	    !bpf_core_field_exists(struct mptcp_sock, first) || !BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp))
 		return NULL;
 	context = BPF_CORE_READ(tp, inet_conn.icsk_ulp_data);
 	mptcp = (struct mptcp_sock *)BPF_CORE_READ(context, conn);
