@@ -29,6 +29,7 @@ from tcpscope.show import begin
 from tcpscope.stop import Stop
 from tcpscope.tool import find, names
 from tests.conftest import DEADLINE, RunningTool, until
+from tests.puppets import Puppet
 
 REFUSED = 9  # nobody listens there
 STEPS = 2  # a refused connect() is two changes of state
@@ -342,6 +343,24 @@ def test_ctrl_c_leaves_no_trace(lab: Lab, run_tool: type[RunningTool], arguments
         done = tool.wait()
     assert done.status == 0
     assert "^C\r\x1b[K" in text, text
+
+
+def test_the_end_leaves_the_last_whole_interval_on_the_screen(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """What came in the moment between the last interval and the end does not replace it."""
+    ours, theirs = os.openpty()
+    puppet = Puppet(lab.client, "mover")
+    puppet.do(
+        "listener = socket.create_server(('127.0.0.1', 0)); client = socket.create_connection(listener.getsockname())\n"
+        "child, _ = listener.accept()"
+    )
+    command = ("top", "-i", "0.5", "-d", "1", "--netns", str(lab.client.inode), "-o", "table")
+    with run_tool(*command, stdin=theirs, stdout=theirs) as tool:
+        os.close(theirs)
+        puppet.do("for _ in range(300): client.send(b'x' * 100); child.recv(100); time.sleep(0.01)")
+        text = _all_of(ours)
+        done = tool.wait()
+    assert done.status == 0
+    assert "mover" in text.rpartition("\x1b[H\x1b[J")[2]
 
 
 def test_sighup_is_an_end_in_order(lab: Lab, run_tool: type[RunningTool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import BinaryIO
@@ -39,8 +40,8 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
                 clear_interrupt()
             if not screen:
                 sink.rows(batch.rows)
-            elif batch.kind == "snapshot":
-                screen.draw(batch)
+            elif batch.kind == "snapshot" and not (run.over and screen.is_fresh):
+                screen.draw(batch)  # but not what little is left at the end, over a whole interval
             stream.flush()
         if not screen:
             sink.rows([])  # the titles, if no row came
@@ -126,9 +127,16 @@ class _Screen:
         self._columns = [column for column in run.columns if column.kind != "time" or not stamp]
         self._noun, self._clock = run.repeats, Clock(request.time)
         self._request, self._stream = request, stream
+        self._drawn_s = 0.0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it was drawn less than half an interval ago."""
+        return time.monotonic() - self._drawn_s < (self._request.interval or 1.0) / 2
 
     def draw(self, batch: Batch) -> None:
         """Draw the table, cut to the size of the terminal."""
+        self._drawn_s = time.monotonic()
         size = shutil.get_terminal_size()
         page = io.BytesIO()
         open_sink(self._request.output, self._columns, page, self._request.header).rows(batch.rows)
