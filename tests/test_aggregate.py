@@ -1,7 +1,7 @@
 """An aggregate of the test's own, of few lines: what is taken while it is filled sums to what was added.
 
-Each process that adds has a processor of its own. Since 7.0 the kernel leaves a program out for a process while another
-one on its processor is put aside within it.
+Each process that adds runs on its own CPU. Since 7.0 a process may be preempted inside a program, and the kernel then
+skips that program for the other processes of that CPU.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_both_ways_find_all(lab: Lab, monkeypatch: pytest.MonkeyPatch, way: str)
 
 
 def test_holders_are_read_again_when_it_is_time(lab: Lab, walks: list[str]) -> None:
-    """A new listener is known at once, by whoever called listen()."""
+    """A new listener is shown at once. Its holder is the process that called listen()."""
     server, other = Puppet(lab.server, "server"), Puppet(lab.server, "other")
     server.do(LISTEN, first=FIRST, number=1)
     with watching(lab) as session:

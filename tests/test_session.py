@@ -356,9 +356,15 @@ def test_the_end_leaves_the_last_whole_interval_on_the_screen(lab: Lab, run_tool
     command = ("top", "-i", "0.5", "-d", "1", "--netns", str(lab.client.inode), "-o", "table")
     with run_tool(*command, stdin=theirs, stdout=theirs) as tool:
         os.close(theirs)
-        puppet.do("for _ in range(300): client.send(b'x' * 100); child.recv(100); time.sleep(0.01)")
+        puppet.do(
+            "import threading\n"
+            "def move():\n"
+            "    while moving: client.send(b'x'); child.recv(1)\n"
+            "moving = True; thread = threading.Thread(target=move, daemon=True); thread.start()"
+        )
         text = _all_of(ours)
         done = tool.wait()
+        puppet.do("moving = False; thread.join()")
     assert done.status == 0
     assert "mover" in text.rpartition("\x1b[H\x1b[J")[2]
 

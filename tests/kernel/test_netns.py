@@ -135,7 +135,7 @@ def test_without_privilege_it_is_not_known(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_number_that_no_namespace_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever cannot look at all processes knows that, too. All that there are have a larger one."""
+    """Namespaces have larger numbers. So it is refused even if not all processes can be read."""
     visible = netns.visible()
     assert min(visible.namespaces) > netns._FIRST_INODE
     monkeypatch.setattr(netns, "visible", lambda: netns.Visible(visible.namespaces, 1))

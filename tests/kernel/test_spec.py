@@ -41,7 +41,7 @@ def test_programs_stand_in_the_order_of_the_file() -> None:
         found = {
             name: match.start() for name in names if (match := re.search(rf"^int \w+\(.*\b{name}[,)]", source, re.M))
         }
-        assert len(found) > 2
+        assert len(found) >= 2
         assert list(found) == sorted(found, key=lambda name: found[name])
 
 

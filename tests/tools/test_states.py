@@ -380,7 +380,7 @@ def test_owner_is_kept_while_the_socket_outlives_it(script: Script) -> Test:
 
 @recorded(STATES)
 def test_reuseport(script: Script) -> Test:
-    """A child belongs to the listener that the kernel has chosen, from its birth on, whoever else has the address."""
+    """Two processes listen on one address. A child belongs, from its birth, to the one that the kernel chose."""
     host = script.client
     owners = [host.process("first"), host.process("second")]
     listeners = [owner.listener(PORT, reuse_port=True) for owner in owners]

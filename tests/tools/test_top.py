@@ -145,7 +145,7 @@ def test_older_than_the_tool(script: Script) -> Test:
 
 @recorded(TOP)
 def test_from_the_accept_queue(script: Script) -> Test:
-    """It is older, but no process holds it at the start: what it has moved before accept() does not count."""
+    """At the start it waits in an accept queue, and no process holds it. Bytes from before accept() do not count."""
     server, client = script.server.process("server"), script.client.process("client")
     with script.older():
         listener = server.listener(PORT)

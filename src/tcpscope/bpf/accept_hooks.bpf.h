@@ -17,6 +17,20 @@
 /* `connection` has its owner; NULL: no place in the table. `listener` is NULL if it is not known. */
 static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener);
 
+/* For accepted(): both ends of the child, and who accepted it. `unlisted` has room for that if there is no entry. */
+static __always_inline __attribute__((unused)) const struct owner *accepted_by(struct sock *child,
+									       const struct connection *connection,
+									       struct identity *id,
+									       struct owner *unlisted)
+{
+	identity_read(child, id);
+	id->cookie = connection && connection->id.cookie ? connection->id.cookie : cookie_if_any(child);
+	if (connection)
+		return &connection->accepter;
+	owner_of_current(unlisted);
+	return unlisted;
+}
+
 /* accept() returns `child` to the current process. */
 static __noinline int accept_returned(struct sock *child, struct sock *listener)
 {

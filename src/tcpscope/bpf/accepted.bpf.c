@@ -91,14 +91,10 @@ static __always_inline void child_known(struct sock *child, struct connection *c
 static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener)
 {
 	struct identity id = {};
-	struct owner owner = {};
+	struct owner unlisted = {};
+	const struct owner *owner = accepted_by(child, connection, &id, &unlisted);
 
-	identity_read(child, &id);
-	id.cookie = connection && connection->id.cookie ? connection->id.cookie : cookie_if_any(child);
-	if (!connection)
-		owner_of_current(&owner);
-	accepted_emit(&id, connection ? &connection->accepter : &owner, connection ? connection->opened_ns : 0,
-		      listener);
+	accepted_emit(&id, owner, connection ? connection->opened_ns : 0, listener);
 	/* An entry is needed only until accept(). In SYN_RECV it stays: the next transition would add a new one. */
 	if (BPF_CORE_READ(child, __sk_common.skc_state) != STATE_SYN_RECV)
 		connection_forget(child);

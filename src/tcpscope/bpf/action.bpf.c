@@ -72,13 +72,10 @@ static __always_inline void child_known(struct sock *child, struct connection *c
 static __always_inline void accepted(struct sock *child, struct connection *connection, struct sock *listener)
 {
 	struct identity id = {};
-	struct owner owner = {};
+	struct owner unlisted = {};
+	const struct owner *owner = accepted_by(child, connection, &id, &unlisted);
 
-	identity_read(child, &id);
-	id.cookie = connection && connection->id.cookie ? connection->id.cookie : cookie_if_any(child);
-	if (!connection)
-		owner_of_current(&owner);
-	action_emit(bpf_ktime_get_ns(), &id, connection ? &connection->accepter : &owner, ACTION_ACCEPT);
+	action_emit(bpf_ktime_get_ns(), &id, owner, ACTION_ACCEPT);
 }
 
 static __always_inline void before_end(struct sock *sk, struct connection *connection)

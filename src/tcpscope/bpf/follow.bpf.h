@@ -122,22 +122,6 @@ static __always_inline int destroyed(struct sock *sk)
 	return 1;
 }
 
-ROLE("forgets")
-SEC("tp_btf/tcp_destroy_sock")
-int TRACEPOINT_PROG(destroy, struct sock *sk)
-{
-	destroyed(sk);
-	return 0;
-}
-
-AGAIN
-ROLE("forgets")
-SEC("tp_btf/tcp_destroy_sock")
-int TRACEPOINT_PROG(destroy_again, struct sock *sk)
-{
-	if (destroyed(sk))
-		COUNT(rescued);
-	return 0;
-}
+#include "destroy.bpf.h"
 
 #endif

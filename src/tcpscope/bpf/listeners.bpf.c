@@ -175,23 +175,7 @@ static __noinline int destroyed(struct sock *sk)
 	return connection_forget(sk) || was_active;
 }
 
-ROLE("forgets")
-SEC("tp_btf/tcp_destroy_sock")
-int TRACEPOINT_PROG(destroy, struct sock *sk)
-{
-	destroyed(sk);
-	return 0;
-}
-
-AGAIN
-ROLE("forgets")
-SEC("tp_btf/tcp_destroy_sock")
-int TRACEPOINT_PROG(destroy_again, struct sock *sk)
-{
-	if (destroyed(sk))
-		COUNT(rescued);
-	return 0;
-}
+#include "destroy.bpf.h"
 
 /*
  * Seeds the listeners that are older than the tool, and writes a record for each process that holds a listener, in all

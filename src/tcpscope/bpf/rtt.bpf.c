@@ -382,20 +382,4 @@ static __noinline int destroyed(struct sock *sk)
 	return !bpf_map_delete_elem(&last_seen, &key);
 }
 
-ROLE("forgets")
-SEC("tp_btf/tcp_destroy_sock")
-int TRACEPOINT_PROG(destroy, struct sock *sk)
-{
-	destroyed(sk);
-	return 0;
-}
-
-AGAIN
-ROLE("forgets")
-SEC("tp_btf/tcp_destroy_sock")
-int TRACEPOINT_PROG(destroy_again, struct sock *sk)
-{
-	if (destroyed(sk))
-		COUNT(rescued);
-	return 0;
-}
+#include "destroy.bpf.h"

@@ -1,7 +1,7 @@
 """An object in the kernel: programs attached in the best way that this kernel has, maps, counters.
 
-The loader chooses the way of each hook in three steps. It asks the kernel what it has (features.py). It loads and
-attaches the programs that may work. If the kernel refuses a program, the loader begins again with the next way.
+The loader first asks the kernel which hooks it has (features.py). It then loads and attaches the best program of each
+hook. If the kernel refuses one, the loader starts again with the next program of that hook.
 """
 
 from __future__ import annotations

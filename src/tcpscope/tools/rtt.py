@@ -170,7 +170,7 @@ class _Reader:
         self.samples = self.without_total = 0
 
     def take(self) -> dict[Any, Histogram]:
-        """The distributions since the last call, by key. Adds them to `total`, as far as there is room."""
+        """Key -> distribution since the last call. Adds each to `total`, unless that has its most keys already."""
         found: dict[Any, Histogram] = {}
         for name in self.owners.keys() - self.total.keys():
             del self.owners[name]

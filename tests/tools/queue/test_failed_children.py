@@ -50,7 +50,7 @@ def children(tmp_path: Path) -> Iterator[memoryview]:
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("family", ["4", "6", "mapped"])
 def test_fast_open(lab: Lab, run_tool: type[RunningTool], children: memoryview, family: str) -> None:
-    """The child is tried within tcp_conn_request(), which goes on without it: one refusal, at the SYN."""
+    """tcp_conn_request() fails to make the child and continues without it. That is one refusal, at the SYN."""
     lab.server.sysctl("tcp_fastopen", ENABLED)
     lab.client.sysctl("tcp_fastopen", WITHOUT_COOKIE)
     kind = socket.AF_INET6 if family == "6" else socket.AF_INET
