@@ -79,7 +79,7 @@ def test_every_column_is_described(probe: str) -> None:
     for layout in layouts:
         for field in layout.fields:
             assert field.doc, field
-            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", "stack", "errno"), field
+            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", "stack", "errno", "text"), field
             if field.unit and field.kind != "time":
                 assert field.name.endswith(f"_{field.unit}"), field
 
@@ -134,6 +134,23 @@ def test_not_known_is_none_and_zero_is_zero() -> None:
 def test_a_value_without_a_name_is_shown_as_it_is() -> None:
     (row,) = decode(record(new_state=99))
     assert row.new_state == "99"
+
+
+def test_the_running_kernel_names_a_value() -> None:
+    """Not the object: another kernel may give the value another name, or none."""
+    layout = Spec.of("retrans").layout("retrans").select(["ca_state"])
+    assert layout.field("ca_state").type == str | None
+
+    def named(names: dict[str, dict[int, str]], value: int) -> Any:
+        field = layout.field("ca_state")
+        data = bytearray(layout.size)
+        struct.pack_into(f"<{field.format}", data, field.offset, value)
+        (row,) = layout.named(lambda enum: names.get(enum, {})).decoder().rows(data)
+        return row.ca_state
+
+    here = {"tcp_ca_state": {0: "TCP_CA_Open", 3: "TCP_CA_Slow", 7: "OTHER"}}
+    assert [named(here, value) for value in (0, 3, 7, 4, 255)] == ["Open", "Slow", "OTHER", "4", None]
+    assert named({}, 3) == "3"
 
 
 def test_a_batch_is_rows_in_order() -> None:

@@ -566,6 +566,9 @@ class Retrans(msgspec.Struct, frozen=True):
     state: TcpState
     """state of the connection"""
 
+    ca_state: str | None
+    """state of congestion control"""
+
     segs: int
     """number of segments, as TcpRetransSegs counts them"""
 

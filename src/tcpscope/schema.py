@@ -5,6 +5,7 @@ The C struct is the only description of an event. Its fields have tags (see `bpf
     doc:TEXT       what the field means; a field without it is internal and not shown
     unit:TEXT      us, ns, bytes, ...; the field's name ends with it, too
     kind:TEXT      how to read the bytes: address, comm, time, stack, errno
+    named_by:TEXT  an enum of the running kernel, whose enumerators name the value, and a prefix that is left out
     unknown:TEXT   zero or max (all bits set): the value that means "not known"; it becomes None
     title:TEXT     title of the column in a table, if it is not the name
     width:NUMBER   width of that column
@@ -59,6 +60,7 @@ class Field(msgspec.Struct, frozen=True):
     title: str = ""
     width: int = 0
     enum: str = ""
+    named_by: str = ""
 
     @property
     def type(self) -> Any:
@@ -91,6 +93,10 @@ class Layout(msgspec.Struct, frozen=True):
         names = [field.name for field in self.fields]
         raise UsageError(f"unknown column '{name}'", did_you_mean(name, names) or f"there are {', '.join(names)}")
 
+    def named(self, enumerators: Callable[[str], Mapping[int, str]]) -> Layout:
+        """With the running kernel's names where fields have the tag `named_by`. `enumerators` reads an enum."""
+        return msgspec.structs.replace(self, fields=tuple(_named(field, enumerators) for field in self.fields))
+
     def select(self, names: Iterable[str]) -> Layout:
         """The layout with only these fields, in this order."""
         return Layout(self.name, self.size, tuple(self.field(name) for name in names))
@@ -101,6 +107,14 @@ class Layout(msgspec.Struct, frozen=True):
         `frame` gives the name of a stack frame's address.
         """
         return Decoder(self, clock or Clock(), raw, frame)
+
+
+def _named(field: Field, enumerators: Callable[[str], Mapping[int, str]]) -> Field:
+    if not field.named_by:
+        return field
+    enum, prefix = field.named_by.split(" ")
+    labels = {value: name.removeprefix(prefix) for value, name in enumerators(enum).items()}
+    return msgspec.structs.replace(field, labels=labels)
 
 
 def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
@@ -120,6 +134,8 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             enum = type_.name
             labels = labels_of(btf.enumerators(type_))
             kind = "enum"
+        elif "named_by" in tags:
+            kind = "text"
         elif not kind:
             kind = "bool" if isinstance(type_, B.Int) and type_.is_bool else "int"
         signed = isinstance(type_, B.Int) and type_.signed
@@ -141,6 +157,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             title=tags.get("title", ""),
             width=int(tags.get("width", 0)),
             enum=enum,
+            named_by=tags.get("named_by", ""),
         )
 
 

@@ -117,6 +117,7 @@ class Session:
             setup.entries |= dict.fromkeys(self.spec.shared, 1)
         self.stats = Stats()
         try:
+            self.layout = self.spec.layout(event).named(self.kernel.enumerators) if event else None
             if self.owners:
                 self._before = self.owners.account()
                 setup.shared = {name: self.owners.loaded.map_fd(name) for name in self.spec.shared}
@@ -126,7 +127,6 @@ class Session:
             raise
         try:
             self._counters = Counters(self.loaded)
-            self.layout = self.spec.layout(event) if event else None
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
             self.loaded.run_role("seeds")  # once more: sockets that were made while the loader attached the hooks
         except BaseException:

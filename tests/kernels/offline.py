@@ -35,6 +35,9 @@ class Offline(Kernel):
     def enumerator(self, name: str) -> int | None:
         return self.btf.enum_value(name)
 
+    def enumerators(self, enum: str) -> dict[int, str]:
+        return next((self.btf.enumerators(found) for found in self.types(enum, Kind.ENUM)), {})
+
     def has_type(self, name: str) -> bool:
         return any(self.types(name, kind) for kind in (Kind.STRUCT, Kind.UNION, Kind.ENUM))
 

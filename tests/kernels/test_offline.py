@@ -37,6 +37,15 @@ def test_enumerators(here: Offline, name: str) -> None:
     assert here.enumerator(name) == Kernel().enumerator(name)
 
 
+@pytest.mark.parametrize("enum", ["tcp_ca_state", "skb_drop_reason", "no_such_enum", "tcp_sock"])
+def test_the_names_of_an_enum(here: Offline, enum: str) -> None:
+    assert here.enumerators(enum) == Kernel().enumerators(enum)
+
+
+def test_the_names_of_an_enum_are_the_kernels(here: Offline) -> None:
+    assert here.enumerators("tcp_ca_state")[4] == "TCP_CA_Loss"
+
+
 @pytest.mark.parametrize("name", ["tcp_sock", "bpf_func_id", "in6_addr", "no_such_type"])
 def test_types(here: Offline, name: str) -> None:
     assert here.has_type(name) == Kernel().has_type(name)

@@ -31,8 +31,8 @@ EVENTS = (*CHANGES, "inet_sk_error_report", "tcp_probe", "tcp_receive_reset", "t
 CLONE_NEWNS = 0x20000
 NAME = "tcpscope-ftrace-"
 """Of mounts and of ring buffers; the number of their process follows."""
-BUFFER_KIB = 16384
-"""For each processor: 150,000 events."""
+BUFFER_KIB = 65536
+"""For each processor: 600,000 events, those of other programs that use these ports among them."""
 
 _LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\]\s+(\S+)\s+(\d+)\.(\d+): (\w+):(.*)")
 _PORT = re.compile(r"\b[sd]port=(\d+)|(?:src|dest)=\S+:(\d+)\b")

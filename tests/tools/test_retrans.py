@@ -41,6 +41,9 @@ def test_data(script: Script) -> Test:
         assert sum(row["segs"] for row in rows if row["kind"] == kind) == counted[name], kind
     assert sum(row["kind"] == "RTO" for row in rows) == counted["TcpExtTCPTimeouts"] >= 1
     assert {row["kind"] for row in rows} <= {"RTO", "LOSS_PROBE", *SEGMENTS_OF}
+    assert {row["ca_state"] for row in rows if row["kind"] in ("RTO", "SLOW_START")} == {"Loss"}  # tcp_enter_loss()
+    assert {row["ca_state"] for row in rows if row["kind"] == "LOSS_PROBE"} <= {"Open", "Disorder", "CWR"}
+    assert {row["ca_state"] for row in rows if row["kind"] == "FAST"} <= {"Recovery"}
     assert all(0 < row["data_bytes"] <= 3000 for row in rows)
 
 
@@ -64,6 +67,7 @@ def test_handshakes(script: Script) -> Test:
         assert (row["comm"], row["state"], row["segs"], row["data_bytes"]) == (client.comm, "SYN_SENT", 1, 0)
     for row in answers:
         assert (row["kind"], row["comm"], row["state"], row["segs"]) == ("SYNACK", server.comm, "SYN_RECV", 1)
+        assert row["ca_state"] is None
         assert (row["laddr"], row["lport"], row["raddr"]) == (script.server.ipv4, PORT, script.client.ipv4)
     assert len(syns) == again[script.client].ret >= 1
     assert len(answers) == again[script.server].ret >= 1

@@ -17,7 +17,9 @@ char LICENSE[] = "Dual BSD/GPL";
 #define WIDTH(number)                                                                                                 \
 	__attribute__((btf_decl_tag("width:" #number))) /* of the column, if most values are shorter than the type */
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
-#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))          /* address, comm, time, stack, errno */
+#define KIND(text) __attribute__((btf_decl_tag("kind:" text))) /* address, comm, time, stack, errno */
+/* An enum of the running kernel names the value; `prefix` is left out. A value without a name is shown as a number. */
+#define NAMED_BY(enum, prefix) __attribute__((btf_decl_tag("named_by:" enum " " prefix)))
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
 /* On the first way of a hook: the probe works without the hook; the text says what it does not know then. */

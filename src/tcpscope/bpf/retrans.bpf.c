@@ -9,6 +9,7 @@ struct retrans {
 	enum kind kind DOC("RTO: the timer expired; SLOW_START: after that; FAST: fast recovery; LOSS_PROBE: of the "
 			   "tail; SYN; SYNACK");
 	enum tcp_state state DOC("state of the connection");
+	__u8 ca_state NAMED_BY("tcp_ca_state", "TCP_CA_") UNKNOWN_IS("max") DOC("state of congestion control");
 	__u16 segs DOC("number of segments, as TcpRetransSegs counts them");
 	__u32 errno KIND("errno") DOC("why it was not sent; Linux before 6.17 does not show such attempts");
 	__u32 data_bytes TITLE("BYTES") UNIT("bytes") DOC("data of these segments");
@@ -17,16 +18,15 @@ struct retrans {
 const struct retrans *retrans_anchor __attribute__((unused));
 
 /* In Recovery the timer of a loss probe may still be pending, but no probe is sent. At an RTO no timer is pending. */
-static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state state)
+static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state state, __u8 ca_state)
 {
-	__u8 congestion = BPF_CORE_READ_BITFIELD_PROBED(&tcp->inet_conn, icsk_ca_state);
 	__u8 timer = BPF_CORE_READ(tcp, inet_conn.icsk_pending);
 
 	if (state == STATE_SYN_SENT)
 		return KIND_SYN;
-	if (timer == ICSK_TIME_LOSS_PROBE && congestion < TCP_CA_RECOVERY)
+	if (timer == ICSK_TIME_LOSS_PROBE && ca_state < TCP_CA_RECOVERY)
 		return KIND_LOSS_PROBE;
-	return !timer ? KIND_RTO : congestion == TCP_CA_LOSS ? KIND_SLOW_START : KIND_FAST;
+	return !timer ? KIND_RTO : ca_state == TCP_CA_LOSS ? KIND_SLOW_START : KIND_FAST;
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
@@ -39,7 +39,8 @@ int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 	if (!event)
 		return 0;
 	event->state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	event->kind = kind_of(tcp, event->state);
+	event->ca_state = BPF_CORE_READ_BITFIELD_PROBED(&tcp->inet_conn, icsk_ca_state);
+	event->kind = kind_of(tcp, event->state, event->ca_state);
 	event->segs = BPF_CORE_READ(cb, tcp_gso_segs);
 	event->errno = -RETRANSMIT_ERROR(ctx);
 	event->data_bytes = BPF_CORE_READ(skb, len);
@@ -54,6 +55,6 @@ int TRACEPOINT_PROG(synack, struct sock *listener, struct sock *request)
 
 	if (!event)
 		return 0;
-	*event = (struct retrans){.event = event->event, .kind = KIND_SYNACK, .state = STATE_SYN_RECV, .segs = 1};
+	*event = (struct retrans){event->event, KIND_SYNACK, STATE_SYN_RECV, .ca_state = -1, .segs = 1};
 	return event_submit(event);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from functools import cached_property
 from pathlib import Path
@@ -34,9 +35,9 @@ class Answer(msgspec.Struct, frozen=True):
 class Kernel:
     """The running kernel. It computes an answer at the first question. Raises UnsupportedError without BTF.
 
-    A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `has_type` and `has_typedef`, which
-    read the BTF, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and `release`. All other answers
-    follow from these.
+    A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `enumerators`, `has_type` and
+    `has_typedef`, which read the BTF, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and `release`.
+    All other answers follow from these.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,15 @@ class Kernel:
         """The value of an enumerator, also of an anonymous enum; None if there is none with this name."""
         value: int = lib.tcpscope_btf_enumerator(self._btf, name.encode())
         return None if value == -errno.ENOENT else value
+
+    def enumerators(self, enum: str) -> dict[int, str]:
+        """Value -> name of an enum; of several names the first. Empty if the kernel has no enum with this name."""
+        value, names, read = ffi.new("int64_t *"), dict[int, str](), lib.tcpscope_btf_enumerator_at
+        for index in itertools.count():
+            if (name := read(self._btf, enum.encode(), index, value)) == ffi.NULL:
+                break
+            names.setdefault(value[0], ffi.string(name).decode())
+        return names
 
     def has_type(self, name: str) -> bool:
         """Whether there is a struct, union or enum with this name."""

@@ -148,6 +148,17 @@ int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name
 	return found ? found->value : -ENOENT;
 }
 
+const char *tcpscope_btf_enumerator_at(const struct tcpscope_btf *btf, const char *enum_name, int index, int64_t *value)
+{
+	const struct named *found = find(btf, TYPE, enum_name);
+	const struct btf_type *type = found ? btf__type_by_id(btf->btf, found->value) : NULL;
+
+	if (!type || !btf_is_enum(type) || index < 0 || index >= btf_vlen(type))
+		return NULL;
+	*value = btf_kflag(type) ? btf_enum(type)[index].val : (uint32_t)btf_enum(type)[index].val; /* signed or not */
+	return btf__name_by_offset(btf->btf, btf_enum(type)[index].name_off);
+}
+
 bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name)
 {
 	return find(btf, TYPE, name);

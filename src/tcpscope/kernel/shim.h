@@ -39,7 +39,10 @@ struct tcpscope_btf *tcpscope_btf_load(void);
 void tcpscope_btf_free(struct tcpscope_btf *btf);
 int tcpscope_btf_parameters(const struct tcpscope_btf *btf, const char *function); /* their number, or -ENOENT */
 int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name); /* its value, or -ENOENT */
-bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name);      /* struct, union or enum */
+/* Name of the enumerator at `index` of an enum, and its value; NULL if there is none. */
+const char *tcpscope_btf_enumerator_at(const struct tcpscope_btf *btf, const char *enum_name, int index,
+				       int64_t *value);
+bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name); /* struct, union or enum */
 bool tcpscope_btf_has_typedef(const struct tcpscope_btf *btf, const char *name);
 /* Attaches an empty fentry program to `function` and takes it off again; 0, or why the kernel refuses. */
 int tcpscope_try_fentry(const struct tcpscope_btf *btf, const char *function);

@@ -19,6 +19,7 @@ tool = Stream(
         "rport",
         "state",
         "kind",
+        "ca_state",
         "segs",
         "data_bytes",
         "errno",
