@@ -15,10 +15,14 @@ def functions_cannot_be_hooked() -> bool:
 
 
 def no_netem() -> bool:
-    """By its build."""
+    return built_without("NET_SCH_NETEM", "sch_netem")
+
+
+def built_without(option: str, module: str) -> bool:
+    """By the kernel's configuration, or if that is not there by its modules."""
     config = Path("/proc/config.gz")
     if config.exists():
         lines = gzip.decompress(config.read_bytes()).decode().splitlines()
-        return not any(line.startswith("CONFIG_NET_SCH_NETEM=") for line in lines)
+        return not any(line.startswith(f"CONFIG_{option}=") for line in lines)
     modules = Path("/lib/modules", platform.release())
-    return not any("sch_netem" in (modules / name).read_text() for name in ("modules.dep", "modules.builtin"))
+    return not any(module in (modules / name).read_text() for name in ("modules.dep", "modules.builtin"))

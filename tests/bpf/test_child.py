@@ -14,6 +14,7 @@ from tcpscope.lab.hosts import Lab
 from tcpscope.session import Session
 from tests import steer
 from tests.conftest import until
+from tests.lacks import built_without
 from tests.puppets import Puppet
 
 pytestmark = [pytest.mark.kernel, pytest.mark.every_kernel]
@@ -64,6 +65,34 @@ def test_a_program_has_chosen_the_listener(lab: Lab) -> None:
         client.do(CONNECT.replace("client", "second"), port=PORT)
         rows = children.until_states(["SYN_RECV", "ESTABLISHED"])
         assert {(row.lport, row.comm, row.pid) for row in rows} == {(PORT, "named", named.pid)}
+        session.end()
+
+
+def test_a_transparent_proxy(lab: Lab) -> None:
+    """TPROXY: the connection's address is another host's. A listener of this host has its port, and does not get it."""
+    elsewhere, mark = "198.51.100.1", "7"
+    for host, *words in (
+        (lab.client, "ip", "route", "add", f"{elsewhere}/32", "via", lab.server.ipv4),
+        (lab.server, "ip", "rule", "add", "fwmark", mark, "lookup", "100"),
+        (lab.server, "ip", "route", "add", "local", "default", "dev", "lo", "table", "100"),
+        (lab.server, "nft", "add table ip proxy"),
+        (lab.server, "nft", "add chain ip proxy before { type filter hook prerouting priority mangle; }"),
+    ):
+        assert host.spawn(words).wait() == 0, words
+    rule = f"add rule ip proxy before tcp dport {PORT} tproxy to :{OTHER} meta mark set {mark}"
+    if lab.server.spawn(["nft", rule]).wait():
+        assert built_without("NFT_TPROXY", "nft_tproxy")
+        pytest.skip("this kernel is built without nft_tproxy")
+    named, proxy, client = Puppet(lab.server, "named"), Puppet(lab.server, "proxy"), Puppet(lab.client)
+    with Session("transition", "transition", Filter(netns=lab.server.inode)) as session:
+        children = Children(session)
+        any_address = LISTEN.replace("127.0.0.1", "0.0.0.0")
+        named.do(any_address, port=PORT)
+        transparent = "socket.SOL_IP, 19, 1"  # IP_TRANSPARENT
+        proxy.do(any_address.replace("listener.bind", f"listener.setsockopt({transparent}); listener.bind"), port=OTHER)
+        client.do(CONNECT.replace("127.0.0.1", elsewhere), port=PORT)
+        rows = children.until_states(["SYN_RECV", "ESTABLISHED"])
+        assert {(row.laddr, row.lport, row.comm, row.pid) for row in rows} == {(elsewhere, PORT, "proxy", proxy.pid)}
         session.end()
 
 

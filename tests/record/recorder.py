@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import gc
-import gzip
 import json
 import os
 import platform
@@ -197,6 +196,7 @@ def about_the_kernel() -> dict[str, Any]:
     from tcpscope.kernel.features import Kernel
     from tcpscope.kernel.loaded import plan, plan_refusals
     from tcpscope.kernel.spec import Spec, probes
+    from tests.lacks import no_netem
 
     kernel, hooks = Kernel(), {}
     for probe in probes():
@@ -207,21 +207,10 @@ def about_the_kernel() -> dict[str, Any]:
     switch = Path("/proc/sys/kernel/io_uring_disabled")
     config = {
         "functions": functions,
-        "netem": netem(),
+        "netem": "no" if no_netem() else "yes",
         "io_uring_disabled": switch.read_text().strip() if switch.exists() else "0",
     }
     return {"release": platform.release(), "config": config, "hooks": hooks}
-
-
-def netem() -> str:
-    """Whether the kernel was built with it."""
-    config = Path("/proc/config.gz")
-    if config.exists():
-        lines = gzip.decompress(config.read_bytes()).decode().splitlines()
-        return "yes" if any(line.startswith("CONFIG_NET_SCH_NETEM=") for line in lines) else "no"
-    modules = Path("/lib/modules", platform.release())
-    found = any("sch_netem" in (modules / name).read_text() for name in ("modules.dep", "modules.builtin"))
-    return "yes" if found else "no"
 
 
 @contextmanager
