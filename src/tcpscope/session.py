@@ -181,8 +181,10 @@ class Session:
     def end(self) -> None:
         """Flush pending events, detach all programs, and wait until none runs: then the counters are final.
 
-        First it detaches what makes events pending. Programs that delete entries stay attached until the flush is over.
+        First it detaches what makes events pending. Programs that delete entries stay attached until the flush is over:
+        for what they find then, nothing counts as missed.
         """
+        self.loaded.memory("ending")[0] = True
         if self.spec.role("flushes"):
             self.loaded.detach(*self.spec.role("delays"))
             wait_for_programs()

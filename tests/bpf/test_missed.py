@@ -152,3 +152,23 @@ def test_a_socket_that_is_used_otherwise_misses_nothing(lab: Lab) -> None:
         until(lambda: not left(session, lab.client), "the socket to be forgotten")
         session.end()
         assert session.account().missed == 0
+
+
+@pytest.mark.parametrize("event", ["transition", "life", "action"])
+def test_what_closes_while_the_run_ends_is_not_missed(lab: Lab, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the programs of the transitions, which are detached first, and those that delete entries."""
+    puppet = Puppet(lab.client)
+    with Session(event, event, Filter(netns=lab.client.inode)) as session:
+        puppet.do(CONNECT, count=CONNECTIONS)
+        detach = session.loaded.detach
+
+        def then_close(*hooks: str) -> None:
+            if not hooks or "state" in hooks:
+                detach("state", "state_again")
+                puppet.do("for each in clients + children + [listener]: each.close()")
+                until(lambda: left(session, lab.client) == 0, "the end of all sockets")
+            detach(*hooks)
+
+        monkeypatch.setattr(session.loaded, "detach", then_close)
+        session.end()
+        assert session.account().missed == 0

@@ -24,7 +24,7 @@ static __noinline int missed_transition(struct sock *sk, struct connection *conn
 		identity_read(sk, &connection->id);
 	else if (!connection->id.lport) /* an attempt */
 		connection->id.lport = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
-	if (filter_pass(&connection->id, connection_owner(connection)))
+	if (!ending && filter_pass(&connection->id, connection_owner(connection)))
 		COUNT(missed);
 	return 1;
 }

@@ -72,6 +72,9 @@ struct counters {
 /* .bss is memory shared with user space: a reader needs no system call and no privilege. */
 struct counters counters[CPU_SLOTS];
 
+/* User space begins to detach the programs: from now on a transition may be unseen because of that. */
+volatile bool ending;
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 4 << 20);
