@@ -81,6 +81,18 @@ def test_run_with_a_tool_beside() -> None:
     assert {event["lport"] for event in events} == {8080}  # the server's namespace, and nothing else
 
 
+def test_no_code_of_the_current_directory_is_run(tmp_path: Path) -> None:
+    here, witness = tmp_path / "here", tmp_path / "imported"
+    here.mkdir()
+    for name in (*sys.stdlib_module_names, "click", "cffi", "msgspec", "pyroute2", "tcpscope"):
+        (here / f"{name}.py").write_text(f"print(__name__, file=open({str(witness)!r}, 'a'))\n")
+    command = [Path(sys.executable).with_name("tcpscope"), "lab", "run", "close-order", "--pause-ms", "1"]
+    done = subprocess.run([*command, "--", "states", "-o", "json"], cwd=here, capture_output=True, text=True)
+    assert not witness.exists(), witness.read_text().split()
+    assert done.returncode == 0, done.stderr
+    assert '"new_state":"CLOSE"' in done.stdout  # both hosts' programs and the tool have run
+
+
 def test_a_tool_that_fails_gives_its_status() -> None:
     done = subprocess.run([*RUN, "close-order", "--", "states", "--nonsense"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -34,7 +34,8 @@ def arguments(given: Sequence[str], lab: Lab) -> list[str]:
 class Tool:
     """`tcpscope ARGUMENTS` in a process of its own, outside of the lab's namespaces. `emit` gets its output."""
 
-    command = (sys.executable, "-m", "tcpscope")
+    # -P: nothing is imported from the current directory, which need not be trusted
+    command = (sys.executable, "-P", "-m", "tcpscope")
 
     def __init__(self, arguments: Sequence[str], emit: Emit) -> None:
         self.name = arguments[0]

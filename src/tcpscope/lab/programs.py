@@ -34,7 +34,7 @@ class Program:
 
     def __init__(self, host: Host, name: str, **config: object) -> None:
         self.name = name
-        # -I -S: nothing but the standard library is read, a third of the time to start
+        # -I -S: nothing but the standard library is imported, a third of the time to start
         argv = [sys.executable, "-I", "-S", str(PEERS / f"{name}.py"), json.dumps(config)]
         self.process = host.spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.pid = self.process.pid
