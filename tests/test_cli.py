@@ -66,6 +66,10 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["rtt", "--columns", "p95_us"], "unknown column 'p95_us'; did you mean 'p99_us'?"),
         (["rtt", "--columns", "pid"], "unknown column 'pid'; there are time, count"),
         (["list", "--columns", "holder"], "unknown column 'holder'; did you mean 'holders'?"),
+        (["states", "--pid", "1", "--pid", "1,"], "a value is missing in '1,1,'; give one PID or more"),
+        (["states", "-L", "1", "-L", "0"], "port '0' is not a number from 1 to 65535"),
+        (["states", "-n", "1", "--max-events", "2"], "--max-events is given 2 times; give it once"),
+        (["connect", "--count", "--by", "pid", "--by", "uid"], "--by is given 2 times; give it once"),
         (["states", "--port", "65536"], "port '65536' is not a number from 1 to 65535"),
         (["states", "-L", "0"], "port '0' is not a number from 1 to 65535"),
         (["states", "-R", "80-70"], "port range '80-70' is reversed; did you mean 70-80?"),
@@ -104,7 +108,6 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["rtt", "--by", "rader"], "--by rader; did you mean 'raddr'?"),
         (["rtt", "--by", "none,raddr"], "--by none,raddr; 'none' and 'connection' stand alone"),
         (["rtt", "--max-keys", "0"], "--max-keys 0; a number from 1 to 1048576"),
-        (["rtt", "--raddr", ",".join(f"10.{n}.0.0/16" for n in range(0, 20, 2))], "--raddr 10.0.0.0/16,10.2.0.0/16"),
         (["connect", "--by", "raddr"], "--by raddr; needs --count"),
         (["connect", "-i", "1"], "--interval 1; needs --count"),
         (["connect", "--count", "--by", "radr"], "unknown column 'radr'; did you mean 'raddr'?"),
@@ -352,7 +355,7 @@ def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: R
     assert "not known on this kernel: what follows CLOSE" in lines
     assert "filter --cgroup 1: decided in the kernel" in lines
     assert "filter -4: decided in the kernel" in lines
-    assert any(line.startswith("filter --raddr") and line.endswith("decided in user space") for line in lines)
+    assert f"filter --raddr {many}: decided in the kernel" in lines
 
 
 def test_a_known_error_later_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,6 +338,19 @@ def test_no_contradictions(options: dict[str, Any]) -> None:
     Filter.from_options(**options)
 
 
+def test_several_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "exists", lambda inode: True)
+    pids = (os.getpid(), os.getppid())
+    assert Filter.from_options(pid=f"{pids[0]},{pids[1]}") == Filter.from_options(pid=pids) == Filter(pid=pids)
+    assert Filter.from_options(comm=["a", "b,c"], uid="root,0,1") == Filter(comm=("a", "b", "c"), uid=(0, 1))
+    assert Filter.from_options(cgroup=[2, "3"], netns=range(8, 10)) == Filter(cgroup=(2, 3), netns=(8, 9))
+    assert Filter(comm="a", uid=0, netns=None) == Filter(comm=("a",), uid=(0,))
+    assert Filter.from_options(comm="a,b").describe() == [("--comm", "a,b")]
+    for option in ("pid", "comm", "uid", "cgroup", "netns"):
+        for bad in ("", "1,", ",", []):
+            assert "a value is missing" in error(Filter.from_options, **{option: bad})
+
+
 def test_matches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "exists", lambda inode: True)
     row = {
@@ -394,6 +407,10 @@ def optional(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | strategy
 
 
+def several(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(strategy, max_size=2, unique=True).map(tuple)
+
+
 few_ports = st.integers(78, 84)
 few_addresses = st.sampled_from(
     ["10.0.0.1", "10.0.0.2", "10.255.0.1", "0.0.0.0", "::", "::1", "2001:db8::1", "2001:db8:1::1"]
@@ -418,11 +435,11 @@ rows = st.fixed_dictionaries(
 )
 options = st.fixed_dictionaries(
     {
-        "pid": optional(st.integers(1, 3)),
-        "comm": optional(st.sampled_from(["a", "b"])),
-        "uid": optional(st.integers(0, 2)),
-        "cgroup": optional(st.integers(1, 3)),
-        "netns": optional(st.integers(1, 2)),
+        "pid": several(st.integers(1, 3)),
+        "comm": several(st.sampled_from(["a", "b", "c"])),
+        "uid": several(st.integers(0, 2)),
+        "cgroup": several(st.integers(1, 3)),
+        "netns": several(st.integers(1, 2)),
         "lport": ranges,
         "rport": ranges,
         "port": ranges,
@@ -436,7 +453,7 @@ def model(wanted: dict[str, Any], row: dict[str, Any]) -> bool:
     """The rules once more, on integers."""
 
     def same(name: str) -> bool:
-        return wanted[name] is None or wanted[name] == row[name]
+        return not wanted[name] or row[name] in wanted[name]
 
     def port_in(name: str, value: int | None) -> bool:
         return value is not None and any(first <= value <= last for first, last in wanted[name])
@@ -483,7 +500,7 @@ def test_matches_is_the_model(wanted: dict[str, Any], row: dict[str, Any]) -> No
 
 @given(options)
 def test_describe_gives_the_filter_again(wanted: dict[str, Any]) -> None:
-    given = {name: value for name, value in wanted.items() if value not in (None, []) and name != "pid"}
+    given = {name: value for name, value in wanted.items() if value and name != "pid"}
     for name in ("lport", "rport", "port"):
         if name in given:
             given[name] = ",".join(f"{first}-{last}" for first, last in given[name])

@@ -87,19 +87,23 @@ def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return size
 
 
+def _filter(*flags: str, **attributes: Any) -> click.Option:
+    return click.Option(flags, multiple=True, callback=lambda *given: given[-1] or None, **attributes)
+
+
 FILTERS = (
-    click.Option(["-p", "--pid"], metavar="PID", help="Owned by this process."),
-    click.Option(["--comm"], metavar="NAME", help="Owned by a process with this name."),
-    click.Option(["-u", "--uid"], metavar="UID|NAME", help="Owned by a process of this user."),
-    click.Option(["--cgroup"], metavar="PATH|ID", help="Owned by a process in this cgroup (v2) or below it."),
-    click.Option(["--netns"], metavar="INODE|NAME|pid:N", help="In this network namespace."),
+    _filter("-p", "--pid", metavar="PIDS", help="Owned by these processes."),
+    _filter("--comm", metavar="NAMES", help="Owned by a process with one of these names."),
+    _filter("-u", "--uid", metavar="UIDS|NAMES", help="Owned by a process of these users."),
+    _filter("--cgroup", metavar="PATHS|IDS", help="Owned by a process in these cgroups (v2) or below them."),
+    _filter("--netns", metavar="INODES|NAMES|pid:N", help="In these network namespaces."),
     click.Option(["-4", "ipv4"], is_flag=True, help="IPv4 only, with IPv4 on IPv6 sockets."),
     click.Option(["-6", "ipv6"], is_flag=True, help="IPv6 only."),
-    click.Option(["-L", "--lport"], metavar="PORTS", help="Local ports, such as 80,443,8000-8100."),
-    click.Option(["-R", "--rport"], metavar="PORTS", help="Remote ports."),
-    click.Option(["--port"], metavar="PORTS", help="Ports at either end."),
-    click.Option(["--laddr"], metavar="NETWORKS", help="Local addresses or networks, such as 10.0.0.0/8,::1."),
-    click.Option(["--raddr"], metavar="NETWORKS", help="Remote addresses or networks."),
+    _filter("-L", "--lport", metavar="PORTS", help="Local ports, such as 80,443,8000-8100."),
+    _filter("-R", "--rport", metavar="PORTS", help="Remote ports."),
+    _filter("--port", metavar="PORTS", help="Ports at either end."),
+    _filter("--laddr", metavar="NETWORKS", help="Local addresses or networks, such as 10.0.0.0/8,::1."),
+    _filter("--raddr", metavar="NETWORKS", help="Remote addresses or networks."),
 )
 DURATION = click.Option(
     ["-d", "--duration"],
@@ -156,7 +160,7 @@ OUTPUT = (
 INTERVAL = click.Option(
     ["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print results every SECONDS."
 )
-FILTERS_TITLE = "Filters (all must match; of several values in one option, any)"
+FILTERS_TITLE = "Filters (all must match; any value of one: 80,443 or the option again)"
 OUTPUT_TITLE = "Output"
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
@@ -179,6 +183,10 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            for option in given:
+                if given.count(option) > 1 and not (option.multiple or getattr(option, "is_flag", False)):
+                    raise UsageError(f"{option.opts[-1]} is given {given.count(option)} times", "give it once")
             return super().parse_args(ctx, args)
         except click.UsageError as error:
             if isinstance(error, click.NoSuchOption):

@@ -7,7 +7,7 @@ An IPv4-mapped IPv6 address (::ffff:192.0.2.1) is IPv4 everywhere in tcpscope: i
 192.0.2.1. Addresses are stored and compared as 16 bytes in the mapped form, in which an IPv4 prefix is 96 bits
 longer. `::/0` is all of IPv6 and none of IPv4.
 
-`Filter.matches` specifies the kernel's filter (bpf/filter.bpf.h). It also does in user space what a hook cannot decide.
+`Filter.matches` specifies the kernel's filter (bpf/filter.bpf.h).
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Family = Literal[4, 6]
 Ports = int | str | Iterable[int | str]
 """Ports as a caller gives them: a number, text with commas (`80,8000-8100`), or several of these."""
+Numbers = int | str | Iterable[int | str]
+"""PIDs, users, cgroups or namespaces as a caller gives them: one, text with commas, or several of these."""
+Names = str | Iterable[str]
+"""Names as a caller gives them: text with commas, or several of these."""
 Networks = str | Address | Network | Iterable[str | Address | Network]
 """Addresses and networks as a caller gives them: one, text with commas, or several of these."""
 
@@ -39,6 +43,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 _COMM_SIZE = 15  # TASK_COMM_LEN without its NUL
 _MAX_PID = 4_194_304  # PID_MAX_LIMIT
 _MAX_UID = 2**32 - 2  # 2**32 - 1 is "no user"
+_VALUES = ("pid", "comm", "uid", "cgroup", "netns")  # options whose values are compared for equality
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _Wanted = TypeVar("_Wanted")
 
@@ -58,16 +63,16 @@ class PortRange(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which rows to show. A field that is None or empty matches every row.
+    """Which rows to show. A field that is None or empty matches every row. One number or name stands for a tuple.
 
-    `cgroup` is a cgroup v2 id, and means this cgroup and all below it. `netns` is an inode number.
+    `cgroup` has cgroup v2 ids; each means that cgroup and all below it. `netns` has inode numbers.
     """
 
-    pid: int | None = None
-    comm: str | None = None
-    uid: int | None = None
-    cgroup: int | None = None
-    netns: int | None = None
+    pid: tuple[int, ...] = ()
+    comm: tuple[str, ...] = ()
+    uid: tuple[int, ...] = ()
+    cgroup: tuple[int, ...] = ()
+    netns: tuple[int, ...] = ()
     family: Family | None = None
     lport: tuple[PortRange, ...] = ()
     rport: tuple[PortRange, ...] = ()
@@ -75,15 +80,21 @@ class Filter:
     laddr: tuple[Network, ...] = ()
     raddr: tuple[Network, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in _VALUES:
+            value = getattr(self, name)
+            if not isinstance(value, tuple):
+                object.__setattr__(self, name, () if value is None else (value,))
+
     @classmethod
     def from_options(
         cls,
         *,
-        pid: str | int | None = None,
-        comm: str | None = None,
-        uid: str | int | None = None,
-        cgroup: str | int | None = None,
-        netns: str | int | None = None,
+        pid: Numbers | None = None,
+        comm: Names | None = None,
+        uid: Numbers | None = None,
+        cgroup: Numbers | None = None,
+        netns: Numbers | None = None,
         ipv4: bool = False,
         ipv6: bool = False,
         family: int | None = None,
@@ -99,11 +110,11 @@ class Filter:
         that have the number 4 or 6.
         """
         wanted = cls(
-            pid=_given(parse_pid, pid),
-            comm=_given(parse_comm, comm),
-            uid=_given(parse_uid, uid),
-            cgroup=_given(parse_cgroup, cgroup),
-            netns=_given(parse_netns, netns),
+            pid=_each(parse_pid, pid, "PID"),
+            comm=_each(parse_comm, comm, "name"),
+            uid=_each(parse_uid, uid, "user"),
+            cgroup=_each(parse_cgroup, cgroup, "cgroup"),
+            netns=_each(parse_netns, netns, "network namespace"),
             family=_family(ipv4, ipv6, family),
             lport=_given(parse_ports, lport) or (),
             rport=_given(parse_ports, rport) or (),
@@ -124,15 +135,17 @@ class Filter:
         """Whether a row (a mapping, or an object with attributes) matches.
 
         Its fields have the names of the filter's fields. Addresses are 16 bytes. None, or no such field, means "not
-        known". Only the kernel knows whether a cgroup is below the filter's; it says so in `in_cgroup`.
+        known". Only the kernel knows whether a cgroup is below one of the filter's; it says so in `in_cgroup`.
         """
         get: Callable[[str], Any]
         get = row.get if isinstance(row, Mapping) else lambda name: getattr(row, name, None)
-        for name in ("pid", "comm", "uid", "netns", "family"):
+        for name in ("pid", "comm", "uid", "netns"):
             wanted = getattr(self, name)
-            if wanted is not None and get(name) != wanted:
+            if wanted and get(name) not in wanted:
                 return False
-        if self.cgroup is not None and get("cgroup") != self.cgroup and not get("in_cgroup"):
+        if self.family is not None and get("family") != self.family:
+            return False
+        if self.cgroup and get("cgroup") not in self.cgroup and not get("in_cgroup"):
             return False
         return (
             _in_any(self.lport, get("lport"))
@@ -144,11 +157,7 @@ class Filter:
 
     def describe(self) -> list[tuple[str, str]]:
         """The options that make this filter, as pairs of name and value."""
-        options = [
-            (f"--{name}", str(value))
-            for name in ("pid", "comm", "uid", "cgroup", "netns")
-            if (value := getattr(self, name)) is not None
-        ]
+        options = [(f"--{name}", ",".join(map(str, values))) for name in _VALUES if (values := getattr(self, name))]
         if self.family:
             options.append((f"-{self.family}", ""))
         for name in ("lport", "rport", "port"):
@@ -282,7 +291,7 @@ def parse_netns(value: str | int) -> int:
 def parse_ports(value: Ports) -> tuple[PortRange, ...]:
     """Ports and ranges of ports (`80,443,8000-8100`), sorted. Ranges that touch are joined."""
     merged: list[PortRange] = []
-    for ports in sorted(map(_port_range, _items(value, "port"))):
+    for ports in sorted(map(_port_range, map(str, _items(value, "port")))):
         before = merged.pop() if merged and ports.first <= merged[-1].last + 1 else ports
         merged.append(PortRange(before.first, max(before.last, ports.last)))
     return tuple(merged)
@@ -290,7 +299,7 @@ def parse_ports(value: Ports) -> tuple[PortRange, ...]:
 
 def parse_networks(value: Networks) -> tuple[Network, ...]:
     """Addresses and networks (`192.0.2.1,2001:db8::/32`), IPv4 first. Networks that touch are joined."""
-    networks = list(map(_network, _items(value, "address")))
+    networks = list(map(_network, map(str, _items(value, "address"))))
     ipv4 = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
     ipv6 = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
     return (*ipaddress.collapse_addresses(ipv4), *ipaddress.collapse_addresses(ipv6))
@@ -329,12 +338,18 @@ def _given(parse: Callable[[Any], _Wanted], value: object) -> _Wanted | None:
     return None if value is None else parse(value)
 
 
-def _items(value: Ports | Networks, what: str) -> list[str]:
-    """The values of a text with commas, or of several such values."""
-    several = [value] if isinstance(value, str | int | Address | Network) else value
-    items = [item.strip() for one in several for item in str(one).split(",")]
-    if not all(items) or not items:
-        raise UsageError(f"a value is missing in {','.join(items)!r}", f"give one {what} or more, separated by commas")
+def _each(parse: Callable[[Any], _Wanted], value: Numbers | Names | None, what: str) -> tuple[_Wanted, ...]:
+    """What `parse` makes of each value, without repetitions."""
+    return () if value is None else tuple(dict.fromkeys(map(parse, _items(value, what))))
+
+
+def _items(value: Any, what: str) -> list[Any]:
+    """The values of a text with commas, or of several such values. What is no text stays what it is."""
+    several = value if isinstance(value, Iterable) and not isinstance(value, str | Network) else [value]
+    items = [item for one in several for item in (map(str.strip, one.split(",")) if isinstance(one, str) else [one])]
+    if "" in items or not items:
+        text = ",".join(map(str, items))
+        raise UsageError(f"a value is missing in {text!r}", f"give one {what} or more, separated by commas")
     return items
 
 

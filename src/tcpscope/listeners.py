@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tcpscope.filters import Filter, address_text
-from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.features import Kernel
 from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
@@ -235,7 +234,7 @@ class Snapshots:
 
     def _listener(self, record: Any) -> Listener:
         held = self._holders.get((record.socket, record.since_ns)) or _Holders.opener(record)
-        wanted = record.wanted and held.wanted and compiled_filter.matches(self._session.residual, record)
+        wanted = record.wanted and held.wanted
         refused = counters_of(record.refused, *self._enums) if self._exact else None
         return _listener(record, held.holders, refused, self._accepts, wanted)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from tcpscope.kernel import compiled_filter
 from tcpscope.output import Column
 from tcpscope.schema import Decoder
 from tcpscope.session import POLL_SECONDS, Session, Stats
@@ -168,7 +167,6 @@ class Streaming(Run):
         super().__init__([Column.of(field) for field in decoder.fields], session)
         self._session, self._after = session, after
         self._decode = decoder.rows
-        self._keep = residual_filter(session)
 
     def poll(self) -> Iterator[Batch]:
         yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
@@ -179,10 +177,8 @@ class Streaming(Run):
 
     def _batch(self, records: memoryview) -> Batch:
         rows = self._decode(records)
-        wanted = self._keep(records, rows) if self._keep else rows
-        self.stats.shown += len(wanted)
-        self.stats.filtered += len(rows) - len(wanted)
-        return Batch("event", self._after(wanted) if self._after else wanted)
+        self.stats.shown += len(rows)
+        return Batch("event", self._after(rows) if self._after else rows)
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -214,15 +210,3 @@ class Ticker:
     def remaining(self) -> float:
         """Seconds until it is due again."""
         return FOREVER if self._next is None else max(0.0, self._next - time.monotonic())
-
-
-def residual_filter(session: Session) -> Callable[[memoryview, list[Any]], list[Any]] | None:
-    """A function that keeps the wanted rows of a batch. None if the kernel has decided the whole filter."""
-    if session.residual.is_empty:
-        return None
-    assert session.layout is not None
-    raw = session.layout.select(("family", "laddr", "raddr", "lport", "rport")).decoder(raw=True)
-    wanted = session.residual
-    return lambda batch, rows: [
-        row for row, r in zip(rows, raw.rows(batch), strict=True) if compiled_filter.matches(wanted, r)
-    ]

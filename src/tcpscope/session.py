@@ -74,7 +74,7 @@ class Session:
 
     probe       name of the object in bpf/
     event       name of its event struct; None: it sends no events in this run
-    filter      the filter of the run. The kernel decides what it can; the caller has to apply the rest, `residual`
+    filter      the filter of the run, which the kernel decides
     constants   values of read-only globals of the object, by name
     entries     sizes of maps, by name
     skip        hooks that this run does not need
@@ -100,10 +100,10 @@ class Session:
     ) -> None:
         self.spec = Spec.of(probe)
         self.kernel = kernel or Kernel()
-        decided, self.residual = compiled_filter.split(filter)
         setup = Setup(
-            constants=compiled_filter.constants(decided) | (constants or {}),
+            constants=compiled_filter.constants(filter) | (constants or {}),
             entries=dict(entries or {}),
+            keys={compiled_filter.LISTS: compiled_filter.keys(filter)},
             skip=frozenset(skip),
             debug=debug,
         )
@@ -258,8 +258,12 @@ class Owners:
     @classmethod
     def _load(cls, key: tuple[Any, ...], filter: Filter, kernel: Kernel, debug: bool) -> Owners:
         wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
-        constants = compiled_filter.constants(wanted)
-        setup = Setup(constants=constants, entries={"events": mmap.PAGESIZE}, debug=debug)
+        setup = Setup(
+            constants=compiled_filter.constants(wanted),
+            entries={"events": mmap.PAGESIZE},
+            keys={compiled_filter.LISTS: compiled_filter.keys(wanted)},
+            debug=debug,
+        )
         loaded = Loaded(Spec.of("owner"), kernel, setup)
         try:
             loaded.run_role("seeds")

@@ -100,10 +100,8 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
     for session in sessions:
         for loaded in (session.loaded, *([session.owners.loaded] if session.owners else [])):
             yield from _explain_object(loaded)
-        here = dict(session.residual.describe())
         for option, value in filter.describe():
-            where = "user space" if option in here else "the kernel"
-            yield f"  filter {f'{option} {value}'.strip()}: decided in {where}"
+            yield f"  filter {f'{option} {value}'.strip()}: decided in the kernel"
 
 
 def _explain_object(loaded: Loaded) -> Iterator[str]:

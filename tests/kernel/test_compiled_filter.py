@@ -1,4 +1,4 @@
-"""Every filter, in the kernel and where it falls back to user space, on connections whose ends and owners are known.
+"""Every filter, on connections whose ends and owners are known.
 
 All filters watch the same connections at the same time, each in a session of its own. What each one lets through is
 held against a rule written here for it, and against `Filter.matches`, which specifies the kernel's filter.
@@ -45,7 +45,7 @@ FEW = {
     "rport",
     "laddr network",
     "raddr all IPv6",
-    "eight networks",
+    "several of each",
     "many networks, raddr all",
     "many networks and an owner",
     "several at once",
@@ -257,7 +257,26 @@ def options_and_rules(cast: Cast) -> dict[str, tuple[dict[str, Any], Rule]]:
         "raddr all IPv4": ({"raddr": "0.0.0.0/0"}, lambda row: row["raddr"] is not None and row["family"] == 4),
         "raddr all IPv6": ({"raddr": "::/0"}, lambda row: row["raddr"] is not None and row["family"] == 6),
         "raddr mapped": ({"raddr": "::ffff:127.0.3.3"}, one_of("raddr", "127.0.3.3")),
-        "eight networks": ({"raddr": [*MANY_IPV4[:6], "127.0.3.0/24", "::1"]}, one_of("raddr", "127.0.3.3", "::1")),
+        "pids": ({"pid": f"{alice.pid},{bob.pid}"}, one_of("pid", alice.pid, bob.pid)),
+        "comms": ({"comm": ["alice", f"fifteen-letter,{LONG}"]}, one_of("comm", "alice", LONG)),
+        "uids": ({"uid": "root,1003"}, one_of("uid", 0, 1003)),
+        "cgroups, one below the other": (
+            {"cgroup": [str(cast.inner), cast.outer.stat().st_ino]},
+            one_of("pid", alice.pid, bob.pid),
+        ),
+        "cgroups": ({"cgroup": [str(cast.inner), 2**40]}, one_of("pid", alice.pid)),
+        "several of each": (
+            {
+                "pid": [alice.pid, bob.pid, web.pid],
+                "comm": "bob,web",
+                "uid": [1001, 1002],
+                "cgroup": [str(cast.outer), 2**40],
+                "lport": "40004,40005",
+                "laddr": "127.0.0.0/8,10.0.0.0/8",
+            },
+            lambda row: row["pid"] == bob.pid and row["lport"] == 40005,
+        ),
+        "two networks": ({"raddr": ["127.0.3.0/24", "::1"]}, one_of("raddr", "127.0.3.3", "::1")),
         "many networks, laddr": ({"laddr": [*MANY_IPV4, "127.0.1.0/24", "::1"]}, one_of("laddr", "127.0.1.5", "::1")),
         "many networks, raddr": (
             {"raddr": [*MANY_IPV6, "2001:db8::/126", "127.0.2.9"]},
@@ -283,10 +302,10 @@ def combinations(cast: Cast, count: int) -> list[Filter]:
     """Filters put together at random, the same ones every time."""
     chance = random.Random(793)
     choices: dict[str, list[Any]] = {
-        "pid": [puppet.pid for puppet in cast.puppets],
-        "comm": ["alice", "bob", "web", LONG],
-        "uid": [0, 1001, 1002, 1003],
-        "cgroup": [cast.inner.stat().st_ino, cast.outer.stat().st_ino],
+        "pid": [*(puppet.pid for puppet in cast.puppets), [cast.alice.pid, cast.web.pid]],
+        "comm": ["alice", "bob", "web", LONG, f"alice,{LONG}"],
+        "uid": [0, 1001, 1002, 1003, "0,1001"],
+        "cgroup": [cast.inner.stat().st_ino, cast.outer.stat().st_ino, [cast.inner.stat().st_ino, 2**40]],
         "family": [4, 6],
         "lport": ["40001-40003", "8080", "7000,8443,40004-40007", "9000-9001"],
         "rport": ["40001-40003", "8080", "9999,8443,40004-40007", "1-65535"],
@@ -310,7 +329,7 @@ class Seen:
     by_rule: dict[str, tuple[list[Row], Stats]]
     at_random: list[tuple[Filter, list[Row], Stats]]
     elsewhere: list[Row]
-    hidden: dict[str, Filter]  # what was left to user space
+    both: list[Row]  # of both namespaces, to port 8080
 
 
 @pytest.fixture(scope="module", params=[pytest.param("few", marks=pytest.mark.kernel), "all"])
@@ -320,9 +339,10 @@ def seen(cast: Cast, request: pytest.FixtureRequest) -> Iterator[Seen]:
     with contextlib.ExitStack() as stack:
         watchers = Watchers(stack, Kernel())
         host = Filter.from_options(netns=cast.host.netns)
-        assert host.netns == cast.host.inode
+        assert host.netns == (cast.host.inode,)
         everything = watchers.add(host)
         elsewhere = watchers.add(Filter.from_options(netns=str(cast.elsewhere.inode)))
+        both = watchers.add(Filter.from_options(netns=[cast.elsewhere.netns, cast.host.inode], rport="8080"))
         rules = {
             name: watchers.add(Filter.from_options(**options, netns=f"pid:{cast.alice.pid}"))
             for name, (options, _) in options_and_rules(cast).items()
@@ -335,7 +355,7 @@ def seen(cast: Cast, request: pytest.FixtureRequest) -> Iterator[Seen]:
             {name: watcher.rows() for name, watcher in rules.items()},
             [(wanted, *watcher.rows()) for wanted, watcher in at_random],
             elsewhere.rows()[0],
-            {name: watcher.run.sessions[0].residual for name, watcher in rules.items()},
+            both.rows()[0],
         )
 
 
@@ -370,6 +390,11 @@ def test_netns(cast: Cast, seen: Seen) -> None:
     assert [(row["netns"], row["lport"], row["comm"]) for row in seen.elsewhere] == [
         (cast.elsewhere.inode, 40001, "alice")
     ] * 2
+    assert {(row["netns"], row["lport"]) for row in seen.both} == {
+        (cast.host.inode, 40001),
+        (cast.host.inode, 40005),
+        (cast.elsewhere.inode, 40001),
+    }
 
 
 def test_each_filter_lets_through_what_it_says(cast: Cast, seen: Seen) -> None:
@@ -388,15 +413,6 @@ def test_no_rule_is_empty_by_mistake(cast: Cast, seen: Seen) -> None:
     assert empty == {"comm, beginning of one", "none that match together"} & seen.by_rule.keys()
 
 
-def test_what_falls_back_to_user_space(seen: Seen) -> None:
-    """More networks than the kernel holds, and nothing else."""
-    assert {name for name, left in seen.hidden.items() if not left.is_empty} == {
-        name for name in seen.hidden if name.startswith("many networks")
-    }
-    left = seen.hidden["many networks and an owner"]
-    assert [option for option, _ in left.describe()] == ["--raddr"]
-
-
 def test_the_kernel_decides_as_filter_matches(cast: Cast, seen: Seen) -> None:
     nested = {alice_or_bob.pid for alice_or_bob in (cast.alice, cast.bob)}
     outer = cast.outer.stat().st_ino
@@ -407,7 +423,7 @@ def test_the_kernel_decides_as_filter_matches(cast: Cast, seen: Seen) -> None:
             plain = row | {
                 "laddr": address_bytes(row["laddr"]),
                 "raddr": address_bytes(row["raddr"]) if row["raddr"] else None,
-                "in_cgroup": wanted.cgroup == outer and row["pid"] in nested,
+                "in_cgroup": outer in wanted.cgroup and row["pid"] in nested,
             }
             if wanted.matches(plain):
                 expected.append(key(row))
@@ -422,15 +438,17 @@ def test_the_cgroup_of_the_row(cast: Cast, seen: Seen) -> None:
     assert (ids["alice"], ids["bob"]) == (cast.inner.stat().st_ino, cast.outer.stat().st_ino)
 
 
-def test_the_split_and_the_constants() -> None:
-    """Eight networks are the kernel's; the ninth moves the whole list, and only it, to user space."""
-    eight = Filter.from_options(laddr=MANY_IPV4[:8], raddr=MANY_IPV4[1:9], uid=7)
-    assert compiled_filter.split(eight) == (eight, Filter())
-    nine = Filter.from_options(laddr=MANY_IPV4[:9], raddr=MANY_IPV4[1:9], uid=7)
-    assert compiled_filter.split(nine) == (Filter.from_options(raddr=MANY_IPV4[1:9], uid=7), Filter(laddr=nine.laddr))
-    with pytest.raises(UsageError, match="at most 8 networks"):
-        compiled_filter.kernel_only(nine, "rtt")
-    assert compiled_filter.kernel_only(eight, "rtt") is eight
+def test_the_constants_and_the_keys() -> None:
+    """An option with one value is in the constants, one with several has a key for each."""
+    wanted = Filter.from_options(uid=7, comm="a,b", raddr="10.0.0.0/8,2001:db8::/32")
+    assert compiled_filter.constants(wanted)["filter"]["uid"] == 7
+    assert [key.hex() for key in compiled_filter.keys(wanted)] == [
+        "a00000000200000061" + 15 * "00",
+        "a00000000200000062" + 15 * "00",
+        "8800000006000400" + 10 * "00" + "ffff0a000000",
+        "400000000600060020010db8" + 12 * "00",
+    ]
+    assert compiled_filter.keys(Filter.from_options(uid=7, comm="a", raddr="10.0.0.0/8")) == []
     ports = compiled_filter.constants(Filter.from_options(lport="1,8,65535"))["filter_lport"]
     assert [at for at, byte in enumerate(ports) if byte] == [0, 1, 8191]
     assert (ports[0], ports[1], ports[8191]) == (2, 1, 128)

@@ -101,35 +101,41 @@ class InKernel(ctypes.Structure):
         ("uid", ctypes.c_uint32),
         ("netns", ctypes.c_uint32),
         ("family", ctypes.c_uint8),
-        *((f"has_{name}", ctypes.c_bool) for name in ("pid", "uid", "comm", "lport", "rport", "port")),
-        ("laddr_count", ctypes.c_uint8),
-        ("raddr_count", ctypes.c_uint8),
+        *((f"has_{name}", ctypes.c_bool) for name in ("lport", "rport", "port")),
+        *((f"{name}_count", ctypes.c_uint8) for name in ("pid", "uid", "comm", "cgroup", "netns", "laddr", "raddr")),
+        ("padding", ctypes.c_uint8),
         ("cgroup", ctypes.c_uint64),
         ("comm", ctypes.c_char * 16),
-        ("laddr", Network * 8),
-        ("raddr", Network * 8),
+        ("laddr", Network),
+        ("raddr", Network),
     )
 
 
 def test_packing_a_filter() -> None:
     """The bytes that the kernel gets, read by a C struct that does not come from BTF."""
     wanted = Filter.from_options(
-        pid=1, uid=0, comm="nginx", netns=4026531840, ipv4=True, cgroup=2**40, laddr="10.0.0.0/8,192.0.2.1", rport=443
+        pid=1,
+        uid=0,
+        comm="nginx",
+        netns=4026531840,
+        ipv4=True,
+        cgroup=2**40,
+        laddr="10.0.0.0/8",
+        raddr="::1,192.0.2.1",
+        rport=443,
     )
     variable = TRANSITION.variables["filter"]
     data = TRANSITION.pack(variable.type, compiled_filter.constants(wanted)["filter"])
     assert len(data) == variable.size == ctypes.sizeof(InKernel)
     packed = InKernel.from_buffer_copy(data)
     assert (packed.pid, packed.uid, packed.netns, packed.family) == (1, 0, 4026531840, 4)
-    assert (packed.has_pid, packed.has_uid, packed.has_comm) == (True, True, True)
+    assert (packed.pid_count, packed.uid_count, packed.comm_count, packed.netns_count) == (1, 1, 1, 1)
     assert (packed.has_lport, packed.has_rport, packed.has_port) == (False, True, False)
-    assert (packed.laddr_count, packed.raddr_count, packed.cgroup) == (2, 0, 2**40)
+    assert (packed.laddr_count, packed.raddr_count, packed.cgroup_count, packed.cgroup) == (1, 2, 1, 2**40)
     assert packed.comm == b"nginx"
-    first = packed.laddr[0]
-    assert bytes(first.address) == bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 0])
-    assert bytes(first.mask) == b"\xff" * 13 + bytes(3)
-    assert first.family == 4
-    assert bytes(packed.laddr[1].mask) == b"\xff" * 16
+    assert bytes(packed.laddr.address) == bytes(10) + b"\xff\xff" + bytes([10, 0, 0, 0])
+    assert bytes(packed.laddr.mask) == b"\xff" * 13 + bytes(3)
+    assert packed.laddr.family == 4
 
 
 def test_packing_numbers() -> None:

@@ -24,7 +24,7 @@ struct owner {
 	__u32 uid WIDTH(5) DOC("user of that process") UNKNOWN_IS("max");
 	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
 	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");
-	__u8 in_cgroup; /* in the cgroup of the filter or below it */
+	__u8 in_cgroup; /* in a cgroup of the filter or below it */
 	__u8 padding[7];
 };
 

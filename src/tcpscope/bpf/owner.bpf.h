@@ -8,7 +8,7 @@
 #include "filter.bpf.h"
 #include "identity.bpf.h"
 
-/* Is the task in the filter's cgroup, or in one below it? Walks upwards, at most 32 levels. */
+/* Is the task in a cgroup of the filter, or in one below it? Walks upwards, at most 32 levels. */
 static __always_inline bool below_filter_cgroup(struct task_struct *task)
 {
 	struct cgroup *cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp);
@@ -16,7 +16,7 @@ static __always_inline bool below_filter_cgroup(struct task_struct *task)
 	for (int level = 0; level < 32 && cgroup; level++) {
 		struct cgroup_subsys_state *parent;
 
-		if (BPF_CORE_READ(cgroup, kn, id) == filter.cgroup)
+		if (wanted_cgroup(BPF_CORE_READ(cgroup, kn, id)))
 			return true;
 		parent = BPF_CORE_READ(cgroup, self.parent);
 		if (!parent)
@@ -40,7 +40,7 @@ static __noinline __attribute__((unused)) int owner_of_task(struct task_struct *
 	owner->uid = BPF_CORE_READ(task, cred, uid.val);
 	owner->cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
 	owner_name(task, owner);
-	if (filter.cgroup)
+	if (filter.cgroup_count)
 		owner->in_cgroup = below_filter_cgroup(task);
 	return 0;
 }
@@ -58,7 +58,7 @@ static __noinline __attribute__((unused)) int owner_of_current(struct owner *own
 		bpf_get_current_comm(owner->comm, sizeof(owner->comm));
 	else
 		owner_name(task, owner);
-	if (filter.cgroup)
+	if (filter.cgroup_count)
 		owner->in_cgroup = below_filter_cgroup(task);
 	return 0;
 }

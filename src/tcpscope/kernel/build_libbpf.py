@@ -33,6 +33,7 @@ int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 void *bpf_map__initial_value(struct bpf_map *map, size_t *size);
 
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
+int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
 struct bpf_map_batch_opts;
 int bpf_map_lookup_batch(int fd, void *in, void *out, void *keys, void *values, uint32_t *count,
                          const struct bpf_map_batch_opts *options);

@@ -1,65 +1,40 @@
-"""The filter in the form of the kernel's programs: `struct filter` and the port sets of bpf/filter.bpf.h."""
+"""The filter as the kernel's programs have it (bpf/filter.bpf.h): `struct filter`, the port sets and filter_lists."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import struct
+from collections.abc import Sequence
 from typing import Any
 
-from tcpscope.errors import UsageError
 from tcpscope.filters import Filter, Network, PortRange, network_bytes
 
-NETWORKS = 8  # FILTER_NETWORKS
-
-
-def split(filter: Filter) -> tuple[Filter, Filter]:
-    """What the kernel decides, and what user space decides: lists of more than eight networks."""
-    in_kernel, here = filter, Filter()
-    if len(filter.laddr) > NETWORKS:
-        in_kernel, here = replace(in_kernel, laddr=()), replace(here, laddr=filter.laddr)
-    if len(filter.raddr) > NETWORKS:
-        in_kernel, here = replace(in_kernel, raddr=()), replace(here, raddr=filter.raddr)
-    return in_kernel, here
-
-
-def matches(residual: Filter, record: Any) -> bool:
-    """Whether a raw record matches what `split` left for user space. As in the kernel, an end with port 0 is not known:
-    its zeros are no address."""
-    return residual.matches({"laddr": record.laddr, "raddr": record.raddr if record.rport else None})
-
-
-def kernel_only(filter: Filter, tool: str) -> Filter:
-    """`filter`, for a tool that counts in the kernel. UsageError if the kernel cannot decide all of it."""
-    _, here = split(filter)
-    for option, value in here.describe():
-        raise UsageError(f"{option} {value}", f"'{tool}' counts in the kernel, which takes at most {NETWORKS} networks")
-    return filter
+LISTS = "filter_lists"
+_OPTIONS = ("pid", "uid", "comm", "cgroup", "netns", "laddr", "raddr")  # enum filter_option
+_SEVERAL = 2  # SEVERAL_VALUES
+_OPTION_BITS = 32  # of a key: option and family
+_NO_NETWORK = {"address": [0, 0], "mask": [0, 0], "family": 0}
 
 
 def asks_owner(filter: Filter) -> bool:
     """Whether the filter needs to know the owner of a socket."""
-    return any(value is not None for value in (filter.pid, filter.uid, filter.comm, filter.cgroup))
+    return bool(filter.pid or filter.uid or filter.comm or filter.cgroup)
 
 
 def constants(filter: Filter) -> dict[str, Any]:
-    """Values of the read-only globals that express `filter`."""
+    """Values of the read-only globals that express `filter`. Options with several values are in `keys`."""
     return {
         "filter": {
-            "pid": filter.pid or 0,
-            "uid": filter.uid or 0,
-            "netns": filter.netns or 0,
+            "pid": _only(filter.pid, 0),
+            "uid": _only(filter.uid, 0),
+            "netns": _only(filter.netns, 0),
             "family": filter.family or 0,
-            "cgroup": filter.cgroup or 0,
-            "comm": (filter.comm or "").encode(),
-            "has_pid": filter.pid is not None,
-            "has_uid": filter.uid is not None,
-            "has_comm": filter.comm is not None,
+            "cgroup": _only(filter.cgroup, 0),
+            "comm": _only(filter.comm, "").encode(),
             "has_lport": bool(filter.lport),
             "has_rport": bool(filter.rport),
             "has_port": bool(filter.port),
-            "laddr_count": len(filter.laddr),
-            "raddr_count": len(filter.raddr),
-            "laddr": [_network(network) for network in filter.laddr],
-            "raddr": [_network(network) for network in filter.raddr],
+            **{f"{name}_count": min(len(getattr(filter, name)), _SEVERAL) for name in _OPTIONS},
+            **{name: _network(_only(getattr(filter, name), None)) for name in ("laddr", "raddr")},
         },
         "filter_lport": _port_set(filter.lport),
         "filter_rport": _port_set(filter.rport),
@@ -67,7 +42,33 @@ def constants(filter: Filter) -> dict[str, Any]:
     }
 
 
-def _network(network: Network) -> dict[str, Any]:
+def keys(filter: Filter) -> list[bytes]:
+    """The keys of filter_lists: `struct filter_key` of each value of an option that has several."""
+    return [
+        struct.pack("=IHH16s", _OPTION_BITS + bits, number, family, value)
+        for number, name in enumerate(_OPTIONS)
+        if len(getattr(filter, name)) >= _SEVERAL
+        for bits, family, value in map(_key, getattr(filter, name))
+    ]
+
+
+def _key(value: int | str | Network) -> tuple[int, int, bytes]:
+    """How many bits of a value count, its IP version, and its 16 bytes."""
+    if isinstance(value, int):
+        return 128, 0, value.to_bytes(16, "little")
+    if isinstance(value, str):
+        return 128, 0, value.encode().ljust(16, b"\0")
+    address, _ = network_bytes(value)
+    return 128 - value.max_prefixlen + value.prefixlen, value.version, address
+
+
+def _only(values: Sequence[Any], otherwise: Any) -> Any:
+    return values[0] if len(values) == 1 else otherwise
+
+
+def _network(network: Network | None) -> dict[str, Any]:
+    if network is None:
+        return _NO_NETWORK
     address, mask = network_bytes(network)
     return {"address": _words(address), "mask": _words(mask), "family": network.version}
 

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Setup:
 
     constants  values of read-only globals, by name. The loader sets `hooked_HOOK` and `possible_cpus` itself
     entries    sizes of maps, by name
+    keys       keys of sets (maps whose values are one byte), by name, inserted before a program is attached
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
     debug      print the messages of libbpf and the verifier's log on stderr
@@ -64,6 +65,7 @@ class Setup:
 
     constants: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, Sequence[bytes]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
     debug: bool = False
@@ -186,7 +188,8 @@ class Loaded:
                 self._programs[name] = program
             program = lib.bpf_object__next_program(self._object, program)
         self._size_tables()
-        for name, entries in self._setup.entries.items():
+        sizes = {name: len(keys) for name, keys in self._setup.keys.items() if keys}
+        for name, entries in (self._setup.entries | sizes).items():
             lib.bpf_map__set_max_entries(self._map(name), entries)
         for name, descriptor in self._setup.shared.items():
             if error := lib.bpf_map__reuse_fd(self._map(name), descriptor):
@@ -195,6 +198,14 @@ class Loaded:
         error = -lib.bpf_object__load(self._object)
         if error:
             raise self._load_error(error, ffi.string(verifier).decode(errors="replace"))
+        for name, keys in self._setup.keys.items():
+            self._insert(name, keys)
+
+    def _insert(self, name: str, keys: Sequence[bytes]) -> None:
+        present = ffi.new("uint8_t *")
+        for key in keys:
+            if lib.bpf_map_update_elem(self.map_fd(name), ffi.from_buffer(key), present, 0) < 0:
+                raise TcpscopeError(f"{self.spec.name}: map '{name}' cannot be filled: {os.strerror(ffi.errno)}")
 
     def _size_tables(self) -> None:
         table = lib.bpf_object__next_map(self._object, ffi.NULL)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -110,8 +110,6 @@ class _Existing(Run):
                     key = (plain.socket, plain.cookie)
                     if owner_asked and key not in wanted:
                         continue
-                    if not compiled_filter.matches(self._session.residual, plain):
-                        continue
                     own = holders.get(key, ())
                     values = {name: getattr(row, name) for name in names}
                     values["holders"] = list(own)
@@ -127,9 +125,9 @@ class _Existing(Run):
             try:
                 yield list(self._session.loaded.iterate("existing", descriptor))
             except PermissionError:
-                if wanted is not None:
+                if wanted:
                     raise NotPermittedError(
-                        f"cannot enter network namespace {wanted}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
+                        f"cannot enter network namespace {_numbers(wanted)}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
                     ) from None
                 self.notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
                 return
@@ -149,22 +147,26 @@ def _holders(session: Session) -> tuple[dict[_Key, tuple[Holder, ...]], set[_Key
     return {key: tuple(sorted(own)) for key, own in found.items()}, wanted
 
 
-def _namespaces(wanted: int | None, notes: list[str]) -> Iterator[int]:
+def _numbers(namespaces: Iterable[int]) -> str:
+    return ", ".join(map(str, namespaces))
+
+
+def _namespaces(wanted: Sequence[int], notes: list[str]) -> Iterator[int]:
     """A file descriptor of each namespace to look at; -1 for this process's own, which needs no privilege.
 
-    What cannot be looked at is added to `notes`, or is an error if it is `wanted`.
+    Without `wanted` these are all. What cannot be looked at is added to `notes`, or is an error if it is `wanted`.
     """
     visible = netns.visible()
     own = netns.inode_of("/proc/self/ns/net")
     refused = visible.hidden_processes
     without = "" if has_capability("CAP_SYS_PTRACE") else " without CAP_SYS_PTRACE"
-    if wanted is not None and wanted not in visible.namespaces:
-        number = f"network namespace {wanted}"
+    if hidden := [inode for inode in wanted if inode not in visible.namespaces]:
+        number = f"network namespace {_numbers(hidden)}"
         if refused and without:
             raise NotPermittedError(f"cannot find {number}", "needs CAP_SYS_PTRACE", ("CAP_SYS_PTRACE",))
         raise TcpscopeError(f"cannot enter {number}", "no process that can be seen is in it, and it has no name")
     for inode, namespace in visible.namespaces.items():
-        if wanted not in (None, inode):
+        if wanted and inode not in wanted:
             continue
         if inode == own:
             yield -1
@@ -178,7 +180,7 @@ def _namespaces(wanted: int | None, notes: list[str]) -> Iterator[int]:
             yield descriptor
         finally:
             os.close(descriptor)
-    if refused and wanted is None:
+    if refused and not wanted:
         number = f"{refused} process{'' if refused == 1 else 'es'}"
         notes.append(f"could not look into the network namespaces of {number}{without}")
 

@@ -93,10 +93,16 @@ class Rtt(Tool):
             "smoothed": request.options["smoothed"],
         }
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys}
-        wanted = compiled_filter.kernel_only(request.filter, "rtt")
         skip = () if owner else ("woken", "woken_again")
         session = Session(
-            "rtt", None, wanted, constants=constants, entries=entries, owners=owner, skip=skip, debug=request.debug
+            "rtt",
+            None,
+            request.filter,
+            constants=constants,
+            entries=entries,
+            owners=owner,
+            skip=skip,
+            debug=request.debug,
         )
         with closed_on_error(session):
             return _Measuring(request, columns, session, max_keys)

@@ -38,7 +38,6 @@ class Top(Stream):
         return 1 << ((tcp_sockets() + (1 << 14)) * self.layout.size).bit_length()
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
-        compiled_filter.kernel_only(request.filter, self.name)
         with closed_on_error(self.session(request)) as session:
             return _Moving(request, session, self.layout.select(names).decoder(clock), clock)
 
