@@ -16,6 +16,7 @@ import click
 from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import Filter
+from tcpscope.kernel.resources import help_for
 from tcpscope.output import printable
 from tcpscope.request import Request
 from tcpscope.show import show
@@ -338,7 +339,8 @@ def _guarded(run: Callable[[], Any]) -> int:
             _give_up(sys.stdout)
         if os.environ.get("TCPSCOPE_TRACEBACK"):
             raise
-        return _fail(str(error.strerror or error) + (f": {error.filename}" if error.filename else ""), 1)
+        text = str(error.strerror or error) + (f": {error.filename}" if error.filename else "")
+        return _fail("; ".join(filter(None, (text, help_for(error.errno)))), 1)
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -5,6 +5,7 @@
     ├── UnsupportedError     3  this kernel cannot do it: what is missing
     ├── NotPermittedError    4  a capability is missing: its name
     ├── LossError            5  events were lost, under --strict
+    ├── ResourceError        1  this machine lacks memory, open files or the like now: what failed, and what helps
     └── MalformedError       1  bytes that are not what they claim to be (BTF, ELF, a batch)
         └── BtfError
 
@@ -56,6 +57,10 @@ class LossError(TcpscopeError):
     """Events were lost in a run that must not lose any (--strict)."""
 
     exit_status = 5
+
+
+class ResourceError(TcpscopeError):
+    """The machine has too little of something now. It does not mean that the kernel lacks anything."""
 
 
 class MalformedError(TcpscopeError):

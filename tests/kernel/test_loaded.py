@@ -308,7 +308,8 @@ def sockets(kernel: Kernel) -> Iterator[Loaded]:
 
 @pytest.mark.kernel
 def test_an_iterator_in_a_namespace_that_is_none(sockets: Loaded) -> None:
-    with Path("/dev/null").open() as wrong, pytest.raises(OSError, match="iterator 'existing': Invalid argument"):
+    said = "iterator 'existing' cannot run: Invalid argument"
+    with Path("/dev/null").open() as wrong, pytest.raises(OSError, match=said):
         list(sockets.iterate("existing", wrong.fileno()))
 
 
@@ -420,7 +421,7 @@ def test_without_memory_the_tables_are_smaller(monkeypatch: pytest.MonkeyPatch) 
 def test_without_any_memory_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "sockets_at_most", lambda now, allocates: 1 << 16)
     monkeypatch.setattr(module, "lib", lib := NoMemory(100))
-    with pytest.raises(TcpscopeError, match="owner: no memory for the maps, however small") as caught:
+    with pytest.raises(TcpscopeError, match="owner: cannot be loaded: Cannot allocate memory; free memory") as caught:
         Loaded(OWNER, Kernel())
     assert caught.value.exit_status == 1
     assert lib.loads == 7  # 65536 to 1024

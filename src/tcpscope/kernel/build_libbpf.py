@@ -26,6 +26,8 @@ int bpf_link__destroy(struct bpf_link *link);
 struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *object, const char *name);
 struct bpf_map *bpf_object__next_map(const struct bpf_object *object, const struct bpf_map *map);
 int bpf_map__fd(const struct bpf_map *map);
+bool bpf_map__autocreate(const struct bpf_map *map);
+uint32_t bpf_map__map_flags(const struct bpf_map *map);
 uint32_t bpf_map__max_entries(const struct bpf_map *map);
 int bpf_map__reuse_fd(struct bpf_map *map, int fd);
 int bpf_map__set_map_flags(struct bpf_map *map, uint32_t flags);

@@ -13,6 +13,7 @@ import msgspec
 
 from tcpscope.errors import NotPermittedError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
+from tcpscope.kernel.resources import exhausted
 from tcpscope.kernel.spec import Program
 
 BTF = Path("/sys/kernel/btf/vmlinux")
@@ -33,7 +34,8 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Kernel:
-    """The running kernel. It computes an answer at the first question. Raises UnsupportedError without BTF.
+    """The running kernel. It computes an answer at the first question. Raises UnsupportedError without BTF, and
+    ResourceError if the machine lacks what it takes to ask.
 
     A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `enumerators`, `has_type` and
     `has_typedef`, which read the BTF, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and `release`.
@@ -50,7 +52,8 @@ class Kernel:
         lib.tcpscope_log_start(False)
         btf = lib.tcpscope_btf_load()
         if btf == ffi.NULL:
-            raise UnsupportedError(f"cannot read {BTF}: {os.strerror(ffi.errno)}")
+            what = f"cannot read {BTF}"
+            raise exhausted(ffi.errno, what) or UnsupportedError(f"{what}: {os.strerror(ffi.errno)}")
         return ffi.gc(btf, lib.tcpscope_btf_free)
 
     def release(self) -> None:
@@ -101,6 +104,8 @@ class Kernel:
         error = -lib.tcpscope_try_fentry(self._btf, function.encode())
         if not error:
             return Answer(True)
+        if shortage := exhausted(error, f"cannot try fentry on {function}"):
+            raise shortage
         reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP is the kernel's own
         return Answer(False, f"the kernel refuses fentry on {function} ({reason})")
 

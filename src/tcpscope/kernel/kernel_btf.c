@@ -102,7 +102,7 @@ struct tcpscope_btf *tcpscope_btf_load(void)
 	int error = -ENOMEM;
 
 	if (btf) {
-		btf->btf = btf__load_vmlinux_btf();
+		btf->btf = btf__parse_raw("/sys/kernel/btf/vmlinux");
 		error = btf->btf ? put_all(btf) : -errno;
 	}
 	if (error) {

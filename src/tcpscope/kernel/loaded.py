@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError
+from tcpscope.errors import NotPermittedError, ResourceError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, has_capability, perf_event_denied, require_capabilities
+from tcpscope.kernel.resources import exhausted, failed
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.schema import Layout
 
@@ -33,7 +34,7 @@ _VERIFIER_LINES = 6
 _VERIFIER_BYTES = 0xFFFFFFFF >> 8
 _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
-_NO_PREALLOC = 1  # BPF_F_NO_PREALLOC
+_NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_NO_PREALLOC, BPF_F_MMAPABLE
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,18 @@ class _Refused(Exception):
 
 
 class _NoMemoryError(Exception):
-    """The kernel has no memory for the maps. `said` is libbpf's message."""
+    """The kernel has no memory for the object. `what` has failed."""
 
-    def __init__(self, said: str) -> None:
-        super().__init__(said)
-        self.said = said
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
 
 
 class Loaded:
     """An object in the kernel, from `Loaded(spec, kernel, setup)` until `close()`.
 
-    Raises NotPermittedError without the privileges, UnsupportedError if a hook that is not optional has no way, and
-    TcpscopeError if libbpf or the kernel cannot load the object.
+    Raises NotPermittedError without the privileges, UnsupportedError if a hook that is not optional has no way,
+    ResourceError if the machine lacks what it takes, and TcpscopeError if libbpf or the kernel cannot load the object.
 
     hooks     hook -> how it is attached
     notes     what the user should know about it, one line each
@@ -120,8 +121,9 @@ class Loaded:
         self._missed: dict[str, int] = {}
         self._data = ffi.from_buffer(spec.data)
         self.verifier: dict[str, str] = {}
-        refused = plan_refusals(spec, kernel)
-        self._allocates = kernel.allocates_in_programs
+        refused = self._refused = plan_refusals(spec, kernel)
+        lacking = frozenset(refused)
+        self._allocates, self._shrinks = kernel.allocates_in_programs, False
         wanted = self._entries = sockets_at_most(tcp_sockets(), self._allocates)
         self.notes: list[str] = []
         kernel.release()  # libbpf reads its own, and needs most memory then
@@ -141,11 +143,12 @@ class Loaded:
                         f"no memory for {wanted} sockets in the tables of '{spec.name}', "
                         f"there is room for {self._entries}; further ones are counted as table_full"
                     )
+                self.notes += self._left_out(refused.keys() - lacking)
                 return
             except _NoMemoryError as error:
                 self.close()
-                if self._entries // 2 < _LEAST_ENTRIES:
-                    raise TcpscopeError(f"{spec.name}: no memory for the maps, however small", error.said) from None
+                if not self._shrinks or self._entries // 2 < _LEAST_ENTRIES:
+                    raise failed(errno.ENOMEM, error.what) from None
                 self._entries //= 2
             except _Refused as refusal:
                 self.close()
@@ -161,6 +164,17 @@ class Loaded:
                 self.close()
                 raise
 
+    def _left_out(self, surprising: set[str]) -> list[str]:
+        """A line for each hook that has no program only because the kernel refused one that it should take."""
+        lines = []
+        for name, ways in self.spec.hooks.items():
+            reason = next((self._refused[way.name] for way in ways if way.name in surprising), "")
+            attached = name in self.hooks and self.hooks[name].program
+            if reason and not attached and (name in self.hooks or ways[0].again):
+                lost = f"not known without it: {ways[0].without}" if ways[0].without else "events may be missed"
+                lines.append(f"'{name}' of '{self.spec.name}' is left out, {reason}; {lost}")
+        return lines
+
     def _last_way(self, program: str, refused: dict[str, str]) -> bool:
         ways = self.spec.hooks[program.partition("__")[0]]
         needed = ways[0].without is None and not ways[0].again
@@ -174,7 +188,8 @@ class Loaded:
         lib.tcpscope_log_start(self._setup.debug)
         self._object = lib.tcpscope_open(self._data, len(self.spec.data), self.spec.name.encode())
         if self._object == ffi.NULL:
-            raise TcpscopeError(f"{self.spec.name}: not a BPF object: {os.strerror(ffi.errno)}")
+            error, what = ffi.errno, f"{self.spec.name}: not a BPF object"
+            raise exhausted(error, what) or TcpscopeError(f"{what}: {os.strerror(error)}")
         if not has_capability("CAP_SYS_ADMIN"):
             lib.tcpscope_leave_modules(self._object)
         chosen = {hook.program.name: hook for hook in self.hooks.values() if hook.program}
@@ -193,9 +208,13 @@ class Loaded:
             lib.bpf_map__set_max_entries(self._map(name), entries)
         for name, descriptor in self._setup.shared.items():
             if error := lib.bpf_map__reuse_fd(self._map(name), descriptor):
-                raise TcpscopeError(f"{self.spec.name}: map '{name}' cannot be shared: {os.strerror(-error)}")
+                what = f"{self.spec.name}: map '{name}' cannot be shared"
+                raise exhausted(-error, what) or TcpscopeError(f"{what}: {os.strerror(-error)}")
         self._write_constants()
         error = -lib.bpf_object__load(self._object)
+        if not self._has_global_data():
+            what = f"{self.spec.name}: libbpf could not try out the kernel, for lack of memory or open files"
+            raise ResourceError(what, "start again")
         if error:
             raise self._load_error(error, ffi.string(verifier).decode(errors="replace"))
         for name, keys in self._setup.keys.items():
@@ -207,10 +226,22 @@ class Loaded:
             if lib.bpf_map_update_elem(self.map_fd(name), ffi.from_buffer(key), present, 0) < 0:
                 raise TcpscopeError(f"{self.spec.name}: map '{name}' cannot be filled: {os.strerror(ffi.errno)}")
 
+    def _has_global_data(self) -> bool:
+        """Whether libbpf has made .bss, if the object has it, and so that it can be mapped.
+
+        libbpf tries out once in a process whether the kernel can (5.2, 5.5), and takes every error for a no. A kernel
+        that has ring buffers (5.8) can.
+        """
+        table = lib.bpf_object__find_map_by_name(self._object, b".bss")
+        if table == ffi.NULL:
+            return True
+        return bool(lib.bpf_map__autocreate(table) and lib.bpf_map__map_flags(table) & _MMAPABLE)
+
     def _size_tables(self) -> None:
         table = lib.bpf_object__next_map(self._object, ffi.NULL)
         while table != ffi.NULL:
             if lib.bpf_map__max_entries(table) == _PER_SOCKET:
+                self._shrinks = True
                 lib.bpf_map__set_max_entries(table, self._entries)
                 lib.bpf_map__set_map_flags(table, _NO_PREALLOC if self._allocates else 0)
             table = lib.bpf_object__next_map(self._object, table)
@@ -243,17 +274,25 @@ class Loaded:
             print(verifier, end="", file=sys.stderr)
         said = [line.removeprefix("libbpf: ") for line in log.splitlines() if "failed to load object" not in line]
         found = re.search(r"prog '(\w+)': (?:BPF program load failed|failed to (?:load|find|prepare))", log)
-        if found:
-            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", verifier, "; ".join(said[-1:]))
-        if error == errno.EPERM and not self._kernel.accounts_memory_by_cgroup:
+        what = f"{self.spec.name}: " + (f"program '{found[1]}' cannot be loaded" if found else "cannot be loaded")
+        if error == errno.ENOMEM:
+            return _NoMemoryError(what)
+        if shortage := exhausted(error, what):
+            return shortage
+        if error == errno.EPERM and not verifier and self._locked_memory_is_limited():
             return NotPermittedError(
-                f"{self.spec.name}: no memory for BPF maps within the limit of locked memory",
+                f"{self.spec.name}: no memory for BPF objects within the limit of locked memory",
                 "this kernel needs CAP_SYS_RESOURCE too, or a larger 'ulimit -l'",
                 ("CAP_SYS_RESOURCE",),
             )
-        if error == errno.ENOMEM:
-            return _NoMemoryError("; ".join(said[-2:]))
-        return TcpscopeError(f"{self.spec.name}: cannot be loaded: {os.strerror(error)}", "; ".join(said[-2:]))
+        if error == errno.EPERM and not found:
+            return TcpscopeError(f"{what}: {os.strerror(error)}", "a security module, seccomp or lockdown forbids it")
+        if found:
+            return _Refused(found[1], f"refused by the kernel ({os.strerror(error)})", verifier, "; ".join(said[-1:]))
+        return TcpscopeError(f"{what}: {os.strerror(error)}", "; ".join(said[-2:]))
+
+    def _locked_memory_is_limited(self) -> bool:
+        return not has_capability("CAP_SYS_RESOURCE") and not self._kernel.accounts_memory_by_cgroup
 
     def _attach(self) -> None:
         """Attach iterators and what deletes entries, seed, attach the others: their first event finds its owner."""
@@ -291,12 +330,15 @@ class Loaded:
     def memory(self, name: str) -> memoryview:
         """A global variable in .bss, as memory shared with the kernel. A read needs no system call and no privilege."""
         variable = self.spec.variables[name]
-        mapped = mmap.mmap(self.map_fd(variable.section), self.spec.section_size(variable.section))
-        return memoryview(mapped)[variable.offset : variable.offset + variable.size]
+        mapped = self.values(variable.section, self.spec.section_size(variable.section))
+        return mapped[variable.offset : variable.offset + variable.size]
 
     def values(self, name: str, size: int) -> memoryview:
         """The first `size` bytes of the values of an array map, as memory shared with the kernel: BPF_F_MMAPABLE."""
-        return memoryview(mmap.mmap(self.map_fd(name), size))
+        try:
+            return memoryview(mmap.mmap(self.map_fd(name), size))
+        except OSError as error:
+            raise failed(error.errno, f"{self.spec.name}: map '{name}' cannot be mapped") from None
 
     def iterate(self, hook: str, netns_fd: int = -1) -> Iterator[bytes]:
         """Run an iterator to its end, in the network namespace of `netns_fd` (-1: in this one). Yields its output.
@@ -307,7 +349,7 @@ class Loaded:
         assert program is not None
         fd = lib.tcpscope_iterate(lib.bpf_link__fd(self._links[program.name]), netns_fd)
         if fd < 0:
-            raise OSError(-fd, f"iterator '{hook}': {os.strerror(-fd)}")
+            raise failed(-fd, f"{self.spec.name}: iterator '{hook}' cannot run")
         with os.fdopen(fd, "rb", buffering=0) as file:
             yield from pieces(file)
 
@@ -329,7 +371,7 @@ class Loaded:
                 room *= 2
                 continue
             if error not in (0, errno.ENOENT):
-                raise OSError(error, f"map '{name}': {os.strerror(error)}")
+                raise failed(error, f"{self.spec.name}: map '{name}' cannot be read")
             ends = count[0] * key.size, count[0] * value.size
             yield from zip(
                 decode_keys(memoryview(keys)[: ends[0]]), decode_values(memoryview(values)[: ends[1]]), strict=True
@@ -376,7 +418,11 @@ class Loaded:
         else:
             link = lib.bpf_program__attach(program)
         if link == ffi.NULL:
-            error = ffi.errno
+            error, what = ffi.errno, f"{self.spec.name}: program '{name}' cannot be attached"
+            if error == errno.ENOMEM:
+                raise _NoMemoryError(what)
+            if shortage := exhausted(error, what):
+                raise shortage
             reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only
             denied = perf_event_denied() if error in (errno.EACCES, errno.EPERM) else ""
             raise _Refused(name, f"cannot be attached ({denied or reason})")
@@ -494,7 +540,7 @@ class Ring:
     def __init__(self, map_fd: int, record_size: int) -> None:
         ring = lib.tcpscope_ring_new(map_fd)
         if ring == ffi.NULL:
-            raise OSError(ffi.errno, f"ring buffer: {os.strerror(ffi.errno)}")
+            raise failed(ffi.errno, "the ring buffer cannot be mapped")
         self._ring = ffi.gc(ring, lib.tcpscope_ring_free)
         self.fd: int = lib.tcpscope_ring_fd(ring)
         self.record_size = record_size
@@ -507,7 +553,7 @@ class Ring:
         while True:
             size = lib.tcpscope_ring_drain(self._ring, self._pointer, BATCH_BYTES, self.record_size)
             if size < 0:
-                raise OSError(-size, f"ring buffer: {os.strerror(-size)}")
+                raise failed(-size, "the ring buffer cannot be read")
             if size:
                 yield self._view[:size]
             if size + self.record_size <= BATCH_BYTES:

@@ -13,10 +13,11 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+
+from tcpscope.kernel.resources import exhausted
 
 NAMED = Path("/run/netns")
 PROC = Path("/proc")
@@ -48,10 +49,14 @@ def visible() -> Visible:
     found = {inode_of(own): str(own)}
     names: dict[int, str] = {}
     for path in named():
-        with suppress(OSError):  # unbound, or not bound yet
+        try:
             inode = inode_of(path)
-            names.setdefault(inode, path.name)
-            found.setdefault(inode, str(path))
+        except OSError as error:
+            if shortage := exhausted(error.errno, f"cannot open {path}"):
+                raise shortage from None
+            continue  # unbound, or not bound yet
+        names.setdefault(inode, path.name)
+        found.setdefault(inode, str(path))
     hidden = 0
     for path in (process / "ns/net" for process in _processes()):
         try:

@@ -19,6 +19,7 @@ from tcpscope.errors import NotPermittedError, TcpscopeError
 from tcpscope.filters import Filter
 from tcpscope.kernel import compiled_filter, netns
 from tcpscope.kernel.features import has_capability
+from tcpscope.kernel.resources import exhausted
 from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
@@ -173,7 +174,9 @@ def _namespaces(wanted: Sequence[int], notes: list[str]) -> Iterator[int]:
             continue
         try:
             descriptor = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except OSError as error:
+            if shortage := exhausted(error.errno, f"cannot open {namespace.path}"):
+                raise shortage from None
             refused += 1
             continue
         try:
