@@ -23,6 +23,7 @@ IPPROTO_MPTCP = 262
 FAST_OPEN = 0x207  # client, server, neither needs a cookie
 ACCEPT4 = 288  # the system call's number
 IOSQE_ASYNC = 16
+ACCEPT4_I386, SOCKETCALL_I386 = 364, 102
 
 Row = dict[str, Any]
 
@@ -211,6 +212,41 @@ def test_accept_through_io_uring(script: Script, flags: int) -> Test:
     assert row["rport"] == local.ret
     check_owner(row, server)
     check_listener(row, script.server.ipv4)
+
+
+@pytest.mark.parametrize("number", [ACCEPT4_I386, SOCKETCALL_I386])
+@recorded(ACCEPT)
+def test_accept_of_i386(script: Script, number: int) -> Test:
+    server, worker = script.server.process("server"), script.server.process("worker")
+    listener = worker.take(server.listener(PORT))
+    _, _, local = Caller(script).connect()
+    call = listener("i386_accept", worker.slot(), number, may_fail=True)
+    seen = yield
+    if call.errno == "ENOSYS":
+        assert not seen.machine.kernel.has_type("compat_robust_list_head")
+        pytest.skip("this kernel has no calls of i386")
+    row = only_row(seen, script)
+    assert row["rport"] == local.ret
+    check_owner(row, worker)
+    check_listener(row, script.server.ipv4)
+
+
+@recorded(ACCEPT)
+def test_another_call_of_i386_is_no_accept(script: Script) -> Test:
+    """keyctl() has the number of accept4() on x86-64, and returns the descriptor of a connection."""
+    with script.older():
+        server = script.server.process("server")
+        listener = server.listener(PORT)
+        client = Caller(script)
+        _, _, local = client.connect()
+        child = listener.accept()
+    call = listener("i386_keyctl", child.slot, may_fail=True)
+    seen = yield
+    if call.errno == "ENOSYS":
+        assert not seen.machine.kernel.has_type("compat_robust_list_head")
+        pytest.skip("this kernel has no calls of i386")
+    assert (call.ret, child.accepted.ret) == (2, local.ret)
+    assert seen.rows(ACCEPT, script.server) == []
 
 
 @recorded(ACCEPT, COUNT)

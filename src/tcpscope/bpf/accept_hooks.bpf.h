@@ -79,11 +79,11 @@ int FUNCTION_PROG(accept__fexit)
 
 /* Not a kretprobe: it has few places for pending calls, and loses the others without a count. */
 SEC("tp_btf/sys_exit")
-int TRACEPOINT_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
+int TRACEPOINT_PROG_IF(fd >= 0 && syscall_is_accept(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
 	struct sock *child = tcp_sock_of_fd(fd);
 
-	return child ? accept_returned(child, LISTENER_IF_WANTED(tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs)))) : 0;
+	return child ? accept_returned(child, LISTENER_IF_WANTED(tcp_sock_of_fd(syscall_descriptor(regs)))) : 0;
 }
 
 /* A call that already waited in inet_csk_accept() when the tool hooked it calls this function when it wakes up. */

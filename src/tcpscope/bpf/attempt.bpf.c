@@ -365,20 +365,23 @@ int FUNCTION_PROG(connected__fexit, struct socket *socket, void *address, int si
 }
 
 SEC("tp_btf/sys_exit")
-int TRACEPOINT_PROG_IF(SYSCALL_IS_CONNECT(regs), connected__syscall, struct pt_regs *regs, long result)
+int TRACEPOINT_PROG_IF(syscall_is_connect(regs), connected__syscall, struct pt_regs *regs, long result)
 {
-	struct file *file = file_of_fd(SYSCALL_ARGUMENT_1(regs));
 	struct remote_address to = {};
+	__u64 arguments[3];
+	struct file *file;
 	struct sock *sk;
 
+	syscall_arguments(regs, arguments);
+	file = file_of_fd(arguments[0]);
 	/* Most calls succeed, and their sockets have no entry any more. */
 	if (!file || (!result && file_has_no_entry(file)))
 		return 0;
 	sk = tcp_sock_of_file(file);
 	if (!sk)
 		return 0;
-	REMOTE_ADDRESS_READ(bpf_probe_read_user, &to, SYSCALL_ARGUMENT_2(regs), SYSCALL_ARGUMENT_3(regs));
-	attempt_returned(sk, &to, SYSCALL_ARGUMENT_3(regs), result);
+	REMOTE_ADDRESS_READ(bpf_probe_read_user, &to, arguments[1], arguments[2]);
+	attempt_returned(sk, &to, arguments[2], result);
 	return 0;
 }
 

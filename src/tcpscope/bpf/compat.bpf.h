@@ -143,22 +143,117 @@ static __always_inline __u64 cookie_if_any(struct sock *sk)
 /* The cookie; the kernel gives one if there is none. For pointers that the verifier trusts: tp_btf, fentry, iterators. */
 #define COOKIE_OF(sk) (have_cookie_helper() ? bpf_get_socket_cookie(sk) : cookie_if_any((struct sock *)(sk)))
 
-/* Numbers of accept, accept4 and connect: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h. */
+/*
+ * The system calls accept(), accept4() and connect() at their exit. A kernel with 32-bit calls has two tables of numbers:
+ * 43 is accept() in one and times() in the other. The caller chooses the table for each call: on x86 any process may use
+ * "int 0x80", the table of 32 bits.
+ */
 #if defined(__TARGET_ARCH_x86)
-#define SYSCALL_NUMBER(regs) ((int)((struct pt_regs___kernel *)(regs))->orig_ax)
-#define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 43 || SYSCALL_NUMBER(regs) == 288)
-#define SYSCALL_IS_CONNECT(regs) (SYSCALL_NUMBER(regs) == 42)
-#define SYSCALL_ARGUMENT_1(regs) (((struct pt_regs___kernel *)(regs))->di)
-#define SYSCALL_ARGUMENT_2(regs) (((struct pt_regs___kernel *)(regs))->si)
-#define SYSCALL_ARGUMENT_3(regs) (((struct pt_regs___kernel *)(regs))->dx)
+#define TS_COMPAT 2 /* arch/x86/include/asm/thread_info.h: in a 32-bit call, and until it has returned */
+
+static __always_inline bool syscall_is_32bit(const struct pt_regs *regs)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+
+	return BPF_CORE_READ(task, thread_info.status) & TS_COMPAT;
+}
+
+/* arch/x86/entry/syscalls/syscall_64.tbl, syscall_32.tbl; the calls of socketcall(): include/uapi/linux/net.h */
+#define SYSCALL_NUMBER(regs) ((int)((const struct pt_regs___kernel *)(regs))->orig_ax)
+#define SOCKETCALL_32 102
+#define SOCKETCALL_CALL(regs) ((int)((const struct pt_regs___kernel *)(regs))->bx)
+#define SOCKETCALL_CONNECT 3
+#define SOCKETCALL_ACCEPT 5
+#define SOCKETCALL_ACCEPT4 18
+#define ACCEPT_64 43
+#define ACCEPT4_64 288
+#define ACCEPT4_32 364
+#define CONNECT_64 42
+#define CONNECT_32 362
+
+static __always_inline bool syscall_is_accept(const struct pt_regs *regs)
+{
+	switch (SYSCALL_NUMBER(regs)) {
+	case ACCEPT_64:
+	case ACCEPT4_64:
+		return !syscall_is_32bit(regs);
+	case ACCEPT4_32:
+		return syscall_is_32bit(regs);
+	case SOCKETCALL_32:
+		return syscall_is_32bit(regs) &&
+		       (SOCKETCALL_CALL(regs) == SOCKETCALL_ACCEPT || SOCKETCALL_CALL(regs) == SOCKETCALL_ACCEPT4);
+	}
+	return false;
+}
+
+static __always_inline bool syscall_is_connect(const struct pt_regs *regs)
+{
+	switch (SYSCALL_NUMBER(regs)) {
+	case CONNECT_64:
+		return !syscall_is_32bit(regs);
+	case CONNECT_32:
+		return syscall_is_32bit(regs);
+	case SOCKETCALL_32:
+		return syscall_is_32bit(regs) && SOCKETCALL_CALL(regs) == SOCKETCALL_CONNECT;
+	}
+	return false;
+}
+
+/* The first three arguments. Those of socketcall() are in the process's memory. */
+static __always_inline void syscall_arguments(const struct pt_regs *registers, __u64 arguments[3])
+{
+	const struct pt_regs___kernel *regs = (const struct pt_regs___kernel *)registers;
+	__u32 narrow[3] = {regs->bx, regs->cx, regs->dx};
+
+	if (!syscall_is_32bit(registers)) {
+		arguments[0] = regs->di;
+		arguments[1] = regs->si;
+		arguments[2] = regs->dx;
+		return;
+	}
+	if (SYSCALL_NUMBER(registers) == SOCKETCALL_32)
+		bpf_probe_read_user(narrow, sizeof(narrow), (void *)(__u64)narrow[1]);
+	for (int i = 0; i < 3; i++)
+		arguments[i] = narrow[i];
+}
 #elif defined(__TARGET_ARCH_arm64)
-#define SYSCALL_ARGUMENT_1(regs) (((struct pt_regs___kernel *)(regs))->orig_x0)
-#define SYSCALL_NUMBER(regs) (((struct pt_regs___kernel *)(regs))->syscallno)
-#define SYSCALL_IS_ACCEPT(regs) (SYSCALL_NUMBER(regs) == 202 || SYSCALL_NUMBER(regs) == 242)
-#define SYSCALL_IS_CONNECT(regs) (SYSCALL_NUMBER(regs) == 203)
-#define SYSCALL_ARGUMENT_2(regs) (((struct pt_regs___kernel *)(regs))->regs[1])
-#define SYSCALL_ARGUMENT_3(regs) (((struct pt_regs___kernel *)(regs))->regs[2])
+#define PSR_MODE32_BIT 0x10 /* arch/arm64/include/uapi/asm/ptrace.h */
+
+/* include/uapi/asm-generic/unistd.h, arch/arm/tools/syscall.tbl */
+static __always_inline bool syscall_is(const struct pt_regs *regs, int number_64, int number_32)
+{
+	const struct pt_regs___kernel *registers = (const struct pt_regs___kernel *)regs;
+
+	return registers->syscallno == (registers->pstate & PSR_MODE32_BIT ? number_32 : number_64);
+}
+
+static __always_inline bool syscall_is_accept(const struct pt_regs *regs)
+{
+	return syscall_is(regs, 202, 285) || syscall_is(regs, 242, 366);
+}
+
+static __always_inline bool syscall_is_connect(const struct pt_regs *regs)
+{
+	return syscall_is(regs, 203, 283);
+}
+
+static __always_inline void syscall_arguments(const struct pt_regs *registers, __u64 arguments[3])
+{
+	const struct pt_regs___kernel *regs = (const struct pt_regs___kernel *)registers;
+
+	arguments[0] = regs->orig_x0;
+	arguments[1] = regs->regs[1];
+	arguments[2] = regs->regs[2];
+}
 #endif
+
+static __always_inline __u32 syscall_descriptor(const struct pt_regs *regs)
+{
+	__u64 arguments[3];
+
+	syscall_arguments(regs, arguments);
+	return arguments[0];
+}
 
 /*
  * Before "mptcp: avoid additional __inet_stream_connect() call" (6.6) the function calls itself: for the MPTCP socket, and

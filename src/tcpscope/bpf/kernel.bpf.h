@@ -293,7 +293,16 @@ struct cred { /* include/linux/cred.h */
 	kuid_t uid;
 };
 
+#if defined(__TARGET_ARCH_x86)
+struct thread_info { /* arch/x86/include/asm/thread_info.h */
+	__u32 status;
+};
+#endif
+
 struct task_struct { /* include/linux/sched.h */
+#if defined(__TARGET_ARCH_x86)
+	struct thread_info thread_info;
+#endif
 	int pid;
 	int tgid;
 	struct task_struct *group_leader;
@@ -316,12 +325,15 @@ struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since
 
 struct pt_regs___kernel { /* arch/{x86,arm64}/include/asm/ptrace.h */
 #if defined(__TARGET_ARCH_x86)
+	unsigned long bx;
+	unsigned long cx;
 	unsigned long dx;
 	unsigned long si;
 	unsigned long di;
 	unsigned long orig_ax;
 #elif defined(__TARGET_ARCH_arm64)
 	__u64 regs[31];
+	__u64 pstate;
 	__u64 orig_x0;
 	int syscallno;
 #endif

@@ -117,12 +117,12 @@ int FUNCTION_PROG(accept__fexit)
 }
 
 SEC("tp_btf/sys_exit")
-int TRACEPOINT_PROG_IF(fd >= 0 && SYSCALL_IS_ACCEPT(regs), accept__syscall, struct pt_regs *regs, long fd)
+int TRACEPOINT_PROG_IF(fd >= 0 && syscall_is_accept(regs), accept__syscall, struct pt_regs *regs, long fd)
 {
 	struct sock *child = tcp_sock_of_fd(fd);
 
 	if (child)
-		accepted_from(tcp_sock_of_fd(SYSCALL_ARGUMENT_1(regs)), child);
+		accepted_from(tcp_sock_of_fd(syscall_descriptor(regs)), child);
 	return 0;
 }
 

@@ -36,7 +36,8 @@ struct entry {
 	command *run;
 };
 
-extern const struct entry socket_commands[], host_commands[], mix_commands[], row_commands[], uring_commands[];
+extern const struct entry socket_commands[], host_commands[], mix_commands[], row_commands[], uring_commands[],
+	i386_commands[];
 
 /* process.c */
 int split(char *line, char **words);

@@ -19,6 +19,7 @@ from tests.tools.connect.attempts import (
 )
 
 TCP_FASTOPEN_CONNECT, IPPROTO_MPTCP = 30, 262
+SOCKETCALL, CONNECT_I386, PIPE_I386 = 102, 362, 42  # numbers of i386; 42 is connect() on x86-64
 
 
 @recorded(CONNECT)
@@ -142,3 +143,33 @@ def test_io_uring(script: Script) -> Test:
         ),
     )
     assert found[0]["latency_us"] is not None
+
+
+@pytest.mark.parametrize("number", [CONNECT_I386, SOCKETCALL])
+@recorded(CONNECT)
+def test_a_call_of_i386(script: Script, number: int) -> Test:
+    client, calls = script.client.process("client"), []
+    listening(script)
+    for address, port in ((script.server.ipv4, PORT), (script.server.ipv4, REFUSED), (NOWHERE["4"], OTHER)):
+        calls.append(client.socket()("i386_connect", number, address, port, may_fail=True))
+    seen = yield
+    if calls[0].errno == "ENOSYS":
+        assert not seen.machine.kernel.has_type("compat_robust_list_head")
+        pytest.skip("this kernel has no calls of i386")
+    assert [call.errno for call in calls] == ["none", "ECONNREFUSED", "ENETUNREACH"]
+    outcomes = (("ESTABLISHED", PORT), ("REFUSED", REFUSED), ("UNREACHABLE", OTHER))
+    wanted = zip(calls, outcomes, strict=True)
+    rows(seen, script, *({"by": client, "saw": call, "rport": p, "outcome": o} for call, (o, p) in wanted))
+
+
+@recorded(CONNECT)
+def test_another_call_of_i386_is_no_connect(script: Script) -> Test:
+    """pipe() fails. The registers hold what connect() of x86-64 would find there: a socket and an address."""
+    client = script.client.process("client")
+    call = client.socket()("i386_connect", PIPE_I386, script.server.ipv4, PORT, may_fail=True)
+    seen = yield
+    if call.errno == "ENOSYS":
+        assert not seen.machine.kernel.has_type("compat_robust_list_head")
+        pytest.skip("this kernel has no calls of i386")
+    assert call.errno == "EFAULT"
+    rows(seen, script)
