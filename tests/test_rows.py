@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address, ip_network
@@ -217,6 +220,22 @@ def test_every_errno_and_every_label() -> None:
         ({"columns": [1]}, "--columns [1]; names as text with commas, or a sequence of names"),
         ({"columns": 1}, "--columns 1; names as text with commas, or a sequence of names"),
         ({"columns": "time", "time": "none"}, "--columns has 'time'; --time none removes that column"),
+        ({"comm": 1}, "comm=1; give a value of type str"),
+        ({"comm": b"x"}, "comm=b'x'; give a value of type str"),
+        ({"pid": 1.5}, "pid=1.5; give a value of type str or int"),
+        ({"pid": True}, "pid=True; give a value of type str or int"),
+        ({"ipv4": 1}, "ipv4=1; give a value of type bool"),
+        ({"ipv6": None}, "ipv6=None; give a value of type bool"),
+        ({"rport": 80.0}, "rport=80.0; give a value of type int or str or several of them"),
+        ({"rport": b"80"}, "rport=b'80'; give "),
+        ({"rport": [80, None]}, "rport=[80, None]; give "),
+        ({"rport": {80: 81}}, "rport={80: 81}; give "),
+        (
+            {"raddr": 1.5},
+            "raddr=1.5; give a value of type str or IPv4Address or IPv6Address or IPv4Network or",
+        ),
+        ({"netns": object}, "netns=<class 'object'>; give "),
+        ({"duration": 10**400}, "--duration 1000"),
         ({"rport": [80, "x"]}, "port 'x' is neither a number nor a range"),
         ({"raddr": [ip_network("10.0.0.0/8"), "x"]}, "'x' is neither an address nor a network"),
     ],
@@ -276,6 +295,65 @@ def test_an_iteration_ends_once() -> None:
     with tcpscope.open("connect") as events:
         batches = events.batches()
     assert list(batches) == []
+
+
+@pytest.mark.parametrize("name", [None, 1, ["connect"], b"connect"])
+def test_no_name_of_a_tool(name: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"tool={name!r}; give the name of a tool")):
+        tcpscope.open(name)
+
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("connect", {}),
+    ("connect", {"count": True, "interval": 0.05}),
+    ("rtt", {"interval": 0.05}),
+    ("queue", {"interval": 0.05}),
+    ("life", {"live": True}),
+    ("list", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "keywords"), KINDS)
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_closed_one_gives_no_more_rows(name: str, keywords: dict[str, Any], begun: bool) -> None:
+    events = tcpscope.open(name, duration=DEADLINE, **keywords) if name != "list" else tcpscope.open(name)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        refused()
+        iterator = iter(events)
+        if begun and name != "life":
+            next(iterator)
+        events.close()
+        events.close()
+        rest = list(iterator)
+
+    async def later() -> list[Any]:
+        return [row async for row in events]
+
+    assert (len(rest) == 0) or begun  # of the batch that it had begun
+    assert (list(events), list(events.batches()), asyncio.run(later())) == ([], [], [])
+    assert events.stats.seen >= 0
+
+
+@pytest.mark.parametrize(("name", "keywords"), KINDS)
+def test_who_forgets_to_close_is_told(name: str, keywords: dict[str, Any]) -> None:
+    def forget() -> int:
+        with pytest.warns(ResourceWarning, match=f"unclosed <tcpscope {name}>"):
+            tcpscope.open(name, **keywords)
+            gc.collect()
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    assert forget() == forget()
+
+
+def test_a_warning_is_only_for_who_forgets() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with tcpscope.open("connect", duration=0.01) as events:
+            list(events)
+        del events
+        with contextlib.suppress(UsageError):
+            tcpscope.open("connect", pid=-1)
+        gc.collect()
 
 
 def test_in_another_thread_and_stopped_from_this_one() -> None:
@@ -365,6 +443,22 @@ def test_nothing_stays_of_what_failed_to_open() -> None:
         with pytest.raises(ZeroDivisionError):
             tcpscope.open("connect")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_ctrl_c_ends_the_readmes_example() -> None:
+    section = (TREE / "README.md").read_text().partition("\n## From Python\n")[2]
+    example = section.partition("```python\n")[2].partition("```")[0]
+    source = example.replace("    for e in events:", "    print('ready', flush=True)\n    for e in events:")
+    command = [sys.executable, "-W", "error", "-c", source]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+        assert process.stderr.read() == ""
 
 
 def test_the_examples_pass_mypy(tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+import warnings
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from types import NoneType, TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
@@ -26,11 +27,17 @@ FILTERS = (*(field.name for field in fields(Filter)), "ipv4", "ipv6")
 class Events(Generic[Row]):
     """Made by `tcpscope.open`. Iterate over it for rows, or over `batches()` for lists of rows. `stats` is the account.
 
-    All iterations share the same rows. If one is left early, the next one continues there.
+    All iterations share the same rows. If one is left early, the next one continues there. After `close()` there are no
+    more rows. Without `close()` or `with` the end of the object closes it, with a ResourceWarning.
     """
 
+    _open = False
+
     def __init__(self, tool: str, given: dict[str, Any]) -> None:
+        if not isinstance(tool, str):
+            raise UsageError(f"tool={tool!r}", "give the name of a tool")
         found = find(tool)
+        self._name = found.name
         request = _request(found, given)
         self._lock = threading.RLock()
         self._waiting: list[Row] = []
@@ -47,6 +54,7 @@ class Events(Generic[Row]):
         except BaseException:
             self.close()
             raise
+        self._open = True
 
     def batches(self) -> Iterator[list[Row]]:
         """Lists of rows, as they were read. No list is empty."""
@@ -119,10 +127,19 @@ class Events(Generic[Row]):
 
     def close(self) -> None:
         """Detach. Called at the end of `with`. Waits until a thread that iterates has ended."""
+        self._open = False
         self._stop.stop()
         with self._lock:
             self._run.close()
             self._stop.close()
+
+    def __repr__(self) -> str:
+        return f"<tcpscope {self._name}>"
+
+    def __del__(self) -> None:
+        if self._open:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+            self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -143,14 +160,40 @@ def _request(tool: Tool, given: dict[str, Any]) -> Request:
     }
     asked = ["max_events", "columns", *(name for name in useful if useful[name])]
     options = {option.name: option for option in tool.options}
+    allowed = get_type_hints(Filter.from_options)
     known = [*FILTERS, *asked, *options]
     for name in given:
         if name not in known:
             hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
             raise UsageError(f"'{tool.name}' has no '{name}'", hint)
     return Request(
-        filter=Filter.from_options(**{name: given[name] for name in FILTERS if name in given}),
+        filter=Filter.from_options(
+            **{name: _checked(name, given[name], allowed[name]) for name in FILTERS if name in given}
+        ),
         output="json",
         options={name: option.taken(given.get(name, option.unset)) for name, option in options.items()},
         **{name: given[name] for name in asked if name in given},
     )
+
+
+def _checked(name: str, value: Any, allowed: Any) -> Any:
+    """The value of a keyword, which must have the type `allowed`; of an iterator, what it gives. Raises UsageError."""
+    if isinstance(value, Iterator):
+        value = tuple(value)
+    if not _fits(value, allowed):
+        arms = get_args(allowed) or (allowed,)
+        words = [arm.__name__ for arm in arms if isinstance(arm, type) and arm is not NoneType]
+        words += ["several of them" for arm in arms if get_origin(arm) is Iterable]
+        raise UsageError(f"{name}={value!r}", f"give a value of type {' or '.join(words)}")
+    return value
+
+
+def _fits(value: Any, allowed: Any) -> bool:
+    """Whether the value has a type of this annotation. A bool is no int, and text is not several of anything."""
+    arms = get_args(allowed)
+    if get_origin(allowed) is Iterable:
+        several = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+        return several and all(_fits(each, arms[0]) for each in value)
+    if arms:
+        return any(_fits(value, arm) for arm in arms)
+    return isinstance(value, allowed) and (allowed is bool or not isinstance(value, bool))

@@ -135,4 +135,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if _is_number(value) else repr(value)
+    return f"{value:g}" if isinstance(value, float) else repr(value)
