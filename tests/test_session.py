@@ -312,7 +312,7 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
     listener.bind((lab.client.ipv4, 4711))
     listener.listen()
     command = (*arguments, "--netns", str(lab.client.inode), "-o", "table")
-    wanted = {"states": str(REFUSED), "queue": "4711", "rtt": "COUNT", "list": "4711"}[arguments[0]]
+    wanted = {"states": "SYN_SENT", "queue": "4711", "rtt": "COUNT", "list": "4711"}[arguments[0]]
     with run_tool(*command, stdout=theirs, env={"COLUMNS": "", "LINES": ""}) as tool:
         os.close(theirs)
         refused(lab.client, 1)
@@ -332,7 +332,7 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
 @pytest.mark.parametrize("arguments", [("states",), ("queue", "-i", "0.1"), ("rtt",), ("diagnose",)])
 def test_ctrl_c_leaves_no_trace(lab: Lab, run_tool: type[RunningTool], arguments: tuple[str, ...]) -> None:
     """The terminal echoes ^C. What is written next does not stand behind it."""
-    written = {"states": "FOLLOWED BY", "queue": "listener", "rtt": "TOTAL", "diagnose": "sooner\r\n"}[arguments[0]]
+    written = {"states": "IN STATE", "queue": "listener", "rtt": "TOTAL", "diagnose": "sooner\r\n"}[arguments[0]]
     ours, theirs = os.openpty()
     command = (*arguments, "--netns", str(lab.client.inode), "-o", "table")
     with run_tool(*command, prefix=("setsid", "--ctty"), stdin=theirs, stdout=theirs, stderr=theirs) as tool:

@@ -14,8 +14,6 @@ _ALL = {
     "--timestamp": _TIME,
     "-s": _CSV,
     "--csv": _CSV,
-    "-w": "leave it out: addresses are never cut",
-    "--wide": "leave it out: addresses are never cut",
     "-N": "use --netns INODE, NAME or pid:N",
     "-C": _CGROUP,
     "--cgroupmap": _CGROUP,

@@ -129,10 +129,9 @@ COMMON = (
 )
 TIME = click.Option(
     ["--time"],
-    type=click.Choice(["iso", "elapsed", "none"]),
-    default="iso",
-    show_default=True,
-    help="Time stamps: UTC (iso), seconds since the start (elapsed), or none.",
+    type=click.Choice(["iso", "local", "elapsed", "none"]),
+    help="Time stamps: UTC (iso), time of day (local), seconds since the start (elapsed), or none.  "
+    "[default: local in a table on a terminal, else iso]",
 )
 BUFFER = click.Option(
     ["--buffer"],
@@ -146,6 +145,11 @@ OUTPUT = (
         ["--columns"],
         metavar="NAMES",
         help="Print these columns, comma-separated.  [default: the most useful in a table, all in JSON and CSV]",
+    ),
+    click.Option(
+        ["-w", "--wide"],
+        is_flag=True,
+        help="On a terminal: print the columns that do not fit too. In a pipe a table always has them.",
     ),
     click.Option(["--no-header", "header"], is_flag=True, flag_value=False, default=True, help="Print no titles."),
     TIME,
@@ -287,6 +291,8 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
     """The request that the options of a command make. Raises UsageError."""
     filter = filter_of(values)
     own = {option.name: values.pop(option.name) for option in tool.options}
+    if values.get("time", "") is None:
+        values["time"] = "local" if values["output"] == "table" and sys.stdout.isatty() else "iso"
     return Request(filter=filter, options=own, **values)
 
 

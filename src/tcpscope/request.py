@@ -52,19 +52,23 @@ class Request:
     """The same for every tool, and the tool's own options in `options`.
 
     columns  names, as text with commas or as a sequence; a tuple once the request is made
-    time     iso, elapsed or none
+    time     iso, elapsed, none, or for a table local
+    wide     all columns of a table on a terminal, also those that do not fit
+    verbose  print the account also if nothing was lost
     """
 
     filter: Filter = field(default_factory=Filter)
     output: str = "table"
     columns: str | Sequence[str] | None = None
     header: bool = True
+    wide: bool = False
     time: str = "iso"
     duration: float | None = None
     max_events: int | None = None
     interval: float | None = None
     stats: bool = False
     strict: bool = False
+    verbose: bool = False
     explain: bool = False
     buffer: int | None = None
     debug: bool = False
@@ -80,8 +84,11 @@ class Request:
         size = self.buffer
         if size is not None and not (type(size) is int and 4096 <= size <= 1 << 30 and not size & (size - 1)):
             raise UsageError(f"--buffer {size!r}", "give a power of two from 4K to 1024M")
-        if self.time not in TIMES:
-            raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(TIMES)}")
+        times = (*TIMES, "local") if self.output == "table" else TIMES
+        if self.time not in times:
+            raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(times)}")
+        if self.wide and (self.output != "table" or self.columns is not None):
+            raise UsageError("--wide", "only a table without --columns leaves columns out")
         if self.columns is not None:
             self.columns = self._checked_columns(self.columns)
 

@@ -59,6 +59,7 @@ class Run(ABC):
     counted   the account counts its rows; else it counts what the rows are made of
     done      it ends by itself, after the next poll
     over      it has ended or was closed; there are no more batches
+    important columns that a narrow terminal shows, the most important first; empty: those of the tool
     repeats   what a row of its snapshots is ("listener"), if a snapshot replaces the previous one on a terminal
     """
 
@@ -67,6 +68,7 @@ class Run(ABC):
     accounts = True
     counted = False
     done = over = False
+    important: tuple[str, ...] = ()
     repeats = ""
 
     def __init__(self, columns: Sequence[Column], *sessions: Session) -> None:

@@ -199,22 +199,24 @@ class _Cache(dict[Any, Any]):
 class Clock:
     """Converts the kernel's monotonic time stamps.
 
-    mode: "iso" (UTC, microseconds), "elapsed" (seconds since this clock was made) or "none".
+    mode: "iso" (UTC, microseconds), "local" (time of day, milliseconds), "elapsed" (seconds since this clock was made)
+    or "none".
     """
 
     def __init__(self, mode: str = "iso") -> None:
         self.mode = mode
         self.start_ns = time.monotonic_ns()
         self._to_wall_ns = time.time_ns() - time.monotonic_ns()
-        self._milliseconds = _Cache(_iso_milliseconds, limit=64)  # rows come nearly in order
+        # Rows come nearly in order.
+        self._milliseconds = _Cache(_local_milliseconds if mode == "local" else _iso_milliseconds, limit=64)
 
     def read(self, monotonic_ns: int) -> str | float:
         """A time stamp in the clock's mode."""
         if self.mode == "elapsed":
             return (monotonic_ns - self.start_ns) / 1e9
         millisecond, ns = divmod(monotonic_ns + self._to_wall_ns, 1_000_000)
-        text: str = self._milliseconds[millisecond] + _MICROSECONDS[ns // 1000]
-        return text
+        text: str = self._milliseconds[millisecond]
+        return text if self.mode == "local" else text + _MICROSECONDS[ns // 1000]
 
 
 _MICROSECONDS = tuple(f"{us:03d}Z" for us in range(1000))  # formatting them each time costs a third of a row
@@ -222,6 +224,10 @@ _MICROSECONDS = tuple(f"{us:03d}Z" for us in range(1000))  # formatting them eac
 
 def _iso_milliseconds(ms: int) -> str:
     return f"{datetime.fromtimestamp(ms // 1000, UTC):%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}"
+
+
+def _local_milliseconds(ms: int) -> str:
+    return f"{datetime.fromtimestamp(ms // 1000):%H:%M:%S}.{ms % 1000:03d}"
 
 
 def comm_text(data: bytes) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import BinaryIO
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
 from tcpscope.kernel.loaded import Loaded
-from tcpscope.output import Sink, open_sink
+from tcpscope.output import Sink, open_sink, screen
 from tcpscope.request import Request
 from tcpscope.run import Batch, Run
 from tcpscope.schema import Clock
@@ -28,22 +27,26 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         if request.explain:
             stream.write("\n".join([*explain(request.filter, run.sessions), ""]).encode())
             return
-        on_screen = run.repeats and request.output == "table" and stream.isatty()
-        screen = _Screen(run, request, stream) if on_screen else None
-        sink = open_sink(request.output, run.columns, stream, request.header)
+        sink: Sink
+        page = None
+        if request.output == "table" and stream.isatty():
+            sink = table = _table(run, request, stream, run.important or tool.important)
+            page = _Page(run, request, table, stream) if run.repeats else None
+        else:
+            sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, run.keep)
         _print_notes(run)
-        if not screen and not run.done:
+        if not page and not run.done:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
         for batch in run.batches(stop, request.max_events):
             if stop.stopped:
                 clear_interrupt()
-            if not screen:
+            if not page:
                 sink.rows(batch.rows)
-            elif batch.kind == "snapshot" and not (run.over and screen.is_fresh):
-                screen.draw(batch)  # but not what little is left at the end, over a whole interval
+            elif batch.kind == "snapshot" and not (run.over and page.is_fresh):
+                page.draw(batch)  # but not what little is left at the end, over a whole interval
             stream.flush()
-        if not screen:
+        if not page:
             sink.rows([])  # the titles, if no row came
             stream.flush()
         if stop.stopped:
@@ -117,12 +120,18 @@ def _explain_object(loaded: Loaded) -> Iterator[str]:
             yield f"  {'':<14} not known on this kernel: {hook.without}"
 
 
-class _Screen:
+def _table(run: Run, request: Request, stream: BinaryIO, important: Sequence[str]) -> screen.Sink:
+    """A table for the terminal `stream`. Where a snapshot replaces the previous one, the time stands above it, once."""
+    named = request.columns is not None
+    columns = [column for column in run.columns if named or not run.repeats or column.kind != "time"]
+    return screen.Sink(columns, stream, request.header, important, wide=named or request.wide)
+
+
+class _Page:
     """A terminal on which each snapshot replaces the previous one."""
 
-    def __init__(self, run: Run, request: Request, stream: BinaryIO) -> None:
-        stamp = request.columns is None  # the time stands above the table, once
-        self._columns = [column for column in run.columns if column.kind != "time" or not stamp]
+    def __init__(self, run: Run, request: Request, table: screen.Sink, stream: BinaryIO) -> None:
+        self._table = table
         self._noun, self._clock = run.repeats, Clock(request.time)
         self._request, self._stream = request, stream
         self._drawn_s = 0.0
@@ -135,19 +144,12 @@ class _Screen:
     def draw(self, batch: Batch) -> None:
         """Draw the table, cut to the size of the terminal."""
         self._drawn_s = time.monotonic()
-        size = shutil.get_terminal_size()
-        page = io.BytesIO()
-        open_sink(self._request.output, self._columns, page, self._request.header).rows(batch.rows)
+        size = screen.size_of(self._stream)
         first = "the first " if len(batch.rows) == self._request.max_events else ""
         number = f"{first}{len(batch.rows)} {self._noun}{'' if len(batch.rows) == 1 else 's'}"
         when = "" if self._clock.mode == "none" else f"{self._clock.read(monotonic_ns())}  "
-        lines = [f"{when}{number}", *page.getvalue().decode().splitlines()]
+        lines = [f"{when}{number}", *self._table.page(batch.rows)]
         if any(len(line) > size.columns for line in lines):
-            lines[0] += "; cut to fit: see --columns"
-        text = "\n".join(_cut(line, size.columns) for line in lines[: size.lines - 1])
+            lines[0] += "; cut to fit"
+        text = "\n".join(screen.cut(line, size.columns) for line in lines[: size.lines - 1])
         self._stream.write(f"\x1b[H\x1b[J{text}\n".encode())
-
-
-def _cut(line: str, width: int) -> str:
-    """The line, cut to the width, with a mark where it was cut."""
-    return line if len(line) <= width else line[: width - 1] + ">"

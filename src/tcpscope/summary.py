@@ -82,6 +82,7 @@ class _Summarizing(Run):
         super().__init__(columns, *events.sessions)
         self._events, self.notes, self.stats = events, events.notes, events.stats
         self._names, self._of = names, of
+        self.important = (*names, *histogram.IMPORTANT)
         self._kind = _getter(names)
         self._clock = Clock(request.time)
         self._interval, self._ticker = request.interval, Ticker(request.interval)

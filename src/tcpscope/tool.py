@@ -29,6 +29,7 @@ class Tool(ABC):
     """Base of all tools.
 
     shown         columns of a table; JSON and CSV have all columns
+    important     those that a narrow terminal shows, the most important first; the rest of `shown` follows
     intervals     when it prints without --interval; empty: it has no use for --interval
     once          it prints one snapshot and ends, so it has no use for --duration
     only_with     an option -> another one that it needs
@@ -44,6 +45,7 @@ class Tool(ABC):
     probes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
     shown: tuple[str, ...] = ()
+    important: tuple[str, ...] = ()
     intervals = ""
     once = False
     only_with: Mapping[str, str] = {}
@@ -74,6 +76,7 @@ class Stream(Tool):
         probe: str,
         shown: Sequence[str],
         *,
+        important: tuple[str, ...] = (),
         event: str | None = None,
         aliases: tuple[str, ...] = (),
         options: tuple[Option, ...] = (),
@@ -83,6 +86,7 @@ class Stream(Tool):
         self.probes = (probe,)
         self.event = event or probe
         self.shown = tuple(shown)
+        self.important = important
         self.aliases = aliases
         self.summaries = summaries
         self.options = (*options, *(Option((f"--{summary.option}",), summary.help) for summary in summaries))

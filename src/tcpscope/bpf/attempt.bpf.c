@@ -68,7 +68,8 @@ struct attempt {
 	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket or, where it has none, of connect()");
 	__u32 syn_retrans DOC("retransmissions of the SYN");
 	__u32 padding2;
-	__u64 latency_us UNIT("us") UNKNOWN_IS("max") DOC("from SYN_SENT, in connect(), to the outcome");
+	__u64 latency_us TITLE("LAT(us)") UNIT("us") UNKNOWN_IS("max")
+	DOC("from SYN_SENT, in connect(), to the outcome");
 };
 
 const struct attempt *attempt_anchor __attribute__((unused));

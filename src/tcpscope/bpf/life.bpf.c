@@ -99,7 +99,7 @@ struct life {
 	__u32 handshake_us UNIT("us") UNKNOWN_IS("max")
 	DOC("from connect() to ESTABLISHED; of a passive connection from its SYN-ACK to the answer");
 	__u32 padding;
-	__u64 duration_us UNIT("us") UNKNOWN_IS("max")
+	__u64 duration_us TITLE("DUR(us)") UNIT("us") UNKNOWN_IS("max")
 	DOC("from connect() or, passive, the handshake's end, to the end");
 	__u64 established_us UNIT("us") UNKNOWN_IS("max") DOC("from ESTABLISHED to the end");
 };

@@ -20,7 +20,7 @@ enum answer {
 struct overflow {
 	struct event event;
 	struct queues queues;
-	enum cause cause DOC("what was full; UNKNOWN when sampled");
+	enum cause cause WIDTH(17) DOC("what was full; UNKNOWN when sampled");
 	enum step step DOC("at which step of the handshake") UNKNOWN_IS("zero");
 	enum answer answer DOC("how the kernel answered the peer") UNKNOWN_IS("zero");
 	__u8 padding;

@@ -36,8 +36,8 @@ enum followed_by {
 struct transition {
 	struct event event;
 	enum role role DOC("who opened it: active = this host, passive = the remote end") UNKNOWN_IS("zero");
-	enum tcp_state old_state DOC("state before the transition");
-	enum tcp_state new_state DOC("state after the transition");
+	enum tcp_state old_state WIDTH(11) DOC("state before the transition");
+	enum tcp_state new_state WIDTH(11) DOC("state after the transition");
 	enum followed_by followed_by UNKNOWN_IS("zero")
 	DOC("what the kernel keeps after CLOSE: a timewait socket in TIME_WAIT or timed FIN_WAIT2, or nothing");
 	__u32 padding;

@@ -36,7 +36,7 @@ class Column(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, field: Field) -> Column:
         labels = tuple(field.labels.values()) if field.labels else ()
-        width = max(map(len, labels)) if labels else field.width
+        width = field.width or max(map(len, labels), default=0)
         return cls(
             field.name,
             field.kind,
@@ -62,7 +62,7 @@ class Sink(Protocol):
 
 def formats() -> list[str]:
     """The names of the formats."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("histogram",))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("histogram", "screen"))
 
 
 def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header: bool = True) -> Sink:

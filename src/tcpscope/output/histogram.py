@@ -26,6 +26,9 @@ COLUMNS = (
     Column("histogram", "distribution", "us", doc="[from_us, to_us, count] by power of two"),
 )
 
+IMPORTANT = ("count", "p50_us", "p99_us", "max_us", "total", "time", "p90_us", "min_us", "mean_us")
+"""What a narrow terminal shows of a group, the most important first."""
+
 
 def bucket_of(value: int) -> int:
     """The index of the bucket that `value` falls into."""

@@ -1,8 +1,9 @@
-"""A table for people: aligned columns, numbers to the right, `-` for what is not known.
+"""A table in a file or a pipe: aligned columns, numbers to the right, `-` for what is not known. A terminal: screen.py.
 
-A column is as wide as the values that it usually holds (an IPv4 address, a port, a state). When a longer value comes
-(an IPv6 address), the column grows for this batch of rows and for all later ones, and on a terminal the titles are
-printed again above them. A value is never cut: a cut address is a wrong address. A list does not widen its column.
+It has all columns and one line of titles, so that awk finds what it looks for. A column is as wide as the values that
+it usually holds (an IPv4 address, a port, a state). When a longer value comes (an IPv6 address), the column grows for
+this batch of rows and for all later ones. A value is never cut: a cut address is a wrong address. A list does not widen
+its column.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tcpscope.output.histogram import draw
 
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5, "errno": 12}
 
-_BELOW: dict[str, Callable[[Any, str], list[str]]] = {
+BELOW: dict[str, Callable[[Any, str], list[str]]] = {
     "stack": lambda frames, unit: [f"    {frame}" for frame in frames],
     "distribution": lambda octaves, unit: ["", *draw(octaves, unit), ""],
 }
@@ -28,22 +29,21 @@ class Sink:
         self._stream = stream
         self._header = header
         self._cells = [_Cell(column) for column in columns]
-        self._on_line = [(at, cell) for at, cell in enumerate(self._cells) if cell.kind not in _BELOW]
+        self._on_line = [(at, cell) for at, cell in enumerate(self._cells) if cell.kind not in BELOW]
         self._below = [
-            (index, _BELOW[column.kind], column.unit) for index, column in enumerate(columns) if column.kind in _BELOW
+            (index, BELOW[column.kind], column.unit) for index, column in enumerate(columns) if column.kind in BELOW
         ]
         names = [column.name for column in columns]
         self._values = attrgetter(*names) if len(names) > 1 else lambda row: (getattr(row, names[0]),)
         self._templates: dict[tuple[type, ...], str | None] = {}
-        self._terminal = stream.isatty()
         self._titled = False
 
     def rows(self, rows: Sequence[Any]) -> None:
         cells = [self._values(row) for row in rows]
         lines = [self._line(values) for values in cells]
-        if max(map(len, lines), default=0) > self._width and self._grow(cells):
+        if max(map(len, lines), default=0) > self._width:
+            self._grow(cells)
             lines = [self._line(values) for values in cells]
-            self._titled = self._titled and not self._terminal
         titles = []
         if self._header and not self._titled:
             self._titled = True
@@ -61,16 +61,12 @@ class Sink:
         """Characters of a line whose values all fit."""
         return max(0, sum(cell.width + 1 for _, cell in self._on_line) - 1)
 
-    def _grow(self, rows: Sequence[tuple[Any, ...]]) -> bool:
-        """Widen each column to its longest value here. Returns whether a column stands in another place now."""
-        before = [cell.width for _, cell in self._on_line]
+    def _grow(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Widen each column to its longest value here."""
         for at, cell in self._on_line:
             if cell.kind != "list":
                 cell.width = max(cell.width, *(len(cell.text(values[at])) for values in rows))
         self._templates.clear()
-        after = [cell.width for _, cell in self._on_line]
-        _, last = self._on_line[-1]
-        return before != after if last.right else before[:-1] != after[:-1]
 
     def _whole(self, values: tuple[Any, ...], line: str) -> Iterator[str]:
         """The line, and what stands below it."""
@@ -95,11 +91,8 @@ class Sink:
 
 class _Cell:
     def __init__(self, column: Column) -> None:
-        self.name = column.name
         self.kind = column.kind
-        title = column.name.removesuffix(f"_{column.unit}").replace("_", " ").upper()
-        unit = f"({column.unit})" if column.unit and column.kind != "time" else ""
-        self.header = column.title or f"{title}{unit}"
+        self.header = title_of(column)
         self.width = max(column.width or _WIDTHS.get(column.kind, 0), len(self.header))
         self.right = column.kind in ("int", "float")
 
@@ -108,7 +101,7 @@ class _Cell:
 
     def template(self, kind: type) -> str | None:
         """What `text` does, for the operator %, and without `printable`; None for what % cannot do."""
-        if self.kind in _BELOW:
+        if self.kind in BELOW:
             return None
         width = self.width if self.right else -self.width
         if kind is type(None):
@@ -116,12 +109,22 @@ class _Cell:
         return {int: f"%{width}d", str: f"%{width}s", float: f"%{width}.{6 if self.kind == 'time' else 1}f"}.get(kind)
 
     def text(self, value: Any) -> str:
-        if value is None:
-            return self.pad("-")
-        if value is True or value is False:
-            return self.pad("yes" if value else "no")
-        if isinstance(value, float):
-            return self.pad(f"{value:.6f}" if self.kind == "time" else f"{value:.1f}")
-        if isinstance(value, list):
-            return self.pad(printable(", ".join(map(str, value))))
-        return self.pad(printable(str(value)))
+        return self.pad(text_of(value, self.kind))
+
+
+def title_of(column: Column) -> str:
+    """The title of a column, with its unit."""
+    title = column.name.removesuffix(f"_{column.unit}").replace("_", " ").upper()
+    unit = f"({column.unit})" if column.unit and column.kind != "time" else ""
+    return column.title or f"{title}{unit}"
+
+
+def text_of(value: Any, kind: str) -> str:
+    """A value as a table shows it. Control characters in text are escaped."""
+    if value is None:
+        return "-"
+    if value is True or value is False:
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6f}" if kind == "time" else f"{value:.1f}"
+    return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -11,6 +11,7 @@ from tcpscope.tool import Stream
 tool = Stream(
     "accepted",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "wait_us", "accept_queue", "accept_limit"),
+    important=("wait_us", "raddr", "comm", "pid", "time", "accept_queue", "accept_limit", "laddr"),
     aliases=("tcpaccept",),
     summaries=(Summary("count", "Count the connections of each group, do not print them.", ("pid", "comm")),),
 )

@@ -12,6 +12,7 @@ from tcpscope.tool import Stream
 tool = Stream(
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "outcome", "errno", "latency_us", "syn_retrans"),
+    important=("outcome", "raddr", "comm", "latency_us", "time", "pid", "syn_retrans", "laddr", "errno"),
     aliases=("tcpconnect",),
     options=(Option(("--failed",), "Print only attempts that did not succeed."),),
     summaries=(Summary("count", "Count the attempts of each group, do not print them.", ("raddr", "rport")),),

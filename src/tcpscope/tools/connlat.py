@@ -32,6 +32,7 @@ def _constants(request: Request) -> dict[str, Any]:
 tool = Stream(
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "latency_us", "syn_retrans", "outcome"),
+    important=("latency_us", "raddr", "outcome", "comm", "time", "pid", "syn_retrans", "laddr"),
     aliases=("tcpconnlat",),
     options=(
         Option(("--min",), "Print only attempts that took at least this long, such as 10ms.", str, metavar="TIME"),

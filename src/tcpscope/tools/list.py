@@ -53,6 +53,7 @@ class List(Tool):
         "rport",
         "holders",
     )
+    important = ("laddr", "raddr", "state", "holders")
     for_more: ClassVar = {
         "CAP_SYS_ADMIN": "other network namespaces than its own",
         "CAP_SYS_PTRACE": "network namespaces without a name",

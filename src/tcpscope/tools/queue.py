@@ -49,6 +49,21 @@ _TABLE = (
     "since_accept_ms",
     "oldest_wait_ms",
 )
+_TABLE_IMPORTANT = (
+    "laddr",
+    "overflows",
+    "accept_queue",
+    "accept_limit",
+    "oldest_wait_ms",
+    "comm",
+    "pid",
+    "syn_queue",
+    "syn_drops",
+    "accepts_per_s",
+    "limit_from",
+    "cookies",
+    "since_accept_ms",
+)
 _EVENTS = (
     "time",
     "laddr",
@@ -65,6 +80,22 @@ _EVENTS = (
     "syn_queue",
     "syncookies",
     "count",
+)
+
+
+_EVENTS_IMPORTANT = (
+    "cause",
+    "laddr",
+    "count",
+    "raddr",
+    "time",
+    "step",
+    "comm",
+    "answer",
+    "pid",
+    "accept_queue",
+    "accept_limit",
+    "syn_queue",
 )
 
 
@@ -248,6 +279,7 @@ class Queue(Stream):
         super().__init__(
             "listeners",
             _EVENTS,
+            important=_EVENTS_IMPORTANT,
             event="overflow",
             aliases=("tcpsynbl",),
             options=(
@@ -306,6 +338,7 @@ class _Table(Run):
     """All listeners, every --interval."""
 
     accounts = False
+    important = _TABLE_IMPORTANT
     repeats = "listener"
 
     def __init__(self, request: Request, columns: Sequence[Column], session: Session) -> None:

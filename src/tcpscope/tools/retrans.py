@@ -25,6 +25,7 @@ tool = Stream(
         "errno",
         "srtt_us",
     ),
+    important=("kind", "raddr", "state", "time", "comm", "pid", "laddr", "segs", "data_bytes", "srtt_us"),
     aliases=("tcpretrans",),
     summaries=(
         Summary("count", "Count the retransmissions of each group, do not print them.", ("raddr", "rport", "kind")),

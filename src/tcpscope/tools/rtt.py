@@ -47,11 +47,13 @@ _KEY_COLUMNS = (
     Column("rport", doc="remote port"),
     Column("cookie", width=8, doc="socket cookie, what ss -e prints as sk:", nullable=True),
 )
+_FIRST = ("count", "p50_us", "p99_us")
 _TIME = Column("time", "time", doc="when the tool read the group from the kernel")
 
 
 class Rtt(Tool):
     probes = ("rtt",)
+    important = ("raddr", "rport", *_FIRST, "comm", "pid", "laddr", "lport", *histogram.IMPORTANT)
     aliases = ("tcprtt",)
     intervals = "once, at the end"
     options = (

@@ -10,5 +10,6 @@ from tcpscope.tool import Stream
 tool = Stream(
     "transition",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "old_state", "new_state", "in_state_us", "followed_by"),
+    important=("new_state", "raddr", "old_state", "in_state_us", "time", "pid", "comm", "laddr", "followed_by"),
     aliases=("tcpstates",),
 )

@@ -109,6 +109,7 @@ class _Moving(Run):
 tool = Top(
     "top",
     ("time", *_MOVED, "pid", "comm", "raddr", "rport", "laddr", "lport"),
+    important=("tx_bytes", "rx_bytes", "raddr", "comm", "pid", "retrans_bytes", "laddr"),
     aliases=("tcptop",),
     options=(Option(("--by",), f"Add up by one of these: {', '.join(_KEYS)}.", str, "connection", metavar="KEY"),),
 )

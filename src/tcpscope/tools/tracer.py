@@ -9,5 +9,6 @@ from tcpscope.tool import Stream
 tool = Stream(
     "action",
     ("time", "action", "pid", "comm", "netns", "laddr", "lport", "raddr", "rport"),
+    important=("action", "raddr", "comm", "pid", "time", "laddr", "netns"),
     aliases=("tcptracer",),
 )

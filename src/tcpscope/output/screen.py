@@ -1,0 +1,147 @@
+"""A table on a terminal: no line is longer than the terminal, and the answer is there at 80 columns.
+
+The most important columns that fit are shown, in their usual order. Each end of a connection is one column,
+ADDRESS:PORT. Microseconds are shown as milliseconds. When a longer value comes (an IPv6 address), its column grows,
+columns that do not fit any more are left out, and the titles are printed again. A value is not cut. Only a list, a
+stack, and a column that is wider than the terminal are, with the mark `>`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO
+
+from tcpscope.output import Column
+from tcpscope.output.table import BELOW, text_of, title_of
+
+_USUAL = {"address": 15, "comm": 12, "time": 12, "list": 20, "end": 21}
+"""Widths of most values, by kind; `end` is an address with its port."""
+_UNKNOWN_SIZE = os.terminal_size((80, 24))
+"""Of a terminal that does not say what it has, such as a serial line."""
+
+
+class Sink:
+    """Writes the rows as lines of a table. `important` names columns, the most important first; the others follow.
+
+    wide  all columns, however long the lines
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        stream: BinaryIO,
+        header: bool,
+        important: Sequence[str] = (),
+        wide: bool = False,
+        width: Callable[[], int] | None = None,
+    ) -> None:
+        self._stream, self._header, self._wide = stream, header, wide
+        self._width = width or (lambda: size_of(stream).columns)
+        self._cells = [cell for column in columns if (cell := _cell(column, columns))]
+        self._below = [column for column in columns if column.kind in BELOW]
+        order = {name: at for at, name in enumerate(important)}
+        self._by_importance = sorted(self._cells, key=lambda cell: min(order.get(n, len(order)) for n in cell.names))
+        self._titles = ""
+
+    def rows(self, rows: Sequence[Any]) -> None:
+        """Write these rows, and the titles above them if a column stands in another place now."""
+        if lines := self._lines(rows):
+            self._stream.write("\n".join([*lines, ""]).encode())
+
+    def record(self, name: str, values: Mapping[str, Any]) -> None:
+        """A table has no place for the account."""
+
+    def page(self, rows: Sequence[Any]) -> list[str]:
+        """The lines of a table of its own, with its titles."""
+        self._titles = ""
+        return self._lines(rows)
+
+    def _lines(self, rows: Sequence[Any]) -> list[str]:
+        width = self._width()
+        table = [{cell: cell.text(row) for cell in self._cells} for row in rows]
+        for cell in self._cells:
+            if cell.kind != "list":
+                cell.width = max(cell.width, *(len(texts[cell]) for texts in table), 0)
+        chosen = self._cells if self._wide else self._that_fit(width)
+        titles, lines = " ".join(cell.pad(cell.header) for cell in chosen).rstrip(), []
+        if self._header and titles != self._titles:
+            self._titles = titles
+            lines.append(titles)
+        for row, texts in zip(rows, table, strict=True):
+            lines.append(" ".join(cell.pad(texts[cell]) for cell in chosen).rstrip())
+            for column in self._below:
+                if value := getattr(row, column.name):
+                    lines += BELOW[column.kind](value, column.unit)
+        return lines if self._wide else [cut(line, width) for line in lines]
+
+    def _that_fit(self, width: int) -> list[_Cell]:
+        """The most important columns that fit, in their usual order. There is always one."""
+        chosen: set[_Cell] = set()
+        room = width + 1
+        for cell in self._by_importance:
+            if cell.width < room or not chosen:
+                chosen.add(cell)
+                room -= cell.width + 1
+        return [cell for cell in self._cells if cell in chosen]
+
+
+def size_of(stream: BinaryIO) -> os.terminal_size:
+    """The size of the terminal that `stream` writes to."""
+    size = os.get_terminal_size(stream.fileno())
+    return size if size.columns and size.lines else _UNKNOWN_SIZE
+
+
+def cut(line: str, width: int) -> str:
+    """The line, cut to the width, with a mark where it was cut."""
+    return line if len(line) <= width else line[: width - 1] + ">"
+
+
+def milliseconds(us: float) -> str:
+    """Microseconds as milliseconds, with four digits, or as many as there are."""
+    return f"{us / 1000:.{3 if us < 10_000 else 2 if us < 100_000 else 1 if us < 1_000_000 else 0}f}"
+
+
+class _Cell:
+    """A column of the screen, which shows these columns of a row: one, or an address and its port."""
+
+    def __init__(self, kind: str, header: str, names: tuple[str, ...], width: int = 0, right: bool = False) -> None:
+        self.kind, self.header, self.names, self.right = kind, header, names, right
+        self.width = max(width or _USUAL.get(kind, 0), len(header))
+
+    def pad(self, text: str) -> str:
+        return text.rjust(self.width) if self.right else text.ljust(self.width)
+
+    def text(self, row: Any) -> str:
+        return text_of(getattr(row, self.names[0]), self.kind)
+
+
+class _Milliseconds(_Cell):
+    def text(self, row: Any) -> str:
+        us = getattr(row, self.names[0])
+        return "-" if us is None else milliseconds(us)
+
+
+class _End(_Cell):
+    def text(self, row: Any) -> str:
+        address, port = (getattr(row, name) for name in self.names)
+        if address is None:
+            return "-"
+        return f"{f'[{address}]' if ':' in address else address}:{'-' if port is None else port or '*'}"
+
+
+_ENDS = {"laddr": ("lport", "LOCAL"), "raddr": ("rport", "REMOTE")}
+
+
+def _cell(column: Column, columns: Sequence[Column]) -> _Cell | None:
+    """The cell of a column. None for a port that stands behind its address, and for what stands below the row."""
+    names = [each.name for each in columns]
+    if column.kind in BELOW or any(column.name == port and end in names for end, (port, _) in _ENDS.items()):
+        return None
+    port, title = _ENDS.get(column.name, ("", ""))
+    if port in names:
+        return _End("end", title, (column.name, port))
+    right = column.kind in ("int", "float")
+    if column.unit == "us" and right:
+        return _Milliseconds(column.kind, title_of(column).replace("(us)", "(ms)"), (column.name,), right=True)
+    return _Cell(column.kind, title_of(column), (column.name,), column.width, right)

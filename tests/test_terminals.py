@@ -1,0 +1,131 @@
+"""Each tool on terminals of 80 and 120 columns, on real traffic with long addresses and long names."""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import socket
+import struct
+import termios
+from contextlib import ExitStack
+from fcntl import ioctl
+
+import pytest
+
+from tcpscope.lab.hosts import Host, Lab
+from tcpscope.tool import names
+from tests.conftest import DEADLINE, RunningTool
+from tests.puppets import Puppet
+
+NAME = "fifteen-letters"
+LONG = "2001:db8:1111:2222:3333:4444:5555:6666"
+ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("accept",): ("WAIT(ms)", "REMOTE"),
+    ("connect",): ("OUTCOME", "REMOTE", "ESTABLISHED", "REFUSED"),
+    ("connlat",): ("LAT(ms)", "REMOTE", "OUTCOME"),
+    ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
+    ("queue",): ("LOCAL", "OVERFLOWS", "WAIT(ms)", "ACCEPTQ", "LIMIT"),
+    ("retrans",): ("KIND", "REMOTE"),
+    ("rtt", "--by", "connection"): ("COUNT", "REMOTE", "P50(ms)"),
+    ("states",): ("OLD STATE", "NEW STATE", "IN STATE(ms)"),
+    ("top",): ("TX_BYTES", "RX_BYTES", "REMOTE"),
+    ("tracer",): ("ACTION", "CONNECT", "ACCEPT", "CLOSE", "REMOTE"),
+    ("list",): ("STATE", "LOCAL"),
+}
+"""A command -> what must be there at 80 columns already."""
+
+
+class Terminal:
+    """A terminal of so many columns. `written` is what came."""
+
+    def __init__(self, columns: int) -> None:
+        self.ours, self.theirs = os.openpty()
+        ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+        self.written = ""
+
+    def read(self, timeout_s: float) -> bool:
+        """Take what is there. False at the end."""
+        poll = select.poll()
+        poll.register(self.ours, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            return True
+        try:
+            piece = os.read(self.ours, 1 << 16)
+        except OSError:  # EIO: the other end is closed
+            return False
+        self.written += piece.decode()
+        return bool(piece)
+
+    def wait_for(self, *words: str) -> None:
+        while not all(word in self.written for word in words):
+            before = self.written
+            assert self.read(DEADLINE), f"it ended without {words}: {self.written}"
+            assert self.written != before, f"waited for {words}: {self.written}"
+
+    def read_all(self) -> None:
+        while self.read(DEADLINE):
+            pass
+
+    @property
+    def lines(self) -> list[str]:
+        return ESCAPES.sub("", self.written.replace("\x1b[H\x1b[J", "\n")).splitlines()
+
+
+def add_address(address: str) -> None:
+    """Add it to the loopback of this process's network namespace."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as link:
+        link.addr("add", index=1, address=address, prefixlen=128, family=socket.AF_INET6)
+
+
+def connect(host: Host, address: str) -> list[Puppet]:
+    """A connection that moves data both ways, one that is refused, and one that waits in the accept queue."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    client, server = Puppet(host, NAME), Puppet(host, NAME)
+    server.do("listener = socket.create_server((a, 65000), family=f)", a=address, f=int(family))
+    client.do("c = socket.create_connection((a, 65000)); c.sendall(b'x' * 20000)", a=address)
+    server.do("s, _ = listener.accept(); n = 0\nwhile n < 20000: n += len(s.recv(65536))\ns.sendall(b'y'); s.close()")
+    client.do("while c.recv(9): pass\nc.close()")
+    client.do("try: socket.create_connection((a, 9))\nexcept OSError: pass", a=address)
+    client.do("waiting = socket.create_connection((a, 65000))", a=address)
+    return [client, server]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("columns", [80, 120])
+def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
+    assert {command[0] for command in WORDS} == set(names())
+    lab.server.run(add_address, LONG)
+    filters = ("--netns", str(lab.server.inode), "-o", "table")
+    with ExitStack() as stack:
+        running = []
+        for command in WORDS:
+            if command != ("list",):
+                terminal = Terminal(columns)
+                tool = stack.enter_context(RunningTool(*command, *filters, stdout=terminal.theirs))
+                os.close(terminal.theirs)
+                running.append((command, tool, terminal))
+        puppets = [puppet for address in (lab.server.ipv4, LONG) for puppet in connect(lab.server, address)]
+        for command, tool, terminal in running:
+            if command[0] in ("queue", "top"):  # their next look
+                terminal.wait_for(LONG)
+            tool.process.send_signal(signal.SIGINT)
+            terminal.read_all()
+            assert tool.wait().status == 0
+        terminal = Terminal(columns)
+        tool = stack.enter_context(RunningTool("list", *filters, stdout=terminal.theirs, ready=False))
+        os.close(terminal.theirs)
+        terminal.read_all()
+        running.append((("list",), tool, terminal))
+        assert puppets
+    for command, _, terminal in running:
+        assert max(map(len, terminal.lines)) <= columns, command
+        if command != ("retrans",):
+            assert LONG in terminal.written, command
+        for word in WORDS[command]:
+            assert word in terminal.written, (command, word)
