@@ -97,6 +97,48 @@ def connect(host: Host, address: str) -> list[Puppet]:
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("words", [("rtt",), ("connect", "--count"), ("connlat", "--histogram", "-d", "0.5")])
+def test_who_prints_at_the_end_says_so(lab: Lab, words: tuple[str, ...]) -> None:
+    screen, messages = Terminal(80), Terminal(80)
+    with RunningTool(
+        *words, "--netns", str(lab.server.inode), "-o", "table", stdout=screen.theirs, stderr=messages.theirs
+    ) as tool:
+        os.close(screen.theirs)
+        os.close(messages.theirs)
+        messages.wait_for("tcpscope: measuring; results come ", "at Ctrl-C", "-i SECONDS")
+        assert ("after 0.5 s" in messages.written) == ("-d" in words)
+        if "-d" not in words:
+            tool.process.send_signal(signal.SIGINT)
+        screen.read_all()
+        messages.read_all()
+        assert tool.wait().status == 0
+    assert "COUNT" in screen.written
+    assert len([line for line in messages.lines if line.strip()]) == 1
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("words", [("rtt", "-i", "9"), ("connect",), ("queue",)])
+def test_who_prints_all_the_time_does_not(lab: Lab, words: tuple[str, ...]) -> None:
+    messages = Terminal(80)
+    with RunningTool(*words, "--netns", str(lab.server.inode), "-o", "table", stderr=messages.theirs) as tool:
+        os.close(messages.theirs)
+        tool.process.send_signal(signal.SIGINT)
+        messages.read_all()
+        assert tool.wait().status == 0
+    assert "measuring" not in messages.written
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("words", "printed"), [((), False), (("-v",), True), (("--stats",), True), (("--strict",), True)], ids=str
+)
+def test_a_quiet_end_when_nothing_was_lost(lab: Lab, words: tuple[str, ...], printed: bool) -> None:
+    with RunningTool("states", "--netns", str(lab.server.inode), "-o", "json", *words) as tool:
+        done = tool.stop()
+    assert ("tcpscope: seen " in done.stderr) == printed, done.stderr
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("columns", [80, 120])
 def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
     assert {command[0] for command in WORDS} == set(names())

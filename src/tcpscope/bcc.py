@@ -21,8 +21,6 @@ _ALL = {
     "--mntnsmap": _MOUNTS,
     "-Y": "use -o json, and systemd-cat for the journal",
     "--journal": "use -o json, and systemd-cat for the journal",
-    "-v": "use --debug for libbpf's messages",
-    "--verbose": "use --debug for libbpf's messages",
     "--ebpf": "use --explain to see which programs are attached",
 }
 _TOOLS = {

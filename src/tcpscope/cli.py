@@ -125,6 +125,9 @@ COMMON = (
     DURATION,
     click.Option(["--stats"], is_flag=True, help="Append the account of events as a last JSON record (-o json)."),
     click.Option(["--strict"], is_flag=True, help="Exit with status 5 if an event was lost."),
+    click.Option(
+        ["-v", "--verbose"], is_flag=True, help="Print the account of events at the end also if nothing was lost."
+    ),
     click.Option(["--debug"], is_flag=True, help="Print libbpf's messages on stderr."),
 )
 TIME = click.Option(

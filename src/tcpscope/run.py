@@ -58,6 +58,7 @@ class Run(ABC):
     accounts  it counts events, so an account is printed at its end
     counted   the account counts its rows; else it counts what the rows are made of
     done      it ends by itself, after the next poll
+    waits     it has batches at its end only
     over      it has ended or was closed; there are no more batches
     important columns that a narrow terminal shows, the most important first; empty: those of the tool
     repeats   what a row of its snapshots is ("listener"), if a snapshot replaces the previous one on a terminal
@@ -67,7 +68,7 @@ class Run(ABC):
     more = "--buffer"
     accounts = True
     counted = False
-    done = over = False
+    done = waits = over = False
     important: tuple[str, ...] = ()
     repeats = ""
 

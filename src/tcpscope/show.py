@@ -36,7 +36,9 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, run.keep)
         _print_notes(run)
-        if not page and not run.done:
+        if run.waits and sys.stderr.isatty():
+            print(f"tcpscope: {_waiting(request)}", file=sys.stderr)
+        elif not page and not run.done:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
         for batch in run.batches(stop, request.max_events):
             if stop.stopped:
@@ -72,14 +74,17 @@ def begin(sessions: Sequence[Session], stop: Stop, keep: Sequence[str] = ()) -> 
 
 
 def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: str = "") -> None:
-    """Print the account on stderr, and with --stats in the output, if the format has a place for it.
+    """Print the account on stderr if something was lost or the request asks for it.
+
+    With --stats it is in the output too, if the format has a place for it.
 
     `more` is the option that helps against loss if it is larger.
     """
     if request.stats:
         sink.record("stats", asdict(stats))
     stream.flush()
-    print(f"tcpscope: {stats.line()}", file=sys.stderr)
+    if request.verbose or request.stats or request.strict or not stats.lossless:
+        print(f"tcpscope: {stats.line()}", file=sys.stderr)
     if request.strict and not stats.lossless:
         raise LossError("events were lost", f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
 
@@ -90,6 +95,12 @@ def clear_interrupt() -> None:
         if stream.isatty():
             print("\r\x1b[K", end="", file=stream, flush=True)
             return
+
+
+def _waiting(request: Request) -> str:
+    """What stands on a terminal while a run prints nothing."""
+    when = "at Ctrl-C" if request.duration is None else f"after {request.duration:g} s or at Ctrl-C"
+    return f"measuring; results come {when}, with -i SECONDS also in between"
 
 
 def _print_notes(run: Run) -> None:

@@ -85,6 +85,7 @@ class _Summarizing(Run):
         self.important = (*names, *histogram.IMPORTANT)
         self._kind = _getter(names)
         self._clock = Clock(request.time)
+        self.waits = request.interval is None
         self._interval, self._ticker = request.interval, Ticker(request.interval)
         self._whole, self._period = _Groups(bool(of)), _Groups(bool(of))
         self._row = msgspec.defstruct("Summary", [(column.name, Any) for column in columns])

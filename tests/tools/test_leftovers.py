@@ -78,7 +78,7 @@ def test_the_memory_of_the_tools_does_not_grow(lab: Lab) -> None:
     """After the first connections everything has the size that it keeps."""
     puppet = Puppet(lab.client, "loop")
     puppet.do(LOOP)
-    here = "--netns", str(lab.client.inode), "-o", "json"
+    here = "--netns", str(lab.client.inode), "-o", "json", "-v"
     quiet = {"stdout": subprocess.DEVNULL}
     with (
         RunningTool("connect", *here, **quiet) as connect,

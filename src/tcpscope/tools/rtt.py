@@ -118,6 +118,7 @@ class _Measuring(Run):
     def __init__(self, request: Request, columns: Sequence[Column], session: Session, max_keys: int) -> None:
         super().__init__(columns, session)
         self._session, self._reader = session, _Reader(session, max_keys)
+        self.waits = request.interval is None
         self._interval, self._ticker = request.interval, Ticker(request.interval)
         self._clock = Clock(request.time)
         self._row = msgspec.defstruct("Rtt", [(column.name, Any) for column in columns])
