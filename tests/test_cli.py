@@ -73,7 +73,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["states", "--port", "65536"], "port '65536' is not a number from 1 to 65535"),
         (["states", "-L", "0"], "port '0' is not a number from 1 to 65535"),
         (["states", "-R", "80-70"], "port range '80-70' is reversed; did you mean 70-80?"),
-        (["states", "-R", "http"], "port 'http' is neither a number nor a range; such as 443 or 8000-8100"),
+        (["states", "-R", "no-such"], "port 'no-such' is neither a number, nor a range, nor a service"),
         (["states", "--raddr", "10.0.0.0/33"], "'10.0.0.0/33' is neither an address nor a network; such as 192.0.2.1"),
         (["states", "--laddr", "10.0.0.1/8"], "'10.0.0.1/8' has bits set behind its prefix; the network is 10.0.0.0/8"),
         (["states", "--laddr", "fe80::1%eth0"], "'fe80::1%eth0' has a zone; leave out '%' and what follows"),
@@ -88,12 +88,24 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["states", "-4", "-6"], "-4 and -6 exclude each other; leave out both to see IPv4 and IPv6"),
         (["states", "-6", "--raddr", "10.0.0.1"], "-6 asks for IPv6, --raddr asks for IPv4; a connection is of one"),
         (["states", "--port", "80", "-L", "1", "-R", "2"], "--port 80 is neither in --lport 1 nor in --rport 2"),
-        (["queue", "-i", "0"], "--interval 0; give a number of seconds above 0"),
-        (["rtt", "-i", "-1"], "--interval -1; give a number of seconds above 0"),
-        (["rtt", "-i", "nan"], "--interval nan; give a number of seconds above 0"),
-        (["rtt", "-i", "soon"], "Invalid value for '-i' / '--interval': 'soon' is not a valid float"),
-        (["states", "-d", "0"], "--duration 0; give a number of seconds above 0"),
-        (["states", "-n", "0"], "Invalid value for '-n' / '--max-events': 0 is not in the range x>=1."),
+        (["queue", "-i", "0"], "--interval 0; give a time above 0, such as 30, 200ms, 5m or 1h"),
+        (["rtt", "-i", "-1"], "--interval -1; give a time above 0"),
+        (["rtt", "-i", "nan"], "--interval nan; give a time above 0"),
+        (["rtt", "-i", "soon"], "--interval soon; give a time above 0"),
+        (["states", "-d", "0"], "--duration 0; give a time above 0"),
+        (["states", "-d", "1_0"], "--duration 1_0; give a time above 0"),
+        (["states", "-d", "٣"], "--duration ٣; give a time above 0"),
+        (["states", "-n", "0"], "Invalid value for '-n' / '--max-events': '0' is not a number from 1 to 2147483647"),
+        (["states", "-n", "1_0"], "Invalid value for '-n' / '--max-events': '1_0' is not a number from 1"),
+        (["states", "-n", "1" + "0" * 400], "Invalid value for '-n' / '--max-events': '1" + "0" * 400 + "' is not a"),
+        (["rtt", "--max-keys", "٣"], "Invalid value for '--max-keys': '٣' is not a number from 0"),
+        (["lab", "run", "syn-flood", "--backlog", "1_0"], "Invalid value for '--backlog': '1_0' is not a number"),
+        (["lab", "run", "syn-flood", "--syns", "1", "--syns", "2"], "--syns is given 2 times; give it once"),
+        (["states", "--stats"], "--stats; the account is a record of JSON: -o json; stderr has it in any case"),
+        (["diagnose", "--stats"], "--stats; the account is a record of JSON: -o json"),
+        (["states", "--explain", "-o", "csv"], "--explain and -o csv; the explanation is text"),
+        (["rtt", "--no-header", "-o", "json"], "--no-header and -o json; JSON has no titles"),
+        (["diagnose", "--raddr", "10.0.0.1"], "'diagnose' has no option '--raddr'; a listener has no remote end"),
         (["states", "--buffer", "5000"], "--buffer 5000; give a power of two from 4K to 1024M"),
         (["states", "--buffer", "2K"], "--buffer 2K; give a power of two from 4K to 1024M"),
         (["states", "--buffer", "2048M"], "--buffer 2048M; give a power of two from 4K to 1024M"),
@@ -118,12 +130,13 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["connect", "--count", "--columns", "pid"], "unknown column 'pid'; there are time, raddr, rport, count"),
         (["connlat", "--min", "10"], "--min 10; give a time with its unit, such as 300us, 10ms or 1.5s"),
         (["connlat", "--min", "-1ms"], "--min -1ms; give a time with its unit"),
+        (["connlat", "--min", "0.4us"], "--min 0.4us; give a time from 1us on"),
         (["connlat", "--min", "1 h"], "--min 1 h; give a time with its unit"),
         (["connlat", "--by", "raddr"], "--by raddr; needs --histogram"),
         (["connlat", "-i", "0.5"], "--interval 0.5; needs --histogram"),
         (["connlat", "--histogram", "--by", "latency"], "unknown column 'latency'; did you mean 'latency_us'?"),
         (["connlat", "--histogram", "--columns", "pid"], "unknown column 'pid'; there are time, outcome"),
-        (["connlat", "--histogram", "-i", "0"], "--interval 0; give a number of seconds above 0"),
+        (["connlat", "--histogram", "-i", "0"], "--interval 0; give a time above 0"),
         (["connect", "--histogram"], "No such option"),
         (["list", "-d", "1"], "'list' has no option '-d'; it prints one snapshot and ends"),
         (["list", "--duration", "1"], "'list' has no option '--duration'; it prints one snapshot and ends"),
@@ -134,7 +147,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["tcpconnlat", "10"], "'connlat' takes no argument; use --min for the shortest latency"),
         (["diagnose", "--timestamp"], "'diagnose' has no option '--timestamp'; every row has"),
         (["diagnose", "-o", "csv"], "Invalid value for '-o' / '--output': 'csv' is not one of 'table', 'json'."),
-        (["diagnose", "-R", "80"], "--rport 80; a listener has no remote end"),
+        (["diagnose", "-R", "80"], "'diagnose' has no option '-R'; a listener has no remote end"),
         (["queue", "-R", "80"], "--rport 80; a listener has no remote end; with --events the peers are known"),
         (["queue", "--stack"], "--stack; it goes with --events"),
         (["queue", "--buffer", "64K"], "--buffer; it goes with --events"),
@@ -205,9 +218,9 @@ def test_a_tool_has_the_options_that_it_has_a_use_for(run: Run, name: str) -> No
     assert {option: option in text for option in used} == used
     words = " ".join(text.split())
     assert "[default: 4M]" in words or not used["--buffer"]
-    assert f"print results every SECONDS. [default: {found.intervals}]" in words.replace("Print", "print") or (
-        not used["--interval"]
-    )
+    assert f"print results this often: seconds, or 200ms, 5m. [default: {found.intervals}]" in words.replace(
+        "Print", "print"
+    ) or (not used["--interval"])
 
 
 def test_help_says_what_an_option_needs(run: Run) -> None:
@@ -216,9 +229,9 @@ def test_help_says_what_an_option_needs(run: Run) -> None:
         assert f"{option} With --events:" in text
     text = " ".join(run("connect", "--help")[1].split())
     assert "--by NAMES With --count: group by" in text and "[default: raddr,rport]" in text
-    assert "--interval SECONDS With --count: print results" in text
+    assert "--interval TIME With --count: print results" in text
     text = " ".join(run("diagnose", "--help")[1].split())
-    assert "-R, --rport PORTS Refused here" in text and "[table|json]" in text and "[default: 30]" in text
+    assert "--rport" not in text and "[table|json]" in text and "[default: 30]" in text
 
 
 def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, Request]:
@@ -264,12 +277,10 @@ def test_the_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         "--time",
         "none",
         "-d",
-        "1.5",
+        "1.5m",
         "-n",
         "3",
-        "--stats",
         "--strict",
-        "--explain",
         "--buffer",
         "64K",
         "--debug",
@@ -289,8 +300,10 @@ def test_the_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         raddr="::1,10.0.0.1",
     )
     assert (request.output, request.columns, request.header, request.time) == ("csv", ("pid", "comm"), False, "none")
-    assert (request.duration, request.max_events, request.buffer) == (1.5, 3, 65536)
-    assert request.stats and request.strict and request.explain and request.debug
+    assert (request.duration, request.max_events, request.buffer) == (90, 3, 65536)
+    assert request.strict and request.debug
+    assert request_of(run, monkeypatch, "states", "--explain")[1].explain
+    assert request_of(run, monkeypatch, "states", "-o", "json", "--stats")[1].stats
     assert request_of(run, monkeypatch, "states")[1].filter.is_empty
 
 

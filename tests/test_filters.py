@@ -6,6 +6,7 @@ import inspect
 import ipaddress
 import os
 import pwd
+import socket
 import subprocess
 import threading
 from contextlib import suppress
@@ -61,11 +62,12 @@ def test_ports(given: Any, expected: str) -> None:
         ("0", "port '0' is not a number from 1 to 65535"),
         ("65536", "port '65536' is not a number from 1 to 65535"),
         ("9" * 5000, "is not a number from 1 to 65535"),
-        ("-5", "port '-5' is neither a number nor a range; such as 443 or 8000-8100"),
+        ("-5", "port '-5' is neither a number, nor a range, nor a service in /etc/services; such as 443, 8000-8100"),
         (-5, "port '-5' is neither"),
         ("80-", "port '80-' is neither"),
         ("1-2-3", "port '1-2-3' is neither"),
-        ("http", "port 'http' is neither"),
+        ("no-such-service", "port 'no-such-service' is neither"),
+        ("http\0", "port 'http\\x00' is neither"),
         ("٨٠", "port '٨٠' is neither"),
         ("443-80", "port range '443-80' is reversed; did you mean 80-443?"),
         ("", "a value is missing in ''"),
@@ -75,6 +77,31 @@ def test_ports(given: Any, expected: str) -> None:
 )
 def test_bad_ports(given: Any, message: str) -> None:
     assert message in error(filters.parse_ports, given)
+
+
+def test_names_of_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getservbyname", lambda name, protocol: {"https": 443, "http-alt": 8080}[name])
+    assert filters.parse_ports("https,22,http-alt") == (PortRange(22, 22), PortRange(443, 443), PortRange(8080, 8080))
+
+
+def test_names_of_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name stands for all addresses that it has now; a line says which."""
+    known = {"db.example": ["192.0.2.1", "2001:db8::1", "192.0.2.1"], "near": ["fe80::1%eth0"]}
+
+    def look_up(name: str, *_: Any, **__: Any) -> list[Any]:
+        if name not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(0, 0, 0, "", (address, 0)) for address in known[name]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    told: list[str] = []
+    wanted = Filter.from_options(raddr="db.example,10.0.0.0/8", laddr=["near"], told=told.append)
+    assert wanted == Filter.from_options(raddr="10.0.0.0/8,192.0.2.1,2001:db8::1", laddr="fe80::1")
+    assert told == ["near is fe80::1", "db.example is 192.0.2.1, 2001:db8::1"]
+    message = error(filters.parse_networks, "no.example")
+    assert message == "no address is known of the host 'no.example'; Name or service not known"
+    known["six"] = ["::1"]
+    assert "-4 asks for IPv4, --raddr asks for IPv6" in error(Filter.from_options, raddr="six", ipv4=True)
 
 
 @given(st.lists(st.tuples(ports, ports).map(sorted), min_size=1, max_size=8))
@@ -114,7 +141,10 @@ def test_networks(given: Any, expected: list[str]) -> None:
         ("::ffff:10.0.0.5/104", "the network is 10.0.0.0/8"),
         ("2001:db8::1/32", "the network is 2001:db8::/32"),
         ("10.0.0.0/33", "'10.0.0.0/33' is neither an address nor a network"),
-        ("localhost", "'localhost' is neither"),
+        ("127.1", "'127.1' is neither"),
+        ("0x7f.0x1", "'0x7f.0x1' is neither"),
+        ("1" * 64 + ".example", "is neither"),
+        ("exämple", "'exämple' is neither"),
         ("10.1", "'10.1' is neither"),
         ("fe80::1%eth0", "'fe80::1%eth0' has a zone; leave out '%' and what follows: 'fe80::1'"),
         ("", "a value is missing"),
@@ -535,6 +565,7 @@ def test_any_text_gives_a_value_or_a_usage_error(text: str) -> None:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(netns, "exists", lambda inode: None)  # to look for one takes its time
+                patch.setattr(socket, "getaddrinfo", lambda name, *_, **__: [(0, 0, 0, "", ("192.0.2.1", 0))])
                 parse(text)
         except UsageError as caught:
             assert len(str(caught).splitlines()) == 1

@@ -254,8 +254,9 @@ def test_a_full_disk(lab: Lab, run_tool: type[RunningTool], output: str) -> None
 
 _FOR_A_MOMENT = [[name] if find(name).once else [name, "-d", "0.2"] for name in names()]
 OUTPUTS = [
-    *([*words, "--stats", "-o", output] for words in _FOR_A_MOMENT for output in ("table", "json", "csv")),
-    *(["diagnose", "-d", "0.2", "--stats", "-o", output] for output in ("table", "json")),
+    *([*words, "-o", output] for words in _FOR_A_MOMENT for output in ("table", "csv")),
+    *([*words, "-o", "json", "--stats"] for words in [*_FOR_A_MOMENT, ["diagnose", "-d", "0.2"]]),
+    ["diagnose", "-d", "0.2"],
     *([name, "--explain"] for name in names()),
     ["features"],
     ["features", "--json"],

@@ -38,7 +38,7 @@ _TOOLS = {
         "--remoteport": "use -R PORTS",
         "--localport": "use -L PORTS",
     },
-    "queue": {"ARGUMENT": "use -i SECONDS for the interval and -d SECONDS for the duration"},
+    "queue": {"ARGUMENT": "use -i TIME for the interval and -d TIME for the duration"},
     "retrans": {
         "-c": "use --count",
         "-l": "tail loss probes are always shown: kind LOSS_PROBE",

@@ -18,6 +18,7 @@ from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.kernel.resources import help_for
 from tcpscope.output import printable
+from tcpscope.quantities import seconds, whole
 from tcpscope.request import Request
 from tcpscope.show import show
 
@@ -26,6 +27,9 @@ _OTHERS = {
     "features": ("tcpscope.features_cli", "Show what each tool can do on this kernel, and what is missing."),
     "lab": ("tcpscope.lab.cli", "Make a known fault between two network namespaces, to try the tools on."),
 }
+
+
+_HIGHEST = 2**31 - 1
 
 
 class _ReaderGoneError(Exception):
@@ -69,10 +73,24 @@ class Commands(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in sorted(_OTHERS.items())])
 
 
-def _seconds(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value < 1e9:
-        raise UsageError(f"--{parameter.name} {value:g}", "give a number of seconds above 0")
-    return value
+class WholeNumber(click.types.IntParamType):
+    """A number from `lowest` on, in ASCII digits."""
+
+    def __init__(self, lowest: int = 0) -> None:
+        self.lowest = lowest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = value if isinstance(value, int) else whole(value, _HIGHEST)
+        if number is None or number < self.lowest:
+            self.fail(f"{value!r} is not a number from {self.lowest} to {_HIGHEST}", param, ctx)
+        return number
+
+
+def _seconds(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    found = None if value is None else seconds(value)
+    if value is not None and (found is None or not 0 < found < 1e9):
+        raise UsageError(f"--{parameter.name} {value}", "give a time above 0, such as 30, 200ms, 5m or 1h")
+    return found
 
 
 def _bytes(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -100,18 +118,19 @@ FILTERS = (
     _filter("--netns", metavar="INODES|NAMES|pid:N", help="In these network namespaces."),
     click.Option(["-4", "ipv4"], is_flag=True, help="IPv4 only, with IPv4 on IPv6 sockets."),
     click.Option(["-6", "ipv6"], is_flag=True, help="IPv6 only."),
-    _filter("-L", "--lport", metavar="PORTS", help="Local ports, such as 80,443,8000-8100."),
+    _filter("-L", "--lport", metavar="PORTS", help="Local ports, such as 80,https,8000-8100."),
     _filter("-R", "--rport", metavar="PORTS", help="Remote ports."),
     _filter("--port", metavar="PORTS", help="Ports at either end."),
-    _filter("--laddr", metavar="NETWORKS", help="Local addresses or networks, such as 10.0.0.0/8,::1."),
-    _filter("--raddr", metavar="NETWORKS", help="Remote addresses or networks."),
+    _filter(
+        "--laddr", metavar="NETWORKS", help="Local addresses, networks or hosts, such as 10.0.0.0/8,::1,db.example."
+    ),
+    _filter("--raddr", metavar="NETWORKS", help="Remote addresses, networks or hosts."),
 )
 DURATION = click.Option(
     ["-d", "--duration"],
-    type=float,
     callback=_seconds,
-    metavar="SECONDS",
-    help="Stop after this many seconds.  [default: at Ctrl-C]",
+    metavar="TIME",
+    help="Stop after this time: seconds, or 200ms, 5m, 1h.  [default: at Ctrl-C]",
 )
 FORMAT = click.Option(
     ["-o", "--output"],
@@ -158,7 +177,7 @@ OUTPUT = (
     TIME,
     click.Option(
         ["-n", "--max-events"],
-        type=click.IntRange(1),
+        type=WholeNumber(1),
         metavar="N",
         help="Stop after N rows. Of snapshots and groups: print only the first N each time.  [default: no limit]",
     ),
@@ -166,14 +185,26 @@ OUTPUT = (
     BUFFER,
 )
 INTERVAL = click.Option(
-    ["-i", "--interval"], type=float, callback=_seconds, metavar="SECONDS", help="Print results every SECONDS."
+    ["-i", "--interval"], callback=_seconds, metavar="TIME", help="Print results this often: seconds, or 200ms, 5m."
 )
 FILTERS_TITLE = "Filters (all must match; any value of one: 80,443 or the option again)"
 OUTPUT_TITLE = "Output"
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
 
-class Command(click.Command):
+class Once(click.Command):
+    """A command that refuses a second value of an option that has one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for option in given:
+            single = isinstance(option, click.Option) and not (option.multiple or option.is_flag)
+            if single and given.count(option) > 1:
+                raise UsageError(f"{option.opts[-1]} is given {given.count(option)} times", "give it once")
+        return super().parse_args(ctx, args)
+
+
+class Command(Once):
     """A command whose help has its options in groups.
 
     hints  an option that it does not have -> what to say to somebody who gives it; for the flags of bcc's tools: bcc.py
@@ -191,10 +222,6 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
-            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
-            for option in given:
-                if given.count(option) > 1 and not (option.multiple or getattr(option, "is_flag", False)):
-                    raise UsageError(f"{option.opts[-1]} is given {given.count(option)} times", "give it once")
             return super().parse_args(ctx, args)
         except click.UsageError as error:
             if isinstance(error, click.NoSuchOption):
@@ -230,9 +257,7 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         click.Option(
             list(option.flags),
             is_flag=option.type is bool,
-            type=click.Choice(option.type)
-            if isinstance(option.type, tuple)
-            else (None if option.type is bool else option.type),
+            type=type_of(option.type),
             default=option.unset,
             show_default=option.default is not None,
             metavar=option.metavar,
@@ -272,6 +297,13 @@ def command_of(tool: toolbox.Tool) -> click.Command:
     return Command(tool.name, groups, hints, callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary)
 
 
+def type_of(type_: Any) -> Any:
+    """The click type of an option of a tool or a scenario."""
+    if isinstance(type_, tuple):
+        return click.Choice(type_)
+    return {bool: None, int: WholeNumber()}.get(type_, type_)
+
+
 def changed(option: click.Option, **attributes: Any) -> click.Option:
     """A copy of an option with other attributes."""
     copied = copy.copy(option)
@@ -287,7 +319,10 @@ def _with(other: str | None, help: str) -> str:
 
 def filter_of(values: dict[str, Any]) -> Filter:
     """The filter. Its options are removed from `values`."""
-    return Filter.from_options(**{name: values.pop(name) for name in _FILTER_NAMES})
+    given = {name: values.pop(name, None) for name in _FILTER_NAMES}
+    return Filter.from_options(
+        **given, told=lambda line: print(f"tcpscope: {printable(line)}", file=sys.stderr, flush=True)
+    )
 
 
 def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from tcpscope.errors import NotPermittedError, UnsupportedError, UsageError, did_you_mean
 from tcpscope.kernel import netns as namespaces
+from tcpscope.quantities import whole
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -43,6 +44,7 @@ _MAPPED = bytes(10) + b"\xff\xff"
 _COMM_SIZE = 15  # TASK_COMM_LEN without its NUL
 _MAX_PID = 4_194_304  # PID_MAX_LIMIT
 _MAX_UID = 2**32 - 2  # 2**32 - 1 is "no user"
+_HOST = re.compile(r"(?=.{1,253}$)(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z][A-Za-z0-9_-]{0,62}\.?")
 _VALUES = ("pid", "comm", "uid", "cgroup", "netns")  # options whose values are compared for equality
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _Wanted = TypeVar("_Wanted")
@@ -103,11 +105,12 @@ class Filter:
         port: Ports | None = None,
         laddr: Networks | None = None,
         raddr: Networks | None = None,
+        told: Callable[[str], object] = lambda line: None,
     ) -> Filter:
         """Make a filter of values as on the command line. Raises `UsageError`.
 
         None means that the option is not given. `ipv4` and `ipv6` are the flags -4 and -6. `family` is for callers
-        that have the number 4 or 6.
+        that have the number 4 or 6. `told` gets a line for each host name that was looked up.
         """
         wanted = cls(
             pid=_each(parse_pid, pid, "PID"),
@@ -119,8 +122,8 @@ class Filter:
             lport=_given(parse_ports, lport) or (),
             rport=_given(parse_ports, rport) or (),
             port=_given(parse_ports, port) or (),
-            laddr=_given(parse_networks, laddr) or (),
-            raddr=_given(parse_networks, raddr) or (),
+            laddr=() if laddr is None else parse_networks(laddr, told),
+            raddr=() if raddr is None else parse_networks(raddr, told),
         )
         wanted._check_versions()
         wanted._check_ports()
@@ -297,9 +300,12 @@ def parse_ports(value: Ports) -> tuple[PortRange, ...]:
     return tuple(merged)
 
 
-def parse_networks(value: Networks) -> tuple[Network, ...]:
-    """Addresses and networks (`192.0.2.1,2001:db8::/32`), IPv4 first. Networks that touch are joined."""
-    networks = list(map(_network, map(str, _items(value, "address"))))
+def parse_networks(value: Networks, told: Callable[[str], object] = lambda line: None) -> tuple[Network, ...]:
+    """Addresses and networks (`192.0.2.1,2001:db8::/32`), IPv4 first. Networks that touch are joined.
+
+    The name of a host stands for all of its addresses, which are looked up now; `told` gets a line that says them.
+    """
+    networks = [network for item in _items(value, "address") for network in _networks(str(item), told)]
     ipv4 = [network for network in networks if isinstance(network, ipaddress.IPv4Network)]
     ipv6 = [network for network in networks if isinstance(network, ipaddress.IPv6Network)]
     return (*ipaddress.collapse_addresses(ipv4), *ipaddress.collapse_addresses(ipv6))
@@ -358,20 +364,44 @@ def _is_number(text: str) -> bool:
 
 
 def _number(value: str | int, what: str, lowest: int, highest: int) -> int:
-    text = str(value).strip()
-    if not _is_number(text) or len(text) > len(str(highest)) or not lowest <= int(text) <= highest:
-        raise UsageError(f"{what} {text!r} is not a number from {lowest} to {highest}")
-    return int(text)
+    number = whole(str(value), highest)
+    if number is None or number < lowest:
+        raise UsageError(f"{what} {str(value).strip()!r} is not a number from {lowest} to {highest}")
+    return number
 
 
 def _port_range(text: str) -> PortRange:
     bounds = [bound.strip() for bound in text.split("-")]
     if len(bounds) > 2 or not all(map(_is_number, bounds)):
-        raise UsageError(f"port {text!r} is neither a number nor a range", "such as 443 or 8000-8100")
+        port = _port_of_service(text)
+        if port is None:
+            hint = "such as 443, 8000-8100 or https"
+            raise UsageError(f"port {text!r} is neither a number, nor a range, nor a service in /etc/services", hint)
+        return PortRange(port, port)
     first, last = (_number(bound, "port", 1, 65535) for bound in (bounds[0], bounds[-1]))
     if first > last:
         raise UsageError(f"port range {text!r} is reversed", f"did you mean {last}-{first}?")
     return PortRange(first, last)
+
+
+def _port_of_service(name: str) -> int | None:
+    try:
+        return socket.getservbyname(name, "tcp") if name.isascii() and name.isprintable() else None
+    except OSError:
+        return None
+
+
+def _networks(text: str, told: Callable[[str], object]) -> list[Network]:
+    """The network that `text` is, or all addresses of the host whose name it is."""
+    if not _HOST.fullmatch(text):
+        return [_network(text)]
+    try:
+        found = socket.getaddrinfo(text, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UsageError(f"no address is known of the host {text!r}", str(error.strerror)) from None
+    addresses = list(dict.fromkeys(str(address[0]).partition("%")[0] for *_, address in found))
+    told(f"{text} is {', '.join(addresses)}")
+    return list(map(_network, addresses))
 
 
 def _network(text: str) -> Network:

@@ -84,6 +84,12 @@ class Request:
         size = self.buffer
         if size is not None and not (type(size) is int and 4096 <= size <= 1 << 30 and not size & (size - 1)):
             raise UsageError(f"--buffer {size!r}", "give a power of two from 4K to 1024M")
+        if self.stats and self.output != "json":
+            raise UsageError("--stats", "the account is a record of JSON: -o json; stderr has it in any case")
+        if self.explain and self.output != "table":
+            raise UsageError(f"--explain and -o {self.output}", "the explanation is text: leave out one of them")
+        if not self.header and self.output == "json":
+            raise UsageError("--no-header and -o json", "JSON has no titles")
         times = (*TIMES, "local") if self.output == "table" else TIMES
         if self.time not in times:
             raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(times)}")

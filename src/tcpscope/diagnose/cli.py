@@ -27,7 +27,6 @@ _WIDTH = 100
 def _run(**values: Any) -> None:
     request = Request(filter=filter_of(values), **{k: v for k, v in values.items() if v is not None})
     request.duration = values["duration"] or _DEFAULT_SECONDS
-    request.refuse_peers("a listener has no remote end, and one overflow refuses many peers")
     stream = sys.stdout.buffer
     rules = all_rules()
     with Stop(request.duration, descriptor(stream)) as stop:
@@ -98,16 +97,19 @@ def _text(number: int, finding: Finding) -> list[str]:
     return lines
 
 
-_NO_PEERS = "Refused here: a listener has no remote end."
-_FILTERS = [changed(option, help=_NO_PEERS) if option.name in ("rport", "raddr") else option for option in FILTERS]
+_NO_PEERS = "a listener has no remote end, and one overflow refuses many peers"
+_PEERS = [option for option in FILTERS if option.name in ("rport", "raddr")]
 _COMMON = [
     changed(FORMAT, type=click.Choice(["table", "json"])),
-    changed(DURATION, help=f"Watch for this many seconds, or until Ctrl-C.  [default: {_DEFAULT_SECONDS:g}]"),
+    changed(
+        DURATION, help=f"Watch for this time (seconds, or 5m, 1h), or until Ctrl-C.  [default: {_DEFAULT_SECONDS:g}]"
+    ),
     *(option for option in COMMON if option not in (FORMAT, DURATION)),
 ]
 diagnose = Command(
     "diagnose",
-    {FILTERS_TITLE: _FILTERS, OUTPUT_TITLE: _COMMON},
+    {FILTERS_TITLE: [option for option in FILTERS if option not in _PEERS], OUTPUT_TITLE: _COMMON},
+    {flag: _NO_PEERS for option in _PEERS for flag in option.opts},
     callback=_run,
     help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
     "So far it finds full accept queues and full SYN queues. A finding names the listener, its owner, its limit and "

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from tcpscope.cli import Once, type_of
 from tcpscope.errors import TcpscopeError
 from tcpscope.lab import namespaces
 from tcpscope.lab.beside import Tool, arguments
@@ -77,7 +78,7 @@ def command_of(scenario: type[Scenario]) -> click.Command:
         with signals_interrupt():
             play(scenario(**values), tool, freeze, keep)
 
-    return click.Command(
+    return Once(
         scenario.name(),
         help=inspect.cleandoc(scenario.__doc__ or scenario.title),
         short_help=scenario.title,
@@ -100,7 +101,7 @@ def option_of(field: Field[Any]) -> click.Option:
     choices: tuple[Any, ...] = field.metadata["choices"]
     return click.Option(
         [f"--{field.name.replace('_', '-')}", field.name],
-        type=click.Choice(choices) if choices else type(field.default),
+        type=type_of(choices or type(field.default)),
         default=field.default,
         show_default=True,
         help=field.metadata["help"],

@@ -5,23 +5,24 @@ SYN-ACK, a refusal, or a timeout. With --min the kernel sends only slow attempts
 has no latency, so --min leaves it out. With --histogram: how the latency is distributed, for each outcome.
 """
 
-import re
+from math import ceil
 from typing import Any
 
 from tcpscope.errors import UsageError
+from tcpscope.quantities import seconds
 from tcpscope.request import Option, Request
 from tcpscope.summary import Summary
 from tcpscope.tool import Stream
 
-_FACTORS = {"us": 1, "ms": 1000, "s": 1_000_000}
-
 
 def microseconds(text: str) -> int:
-    """10ms, 1.5s, 300us in microseconds; UsageError for anything else."""
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)(us|ms|s)", text.strip())
-    if not found:
+    """10ms, 1.5s, 300us in microseconds, rounded up. UsageError for anything else, and for less than one."""
+    found = seconds(text) if text.strip()[-1:].isalpha() else None
+    if found is None:
         raise UsageError(f"--min {text}", "give a time with its unit, such as 300us, 10ms or 1.5s")
-    return round(float(found[1]) * _FACTORS[found[2]])
+    if not 1e-6 <= found < 1e9:
+        raise UsageError(f"--min {text}", "give a time from 1us on")
+    return ceil(round(found * 1e6, 3))
 
 
 def _constants(request: Request) -> dict[str, Any]:
