@@ -48,11 +48,11 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             elif batch.kind == "snapshot" and not (run.over and page.is_fresh):
                 page.draw(batch)  # but not what little is left at the end, over a whole interval
             stream.flush()
+        if stop.stopped:
+            clear_interrupt()
         if not page:
             sink.rows([])  # the titles, if no row came
             stream.flush()
-        if stop.stopped:
-            clear_interrupt()
         _print_notes(run)
         if run.accounts or request.stats or request.strict:
             finish(request, run.account(), sink, stream, run.more)
