@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from tcpscope.filters import Filter, address_text
+from tcpscope.kernel import pidns
 from tcpscope.kernel.features import Kernel
 from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
@@ -218,7 +219,10 @@ class Snapshots:
         return self._decode(self._found[: self._count[0] * self._layout.size])
 
     def _walk(self, records: list[Any]) -> None:
-        """Find all holders. After that a listener of `records` without holders is known to have none."""
+        """Find all holders. After that a listener of `records` without holders is known to have none.
+
+        In a PID namespace a process outside may hold it.
+        """
         began = time.thread_time()
         holders: dict[_Key, set[Holder]] = defaultdict(set)
         wanted = set()
@@ -228,7 +232,9 @@ class Snapshots:
                 holders[key].add(Holder(row.pid, comm_text(row.comm), row.uid, row.fd))
                 if row.wanted:
                     wanted.add(key)
-        known = {(record.socket, record.since_ns) for record in records} | holders.keys()
+        known = set(holders)
+        if not pidns.inner():
+            known |= {(record.socket, record.since_ns) for record in records}
         self._holders = {key: _Holders(tuple(sorted(holders.get(key, ()))), key in wanted) for key in known}
         self._next_walk = time.monotonic() + WALK_SHARE * (time.thread_time() - began)
 
@@ -247,7 +253,7 @@ class _Holders(NamedTuple):
 
     @classmethod
     def opener(cls, record: Any) -> _Holders:
-        """The process that called listen(), for a listener newer than the last walk. No holder if that was not seen."""
+        """The process that called listen(), for a listener that no walk has seen. No holder if that was not seen."""
         one = Holder(record.pid, comm_text(record.comm), record.uid)
         return cls((one,) if record.pid else (), record.owner_wanted)
 

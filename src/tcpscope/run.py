@@ -75,7 +75,7 @@ class Run(ABC):
     def __init__(self, columns: Sequence[Column], *sessions: Session) -> None:
         self.columns = tuple(columns)
         self.sessions = sessions
-        self.notes = [note for session in sessions for note in session.notes]
+        self.notes = list(dict.fromkeys(note for session in sessions for note in session.notes))
         self.stats = sessions[0].stats if sessions else Stats()
 
     @abstractmethod

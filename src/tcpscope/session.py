@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
-from tcpscope.kernel import compiled_filter
+from tcpscope.kernel import compiled_filter, pidns
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
 from tcpscope.kernel.loaded import Loaded, Ring, Setup
@@ -166,7 +166,8 @@ class Session:
     @property
     def notes(self) -> list[str]:
         """What the user should know about the loaded objects, one line each."""
-        return [*self.loaded.notes, *(self.owners.loaded.notes if self.owners else ())]
+        here = [pidns.NOTE] if pidns.inner() else []
+        return [*here, *self.loaded.notes, *(self.owners.loaded.notes if self.owners else ())]
 
     def batches(self) -> Iterator[memoryview]:
         """The events that are in the ring now, as bytes. A batch is valid until the next one is asked for."""
@@ -233,13 +234,13 @@ class Owners:
     """The owners of sockets: the object `owner`, loaded once for all sessions of this process that use it.
 
     The namespace and the family of the filter decide which sockets have an entry, and its cgroup what an entry says of
-    cgroups. Sessions whose filters differ in one of these use another `Owners`.
+    cgroups; in a PID namespace also its PID. Sessions whose filters differ in one of these use another `Owners`.
     """
 
-    _shared: ClassVar[dict[tuple[Any, ...], Owners]] = {}
+    _shared: ClassVar[dict[Filter, Owners]] = {}
     _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, key: tuple[Any, ...], loaded: Loaded) -> None:
+    def __init__(self, key: Filter, loaded: Loaded) -> None:
         self.loaded = loaded
         self._key = key
         self._users = 0
@@ -248,20 +249,20 @@ class Owners:
     @classmethod
     def share(cls, filter: Filter, kernel: Kernel, debug: bool = False) -> Owners:
         """The `Owners` for this filter. Each call needs one `release()`. Raises the errors of `Loaded`."""
-        key = (filter.netns, filter.family, filter.cgroup)
+        pid = filter.pid if pidns.inner() else ()
+        key = Filter(pid=pid, netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
         with cls._lock:
-            found = cls._shared.get(key) or cls._load(key, filter, kernel, debug)
+            found = cls._shared.get(key) or cls._load(key, kernel, debug)
             cls._shared[key] = found
             found._users += 1
             return found
 
     @classmethod
-    def _load(cls, key: tuple[Any, ...], filter: Filter, kernel: Kernel, debug: bool) -> Owners:
-        wanted = Filter(netns=filter.netns, family=filter.family, cgroup=filter.cgroup)
+    def _load(cls, key: Filter, kernel: Kernel, debug: bool) -> Owners:
         setup = Setup(
-            constants=compiled_filter.constants(wanted),
+            constants=compiled_filter.constants(key),
             entries={"events": mmap.PAGESIZE},
-            keys={compiled_filter.LISTS: compiled_filter.keys(wanted)},
+            keys={compiled_filter.LISTS: compiled_filter.keys(key)},
             debug=debug,
         )
         loaded = Loaded(Spec.of("owner"), kernel, setup)

@@ -27,11 +27,12 @@ struct filter {
 	__u32 pid;
 	__u32 uid;
 	__u32 netns;
+	__u32 pid_namespace; /* of `pid`, as inode number; 0: the first one */
 	__u8 family;
 	bool has_lport, has_rport, has_port;
 	__u8 pid_count, uid_count, comm_count, cgroup_count, netns_count, laddr_count,
 		raddr_count; /* enum filter_count */
-	__u8 padding;
+	__u8 padding[5];
 	__u64 cgroup;
 	char comm[16];
 	struct network laddr;
@@ -130,6 +131,16 @@ static __always_inline bool filter_wants_owner(void)
 	return filter.pid_count || filter.uid_count || filter.comm_count || filter.cgroup_count;
 }
 
+static __always_inline bool wanted_pid(__u32 pid)
+{
+	return wanted_number(filter.pid_count, filter.pid, FILTER_PID, pid);
+}
+
+static __always_inline bool filter_pid(const struct owner *owner)
+{
+	return filter.pid_namespace ? owner->has_filter_pid : wanted_pid(owner->pid);
+}
+
 /* What is not known does not match: without an owner (NULL, or pid 0) it passes only if no filter asks for the owner. */
 static __always_inline bool filter_owner(const struct owner *owner)
 {
@@ -137,7 +148,7 @@ static __always_inline bool filter_owner(const struct owner *owner)
 		return true;
 	if (!owner || !owner->pid)
 		return false;
-	if (!wanted_number(filter.pid_count, filter.pid, FILTER_PID, owner->pid))
+	if (!filter_pid(owner))
 		return false;
 	if (!wanted_number(filter.uid_count, filter.uid, FILTER_UID, owner->uid))
 		return false;

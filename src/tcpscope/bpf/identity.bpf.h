@@ -24,8 +24,9 @@ struct owner {
 	__u32 uid WIDTH(5) DOC("user of that process") UNKNOWN_IS("max");
 	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
 	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");
-	__u8 in_cgroup; /* in a cgroup of the filter or below it */
-	__u8 padding[7];
+	__u8 in_cgroup;      /* in a cgroup of the filter or below it */
+	__u8 has_filter_pid; /* if the filter's PIDs are meant in another PID namespace than the first */
+	__u8 padding[6];
 };
 
 static __always_inline void map_v4(__u8 *mapped, __be32 v4)

@@ -293,6 +293,20 @@ struct cred { /* include/linux/cred.h */
 	kuid_t uid;
 };
 
+struct pid_namespace { /* include/linux/pid_namespace.h */
+	struct ns_common ns;
+};
+
+struct upid { /* include/linux/pid.h: the number in one namespace */
+	int nr;
+	struct pid_namespace *ns;
+};
+
+struct pid { /* include/linux/pid.h */
+	unsigned int level;
+	struct upid numbers[0]; /* by level: 0 is the first namespace */
+};
+
 #if defined(__TARGET_ARCH_x86)
 struct thread_info { /* arch/x86/include/asm/thread_info.h */
 	__u32 status;
@@ -306,6 +320,7 @@ struct task_struct { /* include/linux/sched.h */
 	int pid;
 	int tgid;
 	struct task_struct *group_leader;
+	struct pid *thread_pid;
 	const struct cred *cred;
 	char comm[16];
 	struct files_struct *files;

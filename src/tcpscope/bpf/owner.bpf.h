@@ -26,6 +26,33 @@ static __always_inline bool below_filter_cgroup(struct task_struct *task)
 	return false;
 }
 
+#define PID_LEVELS 33 /* MAX_PID_NS_LEVEL, include/linux/pid_namespace.h, and the first namespace */
+
+/* Does the filter want the PID that the task's process has in the filter's PID namespace? */
+static __always_inline bool has_filter_pid(struct task_struct *task)
+{
+	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
+	char *numbers = (char *)__builtin_preserve_access_index(&pid->numbers);
+	unsigned int level = BPF_CORE_READ(pid, level);
+
+	for (unsigned int at = 1; at < PID_LEVELS && at <= level; at++) {
+		struct upid *number = (struct upid *)(numbers + at * bpf_core_type_size(struct upid));
+
+		if (BPF_CORE_READ(number, ns, ns.inum) == filter.pid_namespace)
+			return wanted_pid(BPF_CORE_READ(number, nr));
+	}
+	return false;
+}
+
+/* What only a filter asks for. */
+static __always_inline void owner_for_filter(struct task_struct *task, struct owner *owner)
+{
+	if (filter.cgroup_count)
+		owner->in_cgroup = below_filter_cgroup(task);
+	if (filter.pid_namespace)
+		owner->has_filter_pid = has_filter_pid(task);
+}
+
 /* The name is the process's, as ps and ss show it, not that of one of its threads. */
 static __always_inline void owner_name(struct task_struct *task, struct owner *owner)
 {
@@ -40,8 +67,7 @@ static __noinline __attribute__((unused)) int owner_of_task(struct task_struct *
 	owner->uid = BPF_CORE_READ(task, cred, uid.val);
 	owner->cgroup = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
 	owner_name(task, owner);
-	if (filter.cgroup_count)
-		owner->in_cgroup = below_filter_cgroup(task);
+	owner_for_filter(task, owner);
 	return 0;
 }
 
@@ -58,8 +84,7 @@ static __noinline __attribute__((unused)) int owner_of_current(struct owner *own
 		bpf_get_current_comm(owner->comm, sizeof(owner->comm));
 	else
 		owner_name(task, owner);
-	if (filter.cgroup_count)
-		owner->in_cgroup = below_filter_cgroup(task);
+	owner_for_filter(task, owner);
 	return 0;
 }
 

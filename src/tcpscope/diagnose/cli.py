@@ -14,6 +14,7 @@ import msgspec
 from tcpscope.cli import COMMON, DURATION, FILTERS, FILTERS_TITLE, FORMAT, OUTPUT_TITLE, Command, changed, filter_of
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
+from tcpscope.kernel import pidns
 from tcpscope.output import open_sink, printable
 from tcpscope.request import Request
 from tcpscope.show import begin, clear_interrupt, descriptor, finish
@@ -75,9 +76,9 @@ def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources:
     if not findings:
         write(b"No full accept queue or SYN queue found. Nothing else is checked yet.\n")
     write(f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}.\n".encode())
-    for source in sources:
-        for blind in source.blind_spots():
-            write(f"Note: {blind}.\n".encode())
+    blind = [spot for source in sources for spot in source.blind_spots()]
+    for spot in [pidns.NOTE, *blind] if pidns.inner() else blind:
+        write(f"Note: {spot}.\n".encode())
 
 
 def _text(number: int, finding: Finding) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tcpscope.filters import Filter, Network, PortRange, network_bytes
+from tcpscope.kernel import pidns
 
 LISTS = "filter_lists"
 _OPTIONS = ("pid", "uid", "comm", "cgroup", "netns", "laddr", "raddr")  # enum filter_option
@@ -27,6 +28,7 @@ def constants(filter: Filter) -> dict[str, Any]:
             "pid": _only(filter.pid, 0),
             "uid": _only(filter.uid, 0),
             "netns": _only(filter.netns, 0),
+            "pid_namespace": pidns.inner() if filter.pid else 0,
             "family": filter.family or 0,
             "cgroup": _only(filter.cgroup, 0),
             "comm": _only(filter.comm, "").encode(),

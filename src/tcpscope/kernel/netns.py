@@ -17,11 +17,11 @@ from pathlib import Path
 
 import msgspec
 
+from tcpscope.kernel import pidns
 from tcpscope.kernel.resources import exhausted
 
 NAMED = Path("/run/netns")
 PROC = Path("/proc")
-_FIRST_PIDS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h: the namespace of all processes
 
 _FIRST_INODE = 0xEFFFFF00  # PROC_DYNAMIC_FIRST, fs/proc/generic.c, and the numbers just below for the first namespaces
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
@@ -90,7 +90,7 @@ def exists(inode: int) -> bool | None:
             hidden += 1
         except OSError:
             continue  # the process is gone
-    everything = (PROC / "1").exists() and str((PROC / "self/ns/pid").readlink()) == _FIRST_PIDS
+    everything = (PROC / "1").exists() and not pidns.inner(PROC)
     return None if hidden or not everything else False
 
 

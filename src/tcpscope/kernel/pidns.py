@@ -1,0 +1,25 @@
+"""The PID namespace of this process (pid_namespaces(7)).
+
+A process has a PID in its namespace and in each one above. Rows have that of the first namespace, which every process
+has. Whoever runs the tool in another namespace knows its own PIDs, so `--pid` is one of these.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FIRST = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+
+NOTE = (
+    "rows have the PIDs of the first PID namespace, and this is another one. Processes outside of it cannot be looked "
+    "for: a socket of theirs that is older than the tool has no owner, and such a listener is not seen by queue"
+)
+
+
+def inner(proc: Path = Path("/proc")) -> int:
+    """The inode number of our namespace; 0 if it is the first one, or /proc does not tell."""
+    try:
+        inode = int((proc / "self/ns/pid").readlink().name[len("pid:[") : -1])
+    except (OSError, ValueError):
+        return 0
+    return 0 if inode == FIRST else inode
