@@ -131,6 +131,16 @@ def test_not_known_is_none_and_zero_is_zero() -> None:
     assert (row.uid, row.in_state_us, row.laddr) == (0, 0, "::")
 
 
+def test_a_yes_or_no_that_is_not_known() -> None:
+    layout = Spec.of("attempt").layout("attempt").select(("syn_dropped",))
+    (field,) = layout.fields
+    decode = layout.decoder().rows
+    records = [bytearray(layout.size) for _ in range(3)]
+    for record, value in zip(records, (0, 1, 255), strict=True):
+        record[field.offset] = value
+    assert [row.syn_dropped for row in decode(memoryview(b"".join(records)))] == [False, True, None]
+
+
 def test_a_value_without_a_name_is_shown_as_it_is() -> None:
     (row,) = decode(record(new_state=99))
     assert row.new_state == "99"

@@ -82,10 +82,11 @@ class Kind(StrEnum):
 class Outcome(StrEnum):
     ESTABLISHED = "ESTABLISHED"
     REFUSED = "REFUSED"
+    REJECTED = "REJECTED"
     TIMED_OUT = "TIMED_OUT"
     UNREACHABLE = "UNREACHABLE"
     RESET = "RESET"
-    ABORTED = "ABORTED"
+    GAVE_UP = "GAVE_UP"
     KILLED = "KILLED"
     FAILED = "FAILED"
 
@@ -213,11 +214,15 @@ class Connect(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     outcome: Outcome
-    """how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, bpf_sock_destroy()),
-    FAILED: errno says why"""
+    """how it ended; REFUSED: by a RST, REJECTED: by an ICMP message, TIMED_OUT: the kernel gave up, GAVE_UP: the
+    application gave up, KILLED: by another program (ss -K, bpf_sock_destroy()), FAILED: errno says why"""
 
     syn_sent: bool
-    """whether a SYN was sent: the kernel counts that as TcpActiveOpens"""
+    """whether TCP made a SYN: the kernel counts that as TcpActiveOpens"""
+
+    syn_dropped: bool | None
+    """whether this host dropped the last SYN when it was sent: by a firewall rule, a full queue or for want of a
+    route"""
 
     errno: int | None
     """error of the socket or, where it has none, of connect()"""
@@ -269,11 +274,15 @@ class Connlat(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     outcome: Outcome
-    """how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, bpf_sock_destroy()),
-    FAILED: errno says why"""
+    """how it ended; REFUSED: by a RST, REJECTED: by an ICMP message, TIMED_OUT: the kernel gave up, GAVE_UP: the
+    application gave up, KILLED: by another program (ss -K, bpf_sock_destroy()), FAILED: errno says why"""
 
     syn_sent: bool
-    """whether a SYN was sent: the kernel counts that as TcpActiveOpens"""
+    """whether TCP made a SYN: the kernel counts that as TcpActiveOpens"""
+
+    syn_dropped: bool | None
+    """whether this host dropped the last SYN when it was sent: by a firewall rule, a full queue or for want of a
+    route"""
 
     errno: int | None
     """error of the socket or, where it has none, of connect()"""

@@ -285,7 +285,9 @@ class Decoder:
             names["read"] = clock.read
             return f"read({value})"
         if field.kind == "bool":
-            return f"{value} != 0"
+            return (
+                f"{value} != 0" if field.unknown is None else f"None if {value} == {field.unknown!r} else {value} != 0"
+            )
         if field.unknown is None:
             return value
         if field.unknown == 0:

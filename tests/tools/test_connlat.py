@@ -171,9 +171,9 @@ def test_histogram(script: Script) -> Test:
         QUICK: "ESTABLISHED",
         SLOW: "ESTABLISHED",
         REFUSED: "REFUSED",
-        GIVEN_UP: "ABORTED",
+        GIVEN_UP: "GAVE_UP",
         UNROUTED: "UNREACHABLE",
-        OLDER: "ABORTED",
+        OLDER: "GAVE_UP",
     }
     assert {kind: row["outcome"] for kind, row in whole.items()} == outcomes
     for kind, row in whole.items():
@@ -205,7 +205,7 @@ def test_histogram_is_drawn(script: Script) -> Test:
     lines = drawn.splitlines()
     assert lines[0].split()[:2] == ["OUTCOME", "COUNT"]
     kinds = [line.split()[:2] for line in lines[1:] if line[:1].isalpha()]
-    counts = {"ESTABLISHED": TIMES + 2, "REFUSED": TIMES + 1, "ABORTED": 2, "UNREACHABLE": 1}
+    counts = {"ESTABLISHED": TIMES + 2, "REFUSED": TIMES + 1, "GAVE_UP": 2, "UNREACHABLE": 1}
     assert kinds == [[outcome, str(count)] for outcome, count in counts.items()]
     bars = [int(line.partition(":")[2].split()[0]) for line in lines if " -> " in line]
     assert sum(bars) == 2 * TIMES + 4  # those that have a latency

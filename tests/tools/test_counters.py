@@ -68,7 +68,7 @@ def test_a_mix_of_connections(script: Script) -> Test:
     assert saw["given_up"] == KINDS["abandoned"] + KINDS["shut_down"]
 
     rows = seen.rows(CONNECT)
-    errnos = Counter("given up" if row["outcome"] == "ABORTED" else row["errno"] for row in rows)
+    errnos = Counter("given up" if row["outcome"] == "GAVE_UP" else row["errno"] for row in rows)
     assert errnos == outcomes | {"given up": saw["given_up"]}
     assert sum(row["syn_sent"] for row in rows) == counted[client]["TcpActiveOpens"] == CONNECTIONS
     failed = sum(row["outcome"] in ("REFUSED", "TIMED_OUT") for row in rows)

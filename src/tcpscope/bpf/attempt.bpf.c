@@ -13,10 +13,10 @@
  *   NONE      connect() fails before a SYN                    by its error                 NONE
  *   OPEN      ESTABLISHED                                     ESTABLISHED                  entry deleted
  *   OPEN      CLOSE, the socket has an error                  by that error                REPORTED
- *   OPEN      CLOSE without one, connect() has returned       ABORTED                      NONE
+ *   OPEN      CLOSE without one, connect() has returned       GAVE_UP                      NONE
  *   OPEN      CLOSE without one, connect() has not returned   -                            CLOSED
  *   CLOSED    connect() returns an error                      by that error                NONE
- *   CLOSED    SYN_SENT, end of the socket or of the run       ABORTED; no SYN sent: FAILED OPEN, or entry deleted
+ *   CLOSED    SYN_SENT, end of the socket or of the run       GAVE_UP; no SYN sent: FAILED OPEN, or entry deleted
  *   REPORTED  connect() returns                               -                            NONE
  */
 
@@ -33,9 +33,10 @@ enum stage {
 } __attribute__((packed));
 
 struct scratch {
-	__u64 closed_ns; /* valid in STAGE_CLOSED, as the next two */
+	__u64 closed_ns; /* valid in STAGE_CLOSED, as the next three */
 	__u32 syn_retrans;
 	bool syn_sent;
+	__u8 syn_dropped;
 	bool connect_returned; /* in STAGE_OPEN; a byte of its own, because another CPU may write `stage` */
 	enum stage stage;
 	__u32 error;       /* the error that ends it, if the kernel reported it before: error.bpf.h */
@@ -51,20 +52,24 @@ struct scratch {
 enum outcome {
 	OUTCOME_ESTABLISHED,
 	OUTCOME_REFUSED,
+	OUTCOME_REJECTED,
 	OUTCOME_TIMED_OUT,
 	OUTCOME_UNREACHABLE,
 	OUTCOME_RESET,
-	OUTCOME_ABORTED,
+	OUTCOME_GAVE_UP,
 	OUTCOME_KILLED,
 	OUTCOME_FAILED,
 } __attribute__((packed));
 
 struct attempt {
 	struct event event;
-	enum outcome outcome DOC("how it ended; ABORTED: the application gave up, KILLED: by another program (ss -K, "
+	enum outcome outcome DOC("how it ended; REFUSED: by a RST, REJECTED: by an ICMP message, TIMED_OUT: the kernel "
+				 "gave up, GAVE_UP: the application gave up, KILLED: by another program (ss -K, "
 				 "bpf_sock_destroy()), FAILED: errno says why");
-	bool syn_sent DOC("whether a SYN was sent: the kernel counts that as TcpActiveOpens");
-	__u16 padding;
+	bool syn_sent DOC("whether TCP made a SYN: the kernel counts that as TcpActiveOpens");
+	__u8 syn_dropped KIND("bool") UNKNOWN_IS("max") DOC("whether this host dropped the last SYN when it was sent: "
+							    "by a firewall rule, a full queue or for want of a route");
+	__u8 padding;
 	__u32 errno KIND("errno") UNKNOWN_IS("max") DOC("error of the socket or, where it has none, of connect()");
 	__u32 syn_retrans DOC("retransmissions of the SYN");
 	__u32 padding2;
@@ -78,6 +83,7 @@ const volatile __u64 attempt_min_us;     /* attempts with a shorter latency are 
 const volatile bool attempt_failed_only; /* attempts that succeeded are filtered */
 
 #define ERRNO_UNKNOWN ((__u32) - 1)
+#define DROPPED_UNKNOWN ((__u8) - 1)
 
 /* An attempt that has ended. */
 struct ending {
@@ -86,6 +92,7 @@ struct ending {
 	__u32 errno;
 	__u32 syn_retrans;
 	bool syn_sent;
+	__u8 syn_dropped;
 	enum outcome outcome;
 };
 
@@ -112,6 +119,33 @@ static __always_inline enum outcome outcome_of(__u32 error)
 	}
 }
 
+/* Nothing can have answered: the call itself failed. */
+static __always_inline enum outcome outcome_without_syn(__u32 error)
+{
+	enum outcome outcome = outcome_of(error);
+
+	return outcome == OUTCOME_UNREACHABLE ? outcome : OUTCOME_FAILED;
+}
+
+/*
+ * tcp_transmit_skb() moves a packet that the lower layers have taken into tsorted_sent_queue (tcp_update_skb_after_send()).
+ * A retransmission that they have taken is in retrans_out; the timer clears that before the next one (tcp_enter_loss()).
+ * tcp_write_queue_purge() empties the queue and clears packets_out: a RST and a timer that gives up call it before the
+ * transition.
+ */
+static __always_inline __u8 last_syn_dropped(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	if (!BPF_CORE_READ(tp, segs_out))
+		return DROPPED_UNKNOWN;
+	if (BPF_CORE_READ(tp, total_retrans))
+		return !BPF_CORE_READ(tp, retrans_out);
+	if (BPF_CORE_READ(tp, tsorted_sent_queue.next) != &tp->tsorted_sent_queue)
+		return false;
+	return BPF_CORE_READ(tp, packets_out) ? true : DROPPED_UNKNOWN;
+}
+
 static __noinline int attempt_emit(const struct identity *id, const struct owner *owner, const struct ending *ending)
 {
 	__u64 latency_us = ending->began_ns ? (ending->time_ns - ending->began_ns) / 1000 : -1;
@@ -128,6 +162,7 @@ static __noinline int attempt_emit(const struct identity *id, const struct owner
 		return 0;
 	event->outcome = ending->outcome;
 	event->syn_sent = ending->syn_sent;
+	event->syn_dropped = ending->syn_dropped;
 	event->errno = ending->errno;
 	event->syn_retrans = ending->syn_retrans;
 	event->padding = event->padding2 = 0;
@@ -159,8 +194,9 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 		.began_ns = connection->opened_ns,
 		.syn_retrans = connection->scratch.syn_retrans,
 		.syn_sent = connection->scratch.syn_sent,
+		.syn_dropped = connection->scratch.syn_dropped,
 		.errno = error,
-		.outcome = outcome_of(error),
+		.outcome = outcome_without_syn(error),
 	};
 
 	if (connection->scratch.stage != STAGE_CLOSED)
@@ -168,12 +204,13 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 	connection->scratch.stage = STAGE_NONE;
 	if (!error) {
 		/* The application closed it; or, without a SYN, a call whose return is not hooked. */
-		ending.outcome = ending.syn_sent ? OUTCOME_ABORTED : OUTCOME_FAILED;
+		ending.outcome = ending.syn_sent ? OUTCOME_GAVE_UP : OUTCOME_FAILED;
 		ending.errno = ending.syn_sent ? 0 : ERRNO_UNKNOWN;
 	} else if (ending.syn_sent && is_disconnected(error)) {
-		ending.outcome = OUTCOME_ABORTED;
+		ending.outcome = OUTCOME_GAVE_UP;
 	} else {
 		ending.syn_sent = false; /* tcp_connect() failed: the SYN that it counted did not leave */
+		ending.syn_dropped = DROPPED_UNKNOWN;
 	}
 	attempt_emit(&connection->id, &connection->opener, &ending);
 }
@@ -231,24 +268,29 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	    ending.errno == connection->scratch.stale_error)
 		ending.errno = 0;
 	ending.outcome = outcome_of(ending.errno);
+	ending.syn_dropped = failed || !ending.syn_sent ? last_syn_dropped(sk) : false;
+	/* Without a segment there was no RST. */
+	if (ending.outcome == OUTCOME_REFUSED && !BPF_CORE_READ(tp, segs_in))
+		ending.outcome = OUTCOME_REJECTED;
 	if (connection) {
 		if (failed && !ending.errno && !connection->scratch.connect_returned) {
 			connection->scratch.stage = STAGE_CLOSED;
 			connection->scratch.closed_ns = ending.time_ns;
 			connection->scratch.syn_retrans = ending.syn_retrans;
 			connection->scratch.syn_sent = ending.syn_sent;
+			connection->scratch.syn_dropped = ending.syn_dropped;
 			if (!ending.syn_sent) /* inet_sport may still hold the port of an earlier connection */
 				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 			return 0;
 		}
 		if (failed && !ending.errno) /* the application, after connect() had returned */
-			ending.outcome = OUTCOME_ABORTED;
+			ending.outcome = OUTCOME_GAVE_UP;
 		connection->scratch.stage = ending.errno ? STAGE_REPORTED : STAGE_NONE;
 		ending.began_ns = connection->opened_ns;
 	} else if (failed && !ending.errno) {
 		if (!ending.syn_sent) /* the return of connect() makes the event, because no entry says STAGE_REPORTED */
 			return 0;
-		ending.outcome = OUTCOME_ABORTED;
+		ending.outcome = OUTCOME_GAVE_UP;
 	}
 	attempt_emit(id, connection ? &connection->opener : NULL, &ending);
 	if (change->new_state == STATE_ESTABLISHED) /* only attempts have an entry */
@@ -289,7 +331,8 @@ static __noinline int attempt_failed_early(struct sock *sk, const struct remote_
 	struct ending ending = {
 		.time_ns = bpf_ktime_get_ns(),
 		.errno = error,
-		.outcome = outcome_of(error),
+		.syn_dropped = DROPPED_UNKNOWN,
+		.outcome = outcome_without_syn(error),
 	};
 	struct identity id = {.cookie = cookie_if_any(sk)};
 	struct owner owner = {};

@@ -192,6 +192,10 @@ struct minmax { /* include/linux/win_minmax.h */
 	struct minmax_sample s[3];
 };
 
+struct list_head { /* include/linux/types.h */
+	struct list_head *next;
+};
+
 struct tcp_sock { /* include/linux/tcp.h */
 	struct inet_connection_sock inet_conn;
 	__u64 bytes_received;
@@ -210,6 +214,9 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;
+	__u32 retrans_out;
+	__u32 packets_out;
+	struct list_head tsorted_sent_queue;
 	__u8 is_mptcp : 1; /* with CONFIG_MPTCP */
 	__u8 repair : 1;
 	int linger2;

@@ -1,8 +1,9 @@
 """Who opens connections, to whom, and with what outcome?
 
-One row per connect attempt, when its outcome is known: established, refused, timed out, unreachable, reset, killed,
-aborted by the application, or failed. The row has the owner, both ends, the errno, the latency, and how often the SYN
-was retransmitted. Attempts that fail before a SYN is sent (no route, no free port) are shown too.
+One row per connect attempt, when its outcome is known: established, refused by a RST or rejected by an ICMP message,
+timed out, unreachable, reset, killed, given up by the application, or failed. The row has the owner, both ends, the
+errno, the latency, and how often the SYN was retransmitted. Attempts that fail before a SYN is sent (no route, no free
+port) are shown too.
 """
 
 from tcpscope.request import Option

@@ -97,6 +97,13 @@ def silence(script: Script) -> None:
         script.server.blackhole(network)
 
 
+def rule(host: Host, hook: str, port: int, verdict: str) -> None:
+    """From now on the host's firewall decides so about packets to this port."""
+    host.exec("nft", "add table inet filter")
+    host.exec("nft", f"add chain inet filter {hook} {{ type filter hook {hook} priority 0 ; }}")
+    host.exec("nft", f"add rule inet filter {hook} tcp dport {port} {verdict}")
+
+
 def listening(script: Script, *ports: int, fastopen: int = 0) -> Process:
     """A server for both families, which accepts nobody."""
     server = script.server.process("server")

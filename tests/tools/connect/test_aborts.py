@@ -44,9 +44,10 @@ def test_aborted(script: Script, way: str, family: str) -> Test:
         {
             "by": saw.process,
             "rport": PORT,
-            "outcome": "ABORTED",
+            "outcome": "GAVE_UP",
             "errno": "none",
             "syn_sent": True,
+            "syn_dropped": False,
             "laddr": local.data,
             "lport": local.ret,
             "raddr": SILENT[family],
@@ -78,7 +79,7 @@ def test_aborted_while_another_thread_waits(script: Script, way: str) -> Test:
     else:
         assert end.errno == "none"
         assert waiting.errno in ("ECONNRESET", "ECONNABORTED", "EPIPE")
-        rows(seen, script, row | {"outcome": "ABORTED"})
+        rows(seen, script, row | {"outcome": "GAVE_UP"})
 
 
 @recorded(CONNECT)
@@ -90,7 +91,7 @@ def test_its_process_is_killed(script: Script) -> Test:
     mortal.kill()
     script.client.until_sockets(0, "==", rport=PORT)
     seen = yield
-    rows(seen, script, {"by": mortal, "rport": PORT, "outcome": "ABORTED", "errno": "none", "syn_sent": True})
+    rows(seen, script, {"by": mortal, "rport": PORT, "outcome": "GAVE_UP", "errno": "none", "syn_sent": True})
 
 
 @recorded(CONNECT)
@@ -104,7 +105,7 @@ def test_killed(script: Script) -> Test:
     saw.socket.close()
     seen = yield
     if call.errno == "EOPNOTSUPP":
-        rows(seen, script, {"by": saw.process, "rport": PORT, "outcome": "ABORTED"})
+        rows(seen, script, {"by": saw.process, "rport": PORT, "outcome": "GAVE_UP"})
         pytest.skip("CONFIG_INET_DIAG_DESTROY is not set: the kernel does not support SOCK_DESTROY")
     assert (call.errno, saw.first.errno, saw.errno) == ("none", "EINPROGRESS", "ECONNABORTED")
     (row,) = rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "KILLED", "syn_sent": True})

@@ -173,7 +173,7 @@ def test_older_than_the_tool(script: Script) -> Test:
             "lport": local.ret,
             "syn_sent": True,
             "raddr": SILENT["4"],
-            "outcome": "ABORTED",
+            "outcome": "GAVE_UP",
             "errno": "none",
         },
     )
@@ -208,7 +208,7 @@ def test_both_ends_begin(script: Script, ending: str) -> Test:
     }[ending]
     wanted = {"rport": PORT, "lport": lport, "syn_sent": True}
     other = {"rport": lport, "lport": PORT, "syn_sent": True}
-    aborted = {"outcome": "ABORTED", "errno": "none"}
+    aborted = {"outcome": "GAVE_UP", "errno": "none"}
     established = {"outcome": "ESTABLISHED", "errno": "none"}
     match ending:
         case "established":

@@ -19,6 +19,7 @@ from tests.tools.connect.attempts import (
     Attempt,
     listening,
     rows,
+    rule,
     shown,
     silence,
     syn_retransmissions,
@@ -48,6 +49,7 @@ def test_established(script: Script, family: str, call: str) -> Test:
             "rport": PORT,
             "outcome": "ESTABLISHED",
             "syn_sent": True,
+            "syn_dropped": False,
             "syn_retrans": info.info["retrans"],
             "raddr": shown(address),
             "lport": local.ret,
@@ -156,6 +158,7 @@ def test_timed_out(script: Script, family: str, how: str) -> Test:
             "rport": PORT,
             "outcome": "TIMED_OUT",
             "syn_sent": True,
+            "syn_dropped": False,
             "raddr": shown(SILENT[family]),
             "family": version(family),
         },
@@ -234,6 +237,64 @@ def test_routes_that_say_no(script: Script) -> Test:
             for number, (address, saw) in enumerate(tried)
         ),
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(CONNECT)
+def test_rejected_by_a_rule_of_the_server(script: Script, family: str) -> Test:
+    """The errno is that of a RST, and an ICMP message came. Witness: the client's counters."""
+    rule(script.server, "input", PORT, "reject")
+    saw = Attempt(script.client.process("client"), script.server.address(family), PORT)
+    saw.socket.close()
+    messages = script.client.counter("Icmp6InDestUnreachs" if family == "6" else "IcmpInDestUnreachs")
+    segments = script.client.counter("TcpInSegs")
+    seen = yield
+    assert saw.errno == "ECONNREFUSED"
+    assert (messages.ret >= 1, segments.ret) == (True, 0)
+    wanted = {"outcome": "REJECTED", "syn_sent": True, "syn_dropped": False, "family": version(family)}
+    rows(seen, script, {"saw": saw, "rport": PORT} | wanted)
+
+
+@recorded(CONNECT)
+def test_refused_by_a_rule_of_the_server(script: Script) -> Test:
+    listening(script)
+    rule(script.server, "input", PORT, "reject with tcp reset")
+    saw = Attempt(script.client.process("client"), script.server.ipv4, PORT)
+    saw.socket.close()
+    seen = yield
+    (row,) = rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "REFUSED", "errno": "ECONNREFUSED"})
+    assert row["syn_dropped"] is None or row["syn_retrans"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(CONNECT)
+def test_dropped_by_a_rule_of_the_client(script: Script, family: str) -> Test:
+    """No SYN leaves, and the kernel goes on as if it did. Witness: what the server has received."""
+    listening(script)
+    rule(script.client, "output", PORT, "drop")
+    client, address = script.client.process("client"), script.server.address(family)
+    impatient = Attempt(client, address, PORT, "started")
+    impatient.socket.close()
+    patient = Attempt(client, address, PORT, options=SYNCNT_1)
+    patient.socket.close()
+    received = script.server.counter("TcpInSegs")
+    seen = yield
+    assert (patient.errno, received.ret) == ("ETIMEDOUT", 0)
+    wanted = {"rport": PORT, "syn_sent": True, "syn_dropped": True}
+    *_, second = rows(
+        seen, script, {"by": client, "outcome": "GAVE_UP"} | wanted, {"saw": patient, "outcome": "TIMED_OUT"} | wanted
+    )
+    assert second["syn_retrans"] >= 1
+
+
+@recorded(CONNECT)
+def test_rejected_by_a_rule_of_the_client(script: Script) -> Test:
+    """The SYN is dropped, and the ICMP message is its own."""
+    rule(script.client, "output", PORT, "reject")
+    saw = Attempt(script.client.process("client"), script.server.ipv4, PORT)
+    saw.socket.close()
+    seen = yield
+    rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "REJECTED", "syn_sent": True, "syn_dropped": True})
 
 
 @recorded(CONNECT)

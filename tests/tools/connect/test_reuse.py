@@ -51,7 +51,7 @@ def test_after_a_failure(script: Script, bound: bool) -> Test:
         {
             "by": client,
             "rport": PORT,
-            "outcome": "ABORTED",
+            "outcome": "GAVE_UP",
             "errno": "none",
             "lport": lports[0].ret,
             "syn_retrans": repeated.ret - before.ret,
@@ -89,7 +89,7 @@ def test_the_error_of_an_earlier_attempt_is_not_its_own(script: Script) -> Test:
         seen,
         script,
         {"saw": first, "rport": PORT, "outcome": "ESTABLISHED"},
-        {"by": client, "rport": OTHER, "outcome": "ABORTED", "errno": "none"},
+        {"by": client, "rport": OTHER, "outcome": "GAVE_UP", "errno": "none"},
         {"saw": last, "rport": PORT, "outcome": "FAILED", "syn_sent": False},
     )
 

@@ -76,7 +76,7 @@ def test_fast_open(script: Script) -> Test:
             {"by": client, "saw": saw, "rport": PORT, "outcome": "ESTABLISHED", "syn_sent": True, "lport": local.ret}
             for saw, local in zip((*sent, begun), lports, strict=True)
         ),
-        {"by": client, "rport": PORT, "outcome": "ABORTED", "errno": "none", "syn_sent": False},
+        {"by": client, "rport": PORT, "outcome": "GAVE_UP", "errno": "none", "syn_sent": False},
         {"by": client, "saw": refusal, "rport": REFUSED, "outcome": "REFUSED"},
         *([last] if sees_every_call(seen) else []),
     )
