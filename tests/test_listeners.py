@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.kernel
 NUMBER = 20
 FIRST = 7000
 LISTEN = "held = [socket.create_server(('127.0.0.1', first + n)) for n in range(number)]"
+SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, since 5.14
 UNHELD = """
 one, other = socket.socketpair()
 gone = socket.create_server(('127.0.0.1', port)); socket.send_fds(one, [b'x'], [gone.fileno()]); gone.close()
@@ -143,3 +145,21 @@ def test_samples_need_the_listeners_of_both_families(lab: Lab) -> None:
         snapshots = Snapshots(session)
         assert {own.lport: own.wanted for own in snapshots.look(all_=True)} == {FIRST: False, FIRST + 1: True}
         assert [own.lport for own in snapshots.look()] == [FIRST + 1]
+
+
+def test_a_listener_tells_its_namespace_by_the_cookie(lab: Lab) -> None:
+    server = Puppet(lab.server, "server")
+    server.do(LISTEN, first=FIRST, number=1)
+    with watching(lab) as session:
+        (own,) = Snapshots(session).look()
+        if not own.has_cookie:  # both came with 5.12
+            assert own.net_cookie is None
+            return
+        try:
+            cookie = int.from_bytes(
+                lab.server.socket(socket.AF_INET).getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little"
+            )
+        except OSError:
+            cookie = own.net_cookie or 0  # 5.12 and 5.13 have no such option
+        assert own.namespace == (lab.server.inode, cookie)
+        assert cookie > 0

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpscope.listeners import Listener, NetCounters
+from tcpscope.listeners import LISTENERS_AT_MOST, Listener, NetCounters
 from tcpscope.sampling import Sampler, _divide
 from tests import examples  # noqa: F401  for its settings
 
@@ -115,3 +115,20 @@ def test_a_namespace_whose_number_another_one_has_had() -> None:
     later = at(2, 2, 2, 0, socket=2, cookie=2)
     assert looks([gone], [born], [later]) == [[], [], [(2, 2, "ACCEPT_QUEUE_FULL", "SYN")]]
     assert looks([gone], [later]) == [[], [(2, 2, "ACCEPT_QUEUE_FULL", "SYN")]]
+
+
+def test_a_namespace_with_the_number_of_another_is_known_by_its_cookie() -> None:
+    """Its counters have passed those of the one before it when it is first seen: nothing falls."""
+    gone = at(9, 9, 9, 0, net_cookie=1)
+    born = at(30, 30, 30, 0, socket=2, cookie=2, net_cookie=2)
+    assert looks([gone], [born]) == [[], [(2, 30, "ACCEPT_QUEUE_FULL", "SYN")]]
+
+
+def test_the_sampler_forgets_what_is_gone() -> None:
+    sampler = Sampler()
+    for number in range(3 * LISTENERS_AT_MOST):
+        sampler.look([at(1, 1, 1, 0, socket=number, cookie=number, netns=number, net_cookie=number)])
+    assert len(sampler._counters) <= 2 * LISTENERS_AT_MOST + 1
+    assert len(sampler._drops) == 1
+    assert len(sampler._packets) <= 1
+    assert len(sampler._refusals) <= 1

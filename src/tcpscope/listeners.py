@@ -39,6 +39,8 @@ class Holder(msgspec.Struct, frozen=True, order=True):
         return f"{self.comm}({self.pid})"
 
 
+Key = tuple[int, int | None]  # address of a socket, and its cookie or when listen() was called
+NamespaceKey = tuple[int, int | None]  # inode number of a namespace, and its cookie
 _Key = tuple[int, int]  # address of the socket, and when listen() was called; not all kernels give cookies
 
 
@@ -59,6 +61,9 @@ class Listener:
                     kernel counts the refusal and the dropped packet
     accepts         accept() calls that returned a connection; None if accept() cannot be hooked
     oldest_wait_us  time since the SYN-ACK of the connection at the head of the accept queue; None if it is empty
+    since_ns        when it called listen(); 0: before the tool
+    has_cookie      whether every socket of this kernel has a cookie
+    net_cookie      of its namespace; None where the kernel gives none (before 5.12)
     counters        of its namespace; None if they were not read
     wanted          whether it passes the filter
     """
@@ -82,13 +87,25 @@ class Listener:
     since_accept_us: int | None
     oldest_wait_us: int | None
     refused: dict[tuple[str, ...], int] | None = field(default=None, repr=False)
+    since_ns: int = field(default=0, repr=False)
+    has_cookie: bool = field(default=True, repr=False)
+    net_cookie: int | None = field(default=None, repr=False)
     counters: NetCounters | None = field(default=None, repr=False)
     wanted: bool = True
 
     @property
-    def key(self) -> tuple[int, int | None]:
-        """Identifies the socket. The cookie, if the kernel gives one, tells it from a later one at the same address."""
-        return self.socket, self.cookie
+    def key(self) -> Key:
+        """Identifies the socket: the kernel gives the address of one that is gone to a later one.
+
+        Where not every socket has a cookie, one may get it late (`ss -e` asks for it). So it identifies none there, and
+        the time of listen() does.
+        """
+        return self.socket, self.cookie if self.has_cookie else self.since_ns
+
+    @property
+    def namespace(self) -> NamespaceKey:
+        """Identifies the namespace: the kernel gives the inode number of one that is gone to a later one."""
+        return self.netns, self.net_cookie
 
     @property
     def limit_from(self) -> str:
@@ -283,6 +300,9 @@ def _listener(
         since_accept_us=since if accepts else None,
         oldest_wait_us=max(0, record.now_ns // 1000 - record.oldest_synack_us) if waiting else None,
         refused=refused,
+        since_ns=record.since_ns,
+        has_cookie=record.has_cookie,
+        net_cookie=record.net_cookie or None,
         counters=None
         if record.net_drops == UNREAD
         else NetCounters(record.net_drops, record.net_overflows, record.net_full),

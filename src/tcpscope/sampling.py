@@ -12,14 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from tcpscope.listeners import Listener, NetCounters
+from tcpscope.listeners import LISTENERS_AT_MOST, Key, Listener, NamespaceKey, NetCounters
 
 SECONDS = 0.2  # between two samples
 LIMITS = (
     "refusals are sampled five times a second, without peers and often without cause and step; "
     "SYNs answered with a SYN cookie are not seen"
 )
-Key = tuple[int, int | None]
 
 
 @dataclass(frozen=True)
@@ -41,23 +40,27 @@ class Sampler:
     """
 
     _drops: dict[Key, int] = field(default_factory=dict)
-    _counters: dict[int, NetCounters] = field(default_factory=dict)
+    _counters: dict[NamespaceKey, NetCounters] = field(default_factory=dict)
     # A refusal during a snapshot may be in one of the two counters only. It waits one snapshot for the other counter.
     _packets: dict[Key, int] = field(default_factory=dict)
-    _refusals: dict[int, NetCounters] = field(default_factory=dict)
+    _refusals: dict[NamespaceKey, NetCounters] = field(default_factory=dict)
     _started: bool = False
 
     def look(self, listeners: Iterable[Listener]) -> list[Sample]:
         """Refusals since the last call. The first call only notes the counters."""
-        groups: dict[int, list[Listener]] = defaultdict(list)
+        groups: dict[NamespaceKey, list[Listener]] = defaultdict(list)
         for own in listeners:
-            groups[own.netns].append(own)
-        samples = [sample for netns, group in groups.items() for sample in self._of_namespace(netns, group)]
+            groups[own.namespace].append(own)
+        samples = [sample for key, group in groups.items() for sample in self._of_namespace(key, group)]
         self._drops = {own.key: own.drops for group in groups.values() for own in group}
+        self._packets = {key: packets for key, packets in self._packets.items() if key in self._drops}
+        self._refusals = {key: waiting for key, waiting in self._refusals.items() if key in groups}
+        if len(self._counters) > 2 * LISTENERS_AT_MOST:  # a namespace may be between two listeners, or gone
+            self._counters = {key: counters for key, counters in self._counters.items() if key in groups}
         started, self._started = self._started, True
         return samples if started else []
 
-    def _of_namespace(self, netns: int, group: list[Listener]) -> Iterator[Sample]:
+    def _of_namespace(self, namespace: NamespaceKey, group: list[Listener]) -> Iterator[Sample]:
         grown = {own.key: _grown(self._drops.get(own.key, 0), own.drops) for own in group}
         now = max((own.counters for own in group if own.counters), default=None)
         if now is None:
@@ -67,17 +70,17 @@ class Sampler:
         packets = sum(shares.values())
         # If the namespace had no listener before, all its refusals are of these listeners.
         older = NetCounters(0, 0, 0) if now.drops <= packets else now._replace(drops=now.drops - packets)
-        before = self._counters.get(netns, older)
-        waiting = self._refusals.pop(netns, NetCounters(0, 0, 0))
-        if any(n < b for n, b in zip(now, before, strict=True)):  # another namespace had this number, and is gone
+        before = self._counters.get(namespace, older)
+        waiting = self._refusals.pop(namespace, NetCounters(0, 0, 0))
+        if any(n < b for n, b in zip(now, before, strict=True)):  # without a cookie: another namespace had this number
             before, waiting = older, NetCounters(0, 0, 0)
-        self._counters[netns] = now
+        self._counters[namespace] = now
         new = NetCounters(*(n - b + w for n, b, w in zip(now, before, waiting, strict=True)))
         count = min(new.drops, packets)
         full = "ACCEPT_QUEUE_FULL" if new.overflows == new.drops else None
         full = "SYN_QUEUE_FULL" if new.full == new.drops else full
         if rest := min(new.drops - count, now.drops - before.drops):
-            self._refusals[netns] = NetCounters(
+            self._refusals[namespace] = NetCounters(
                 rest, rest if full == "ACCEPT_QUEUE_FULL" else 0, rest if full == "SYN_QUEUE_FULL" else 0
             )
         if not count:

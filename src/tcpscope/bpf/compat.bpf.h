@@ -56,6 +56,17 @@ static __always_inline bool have_cookie_helper(void)
 	})
 #endif
 
+/*
+ * "net: initialize net->net_cookie at netns setup" (5.12) made it a number that every namespace has. Before, it is an
+ * atomic64_t, which CO-RE does not take for this field.
+ */
+static __always_inline __u64 net_cookie_of(struct sock *sk)
+{
+	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
+
+	return bpf_core_field_exists(struct net, net_cookie) ? BPF_CORE_READ(net, net_cookie) : 0;
+}
+
 extern void bpf_preempt_disable(void) __ksym __weak; /* since 6.10 */
 extern void bpf_preempt_enable(void) __ksym __weak;
 extern void bpf_local_irq_save(unsigned long *flags) __ksym __weak; /* since 6.14 */

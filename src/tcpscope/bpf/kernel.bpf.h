@@ -106,6 +106,7 @@ struct net { /* include/net/net_namespace.h */
 	struct netns_core core;
 	struct netns_ipv4 ipv4;
 	struct netns_mib mib;
+	__u64 net_cookie; /* an atomic64_t before 5.12, and 0 there until somebody asks for it */
 };
 
 typedef struct {

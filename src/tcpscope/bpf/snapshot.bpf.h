@@ -20,7 +20,9 @@ struct listener {
 	__u64 since_ns; /* when listen() was called; 0: before the tool */
 	bool wanted;    /* its address passes the filter */
 	bool owner_wanted;
-	__u8 padding[6];
+	bool has_cookie; /* every socket of this kernel has one */
+	__u8 padding[5];
+	__u64 net_cookie; /* of the namespace, whose inode number another one may get later; 0: not known */
 	__u64 accepts;
 	__u64 last_accept_ns;
 	__u64 net_overflows; /* counters of the namespace, if refusals are sampled; net_drops -1: not read */
@@ -123,6 +125,8 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 	__builtin_memset(record, 0, sizeof(*record));
 	identity_read(sk, &record->id);
 	record->id.cookie = cookie_if_any(sk);
+	record->has_cookie = have_cookie_helper();
+	record->net_cookie = net_cookie_of(sk);
 	record->wanted = listener_wanted(sk, &record->id);
 	if (!record->wanted && !sampled())
 		return 0;

@@ -23,7 +23,7 @@ from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.spec import Spec
 from tcpscope.kernel.symbols import Symbols
-from tcpscope.listeners import Listener, Snapshots
+from tcpscope.listeners import Key, Listener, Snapshots
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Streaming, Ticker
@@ -235,20 +235,23 @@ def _value_of(column: Column, look: _Look) -> Any:
 
 
 class _Rates:
-    """Accepts per second between two snapshots of the same listener."""
+    """Accepts per second between this snapshot and the one before."""
 
     def __init__(self) -> None:
-        self._before: dict[tuple[int, int | None], tuple[float, int]] = {}
+        self._before: dict[Key, int] = {}
+        self._when = 0.0
 
-    def rate(self, listener: Listener) -> float | None:
-        if listener.accepts is None:
-            return None
-        now = time.monotonic()
-        before = self._before.get(listener.key)
-        self._before[listener.key] = (now, listener.accepts)
-        if before is None or now <= before[0] or listener.accepts < before[1]:
-            return None
-        return round((listener.accepts - before[1]) / (now - before[0]), 1)
+    def of(self, found: Iterable[Listener]) -> dict[Key, float]:
+        """The rate of each listener that was in the snapshot before, too."""
+        before, began = self._before, self._when
+        self._before = {own.key: own.accepts for own in found if own.accepts is not None}
+        self._when = time.monotonic()
+        elapsed = self._when - began
+        return {
+            key: round((accepts - before[key]) / elapsed, 1)
+            for key, accepts in self._before.items()
+            if key in before and before[key] <= accepts and elapsed > 0
+        }
 
 
 def _ms(us: int | None) -> int | None:
@@ -355,7 +358,8 @@ class _Table(Run):
         self._round += 1
         when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
         found = _by_urgency(self._snapshots.look())
-        looks = [_Look(listener, when, self._rates.rate(listener)) for listener in found]
+        rates = self._rates.of(found)
+        looks = [_Look(listener, when, rates.get(listener.key)) for listener in found]
         rows = [self._row(*(_value_of(column, look) for column in self.columns)) for look in looks]
         yield Batch("snapshot", rows, self._round)
 

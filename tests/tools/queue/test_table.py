@@ -6,7 +6,11 @@ the wait. Of a new listener one row will do.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from tcpscope.tools.queue import _Rates
 from tests.record import PORTS, Process, Script, Test, Watch, recorded
+from tests.test_sampling import LISTENER
 from tests.tools.queue.refusals import (
     EVENTS,
     PORT,
@@ -228,3 +232,11 @@ def test_a_new_listener_does_not_inherit(script: Script) -> Test:
         assert first["accepts_per_s"] in (0.0, None)
         assert [row["accepts"] for row in rows] == sorted(row["accepts"] for row in rows)
         assert rows[-1]["accepts"] == 3
+
+
+def test_rates_keep_nothing_of_listeners_that_are_gone() -> None:
+    rates = _Rates()
+    assert rates.of([replace(LISTENER, cookie=n, accepts=n) for n in range(100)]) == {}
+    again = replace(LISTENER, cookie=7, accepts=9)
+    assert rates.of([again]).keys() == {again.key}
+    assert len(rates._before) == 1
