@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 
 from tcpscope.diagnose import Finding, all_rules, ordered, wording
-from tcpscope.diagnose.queue_history import History, QueueHistory
+from tcpscope.diagnose.queue_history import History, QueueHistory, Witness
 from tcpscope.listeners import Listener
 from tests.test_sampling import at
 
@@ -56,8 +56,8 @@ def sampled(*, full_seen: int, syncookies: int, **causes: int) -> dict[str, dict
     seen = QueueHistory.__new__(QueueHistory)
     listener = at(9, 9, 9, 0, syncookies=syncookies)
     refused = Counter({("UNKNOWN", cause): n for cause, n in causes.items()})
-    seen.exact, seen.counters = False, {}
-    seen.histories = {listener.socket: History(listener, listener, full_seen=full_seen, looks=1, sampled=refused)}
+    seen.exact, seen._witness = False, Witness()
+    seen.histories = {listener.key: History(listener, listener, full_seen=full_seen, looks=1, sampled=refused)}
     return {rule.name: found.facts for rule in all_rules() for found in rule.check(seen)}
 
 

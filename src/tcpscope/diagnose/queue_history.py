@@ -10,7 +10,7 @@ from typing import Any
 
 from tcpscope import listeners
 from tcpscope.kernel import netns
-from tcpscope.listeners import Listener, Snapshots
+from tcpscope.listeners import Key, Listener, NamespaceKey, Snapshots
 from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
 from tcpscope.sampling import LIMITS, Sampler
@@ -29,6 +29,8 @@ class History:
                 (tcp_listendrop(), and again when the kernel frees the packet)
     looks       how many snapshots were taken; full_seen: in how many of them the accept queue was full
     peers       (cause, remote address) -> refusals, of the first _PEERS
+    events      (step, cause) -> refusals whose events came
+    gone        it was not in the last snapshot
     """
 
     first: Listener
@@ -39,6 +41,8 @@ class History:
     longest_syn_queue: int = 0
     sampled: Counter[tuple[str, ...]] = field(default_factory=Counter)
     peers: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    events: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    gone: bool = False
 
     @property
     def drops(self) -> int:
@@ -52,11 +56,21 @@ class History:
 
     @property
     def refused(self) -> Counter[tuple[str, ...]]:
-        """(step, cause) -> count. Exact counts come from the kernel's table: events may be lost."""
+        """(step, cause) -> count.
+
+        Exact counts come from the kernel's table, because events may be lost. But what was refused between the last
+        snapshot of a listener and its end, only events tell. They are complete for one that began during the run.
+        """
         if self.last.refused is None:
             return self.sampled
         before = self.first.refused or {}
-        return Counter({key: n - before.get(key, 0) for key, n in self.last.refused.items()})
+        counted = Counter({key: n - before.get(key, 0) for key, n in self.last.refused.items()})
+        return counted | self.events if self.first.since_ns else counted
+
+    @property
+    def quiet(self) -> bool:
+        """Whether there is nothing to report."""
+        return not (self.full_seen or any(self.refused.values()))
 
     def count(self, cause: str, step: str | None = None) -> int:
         return sum(n for (s, c), n in self.refused.items() if c == cause and step in (None, s))
@@ -75,12 +89,11 @@ class QueueHistory:
         assert self.session.layout is not None
         names = ("netns", "lport", "laddr", "cookie", "raddr", "cause", "step", "accept_queue", "syn_queue")
         self.run = Streaming(self.session, self.session.layout.select(names).decoder())
-        self.histories: dict[int, History] = {}
+        self.histories: dict[Key, History] = {}
         self._by_address: dict[tuple[int, int, str], list[History]] = {}
-        self._counters_before: dict[int, dict[str, int]] = {}
-        self._counters_now: dict[int, dict[str, int]] = {}
-        self.counters: dict[int, dict[str, int]] = {}
-        self._look(newborn=False)
+        self._witness = Witness()
+        self._forgotten = 0  # listeners that are gone and about which there is nothing to report
+        self._look()
 
     def poll(self) -> None:
         self._drain(self.run.poll())
@@ -90,10 +103,9 @@ class QueueHistory:
         self._drain(self.run.poll())
         self._look(fresh=True)
         self._drain(self.run.end())
-        self._settle()
 
     def live(self) -> str:
-        number = len(self.histories)
+        number = len(self.histories) + self._forgotten
         shown = f"{number} listener{'' if number == 1 else 's'}"
         refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, ...]]())
         return f"{shown}, {sum(n for (_, cause), n in refused.items() if cause != 'COOKIE_SENT')} refusals"
@@ -101,28 +113,22 @@ class QueueHistory:
     def blind_spots(self) -> list[str]:
         return [] if self.exact else [f"{self.why_sampled}: {LIMITS}"]
 
-    def _look(self, newborn: bool = True, fresh: bool = False) -> None:
+    def _look(self, fresh: bool = False) -> None:
         found = self._snapshots.look(all_=not self.exact, fresh=fresh)
-        counters: dict[int, dict[str, int]] = {}
+        self._forget({listener.key for listener in found})
         for listener in found:
             if not listener.wanted:
                 continue
-            history = self.histories.get(listener.socket)
-            if history is None or history.first.cookie != listener.cookie:
-                history = self.histories[listener.socket] = History(
-                    _unborn(listener) if newborn else listener, listener
-                )
-            history.last = listener
+            history = self.histories.get(listener.key)
+            if history is None:
+                first = _unborn(listener) if listener.since_ns else listener
+                history = self.histories[listener.key] = History(first, listener)
+            history.last, history.gone = listener, False
             history.looks += 1
             history.full_seen += listener.accept_queue > listener.accept_limit
             history.longest_syn_queue = max(history.longest_syn_queue, listener.syn_queue)
             history.longest_accept_queue = max(history.longest_accept_queue, listener.accept_queue)
-            if not counters.get(listener.netns):
-                counters[listener.netns] = namespace_counters(listener)
-        for inode, read in counters.items():
-            self._counters_before.setdefault(inode, read)
-            if read:
-                self._counters_now[inode] = read
+        self._witness.look(own for own in found if own.wanted)
         self._by_address.clear()
         for history in self.histories.values():
             own = history.last
@@ -131,7 +137,7 @@ class QueueHistory:
             for sample in self._sampler.look(found):
                 if sample.listener.wanted:
                     step, cause = sample.step or "UNKNOWN", sample.cause or "UNKNOWN"
-                    self.histories[sample.listener.socket].sampled[step, cause] += sample.count
+                    self.histories[sample.listener.key].sampled[step, cause] += sample.count
 
     def _drain(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
@@ -141,6 +147,7 @@ class QueueHistory:
                     continue
                 history.longest_accept_queue = max(history.longest_accept_queue, event.accept_queue)
                 history.longest_syn_queue = max(history.longest_syn_queue, event.syn_queue)
+                history.events[event.step or "UNKNOWN", event.cause] += 1
                 peer = (event.cause, event.raddr)
                 if peer in history.peers or len(history.peers) < _PEERS:
                     history.peers[peer] += 1
@@ -151,10 +158,54 @@ class QueueHistory:
                 return history
         return None
 
-    def _settle(self) -> None:
-        for inode, now in self._counters_now.items():
-            before = self._counters_before.get(inode, {})
-            self.counters[inode] = {name: now[name] - before[name] for name in now if name in before}
+    def counters(self, listener: Listener) -> dict[str, int]:
+        """By how much the kernel's counters (TcpExt...) of its namespace have grown; without those not known."""
+        return self._witness.grown(listener)
+
+    def _forget(self, found: set[Key]) -> None:
+        """Drop listeners that are gone, once their last events have come, unless there is something to report."""
+        for key, history in list(self.histories.items()):
+            if key in found:
+                continue
+            if history.gone and history.quiet:
+                del self.histories[key]
+                self._forgotten += 1
+            history.gone = True
+
+
+class Witness:
+    """The kernel's counters of each network namespace while it was watched, read from /proc.
+
+    They are read when a namespace is first seen, and when a listener of it has refused something. So a look costs no
+    reading where nothing happens.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[NamespaceKey, dict[str, int]] = {}
+        self._now: dict[NamespaceKey, dict[str, int]] = {}
+        self._seen: dict[NamespaceKey, int] = {}
+
+    def look(self, found: Iterable[Listener]) -> None:
+        """After a snapshot of the listeners that pass the filter."""
+        groups: dict[NamespaceKey, list[Listener]] = {}
+        for own in found:
+            groups.setdefault(own.namespace, []).append(own)
+        for namespace, group in groups.items():
+            seen = hash(tuple((own.key, own.drops, sum((own.refused or {}).values()), own.counters) for own in group))
+            if self._seen.get(namespace) == seen or not (read := namespace_counters(group)):
+                continue
+            self._seen[namespace] = seen
+            last = self._now.get(namespace)
+            if last is None:
+                self._before[namespace] = _at_birth(read, group) if all(own.since_ns for own in group) else read
+            elif any(read[name] < n for name, n in last.items()):  # another namespace had this inode number
+                self._before[namespace] = dict.fromkeys(read, 0)
+            self._now[namespace] = read
+
+    def grown(self, listener: Listener) -> dict[str, int]:
+        before = self._before.get(listener.namespace, {})
+        now = self._now.get(listener.namespace, {})
+        return {name: now[name] - n for name, n in before.items()}
 
 
 def _unborn(listener: Listener) -> Listener:
@@ -167,13 +218,23 @@ def _unborn(listener: Listener) -> Listener:
     )
 
 
-def namespace_counters(listener: Listener) -> dict[str, int]:
-    """The kernel's counters (TcpExt...) of the listener's network namespace; empty if they cannot be read."""
-    for holder in listener.holders:
+def _at_birth(read: dict[str, int], group: list[Listener]) -> dict[str, int]:
+    """What the counters were before the first of these listeners began: zero, if what they refused explains `read`.
+
+    Otherwise the counters are older, and it is not known what they were.
+    """
+    drops = sum(own.drops for own in group)
+    cookies = sum(own.count("COOKIE_SENT") or 0 for own in group)
+    return {name: 0 for name, n in read.items() if n <= (cookies if name == "TCPReqQFullDoCookies" else drops)}
+
+
+def namespace_counters(group: Iterable[Listener]) -> dict[str, int]:
+    """The kernel's counters (TcpExt...) of the network namespace of these listeners; empty if they cannot be read."""
+    for netns_inode, pid in dict.fromkeys((own.netns, holder.pid) for own in group for holder in own.holders):
         try:
-            if _has_left(holder.pid, listener.netns):
+            if _has_left(pid, netns_inode):
                 continue
-            lines = Path(f"/proc/{holder.pid}/net/netstat").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/net/netstat").read_text().splitlines()
         except OSError:
             continue
         for names, values in zip(lines[::2], lines[1::2], strict=True):

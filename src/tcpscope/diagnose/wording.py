@@ -38,7 +38,7 @@ def peers(history: History, *causes: str) -> Iterator[str]:
 
 def counters_agree(seen: QueueHistory, listener: Listener, names: tuple[str, ...]) -> Iterator[str]:
     """The kernel's counters of the namespace in the same time: an independent witness."""
-    counters = seen.counters.get(listener.netns, {})
+    counters = seen.counters(listener)
     known = [f"TcpExt{name} +{counters[name]}" for name in names if name in counters]
     if known:
         yield f"the kernel's counters of this network namespace: {', '.join(known)}"

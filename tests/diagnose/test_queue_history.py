@@ -1,0 +1,112 @@
+"""What is remembered of a listener: it is another one when its cookie is, and so is a namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tcpscope.diagnose import queue_history
+from tcpscope.diagnose.queue_history import History, QueueHistory, Witness
+from tcpscope.listeners import Listener
+from tests.test_sampling import LISTENER
+
+REFUSED = {("SYN", "ACCEPT_QUEUE_FULL"): 144}
+YOUNG = replace(LISTENER, since_ns=1, refused={})
+
+
+class Snapshots:
+    """Gives out these snapshots, one at a time."""
+
+    def __init__(self, *each: list[Listener]) -> None:
+        self._each = iter(each)
+
+    def look(self, all_: bool = False, fresh: bool = False) -> list[Listener]:
+        return next(self._each)
+
+
+@pytest.fixture(autouse=True)
+def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
+    """The counters that are in /proc, in the order in which they are read."""
+    given: list[dict[str, int]] = []
+    monkeypatch.setattr(queue_history, "namespace_counters", lambda group: given.pop(0) if given else {})
+    yield given
+    assert given == []
+
+
+def seen(*each: list[Listener]) -> QueueHistory:
+    """The histories after these snapshots."""
+    made = QueueHistory.__new__(QueueHistory)
+    made.exact, made.histories, made._by_address, made._forgotten = True, {}, {}, 0
+    made._witness, made._snapshots = Witness(), Snapshots(*each)  # type: ignore[assignment]
+    for _ in each:
+        made._look()
+    return made
+
+
+def numbers(seen: QueueHistory) -> list[int]:
+    return [history.count("ACCEPT_QUEUE_FULL") for history in seen.histories.values()]
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"cookie": 2},
+        {"cookie": None, "has_cookie": False, "since_ns": 2},
+    ],
+)
+def test_a_later_listener_at_the_address_leaves_the_history_of_the_one_before(later: dict[str, Any]) -> None:
+    one = replace(YOUNG, **later | {"cookie": later["cookie"] and 1, "since_ns": 1})
+    found = seen([one], [replace(one, refused=REFUSED)], [replace(one, **later)], [replace(one, **later)])
+    assert numbers(found) == [144, 0]
+    assert found.live() == "2 listeners, 144 refusals"
+
+
+def test_a_cookie_that_a_socket_gets_late_makes_no_other_listener() -> None:
+    one = replace(YOUNG, cookie=None, has_cookie=False)
+    assert numbers(seen([one], [replace(one, cookie=7, refused=REFUSED)])) == [144]
+
+
+def test_of_listeners_that_are_gone_only_those_with_something_to_report_are_kept() -> None:
+    found = seen(*([replace(YOUNG, cookie=n)] for n in range(50)))
+    assert len(found.histories) <= 3
+    assert found.live() == "50 listeners, 0 refusals"
+
+
+def test_the_last_refusals_of_a_listener_are_in_its_events() -> None:
+    history = History(YOUNG, replace(YOUNG, refused=REFUSED))
+    history.events.update({("SYN", "ACCEPT_QUEUE_FULL"): 150, ("ACK", "ACCEPT_QUEUE_FULL"): 1})
+    assert history.count("ACCEPT_QUEUE_FULL") == 151
+
+
+def test_counters_begin_at_zero_if_the_listener_is_the_first_of_its_namespace(read: list[dict[str, int]]) -> None:
+    read += [{"ListenOverflows": 7, "ListenDrops": 7}, {"ListenOverflows": 9, "ListenDrops": 9}]
+    one = replace(YOUNG, drops=7)
+    found = seen([one], [replace(one, drops=9)])
+    assert found.counters(one) == {"ListenOverflows": 9, "ListenDrops": 9}
+
+
+def test_counters_that_are_older_than_the_listener_are_not_shown(read: list[dict[str, int]]) -> None:
+    read += [{"ListenOverflows": 8, "ListenDrops": 8}]
+    assert seen([replace(YOUNG, drops=7)]).counters(YOUNG) == {}
+
+
+@pytest.mark.parametrize("cookies", [(1, 2), (None, None)])
+def test_counters_of_a_namespace_are_never_compared_with_those_of_another(
+    read: list[dict[str, int]], cookies: tuple[int | None, int | None]
+) -> None:
+    """The kernel gives the inode number of a namespace that is gone to the next one."""
+    read += [{"ListenOverflows": 49}, {"ListenOverflows": 2}]
+    old = replace(LISTENER, drops=49, net_cookie=cookies[0])
+    new = replace(YOUNG, cookie=2, drops=2, net_cookie=cookies[1])
+    found = seen([old], [new])
+    assert found.counters(new) == {"ListenOverflows": 2}
+
+
+def test_counters_are_read_when_something_was_refused(read: list[dict[str, int]]) -> None:
+    read += [{"ListenOverflows": 0}, {"ListenOverflows": 5}]
+    group = [replace(LISTENER, socket=n, cookie=n, refused={}) for n in range(3)]
+    later = [*group[:2], replace(group[2], refused=REFUSED)]
+    assert seen(group, group, later, later).counters(LISTENER) == {"ListenOverflows": 5}
