@@ -67,16 +67,52 @@ def test_what_does_not_work_is_told_from_what_is_not_known(error, works, said, m
 
     monkeypatch.setattr(features_cli, "Loaded", loaded)
     assert {entry["works"] for entry in features_cli.report(Kernel())} == {works}
-    features_cli.features.main([], standalone_mode=False)
+    features_cli.features.main(["-v"], standalone_mode=False)
     assert f"  {said}\n" in capsys.readouterr().out
 
 
 def test_text_names_hooks_and_privileges():
     done = subprocess.run(
-        [sys.executable, "-m", "tcpscope", "features"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-m", "tcpscope", "features", "-v"], capture_output=True, text=True, timeout=120, check=True
     )
     assert "queue  (probe listeners, needs CAP_BPF, CAP_PERFMON" in done.stdout
     assert "tp_btf/inet_sock_set_state" in done.stdout
+
+
+def of(tool, works=True, why=None, **hook):
+    hooks = [{"hook": "x", "way": None, "refused": {}, "not_known": None} | hook]
+    return {"tool": tool, "works": works, "why": why, "capabilities": ["CAP_BPF"], "hooks": hooks}
+
+
+def test_a_summary_has_a_line_for_what_is_the_same():
+    refused = {"a__fentry": "no fentry here", "a__kprobe": "no kprobes"}
+    found = [
+        of("accept", refused=refused, not_known="the listener"),
+        of("life", refused={"b__fexit": "no fentry here"}, not_known="the listener"),
+        of("queue", works=False, why="no hook for 'x'"),
+        of("list"),
+    ]
+    assert list(features_cli.summary(found)) == [
+        "3 of 4 tools work here. They need CAP_BPF.",
+        "queue: does not work here: no hook for 'x'.",
+        "Without fentry, fexit: no fentry here.",
+        "Without kprobe: no kprobes.",
+        "Not known in accept, life: the listener.",
+    ]
+    assert list(features_cli.summary([of("list")])) == ["1 of 1 tools work here. They need CAP_BPF."]
+
+
+@pytest.mark.kernel
+def test_the_text_is_short(report):
+    command = [sys.executable, "-m", "tcpscope", "features"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    lines = done.stdout.splitlines()
+    assert f"{len(names())} of {len(names())} tools work here" in lines[1]
+    assert max(map(len, lines)) <= 80
+    missing = {hook["not_known"] for entry in report["tools"] for hook in entry["hooks"]} - {None}
+    joined = " ".join(done.stdout.split())
+    assert all(text in joined for text in missing)
+    assert missing or len(lines) <= 4
 
 
 @pytest.mark.kernel

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -15,6 +16,8 @@ from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.kernel.features import Kernel, perf_event_paranoid
 from tcpscope.kernel.loaded import Hook, Loaded, plan, plan_refusals
 from tcpscope.kernel.spec import Spec
+
+_WIDTH = 80
 
 
 def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
@@ -83,18 +86,52 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
     return result
 
 
-def _run(json: bool) -> None:
+def summary(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A report in a few lines: the tools that do not work, the ways that are refused, and what is not known."""
+    broken = {entry["tool"]: entry for entry in reversed(found) if entry["works"] is not True}
+    tools = dict.fromkeys(entry["tool"] for entry in found)
+    needs = ", ".join(dict.fromkeys(capability for entry in found for capability in entry["capabilities"]))
+    yield f"{len(tools) - len(broken)} of {len(tools)} tools work here. They need {needs}."
+    for why in dict.fromkeys(f"{_doubt(entry)}: {entry['why']}" for entry in broken.values()):
+        names = sorted(name for name, entry in broken.items() if f"{_doubt(entry)}: {entry['why']}" == why)
+        yield f"{', '.join(names)}: {why}."
+    refused: dict[str, list[str]] = {}
+    not_known: dict[str, list[str]] = {}
+    for entry in found:
+        for hook in entry["hooks"]:
+            for program, why in hook["refused"].items():
+                refused.setdefault(why, []).append(program.partition("__")[2] or program)
+            if hook["not_known"]:
+                not_known.setdefault(hook["not_known"], []).append(entry["tool"])
+    for why, ways in refused.items():
+        yield f"Without {', '.join(sorted(set(ways)))}: {why}."
+    of_tools: dict[str, list[str]] = {}
+    for text, names in not_known.items():
+        of_tools.setdefault(", ".join(dict.fromkeys(names)), []).append(text)
+    for these, texts in of_tools.items():
+        yield f"Not known in {these}: {'; '.join(texts)}."
+
+
+def _doubt(entry: Mapping[str, Any]) -> str:
+    return "cannot tell for sure" if entry["works"] is None else "does not work here"
+
+
+def _run(json: bool, verbose: bool) -> None:
     found = report(Kernel())
     if json:
         sys.stdout.write(msgspec.json.encode({"kernel": platform.release(), "tools": found}).decode() + "\n")
         return
     print(f"Linux {platform.release()}")
+    if not verbose:
+        for line in (*summary(found), "Each hook: tcpscope features -v"):
+            print(*textwrap.wrap(line, _WIDTH, subsequent_indent="    "), sep="\n")
+        return
     for entry in found:
         print(f"\n{entry['tool']}  (probe {entry['probe']}, needs {', '.join(entry['capabilities'])})")
         for capability, purpose in entry["for_more"].items():
             print(f"  with {capability} also {purpose}")
         if entry["why"]:
-            print(f"  {'cannot tell for sure' if entry['works'] is None else 'does not work here'}: {entry['why']}")
+            print(f"  {_doubt(entry)}: {entry['why']}")
         for hook in entry["hooks"]:
             print(f"  {hook['hook']:<17} {hook['way'] or 'not attached'}")
             for program, why in hook["refused"].items():
@@ -106,8 +143,12 @@ def _run(json: bool) -> None:
 
 features = click.Command(
     "features",
-    params=[click.Option(["--json"], is_flag=True, help="Print JSON, for programs.")],
+    params=[
+        click.Option(["--json"], is_flag=True, help="Print JSON, for programs."),
+        click.Option(["-v", "--verbose"], is_flag=True, help="Print each hook of each tool."),
+    ],
     callback=_run,
-    help="Show which hooks each tool uses on this kernel, why it cannot use better ones, and what it does not know "
-    "without them. As root, it attaches each probe for a moment, to be sure.",
+    help="Show what each tool can do on this kernel, and what is missing. With --verbose: which hooks each tool uses, "
+    "why it cannot use better ones, and what it does not know without them. As root, it attaches each probe for a "
+    "moment, to be sure.",
 )
