@@ -57,6 +57,9 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["stats"], "no command 'stats'; did you mean 'states'?"),
         (["tcpstate"], "no command 'tcpstate'; did you mean 'states'?"),
         (["xyz"], "no command 'xyz'; there are accept, connect, "),
+        (["tcpdrop"], "no counterpart of bcc's 'tcpdrop' yet; `queue --events` shows"),
+        (["help", "xyz"], "no command 'xyz'; there are"),
+        (["help", "rtt", "xyz"], "help for 'xyz'; 'rtt' has no commands of its own"),
         (["states", "--columns", "lprot"], "unknown column 'lprot'; did you mean 'lport'?"),
         (["states", "--columns", "pid,xyz"], "unknown column 'xyz'; there are time, cookie, netns"),
         (["states", "--columns", ","], "--columns is empty; give names of columns, separated by commas"),
@@ -410,3 +413,20 @@ def test_weight_of_the_command_line() -> None:
     ours = {name for name in loaded_modules if name.startswith("tcpscope.")}
     assert "tcpscope.tools.states" in ours
     assert not {name for name in ours if name.startswith(("tcpscope.lab", "tcpscope.diagnose", "tcpscope.tools.r"))}
+
+
+@pytest.mark.parametrize("words", ["", "life", "tcplife", "lab run", "diagnose", "features"])
+def test_help_of_a_command(run: Run, words: str) -> None:
+    """`help NAME` prints what `NAME --help` prints."""
+    status, asked, _ = run("help", *words.split())
+    _, given, _ = run(*words.split(), "--help")
+    assert (status, asked) == (0, given)
+    assert asked.startswith(f"Usage: tcpscope {words}".rstrip() + " ")
+
+
+@pytest.mark.parametrize("name", [*tool.names(), "diagnose"])
+def test_help_begins_with_examples(run: Run, name: str) -> None:
+    _, text, _ = run(name, "--help")
+    order = [text.index(f"\n{title}") for title in ("Examples:", "Filters (", "Output:")]
+    assert order == sorted(order)
+    assert text.count(f"\n  tcpscope {name}") >= 2

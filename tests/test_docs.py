@@ -142,6 +142,14 @@ def test_commands_are_understood(page: Path) -> None:
             pytest.fail(f"tcpscope {line}: {error}")
 
 
+@pytest.mark.parametrize("name", [*toolbox.names(), "diagnose"])
+def test_examples_of_the_help_are_understood(name: str) -> None:
+    command = cli.tcpscope.get_command(click.Context(cli.tcpscope), name)
+    assert isinstance(command, cli.Command)
+    for line in command.examples:
+        parse(shlex.split(line))
+
+
 @pages
 def test_targets_of_make_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (TREE / "Makefile").read_text(), re.M))

@@ -1,4 +1,7 @@
-"""Flags of bcc's and libbpf-tools' TCP tools that are called otherwise here. Only read when somebody has given one."""
+"""bcc's tools that are not there yet, and flags of its TCP tools that are called otherwise here.
+
+Only read when somebody has given one.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,14 @@ _ALL = {
     "--journal": "use -o json, and systemd-cat for the journal",
     "--ebpf": "use --explain to see which programs are attached",
 }
+MISSING = {
+    "tcpdrop": "`queue --events` shows refused handshakes, `retrans` what is sent again",
+    "tcpsubnet": "`top --by raddr` shows bytes by remote address",
+    "tcpcong": "`retrans` shows the state of congestion control at each retransmission",
+    "tcppktlat": "`list` shows how many bytes wait for the application",
+}
+"""bcc's tools that are not there yet -> what comes near."""
+
 _TOOLS = {
     "accept": {"-P": "use -L PORTS for local ports"},
     "connect": {

@@ -49,6 +49,8 @@ class Commands(click.Group):
         return sorted([*toolbox.names(), *_OTHERS])
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name == "help":
+            return _HELP
         if name in _OTHERS:
             command: click.Command = getattr(importlib.import_module(_OTHERS[name][0]), name)
             return command
@@ -61,6 +63,10 @@ class Commands(click.Group):
         try:
             return name, self.get_command(ctx, name), args[1:]
         except UsageError:
+            from tcpscope import bcc  # only after a mistake
+
+            if name in bcc.MISSING:
+                raise UsageError(f"no counterpart of bcc's '{name}' yet", bcc.MISSING[name]) from None
             commands = self.list_commands(ctx)
             hint = did_you_mean(name, commands) or f"there are {', '.join(commands)}"
             raise UsageError(f"no command '{name}'", hint) from None
@@ -70,7 +76,28 @@ class Commands(click.Group):
         with formatter.section("Tools"):
             formatter.write_dl(rows)
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in sorted(_OTHERS.items())])
+            others = [(name, text) for name, (_, text) in _OTHERS.items()]
+            formatter.write_dl(sorted([*others, ("help", "Show the help of a command, such as `tcpscope help life`.")]))
+
+
+def _show_help(words: Sequence[str]) -> None:
+    context = click.get_current_context().find_root()
+    command: click.Command = context.command
+    for word in words:
+        if not isinstance(command, click.Group):
+            raise UsageError(f"help for '{word}'", f"'{command.name}' has no commands of its own")
+        name, found, _ = command.resolve_command(context, [word])
+        assert found is not None
+        command, context = found, click.Context(found, parent=context, info_name=name)
+    click.echo(command.get_help(context))
+
+
+_HELP = click.Command(
+    "help",
+    params=[click.Argument(["words"], nargs=-1, metavar="[COMMAND]...")],
+    callback=_show_help,
+    help="Show the help of a command.",
+)
 
 
 class WholeNumber(click.types.IntParamType):
@@ -207,7 +234,8 @@ class Once(click.Command):
 class Command(Once):
     """A command whose help has its options in groups.
 
-    hints  an option that it does not have -> what to say to somebody who gives it; for the flags of bcc's tools: bcc.py
+    hints     an option that it does not have -> what to say to somebody who gives it; for flags of bcc's tools: bcc.py
+    examples  command lines, without `tcpscope` -> what they do
     """
 
     def __init__(
@@ -215,10 +243,11 @@ class Command(Once):
         name: str,
         groups: Mapping[str, Sequence[click.Option]],
         hints: Mapping[str, str] | None = None,
+        examples: Mapping[str, str] | None = None,
         **attributes: Any,
     ) -> None:
         super().__init__(name, params=[option for group in groups.values() for option in group], **attributes)
-        self.groups, self.hints = groups, hints or {}
+        self.groups, self.hints, self.examples = groups, hints or {}, examples or {}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -243,6 +272,9 @@ class Command(Once):
         help_option = self.get_help_option(ctx)
         groups = dict(self.groups)
         last = list(groups)[-1]
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write_dl([(f"tcpscope {line}", text) for line, text in self.examples.items()], col_max=4)
         for title, group in groups.items():
             options = [*group, help_option] if title == last and help_option else group
             rows = [row for option in options if (row := option.get_help_record(ctx))]
@@ -294,7 +326,9 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         OUTPUT_TITLE: used(OUTPUT),
     }
     hints = dict.fromkeys(DURATION.opts, "it prints one snapshot and ends") if tool.once else {}
-    return Command(tool.name, groups, hints, callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary)
+    return Command(
+        tool.name, groups, hints, tool.examples, callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary
+    )
 
 
 def type_of(type_: Any) -> Any:

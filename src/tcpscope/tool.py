@@ -35,6 +35,7 @@ class Tool(ABC):
     only_with     an option -> another one that it needs
     timed         its rows have a --time
     event         its event struct, which comes through the ring buffer (--buffer); empty: none
+    examples      command lines, without `tcpscope` -> what they do; the help begins with them
     for_more      an optional capability -> what it is for
     """
 
@@ -51,6 +52,7 @@ class Tool(ABC):
     only_with: Mapping[str, str] = {}
     timed = True
     event = ""
+    examples: Mapping[str, str] = {}
     capabilities: tuple[str, ...] = PRIVILEGES
     for_more: ClassVar[Mapping[str, str]] = {}
 
@@ -82,6 +84,7 @@ class Stream(Tool):
         options: tuple[Option, ...] = (),
         summaries: tuple[Summary, ...] = (),
         constants: Callable[[Request], dict[str, Any]] = lambda request: {},
+        examples: Mapping[str, str] | None = None,
     ) -> None:
         self.probes = (probe,)
         self.event = event or probe
@@ -98,6 +101,7 @@ class Stream(Tool):
             goes_with = " or ".join(f"--{summary.option}" for summary in summaries)
             self.only_with = {"by": goes_with, "interval": goes_with}
         self.constants = constants
+        self.examples = examples or {}
 
     @property
     def layout(self) -> Layout:

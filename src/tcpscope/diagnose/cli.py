@@ -111,6 +111,10 @@ diagnose = Command(
     "diagnose",
     {FILTERS_TITLE: [option for option in FILTERS if option not in _PEERS], OUTPUT_TITLE: _COMMON},
     {flag: _NO_PEERS for option in _PEERS for flag in option.opts},
+    examples={
+        "diagnose -d 10": "what is wrong, after ten seconds",
+        "diagnose -L 443 -o json": "with one port, for a program",
+    },
     callback=_run,
     help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
     "So far it finds full accept queues and full SYN queues. A finding names the listener, its owner, its limit and "

@@ -13,5 +13,9 @@ tool = Stream(
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "wait_us", "accept_queue", "accept_limit"),
     important=("wait_us", "raddr", "comm", "pid", "time", "accept_queue", "accept_limit", "laddr"),
     aliases=("tcpaccept",),
+    examples={
+        "accept -L 443": "accepted connections of one port, and how long they waited",
+        "accept --count -i 10": "how many each process accepts, every ten seconds",
+    },
     summaries=(Summary("count", "Count the connections of each group, do not print them.", ("pid", "comm")),),
 )

@@ -15,6 +15,10 @@ tool = Stream(
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "outcome", "errno", "latency_us", "syn_retrans"),
     important=("outcome", "raddr", "comm", "latency_us", "time", "pid", "syn_retrans", "laddr", "errno"),
     aliases=("tcpconnect",),
+    examples={
+        "connect --failed": "who cannot connect, to whom, and why",
+        "connect --count --by comm,outcome -i 10": "attempts by process name and outcome, every ten seconds",
+    },
     options=(Option(("--failed",), "Print only attempts that did not succeed."),),
     summaries=(Summary("count", "Count the attempts of each group, do not print them.", ("raddr", "rport")),),
     constants=lambda request: {"attempt_failed_only": bool(request.options.get("failed"))},

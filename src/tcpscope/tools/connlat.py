@@ -35,6 +35,10 @@ tool = Stream(
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "latency_us", "syn_retrans", "outcome"),
     important=("latency_us", "raddr", "outcome", "comm", "time", "pid", "syn_retrans", "laddr"),
     aliases=("tcpconnlat",),
+    examples={
+        "connlat --min 10ms": "attempts that took at least 10 ms",
+        "connlat --histogram --by raddr -d 60": "the distribution for each remote address in a minute",
+    },
     options=(
         Option(("--min",), "Print only attempts that took at least this long, such as 10ms.", str, metavar="TIME"),
     ),

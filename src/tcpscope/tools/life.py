@@ -60,6 +60,10 @@ tool = Life(
         "closed_by",
     ),
     aliases=("tcplife",),
+    examples={
+        "life -L 443 --live": "connections of a server: the open ones, then each that ends",
+        "life --count -d 60": "how connections end, in a minute",
+    },
     options=(Option(("--live",), "Print first the connections that are open now (--buffer is 16M by default then)."),),
     summaries=(Summary("count", "Count the connections of each group, do not print them.", ("end", "closed_by")),),
 )

@@ -53,6 +53,10 @@ class List(Tool):
         "rport",
         "holders",
     )
+    examples = {
+        "list -L 443": "sockets of one port",
+        "list --netns pid:4711 -o csv": "in the network namespace of a process, as CSV",
+    }
     important = ("laddr", "raddr", "state", "holders")
     for_more: ClassVar = {
         "CAP_SYS_ADMIN": "other network namespaces than its own",

@@ -285,6 +285,10 @@ class Queue(Stream):
             important=_EVENTS_IMPORTANT,
             event="overflow",
             aliases=("tcpsynbl",),
+            examples={
+                "queue": "all listeners, again every second",
+                "queue --events -L 443": "each refused handshake of one port",
+            },
             options=(
                 Option(("-e", "--events"), "Print one row per refused handshake."),
                 Option(("--stack",), "Print the kernel stack of each refusal."),

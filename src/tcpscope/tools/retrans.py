@@ -27,6 +27,10 @@ tool = Stream(
     ),
     important=("kind", "raddr", "state", "time", "comm", "pid", "laddr", "segs", "data_bytes", "srtt_us"),
     aliases=("tcpretrans",),
+    examples={
+        "retrans --raddr 10.0.0.0/8": "retransmissions to a network",
+        "retrans --count -i 10": "by remote end and kind, every ten seconds",
+    },
     summaries=(
         Summary("count", "Count the retransmissions of each group, do not print them.", ("raddr", "rport", "kind")),
     ),

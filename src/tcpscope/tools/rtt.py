@@ -55,6 +55,10 @@ class Rtt(Tool):
     probes = ("rtt",)
     important = ("raddr", "rport", *_FIRST, "comm", "pid", "laddr", "lport", *histogram.IMPORTANT)
     aliases = ("tcprtt",)
+    examples = {
+        "rtt --by raddr -i 10": "for each remote address, every ten seconds",
+        "rtt -R 443 -d 60 --histogram": "the distribution of a minute, to port 443",
+    }
     intervals = "once, at the end"
     options = (
         Option(

@@ -12,4 +12,8 @@ tool = Stream(
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "old_state", "new_state", "in_state_us", "followed_by"),
     important=("new_state", "raddr", "old_state", "in_state_us", "time", "pid", "comm", "laddr", "followed_by"),
     aliases=("tcpstates",),
+    examples={
+        "states --comm nginx": "transitions of the connections of nginx",
+        "states -R 443 --wide": "to port 443, with all columns",
+    },
 )

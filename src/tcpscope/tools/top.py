@@ -111,5 +111,9 @@ tool = Top(
     ("time", *_MOVED, "pid", "comm", "raddr", "rport", "laddr", "lport"),
     important=("tx_bytes", "rx_bytes", "raddr", "comm", "pid", "retrans_bytes", "laddr"),
     aliases=("tcptop",),
+    examples={
+        "top -n 10": "the ten connections that move most",
+        "top --by pid -i 5": "by process, every five seconds",
+    },
     options=(Option(("--by",), f"Add up by one of these: {', '.join(_KEYS)}.", str, "connection", metavar="KEY"),),
 )

@@ -11,4 +11,8 @@ tool = Stream(
     ("time", "action", "pid", "comm", "netns", "laddr", "lport", "raddr", "rport"),
     important=("action", "raddr", "comm", "pid", "time", "laddr", "netns"),
     aliases=("tcptracer",),
+    examples={
+        "tracer --comm nginx": "what the connections of nginx do",
+        "tracer -d 10 -o csv": "for ten seconds, as CSV",
+    },
 )
