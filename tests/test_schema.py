@@ -6,6 +6,7 @@ import itertools
 import struct
 import time
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpscope import schema
 from tcpscope.errors import UsageError
 from tcpscope.filters import address_bytes
 from tcpscope.kernel.spec import Spec, probes
@@ -223,6 +225,62 @@ def test_iso_times_keep_their_order_over_a_second() -> None:
     stamps = [clock.read(clock.start_ns + n * 333_333_333) for n in range(9)]
     assert stamps == sorted(stamps)
     assert len(set(stamps)) == 9
+
+
+class Clocks:
+    """Stands for the kernel's clock and the wall clock; neither goes by itself."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monotonic_ns, self.offset_ns = 5_000_000_000, 1_700_000_000 * 10**9
+        monkeypatch.setattr(schema, "monotonic_ns", self._monotonic_ns)
+        monkeypatch.setattr(schema, "time", SimpleNamespace(time_ns=lambda: self.monotonic_ns + self.offset_ns))
+
+    def _monotonic_ns(self) -> int:
+        return self.monotonic_ns
+
+
+def seconds_of(clock: Clock, stamp_ns: int) -> float:
+    return datetime.fromisoformat(str(clock.read(stamp_ns))).timestamp()
+
+
+@pytest.mark.parametrize("step_s", [-3600, 3600, 0.5], ids=["back", "forth", "a little"])
+def test_a_wall_clock_that_is_set(monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
+    """Stamps of before keep their time, those of after have the new one."""
+    clocks = Clocks(monkeypatch)
+    clock = Clock()
+    assert seconds_of(clock, 5_000_000_000) == 1_700_000_005
+    clocks.monotonic_ns += 2_000_000_000
+    assert seconds_of(clock, 7_000_000_000) == 1_700_000_007
+    clocks.offset_ns += int(step_s * 10**9)
+    clocks.monotonic_ns += 1_000_000_000
+    assert seconds_of(clock, 8_000_000_000) == 1_700_000_008 + step_s
+    assert [seconds_of(clock, stamp * 10**9) for stamp in (5, 6, 8)] == [
+        1_700_000_005,
+        1_700_000_006,
+        1_700_000_008 + step_s,
+    ]
+    clocks.offset_ns -= int(step_s * 10**9)
+    clocks.monotonic_ns += 1_000_000_000
+    assert [seconds_of(clock, stamp * 10**9) for stamp in (9, 8, 6)] == [
+        1_700_000_009,
+        1_700_000_008 + step_s,
+        1_700_000_006,
+    ]
+
+
+def test_a_wall_clock_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it takes to read both clocks is no change."""
+    clocks = Clocks(monkeypatch)
+    clock, slow = Clock(), iter(range(0, 10**9, 777))
+
+    def monotonic_ns() -> int:
+        clocks.monotonic_ns += next(slow)
+        return clocks.monotonic_ns
+
+    monkeypatch.setattr(schema, "monotonic_ns", monotonic_ns)
+    for stamp in range(10**9, 10**12, 10**10):
+        clocks.monotonic_ns = max(stamp, clocks.monotonic_ns)
+        assert seconds_of(clock, stamp) == 1_700_000_000 + stamp / 10**9
 
 
 @given(st.binary(max_size=16))

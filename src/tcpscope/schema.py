@@ -21,6 +21,7 @@ import math
 import os
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +31,7 @@ import msgspec
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import btf as B
+from tcpscope.kernel.clock import monotonic_ns
 
 Row = msgspec.Struct
 
@@ -201,22 +203,58 @@ class Clock:
 
     mode: "iso" (UTC, microseconds), "local" (time of day, milliseconds), "elapsed" (seconds since this clock was made)
     or "none".
+
+    The offset of the wall clock changes when somebody sets the time, and while the machine is suspended. `read` checks
+    it for a stamp that is 50 ms later than the last check. A stamp is converted by the offset of its time. So the first
+    50 ms after such a change may still have the old offset.
     """
 
     def __init__(self, mode: str = "iso") -> None:
         self.mode = mode
-        self.start_ns = time.monotonic_ns()
-        self._to_wall_ns = time.time_ns() - time.monotonic_ns()
+        self.start_ns = self._checked_ns = monotonic_ns()
+        self._low_ns, self._high_ns = _offset_bounds()
+        self._offset_ns, self._since_ns = (self._low_ns + self._high_ns) // 2, -1
+        self._earlier: deque[tuple[int, int]] = deque(maxlen=64)  # offset, and until when it was that
         # Rows come nearly in order.
         self._milliseconds = _Cache(_local_milliseconds if mode == "local" else _iso_milliseconds, limit=64)
 
-    def read(self, monotonic_ns: int) -> str | float:
+    def read(self, stamp_ns: int) -> str | float:
         """A time stamp in the clock's mode."""
         if self.mode == "elapsed":
-            return (monotonic_ns - self.start_ns) / 1e9
-        millisecond, ns = divmod(monotonic_ns + self._to_wall_ns, 1_000_000)
+            return (stamp_ns - self.start_ns) / 1e9
+        if stamp_ns > self._checked_ns + _CHECK_NS:
+            self._check()
+        offset_ns = self._offset_ns
+        if stamp_ns <= self._since_ns:
+            offset_ns = next(offset for offset, until_ns in self._earlier if stamp_ns <= until_ns)
+        millisecond, ns = divmod(stamp_ns + offset_ns, 1_000_000)
         text: str = self._milliseconds[millisecond]
         return text if self.mode == "local" else text + _MICROSECONDS[ns // 1000]
+
+    def _check(self) -> None:
+        """Look whether the offset has changed. It cannot be known when, only that it was after the last check."""
+        low, high = _offset_bounds()
+        if low > self._high_ns + _ROUNDING_NS or high < self._low_ns - _ROUNDING_NS:
+            self._earlier.append((self._offset_ns, self._checked_ns))
+            self._low_ns, self._high_ns = low, high
+            self._offset_ns, self._since_ns = (low + high) // 2, self._checked_ns
+        self._checked_ns = monotonic_ns()
+
+
+_CHECK_NS = 50_000_000
+_ROUNDING_NS = 1000
+
+
+def _offset_bounds() -> tuple[int, int]:
+    """Bounds of what the wall clock is ahead of the kernel's.
+
+    The narrowest of a few, because the process may be interrupted between two readings.
+    """
+    found = []
+    for _ in range(5):
+        before, wall, after = monotonic_ns(), time.time_ns(), monotonic_ns()
+        found.append((wall - after, wall - before))
+    return min(found, key=lambda bounds: bounds[1] - bounds[0])
 
 
 _MICROSECONDS = tuple(f"{us:03d}Z" for us in range(1000))  # formatting them each time costs a third of a row

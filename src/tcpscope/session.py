@@ -313,11 +313,6 @@ def wait_for_programs() -> None:
         time.sleep(_GRACE_SECONDS)
 
 
-def monotonic_ns() -> int:
-    """Nanoseconds of the clock that time stamps have (bpf_ktime_get_ns)."""
-    return time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-
-
 def announce_ready() -> None:
     """Write "ready" to the file descriptor that the environment names, if it names one: all hooks are attached."""
     if descriptor := os.environ.get(READY_FD):

@@ -11,12 +11,13 @@ from typing import BinaryIO
 
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
+from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.loaded import Loaded
 from tcpscope.output import Sink, open_sink, screen
 from tcpscope.request import Request
 from tcpscope.run import Batch, Run
 from tcpscope.schema import Clock
-from tcpscope.session import Session, Stats, announce_ready, drop_privileges, monotonic_ns
+from tcpscope.session import Session, Stats, announce_ready, drop_privileges
 from tcpscope.stop import Stop
 from tcpscope.tool import Tool
 

@@ -12,12 +12,13 @@ import msgspec
 from msgspec import structs
 
 from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram
 from tcpscope.request import Request, names_in
 from tcpscope.run import NOTHING, Batch, Run, Ticker
 from tcpscope.schema import Clock
-from tcpscope.session import Stats, monotonic_ns
+from tcpscope.session import Stats
 
 MAX_KINDS = 65536
 """Most groups of a run. Rows of further groups count as lost: a machine in trouble makes groups without end."""

@@ -21,6 +21,7 @@ import msgspec
 
 from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
+from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.spec import Spec
 from tcpscope.kernel.symbols import Symbols
 from tcpscope.listeners import Key, Listener, Snapshots
@@ -29,7 +30,7 @@ from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Streaming, Ticker
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
-from tcpscope.session import RING_BYTES, Session, closed_on_error, monotonic_ns
+from tcpscope.session import RING_BYTES, Session, closed_on_error
 from tcpscope.tool import Stream
 
 _TABLE = (

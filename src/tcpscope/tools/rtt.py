@@ -18,12 +18,13 @@ from tcpscope.aggregate import Aggregate, extremes
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import compiled_filter
+from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Ticker
 from tcpscope.schema import Clock, comm_text
-from tcpscope.session import Session, closed_on_error, monotonic_ns
+from tcpscope.session import Session, closed_on_error
 from tcpscope.summary import TOTAL
 from tcpscope.tool import Tool
 

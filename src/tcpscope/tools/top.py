@@ -12,12 +12,13 @@ from typing import Any
 
 from tcpscope.errors import UsageError
 from tcpscope.kernel import compiled_filter
+from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.loaded import tcp_sockets
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Ticker
 from tcpscope.schema import Clock, Decoder
-from tcpscope.session import Session, closed_on_error, monotonic_ns
+from tcpscope.session import Session, closed_on_error
 from tcpscope.tool import Stream
 
 _MOVED = ("tx_bytes", "rx_bytes", "retrans_bytes")
