@@ -11,11 +11,13 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
 
+import tcpscope
+from tcpscope.kernel.loaded import Loaded
 from tcpscope.lab.hosts import Lab
 from tests.conftest import RunningTool
 from tests.record import Call, Host, Script, Test, Watch, recorded
@@ -332,4 +334,41 @@ def test_a_process_and_a_namespace(lab: Lab, run_tool: type[RunningTool]) -> Non
         (row,) = tool.wait().rows
     assert (row["lport"], row["netns"]) == (7002, lab.client.inode)
     for listener in made:
+        listener.close()
+
+
+@pytest.mark.kernel
+def test_the_first_few_need_no_look_at_all(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    listeners = [lab.server.socket(socket.AF_INET) for _ in range(1200)]
+    for port, listener in enumerate(listeners, 10000):
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+    read: list[int] = []
+    iterate = Loaded.iterate
+
+    def counting(loaded: Loaded, hook: str, *rest: int) -> Iterator[bytes]:
+        for piece in iterate(loaded, hook, *rest):
+            if hook == "existing":
+                read.append(len(piece))
+            yield piece
+
+    monkeypatch.setattr(Loaded, "iterate", counting)
+
+    def seen(**options: Any) -> tuple[int, int]:
+        read.clear()
+        with tcpscope.open("list", netns=lab.server.inode, **options) as rows:
+            shown = list(rows)
+        assert all(row.pid == os.getpid() for row in shown)
+        return len(shown), sum(read)
+
+    number, whole = seen()
+    assert number == 1200
+    number, few = seen(max_events=5)
+    assert number == 5
+    assert few < whole / 2
+    number, few = seen(max_events=800)
+    assert number == 800
+    assert few < whole
+    assert seen(max_events=5, pid=os.getpid()) == (5, whole)  # only the holders tell which are wanted
+    for listener in listeners:
         listener.close()

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, ClassVar
 
 import msgspec
 
 from tcpscope.errors import NotPermittedError, TcpscopeError
-from tcpscope.filters import Filter
 from tcpscope.kernel import compiled_filter, netns
 from tcpscope.kernel.features import has_capability
 from tcpscope.kernel.resources import exhausted
@@ -71,19 +71,19 @@ class List(Tool):
     def open(self, request: Request) -> Run:
         columns = request.choose(self.columns(request), self.shown)
         session = Session("sockets", None, request.filter, debug=request.debug)
-        return _Existing(columns, session, request.filter)
+        return _Existing(columns, session, request)
 
 
 class _Existing(Run):
-    """One snapshot, a network namespace after the other."""
+    """One snapshot, a network namespace after the other. With -n it reads no more sockets than it needs."""
 
     keep = tuple(List.for_more)
     accounts = False
     counted = done = True
 
-    def __init__(self, columns: Sequence[Column], session: Session, filter: Filter) -> None:
+    def __init__(self, columns: Sequence[Column], session: Session, request: Request) -> None:
         super().__init__(columns, session)
-        self._session, self._filter = session, filter
+        self._session, self._filter, self._most = session, request.filter, request.max_events
         self._row = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
 
     def poll(self) -> Iterator[Batch]:
@@ -103,33 +103,43 @@ class _Existing(Run):
 
         Holders are looked for last: all sockets have a cookie by then, which tells one from a later one at its address.
         """
-        found = list(self._pieces())
-        holders, wanted = _holders(self._session)
         owner_asked = compiled_filter.asks_owner(self._filter)
         layout = self._session.spec.layout("existing", internal=True)
+        found = list(self._pieces(layout.size, None if owner_asked else self._most))
         decode, names = layout.decoder().rows, [field.name for field in layout.fields]
         raw = layout.decoder(raw=True).rows
-        for pieces in found:
-            rows = []
-            for piece in pieces:
-                for row, plain in zip(decode(piece), raw(piece), strict=True):
-                    key = (plain.socket, plain.cookie)
-                    if owner_asked and key not in wanted:
-                        continue
-                    own = holders.get(key, ())
-                    values = {name: getattr(row, name) for name in names}
-                    values["holders"] = list(own)
-                    values["pid"] = own[0].pid if own else None
-                    values["comm"] = own[0].comm if own else None
-                    rows.append(values)
-            yield rows
+        everything = owner_asked or self._most is None
+        only = None if everything else set(map(_key, chain.from_iterable(map(raw, chain.from_iterable(found)))))
+        holders, wanted = _holders(self._session, only)
 
-    def _pieces(self) -> Iterator[list[bytes]]:
-        """The records of each namespace."""
-        wanted = self._filter.netns
+        def shown(piece: bytes) -> Iterator[dict[str, Any]]:
+            for row, plain in zip(decode(piece), raw(piece), strict=True):
+                if owner_asked and _key(plain) not in wanted:
+                    continue
+                own = holders.get(_key(plain), ())
+                values = {name: getattr(row, name) for name in names}
+                values["holders"] = list(own)
+                values["pid"] = own[0].pid if own else None
+                values["comm"] = own[0].comm if own else None
+                yield values
+
+        room = self._most
+        for pieces in found:
+            rows = list(islice(chain.from_iterable(map(shown, pieces)), room))
+            yield rows
+            if room is not None and (room := room - len(rows)) <= 0:
+                return
+
+    def _pieces(self, size: int, most: int | None) -> Iterator[list[bytes]]:
+        """The records of each namespace. They end behind the piece that has the last of the `most` records."""
+        wanted, room = self._filter.netns, most
         for descriptor in _namespaces(wanted, self.notes):
+            pieces = []
             try:
-                yield list(self._session.loaded.iterate("existing", descriptor))
+                for piece in self._session.loaded.iterate("existing", descriptor):
+                    pieces.append(piece)
+                    if room is not None and (room := room - len(piece) // size) <= 0:
+                        break
             except PermissionError:
                 if wanted:
                     raise NotPermittedError(
@@ -137,16 +147,25 @@ class _Existing(Run):
                     ) from None
                 self.notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
                 return
+            yield pieces
+            if room is not None and room <= 0:
+                return
 
 
-def _holders(session: Session) -> tuple[dict[_Key, tuple[Holder, ...]], set[_Key]]:
-    """Socket -> its holders, and the sockets that a wanted process holds."""
+def _key(record: Any) -> _Key:
+    return record.socket, record.cookie
+
+
+def _holders(session: Session, only: set[_Key] | None) -> tuple[dict[_Key, tuple[Holder, ...]], set[_Key]]:
+    """Socket -> its holders, and the sockets that a wanted process holds. With `only`: of these sockets."""
     decode = session.spec.layout("holder", internal=True).decoder(raw=True).rows
     found = defaultdict(set)
     wanted = set()
     for piece in session.loaded.iterate("holders"):
         for record in decode(piece):
-            key = (record.socket, record.cookie)
+            key = _key(record)
+            if only is not None and key not in only:
+                continue
             found[key].add(Holder(record.pid, comm_text(record.comm), record.uid, record.fd))
             if record.wanted:
                 wanted.add(key)
