@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -21,9 +22,11 @@ from typing import cast
 import pytest
 
 from tcpscope.errors import LossError
+from tcpscope.filters import Filter
 from tcpscope.kernel.loaded import Loaded, plan
 from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Host, Lab
+from tcpscope.listeners import open_session
 from tcpscope.session import Stats, missed_runs
 from tcpscope.show import begin
 from tcpscope.stop import Stop
@@ -436,3 +439,23 @@ def test_head_in_a_shell(lab: Lab) -> None:
         time.sleep(0.05)
     assert shell.stderr.read() == "status 0\n"
     shell.stdout.close(), shell.stderr.close()
+
+
+def descriptors_of(inode: int) -> int:
+    """How many descriptors this process has of the namespace."""
+    nsfs, found = Path("/proc/self/ns/net").stat().st_dev, 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the one of the directory itself
+            stat = link.stat()
+            found += (stat.st_dev, stat.st_ino) == (nsfs, inode)
+    return found
+
+
+def test_a_namespace_of_the_filter_is_held_during_the_run() -> None:
+    """Otherwise the kernel could give its inode number to another one, whose rows would be shown."""
+    with Lab() as gone:
+        inode = gone.server.inode
+        session = open_session(Filter(netns=inode), events=False, ring_bytes=4096)
+    with session:
+        assert descriptors_of(inode) == 1
+    assert descriptors_of(inode) == 0

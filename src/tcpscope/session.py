@@ -7,14 +7,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, ClassVar
 
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
-from tcpscope.kernel import compiled_filter, pidns
+from tcpscope.kernel import compiled_filter, netns, pidns
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
 from tcpscope.kernel.loaded import Loaded, Ring, Setup
@@ -116,7 +116,9 @@ class Session:
         else:
             setup.entries |= dict.fromkeys(self.spec.shared, 1)
         self.stats = Stats()
+        self._held = ExitStack()
         try:
+            self._held.enter_context(netns.held(filter.netns))  # so that the number means no other one later
             self.layout = self.spec.layout(event).named(self.kernel.enumerators) if event else None
             if self.owners:
                 self._before = self.owners.account()
@@ -147,6 +149,7 @@ class Session:
         self._release()
 
     def _release(self) -> None:
+        self._held.close()
         if self.owners and not self._released:
             self._released = True
             self._owned = self._of_owners()

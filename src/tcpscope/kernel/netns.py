@@ -12,7 +12,8 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -92,6 +93,26 @@ def exists(inode: int) -> bool | None:
             continue  # the process is gone
     everything = (PROC / "1").exists() and not pidns.inner(PROC)
     return None if hidden or not everything else False
+
+
+@contextmanager
+def held(inodes: Iterable[int]) -> Iterator[None]:
+    """Keep these namespaces: the kernel gives the inode number of one that is gone to the next one.
+
+    A namespace that cannot be seen from here, or that we may not open, is not kept.
+    """
+    with ExitStack() as stack:
+        wanted = set(inodes)
+        seen = visible().namespaces if wanted else {}
+        for inode in wanted & seen.keys():
+            try:
+                fd = os.open(seen[inode].path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if shortage := exhausted(error.errno, f"cannot open {seen[inode].path}"):
+                    raise shortage from None
+                continue
+            stack.callback(os.close, fd)
+        yield
 
 
 def _held_by(link: Path, inode: int) -> bool:
