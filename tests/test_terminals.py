@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import select
@@ -15,6 +16,7 @@ from fcntl import ioctl
 import pytest
 
 from tcpscope.lab.hosts import Host, Lab
+from tcpscope.output import screen
 from tcpscope.tool import names
 from tests.conftest import DEADLINE, RunningTool
 from tests.puppets import Puppet
@@ -97,22 +99,43 @@ def connect(host: Host, address: str) -> list[Puppet]:
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize(("columns", "shown"), [(60, False), (120, True)])
+def test_a_tool_in_the_lab(columns: int, shown: bool) -> None:
+    """Its lines stand behind its name, and fit the terminal too."""
+    terminal = Terminal(columns)
+    words = ("lab", "run", "close-order", "--", "life", "-o", "table")
+    with RunningTool(*words, stdout=terminal.theirs, ready=False) as tool:
+        os.close(terminal.theirs)
+        terminal.read_all()
+        assert tool.wait().status == 0
+    titles, row = (line for line in terminal.lines if line.startswith("life   | "))
+    assert max(len(titles), len(row)) <= columns
+    assert ("REMOTE" in titles, "TIME " in titles, "FIN" in row) == (True, shown, True)
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-1", "0", "\u0663"])
+def test_no_width(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(screen.WIDTH, text)
+    assert screen.width_of(io.BytesIO()) is None
+
+
+@pytest.mark.kernel
 @pytest.mark.parametrize("words", [("rtt",), ("connect", "--count"), ("connlat", "--histogram", "-d", "0.5")])
 def test_who_prints_at_the_end_says_so(lab: Lab, words: tuple[str, ...]) -> None:
-    screen, messages = Terminal(80), Terminal(80)
+    output, messages = Terminal(80), Terminal(80)
     with RunningTool(
-        *words, "--netns", str(lab.server.inode), "-o", "table", stdout=screen.theirs, stderr=messages.theirs
+        *words, "--netns", str(lab.server.inode), "-o", "table", stdout=output.theirs, stderr=messages.theirs
     ) as tool:
-        os.close(screen.theirs)
+        os.close(output.theirs)
         os.close(messages.theirs)
         messages.wait_for("tcpscope: measuring; results come ", "at Ctrl-C", "-i SECONDS")
         assert ("after 0.5 s" in messages.written) == ("-d" in words)
         if "-d" not in words:
             tool.process.send_signal(signal.SIGINT)
-        screen.read_all()
+        output.read_all()
         messages.read_all()
         assert tool.wait().status == 0
-    assert "COUNT" in screen.written
+    assert "COUNT" in output.written
     assert len([line for line in messages.lines if line.strip()]) == 1
 
 

@@ -18,6 +18,7 @@ from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.kernel.resources import help_for
 from tcpscope.output import printable
+from tcpscope.output.screen import width_of
 from tcpscope.quantities import seconds, whole
 from tcpscope.request import Request
 from tcpscope.show import show
@@ -364,7 +365,7 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
     filter = filter_of(values)
     own = {option.name: values.pop(option.name) for option in tool.options}
     if values.get("time", "") is None:
-        values["time"] = "local" if values["output"] == "table" and sys.stdout.isatty() else "iso"
+        values["time"] = "local" if values["output"] == "table" and width_of(sys.stdout.buffer) else "iso"
     return Request(filter=filter, options=own, **values)
 
 

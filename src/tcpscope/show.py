@@ -30,9 +30,9 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             return
         sink: Sink
         page = None
-        if request.output == "table" and stream.isatty():
+        if request.output == "table" and screen.width_of(stream):
             sink = table = _table(run, request, stream, run.important or tool.important)
-            page = _Page(run, request, table, stream) if run.repeats else None
+            page = _Page(run, request, table, stream) if run.repeats and stream.isatty() else None
         else:
             sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, run.keep)
@@ -135,7 +135,9 @@ def _explain_object(loaded: Loaded) -> Iterator[str]:
 def _table(run: Run, request: Request, stream: BinaryIO, important: Sequence[str]) -> screen.Sink:
     """A table for the terminal `stream`. Where a snapshot replaces the previous one, the time stands above it, once."""
     named = request.columns is not None
-    columns = [column for column in run.columns if named or not run.repeats or column.kind != "time"]
+    columns = [
+        column for column in run.columns if named or not (run.repeats and stream.isatty()) or column.kind != "time"
+    ]
     return screen.Sink(columns, stream, request.header, important, wide=named or request.wide)
 
 

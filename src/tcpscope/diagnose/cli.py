@@ -16,13 +16,14 @@ from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
 from tcpscope.kernel import pidns
 from tcpscope.output import open_sink, printable
+from tcpscope.output.screen import width_of
 from tcpscope.request import Request
 from tcpscope.show import begin, clear_interrupt, descriptor, finish
 from tcpscope.stop import Stop
 
 _POLL_SECONDS = 0.2
 _DEFAULT_SECONDS = 30.0
-_WIDTH = 100
+_WIDEST = 100
 
 
 def _run(**values: Any) -> None:
@@ -71,28 +72,30 @@ def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources:
     if request.output == "json":
         write(msgspec.json.Encoder().encode_lines(findings))
         return
+    width = min(_WIDEST, width_of(stream) or _WIDEST)
     for number, finding in enumerate(findings, 1):
-        write("\n".join([*map(printable, _text(number, finding)), "", ""]).encode())
+        write("\n".join([*map(printable, _text(number, finding, width)), "", ""]).encode())
     if not findings:
         write(b"No full accept queue or SYN queue found. Nothing else is checked yet.\n")
-    write(f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}.\n".encode())
     blind = [spot for source in sources for spot in source.blind_spots()]
-    for spot in [pidns.NOTE, *blind] if pidns.inner() else blind:
-        write(f"Note: {spot}.\n".encode())
+    last = [f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}."]
+    last += [f"Note: {spot}." for spot in ([pidns.NOTE, *blind] if pidns.inner() else blind)]
+    for line in last:
+        write("\n".join([*textwrap.wrap(line, width_of(stream) or len(line)), ""]).encode())
 
 
-def _text(number: int, finding: Finding) -> list[str]:
+def _text(number: int, finding: Finding, width: int) -> list[str]:
     lines = [f"{number}. [{finding.severity}] {finding.title}"]
     for line in finding.observed:
-        lines += textwrap.wrap(line, _WIDTH, initial_indent="   - ", subsequent_indent="     ")
-    lines += textwrap.wrap(finding.why, _WIDTH, initial_indent="   Why: ", subsequent_indent="        ")
+        lines += textwrap.wrap(line, width, initial_indent="   - ", subsequent_indent="     ")
+    lines += textwrap.wrap(finding.why, width, initial_indent="   Why: ", subsequent_indent="        ")
     for remedy in finding.remedies:
         values = ""
         if remedy.name is not None:
             proposed = f", proposed {remedy.proposed}" if remedy.proposed is not None else ""
             values = f" [{remedy.name}: now {remedy.present}{proposed}]"
         text = remedy.what + values
-        lines += textwrap.wrap(text, _WIDTH, initial_indent="   Helps: ", subsequent_indent="          ")
+        lines += textwrap.wrap(text, width, initial_indent="   Helps: ", subsequent_indent="          ")
         if remedy.command:
             lines.append(f"          # {remedy.command}")
     return lines

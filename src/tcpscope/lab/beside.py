@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from tcpscope.errors import TcpscopeError
 from tcpscope.lab import processes
 from tcpscope.lab.hosts import Lab
+from tcpscope.output import screen
 
 READY_FD = "TCPSCOPE_READY_FD"  # a tool writes to this descriptor when its hooks are attached
 DEADLINE = 120.0
@@ -32,12 +33,15 @@ def arguments(given: Sequence[str], lab: Lab) -> list[str]:
 
 
 class Tool:
-    """`tcpscope ARGUMENTS` in a process of its own, outside of the lab's namespaces. `emit` gets its output."""
+    """`tcpscope ARGUMENTS` in a process of its own, outside of the lab's namespaces. `emit` gets its output.
+
+    `width` is the room for its lines on the terminal where `emit` shows them; None: it does not.
+    """
 
     # -P: nothing is imported from the current directory, which need not be trusted
     command = (sys.executable, "-P", "-m", "tcpscope")
 
-    def __init__(self, arguments: Sequence[str], emit: Emit) -> None:
+    def __init__(self, arguments: Sequence[str], emit: Emit, width: int | None = None) -> None:
         self.name = arguments[0]
         self._ready, ready = os.pipe()
         try:
@@ -49,7 +53,7 @@ class Tool:
                 text=True,
                 errors="replace",
                 pass_fds=[ready],
-                env={**os.environ, READY_FD: str(ready), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, READY_FD: str(ready), "PYTHONUNBUFFERED": "1", screen.WIDTH: str(width or "")},
             )
         finally:
             os.close(ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import Field
@@ -18,6 +19,7 @@ from tcpscope.lab import namespaces
 from tcpscope.lab.beside import Tool, arguments
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.lab.scenario import Outcome, Scenario, load, names
+from tcpscope.output.screen import width_of
 
 
 class Scenarios(click.Group):
@@ -120,7 +122,7 @@ def play(scenario: Scenario, tool: tuple[str, ...], freeze: bool, keep: bool) ->
             scenario.setup(lab)
             watching = None
             if tool:
-                watching = Tool(arguments(tool, lab), printer)
+                watching = Tool(arguments(tool, lab), printer, printer.room)
                 stack.callback(watching.kill)
                 watching.wait_until_ready()
             scenario.fault(lab)
@@ -160,6 +162,12 @@ class Printer:
     def __init__(self, tool: str) -> None:
         self._width = max(len("client"), len(tool))
         self._lock = threading.Lock()
+
+    @property
+    def room(self) -> int | None:
+        """Columns for a line on this terminal; None if it is none."""
+        width = width_of(sys.stdout.buffer)
+        return width and max(1, width - self._width - len(" | "))
 
     def __call__(self, who: str, line: str) -> None:
         with self._lock:

@@ -19,6 +19,8 @@ _USUAL = {"address": 15, "comm": 12, "time": 12, "list": 20, "end": 21}
 """Widths of most values, by kind; `end` is an address with its port."""
 _UNKNOWN_SIZE = os.terminal_size((80, 24))
 """Of a terminal that does not say what it has, such as a serial line."""
+WIDTH = "TCPSCOPE_TABLE_WIDTH"
+"""A variable of the environment: our caller (the lab) shows our output on a terminal, with room for so many columns."""
 
 
 class Sink:
@@ -34,10 +36,10 @@ class Sink:
         header: bool,
         important: Sequence[str] = (),
         wide: bool = False,
-        width: Callable[[], int] | None = None,
+        width: Callable[[], int | None] | None = None,
     ) -> None:
         self._stream, self._header, self._wide = stream, header, wide
-        self._width = width or (lambda: size_of(stream).columns)
+        self._width = width or (lambda: width_of(stream))
         self._cells = [cell for column in columns if (cell := _cell(column, columns))]
         self._below = [column for column in columns if column.kind in BELOW]
         order = {name: at for at, name in enumerate(important)}
@@ -58,7 +60,7 @@ class Sink:
         return self._lines(rows)
 
     def _lines(self, rows: Sequence[Any]) -> list[str]:
-        width = self._width()
+        width = self._width() or _UNKNOWN_SIZE.columns
         table = [{cell: cell.text(row) for cell in self._cells} for row in rows]
         for cell in self._cells:
             if cell.kind != "list":
@@ -90,6 +92,14 @@ def size_of(stream: BinaryIO) -> os.terminal_size:
     """The size of the terminal that `stream` writes to."""
     size = os.get_terminal_size(stream.fileno())
     return size if size.columns and size.lines else _UNKNOWN_SIZE
+
+
+def width_of(stream: BinaryIO) -> int | None:
+    """The columns of the terminal that shows what is written to `stream`. None: a file or a pipe."""
+    if stream.isatty():
+        return size_of(stream).columns
+    given = os.environ.get(WIDTH, "")
+    return int(given) if given.isdecimal() and given.isascii() and int(given) else None
 
 
 def cut(line: str, width: int) -> str:
