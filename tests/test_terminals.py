@@ -113,6 +113,38 @@ def test_a_tool_in_the_lab(columns: int, shown: bool) -> None:
     assert ("REMOTE" in titles, "TIME " in titles, "FIN" in row) == (True, shown, True)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("env", "red", "page"),
+    [
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False, True),
+        ({"TERM": "dumb", "NO_COLOR": ""}, False, False),
+    ],
+    ids=str,
+)
+def test_colours_and_pages(lab: Lab, env: dict[str, str], red: bool, page: bool) -> None:
+    """A terminal gets colours unless NO_COLOR is set, and no escape sequence at all if it is dumb."""
+    filters = ("--netns", str(lab.server.inode), "-o", "table")
+    refused, queues = Terminal(80), Terminal(80)
+    with (
+        RunningTool("connect", *filters, stdout=refused.theirs, env=env) as connects,
+        RunningTool("queue", *filters, stdout=queues.theirs, env=env) as queue,
+    ):
+        os.close(refused.theirs)
+        os.close(queues.theirs)
+        Puppet(lab.server, NAME).do("try: socket.create_connection((a, 9))\nexcept OSError: pass", a=lab.server.ipv4)
+        refused.wait_for("REFUSED", "\n")
+        queues.wait_for("\n")
+        for tool, terminal in ((connects, refused), (queue, queues)):
+            tool.process.send_signal(signal.SIGINT)
+            terminal.read_all()
+            assert tool.wait().status == 0
+    assert ("\x1b[31mREFUSED\x1b[0m" in refused.written) == red
+    assert queues.written.startswith("\x1b[H\x1b[J") == page
+    assert page or "\x1b" not in refused.written + queues.written
+
+
 @pytest.mark.parametrize("text", ["", "abc", "-1", "0", "\u0663"])
 def test_no_width(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(screen.WIDTH, text)

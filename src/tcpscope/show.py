@@ -31,8 +31,8 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         sink: Sink
         page = None
         if request.output == "table" and screen.width_of(stream):
-            sink = table = _table(run, request, stream, run.important or tool.important)
-            page = _Page(run, request, table, stream) if run.repeats and stream.isatty() else None
+            sink = table = _table(tool, run, request, stream)
+            page = _Page(run, request, table, stream) if _replaces(run, stream) else None
         else:
             sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, run.keep)
@@ -85,7 +85,8 @@ def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: s
         sink.record("stats", asdict(stats))
     stream.flush()
     if request.verbose or request.stats or request.strict or not stats.lossless:
-        print(f"tcpscope: {stats.line()}", file=sys.stderr)
+        line = f"tcpscope: {stats.line()}"
+        print(line if stats.lossless or not screen.has_colours(sys.stderr) else screen.red(line), file=sys.stderr)
     if request.strict and not stats.lossless:
         raise LossError("events were lost", f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
 
@@ -93,7 +94,7 @@ def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: s
 def clear_interrupt() -> None:
     """Clear the terminal's line, where it has echoed ^C: the next line begins in the first column."""
     for stream in (sys.stderr, sys.stdout):
-        if stream.isatty():
+        if screen.understands_escapes(stream):
             print("\r\x1b[K", end="", file=stream, flush=True)
             return
 
@@ -132,13 +133,23 @@ def _explain_object(loaded: Loaded) -> Iterator[str]:
             yield f"  {'':<14} not known on this kernel: {hook.without}"
 
 
-def _table(run: Run, request: Request, stream: BinaryIO, important: Sequence[str]) -> screen.Sink:
+def _replaces(run: Run, stream: BinaryIO) -> bool:
+    """Whether a snapshot replaces the previous one on the terminal."""
+    return bool(run.repeats) and screen.understands_escapes(stream)
+
+
+def _table(tool: Tool, run: Run, request: Request, stream: BinaryIO) -> screen.Sink:
     """A table for the terminal `stream`. Where a snapshot replaces the previous one, the time stands above it, once."""
     named = request.columns is not None
-    columns = [
-        column for column in run.columns if named or not (run.repeats and stream.isatty()) or column.kind != "time"
-    ]
-    return screen.Sink(columns, stream, request.header, important, wide=named or request.wide)
+    columns = [column for column in run.columns if named or not _replaces(run, stream) or column.kind != "time"]
+    return screen.Sink(
+        columns,
+        stream,
+        request.header,
+        run.important or tool.important,
+        wide=named or request.wide,
+        alarming=tool.alarming,
+    )
 
 
 class _Page:
@@ -160,10 +171,8 @@ class _Page:
         self._drawn_s = time.monotonic()
         size = screen.size_of(self._stream)
         first = "the first " if len(batch.rows) == self._request.max_events else ""
-        number = f"{first}{len(batch.rows)} {self._noun}{'' if len(batch.rows) == 1 else 's'}"
+        plural = "" if len(batch.rows) == 1 else "es" if self._noun.endswith("s") else "s"
         when = "" if self._clock.mode == "none" else f"{self._clock.read(monotonic_ns())}  "
-        lines = [f"{when}{number}", *self._table.page(batch.rows)]
-        if any(len(line) > size.columns for line in lines):
-            lines[0] += "; cut to fit"
-        text = "\n".join(screen.cut(line, size.columns) for line in lines[: size.lines - 1])
+        above = screen.cut(f"{when}{first}{len(batch.rows)} {self._noun}{plural}", size.columns)
+        text = "\n".join([above, *self._table.page(batch.rows)][: size.lines - 1])
         self._stream.write(f"\x1b[H\x1b[J{text}\n".encode())

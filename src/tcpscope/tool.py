@@ -30,6 +30,7 @@ class Tool(ABC):
 
     shown         columns of a table; JSON and CSV have all columns
     important     those that a narrow terminal shows, the most important first; the rest of `shown` follows
+    alarming      a column -> whether a value of it is bad news, which a terminal shows in red
     intervals     when it prints without --interval; empty: it has no use for --interval
     once          it prints one snapshot and ends, so it has no use for --duration
     only_with     an option -> another one that it needs
@@ -47,6 +48,7 @@ class Tool(ABC):
     options: tuple[Option, ...] = ()
     shown: tuple[str, ...] = ()
     important: tuple[str, ...] = ()
+    alarming: Mapping[str, Callable[[Any], Any]] = {}
     intervals = ""
     once = False
     only_with: Mapping[str, str] = {}
@@ -79,6 +81,7 @@ class Stream(Tool):
         shown: Sequence[str],
         *,
         important: tuple[str, ...] = (),
+        alarming: Mapping[str, Callable[[Any], Any]] | None = None,
         event: str | None = None,
         aliases: tuple[str, ...] = (),
         options: tuple[Option, ...] = (),
@@ -90,6 +93,7 @@ class Stream(Tool):
         self.event = event or probe
         self.shown = tuple(shown)
         self.important = important
+        self.alarming = alarming or {}
         self.aliases = aliases
         self.summaries = summaries
         self.options = (*options, *(Option((f"--{summary.option}",), summary.help) for summary in summaries))

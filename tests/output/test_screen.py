@@ -142,3 +142,46 @@ def test_below_the_row() -> None:
     assert lines[2] == "    " + "a" * 75 + ">"
     assert lines[-2].split()[:3] == ["1", "->", "1"]
     assert max(map(len, lines)) <= 80
+
+
+class Terminal(io.BytesIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("env", "colours"),
+    [
+        ({"TERM": "xterm"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),  # no-color.org: an empty value does not count
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+    ],
+    ids=str,
+)
+def test_bad_news_are_red(env: dict[str, str], colours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    stream = Terminal()
+    sink = Sink(COLUMNS, stream, True, IMPORTANT, alarming={"outcome": lambda o: o == "REFUSED"}, width=lambda: 80)
+    sink.rows([SimpleNamespace(**ROW), SimpleNamespace(**ROW | {"outcome": "REFUSED"})])
+    _, good, bad = stream.getvalue().decode().splitlines()
+    assert "\x1b" not in good
+    assert ("\x1b[31mREFUSED\x1b[0m    " in bad) == ("\x1b" in bad) == colours
+    assert bad.replace("\x1b[31m", "").replace("\x1b[0m", "") == good.replace("ESTABLISHED", "REFUSED    ")
+
+
+def test_no_colours_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.BytesIO()
+    Sink(COLUMNS, stream, True, alarming={"outcome": bool}, width=lambda: 80).rows([SimpleNamespace(**ROW)])
+    assert b"\x1b" not in stream.getvalue()
+
+
+def test_a_page_is_cut_and_its_colours_are_not() -> None:
+    columns = (Column("outcome", "enum"), Column("pid", width=90))
+    sink = Sink(columns, Terminal(), True, wide=True, alarming={"outcome": bool}, width=lambda: 20)
+    assert sink.page([SimpleNamespace(outcome="REFUSED", pid=1)]) == ["OUTCOME            >"] * 1 + [
+        "REFUSED            >"
+    ]

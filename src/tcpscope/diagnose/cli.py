@@ -15,8 +15,7 @@ from tcpscope.cli import COMMON, DURATION, FILTERS, FILTERS_TITLE, FORMAT, OUTPU
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
 from tcpscope.kernel import pidns
-from tcpscope.output import open_sink, printable
-from tcpscope.output.screen import width_of
+from tcpscope.output import open_sink, printable, screen
 from tcpscope.request import Request
 from tcpscope.show import begin, clear_interrupt, descriptor, finish
 from tcpscope.stop import Stop
@@ -52,7 +51,7 @@ def _run(**values: Any) -> None:
 
 def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
     """Until the time is over or a stop is asked for, with a live line on a terminal."""
-    live = sys.stderr.isatty()
+    live = screen.understands_escapes(sys.stderr)
     print(f"tcpscope: watching for {request.duration:g} s; Ctrl-C ends it sooner", file=sys.stderr)
     started = time.monotonic()
     while not stop:
@@ -72,16 +71,19 @@ def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources:
     if request.output == "json":
         write(msgspec.json.Encoder().encode_lines(findings))
         return
-    width = min(_WIDEST, width_of(stream) or _WIDEST)
+    width = min(_WIDEST, screen.width_of(stream) or _WIDEST)
     for number, finding in enumerate(findings, 1):
-        write("\n".join([*map(printable, _text(number, finding, width)), "", ""]).encode())
+        text = "\n".join([*map(printable, _text(number, finding, width)), "", ""])
+        if finding.severity == "critical" and screen.has_colours(stream):
+            text = text.replace("[critical]", screen.red("[critical]"), 1)
+        write(text.encode())
     if not findings:
         write(b"No full accept queue or SYN queue found. Nothing else is checked yet.\n")
     blind = [spot for source in sources for spot in source.blind_spots()]
     last = [f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}."]
     last += [f"Note: {spot}." for spot in ([pidns.NOTE, *blind] if pidns.inner() else blind)]
     for line in last:
-        write("\n".join([*textwrap.wrap(line, width_of(stream) or len(line)), ""]).encode())
+        write("\n".join([*textwrap.wrap(line, screen.width_of(stream) or len(line)), ""]).encode())
 
 
 def _text(number: int, finding: Finding, width: int) -> list[str]:

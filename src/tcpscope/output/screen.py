@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from tcpscope.output import Column
 from tcpscope.output.table import BELOW, text_of, title_of
@@ -26,7 +26,8 @@ WIDTH = "TCPSCOPE_TABLE_WIDTH"
 class Sink:
     """Writes the rows as lines of a table. `important` names columns, the most important first; the others follow.
 
-    wide  all columns, however long the lines
+    wide      all columns, however long the lines
+    alarming  a column -> whether a value of it is bad news, which is red where the terminal has colours
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Sink:
         header: bool,
         important: Sequence[str] = (),
         wide: bool = False,
+        alarming: Mapping[str, Callable[[Any], Any]] | None = None,
         width: Callable[[], int | None] | None = None,
     ) -> None:
         self._stream, self._header, self._wide = stream, header, wide
@@ -44,38 +46,45 @@ class Sink:
         self._below = [column for column in columns if column.kind in BELOW]
         order = {name: at for at, name in enumerate(important)}
         self._by_importance = sorted(self._cells, key=lambda cell: min(order.get(n, len(order)) for n in cell.names))
+        self._alarming = alarming if alarming and has_colours(stream) else {}
         self._titles = ""
 
     def rows(self, rows: Sequence[Any]) -> None:
         """Write these rows, and the titles above them if a column stands in another place now."""
-        if lines := self._lines(rows):
+        if lines := self._lines(rows, self._wide):
             self._stream.write("\n".join([*lines, ""]).encode())
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """A table has no place for the account."""
 
     def page(self, rows: Sequence[Any]) -> list[str]:
-        """The lines of a table of its own, with its titles."""
+        """The lines of a table of its own, with its titles. Those of a wide table are cut too."""
         self._titles = ""
-        return self._lines(rows)
+        return self._lines(rows, False)
 
-    def _lines(self, rows: Sequence[Any]) -> list[str]:
+    def _lines(self, rows: Sequence[Any], longer: bool) -> list[str]:
+        """The lines; `longer` than the terminal if they are."""
         width = self._width() or _UNKNOWN_SIZE.columns
         table = [{cell: cell.text(row) for cell in self._cells} for row in rows]
         for cell in self._cells:
             if cell.kind != "list":
                 cell.width = max(cell.width, *(len(texts[cell]) for texts in table), 0)
         chosen = self._cells if self._wide else self._that_fit(width)
-        titles, lines = " ".join(cell.pad(cell.header) for cell in chosen).rstrip(), []
-        if self._header and titles != self._titles:
-            self._titles = titles
-            lines.append(titles)
+        titles = " ".join(cell.pad(cell.header) for cell in chosen).rstrip()
+        lines = [titles] if self._header and titles != self._titles else []
+        self._titles = titles
         for row, texts in zip(rows, table, strict=True):
             lines.append(" ".join(cell.pad(texts[cell]) for cell in chosen).rstrip())
+            if self._alarming and len(lines[-1]) <= width:
+                lines[-1] = " ".join(self._painted(cell, row, texts[cell]) for cell in chosen).rstrip()
             for column in self._below:
                 if value := getattr(row, column.name):
                     lines += BELOW[column.kind](value, column.unit)
-        return lines if self._wide else [cut(line, width) for line in lines]
+        return lines if longer else [cut(line, width) for line in lines]
+
+    def _painted(self, cell: _Cell, row: Any, text: str) -> str:
+        bad = any(name in self._alarming and self._alarming[name](getattr(row, name)) for name in cell.names)
+        return cell.pad(text).replace(text, red(text), 1) if bad else cell.pad(text)
 
     def _that_fit(self, width: int) -> list[_Cell]:
         """The most important columns that fit, in their usual order. There is always one."""
@@ -103,8 +112,22 @@ def width_of(stream: BinaryIO) -> int | None:
 
 
 def cut(line: str, width: int) -> str:
-    """The line, cut to the width, with a mark where it was cut."""
-    return line if len(line) <= width else line[: width - 1] + ">"
+    """The line, cut to the width, with a mark where it was cut. One with colours fits already."""
+    return line if len(line) <= width or "\x1b" in line else line[: width - 1] + ">"
+
+
+def understands_escapes(stream: TextIO | BinaryIO) -> bool:
+    """Whether the stream is a terminal that can clear a line."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def has_colours(stream: TextIO | BinaryIO) -> bool:
+    """Whether the stream is a terminal with colours, and the user wants them (https://no-color.org)."""
+    return understands_escapes(stream) and not os.environ.get("NO_COLOR")
+
+
+def red(text: str) -> str:
+    return f"\x1b[31m{text}\x1b[0m"
 
 
 def milliseconds(us: float) -> str:

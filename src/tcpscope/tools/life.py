@@ -59,6 +59,7 @@ tool = Life(
         "srtt_us",
         "closed_by",
     ),
+    alarming={"end": lambda end: end not in (None, "OPEN", "FIN", "FIN_WAIT2")},
     aliases=("tcplife",),
     examples={
         "life -L 443 --live": "connections of a server: the open ones, then each that ends",

@@ -284,6 +284,7 @@ class Queue(Stream):
             "listeners",
             _EVENTS,
             important=_EVENTS_IMPORTANT,
+            alarming={"overflows": bool, "syn_drops": bool},
             event="overflow",
             aliases=("tcpsynbl",),
             examples={

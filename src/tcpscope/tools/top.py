@@ -23,6 +23,7 @@ from tcpscope.tool import Stream
 
 _MOVED = ("tx_bytes", "rx_bytes", "retrans_bytes")
 _KEYS = {"connection": ("socket", "opened_ns"), "pid": ("pid", "comm"), "raddr": ("raddr",)}
+_NOUNS = {"connection": "connection", "pid": "process", "raddr": "remote address"}
 
 
 class Top(Stream):
@@ -48,7 +49,7 @@ class _Moving(Run):
 
     def __init__(self, request: Request, session: Session, decoder: Decoder, clock: Clock) -> None:
         super().__init__([Column.of(field) for field in decoder.fields], session)
-        self.repeats = request.options["by"]
+        self.repeats = _NOUNS[request.options["by"]]
         self._session, self._clock, self._decode = session, clock, decoder.rows
         self._raw = session.spec.layout("top", internal=True).decoder(raw=True).rows
         self._key, self._numbers = attrgetter(*_KEYS[request.options["by"]]), attrgetter(*_MOVED)
