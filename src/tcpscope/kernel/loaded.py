@@ -454,6 +454,15 @@ def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:
     return int(words[words.index("alloc") + 1]) if "alloc" in words else 0
 
 
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that can be allocated without swapping (MemAvailable, proc_meminfo(5)); None if it is not known."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
 def possible_cpus(mask: Path = Path("/sys/devices/system/cpu/possible")) -> int:
     """How many processors this kernel may ever have.
 

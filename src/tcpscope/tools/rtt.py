@@ -15,10 +15,12 @@ from typing import Any, Literal
 import msgspec
 
 from tcpscope.aggregate import Aggregate, extremes
-from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.clock import monotonic_ns
+from tcpscope.kernel.loaded import available_memory
+from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.request import Option, Request
@@ -38,6 +40,9 @@ _KEYS = {
 }
 _TOTAL_KEYS = 16384
 """At most so many groups have a total, or --max-keys if that is more. A total takes 2 KB."""
+
+_ENTRY_BYTES = 56  # of the kernel's, beside key and value: struct htab_elem and struct bucket, kernel/bpf/hashtab.c
+_MUCH_MEMORY = 100_000_000
 
 _KEY_COLUMNS = (
     Column("pid", width=7, doc="process that owns the connection", nullable=True),
@@ -99,6 +104,9 @@ class Rtt(Tool):
             "want_owner": owner,
             "smoothed": request.options["smoothed"],
         }
+        if not by:
+            max_keys = 1  # there is one group
+        note = _memory_note(max_keys)
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys}
         skip = () if owner else ("woken", "woken_again")
         session = Session(
@@ -112,7 +120,9 @@ class Rtt(Tool):
             debug=request.debug,
         )
         with closed_on_error(session):
-            return _Measuring(request, columns, session, max_keys)
+            run = _Measuring(request, columns, session, max_keys)
+            run.notes += note
+            return run
 
 
 class _Measuring(Run):
@@ -161,6 +171,19 @@ class _Measuring(Run):
         values = {name: getattr(key, name) for name in self._keys} | self._reader.owners.get(key, {})
         values |= histogram.figures(distribution) | {"time": when, "total": total}
         return self._row(*(values[column.name] for column in self.columns))
+
+
+def _memory_note(max_keys: int) -> list[str]:
+    """A line about the kernel memory for the groups, if it is much. TcpscopeError if it is too much."""
+    spec = Spec.of("rtt")
+    entry = spec.layout("rtt_key", internal=True).size + spec.layout("rtt_value", internal=True).size + _ENTRY_BYTES
+    needed, free = 2 * max_keys * entry, available_memory()
+    text = f"--max-keys {max_keys} takes {needed / 1e6:,.0f} MB of the kernel's memory"
+    if free is not None and needed > free // 2:
+        raise TcpscopeError(
+            text, f"{free / 1e6:,.0f} MB are free: at most {free // 4 // entry} keys fit in half of that"
+        )
+    return [text] if needed > _MUCH_MEMORY else []
 
 
 def _parse_by(text: str) -> tuple[str, ...]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tcpscope import tool
+from tcpscope.errors import TcpscopeError
 from tcpscope.kernel.spec import Spec
+from tcpscope.request import Request
 from tcpscope.tools import rtt
 from tests.record import Script, Test, Watch, recorded
 from tests.tools.rtt.site import WATCH, Site, count, rows_of, totals_of
@@ -97,3 +101,34 @@ def test_each_interval_has_room_again(script: Script) -> Test:
     assert [(row["lport"], row["rport"]) for row in rows if not row["total"]] == [end for end in ends for _ in (1, 2)]
     assert {(row["lport"], row["rport"]): row["count"] for row in rows if row["total"]} == dict.fromkeys(ends, 2)
     assert count(rows) == 2 * 2 * 4
+
+
+def test_much_memory_is_said_and_too_much_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rtt, "available_memory", lambda: 8_000_000_000)
+    assert rtt._memory_note(4096) == []
+    (line,) = rtt._memory_note(1 << 20)
+    assert re.fullmatch(r"--max-keys 1048576 takes 2,[5-9]\d\d MB of the kernel's memory", line)
+    monkeypatch.setattr(rtt, "available_memory", lambda: 4_000_000_000)
+    with pytest.raises(TcpscopeError, match=r"4,000 MB are free: at most 7\d{5} keys fit"):
+        rtt._memory_note(1 << 20)
+    monkeypatch.setattr(rtt, "available_memory", lambda: None)
+    assert len(rtt._memory_note(1 << 20)) == 1
+
+
+@pytest.mark.kernel
+def test_the_memory_is_what_was_said() -> None:
+    """As the kernel reports it for the maps."""
+    keys = 1 << 16
+    by_address, one_group = (
+        tool.find("rtt").open(Request(output="json", options=options(by=by, max_keys=keys))) for by in ("raddr", "none")
+    )
+    with by_address, one_group:
+        (line,) = by_address.notes
+        said = float(line.split()[3].replace(",", ""))
+        assert one_group.notes == []
+        (more,), (less,) = (run.sessions for run in (by_address, one_group))
+        assert said == pytest.approx((more.loaded.kernel_bytes - less.loaded.kernel_bytes) / 1e6, rel=0.05)
+
+
+def options(**given: Any) -> dict[str, Any]:
+    return {option.name: option.unset for option in tool.find("rtt").options} | given
