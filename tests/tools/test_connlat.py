@@ -214,7 +214,7 @@ def test_histogram_is_drawn(script: Script) -> Test:
 
 @pytest.mark.parametrize(
     ("text", "us"),
-    [("300us", 300), ("10ms", 10_000), ("1.5s", 1_500_000), (" 2s ", 2_000_000), ("0us", 0), ("0.5ms", 500)],
+    [("300us", 300), ("10ms", 10_000), ("1.5s", 1_500_000), (" 2s ", 2_000_000), ("0.5ms", 500)],
 )
 def test_times_with_units(text: str, us: int) -> None:
     assert microseconds(text) == us
