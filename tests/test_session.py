@@ -21,16 +21,20 @@ from typing import cast
 
 import pytest
 
+import tcpscope
+from tcpscope import tool as toolbox
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
+from tcpscope.kernel import loaded
 from tcpscope.kernel.loaded import Loaded, plan
 from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.listeners import open_session
+from tcpscope.request import Request
 from tcpscope.session import Stats, missed_runs
 from tcpscope.show import begin
 from tcpscope.stop import Stop
-from tcpscope.tool import find, names
+from tcpscope.tool import Stream, find, names
 from tests.conftest import DEADLINE, RunningTool, until
 from tests.puppets import Puppet
 
@@ -187,6 +191,41 @@ def test_the_duration_begins_when_all_is_attached(monkeypatch: pytest.MonkeyPatc
         begin([], stop)
         assert stop.deadline is not None
         assert before + 60 <= stop.deadline <= time.monotonic() + 60
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("name", "asked"), [("life", {"live": True}), ("retrans", {}), ("states", {})])
+def test_each_socket_without_a_place_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, asked: dict[str, bool]
+) -> None:
+    """The seed runs twice, and a session may share the table that another one has filled. Witness: the sockets made."""
+    places, pairs = 64, 50
+    monkeypatch.setattr(loaded, "sockets_at_most", lambda now, allocates: places)
+    with Lab() as own, contextlib.ExitStack() as stack:
+        listener = own.client.socket(socket.AF_INET)
+        listener.bind((own.client.ipv4, 0))
+        listener.listen(pairs)
+        for _ in range(pairs):
+            stack.enter_context(own.client.socket(socket.AF_INET)).connect(listener.getsockname())
+            stack.enter_context(listener.accept()[0])
+        listener.close()
+        for _ in range(2):
+            events = stack.enter_context(tcpscope.open(name, netns=own.client.inode, **asked))
+            events.stop()
+            shown = len(list(events))
+            assert events.stats.table_full == 2 * pairs - places
+            assert shown == (places if name == "life" else 0)
+
+
+@pytest.mark.parametrize("name", ["life", "top"])
+def test_the_ring_has_room_for_all_sockets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """`life --live` and a look of `top` send them all at once."""
+    tool, request = cast(Stream, find(name)), Request(options={"live": True})
+    for sockets in (0, 160_020, 10**9):
+        monkeypatch.setattr(toolbox, "tcp_sockets", lambda sockets=sockets: sockets)
+        size = tool.ring_bytes(request)
+        assert size & (size - 1) == 0
+        assert size == 1 << 30 or size >= sockets * (tool.layout.size + 8)
 
 
 @pytest.mark.kernel

@@ -20,7 +20,7 @@ from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, dr
 from tcpscope.kernel.loaded import Loaded, Ring, Setup
 from tcpscope.kernel.spec import Spec
 
-RING_BYTES = 4 << 20
+RING_BYTES, RING_BYTES_AT_MOST = 4 << 20, 1 << 30
 POLL_SECONDS = 0.1
 _GRACE_SECONDS = 0.05  # longer than any program runs
 READY_FD = "TCPSCOPE_READY_FD"
@@ -121,7 +121,7 @@ class Session:
             self._held.enter_context(netns.held(filter.netns))  # so that the number means no other one later
             self.layout = self.spec.layout(event).named(self.kernel.enumerators) if event else None
             if self.owners:
-                self._before = self.owners.account()
+                self._before = self.owners.before()
                 setup.shared = {name: self.owners.loaded.map_fd(name) for name in self.spec.shared}
             self.loaded = Loaded(self.spec, self.kernel, setup)
         except BaseException:
@@ -130,7 +130,7 @@ class Session:
         try:
             self._counters = Counters(self.loaded)
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
-            self.loaded.run_role("seeds")  # once more: sockets that were made while the loader attached the hooks
+            self.loaded.seed_again()
         except BaseException:
             self.close()
             raise
@@ -248,6 +248,7 @@ class Owners:
         self._key = key
         self._users = 0
         self._counters = Counters(loaded)
+        self._seeded = self._counters.read()["table_full"]
 
     @classmethod
     def share(cls, filter: Filter, kernel: Kernel, debug: bool = False) -> Owners:
@@ -270,7 +271,7 @@ class Owners:
         )
         loaded = Loaded(Spec.of("owner"), kernel, setup)
         try:
-            loaded.run_role("seeds")
+            loaded.seed_again()
             return cls(key, loaded)
         except BaseException:
             loaded.close()
@@ -283,6 +284,11 @@ class Owners:
             if not self._users:
                 del self._shared[self._key]
                 self.loaded.close()
+
+    def before(self) -> Stats:
+        """The account of what the next session does not see: not of older sockets without a place, which it sees."""
+        now = self.account()
+        return Stats(table_full=now.table_full - self._seeded, missed=now.missed)
 
     def account(self) -> Stats:
         """Its `table_full` and `missed` so far; all other fields are zero. Only for who has not released it."""

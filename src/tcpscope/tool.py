@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 from tcpscope import tools
 from tcpscope.errors import UsageError, did_you_mean
-from tcpscope.kernel.loaded import PRIVILEGES
+from tcpscope.kernel.loaded import PRIVILEGES, tcp_sockets
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Run, Streaming
 from tcpscope.schema import Clock, Layout
-from tcpscope.session import RING_BYTES, Session, closed_on_error
+from tcpscope.session import RING_BYTES, RING_BYTES_AT_MOST, Session, closed_on_error
 from tcpscope.summary import Summary
 
 
@@ -119,6 +119,11 @@ class Stream(Tool):
     def ring_bytes(self, request: Request) -> int:
         """The size of the ring buffer without --buffer."""
         return RING_BYTES
+
+    def ring_for_all_sockets(self) -> int:
+        """The size of a ring buffer with room for an event of each socket of the machine, and 16,384 more."""
+        record = (self.layout.size + 7) // 8 * 8 + 8  # BPF_RINGBUF_HDR_SZ
+        return min(1 << ((tcp_sockets() + (1 << 14)) * record).bit_length(), RING_BYTES_AT_MOST)
 
     def begin(self, session: Session, request: Request) -> None:
         """Called when everything is attached, before the tool announces that it is ready."""

@@ -67,16 +67,21 @@ static __always_inline struct connection *connection_add(struct sock *sk)
 	return bpf_map_lookup_elem(&connections, &key);
 }
 
-static __always_inline struct connection *connection_find_or_add(struct sock *sk)
+static __always_inline struct connection *connection_find_or_try(struct sock *sk, bool counts)
 {
 	struct connection *found = connection_find(sk);
 
 	if (found)
 		return found;
 	found = connection_add(sk);
-	if (!found && filter_may_want(sk))
+	if (!found && counts && filter_may_want(sk))
 		COUNT(table_full);
 	return found;
+}
+
+static __always_inline struct connection *connection_find_or_add(struct sock *sk)
+{
+	return connection_find_or_try(sk, true);
 }
 
 /* Deletes the entry. False if there was none. */
@@ -217,6 +222,9 @@ static __always_inline struct connection *connection_accepted(struct sock *child
 	return connection;
 }
 
+/* The seed runs twice when the object is loaded. Only the second time it counts the sockets that find no place. */
+bool seed_counts;
+
 /*
  * The seed: an iterator over all open files calls this, so that sockets older than the tool have an owner. The owner is the
  * first process that holds the socket. `only`: sockets in that state. NULL: not wanted, or it has an owner already.
@@ -236,7 +244,7 @@ static __always_inline struct connection *connection_seed(struct task_struct *ta
 	state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	if (state == STATE_CLOSE || (only && state != only))
 		return NULL;
-	connection = connection_find_or_add(sk);
+	connection = connection_find_or_try(sk, seed_counts);
 	if (!connection || connection->opener.pid || connection->accepted)
 		return NULL;
 	if (!file_holds(file, sk) &&

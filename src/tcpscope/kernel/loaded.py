@@ -391,6 +391,13 @@ class Loaded:
             if hook.program and hook.program.name in self.spec.role(role):
                 self.run(hook.name)
 
+    def seed_again(self) -> None:
+        """Run the seed again, for sockets that were made while hooks were attached. It counts those without a place."""
+        counts = self.memory("seed_counts") if "seed_counts" in self.spec.variables else bytearray(1)
+        counts[0] = 1
+        self.run_role("seeds")
+        counts[0] = 0
+
     def program_info(self) -> dict[str, tuple[int, int, int]]:
         """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), skipped runs.
 

@@ -10,8 +10,6 @@ from tcpscope.session import RING_BYTES, Session
 from tcpscope.summary import Summary
 from tcpscope.tool import Stream
 
-LIVE_RING_BYTES = 16 << 20  # the rows of a full table, all at once
-
 
 class Life(Stream):
     """The open connections are events too: a visit to all entries of the table makes them."""
@@ -20,7 +18,7 @@ class Life(Stream):
         return () if request.options.get("live") else ("live",)
 
     def ring_bytes(self, request: Request) -> int:
-        return LIVE_RING_BYTES if request.options.get("live") else RING_BYTES
+        return self.ring_for_all_sockets() if request.options.get("live") else RING_BYTES
 
     def begin(self, session: Session, request: Request) -> None:
         if request.options.get("live"):
@@ -65,6 +63,10 @@ tool = Life(
         "life -L 443 --live": "connections of a server: the open ones, then each that ends",
         "life --count -d 60": "how connections end, in a minute",
     },
-    options=(Option(("--live",), "Print first the connections that are open now (--buffer is 16M by default then)."),),
+    options=(
+        Option(
+            ("--live",), "Print first the connections that are open now (by default --buffer has room for all of them)."
+        ),
+    ),
     summaries=(Summary("count", "Count the connections of each group, do not print them.", ("end", "closed_by")),),
 )

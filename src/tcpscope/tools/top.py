@@ -13,7 +13,6 @@ from typing import Any
 from tcpscope.errors import UsageError
 from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.clock import monotonic_ns
-from tcpscope.kernel.loaded import tcp_sockets
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Ticker
@@ -36,8 +35,7 @@ class Top(Stream):
         return tuple(column for column in super().columns(request) if by == "connection" or column.name in names)
 
     def ring_bytes(self, request: Request) -> int:
-        """Room for a look at all sockets of the machine, and 16,384 more."""
-        return 1 << ((tcp_sockets() + (1 << 14)) * self.layout.size).bit_length()
+        return self.ring_for_all_sockets()
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         with closed_on_error(self.session(request)) as session:
