@@ -163,3 +163,30 @@ def test_a_listener_tells_its_namespace_by_the_cookie(lab: Lab) -> None:
             cookie = own.net_cookie or 0  # 5.12 and 5.13 have no such option
         assert own.namespace == (lab.server.inode, cookie)
         assert cookie > 0
+
+
+def test_who_should_accept_and_who_has_left_the_namespace(lab: Lab) -> None:
+    """A process that has children with the listener leaves it to them, unless it is seen to accept."""
+    master = Puppet(lab.server, "master")
+    master.do(LISTEN, first=FIRST, number=1)
+    master.do(
+        "import ctypes, subprocess\n"
+        "fd = held[0].fileno()\n"
+        "code = 'import sys; sys.stdin.read()'\n"
+        "worker = subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, pass_fds=[fd])"
+    )
+    worker = master.ask("worker.pid")
+    with watching(lab) as session:
+        snapshots = Snapshots(session)
+        (own,) = snapshots.look(fresh=True)
+        assert own.inside == {master.pid, worker}
+        assert [held.pid for held in own.workers] == [worker]
+        assert (own.owner and own.owner.pid) == worker
+        master.do("assert ctypes.CDLL(None).unshare(0x40000000) == 0  # CLONE_NEWNET")
+        client = lab.server.run(socket.create_connection, ("127.0.0.1", FIRST))
+        master.do("held[0].accept()")
+        client.close()
+        (own,) = snapshots.look(fresh=True)
+        assert own.inside == {worker}
+        if own.accepts is not None:  # the kernel lets a program see accept()
+            assert (own.owner and own.owner.pid) == master.pid

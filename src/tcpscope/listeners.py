@@ -17,6 +17,7 @@ from tcpscope.session import Session
 
 UNREAD = 2**64 - 1
 LISTENERS_AT_MOST = 8192  # MAX_LISTENERS of the probe, and the size of its map `activities`
+SYSTEMD = "systemd"  # name of the process, of the system's (PID 1) and of a user's
 WALK_SHARE = 100  # walks over all open files take at most a hundredth of the time of one processor
 MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
@@ -62,6 +63,9 @@ class Listener:
     accepts         accept() calls that returned a connection; None if accept() cannot be hooked
     oldest_wait_us  time since the SYN-ACK of the connection at the head of the accept queue; None if it is empty
     since_ns        when it called listen(); 0: before the tool
+    accepter        PID of the process that called accept() last, as far as that was seen
+    parents         PIDs of holders that are the parent of another holder
+    inside          PIDs of holders that are in the listener's network namespace; others have left it since
     has_cookie      whether every socket of this kernel has a cookie
     net_cookie      of its namespace; None where the kernel gives none (before 5.12)
     counters        of its namespace; None if they were not read
@@ -88,6 +92,9 @@ class Listener:
     oldest_wait_us: int | None
     refused: dict[tuple[str, ...], int] | None = field(default=None, repr=False)
     since_ns: int = field(default=0, repr=False)
+    accepter: int | None = field(default=None, repr=False)
+    parents: frozenset[int] = field(default=frozenset(), repr=False)
+    inside: frozenset[int] = field(default=frozenset(), repr=False)
     has_cookie: bool = field(default=True, repr=False)
     net_cookie: int | None = field(default=None, repr=False)
     counters: NetCounters | None = field(default=None, repr=False)
@@ -134,8 +141,23 @@ class Listener:
 
     @property
     def owner(self) -> Holder | None:
-        """The first holder; None if there is none."""
-        return self.holders[0] if self.holders else None
+        """The process that accepted last. If that is not known, the first that should; None if nobody holds it."""
+        accepters = [holder for holder in self.holders if holder.pid == self.accepter]
+        return next(iter(accepters or self.workers or self.holders), None)
+
+    @property
+    def workers(self) -> list[Holder]:
+        """The holders that should accept.
+
+        A process that has children which hold the listener too leaves it to them (gunicorn, nginx, uwsgi), and so does
+        systemd to the service that it starts.
+        """
+        return [own for own in self.holders if own.pid not in self.parents and own.comm != SYSTEMD]
+
+    @property
+    def by_systemd(self) -> bool:
+        """Whether systemd called listen(): the socket belongs to a .socket unit (systemd.socket(5))."""
+        return any(own.comm == SYSTEMD for own in self.holders)
 
     def count(self, *causes: str, step: str | None = None) -> int | None:
         """The number of refusals for these causes, at `step` or at both steps; None if not known."""
@@ -242,24 +264,32 @@ class Snapshots:
         """
         began = time.thread_time()
         holders: dict[_Key, set[Holder]] = defaultdict(set)
+        parents: dict[_Key, set[int]] = defaultdict(set)
+        inside: dict[_Key, set[int]] = defaultdict(set)
         wanted = set()
         for piece in self._session.loaded.iterate("seed"):
             for row in self._decode_holders(piece):
                 key = row.socket, row.since_ns
                 holders[key].add(Holder(row.pid, comm_text(row.comm), row.uid, row.fd))
+                parents[key].add(row.parent)
+                if row.inside:
+                    inside[key].add(row.pid)
                 if row.wanted:
                     wanted.add(key)
         known = set(holders)
         if not pidns.inner():
             known |= {(record.socket, record.since_ns) for record in records}
-        self._holders = {key: _Holders(tuple(sorted(holders.get(key, ()))), key in wanted) for key in known}
+        self._holders = {
+            key: _Holders(tuple(sorted(holders[key])), key in wanted, frozenset(parents[key]), frozenset(inside[key]))
+            for key in known
+        }
         self._next_walk = time.monotonic() + WALK_SHARE * (time.thread_time() - began)
 
     def _listener(self, record: Any) -> Listener:
         held = self._holders.get((record.socket, record.since_ns)) or _Holders.opener(record)
         wanted = record.wanted and held.wanted
         refused = counters_of(record.refused, *self._enums) if self._exact else None
-        return _listener(record, held.holders, refused, self._accepts, wanted)
+        return _listener(record, held, refused, self._accepts, wanted)
 
 
 class _Holders(NamedTuple):
@@ -267,6 +297,8 @@ class _Holders(NamedTuple):
 
     holders: tuple[Holder, ...]
     wanted: bool
+    parents: frozenset[int] = frozenset()
+    inside: frozenset[int] = frozenset()
 
     @classmethod
     def opener(cls, record: Any) -> _Holders:
@@ -276,7 +308,7 @@ class _Holders(NamedTuple):
 
 
 def _listener(
-    record: Any, holders: tuple[Holder, ...], refused: dict[tuple[str, ...], int] | None, accepts: bool, wanted: bool
+    record: Any, held: _Holders, refused: dict[tuple[str, ...], int] | None, accepts: bool, wanted: bool
 ) -> Listener:
     since = (record.now_ns - record.last_accept_ns) // 1000 if record.last_accept_ns else None
     waiting = record.accept_queue and record.oldest_synack_us
@@ -287,7 +319,7 @@ def _listener(
         family=record.family,
         laddr=address_text(record.laddr),
         lport=record.lport,
-        holders=holders,
+        holders=held.holders,
         accept_queue=record.accept_queue,
         accept_limit=record.accept_limit,
         syn_queue=record.syn_queue,
@@ -301,6 +333,9 @@ def _listener(
         oldest_wait_us=max(0, record.now_ns // 1000 - record.oldest_synack_us) if waiting else None,
         refused=refused,
         since_ns=record.since_ns,
+        accepter=record.accepter or None,
+        parents=held.parents,
+        inside=held.inside,
         has_cookie=record.has_cookie,
         net_cookie=record.net_cookie or None,
         counters=None

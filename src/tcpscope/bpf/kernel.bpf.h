@@ -321,17 +321,23 @@ struct thread_info { /* arch/x86/include/asm/thread_info.h */
 };
 #endif
 
+struct nsproxy { /* include/linux/nsproxy.h */
+	struct net *net_ns;
+};
+
 struct task_struct { /* include/linux/sched.h */
 #if defined(__TARGET_ARCH_x86)
 	struct thread_info thread_info;
 #endif
 	int pid;
 	int tgid;
+	struct task_struct *real_parent;
 	struct task_struct *group_leader;
 	struct pid *thread_pid;
 	const struct cred *cred;
 	char comm[16];
 	struct files_struct *files;
+	struct nsproxy *nsproxy; /* NULL of a task that exits */
 	struct css_set *cgroups;
 };
 

@@ -59,6 +59,8 @@ static __noinline int queues_read(struct sock *sk, struct queues *queues)
 struct activity {
 	__u64 accepts;
 	__u64 last_accept_ns;
+	__u32 accepter; /* PID of the process that called accept() last */
+	__u32 padding;
 	__u64 refused[STEPS][CAUSES];
 };
 
@@ -96,6 +98,7 @@ static __always_inline void accepted_from(struct sock *listener, struct sock *ch
 	if (!activity)
 		return;
 	__sync_fetch_and_add(&activity->accepts, 1);
+	activity->accepter = bpf_get_current_pid_tgid() >> 32;
 	activity->last_accept_ns = bpf_ktime_get_ns();
 }
 

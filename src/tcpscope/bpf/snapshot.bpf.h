@@ -25,6 +25,8 @@ struct listener {
 	__u64 net_cookie; /* of the namespace, whose inode number another one may get later; 0: not known */
 	__u64 accepts;
 	__u64 last_accept_ns;
+	__u32 accepter; /* PID of the process that called accept() last */
+	__u32 padding2;
 	__u64 net_overflows; /* counters of the namespace, if refusals are sampled; net_drops -1: not read */
 	__u64 net_drops;
 	__u64 net_full;
@@ -41,8 +43,10 @@ struct listener_holder {
 	__u64 socket;
 	__u64 since_ns;
 	__u32 fd DOC("file descriptor of the process");
-	bool wanted; /* passes the filter */
-	__u8 padding[3];
+	__u32 parent; /* its PID */
+	bool inside;  /* the process is in the listener's network namespace now */
+	bool wanted;  /* passes the filter */
+	__u8 padding[6];
 };
 
 const struct listener_holder *listener_holder_anchor __attribute__((unused));
@@ -147,6 +151,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 	activity = bpf_map_lookup_elem(&activities, &key);
 	if (activity) {
 		record->accepts = activity->accepts;
+		record->accepter = activity->accepter;
 		record->last_accept_ns = activity->last_accept_ns;
 		__builtin_memcpy(record->refused, activity->refused, sizeof(record->refused));
 	}
@@ -176,6 +181,8 @@ static __always_inline void holder_write(struct seq_file *seq, struct task_struc
 	if (connection)
 		holder.since_ns = connection->opened_ns;
 	owner_of_task(task, &holder.owner);
+	holder.parent = BPF_CORE_READ(task, real_parent, tgid);
+	holder.inside = BPF_CORE_READ(task, nsproxy, net_ns) == BPF_CORE_READ(sk, __sk_common.skc_net.net);
 	holder.wanted = filter_owner(&holder.owner);
 	bpf_seq_write(seq, &holder, sizeof(holder));
 }

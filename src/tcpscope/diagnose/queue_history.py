@@ -10,7 +10,7 @@ from typing import Any
 
 from tcpscope import listeners
 from tcpscope.kernel import netns
-from tcpscope.listeners import Key, Listener, NamespaceKey, Snapshots
+from tcpscope.listeners import LISTENERS_AT_MOST, Key, Listener, NamespaceKey, Snapshots
 from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
 from tcpscope.sampling import LIMITS, Sampler
@@ -183,7 +183,7 @@ class Witness:
     def __init__(self) -> None:
         self._before: dict[NamespaceKey, dict[str, int]] = {}
         self._now: dict[NamespaceKey, dict[str, int]] = {}
-        self._seen: dict[NamespaceKey, int] = {}
+        self._seen: dict[NamespaceKey, int] = {}  # what its listeners had refused at the last reading
 
     def look(self, found: Iterable[Listener]) -> None:
         """After a snapshot of the listeners that pass the filter."""
@@ -192,20 +192,27 @@ class Witness:
             groups.setdefault(own.namespace, []).append(own)
         for namespace, group in groups.items():
             seen = hash(tuple((own.key, own.drops, sum((own.refused or {}).values()), own.counters) for own in group))
-            if self._seen.get(namespace) == seen or not (read := namespace_counters(group)):
+            if self._seen.get(namespace) == seen:
                 continue
             self._seen[namespace] = seen
+            read = namespace_counters(group)
             last = self._now.get(namespace)
             if last is None:
                 self._before[namespace] = _at_birth(read, group) if all(own.since_ns for own in group) else read
+            elif not read:
+                continue
             elif any(read[name] < n for name, n in last.items()):  # another namespace had this inode number
                 self._before[namespace] = dict.fromkeys(read, 0)
             self._now[namespace] = read
+        if len(self._now) > 2 * LISTENERS_AT_MOST:
+            for known in (self._before, self._now, self._seen):
+                for gone in known.keys() - groups.keys():
+                    del known[gone]
 
     def grown(self, listener: Listener) -> dict[str, int]:
         before = self._before.get(listener.namespace, {})
         now = self._now.get(listener.namespace, {})
-        return {name: now[name] - n for name, n in before.items()}
+        return {name: now[name] - n for name, n in before.items() if name in now}
 
 
 def _unborn(listener: Listener) -> Listener:
@@ -230,10 +237,8 @@ def _at_birth(read: dict[str, int], group: list[Listener]) -> dict[str, int]:
 
 def namespace_counters(group: Iterable[Listener]) -> dict[str, int]:
     """The kernel's counters (TcpExt...) of the network namespace of these listeners; empty if they cannot be read."""
-    for netns_inode, pid in dict.fromkeys((own.netns, holder.pid) for own in group for holder in own.holders):
+    for pid in dict.fromkeys(pid for own in group for pid in _inside(own)):
         try:
-            if _has_left(pid, netns_inode):
-                continue
             lines = Path(f"/proc/{pid}/net/netstat").read_text().splitlines()
         except OSError:
             continue
@@ -242,6 +247,16 @@ def namespace_counters(group: Iterable[Listener]) -> dict[str, int]:
                 pairs = dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
                 return {name: pairs[name] for name in COUNTERS if name in pairs}
     return {}
+
+
+def _inside(listener: Listener) -> Iterable[int]:
+    """The PIDs of holders in its network namespace. Before the first walk: who called listen(), unless it has left.
+
+    Without privileges it cannot be seen whether it did. Few programs change their namespace.
+    """
+    if listener.inside:
+        return listener.inside
+    return (own.pid for own in listener.holders if own.fd is None and not _has_left(own.pid, listener.netns))
 
 
 def _has_left(pid: int, inode: int) -> bool:

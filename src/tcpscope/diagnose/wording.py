@@ -8,7 +8,7 @@ from typing import Any
 
 from tcpscope.diagnose import Remedy
 from tcpscope.diagnose.queue_history import History, QueueHistory
-from tcpscope.kernel import netns
+from tcpscope.kernel import netns, pidns
 from tcpscope.listeners import Listener
 
 _LEAST, _MOST = 128, 65535
@@ -16,12 +16,12 @@ _PEERS_SHOWN = 3
 
 
 def whose(listener: Listener) -> str:
-    """`python3 (PID 4711)`, and how many more hold it."""
-    if not listener.holders:
+    """`python3 (PID 4711)`: who accepts from it, or should; and how many more hold it."""
+    owner = listener.owner
+    if owner is None:
         return "owner not known"
-    first, *others = listener.holders
-    more = f" and {len(others)} more" if others else ""
-    return f"{first.comm} (PID {first.pid}{more})"
+    others = len({holder.pid for holder in listener.holders}) - 1
+    return f"{owner.comm} (PID {owner.pid}{f' and {others} more' if others else ''})"
 
 
 def peers(history: History, *causes: str) -> Iterator[str]:
@@ -44,11 +44,17 @@ def counters_agree(seen: QueueHistory, listener: Listener, names: tuple[str, ...
         yield f"the kernel's counters of this network namespace: {', '.join(known)}"
 
 
-def in_namespace(listener: Listener, command: str) -> str:
-    """The command, to be run in the listener's network namespace."""
-    if listener.netns == netns.inode_of("/proc/self/ns/net") or not listener.owner:
+def in_namespace(listener: Listener, command: str) -> str | None:
+    """The command, to be run in the listener's network namespace; None if it is not known how to enter that.
+
+    A process may have left the namespace after it made the socket: entering its present one would change another.
+    """
+    if listener.netns == netns.inode_of("/proc/self/ns/net"):
         return command
-    return f"nsenter -t {listener.owner.pid} -n {command}"
+    if listener.inside and not pidns.inner():
+        return f"nsenter -t {min(listener.inside)} -n {command}"
+    seen = netns.visible().namespaces.get(listener.netns)
+    return f"nsenter --net={seen.path} {command}" if seen else None
 
 
 def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
@@ -61,6 +67,16 @@ def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
             present=listener.somaxconn,
             proposed=proposed,
         )
+    if listener.by_systemd:
+        yield Remedy(
+            "Raise Backlog= in the .socket unit of this address, and restart that unit. systemd calls listen() for it, "
+            "so a restart of the service does not change the limit.",
+            command=f"systemctl list-sockets | grep -w {listener.lport}",
+            name="Backlog=",
+            present=listener.accept_limit if listener.limit_from == "listen()" else f"{listener.accept_limit} or more",
+            proposed=proposed,
+        )
+        return
     program = listener.owner.comm if listener.owner else "the application"
     yield Remedy(
         f"Let {program} call listen() with a larger backlog, and restart it: the kernel takes the limit at that call.",

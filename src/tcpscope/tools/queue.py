@@ -126,7 +126,7 @@ _DERIVED = (
     _Derived("lport", doc="port it listens on", formula=lambda look: look.listener.lport),
     _Derived(
         "pid",
-        doc="first process that holds it",
+        doc="process that accepts from it; if that is not known, one that holds it and should",
         width=7,
         formula=lambda look: look.listener.owner and look.listener.owner.pid,
     ),

@@ -22,6 +22,7 @@ WHY = (
     "limit {limit} holds {most} connections. When it is full, the kernel drops new SYNs and ignores final ACKs. A "
     "client whose ACK was ignored believes that it is connected; nobody answers its data, and it retransmits."
 )
+_WORKERS_SHOWN = 8
 WHY_RESET = " With tcp_abort_on_overflow=1 the kernel sends such a client a RST instead."
 
 
@@ -102,12 +103,14 @@ def _waiting(history: History) -> str:
 
 def _remedies(history: History, count: int) -> Iterator[Remedy]:
     listener = history.last
-    owner = listener.owner
-    if history.accepts == 0 and owner:
+    workers = list(dict.fromkeys((own.comm, own.pid) for own in listener.workers))
+    if history.accepts == 0 and workers:
+        names = ", ".join(dict.fromkeys(comm for comm, _ in workers))
+        pids = [str(pid) for _, pid in workers[:_WORKERS_SHOWN]]
         yield Remedy(
-            f"Find out what {owner.comm} does: it accepted no connection. Until it accepts, a longer queue only delays "
+            f"Find out what {names} waits for: it accepted no connection. Until it accepts, a longer queue only delays "
             "the overflow.",
-            command=f"cat /proc/{owner.pid}/stack /proc/{owner.pid}/wchan; ps -Lp {owner.pid} -o tid,stat,wchan,comm",
+            command=f"ps -L -p {','.join(pids)} -o pid,tid,stat,wchan:32,comm; cat /proc/{pids[0]}/stack",
         )
     yield from raise_limit(listener, next_power(listener.accept_limit + count))
 
