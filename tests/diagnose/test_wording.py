@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tcpscope.diagnose import Remedy, wording
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.queue_history import Burst, History
 from tcpscope.diagnose.rules import accept_queue
 from tcpscope.kernel import netns
 from tcpscope.kernel.netns import Namespace, Visible
@@ -20,7 +20,7 @@ ELSEWHERE = replace(LISTENER, netns=1, holders=(ONE,))
 
 
 def remedies(listener: Listener) -> list[Remedy]:
-    return list(accept_queue._remedies(History(listener, listener, full_seen=1, looks=1), 1))
+    return list(accept_queue._remedies(History(listener, listener, full_seen=1, looks=1)))
 
 
 def test_workers_are_named_and_not_the_process_that_started_them() -> None:
@@ -61,3 +61,46 @@ def test_without_a_way_into_the_namespace_there_is_no_command(monkeypatch: pytes
     assert wording.in_namespace(ELSEWHERE, "true") is None
     own = netns.inode_of("/proc/self/ns/net")
     assert wording.in_namespace(replace(ELSEWHERE, netns=own), "true") == "true"
+
+
+def proposed(history: History) -> list[str | int | None]:
+    return [remedy.proposed for remedy in accept_queue._remedies(history) if remedy.proposed]
+
+
+@pytest.mark.parametrize("seconds", [2, 6, 15])
+def test_the_proposed_backlog_does_not_grow_with_the_time_watched(seconds: int) -> None:
+    """Every second the same burst: 150 clients in one look, each refused twice. A queue of 5 lacks 150 places."""
+    history = History(replace(LISTENER, accepts=0), replace(LISTENER, accepts=9 * seconds), looks=5 * seconds)
+    for second in range(seconds):
+        for port in 2 * list(range(150)):
+            history.accept_burst.add(("192.0.2.1", 1000 * second + port))
+        for _ in range(5):
+            history.accept_burst.look()
+    assert proposed(history) == [256]
+
+
+def test_where_clients_are_not_known_the_largest_sample_counts() -> None:
+    history = History(replace(LISTENER, accepts=0), replace(LISTENER, accepts=9), looks=10)
+    for _ in range(10):
+        history.accept_burst.add_sampled(150)
+        history.accept_burst.look()
+    assert proposed(history) == [256]
+
+
+def test_a_burst_that_goes_on_is_cut_after_a_second() -> None:
+    burst = Burst()
+    for port in range(100):
+        burst.add(("192.0.2.1", port))
+        burst.look()
+    assert burst.most == 5
+
+
+@pytest.mark.parametrize(("full", "slow"), [(4, False), (5, True), (10, True)])
+def test_a_server_that_is_too_slow_gets_no_longer_queue(full: int, slow: bool) -> None:
+    history = History(
+        replace(LISTENER, accepts=0), replace(LISTENER, accepts=20), full_seen=full, looks=10, began=1.0, ended=3.0
+    )
+    found = list(accept_queue._remedies(history))
+    assert ("accepts 10.0 a second" in found[0].what) == slow
+    assert ("waits 500 ms" in found[0].what) == slow
+    assert bool(proposed(history)) != slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,40 @@ from tcpscope.session import RING_BYTES, Session
 
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
 _PEERS = 4096  # distinct remote addresses remembered per listener
+_BURST_LOOKS = 5  # a second: after it a refused client sends its SYN again
+_SLOW_LOOKS = 5  # fewer do not tell a slow server from a burst
+
+
+@dataclass
+class Burst:
+    """The clients that a queue refused in one burst: in looks that follow each other, within a second.
+
+    A client that is refused comes again and again. So the sum of all refusals grows with the time watched, and says
+    nothing about the number of places that were missing.
+    """
+
+    most: int = 0
+    _clients: set[tuple[str, int]] = field(default_factory=set)
+    _looks: int = 0
+    _refused: bool = False
+
+    def add(self, client: tuple[str, int]) -> None:
+        self._refused = True
+        if len(self._clients) < _PEERS:
+            self._clients.add(client)
+        self.most = max(self.most, len(self._clients))
+
+    def add_sampled(self, number: int) -> None:
+        """So many refusals in one look, whose clients are not known."""
+        self.most = max(self.most, number)
+
+    def look(self) -> None:
+        """After each snapshot."""
+        self._looks += 1
+        if not self._refused or self._looks >= _BURST_LOOKS:
+            self._clients.clear()
+            self._looks = 0
+        self._refused = False
 
 
 @dataclass
@@ -30,6 +65,8 @@ class History:
     looks       how many snapshots were taken; full_seen: in how many of them the accept queue was full
     peers       (cause, remote address) -> refusals, of the first _PEERS
     events      (step, cause) -> refusals whose events came
+    accept_burst, syn_burst  clients that the accept queue and the SYN queue refused
+    began       time of the first snapshot, and `ended` of the last, in seconds of the monotonic clock
     gone        it was not in the last snapshot
     """
 
@@ -42,6 +79,10 @@ class History:
     sampled: Counter[tuple[str, ...]] = field(default_factory=Counter)
     peers: Counter[tuple[str, ...]] = field(default_factory=Counter)
     events: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    accept_burst: Burst = field(default_factory=Burst)
+    syn_burst: Burst = field(default_factory=Burst)
+    began: float = 0.0
+    ended: float = 0.0
     gone: bool = False
 
     @property
@@ -53,6 +94,21 @@ class History:
         if self.first.accepts is None or self.last.accepts is None:
             return None
         return self.last.accepts - self.first.accepts
+
+    @property
+    def accepts_per_s(self) -> float | None:
+        """None if it is not known, or the listener was not watched long enough."""
+        elapsed = self.ended - self.began
+        return None if self.accepts is None or elapsed <= 0 else self.accepts / elapsed
+
+    @property
+    def too_slow(self) -> bool:
+        """Whether the application accepts, and the accept queue is full all the same, in half of the looks or more."""
+        return bool(self.accepts) and self.looks >= _SLOW_LOOKS and 2 * self.full_seen >= self.looks
+
+    def burst(self, cause: str) -> Burst:
+        """Of the queue that refuses for this cause."""
+        return self.accept_burst if cause == "ACCEPT_QUEUE_FULL" else self.syn_burst
 
     @property
     def refused(self) -> Counter[tuple[str, ...]]:
@@ -87,7 +143,7 @@ class QueueHistory:
         self.exact = self.why_sampled is None
         self._snapshots, self._sampler = Snapshots(self.session), Sampler()
         assert self.session.layout is not None
-        names = ("netns", "lport", "laddr", "cookie", "raddr", "cause", "step", "accept_queue", "syn_queue")
+        names = ("netns", "lport", "laddr", "cookie", "raddr", "rport", "cause", "step", "accept_queue", "syn_queue")
         self.run = Streaming(self.session, self.session.layout.select(names).decoder())
         self.histories: dict[Key, History] = {}
         self._by_address: dict[tuple[int, int, str], list[History]] = {}
@@ -115,6 +171,7 @@ class QueueHistory:
 
     def _look(self, fresh: bool = False) -> None:
         found = self._snapshots.look(all_=not self.exact, fresh=fresh)
+        now = time.monotonic()
         self._forget({listener.key for listener in found})
         for listener in found:
             if not listener.wanted:
@@ -122,8 +179,10 @@ class QueueHistory:
             history = self.histories.get(listener.key)
             if history is None:
                 first = _unborn(listener) if listener.since_ns else listener
-                history = self.histories[listener.key] = History(first, listener)
-            history.last, history.gone = listener, False
+                history = self.histories[listener.key] = History(first, listener, began=now)
+            history.last, history.ended, history.gone = listener, now, False
+            history.accept_burst.look()
+            history.syn_burst.look()
             history.looks += 1
             history.full_seen += listener.accept_queue > listener.accept_limit
             history.longest_syn_queue = max(history.longest_syn_queue, listener.syn_queue)
@@ -137,7 +196,9 @@ class QueueHistory:
             for sample in self._sampler.look(found):
                 if sample.listener.wanted:
                     step, cause = sample.step or "UNKNOWN", sample.cause or "UNKNOWN"
-                    self.histories[sample.listener.key].sampled[step, cause] += sample.count
+                    history = self.histories[sample.listener.key]
+                    history.sampled[step, cause] += sample.count
+                    history.burst(cause).add_sampled(sample.count)
 
     def _drain(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
@@ -147,6 +208,7 @@ class QueueHistory:
                     continue
                 history.longest_accept_queue = max(history.longest_accept_queue, event.accept_queue)
                 history.longest_syn_queue = max(history.longest_syn_queue, event.syn_queue)
+                history.burst(event.cause).add((event.raddr, event.rport))
                 history.events[event.step or "UNKNOWN", event.cause] += 1
                 peer = (event.cause, event.raddr)
                 if peer in history.peers or len(history.peers) < _PEERS:

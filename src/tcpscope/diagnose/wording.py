@@ -24,6 +24,11 @@ def whose(listener: Listener) -> str:
     return f"{owner.comm} (PID {owner.pid}{f' and {others} more' if others else ''})"
 
 
+def program(listener: Listener) -> str:
+    """The name of the process that accepts."""
+    return listener.owner.comm if listener.owner else "the application"
+
+
 def peers(history: History, *causes: str) -> Iterator[str]:
     """The remote addresses with most refusals for one of these causes."""
     found = Counter[str]()
@@ -77,9 +82,9 @@ def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
             proposed=proposed,
         )
         return
-    program = listener.owner.comm if listener.owner else "the application"
     yield Remedy(
-        f"Let {program} call listen() with a larger backlog, and restart it: the kernel takes the limit at that call.",
+        f"Let {program(listener)} call listen() with a larger backlog, and restart it: the kernel takes the limit at "
+        "that call.",
         name="listen() backlog",
         present=listener.accept_limit if listener.limit_from == "listen()" else f"{listener.accept_limit} or more",
         proposed=proposed,
@@ -116,4 +121,6 @@ def facts(history: History, **numbers: Any) -> dict[str, Any]:
         "abort_on_overflow": listener.abort_on_overflow,
         "accepts": history.accepts,
         "drops": history.drops,
+        "full_seen": history.full_seen,
+        "looks": history.looks,
     }

@@ -11,6 +11,7 @@ from tcpscope.diagnose.wording import (
     facts,
     next_power,
     peers,
+    program,
     raise_limit,
     seconds,
     whose,
@@ -52,8 +53,8 @@ class AcceptQueue(Rule):
             refused += f"; {history.drops} packets dropped (two for a refused final ACK)"
         observed = [
             refused,
-            f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; "
-            f"{_accepts(history)}{_waiting(history)}",
+            f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
+            f"{history.full_seen} of {history.looks} samples; {_accepts(history)}{_waiting(history)}",
             listener.about_limit,
             *peers(history, "ACCEPT_QUEUE_FULL"),
             *counters_agree(seen, listener, ("ListenOverflows",)),
@@ -64,8 +65,14 @@ class AcceptQueue(Rule):
             title=f"accept queue overflow on {listener.name}, {whose(listener)}",
             observed=observed,
             why=_why(listener) + (WHY_RESET if listener.abort_on_overflow else ""),
-            remedies=list(_remedies(history, count + unsure)),
-            facts=facts(history, count=None if unsure else count, at_syn=at_syn, at_ack=at_ack),
+            remedies=list(_remedies(history)),
+            facts=facts(
+                history,
+                clients_in_burst=history.accept_burst.most,
+                count=None if unsure else count,
+                at_syn=at_syn,
+                at_ack=at_ack,
+            ),
         )
 
     def _full(self, history: History) -> Finding:
@@ -81,7 +88,7 @@ class AcceptQueue(Rule):
                 listener.about_limit,
             ],
             why=_why(listener),
-            remedies=list(_remedies(history, 1)),
+            remedies=list(_remedies(history)),
             facts=facts(history, count=0),
         )
 
@@ -101,8 +108,16 @@ def _waiting(history: History) -> str:
     return f"; the oldest connection has waited {seconds(wait)}" if wait is not None else ""
 
 
-def _remedies(history: History, count: int) -> Iterator[Remedy]:
+def _remedies(history: History) -> Iterator[Remedy]:
     listener = history.last
+    rate = history.accepts_per_s
+    if history.too_slow and rate:
+        wait = seconds(round(listener.accept_limit / rate * 1e6))
+        yield Remedy(
+            f"Let {program(listener)} accept faster, or give it less to do. It accepts {rate:.1f} a second, so a "
+            f"connection waits {wait} behind {listener.accept_limit} others. In a longer queue it would wait longer.",
+        )
+        return
     workers = list(dict.fromkeys((own.comm, own.pid) for own in listener.workers))
     if history.accepts == 0 and workers:
         names = ", ".join(dict.fromkeys(comm for comm, _ in workers))
@@ -112,7 +127,7 @@ def _remedies(history: History, count: int) -> Iterator[Remedy]:
             "the overflow.",
             command=f"ps -L -p {','.join(pids)} -o pid,tid,stat,wchan:32,comm; cat /proc/{pids[0]}/stack",
         )
-    yield from raise_limit(listener, next_power(listener.accept_limit + count))
+    yield from raise_limit(listener, next_power(listener.accept_limit + max(history.accept_burst.most, 1)))
 
 
 rule = AcceptQueue()

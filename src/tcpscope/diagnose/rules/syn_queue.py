@@ -100,7 +100,7 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
             proposed=1,
         )
     if reserved:
-        proposed = next_power(listener.max_syn_backlog + reserved + 1)
+        proposed = next_power(listener.max_syn_backlog + max(history.syn_burst.most, 1))
         yield Remedy(
             "Raise tcp_max_syn_backlog: three quarters of it are for peers that the kernel does not know yet.",
             command=in_namespace(listener, f"sysctl -w net.ipv4.tcp_max_syn_backlog={proposed}"),
@@ -109,7 +109,7 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
             proposed=proposed,
         )
     if full or cookies:
-        yield from raise_limit(listener, next_power(listener.accept_limit + full + cookies))
+        yield from raise_limit(listener, next_power(listener.accept_limit + max(history.syn_burst.most, 1)))
 
 
 rule = SynQueue()
