@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 import click
@@ -81,8 +82,13 @@ class Commands(click.Group):
             formatter.write_dl(sorted([*others, ("help", "Show the help of a command, such as `tcpscope help life`.")]))
 
 
-def _show_help(words: Sequence[str]) -> None:
+def _show_help(words: Sequence[str], man: Path | None) -> None:
     context = click.get_current_context().find_root()
+    if man:
+        from tcpscope import manual
+
+        click.echo("\n".join(map(str, manual.write(context, man))))
+        return
     command: click.Command = context.command
     for word in words:
         if not isinstance(command, click.Group):
@@ -93,9 +99,23 @@ def _show_help(words: Sequence[str]) -> None:
     click.echo(command.get_help(context))
 
 
+def _names_that_begin(context: click.Context, _: click.Parameter, begin: str) -> list[str]:
+    root = context.find_root()
+    assert isinstance(root.command, click.Group)
+    return [name for name in root.command.list_commands(root) if name.startswith(begin)]
+
+
 _HELP = click.Command(
     "help",
-    params=[click.Argument(["words"], nargs=-1, metavar="[COMMAND]...")],
+    params=[
+        click.Argument(["words"], nargs=-1, metavar="[COMMAND]...", shell_complete=_names_that_begin),
+        click.Option(
+            ["--man"],
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            metavar="DIRECTORY",
+            help="Write the manual pages of all commands into this directory.",
+        ),
+    ],
     callback=_show_help,
     help="Show the help of a command.",
 )
