@@ -464,7 +464,7 @@ class Queue(msgspec.Struct, frozen=True):
     """port it listens on"""
 
     pid: int
-    """first process that holds it"""
+    """process that accepts from it; if that is not known, one that holds it and should"""
 
     comm: str
     """name of that process"""
