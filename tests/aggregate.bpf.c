@@ -19,12 +19,15 @@ struct traffic {
 AGGREGATE(traffics, network_key, traffic, 256)
 
 SEC("tp_btf/sys_enter")
-int TRACEPOINT_PROG_IF((int)SYSCALL_ARGUMENT_1(regs) == NO_FILE, entered, struct pt_regs *regs)
+int TRACEPOINT_PROG_IF((int)syscall_descriptor(regs) == NO_FILE, entered, struct pt_regs *regs)
 {
-	struct network_key key = {.network = SYSCALL_ARGUMENT_3(regs)};
-	__u64 bytes = SYSCALL_ARGUMENT_2(regs);
+	struct network_key key = {};
 	struct traffic *traffic;
+	__u64 arguments[3], bytes;
 
+	syscall_arguments(regs, arguments);
+	bytes = arguments[1];
+	key.network = arguments[2];
 	COUNT(seen);
 	traffic = traffics_at(&key);
 	if (!traffic)
