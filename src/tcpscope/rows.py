@@ -147,7 +147,7 @@ class Accept(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -202,7 +202,7 @@ class Connect(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -262,7 +262,7 @@ class Connlat(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -322,7 +322,7 @@ class Life(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -436,7 +436,7 @@ class List(msgspec.Struct, frozen=True):
     """user that created the socket"""
 
     pid: int | None
-    """first process that holds it"""
+    """process that holds it; of several the one that started first"""
 
     comm: str | None
     """name of that process"""
@@ -558,7 +558,7 @@ class Retrans(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -619,7 +619,7 @@ class States(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -674,7 +674,7 @@ class Top(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -723,7 +723,7 @@ class Tracer(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""
@@ -766,7 +766,7 @@ class QueueEvents(msgspec.Struct, frozen=True):
     """IP version of the packets: a v4-mapped socket talks IPv4"""
 
     pid: int | None
-    """process that owns the socket"""
+    """process that called connect(), listen() or accept()"""
 
     uid: int | None
     """user of that process"""

@@ -1,4 +1,4 @@
-"""bpf/owner.bpf.h, where the tool runs in a PID namespace: in a container, say."""
+"""bpf/owner.bpf.h: whose a socket is. In PID namespaces, where a test can also choose the PIDs of processes."""
 
 from __future__ import annotations
 
@@ -27,6 +27,28 @@ class Inside:
         children = Path(f"/proc/{self.puppet.pid}/task/{self.puppet.pid}/children").read_text()
         self.pid = int(children)
         self.enter = ("nsenter", "--target", str(self.pid), "--pid", "--mount")
+
+
+# A process makes a listener and a connection. Its child gets a lower PID, as after an overflow of the numbers.
+FAMILY = """
+import signal
+def forked(comm, last_pid, act):
+    open("/proc/sys/kernel/ns_last_pid", "w").write(str(last_pid))
+    if pid := os.fork():
+        return pid
+    open("/proc/self/comm", "w").write(comm)
+    act()
+    os.write(write, b"x")
+    signal.pause()
+def parent():
+    global listener, end
+    listener = socket.create_server((address, PORT))
+    end = socket.create_connection(listener.getsockname())
+    forked("child", 500, lambda: None)
+read, write = os.pipe()
+pid = forked("parent", 1000, parent)
+assert os.read(read, 1) + os.read(read, 1) == b"xx"
+"""
 
 
 @pytest.fixture
@@ -81,3 +103,19 @@ def test_of_a_tool_that_uses_the_common_table(lab: Lab, run_tool: type[RunningTo
         rows = tool.wait_for(lambda rows: rows, timeout=30)
         inside.puppet.kill()
     assert {(row["pid"], row["comm"]) for row in rows} == {(inside.pid, "inside")}
+
+
+@pytest.mark.every_kernel
+def test_of_several_holders_the_one_that_started_first(lab: Lab, run_tool: type[RunningTool], inside: Inside) -> None:
+    """A socket that is older than the tool: who opened it is not known, but a parent starts before its children."""
+    inside.puppet.do(FAMILY, address=lab.server.ipv4, PORT=PORT)
+    netns = ("--netns", str(lab.server.inode))
+    with run_tool("list", *netns, prefix=inside.enter, ready=False) as tool:
+        rows = tool.wait().rows
+        listed = {row["comm"] for row in rows if row["comm"]}
+        holders = [[holder["comm"] for holder in row["holders"]] for row in rows if row["comm"]]
+    with run_tool("life", "--live", *netns, prefix=inside.enter) as tool:
+        (row,) = tool.wait_for(lambda rows: [row for row in rows if row["role"] == "ACTIVE"])
+        inside.puppet.kill()
+    assert holders == [["parent", "child"]] * 2
+    assert (listed, row["comm"]) == ({"parent"}, "parent")

@@ -30,6 +30,7 @@ struct connection {
 	struct owner accepter; /* the process that called accept() */
 	__u64 opened_ns;       /* when it entered SYN_SENT, LISTEN or, as a child, SYN_RECV; 0: not seen */
 	__u64 listener;        /* of a child: address of the listener's socket, which may be gone; 0: not known */
+	__u64 seeded_ns;       /* when `opener` was started, if the seed found it; 0: no */
 	bool accepted;         /* `accepter` is filled */
 	enum role role;
 	enum tcp_state state; /* after the last transition that a program saw; 0: none saw one */
@@ -226,8 +227,9 @@ static __always_inline struct connection *connection_accepted(struct sock *child
 bool seed_counts;
 
 /*
- * The seed: an iterator over all open files calls this, so that sockets older than the tool have an owner. The owner is the
- * first process that holds the socket. `only`: sockets in that state. NULL: not wanted, or it has an owner already.
+ * The seed: an iterator over all open files calls this, so that sockets older than the tool have an owner. The kernel does
+ * not keep who opened a socket. So the owner is the process that started first, of those that hold it: a parent starts before
+ * the children that inherit its sockets. `only`: sockets in that state. NULL: not wanted, or it has an owner already.
  *
  * The iterator holds the file, so the socket cannot be destroyed between the look and the insertion, and no entry stays
  * behind. The file of an MPTCP socket does not hold its subflow. So the code looks at the subflow once more.
@@ -245,7 +247,8 @@ static __always_inline struct connection *connection_seed(struct task_struct *ta
 	if (state == STATE_CLOSE || (only && state != only))
 		return NULL;
 	connection = connection_find_or_try(sk, seed_counts);
-	if (!connection || connection->opener.pid || connection->accepted)
+	if (!connection || connection->accepted ||
+	    (connection->opener.pid && connection->seeded_ns <= started_ns(task)))
 		return NULL;
 	if (!file_holds(file, sk) &&
 	    (tcp_sock_of_file(file) != sk || BPF_CORE_READ(sk, __sk_common.skc_state) == STATE_CLOSE)) {
@@ -253,6 +256,7 @@ static __always_inline struct connection *connection_seed(struct task_struct *ta
 		return NULL;
 	}
 	owner_of_task(task, &connection->opener);
+	connection->seeded_ns = started_ns(task);
 	if (state == STATE_LISTEN && connection->role != ROLE_LISTENER) {
 		connection->role = ROLE_LISTENER;
 		identity_read(sk, &connection->id);

@@ -20,7 +20,7 @@ struct identity {
 
 /* The process that called connect(), listen() or accept(), not the one on the CPU. */
 struct owner {
-	__u32 pid WIDTH(7) DOC("process that owns the socket") UNKNOWN_IS("zero");
+	__u32 pid WIDTH(7) DOC("process that called connect(), listen() or accept()") UNKNOWN_IS("zero");
 	__u32 uid WIDTH(5) DOC("user of that process") UNKNOWN_IS("max");
 	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
 	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");

@@ -334,6 +334,7 @@ struct task_struct { /* include/linux/sched.h */
 	struct task_struct *real_parent;
 	struct task_struct *group_leader;
 	struct pid *thread_pid;
+	__u64 start_time;
 	const struct cred *cred;
 	char comm[16];
 	struct files_struct *files;

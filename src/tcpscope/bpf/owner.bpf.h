@@ -61,6 +61,12 @@ static __always_inline void owner_name(struct task_struct *task, struct owner *o
 	BPF_CORE_READ_STR_INTO(&owner->comm, task, group_leader, comm);
 }
 
+/* When the task's process was started. */
+static __always_inline __u64 started_ns(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, group_leader, start_time);
+}
+
 static __noinline __attribute__((unused)) int owner_of_task(struct task_struct *task, struct owner *owner)
 {
 	owner->pid = BPF_CORE_READ(task, tgid);

@@ -35,6 +35,7 @@ struct holder {
 	struct owner owner;
 	__u64 socket;
 	__u64 cookie;
+	__u64 started_ns;
 	__u32 fd DOC("file descriptor");
 	bool wanted; /* passes the filter */
 	__u8 padding[3];
@@ -118,6 +119,7 @@ int holders(struct bpf_iter__task_file *ctx)
 	owner_of_task(task, &record.owner);
 	record.wanted = filter_owner(&record.owner);
 	record.socket = (__u64)sk;
+	record.started_ns = started_ns(task);
 	record.cookie = cookie_if_any(sk);
 	record.fd = ctx->fd;
 	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));

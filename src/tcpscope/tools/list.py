@@ -33,7 +33,7 @@ _Key = tuple[int, int]  # address and cookie of a socket
 
 
 _HOLDERS = (
-    Column("pid", width=7, doc="first process that holds it", nullable=True),
+    Column("pid", width=7, doc="process that holds it; of several the one that started first", nullable=True),
     Column("comm", "comm", doc="name of that process", nullable=True),
     Column("holders", "list", doc="every process that holds it: PID, name, user, file descriptor"),
 )
@@ -160,6 +160,7 @@ def _holders(session: Session, only: set[_Key] | None) -> tuple[dict[_Key, tuple
     """Socket -> its holders, and the sockets that a wanted process holds. With `only`: of these sockets."""
     decode = session.spec.layout("holder", internal=True).decoder(raw=True).rows
     found = defaultdict(set)
+    started = {}
     wanted = set()
     for piece in session.loaded.iterate("holders"):
         for record in decode(piece):
@@ -167,9 +168,12 @@ def _holders(session: Session, only: set[_Key] | None) -> tuple[dict[_Key, tuple
             if only is not None and key not in only:
                 continue
             found[key].add(Holder(record.pid, comm_text(record.comm), record.uid, record.fd))
+            started[record.pid] = record.started_ns
             if record.wanted:
                 wanted.add(key)
-    return {key: tuple(sorted(own)) for key, own in found.items()}, wanted
+    return {
+        key: tuple(sorted(own, key=lambda holder: (started[holder.pid], holder))) for key, own in found.items()
+    }, wanted
 
 
 def _numbers(namespaces: Iterable[int]) -> str:
