@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from tcpscope.errors import NotPermittedError, UnsupportedError, UsageError, did_you_mean
 from tcpscope.kernel import netns as namespaces
+from tcpscope.kernel import pidns
 from tcpscope.quantities import whole
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -274,6 +275,8 @@ def parse_netns(value: str | int) -> int:
         return inode
     elif text.startswith("pid:"):
         path = f"/proc/{parse_pid(text.removeprefix('pid:'))}/ns/net"
+        if not pidns.proc_is_ours():
+            raise UsageError(f"{text!r}: /proc is not that of this PID namespace", "give the namespace's inode number")
     elif "/" in text:
         path = text
     else:
@@ -437,6 +440,8 @@ def _family(ipv4: bool, ipv6: bool, family: int | None) -> Family | None:
 
 def _process_of_thread(pid: int) -> int:
     """The process of a thread, or the process itself (proc_pid_status(5), `Tgid`)."""
+    if not pidns.proc_is_ours():
+        return pid
     try:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:

@@ -12,6 +12,14 @@ import pytest
 from tcpscope.kernel import pidns
 
 PRINT = "from tcpscope.kernel import pidns; print(pidns.inner())"
+OURS = "from tcpscope.kernel import pidns; print(pidns.proc_is_ours())"
+NETNS = """
+from tcpscope import filters, errors
+try:
+    print(filters.parse_netns("pid:1"))
+except errors.UsageError as error:
+    print(error)
+"""
 
 
 @pytest.mark.parametrize(
@@ -24,8 +32,25 @@ def test_the_first_one_and_another(tmp_path: Path, link: str | None, inode: int)
     assert pidns.inner(tmp_path) == inode
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="unshare() of a PID namespace needs root")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="unshare() of a PID namespace needs root")
+
+
+def in_a_new_one(code: str, *options: str) -> str:
+    command = ["unshare", "--pid", "--fork", *options, sys.executable, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@needs_root
 def test_a_new_one() -> None:
-    command = ["unshare", "--pid", "--fork", sys.executable, "-c", PRINT]
-    found = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert found not in (0, pidns.FIRST, pidns.inner())
+    assert int(in_a_new_one(PRINT)) not in (0, pidns.FIRST, pidns.inner())
+
+
+@needs_root
+def test_proc_of_another_namespace() -> None:
+    """Process 1 of the new namespace has another number there, and the number 1 is another process's."""
+    assert pidns.proc_is_ours()
+    assert "True" in in_a_new_one(OURS, "--mount-proc")
+    assert "False" in in_a_new_one(OURS)
+    found = in_a_new_one(NETNS)
+    assert found.startswith("'pid:1': /proc is not that of this PID namespace")
+    assert int(in_a_new_one(NETNS, "--mount-proc", "--net")) != Path("/proc/self/ns/net").stat().st_ino

@@ -6,6 +6,7 @@ has. Whoever runs the tool in another namespace knows its own PIDs, so `--pid` i
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FIRST = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
@@ -23,3 +24,11 @@ def inner(proc: Path = Path("/proc")) -> int:
     except (OSError, ValueError):
         return 0
     return 0 if inode == FIRST else inode
+
+
+def proc_is_ours(proc: Path = Path("/proc")) -> bool:
+    """Whether /proc has the PIDs of our namespace. It has those of the namespace where it was mounted."""
+    try:
+        return (proc / "self").readlink().name == str(os.getpid())
+    except OSError:
+        return False
