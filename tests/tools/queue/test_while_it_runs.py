@@ -116,7 +116,7 @@ def test_refresh_on_a_terminal(lab: Lab) -> None:
         try:
             until(lambda: len(pages()) > 3, "the table, drawn again and again")
             page = pages()[1].decode().replace("\r", "").splitlines()
-            assert page[1].split()[:2] == ["LADDR", "LPORT"]
+            assert page[1].split()[:2] == ["LOCAL", "PID"]
             assert any(lab.server.ipv4 in line and "8000" in line for line in page[2:])
             assert max(map(len, page)) <= 80
             fill(lab, 8000)
