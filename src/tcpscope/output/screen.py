@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO
 from tcpscope.output import Column
 from tcpscope.output.table import BELOW, text_of, title_of
 
-_USUAL = {"address": 15, "comm": 12, "time": 12, "list": 20, "end": 21}
+_USUAL = {"address": 15, "errno": 12, "comm": 12, "time": 12, "list": 20, "end": 21}
 """Widths of most values, by kind; `end` is an address with its port."""
 _UNKNOWN_SIZE = os.terminal_size((80, 24))
 """Of a terminal that does not say what it has, such as a serial line."""

@@ -56,6 +56,7 @@ _TABLE_IMPORTANT = (
     "accept_queue",
     "accept_limit",
     "oldest_wait_ms",
+    "time",
     "comm",
     "pid",
     "syn_queue",
