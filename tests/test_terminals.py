@@ -12,11 +12,15 @@ import struct
 import termios
 from contextlib import ExitStack
 from fcntl import ioctl
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
+from tcpscope import show
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.output import screen
+from tcpscope.run import Run
 from tcpscope.tool import names
 from tests.conftest import DEADLINE, RunningTool
 from tests.puppets import Puppet
@@ -96,6 +100,16 @@ def connect(host: Host, address: str) -> list[Puppet]:
     client.do("try: socket.create_connection((a, 9))\nexcept OSError: pass", a=address)
     client.do("waiting = socket.create_connection((a, 65000))", a=address)
     return [client, server]
+
+
+def test_notes_are_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = SimpleNamespace(notes=["something that is not known " * 9])
+    monkeypatch.setenv(screen.WIDTH, "60")
+    show._print_notes(cast(Run, run))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 3
+    assert max(map(len, lines)) <= 60
+    assert not run.notes
 
 
 @pytest.mark.kernel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -106,8 +107,10 @@ def _waiting(request: Request) -> str:
 
 
 def _print_notes(run: Run) -> None:
+    width = screen.width_of(sys.stderr)
     for note in run.notes:
-        print(f"tcpscope: {note}", file=sys.stderr)
+        line = f"tcpscope: {note}"
+        print(textwrap.fill(line, width) if width else line, file=sys.stderr)
     run.notes.clear()
 
 

@@ -97,13 +97,13 @@ class Sink:
         return [cell for cell in self._cells if cell in chosen]
 
 
-def size_of(stream: BinaryIO) -> os.terminal_size:
+def size_of(stream: TextIO | BinaryIO) -> os.terminal_size:
     """The size of the terminal that `stream` writes to."""
     size = os.get_terminal_size(stream.fileno())
     return size if size.columns and size.lines else _UNKNOWN_SIZE
 
 
-def width_of(stream: BinaryIO) -> int | None:
+def width_of(stream: TextIO | BinaryIO) -> int | None:
     """The columns of the terminal that shows what is written to `stream`. None: a file or a pipe."""
     if stream.isatty():
         return size_of(stream).columns
