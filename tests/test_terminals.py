@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import termios
 from contextlib import ExitStack
 from fcntl import ioctl
@@ -22,7 +23,7 @@ from tcpscope.lab.hosts import Host, Lab
 from tcpscope.output import screen
 from tcpscope.run import Run
 from tcpscope.tool import names
-from tests.conftest import DEADLINE, RunningTool
+from tests.conftest import DEADLINE, RunningTool, until
 from tests.puppets import Puppet
 
 NAME = "fifteen-letters"
@@ -100,6 +101,23 @@ def connect(host: Host, address: str) -> list[Puppet]:
     client.do("try: socket.create_connection((a, 9))\nexcept OSError: pass", a=address)
     client.do("waiting = socket.create_connection((a, 65000))", a=address)
     return [client, server]
+
+
+@pytest.mark.kernel
+def test_a_pipe_gets_all_columns_at_their_places(lab: Lab) -> None:
+    """For awk: one title and one field for each column, UTC, whatever terminal there is."""
+    filters = ("--netns", str(lab.server.inode), "-o", "table")
+    with RunningTool("connect", *filters, env={"COLUMNS": "40", "TERM": "xterm"}, stdout=subprocess.PIPE) as tool:
+        Puppet(lab.server, NAME).do("try: socket.create_connection((a, 9))\nexcept OSError: pass", a=lab.server.ipv4)
+        until(lambda: "REFUSED" in tool.stdout, "the row")
+        titles, row = tool.stop().stdout.splitlines()
+    assert re.split(r"\s+(?!RETRANS)", titles) == [
+        *("TIME", "PID", "COMM", "LADDR", "LPORT", "RADDR", "RPORT", "OUTCOME", "ERRNO", "LAT(us)", "SYN RETRANS")
+    ]
+    time, pid, comm, _, _, raddr, rport, outcome, errno, latency, retrans = row.split()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", time)
+    assert (comm, raddr, rport, outcome, errno) == (NAME, lab.server.ipv4, "9", "REFUSED", "ECONNREFUSED")
+    assert (pid + latency + retrans).isdigit()
 
 
 def test_notes_are_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
