@@ -26,5 +26,18 @@ def test_lines() -> None:
     ]
 
 
+def test_what_a_process_has_in_its_name_cannot_move_the_cursor() -> None:
+    stream = io.BytesIO()
+    sink = open_sink("json", COLUMNS, stream)
+    sink.rows([Row(1, "\x9b2J\u202e\u2028"), Row(2, "ü")])
+    sink.record("stats", {"\x7f": 1})
+    text = stream.getvalue().decode()
+    assert text.splitlines() == [
+        '{"pid":1,"comm":"\\u009b2J\\u202e\\u2028"}',
+        '{"pid":2,"comm":"ü"}',
+        '{"stats":{"\\u007f":1}}',
+    ]
+
+
 def test_the_formats() -> None:
     assert formats() == ["csv", "json", "table"]

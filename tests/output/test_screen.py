@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tcpscope.output import Column
+from tcpscope.output import Column, width
 from tcpscope.output.screen import Sink, milliseconds
 
 COLUMNS = (
@@ -185,3 +185,10 @@ def test_a_page_is_cut_and_its_colours_are_not() -> None:
     assert sink.page([SimpleNamespace(outcome="REFUSED", pid=1)]) == ["OUTCOME            >"] * 1 + [
         "REFUSED            >"
     ]
+
+
+def test_wide_characters_are_aligned_and_cut() -> None:
+    lines = screen({"comm": "日本"}, {"comm": "e\u0301"}, {"comm": "\u202ea"}, width=60)
+    assert [width(line.partition("198.")[0]) for line in lines[1:]] == [13, 13, 13]
+    (_, line) = screen({"comm": "日本語日本語日本語"}, width=12)
+    assert width(line) <= 12

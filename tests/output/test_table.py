@@ -34,6 +34,19 @@ def test_columns_are_aligned() -> None:
     ]
 
 
+def test_wide_characters_are_aligned() -> None:
+    lines = table(
+        {"pid": 1, "comm": "日本", "raddr": "192.0.2.1", "sent_bytes": 5},
+        {"pid": 2, "comm": "e\u0301\u202e", "raddr": "192.0.2.1", "sent_bytes": 5},
+        {"pid": 3, "comm": "日本語日本語日本", "raddr": "192.0.2.1", "sent_bytes": 5},
+    )
+    assert lines[1:] == [
+        "      1 日本             192.0.2.1                 5",
+        "      2 e\u0301\\u202e          192.0.2.1                 5",
+        "      3 日本語日本語日本 192.0.2.1                 5",
+    ]
+
+
 def test_an_address_is_never_cut() -> None:
     long = "2001:db8:1111:2222:3333:4444:5555:6666"
     assert long in table({"pid": 1, "comm": "a", "raddr": long, "sent_bytes": 0})[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import textwrap
 import time
@@ -15,7 +14,7 @@ from tcpscope.cli import COMMON, DURATION, FILTERS, FILTERS_TITLE, FORMAT, OUTPU
 from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
 from tcpscope.diagnose.connecting import Connecting
 from tcpscope.kernel import pidns
-from tcpscope.output import open_sink, printable, screen
+from tcpscope.output import cut, open_sink, printable, printable_json, screen
 from tcpscope.request import Request
 from tcpscope.show import begin, clear_interrupt, descriptor, finish
 from tcpscope.stop import Stop
@@ -59,7 +58,8 @@ def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
             source.poll()
         if live:
             text = f"{time.monotonic() - started:4.0f} s  " + "; ".join(source.live() for source in sources)
-            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+            line = cut(printable(text), screen.size_of(sys.stderr).columns - 1)
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         stop.wait(_POLL_SECONDS)
     clear_interrupt()
     for source in sources:
@@ -69,7 +69,7 @@ def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
 def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources: list[Source], watched: float) -> None:
     write = stream.write
     if request.output == "json":
-        write(msgspec.json.Encoder().encode_lines(findings))
+        write(printable_json(msgspec.json.Encoder().encode_lines(findings)))
         return
     width = min(_WIDEST, screen.width_of(stream) or _WIDEST)
     for number, finding in enumerate(findings, 1):

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, BinaryIO, Protocol
 
 import msgspec
@@ -73,7 +75,56 @@ def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header:
 
 
 def printable(text: str) -> str:
-    """Escape control characters: a process may have a line break or a terminal's escape sequence in its name."""
+    """Escape what moves or hides text: control characters, marks of direction, line separators.
+
+    A process may have a line break or a terminal's escape sequence in its name.
+    """
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable_json(lines: bytes) -> bytes:
+    """The same for lines of JSON, in JSON's own escapes: the values stay what they are."""
+    if lines.isascii() and b"\x7f" not in lines:
+        return lines  # the encoder has escaped the control characters below 0x20
+    text = lines.decode()
+    if text.replace("\n", "").isprintable():
+        return lines
+    return "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text).encode()
+
+
+def _json_escape(character: str) -> str:
+    units = character.encode("utf-16-be").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+
+
+def width(text: str) -> int:
+    """How many columns of a terminal the text takes: two for a wide character, none for a combining one."""
+    return len(text) if text.isascii() else sum(map(_character_width, text))
+
+
+@cache
+def _character_width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def padded(text: str, columns: int, right: bool = False) -> str:
+    """The text with spaces to this width, behind it, or with `right` before it."""
+    spaces = " " * (columns - width(text))
+    return spaces + text if right else text + spaces
+
+
+def cut(text: str, columns: int) -> str:
+    """The text, cut to this width, with a mark where it was cut."""
+    if width(text) <= columns:
+        return text
+    kept, room = "", columns - 1
+    for character in text:
+        room -= _character_width(character)
+        if room < 0:
+            break
+        kept += character
+    return kept + ">"

@@ -1,4 +1,7 @@
-"""JSON lines: one object per row. Keys are the names of the columns; `null` means "not known"."""
+"""JSON lines: one object per row. Keys are the names of the columns; `null` means "not known".
+
+Control characters, marks of direction and line separators in text are escaped: the reader may be a terminal.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from tcpscope.output import Column
+from tcpscope.output import Column, printable_json
 
 
 class Sink:
@@ -16,7 +19,7 @@ class Sink:
         self._encoder = msgspec.json.Encoder()
 
     def rows(self, rows: Sequence[Any]) -> None:
-        self._write(self._encoder.encode_lines(rows))
+        self._write(printable_json(self._encoder.encode_lines(rows)))
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
-        self._write(self._encoder.encode({name: values}) + b"\n")
+        self._write(printable_json(self._encoder.encode({name: values}) + b"\n"))

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
+from tcpscope import output
 from tcpscope.output import Column
 from tcpscope.output.table import BELOW, text_of, title_of
 
@@ -68,14 +69,14 @@ class Sink:
         table = [{cell: cell.text(row) for cell in self._cells} for row in rows]
         for cell in self._cells:
             if cell.kind != "list":
-                cell.width = max(cell.width, *(len(texts[cell]) for texts in table), 0)
+                cell.width = max(cell.width, *(output.width(texts[cell]) for texts in table), 0)
         chosen = self._cells if self._wide else self._that_fit(width)
         titles = " ".join(cell.pad(cell.header) for cell in chosen).rstrip()
         lines = [titles] if self._header and titles != self._titles else []
         self._titles = titles
         for row, texts in zip(rows, table, strict=True):
             lines.append(" ".join(cell.pad(texts[cell]) for cell in chosen).rstrip())
-            if self._alarming and len(lines[-1]) <= width:
+            if self._alarming and output.width(lines[-1]) <= width:
                 lines[-1] = " ".join(self._painted(cell, row, texts[cell]) for cell in chosen).rstrip()
             for column in self._below:
                 if value := getattr(row, column.name):
@@ -113,7 +114,7 @@ def width_of(stream: TextIO | BinaryIO) -> int | None:
 
 def cut(line: str, width: int) -> str:
     """The line, cut to the width, with a mark where it was cut. One with colours fits already."""
-    return line if len(line) <= width or "\x1b" in line else line[: width - 1] + ">"
+    return line if "\x1b" in line else output.cut(line, width)
 
 
 def understands_escapes(stream: TextIO | BinaryIO) -> bool:
@@ -143,7 +144,7 @@ class _Cell:
         self.width = max(width or _USUAL.get(kind, 0), len(header))
 
     def pad(self, text: str) -> str:
-        return text.rjust(self.width) if self.right else text.ljust(self.width)
+        return output.padded(text, self.width, self.right)
 
     def text(self, row: Any) -> str:
         return text_of(getattr(row, self.names[0]), self.kind)

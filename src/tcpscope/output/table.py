@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, BinaryIO
 
-from tcpscope.output import Column, printable
+from tcpscope.output import Column, padded, printable, width
 from tcpscope.output.histogram import draw
 
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5, "errno": 12}
@@ -41,7 +41,7 @@ class Sink:
     def rows(self, rows: Sequence[Any]) -> None:
         cells = [self._values(row) for row in rows]
         lines = [self._line(values) for values in cells]
-        if max(map(len, lines), default=0) > self._width:
+        if max(map(width, lines), default=0) > self._width:
             self._grow(cells)
             lines = [self._line(values) for values in cells]
         titles = []
@@ -65,7 +65,7 @@ class Sink:
         """Widen each column to its longest value here."""
         for at, cell in self._on_line:
             if cell.kind != "list":
-                cell.width = max(cell.width, *(len(cell.text(values[at])) for values in rows))
+                cell.width = max(cell.width, *(width(cell.text(values[at])) for values in rows))
         self._templates.clear()
 
     def _whole(self, values: tuple[Any, ...], line: str) -> Iterator[str]:
@@ -84,7 +84,7 @@ class Sink:
             parts = [cell.template(kind) for cell, kind in zip(self._cells, types, strict=True)]
             template = self._templates[types] = " ".join(filter(None, parts)) if all(parts) else None
         line = template % values if template else ""
-        if not line.isprintable() or not line:
+        if not line.isascii() or not line.isprintable() or not line:  # % counts characters, not columns
             line = " ".join(cell.text(values[at]) for at, cell in self._on_line)
         return line
 
@@ -97,16 +97,16 @@ class _Cell:
         self.right = column.kind in ("int", "float")
 
     def pad(self, text: str) -> str:
-        return text.rjust(self.width) if self.right else text.ljust(self.width)
+        return padded(text, self.width, self.right)
 
     def template(self, kind: type) -> str | None:
         """What `text` does, for the operator %, and without `printable`; None for what % cannot do."""
         if self.kind in BELOW:
             return None
-        width = self.width if self.right else -self.width
+        size = self.width if self.right else -self.width
         if kind is type(None):
             return "%.0s" + self.pad("-")
-        return {int: f"%{width}d", str: f"%{width}s", float: f"%{width}.{6 if self.kind == 'time' else 1}f"}.get(kind)
+        return {int: f"%{size}d", str: f"%{size}s", float: f"%{size}.{6 if self.kind == 'time' else 1}f"}.get(kind)
 
     def text(self, value: Any) -> str:
         return self.pad(text_of(value, self.kind))
