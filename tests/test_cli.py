@@ -124,6 +124,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["states", "-i", "1"], "No such option"),
         (["rtt", "--by", "rader"], "--by rader; did you mean 'raddr'?"),
         (["rtt", "--by", "none,raddr"], "--by none,raddr; 'none' and 'connection' stand alone"),
+        (["rtt", "--max-keys", "7"], "--max-keys 7; needs --by"),
         (["rtt", "--max-keys", "0"], "--max-keys 0; a number from 1 to 1048576"),
         (["connect", "--by", "raddr"], "--by raddr; needs --count"),
         (["connect", "-i", "1"], "--interval 1; needs --count"),

@@ -947,7 +947,7 @@ def open(
     by: str | Sequence[str] = ...,
     smoothed: bool = ...,
     histogram: bool = ...,
-    max_keys: int = ...,
+    max_keys: int | None = ...,
     **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 

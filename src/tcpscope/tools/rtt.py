@@ -38,6 +38,7 @@ _KEYS = {
     "pid": ("pid", "comm"),
     "connection": ("pid", "comm", "laddr", "lport", "raddr", "rport", "cookie"),
 }
+_MAX_KEYS = 4096
 _TOTAL_KEYS = 16384
 """At most so many groups have a total, or --max-keys if that is more. A total takes 2 KB."""
 
@@ -66,6 +67,7 @@ class Rtt(Tool):
         "rtt -R 443 -d 60 --histogram": "the distribution of a minute, to port 443",
     }
     intervals = "once, at the end"
+    only_with = {"max_keys": "--by"}
     options = (
         Option(
             ("--by",),
@@ -79,9 +81,8 @@ class Rtt(Tool):
         Option(("--histogram",), "Draw the distribution of each group too."),
         Option(
             ("--max-keys",),
-            "Keep at most N groups per interval; samples of others count as lost.",
+            f"Keep at most N groups per interval; samples of others count as lost.  [default: {_MAX_KEYS}]",
             int,
-            4096,
             metavar="N",
         ),
     )
@@ -97,15 +98,16 @@ class Rtt(Tool):
         drawn = ("histogram",) if request.options["histogram"] or not by else ()
         columns = request.choose(available, shown, drawn)
         max_keys = request.options["max_keys"]
-        if not 1 <= max_keys <= 1 << 20:
+        if max_keys is not None and not 1 <= max_keys <= 1 << 20:
             raise UsageError(f"--max-keys {max_keys}", "a number from 1 to 1048576")
+        if max_keys and not by:
+            raise UsageError(f"--max-keys {max_keys}", f"needs {self.only_with['max_keys']}")
         owner = "pid" in by or "connection" in by or compiled_filter.asks_owner(request.filter)
         constants = {f"by_{name}": True for name in by} | {
             "want_owner": owner,
             "smoothed": request.options["smoothed"],
         }
-        if not by:
-            max_keys = 1  # there is one group
+        max_keys = (max_keys or _MAX_KEYS) if by else 1
         note = _memory_note(max_keys)
         entries = {"rtts_even": max_keys, "rtts_odd": max_keys}
         skip = () if owner else ("woken", "woken_again")
