@@ -210,6 +210,7 @@ def test_comm() -> None:
     assert message == "process name 'éééééééé' has 16 bytes; the kernel keeps 1 to 15"
     assert "has 0 bytes" in error(filters.parse_comm, "")
     assert "has a NUL in it" in error(filters.parse_comm, "a\0b")
+    assert error(Filter.from_options, comm=["a", 3]) == "process name 3 is no text"
     assert error(filters.parse_comm, "\udcff") == "process name '\\udcff' is not UTF-8"
 
 

@@ -68,18 +68,18 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from tcpscope.events import Events
-    from tcpscope.filters import Networks, Ports
+    from tcpscope.filters import Names, Networks, Numbers, Ports
 '''
 ASKED = '''
 
 class Asked(TypedDict, total=False):
     """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
 
-    pid: int
-    comm: str
-    uid: int | str
-    cgroup: int | str
-    netns: int | str
+    pid: Numbers
+    comm: Names
+    uid: Numbers
+    cgroup: Numbers
+    netns: Numbers
     ipv4: bool
     ipv6: bool
     lport: Ports
@@ -470,6 +470,7 @@ def test_the_examples_pass_mypy(tmp_path: Path) -> None:
         f"{example}\nfrom ipaddress import ip_address, ip_network\n\n"
         "tcpscope.open('connect', rport=[80, '8000-8100'], raddr=ip_network('10.0.0.0/8'), columns='time,raddr')\n"
         "tcpscope.open('connect', rport='80,443', laddr=[ip_address('::1')], count=True, by=['raddr', 'rport'])\n"
+        "tcpscope.open('states', pid=[1, 2], comm=('a', 'b'), uid='root,33', cgroup='/a', netns=range(9))\n"
         "tcpscope.open('rtt', by=('raddr', 'rport'), columns=['raddr', 'p99_us'], port=range(80, 90))\n"
     )
     wrong.write_text(

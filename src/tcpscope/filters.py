@@ -211,6 +211,8 @@ def parse_pid(value: str | int) -> int:
 
 def parse_comm(value: str) -> str:
     """The name of a process as the kernel has it, at most 15 bytes."""
+    if not isinstance(value, str):
+        raise UsageError(f"process name {value!r} is no text")
     try:
         size = len(value.encode())
     except UnicodeEncodeError:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from tcpscope.events import Events
-    from tcpscope.filters import Networks, Ports
+    from tcpscope.filters import Names, Networks, Numbers, Ports
 
 
 class ActionKind(StrEnum):
@@ -817,11 +817,11 @@ class QueueEvents(msgspec.Struct, frozen=True):
 class Asked(TypedDict, total=False):
     """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
 
-    pid: int
-    comm: str
-    uid: int | str
-    cgroup: int | str
-    netns: int | str
+    pid: Numbers
+    comm: Names
+    uid: Numbers
+    cgroup: Numbers
+    netns: Numbers
     ipv4: bool
     ipv6: bool
     lport: Ports
