@@ -31,8 +31,9 @@ test: setup-test lint ## everything: lint, all tests here, those of the kernel o
 test-host: setup-test ## all tests on this kernel; TESTS="tests/tools/test_states.py -k foo" chooses
 	@$(BIN)/python -m tests.kernels host $(if $(TESTS),-- $(TESTS))
 
-test-unit: setup-test ## the tests that need no kernel
-	@$(BIN)/python -m tests.kernels host -- -m 'not kernel' $(TESTS)
+test-unit: setup-test ## the tests that need no kernel and no privilege; as root, they run without any
+	@$(if $(SUDO),,setpriv --bounding-set=-all --inh-caps=-all --no-new-privs) \
+	$(BIN)/python -m pytest -m 'not kernel and not root' $(TESTS)
 
 test-kernel: setup-test ## the tests of the kernel on another one: KERNEL=6.1 TESTS="..."
 	@$(if $(KERNEL),,echo 'KERNEL= is missing, such as: make test-kernel KERNEL=6.1' >&2; exit 2;) \

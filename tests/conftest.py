@@ -46,6 +46,13 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"lab", "run_tool", "cast"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.root)
+
+
 def until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
     """The value of `condition()` as soon as it is true; after `deadline` seconds the test fails, naming `what`."""
     end = time.monotonic() + deadline

@@ -330,6 +330,7 @@ def test_a_kernel_without_btf(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert err == (f"tcpscope: this kernel has no BTF ({tmp_path / 'vmlinux'}); it needs CONFIG_DEBUG_INFO_BTF=y\n")
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("arguments", "target", "hook"),
     [
@@ -355,6 +356,7 @@ def test_a_kernel_without_a_hook(
     assert err == f"tcpscope: this kernel offers no hook for {hook}; the kernel has no {target}\n"
 
 
+@pytest.mark.root
 def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     """--explain says what is then not known."""
     can = features.Kernel.can

@@ -202,6 +202,7 @@ def test_the_example_of_a_scenario(module: types.ModuleType, lab: Lab) -> None:
     assert len(outcome.connected) == outcome.listener.recv_q == 2
 
 
+@pytest.mark.root
 def test_the_example_of_a_recorded_test(tmp_path: Path) -> None:
     (tmp_path / "test_example.py").write_text(example("Tests"))
     command = [sys.executable, "-m", "pytest", "-p", "tests.record.plugin", "-p", "tests.kernels.report"]

@@ -31,6 +31,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compiled(tmp_path_factory.mktemp("faults"))
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("until", [1, FOR_EVER], ids=["once", "from-there-on"])
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_call_that_fails(library: Path, name: str, until: int) -> None:
@@ -45,6 +46,7 @@ def test_a_call_that_fails(library: Path, name: str, until: int) -> None:
     assert any(outcome.status for outcome in outcomes)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("name", TOOLS)
 def test_a_limit_of_open_files(library: Path, name: str) -> None:
     words, _ = TOOLS[name]

@@ -197,6 +197,7 @@ def test_every_errno_and_every_label() -> None:
     assert convert(SimpleNamespace(errno="4095", end="FIN")).errno == 4095
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("keywords", "error"),
     [
@@ -255,6 +256,7 @@ def refused(times: int = 1) -> int:
     return port
 
 
+@pytest.mark.root
 def test_an_attempt_as_the_client_sees_it() -> None:
     before = datetime.now(UTC)
     with tcpscope.open("connect", duration=DEADLINE, failed=True, raddr="127.0.0.1") as events:
@@ -266,6 +268,7 @@ def test_an_attempt_as_the_client_sees_it() -> None:
     assert row.raddr == ip_address("127.0.0.1")
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("columns", ["rport, raddr", ("rport", "raddr"), ["rport", "raddr"]])
 def test_lists_as_text_and_as_sequences(columns: Any) -> None:
     """Of columns, of ports, of networks."""
@@ -279,6 +282,7 @@ def test_lists_as_text_and_as_sequences(columns: Any) -> None:
     assert (row.rport, row.raddr) == (port, ip_address("127.0.0.1"))
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("by", ["rport,outcome", ("rport", "outcome"), ["rport", "outcome"]])
 def test_groups_as_text_and_as_sequences(by: Any) -> None:
     with tcpscope.open("connect", raddr=ip_address("127.0.0.1"), count=True, by=by) as events:
@@ -288,6 +292,7 @@ def test_groups_as_text_and_as_sequences(by: Any) -> None:
     assert found == [("REFUSED", 2)]
 
 
+@pytest.mark.root
 def test_an_iteration_ends_once() -> None:
     with tcpscope.open("connect", duration=0.1) as events:
         list(events)
@@ -313,6 +318,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("name", "keywords"), KINDS)
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_closed_one_gives_no_more_rows(name: str, keywords: dict[str, Any], begun: bool) -> None:
@@ -334,6 +340,7 @@ def test_a_closed_one_gives_no_more_rows(name: str, keywords: dict[str, Any], be
     assert events.stats.seen >= 0
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("name", "keywords"), KINDS)
 def test_who_forgets_to_close_is_told(name: str, keywords: dict[str, Any]) -> None:
     def forget() -> int:
@@ -345,6 +352,7 @@ def test_who_forgets_to_close_is_told(name: str, keywords: dict[str, Any]) -> No
     assert forget() == forget()
 
 
+@pytest.mark.root
 def test_a_warning_is_only_for_who_forgets() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -356,6 +364,7 @@ def test_a_warning_is_only_for_who_forgets() -> None:
         gc.collect()
 
 
+@pytest.mark.root
 def test_in_another_thread_and_stopped_from_this_one() -> None:
     found: list[Any] = []
     with tcpscope.open("connect", duration=DEADLINE, pid=os.getpid()) as events:
@@ -367,6 +376,7 @@ def test_in_another_thread_and_stopped_from_this_one() -> None:
     assert [row.outcome for row in found if row.rport == port] == ["REFUSED"] * 3
 
 
+@pytest.mark.root
 def test_in_asyncio() -> None:
     """The loop goes on while the rows are waited for: it is the loop that makes them."""
 
@@ -385,6 +395,7 @@ def test_in_asyncio() -> None:
     assert asyncio.run(first()).outcome is rows.Outcome.REFUSED
 
 
+@pytest.mark.root
 def test_many_in_asyncio() -> None:
     """More than the threads of asyncio, which are others' too."""
 
@@ -403,6 +414,7 @@ def test_many_in_asyncio() -> None:
     asyncio.run(resolved())
 
 
+@pytest.mark.root
 def test_a_task_that_is_cancelled() -> None:
     """What its thread still reads is for the next one; to close waits for the thread."""
 
@@ -419,6 +431,7 @@ def test_a_task_that_is_cancelled() -> None:
         assert [row.errno for row in asyncio.run(cancelled())] == [111]
 
 
+@pytest.mark.root
 def test_an_iteration_that_is_left_is_gone_on_with() -> None:
     with tcpscope.open("connect", duration=DEADLINE, pid=os.getpid(), max_events=6) as events:
         port = refused(6)
@@ -433,6 +446,7 @@ def test_an_iteration_that_is_left_is_gone_on_with() -> None:
     assert stats.shown == 6
 
 
+@pytest.mark.root
 def test_nothing_stays_of_what_failed_to_open() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for keywords in ({"duration": "1"}, {"columns": ("nosuch",)}, {"interval": 0}, {"max_events": -1}):
@@ -445,6 +459,7 @@ def test_nothing_stays_of_what_failed_to_open() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+@pytest.mark.root
 def test_ctrl_c_ends_the_readmes_example() -> None:
     section = (TREE / "README.md").read_text().partition("\n## From Python\n")[2]
     example = section.partition("```python\n")[2].partition("```")[0]

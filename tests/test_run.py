@@ -128,6 +128,7 @@ def test_a_ticker_counts_from_the_first_question(monkeypatch: pytest.MonkeyPatch
     assert (ticker.remaining, never.remaining) == (1.0, running.FOREVER)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("name", names())
 def test_every_tool_from_python(name: str) -> None:
     """Rows have the columns that the tool says it has."""

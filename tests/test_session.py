@@ -315,6 +315,7 @@ def redirected(words: list[str], redirection: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("words", OUTPUTS, ids=" ".join)
 def test_a_disk_that_was_full_before(words: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)):  # a row for who shows listeners
@@ -324,6 +325,7 @@ def test_a_disk_that_was_full_before(words: list[str]) -> None:
     assert done.returncode == 1
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("words", [[*words, "-o", "csv"] for words in _FOR_A_MOMENT] + [["features"]], ids=" ".join)
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_a_closed_stream(words: list[str], redirection: str) -> None:
@@ -339,6 +341,7 @@ def test_a_closed_stream(words: list[str], redirection: str) -> None:
         assert done.stdout
 
 
+@pytest.mark.root
 def test_a_disk_that_was_full_before_for_stderr() -> None:
     """The account cannot be written, which is no success; the rows are."""
     done = redirected(["states", "-d", "0.2", "-o", "csv", "-v"], "2>/dev/full")

@@ -29,6 +29,7 @@ def test_here() -> None:
     assert before <= clock.monotonic_ns() <= time.monotonic_ns() - clock.offset_ns()
 
 
+@pytest.mark.root
 @needs_root
 def test_in_a_time_namespace() -> None:
     before = clock.monotonic_ns()

@@ -40,11 +40,13 @@ def in_a_new_one(code: str, *options: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@pytest.mark.root
 @needs_root
 def test_a_new_one() -> None:
     assert int(in_a_new_one(PRINT)) not in (0, pidns.FIRST, pidns.inner())
 
 
+@pytest.mark.root
 @needs_root
 def test_proc_of_another_namespace() -> None:
     """Process 1 of the new namespace has another number there, and the number 1 is another process's."""

@@ -14,6 +14,7 @@ import pytest
 MARKERS = (
     "kernel: depends on the kernel: runs on the oldest and the newest of the matrix, if need be on those between",
     "every_kernel: runs on each kernel of the matrix",
+    "root: needs root and what a kernel has, but not a particular kernel; so do all tests with a lab or a running tool",
     "concurrent: needs true concurrency: runs with two processors, too",
 )
 

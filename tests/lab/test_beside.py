@@ -23,6 +23,7 @@ def start(code: str, lines: list[tuple[str, str]]) -> Tool:
     return Tool(["queue", code], lambda who, line: lines.append((who, line)))
 
 
+@pytest.mark.root
 def test_namespaces_in_arguments() -> None:
     with Lab() as lab:
         client, server = str(lab.client.inode), str(lab.server.inode)

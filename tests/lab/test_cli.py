@@ -47,6 +47,7 @@ def test_unknown_scenario() -> None:
     assert "did you mean 'syn-flood'" in str(result.exception)
 
 
+@pytest.mark.root
 def test_run_tells_what_was_done_and_what_was_counted() -> None:
     text = invoke(
         "run",
@@ -70,6 +71,7 @@ def test_run_tells_what_was_done_and_what_was_counted() -> None:
     assert ours(os.getpid()) == []
 
 
+@pytest.mark.root
 def test_run_with_a_tool_beside() -> None:
     done = subprocess.run(
         [*RUN, "close-order", "--pause-ms", "1", "--", "states", "-o", "json"], capture_output=True, text=True
@@ -81,6 +83,7 @@ def test_run_with_a_tool_beside() -> None:
     assert {event["lport"] for event in events} == {8080}  # the server's namespace, and nothing else
 
 
+@pytest.mark.root
 def test_no_code_of_the_current_directory_is_run(tmp_path: Path) -> None:
     here, witness = tmp_path / "here", tmp_path / "imported"
     here.mkdir()
@@ -93,6 +96,7 @@ def test_no_code_of_the_current_directory_is_run(tmp_path: Path) -> None:
     assert '"new_state":"CLOSE"' in done.stdout  # both hosts' programs and the tool have run
 
 
+@pytest.mark.root
 def test_a_tool_that_fails_gives_its_status() -> None:
     done = subprocess.run([*RUN, "close-order", "--", "states", "--nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
@@ -100,6 +104,7 @@ def test_a_tool_that_fails_gives_its_status() -> None:
     assert "'tcpscope states' ended with status 2" in done.stderr
 
 
+@pytest.mark.root
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
 def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     running = subprocess.Popen(
@@ -125,6 +130,7 @@ def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     assert start_time(server) is None
 
 
+@pytest.mark.root
 def test_kept_until_the_interrupt() -> None:
     running = subprocess.Popen(
         [*RUN, "syn-flood", "--backlog", "3", "--keep"],
@@ -145,6 +151,7 @@ def test_kept_until_the_interrupt() -> None:
     assert ours(running.pid) == []
 
 
+@pytest.mark.root
 def test_clean() -> None:
     NAMES.mkdir(exist_ok=True)
     dead = NAMES / f"tcpscope-{os.getpid()}-1-7-server"

@@ -60,6 +60,7 @@ def test_a_program_runs_in_the_host(lab: Lab) -> None:
         lab.server.spawn(["/nonexistent"])
 
 
+@pytest.mark.root
 def test_sysctls_are_the_hosts_own() -> None:
     outside = Path("/proc/sys/net/ipv4/tcp_syncookies").read_text()
     with Lab() as lab:
@@ -210,6 +211,7 @@ def test_two_labs_at_once_do_not_meet(lab: Lab) -> None:
     listener.close()
 
 
+@pytest.mark.root
 def test_nothing_is_left_behind() -> None:
     def traces() -> tuple[object, ...]:
         devices = sorted(Path("/sys/class/net").iterdir())
@@ -250,6 +252,7 @@ def test_a_killed_lab_is_removed_by_the_next_one(lab: Lab) -> None:
         assert all((NAMES / host.netns).exists() for host in lab.hosts)
 
 
+@pytest.mark.root
 def test_closing_twice_is_no_error() -> None:
     with Lab() as lab:
         pass

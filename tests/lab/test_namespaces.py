@@ -39,6 +39,7 @@ def references(inode: int) -> list[str]:
     return found + [line for line in mounts if f"net:[{inode}]" in line]
 
 
+@pytest.mark.root
 def test_worker_lives_in_the_namespace() -> None:
     namespace = Namespace("test")
     try:
@@ -56,6 +57,7 @@ def test_worker_lives_in_the_namespace() -> None:
     assert references(namespace.inode) == []
 
 
+@pytest.mark.root
 def test_two_namespaces_of_one_name_cannot_be() -> None:
     first = Namespace("twin")
     try:
@@ -66,6 +68,7 @@ def test_two_namespaces_of_one_name_cannot_be() -> None:
         first.close()
 
 
+@pytest.mark.root
 def test_killed_owner_is_swept_and_a_living_one_is_not() -> None:
     def start() -> tuple[subprocess.Popen[str], str]:
         owner = subprocess.Popen(
@@ -93,6 +96,7 @@ def test_killed_owner_is_swept_and_a_living_one_is_not() -> None:
     assert not (NAMES / alive).exists()
 
 
+@pytest.mark.root
 def test_sweep_looks_at_start_time_and_lock() -> None:
     NAMES.mkdir(exist_ok=True)
     pid, start = os.getpid(), start_time(os.getpid())

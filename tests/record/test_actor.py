@@ -14,6 +14,7 @@ from tests.record.recording import Played, read_log
 from tests.record.script import Script
 from tests.record.watch import Watch
 
+pytestmark = pytest.mark.root
 DEADLINE_S = 60
 
 

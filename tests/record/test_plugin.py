@@ -63,6 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tree: Path) -> Path:
     return made
 
 
+@pytest.mark.root
 def test_it_is_played_and_asserted(folder: Path, tree: Path) -> None:
     status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "refused or too_much")
     assert status == 1
@@ -70,11 +71,13 @@ def test_it_is_played_and_asserted(folder: Path, tree: Path) -> None:
     assert "0 rows of connect with {}, not one" in text
 
 
+@pytest.mark.root
 def test_one_of_them_alone_is_asserted_over_the_same_recording(folder: Path, tree: Path) -> None:
     status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "7001")
     assert (status, "1 passed" in text) == (0, True), text
 
 
+@pytest.mark.root
 def test_a_script_that_has_changed_needs_a_new_recording(folder: Path, tree: Path) -> None:
     changed = FILE.replace("    made.close()\n", "    made.close()\n    script.client.flush()\n")
     status, text = pytest_in(folder, tree, "--recording", str(folder / "recording"), "-k", "7000", text=changed)
@@ -88,6 +91,7 @@ def test_a_kernel_between_leaves_out_what_has_a_tool_that_is_not_for_it(tmp_path
     assert found == {"test_refused", "test_expects_too_much", "test_cannot_be_played"}
 
 
+@pytest.mark.root
 def test_what_the_actor_gives_up_fails_alone(tmp_path: Path, tree: Path) -> None:
     status, text = pytest_in(tmp_path, tree, "-k", "cannot or 7000")
     assert status == 1
@@ -95,6 +99,7 @@ def test_what_the_actor_gives_up_fails_alone(tmp_path: Path, tree: Path) -> None
     assert "1 passed" in text and "1 failed" in text
 
 
+@pytest.mark.root
 def test_a_tool_that_does_not_run_fails_who_asks_it(tmp_path: Path, tree: Path) -> None:
     status, text = pytest_in(tmp_path, tree, "-k", "has_a_tool or 7000")
     assert status == 1
@@ -102,6 +107,7 @@ def test_a_tool_that_does_not_run_fails_who_asks_it(tmp_path: Path, tree: Path) 
     assert "tcpscope queue --stack: it ended with status 2" in text and "it goes with --events" in text
 
 
+@pytest.mark.root
 def test_a_tool_that_lost_something_fails_each_test_that_asks_it(folder: Path, tmp_path: Path, tree: Path) -> None:
     for file in (folder / "recording").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -123,6 +129,7 @@ def with_unseen(folder: Path, missed: int, *events: dict[str, object]) -> None:
     (folder / "unseen.json").write_text(json.dumps(events))
 
 
+@pytest.mark.root
 def test_a_tool_may_miss_what_was_unseen_and_no_more(folder: Path, tmp_path: Path, tree: Path) -> None:
     for file in (folder / "recording").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -134,6 +141,7 @@ def test_a_tool_may_miss_what_was_unseen_and_no_more(folder: Path, tmp_path: Pat
         assert (status, "missed 2" in text) == (expected, bool(expected)), text
 
 
+@pytest.mark.root
 def test_a_scenario_that_may_have_lost_something_fails(folder: Path, tmp_path: Path, tree: Path) -> None:
     for file in (folder / "recording").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -165,6 +173,7 @@ plugin.record = once
 """
 
 
+@pytest.mark.root
 def test_it_alone_is_played_again(tmp_path: Path, tree: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     status, text = pytest_in(tmp_path, tree, "-k", "refused")

@@ -9,6 +9,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.record.recording import Played
 from tests.record.script import Came
 from tests.record.unseen import NAME, Unseen, unseen
@@ -71,6 +73,7 @@ def watch(folder: Path, tree: Path, kib: int = 16384, how: str = "") -> subproce
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@pytest.mark.root
 def test_what_a_program_was_run_for_is_not_unseen(tmp_path: Path, tree: Path) -> None:
     """Over the loopback the other end of a connection acts in a softirq, in the task that sends.
 
@@ -81,6 +84,7 @@ def test_what_a_program_was_run_for_is_not_unseen(tmp_path: Path, tree: Path) ->
     assert events["inet_sock_set_state"] > 50 and events["tcp_destroy_sock"] > 50
 
 
+@pytest.mark.root
 def test_a_buffer_that_overflows_is_no_witness(tmp_path: Path, tree: Path) -> None:
     done = watch(tmp_path, tree, kib=4)
     assert done.returncode and "the buffer of ftrace was too small" in done.stderr

@@ -7,6 +7,7 @@ from tcpscope.lab.scenarios.close_order import CloseOrder
 from tests.lab.families import KERNEL_FAMILIES
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
 @pytest.mark.parametrize("closes", ["client", "server"])
 def test_time_wait(closes: str, family: str) -> None:

@@ -9,6 +9,7 @@ from tcpscope.lab.scenarios.server_dies import ServerDies
 from tests.lab.families import KERNEL_FAMILIES
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_resets(family: str) -> None:
     with Lab() as lab:

@@ -20,6 +20,7 @@ def flood(family: str = "4", **parameters: int) -> Outcome:
     return outcome
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_without_cookies_syns_are_dropped(family: str) -> None:
     outcome = flood(family, syns=SYNS, backlog=3, syncookies=0)
@@ -30,6 +31,7 @@ def test_without_cookies_syns_are_dropped(family: str) -> None:
     assert outcome.counters["TcpExtTCPReqQFullDoCookies"] == 0
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_cookies_when_full(family: str) -> None:
     outcome = flood(family, syns=SYNS, backlog=3, syncookies=1)
@@ -40,6 +42,7 @@ def test_cookies_when_full(family: str) -> None:
     assert outcome.counters["TcpExtTCPReqQFullDrop"] == outcome.counters["TcpExtListenDrops"] == 0
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("family", KERNEL_FAMILIES)
 def test_cookies_always(family: str) -> None:
     outcome = flood(family, syns=20, syncookies=2)
