@@ -49,7 +49,52 @@ def test_the_first_look_sets_the_start() -> None:
 def test_refused_syns() -> None:
     assert looks([at(0, 0, 0, 0)], [at(3, 3, 3, 0)]) == [[], [(1, 3, "ACCEPT_QUEUE_FULL", "SYN")]]
     assert looks([at(0, 0, 0, 0)], [at(3, 3, 0, 3)]) == [[], [(1, 3, "SYN_QUEUE_FULL", "SYN")]]
-    assert looks([at(0, 0, 0, 0)], [at(3, 3, 1, 1)]) == [[], [(1, 3, None, "SYN")]]
+
+
+def test_refusals_of_several_causes_in_one_look() -> None:
+    mixed = [(1, 35, "ACCEPT_QUEUE_FULL", "SYN"), (1, 5, "SYN_QUEUE_FULL", "SYN"), (1, 10, "OTHER", "SYN")]
+    assert looks([at(0, 0, 0, 0)], [at(50, 50, 35, 5)]) == [[], mixed]
+    off = {"syncookies": 0}  # the rest may be the reserved quarter of the SYN queue
+    assert looks([at(0, 0, 0, 0, **off)], [at(50, 50, 35, 5, **off)])[1][-1] == (1, 10, None, "SYN")
+    waits = looks([at(0, 0, 0, 0)], [at(0, 50, 35, 5)], [at(50, 50, 35, 5)])
+    assert waits == [[], [], mixed]
+
+
+def test_several_causes_at_several_listeners() -> None:
+    """The one with a full accept queue has refused for that cause, if the numbers say so. Else nobody knows."""
+    other, full = {"socket": 2, "cookie": 2}, {"accept_queue": 6}
+    start = [at(0, 0, 0, 0), at(0, 0, 0, 0, **other)]
+    assert looks(start, [at(3, 5, 3, 2, **full), at(2, 5, 3, 2, **other)])[1] == [
+        (1, 3, "ACCEPT_QUEUE_FULL", "SYN"),
+        (2, 2, "SYN_QUEUE_FULL", "SYN"),
+    ]
+    for more in ({}, {"accept_queue": 6}):
+        assert [row[2] for row in looks(start, [at(2, 5, 3, 2, **more), at(3, 5, 3, 2, **other)])[1]] == [None, None]
+
+
+def test_a_cause_that_is_counted_before_its_drop_waits() -> None:
+    early = looks([at(0, 0, 0, 0)], [at(0, 0, 1, 0)], [at(1, 1, 1, 0)], [at(1, 1, 1, 0)])
+    assert early == [[], [], [(1, 1, "ACCEPT_QUEUE_FULL", "SYN")], []]
+
+
+def test_cookies_are_of_the_listener_with_a_full_syn_queue() -> None:
+    sent = (1, 159, "COOKIE_SENT", "SYN")
+    assert looks([at(0, 0, 0, 0, 1)], [at(0, 0, 0, 0, 160)]) == [[], [sent]]
+    other = {"socket": 2, "cookie": 2}
+    start = [at(0, 0, 0, 0, 1), at(0, 0, 0, 0, 1, **other)]
+    assert looks(start, [at(0, 0, 0, 0, 160, syn_queue=5), at(0, 0, 0, 0, 160, **other)])[1] == [sent]
+
+
+def test_cookies_without_a_certain_listener_are_counted() -> None:
+    sampler, other = Sampler(), {"socket": 2, "cookie": 2}
+    for cookies in (1, 160):
+        found = sampler.look([at(0, 0, 0, 0, cookies, syn_queue=6), at(0, 0, 0, 0, cookies, syn_queue=6, **other)])
+        assert found == []
+    assert sampler.unnamed_cookies == 159
+
+
+def test_cookies_that_an_earlier_listener_sent_are_not_those_of_the_next() -> None:
+    assert looks([], [at(0, 0, 0, 0, 159)]) == [[], []]
 
 
 def test_a_refused_ack_is_two_packets() -> None:

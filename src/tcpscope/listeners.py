@@ -24,6 +24,7 @@ MIB = {
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",
     "mib_reqq_full_cookies": "LINUX_MIB_TCPREQQFULLDOCOOKIES",
     "mib_reqq_full_drop": "LINUX_MIB_TCPREQQFULLDROP",
+    "mib_cookies_sent": "LINUX_MIB_SYNCOOKIESSENT",
 }
 """Constant of the probe -> the kernel's enumerator whose value it has."""
 
@@ -46,11 +47,15 @@ _Key = tuple[int, int]  # address of the socket, and when listen() was called; n
 
 
 class NetCounters(NamedTuple):
-    """ListenDrops, ListenOverflows and TCPReqQFullDrop of a namespace. Read only if refusals are sampled."""
+    """ListenDrops, ListenOverflows, TCPReqQFullDrop and SyncookiesSent of a namespace.
+
+    Read only if refusals are sampled.
+    """
 
     drops: int
     overflows: int
     full: int
+    cookies: int = 0
 
 
 @dataclass(frozen=True)
@@ -340,6 +345,6 @@ def _listener(
         net_cookie=record.net_cookie or None,
         counters=None
         if record.net_drops == UNREAD
-        else NetCounters(record.net_drops, record.net_overflows, record.net_full),
+        else NetCounters(record.net_drops, record.net_overflows, record.net_full, record.net_cookies),
         wanted=wanted,
     )

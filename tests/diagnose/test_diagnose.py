@@ -75,4 +75,17 @@ def test_sampled_refusals_of_no_certain_cause_are_not_counted_for_one():
     facts = sampled(full_seen=0, syncookies=0, SYN_QUEUE_FULL=3, UNKNOWN=2)
     assert list(facts) == ["syn_queue"]
     assert (facts["syn_queue"]["count"], facts["syn_queue"]["dropped"]) == (None, None)
-    assert sampled(full_seen=0, syncookies=1, UNKNOWN=2) == {}
+    facts = sampled(full_seen=0, syncookies=1, UNKNOWN=2)
+    assert list(facts) == ["other_refusals"]
+    assert facts["other_refusals"]["count"] is None
+
+
+def test_sampled_refusals_without_a_full_queue_are_found() -> None:
+    facts = sampled(full_seen=0, syncookies=1, OTHER=10)
+    assert list(facts) == ["other_refusals"]
+    assert facts["other_refusals"]["count"] == 10
+
+
+def test_sampled_cookies_are_a_finding_unless_all_syns_get_one() -> None:
+    assert sampled(full_seen=0, syncookies=1, COOKIE_SENT=159)["syn_queue"]["cookies"] == 159
+    assert sampled(full_seen=0, syncookies=2, COOKIE_SENT=159) == {}

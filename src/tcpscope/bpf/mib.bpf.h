@@ -11,6 +11,7 @@ const volatile __u32 mib_listen_overflows;
 const volatile __u32 mib_listen_drops;
 const volatile __u32 mib_reqq_full_cookies;
 const volatile __u32 mib_reqq_full_drop;
+const volatile __u32 mib_cookies_sent;
 
 struct mib {
 	__u64 overflows, drops, cookies, full;

@@ -30,6 +30,7 @@ struct listener {
 	__u64 net_overflows; /* counters of the namespace, if refusals are sampled; net_drops -1: not read */
 	__u64 net_drops;
 	__u64 net_full;
+	__u64 net_cookies;
 	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */
 	__u64 now_ns;
 	__u64 refused[STEPS][CAUSES];
@@ -67,7 +68,8 @@ static __always_inline bool sampled(void)
 }
 
 /*
- * The namespace's counters, summed over all CPUs. Not by bpf_loop(): 5.10 refuses a program with callbacks, even unused.
+ * The namespace's counters, summed over all CPUs. The kernel counts the cause before the drop. So the drops are read first:
+ * each of them has its cause in what is read after. Not by bpf_loop(): 5.10 refuses a program with callbacks, even unused.
  */
 static __noinline int net_counters_read(struct sock *sk, struct listener *record)
 {
@@ -82,12 +84,14 @@ static __noinline int net_counters_read(struct sock *sk, struct listener *record
 		if (!copy)
 			break;
 		offset = cpu_offset(copy);
-		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_overflows * 8);
-		record->net_overflows += value;
 		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_drops * 8);
 		record->net_drops += value;
+		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_overflows * 8);
+		record->net_overflows += value;
 		bpf_probe_read_kernel(&value, 8, counters + offset + mib_reqq_full_drop * 8);
 		record->net_full += value;
+		bpf_probe_read_kernel(&value, 8, counters + offset + mib_cookies_sent * 8);
+		record->net_cookies += value;
 	}
 	return 0;
 }

@@ -167,7 +167,12 @@ class QueueHistory:
         return f"{shown}, {sum(n for (_, cause), n in refused.items() if cause != 'COOKIE_SENT')} refusals"
 
     def blind_spots(self) -> list[str]:
-        return [] if self.exact else [f"{self.why_sampled}: {LIMITS}"]
+        if self.exact:
+            return []
+        notes = [f"{self.why_sampled}: {LIMITS}"]
+        if number := self._sampler.unnamed_cookies:
+            notes.append(f"{number} SYNs were answered with a SYN cookie, and it is not known by which listener")
+        return notes
 
     def _look(self, fresh: bool = False) -> None:
         found = self._snapshots.look(all_=not self.exact, fresh=fresh)

@@ -84,7 +84,7 @@ class SynQueue(Rule):
                 count=None if unsure else dropped + cookies,
                 dropped=None if unsure else full,
                 reserved=None if unsure else reserved,
-                cookies=cookies if seen.exact else None,
+                cookies=cookies,
             ),
         )
 
