@@ -42,7 +42,13 @@ class Run:
 
     @cached_property
     def rows(self) -> list[Row]:
-        return [record for record in self._records if record.keys() != {"stats"}]
+        return [record for record in self._records if record.keys() not in ({"stats"}, {"summary"})]
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The last record of `diagnose`, but for the account."""
+        (summary,) = (record["summary"] for record in self._records if record.keys() == {"summary"})
+        return dict(summary)
 
     @cached_property
     def stats(self) -> dict[str, int] | None:

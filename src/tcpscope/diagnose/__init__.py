@@ -66,6 +66,9 @@ class Source(Protocol):
     def live(self) -> str:
         """What has been seen so far, in a few words."""
 
+    def counts(self) -> dict[str, int]:
+        """The same numbers, by name."""
+
     def blind_spots(self) -> list[str]:
         """What it cannot see on this kernel, and what it does instead."""
 

@@ -40,7 +40,12 @@ def _run(**values: Any) -> None:
             _watch(list(sources.values()), stop, request)
             watched = time.monotonic() - started
             findings = ordered(found for rule in rules for found in rule.check(sources[rule.source]))
-            _print(request, stream, findings, list(sources.values()), watched)
+            if request.output == "json":
+                stream.write(printable_json(msgspec.json.Encoder().encode_lines(findings)))
+                summary = _summary(findings, [rule.name for rule in rules], list(sources.values()), watched)
+                open_sink(request.output, (), stream).record("summary", summary)
+            else:
+                _print(stream, findings, list(sources.values()), watched)
             stats = account(sources.values())
         finally:
             for source in sources.values():
@@ -66,11 +71,20 @@ def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
         source.end()
 
 
-def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources: list[Source], watched: float) -> None:
+def _summary(findings: list[Finding], rules: list[str], sources: list[Source], watched: float) -> dict[str, Any]:
+    """The last record: what was watched, and what could not be judged. Without findings it is the only one."""
+    counts = {name: n for source in sources for name, n in source.counts().items()}
+    about = {"findings": len(findings), "watched_s": round(watched, 3), "rules": rules}
+    return about | counts | {"notes": _notes(sources)}
+
+
+def _notes(sources: list[Source]) -> list[str]:
+    blind = [spot for source in sources for spot in source.blind_spots()]
+    return [pidns.NOTE, *blind] if pidns.inner() else blind
+
+
+def _print(stream: BinaryIO, findings: list[Finding], sources: list[Source], watched: float) -> None:
     write = stream.write
-    if request.output == "json":
-        write(printable_json(msgspec.json.Encoder().encode_lines(findings)))
-        return
     width = min(_WIDEST, screen.width_of(stream) or _WIDEST)
     for number, finding in enumerate(findings, 1):
         text = "\n".join([*map(printable, _text(number, finding, width)), "", ""])
@@ -78,10 +92,9 @@ def _print(request: Request, stream: BinaryIO, findings: list[Finding], sources:
             text = text.replace("[critical]", screen.red("[critical]"), 1)
         write(text.encode())
     if not findings:
-        write(b"No full accept queue or SYN queue found. Nothing else is checked yet.\n")
-    blind = [spot for source in sources for spot in source.blind_spots()]
+        write(b"No full accept queue or SYN queue and no refused handshake found. Nothing else is checked yet.\n")
     last = [f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}."]
-    last += [f"Note: {spot}." for spot in ([pidns.NOTE, *blind] if pidns.inner() else blind)]
+    last += [f"Note: {note}." for note in _notes(sources)]
     for line in last:
         write("\n".join([*textwrap.wrap(line, screen.width_of(stream) or len(line)), ""]).encode())
 

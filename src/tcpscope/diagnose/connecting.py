@@ -47,6 +47,14 @@ class Connecting:
     def closed(self) -> int:
         return self._count(new="CLOSE") - self.failed - self._count(old="LISTEN", new="CLOSE")
 
+    def counts(self) -> dict[str, int]:
+        return {
+            "connections_opened": self.opened,
+            "connections_received": self.received,
+            "connections_closed": self.closed,
+            "connects_failed": self.failed,
+        }
+
     def live(self) -> str:
         return (
             f"{self.opened} connections opened, {self.received} received, {self.closed} closed, "

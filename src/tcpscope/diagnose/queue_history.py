@@ -161,10 +161,15 @@ class QueueHistory:
         self._drain(self.run.end())
 
     def live(self) -> str:
-        number = len(self.histories) + self._forgotten
-        shown = f"{number} listener{'' if number == 1 else 's'}"
+        number, refusals = self.counts().values()
+        return f"{number} listener{'' if number == 1 else 's'}, {refusals} refusals"
+
+    def counts(self) -> dict[str, int]:
         refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, ...]]())
-        return f"{shown}, {sum(n for (_, cause), n in refused.items() if cause != 'COOKIE_SENT')} refusals"
+        return {
+            "listeners": len(self.histories) + self._forgotten,
+            "refusals": sum(n for (_, cause), n in refused.items() if cause != "COOKIE_SENT"),
+        }
 
     def blind_spots(self) -> list[str]:
         if self.exact:

@@ -81,6 +81,11 @@ def test_nothing_is_found_where_nothing_is_wrong(script: Script) -> Test:
     seen = yield
     assert run.change("ListenDrops") == 0
     assert findings(seen, run) == []
+    summary = seen.run(DIAGNOSE).summary
+    assert summary["findings"] == len(seen.run(DIAGNOSE).rows)
+    assert summary["listeners"] >= 1
+    assert {"accept_queue", "syn_queue"} <= set(summary["rules"])
+    assert any("sampled" in note for note in summary["notes"]) != seen.machine.functions_can_be_hooked
 
 
 def test_text_names_owner_limit_and_remedy(lab: Lab, run_tool: type[RunningTool]) -> None:
