@@ -8,7 +8,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -23,6 +24,7 @@ from tcpscope.output.screen import width_of
 from tcpscope.quantities import seconds, whole
 from tcpscope.request import Request
 from tcpscope.show import show
+from tcpscope.writing import Output, complaint, take_over
 
 _OTHERS = {
     "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
@@ -38,14 +40,25 @@ class _ReaderGoneError(Exception):
     """The reader of our output has closed it."""
 
 
+@contextmanager
+def _click_lets_pass() -> Iterator[None]:
+    """click would end with status 1 if our reader has gone."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise _ReaderGoneError from None
+
+
 class Commands(click.Group):
     """The top command. It imports a command's module only when that command is called, to start fast."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _click_lets_pass():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise _ReaderGoneError from None  # click would end with status 1
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _click_lets_pass():  # --help is printed here
+            return super().make_context(*args, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted([*toolbox.names(), *_OTHERS])
@@ -401,7 +414,12 @@ def main() -> NoReturn:
     warnings.showwarning = _warn
     if sys.stdout is None:
         sys.exit(_fail("standard output is closed", 1))
-    sys.exit(_guarded(lambda: tcpscope.main(prog_name="tcpscope", standalone_mode=False)))
+    take_over()
+    status = _guarded(lambda: tcpscope.main(prog_name="tcpscope", standalone_mode=False))
+    Output.over = True
+    if text := complaint(sys.stdout.buffer):
+        _fail(text, status)
+    sys.exit(status)
 
 
 def _open_standard_streams() -> None:

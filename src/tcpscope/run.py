@@ -96,6 +96,12 @@ class Run(ABC):
         """Seconds until the next poll, if no descriptor is readable before."""
         return POLL_SECONDS
 
+    def not_taken(self, rows: int) -> None:
+        """So many rows were not written after all."""
+        if self.counted:
+            self.stats.shown -= rows
+            self.stats.lost += rows
+
     def account(self) -> Stats:
         """Exact after the end: seen == shown + filtered + lost."""
         return sum((session.account() for session in self.sessions), Stats())

@@ -33,7 +33,8 @@ class Stats:
     seen        events at the hook, before any filter
     shown       events that the reader got
     filtered    events that the filter excludes, in the kernel or here; with --max-events also those after the last one
-    lost        events that the filter wants, for which the ring buffer or an aggregate had no room
+    lost        events that the filter wants, for which the ring buffer or an aggregate had no room, or which the reader
+                of standard output did not take
     table_full  connections that found no place in a table of the kernel: their owner and times are not known
     missed      not in `seen`: transitions that no program saw, and runs that the kernel skipped (recursion) of programs
                 that have no second copy; a lower bound

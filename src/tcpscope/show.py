@@ -21,11 +21,13 @@ from tcpscope.schema import Clock
 from tcpscope.session import Session, Stats, announce_ready, drop_privileges
 from tcpscope.stop import Stop
 from tcpscope.tool import Tool
+from tcpscope.writing import Output, lost_by
 
 
 def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
     """Run a tool and print its rows until it ends. Raises LossError under --strict if an event was lost."""
     with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
+        Output.stop = stop
         if request.explain:
             stream.write("\n".join([*explain(request.filter, run.sessions), ""]).encode())
             return
@@ -46,7 +48,7 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             if stop.stopped:
                 clear_interrupt()
             if not page:
-                sink.rows(batch.rows)
+                run.not_taken(sink.rows(batch.rows))
             elif batch.kind == "snapshot" and not (run.over and page.is_fresh):
                 page.draw(batch)  # but not what little is left at the end, over a whole interval
             stream.flush()
@@ -88,6 +90,8 @@ def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: s
     if request.verbose or request.stats or request.strict or not stats.lossless:
         line = f"tcpscope: {stats.line()}"
         print(line if stats.lossless or not screen.has_colours(sys.stderr) else screen.red(line), file=sys.stderr)
+    if request.strict and lost_by(stream):
+        raise LossError("rows were not written", "the reader of standard output must go on reading")
     if request.strict and not stats.lossless:
         raise LossError("events were lost", f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
 

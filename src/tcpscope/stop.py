@@ -57,6 +57,19 @@ class Stop:
     def __bool__(self) -> bool:
         return self.stopped or (self.deadline is not None and time.monotonic() >= self.deadline)
 
+    @property
+    def is_over(self) -> bool:
+        """Asked to stop, or closed."""
+        return self._closed or bool(self)
+
+    def wait_to_write(self, descriptor: int) -> None:
+        """Until `descriptor` is writable or has no reader, or a stop is asked for."""
+        seconds = _LONGEST_WAIT if self.deadline is None else self.deadline - time.monotonic()
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        poll.register(descriptor, select.POLLOUT)
+        poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000)
+
     def wait(self, seconds: float, *descriptors: int) -> None:
         """Until one of the descriptors is readable, the time is over, or a stop is asked for.
 

@@ -18,6 +18,7 @@ from tcpscope.output import cut, open_sink, printable, printable_json, screen
 from tcpscope.request import Request
 from tcpscope.show import begin, clear_interrupt, descriptor, finish
 from tcpscope.stop import Stop
+from tcpscope.writing import Output
 
 _POLL_SECONDS = 0.2
 _DEFAULT_SECONDS = 30.0
@@ -30,6 +31,7 @@ def _run(**values: Any) -> None:
     stream = sys.stdout.buffer
     rules = all_rules()
     with Stop(request.duration, descriptor(stream)) as stop:
+        Output.stop = stop
         sources: dict[type[Any], Source] = {}
         try:
             kinds: list[type[Any]] = [Connecting, *(rule.source for rule in rules)]

@@ -1,6 +1,7 @@
 """The output formats: one module each, with a class `Sink(columns, stream, header)`. The directory is the list.
 
-A sink writes batches of rows (msgspec structs whose attributes are the columns), with one write per batch.
+A sink writes batches of rows (msgspec structs whose attributes are the columns), with one write per batch. Its stream
+takes all, or says how many bytes it took (writing.py).
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class Column(msgspec.Struct, frozen=True):
 class Sink(Protocol):
     """What every format has."""
 
-    def rows(self, rows: Sequence[Any]) -> None:
-        """Write these rows."""
+    def rows(self, rows: Sequence[Any]) -> int:
+        """Write these rows. Returns how many the stream did not take."""
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a record that is not a row (the account), if the format has a place for it."""

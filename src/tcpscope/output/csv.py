@@ -25,17 +25,19 @@ class Sink:
             self._writer.writerow(names)
             self._flush()
 
-    def rows(self, rows: Sequence[Any]) -> None:
+    def rows(self, rows: Sequence[Any]) -> int:
         self._writer.writerows(map(_cells, map(self._values, rows)))
-        self._flush()
+        return self._flush()
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """CSV has no place for anything but rows."""
 
-    def _flush(self) -> None:
-        self._stream.write(self._text.getvalue().encode())
+    def _flush(self) -> int:
+        """Returns how many lines the stream did not take."""
+        lines = self._text.getvalue().encode()
         self._text.seek(0)
         self._text.truncate()
+        return lines.count(b"\n", self._stream.write(lines))
 
 
 def _cells(values: Sequence[Any]) -> list[Any]:

@@ -18,8 +18,9 @@ class Sink:
         self._write = stream.write
         self._encoder = msgspec.json.Encoder()
 
-    def rows(self, rows: Sequence[Any]) -> None:
-        self._write(printable_json(self._encoder.encode_lines(rows)))
+    def rows(self, rows: Sequence[Any]) -> int:
+        lines = printable_json(self._encoder.encode_lines(rows))
+        return lines.count(b"\n", self._write(lines))
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         self._write(printable_json(self._encoder.encode({name: values}) + b"\n"))

@@ -50,10 +50,10 @@ class Sink:
         self._alarming = alarming if alarming and has_colours(stream) else {}
         self._titles = ""
 
-    def rows(self, rows: Sequence[Any]) -> None:
+    def rows(self, rows: Sequence[Any]) -> int:
         """Write these rows, and the titles above them if a column stands in another place now."""
-        if lines := self._lines(rows, self._wide):
-            self._stream.write("\n".join([*lines, ""]).encode())
+        text = "\n".join([*self._lines(rows, self._wide), ""]).encode()
+        return min(len(rows), text.count(b"\n", self._stream.write(text)))
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """A table has no place for the account."""

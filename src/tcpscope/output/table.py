@@ -9,6 +9,7 @@ its column.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, BinaryIO
 
@@ -38,7 +39,7 @@ class Sink:
         self._templates: dict[tuple[type, ...], str | None] = {}
         self._titled = False
 
-    def rows(self, rows: Sequence[Any]) -> None:
+    def rows(self, rows: Sequence[Any]) -> int:
         cells = [self._values(row) for row in rows]
         lines = [self._line(values) for values in cells]
         if max(map(width, lines), default=0) > self._width:
@@ -49,9 +50,16 @@ class Sink:
             self._titled = True
             titles.append(" ".join(cell.pad(cell.header) for _, cell in self._on_line).rstrip())
         if self._below:
-            lines = [line for values, above in zip(cells, lines, strict=True) for line in self._whole(values, above)]
-        if titles or lines:
-            self._stream.write("\n".join([*titles, *map(str.rstrip, lines), ""]).encode())
+            wholes = (self._whole(values, line) for values, line in zip(cells, lines, strict=True))
+            lines = ["\n".join(map(str.rstrip, whole)) for whole in wholes]
+        else:
+            lines = list(map(str.rstrip, lines))
+        text = "\n".join([*titles, *lines, ""]).encode()
+        taken = self._stream.write(text)
+        if taken == len(text):
+            return 0
+        ends = list(accumulate(len(f"{piece}\n".encode()) for piece in (*titles, *lines)))
+        return sum(end > taken for end in ends[len(titles) :])
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """The statistics stand on stderr; a table has no place for them."""

@@ -1,0 +1,160 @@
+"""Nothing that is written is lost in silence, whatever the reader and the descriptor do."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tcpscope import writing
+from tcpscope.output import Column, formats, open_sink
+from tcpscope.stop import Stop
+from tcpscope.writing import Output, complaint
+
+LINE = b"%07d\n"
+MANY = b"".join(LINE % number for number in range(100_000))  # more than any pipe or socket buffer
+
+
+@pytest.fixture(params=["pipe", "socket"])
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
+    """Where to read, and where to write."""
+    read, write = os.pipe() if request.param == "pipe" else (end.detach() for end in socket.socketpair())
+    yield read, write
+    for end in (read, write):
+        os.close(end)
+
+
+@pytest.fixture
+def stop() -> Iterator[Stop]:
+    with Stop() as stop:
+        Output.stop = stop
+        yield stop
+    Output.stop = None
+
+
+def read_all(descriptor: int) -> bytes:
+    """What is there now."""
+    os.set_blocking(descriptor, False)
+    pieces = []
+    while select.select([descriptor], [], [], 0)[0] and (piece := os.read(descriptor, 1 << 20)):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_reader_that_pauses_gets_everything(ends: tuple[int, int], stop: Stop, blocking: bool) -> None:
+    read, write = ends
+    os.set_blocking(write, blocking)
+    output, taken = Output(write), []
+    writer = threading.Thread(target=lambda: taken.append(output.write(MANY)))
+    writer.start()
+    got = b""
+    while len(got) < len(MANY):  # it waits until the buffer is full, and takes a little only
+        full = select.poll()
+        full.register(write, select.POLLOUT)
+        while full.poll(0) and len(got) + 65536 < len(MANY) and writer.is_alive():
+            time.sleep(0.0001)
+        got += os.read(read, 30_000)
+    writer.join()
+    assert (got, taken, output.lost, complaint(output)) == (MANY, [len(MANY)], 0, "")
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("end", ["signal", "duration"])
+def test_a_reader_that_stops_does_not_hold_us(ends: tuple[int, int], blocking: bool, end: str) -> None:
+    read, write = ends
+    os.set_blocking(write, blocking)
+    with Stop(0.1 if end == "duration" else None) as stop:
+        Output.stop = stop
+        stop.begin()
+        if end == "signal":
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        output = Output(write)
+        taken = output.write(MANY)
+        began = time.monotonic()
+        assert output.write(MANY) == 0
+        assert time.monotonic() - began < writing.PATIENCE_SECONDS  # it does not wait again
+    Output.stop = None
+    assert taken and taken + output.lost == 2 * len(MANY)
+    assert read_all(read) == MANY[:taken]
+    assert f"{output.lost} bytes were not written" in complaint(output)
+
+
+def test_a_pipe_holds_whole_lines(stop: Stop) -> None:
+    read, write = os.pipe()
+    stop.stop()
+    output = Output(write)
+    taken = output.write(b"x" * 10 + b"\n" + MANY)
+    assert MANY and (b"x" * 10 + b"\n" + MANY)[:taken].endswith(b"\n")
+    assert not output.cut and "incomplete" not in complaint(output)
+    os.close(read), os.close(write)
+
+
+def test_a_line_that_is_cut_is_told(stop: Stop) -> None:
+    read, write = os.pipe()
+    stop.stop()
+    output = Output(write)
+    output.write(b"x" * 1_000_000)
+    assert "the last line is incomplete" in complaint(output)
+    os.close(read), os.close(write)
+
+
+def test_a_reader_that_has_gone(ends: tuple[int, int], stop: Stop) -> None:
+    read, write = ends
+    output = Output(write)
+    gone = os.dup(read)
+    threading.Timer(0.1, lambda: os.dup2(os.open(os.devnull, os.O_RDONLY), read)).start()
+    os.close(gone)
+    with pytest.raises(BrokenPipeError):
+        output.write(MANY)
+    assert not complaint(output)
+
+
+def test_a_signal_that_raises_ends_all_writing() -> None:
+    """As SIGINT does while no run has begun. Python flushes at its exit, and must not wait then."""
+    read, write = os.pipe()
+    output = Output(write)
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        output.write(MANY)
+    assert output.write(b"more\n") == 0
+    assert read_all(read).endswith(b"\n")
+    os.close(read), os.close(write)
+
+
+@pytest.mark.parametrize("format_", formats())
+def test_every_format_tells_how_many_rows_are_missing(stop: Stop, format_: str) -> None:
+    read, write = os.pipe()
+    columns = [Column("number", width=7), Column("stack", "stack")]
+    rows = [SimpleNamespace(number=number, stack=["below", "é"]) for number in range(10_000, 20_000)]
+    if format_ == "json":
+        import msgspec
+
+        row = msgspec.defstruct("Row", [("number", int), ("stack", list[str])])
+        rows = [row(each.number, each.stack) for each in rows]
+    sink = open_sink(format_, columns, Output(write))  # type: ignore[arg-type]
+    stop.stop()
+    missing = sink.rows(rows)
+    assert 0 < missing < len(rows)
+    text = read_all(read).decode()
+    first = rows[len(rows) - missing].number  # that is missing, if not its beginning is there
+    assert str(first - 1) in text and str(first + 1) not in text
+    assert sink.rows(rows) == len(rows)
+    os.close(read), os.close(write)
+
+
+def test_a_file_gets_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (tmp_path / "rows").open("wb") as file:
+        sizes: list[int] = []
+        real = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: sizes.append(len(data)) or real(fd, data))
+        assert Output(file.fileno()).write(MANY) == len(MANY)
+    assert sizes == [len(MANY)]
