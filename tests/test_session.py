@@ -22,8 +22,9 @@ from typing import cast
 import pytest
 
 import tcpscope
+from tcpscope import session
 from tcpscope import tool as toolbox
-from tcpscope.errors import LossError
+from tcpscope.errors import LossError, UsageError
 from tcpscope.filters import Filter
 from tcpscope.kernel import loaded
 from tcpscope.kernel.loaded import Loaded, plan
@@ -501,3 +502,31 @@ def test_a_namespace_of_the_filter_is_held_during_the_run() -> None:
     with session:
         assert descriptors_of(inode) == 1
     assert descriptors_of(inode) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("abc", "no number of a descriptor"),
+        ("1e3", "no number of a descriptor"),
+        ("987", "Bad file descriptor"),
+        ("-1", "Bad file descriptor"),
+        ("9" * 30, "no number of a descriptor"),
+    ],
+)
+def test_nowhere_to_announce(monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
+    """What the environment names may be anything."""
+    monkeypatch.setenv(session.READY_FD, text)
+    with pytest.raises(UsageError, match=f"{session.READY_FD}={text}: {reason}"):
+        session.announce_ready()
+
+
+def test_nobody_waits_for_the_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setenv(session.READY_FD, str(write))
+    try:
+        with pytest.raises(UsageError, match="Broken pipe"):
+            session.announce_ready()
+    finally:
+        os.close(write)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from types import TracebackType
 from typing import Any, ClassVar
 
-from tcpscope.errors import LossError
+from tcpscope.errors import LossError, UsageError
 from tcpscope.filters import Filter
 from tcpscope.kernel import compiled_filter, netns, pidns
 from tcpscope.kernel._libbpf import ffi, lib
@@ -324,11 +324,18 @@ def wait_for_programs() -> None:
 
 
 def announce_ready() -> None:
-    """Write "ready" to the file descriptor that the environment names, if it names one: all hooks are attached."""
-    if descriptor := os.environ.get(READY_FD):
-        os.write(int(descriptor), b"ready\n")
-        os.close(int(descriptor))
-        del os.environ[READY_FD]
+    """Write "ready" to the file descriptor that the environment names, if it names one: all hooks are attached.
+
+    Raises UsageError if that is no number of a descriptor to which we can write.
+    """
+    if text := os.environ.pop(READY_FD, None):
+        try:
+            descriptor = int(text)
+            os.write(descriptor, b"ready\n")
+            os.close(descriptor)
+        except (ValueError, OverflowError, OSError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no number of a descriptor"
+            raise UsageError(f"{READY_FD}={text}: {reason}", "give the number of an open descriptor") from None
 
 
 def drop_privileges(sessions: Sequence[Session], keep: Sequence[str] = ()) -> tuple[str, ...]:
