@@ -15,7 +15,7 @@ import pytest
 from tcpscope.stop import Stop
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal(number: signal.Signals) -> None:
     before = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
     try:
@@ -28,16 +28,31 @@ def test_a_signal(number: signal.Signals) -> None:
         signal.signal(number, before)
 
 
-def test_nohup() -> None:
-    """Who starts us with SIGHUP ignored wants us to go on."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_nohup(number: signal.Signals) -> None:
+    """Who starts us with a signal ignored wants us to go on."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), number)
             assert not stop
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_a_signal_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line knows its status then, and ignores signals until it exits."""
+    before = {number: signal.getsignal(number) for number in Stop.SIGNALS}
+    monkeypatch.setattr(Stop, "afterwards", signal.SIG_IGN)
+    try:
+        with Stop():
+            pass
+        for number in Stop.SIGNALS:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_stop() -> None:
@@ -101,3 +116,25 @@ def test_a_signal_while_modules_are_imported(tmp_path: Path, number: int, module
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", Stop.SIGNALS)
+def test_a_signal_does_not_replace_the_status(number: int) -> None:
+    """It comes between the account and the exit."""
+    code = f"""if True:
+        import os, sys
+        from tcpscope import __main__, cli, errors, stop
+
+        def show(*_):
+            with stop.Stop():
+                raise errors.LossError("events were lost")
+
+        def fail(*_, real=cli._fail):
+            os.kill(os.getpid(), {int(number)})
+            return real(*_)
+
+        cli.show, cli._fail, sys.argv = show, fail, ["tcpscope", "states"]
+        __main__.main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "", "tcpscope: events were lost\n")

@@ -1,6 +1,7 @@
 """`tcpscope` and `python -m tcpscope`: SIGINT and SIGTERM end it quietly from the first import on.
 
-A run catches them by itself (stop.py). Until then, and when it is over, there is nothing to be put in order.
+A run catches them by itself (stop.py). Until then there is nothing to be put in order. When a run is over, its exit
+status is known, and a signal does not replace it.
 """
 
 import signal
@@ -17,7 +18,9 @@ def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     from tcpscope import cli
+    from tcpscope.stop import Stop
 
+    Stop.afterwards = signal.SIG_IGN
     cli.main()
 
 

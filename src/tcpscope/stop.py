@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
 
@@ -15,9 +15,12 @@ _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who wai
 class Stop:
     """Asked to stop? By a signal, the code, or because `duration` seconds have passed since `begin()`.
 
-    As a context manager it catches SIGINT, SIGTERM, and SIGHUP unless that is ignored (nohup). `output` is a descriptor
-    whose reader may go away.
+    As a context manager it catches SIGINT and SIGTERM, and SIGHUP (nohup) and SIGQUIT unless they are ignored. `output`
+    is a descriptor whose reader may go away. `afterwards` handles these signals after the run; None: who did before.
     """
+
+    SIGNALS: ClassVar = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    afterwards: ClassVar[Any] = None
 
     def __init__(self, duration: float | None = None, output: int | None = None) -> None:
         self._duration, self._output = duration, output
@@ -27,15 +30,15 @@ class Stop:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+        for number in self.SIGNALS:
+            if number in (signal.SIGHUP, signal.SIGQUIT) and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, lambda *_: self.stop())
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.afterwards is None else self.afterwards)
         self.close()
 
     def close(self) -> None:
