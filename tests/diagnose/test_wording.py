@@ -19,12 +19,16 @@ PREFORK = replace(LISTENER, holders=(MASTER, ONE, TWO), parents=frozenset({1, 10
 ELSEWHERE = replace(LISTENER, netns=1, holders=(ONE,))
 
 
-def remedies(listener: Listener) -> list[Remedy]:
-    return list(accept_queue._remedies(History(listener, listener, full_seen=1, looks=1)))
+def of(listener: Listener, *, gone: bool = False) -> History:
+    return History(listener, listener, full_seen=1, looks=1, gone=gone)
+
+
+def remedies(listener: Listener, *, gone: bool = False) -> list[Remedy]:
+    return list(accept_queue._remedies(of(listener, gone=gone)))
 
 
 def test_workers_are_named_and_not_the_process_that_started_them() -> None:
-    assert wording.whose(PREFORK) == "gunicorn (PID 11 and 2 more)"
+    assert wording.whose(of(PREFORK)) == "gunicorn (PID 11 and 2 more)"
     stuck = remedies(PREFORK)[0].command
     assert stuck is not None
     assert "-p 11,12 " in stuck
@@ -32,17 +36,17 @@ def test_workers_are_named_and_not_the_process_that_started_them() -> None:
 
 
 def test_who_accepts_is_named_whatever_its_children() -> None:
-    assert wording.whose(replace(PREFORK, accepter=10)) == "gunicorn (PID 10 and 2 more)"
+    assert wording.whose(of(replace(PREFORK, accepter=10))) == "gunicorn (PID 10 and 2 more)"
 
 
 def test_a_process_that_holds_two_descriptors_is_one() -> None:
-    assert wording.whose(replace(LISTENER, holders=(ONE, Holder(11, "gunicorn", 0, 6)))) == "gunicorn (PID 11)"
+    assert wording.whose(of(replace(LISTENER, holders=(ONE, Holder(11, "gunicorn", 0, 6))))) == "gunicorn (PID 11)"
 
 
 def test_a_socket_of_systemd_is_changed_in_its_unit() -> None:
     systemd = Holder(1, "systemd", 0, 40)
     activated = replace(LISTENER, holders=(systemd, ONE), parents=frozenset({1}))
-    assert wording.whose(activated) == "gunicorn (PID 11 and 1 more)"
+    assert wording.whose(of(activated)) == "gunicorn (PID 11 and 1 more)"
     stuck, backlog = remedies(activated)
     assert "/proc/1/" not in (stuck.command or "")
     assert (backlog.name, backlog.present) == ("Backlog=", 5)
@@ -52,15 +56,15 @@ def test_a_socket_of_systemd_is_changed_in_its_unit() -> None:
 
 def test_a_command_enters_the_namespace_by_a_process_that_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "visible", lambda: Visible({1: Namespace(1, "/run/netns/blue", "blue")}, 0))
-    assert wording.in_namespace(replace(ELSEWHERE, inside=frozenset({11})), "true") == "nsenter -t 11 -n true"
-    assert wording.in_namespace(ELSEWHERE, "true") == "nsenter --net=/run/netns/blue true"
+    assert wording.in_namespace(of(replace(ELSEWHERE, inside=frozenset({11}))), "true") == "nsenter -t 11 -n true"
+    assert wording.in_namespace(of(ELSEWHERE), "true") == "nsenter --net=/run/netns/blue true"
 
 
 def test_without_a_way_into_the_namespace_there_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "visible", lambda: Visible({}, 0))
-    assert wording.in_namespace(ELSEWHERE, "true") is None
+    assert wording.in_namespace(of(ELSEWHERE), "true") is None
     own = netns.inode_of("/proc/self/ns/net")
-    assert wording.in_namespace(replace(ELSEWHERE, netns=own), "true") == "true"
+    assert wording.in_namespace(of(replace(ELSEWHERE, netns=own)), "true") == "true"
 
 
 def proposed(history: History) -> list[str | int | None]:
@@ -104,3 +108,14 @@ def test_a_server_that_is_too_slow_gets_no_longer_queue(full: int, slow: bool) -
     assert ("accepts 10.0 a second" in found[0].what) == slow
     assert ("waits 500 ms" in found[0].what) == slow
     assert bool(proposed(history)) != slow
+
+
+def test_of_a_listener_that_is_gone_nothing_is_entered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its PIDs and the inode number of its namespace may be those of others now."""
+    monkeypatch.setattr(netns, "visible", lambda: Visible({1: Namespace(1, "/run/netns/blue", "blue")}, 0))
+    closed = replace(ELSEWHERE, inside=frozenset({11}), somaxconn=5)
+    assert wording.whose(of(closed, gone=True)) == "gunicorn (PID 11), closed since"
+    assert [(remedy.name, remedy.command) for remedy in remedies(closed, gone=True)] == [
+        ("net.core.somaxconn", None),
+        ("listen() backlog", None),
+    ]

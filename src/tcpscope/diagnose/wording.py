@@ -15,13 +15,14 @@ _LEAST, _MOST = 128, 65535
 _PEERS_SHOWN = 3
 
 
-def whose(listener: Listener) -> str:
+def whose(history: History) -> str:
     """`python3 (PID 4711)`: who accepts from it, or should; and how many more hold it."""
+    listener, closed = history.last, ", closed since" if history.gone else ""
     owner = listener.owner
     if owner is None:
-        return "owner not known"
+        return f"owner not known{closed}"
     others = len({holder.pid for holder in listener.holders}) - 1
-    return f"{owner.comm} (PID {owner.pid}{f' and {others} more' if others else ''})"
+    return f"{owner.comm} (PID {owner.pid}{f' and {others} more' if others else ''}){closed}"
 
 
 def program(listener: Listener) -> str:
@@ -49,25 +50,30 @@ def counters_agree(seen: QueueHistory, listener: Listener, names: tuple[str, ...
         yield f"the kernel's counters of this network namespace: {', '.join(known)}"
 
 
-def in_namespace(listener: Listener, command: str) -> str | None:
+def in_namespace(history: History, command: str) -> str | None:
     """The command, to be run in the listener's network namespace; None if it is not known how to enter that.
 
-    A process may have left the namespace after it made the socket: entering its present one would change another.
+    A process may have left the namespace after it made the socket: entering its present one would change another. Of
+    a listener that is gone, the PIDs and the namespace's inode number may be those of others now.
     """
+    listener = history.last
     if listener.netns == netns.inode_of("/proc/self/ns/net"):
         return command
+    if history.gone:
+        return None
     if listener.inside and not pidns.inner():
         return f"nsenter -t {min(listener.inside)} -n {command}"
     seen = netns.visible().namespaces.get(listener.netns)
     return f"nsenter --net={seen.path} {command}" if seen else None
 
 
-def raise_limit(listener: Listener, proposed: int) -> Iterator[Remedy]:
+def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:
     """How to get a longer queue: raise somaxconn if it is below `proposed`, and the application's backlog."""
+    listener = history.last
     if listener.somaxconn < proposed:
         yield Remedy(
             "Raise somaxconn: listen() cuts its backlog to it.",
-            command=in_namespace(listener, f"sysctl -w net.core.somaxconn={proposed}"),
+            command=in_namespace(history, f"sysctl -w net.core.somaxconn={proposed}"),
             name="net.core.somaxconn",
             present=listener.somaxconn,
             proposed=proposed,

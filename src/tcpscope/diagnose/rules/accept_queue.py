@@ -62,7 +62,7 @@ class AcceptQueue(Rule):
         return Finding(
             rule=self.name,
             severity="critical",
-            title=f"accept queue overflow on {listener.name}, {whose(listener)}",
+            title=f"accept queue overflow on {listener.name}, {whose(history)}",
             observed=observed,
             why=_why(listener) + (WHY_RESET if listener.abort_on_overflow else ""),
             remedies=list(_remedies(history)),
@@ -80,7 +80,7 @@ class AcceptQueue(Rule):
         return Finding(
             rule=self.name,
             severity="warning",
-            title=f"accept queue full on {listener.name}, {whose(listener)}",
+            title=f"accept queue full on {listener.name}, {whose(history)}",
             observed=[
                 f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
                 f"{history.full_seen} of {history.looks} samples, but nothing was refused; "
@@ -119,7 +119,7 @@ def _remedies(history: History) -> Iterator[Remedy]:
         )
         return
     workers = list(dict.fromkeys((own.comm, own.pid) for own in listener.workers))
-    if history.accepts == 0 and workers:
+    if history.accepts == 0 and workers and not history.gone:
         names = ", ".join(dict.fromkeys(comm for comm, _ in workers))
         pids = [str(pid) for _, pid in workers[:_WORKERS_SHOWN]]
         yield Remedy(
@@ -127,7 +127,7 @@ def _remedies(history: History) -> Iterator[Remedy]:
             "the overflow.",
             command=f"ps -L -p {','.join(pids)} -o pid,tid,stat,wchan:32,comm; cat /proc/{pids[0]}/stack",
         )
-    yield from raise_limit(listener, next_power(listener.accept_limit + max(history.accept_burst.most, 1)))
+    yield from raise_limit(history, next_power(listener.accept_limit + max(history.accept_burst.most, 1)))
 
 
 rule = AcceptQueue()

@@ -39,7 +39,7 @@ class OtherRefusals(Rule):
         return Finding(
             rule=self.name,
             severity="warning",
-            title=f"handshakes refused on {listener.name}, {whose(listener)}",
+            title=f"handshakes refused on {listener.name}, {whose(history)}",
             observed=[
                 *observed,
                 f"longest accept queue {history.longest_accept_queue}, longest SYN queue {history.longest_syn_queue}, "
@@ -57,7 +57,7 @@ def _remedies(history: History) -> Iterator[Remedy]:
     client = next((address for cause, address in history.peers if cause == "OTHER"), None)
     yield Remedy(
         "See whether there is a route back to the clients.",
-        command=in_namespace(history.last, f"ip route get {client}" if client else "ip route"),
+        command=in_namespace(history, f"ip route get {client}" if client else "ip route"),
     )
 
 

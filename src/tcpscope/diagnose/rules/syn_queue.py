@@ -75,7 +75,7 @@ class SynQueue(Rule):
         return Finding(
             rule=self.name,
             severity="critical" if dropped else "warning",
-            title=f"SYN queue overflow on {listener.name}, {whose(listener)}",
+            title=f"SYN queue overflow on {listener.name}, {whose(history)}",
             observed=observed,
             why=why + CAUSES,
             remedies=list(_remedies(history, full, reserved + unsure, cookies)),
@@ -94,7 +94,7 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
     if listener.syncookies == 0:
         yield Remedy(
             "Enable SYN cookies: when the queue is full, connections lose some TCP options but are made.",
-            command=in_namespace(listener, "sysctl -w net.ipv4.tcp_syncookies=1"),
+            command=in_namespace(history, "sysctl -w net.ipv4.tcp_syncookies=1"),
             name="net.ipv4.tcp_syncookies",
             present=0,
             proposed=1,
@@ -103,13 +103,13 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
         proposed = next_power(listener.max_syn_backlog + max(history.syn_burst.most, 1))
         yield Remedy(
             "Raise tcp_max_syn_backlog: three quarters of it are for peers that the kernel does not know yet.",
-            command=in_namespace(listener, f"sysctl -w net.ipv4.tcp_max_syn_backlog={proposed}"),
+            command=in_namespace(history, f"sysctl -w net.ipv4.tcp_max_syn_backlog={proposed}"),
             name="net.ipv4.tcp_max_syn_backlog",
             present=listener.max_syn_backlog,
             proposed=proposed,
         )
     if full or cookies:
-        yield from raise_limit(listener, next_power(listener.accept_limit + max(history.syn_burst.most, 1)))
+        yield from raise_limit(history, next_power(listener.accept_limit + max(history.syn_burst.most, 1)))
 
 
 rule = SynQueue()
