@@ -9,7 +9,7 @@ import pytest
 from tcpscope.diagnose import Remedy, wording
 from tcpscope.diagnose.queue_history import Burst, History
 from tcpscope.diagnose.rules import accept_queue
-from tcpscope.kernel import netns
+from tcpscope.kernel import netns, pidns
 from tcpscope.kernel.netns import Namespace, Visible
 from tcpscope.listeners import Holder, Listener
 from tests.test_sampling import LISTENER
@@ -119,3 +119,11 @@ def test_of_a_listener_that_is_gone_nothing_is_entered(monkeypatch: pytest.Monke
         ("net.core.somaxconn", None),
         ("listen() backlog", None),
     ]
+
+
+def test_in_a_pid_namespace_no_command_has_a_pid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows have the PIDs of the first PID namespace: here they are those of others."""
+    monkeypatch.setattr(pidns, "inner", lambda: 1)
+    monkeypatch.setattr(netns, "visible", lambda: Visible({}, 0))
+    assert [remedy.command for remedy in remedies(PREFORK)] == [None, None]
+    assert wording.in_namespace(of(replace(ELSEWHERE, inside=frozenset({11}))), "true") is None

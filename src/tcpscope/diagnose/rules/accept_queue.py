@@ -16,6 +16,7 @@ from tcpscope.diagnose.wording import (
     seconds,
     whose,
 )
+from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
 
 WHY = (
@@ -122,10 +123,11 @@ def _remedies(history: History) -> Iterator[Remedy]:
     if history.accepts == 0 and workers and not history.gone:
         names = ", ".join(dict.fromkeys(comm for comm, _ in workers))
         pids = [str(pid) for _, pid in workers[:_WORKERS_SHOWN]]
+        states = f"ps -L -p {','.join(pids)} -o pid,tid,stat,wchan:32,comm; cat /proc/{pids[0]}/stack"
         yield Remedy(
             f"Find out what {names} waits for: it accepted no connection. Until it accepts, a longer queue only delays "
             "the overflow.",
-            command=f"ps -L -p {','.join(pids)} -o pid,tid,stat,wchan:32,comm; cat /proc/{pids[0]}/stack",
+            command=None if pidns.inner() else states,  # PIDs are those of the first PID namespace
         )
     yield from raise_limit(history, next_power(listener.accept_limit + max(history.accept_burst.most, 1)))
 
