@@ -70,9 +70,10 @@ def in_namespace(history: History, command: str) -> str | None:
 def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:
     """How to get a longer queue: raise somaxconn if it is below `proposed`, and the application's backlog."""
     listener = history.last
+    again = "the .socket unit" if listener.by_systemd else program(listener)
     if listener.somaxconn < proposed:
         yield Remedy(
-            "Raise somaxconn: listen() cuts its backlog to it.",
+            f"Raise net.core.somaxconn, then restart {again}: listen() cuts its backlog to it when it is called.",
             command=in_namespace(history, f"sysctl -w net.core.somaxconn={proposed}"),
             name="net.core.somaxconn",
             present=listener.somaxconn,
