@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tcpscope.diagnose import queue_history
 from tcpscope.diagnose.queue_history import History, QueueHistory, Witness
 from tcpscope.listeners import Listener
+from tcpscope.run import Batch
 from tests.test_sampling import LISTENER
 
 REFUSED = {("SYN", "ACCEPT_QUEUE_FULL"): 144}
@@ -79,6 +81,18 @@ def test_the_last_refusals_of_a_listener_are_in_its_events() -> None:
     history = History(YOUNG, replace(YOUNG, refused=REFUSED))
     history.events.update({("SYN", "ACCEPT_QUEUE_FULL"): 150, ("ACK", "ACCEPT_QUEUE_FULL"): 1})
     assert history.count("ACCEPT_QUEUE_FULL") == 151
+
+
+def test_clients_of_a_burst_are_counted_once_each() -> None:
+    """Two clients are refused, each twice."""
+    found = seen([YOUNG], [YOUNG])
+    event = {name: getattr(YOUNG, name) for name in ("netns", "lport", "laddr", "cookie", "accept_queue", "syn_queue")}
+    event |= {"cause": "ACCEPT_QUEUE_FULL", "step": "SYN", "raddr": "192.0.2.1"}
+    found._drain([Batch("event", [SimpleNamespace(**event, rport=port) for port in (1, 2, 1, 2)])])
+    (history,) = found.histories.values()
+    assert history.accept_burst.most == 2
+    assert history.syn_burst.most == 0
+    assert numbers(found) == [4]
 
 
 def test_counters_begin_at_zero_if_the_listener_is_the_first_of_its_namespace(read: list[dict[str, int]]) -> None:
