@@ -248,7 +248,7 @@ OUTPUT = (
 INTERVAL = click.Option(
     ["-i", "--interval"], callback=_seconds, metavar="TIME", help="Print results this often: seconds, or 200ms, 5m."
 )
-FILTERS_TITLE = "Filters (all must match; any value of one: 80,443 or the option again)"
+FILTERS_TITLE = "Filters (all must match; several values: 80,443, or repeat the option)"
 OUTPUT_TITLE = "Output"
 _FILTER_NAMES = tuple(option.name for option in FILTERS)
 
