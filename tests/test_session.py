@@ -494,6 +494,7 @@ def descriptors_of(inode: int) -> int:
     return found
 
 
+@pytest.mark.root
 def test_a_namespace_of_the_filter_is_held_during_the_run() -> None:
     """Otherwise the kernel could give its inode number to another one, whose rows would be shown."""
     with Lab() as gone:
