@@ -54,12 +54,11 @@ class Terminal:
         ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
         self.written = ""
 
-    def read(self, timeout_s: float) -> bool:
-        """Take what is there. False at the end."""
+    def read(self) -> bool:
+        """Wait for something, and take it. False at the end."""
         poll = select.poll()
         poll.register(self.ours, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            return True
+        assert poll.poll(DEADLINE * 1000), f"nothing came any more: {self.written}"
         try:
             piece = os.read(self.ours, 1 << 16)
         except OSError:  # EIO: the other end is closed
@@ -69,13 +68,12 @@ class Terminal:
 
     def wait_for(self, *words: str) -> None:
         while not all(word in self.written for word in words):
-            before = self.written
-            assert self.read(DEADLINE), f"it ended without {words}: {self.written}"
-            assert self.written != before, f"waited for {words}: {self.written}"
+            assert self.read(), f"it ended without {words}: {self.written}"
 
     def read_all(self) -> None:
-        while self.read(DEADLINE):
+        while self.read():
             pass
+        os.close(self.ours)
 
     @property
     def lines(self) -> list[str]:
