@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from tcpscope.errors import UsageError
-from tcpscope.lab.cli import lab
+from tcpscope.lab.cli import Interrupts, lab
 from tcpscope.lab.namespaces import NAMES, start_time
 from tcpscope.lab.scenario import names
 
@@ -105,8 +105,8 @@ def test_a_tool_that_fails_gives_its_status() -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGHUP, 1)])
-def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
+@pytest.mark.parametrize("number", Interrupts.SIGNALS)
+def test_signals_take_the_lab_down(number: signal.Signals) -> None:
     running = subprocess.Popen(
         [*RUN, "accept-overflow-serial", "--syn-retries", "6"],
         stdout=subprocess.PIPE,
@@ -124,10 +124,58 @@ def test_signals_take_the_lab_down(number: signal.Signals, status: int) -> None:
     assert len(ours(running.pid)) == 2
     running.send_signal(number)
     _, errors = running.communicate()
-    assert running.returncode == status
+    assert running.returncode == 1
     assert errors == "tcpscope: interrupted; the lab was removed\n"
     assert ours(running.pid) == []
     assert start_time(server) is None
+
+
+@pytest.mark.root
+def test_an_interrupt_at_any_time_leaves_nothing() -> None:
+    """SIGINT comes at each call of a function that makes or removes the lab, one after the other."""
+    code = """if True:
+        import os, signal, sys
+        from tcpscope.errors import TcpscopeError
+        from tcpscope.lab import cli, hosts, namespaces
+
+        class Nothing:
+            name, title = str, ""
+            def setup(self, lab):
+                raise KeyboardInterrupt
+
+        def trace(frame, event, _):
+            global calls
+            if frame.f_code.co_filename in (hosts.__file__, namespaces.__file__):
+                calls += 1
+                if calls == at:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        at, calls = 0, 0
+        while calls >= at:
+            at, calls = at + 1, 0
+            sys.settrace(trace)
+            try:
+                cli.play(Nothing(), (), False, False)
+            except TcpscopeError as error:
+                assert str(error) == "interrupted; the lab was removed", error
+            sys.settrace(None)
+            left = [path.name for path in namespaces.NAMES.glob(f"tcpscope-{os.getpid()}-*")]
+            assert not left, (at, left)
+        print("interrupted", at)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    assert int(done.stdout.rpartition("interrupted ")[2]) > 20
+
+
+@pytest.mark.root
+def test_without_proc() -> None:
+    """It says so in one line, and does not wait for ever."""
+    command = 'mount -t tmpfs none /proc && exec "$@" lab run syn-flood'
+    words = ["unshare", "--mount", "sh", "-c", command, "sh", *RUN[:-2]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr == "tcpscope: there is no /proc/thread-self/ns/net; a lab needs /proc: mount it\n"
 
 
 @pytest.mark.root

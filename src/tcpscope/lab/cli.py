@@ -77,8 +77,7 @@ def command_of(scenario: type[Scenario]) -> click.Command:
     """The command of a scenario: its parameters, and the options of all scenarios."""
 
     def callback(tool: tuple[str, ...], freeze: bool, keep: bool, **values: Any) -> None:
-        with signals_interrupt():
-            play(scenario(**values), tool, freeze, keep)
+        play(scenario(**values), tool, freeze, keep)
 
     return Once(
         scenario.name(),
@@ -115,7 +114,7 @@ def play(scenario: Scenario, tool: tuple[str, ...], freeze: bool, keep: bool) ->
     printer = Printer(tool[0] if tool else "")
     click.echo(f"{scenario.name()}: {scenario.title}")
     try:
-        with Lab() as lab, contextlib.ExitStack() as stack:
+        with Interrupts() as interrupts, Lab() as lab, interrupts.allowed(), contextlib.ExitStack() as stack:
             for host in lab.hosts:
                 printer(host.role, f"{host.ipv4}, {host.ipv6}, network namespace {host.netns} ({host.inode})")
             scenario.on_step = lambda step: printer(step.host, step.text)
@@ -174,16 +173,41 @@ class Printer:
             click.echo(f"{who:{self._width}} | {line}")
 
 
-@contextlib.contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the lab as SIGINT does, with a KeyboardInterrupt: everything is removed first."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+class Interrupts:
+    """Signals that end a lab, caught from `with Interrupts()` on.
+
+    In a block `allowed()` the first one raises KeyboardInterrupt. What makes and removes a lab is outside of such a
+    block, so no signal leaves it half done.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+    def __init__(self) -> None:
+        self._came = self._may_raise = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _take(self, *_: object) -> None:
+        self._came = True
+        if self._may_raise:
+            self._may_raise = False
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Raises KeyboardInterrupt at once if a signal came before."""
+        self._may_raise = True
+        try:
+            if self._came:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._may_raise = False

@@ -57,6 +57,10 @@ class Namespace:
     """A new network namespace `tcpscope-PID-STARTTIME-TITLE`; gone after `close()`."""
 
     def __init__(self, title: str) -> None:
+        try:
+            self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise UnsupportedError(f"there is no {error.filename}", "a lab needs /proc: mount it") from None
         pid = os.getpid()
         self.path = NAMES / f"{PREFIX}-{pid}-{start_time(pid)}-{title}"
         self.name = self.path.name
@@ -73,15 +77,14 @@ class Namespace:
             raise _explain(error) from error
 
     def _work(self) -> None:
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
             while call := self._calls.get():
                 call()
             if self.inode:
                 # The kernel's thread may live a moment longer than join(). It must not hold the namespace then.
-                _call("setns", home, CLONE_NEWNET)
+                _call("setns", self._home, CLONE_NEWNET)
         finally:
-            os.close(home)
+            os.close(self._home)
 
     def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function` in the namespace's thread. Return what it returns, or raise what it raises.
