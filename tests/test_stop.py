@@ -100,13 +100,17 @@ def test_an_output_that_is_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("module", ["click", "tcpscope.tools.states"])
-def test_a_signal_while_modules_are_imported(tmp_path: Path, number: int, module: str) -> None:
-    """It ends the command with status 0 and without a word, however early it comes."""
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_signal_while_modules_are_imported(tmp_path: Path, number: int, module: str, caught: bool) -> None:
+    """It ends the command with status 0 and without a word, however early it comes, also in code that catches all."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.abc, os, sys\n"
         "class Signals(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        f"        if name == {module!r}: os.kill(os.getpid(), {int(number)})\n"
+        "        try:\n"
+        f"            if name == {module!r}: os.kill(os.getpid(), {int(number)})\n"
+        f"        except BaseException:\n"
+        f"            if not {caught}: raise\n"
         "sys.meta_path.insert(0, Signals())\n"
     )
     done = subprocess.run(
