@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
@@ -158,3 +159,15 @@ def test_a_file_gets_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(os, "write", lambda fd, data: sizes.append(len(data)) or real(fd, data))
         assert Output(file.fileno()).write(MANY) == len(MANY)
     assert sizes == [len(MANY)]
+
+
+def test_an_empty_pipe_is_filled_at_once(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write for each 4 KB would cost as much as the rows."""
+    stop.stop()
+    read, write = os.pipe()
+    sizes: list[int] = []
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: sizes.append(len(data)) or real(fd, data))
+    capacity = fcntl.fcntl(write, fcntl.F_GETPIPE_SZ)
+    assert Output(write).write(MANY) == sizes[0] == capacity - capacity % len(LINE % 0)
+    os.close(read), os.close(write)

@@ -7,11 +7,14 @@ is writable. It waits no longer than `PATIENCE_SECONDS` once the run shall end.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
 import stat
+import struct
 import sys
+import termios
 from typing import Any, ClassVar
 
 from tcpscope.stop import Stop
@@ -71,7 +74,8 @@ class Output(io.RawIOBase):
         """Where to end the next piece: a pipe that is not read any more shall hold whole lines."""
         if self._whole or len(data) <= _ATOMIC:
             return len(data)
-        return bytes(data[:_ATOMIC]).rfind(b"\n") + 1 or _ATOMIC
+        room = max(_ATOMIC, _capacity_of_empty_pipe(self._descriptor))
+        return len(data) if len(data) <= room else bytes(data[:room]).rfind(b"\n") + 1 or room
 
     def _is_writable(self) -> bool:
         """Wait until it is, or has no reader. False if the run shall end and the reader takes nothing."""
@@ -91,6 +95,16 @@ class Output(io.RawIOBase):
         except BaseException:  # a signal that ends the command: nothing is written after it
             self._gave_up = True
             raise
+
+
+def _capacity_of_empty_pipe(descriptor: int) -> int:
+    """How many bytes the pipe takes without waiting. 0 if there is something in it, or if it is no pipe."""
+    try:
+        capacity = fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
+        (waiting,) = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)))
+    except OSError:
+        return 0
+    return 0 if waiting else capacity
 
 
 def take_over() -> None:
