@@ -72,7 +72,7 @@ def test_a_namespace_that_cannot_be_opened_is_not_left_out(lab: Lab, monkeypatch
     monkeypatch.setattr(netns, "visible", lambda: visible)
     monkeypatch.setattr(os, "open", open_)
     with pytest.raises(ResourceError, match="Too many open files; raise the limit of open files per process"):
-        list(_namespaces(None, []))
+        list(_namespaces((), []))
 
 
 def _right_outcomes(library: Path, words: Sequence[str], faults: Sequence[Fault], whole: Outcome) -> list[Outcome]:
