@@ -21,7 +21,7 @@ from tcpscope.lab.hosts import Lab
 from tcpscope.tool import find, names
 from tests.conftest import RunningTool, until
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 MANY = 300
 ENDS_SECONDS = 10.0  # it has to be one, and other processes may have the processor; forever is what fails here
