@@ -42,8 +42,9 @@ pytest.register_assert_rewrite("tests.tools")  # what tests of one tool share
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
-    # A shell lets what it starts in the background ignore it, and so would all that the tests start and interrupt.
+    # A shell lets what it starts in the background ignore SIGINT, and nohup SIGHUP. So would all that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -417,8 +417,7 @@ def test_the_end_leaves_the_last_whole_interval_on_the_screen(lab: Lab, run_tool
 
 
 def test_sighup_is_an_end_in_order(lab: Lab, run_tool: type[RunningTool]) -> None:
-    prefix = ("env", "--default-signal=HUP")  # these tests may run under nohup
-    with run_tool("states", "--netns", str(lab.client.inode), prefix=prefix) as tool:
+    with run_tool("states", "--netns", str(lab.client.inode)) as tool:
         refused(lab.client, 1)
         done = tool.stop(signal.SIGHUP)
     assert done.status == 0

@@ -101,7 +101,7 @@ def connect(host: Host, address: str) -> list[Puppet]:
     return [client, server]
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_a_pipe_gets_all_columns_at_their_places(lab: Lab) -> None:
     """For awk: one title and one field for each column, UTC, whatever terminal there is."""
     filters = ("--netns", str(lab.server.inode), "-o", "table")
@@ -128,7 +128,7 @@ def test_notes_are_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert not run.notes
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize(("columns", "shown"), [(60, False), (120, True)])
 def test_a_tool_in_the_lab(columns: int, shown: bool) -> None:
     """Its lines stand behind its name, and fit the terminal too."""
@@ -143,7 +143,7 @@ def test_a_tool_in_the_lab(columns: int, shown: bool) -> None:
     assert ("REMOTE" in titles, "TIME " in titles, "FIN" in row) == (True, shown, True)
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("env", "red", "page"),
     [
@@ -181,7 +181,7 @@ def test_no_width(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert screen.width_of(io.BytesIO()) is None
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize("words", [("rtt",), ("connect", "--count"), ("connlat", "--histogram", "-d", "0.5")])
 def test_who_prints_at_the_end_says_so(lab: Lab, words: tuple[str, ...]) -> None:
     output, messages = Terminal(80), Terminal(80)
@@ -201,7 +201,7 @@ def test_who_prints_at_the_end_says_so(lab: Lab, words: tuple[str, ...]) -> None
     assert len([line for line in messages.lines if line.strip()]) == 1
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize("words", [("rtt", "-i", "9"), ("connect",), ("queue",)])
 def test_who_prints_all_the_time_does_not(lab: Lab, words: tuple[str, ...]) -> None:
     messages = Terminal(80)
@@ -213,7 +213,7 @@ def test_who_prints_all_the_time_does_not(lab: Lab, words: tuple[str, ...]) -> N
     assert "measuring" not in messages.written
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("words", "printed"), [((), False), (("-v",), True), (("--stats",), True), (("--strict",), True)], ids=str
 )
@@ -223,7 +223,7 @@ def test_a_quiet_end_when_nothing_was_lost(lab: Lab, words: tuple[str, ...], pri
     assert ("tcpscope: seen " in done.stderr) == printed, done.stderr
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize("columns", [80, 120])
 def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
     assert {command[0] for command in WORDS} == set(names())
