@@ -67,8 +67,8 @@ _TOOLS = {
         "--byraddr": "use --by raddr",
         "-e": "the average is always shown: mean_us",
         "--extension": "the average is always shown: mean_us",
-        "-m": "times are in microseconds",
-        "--milliseconds": "times are in microseconds",
+        "-m": "leave it out: a terminal shows milliseconds, JSON and pipes have microseconds",
+        "--milliseconds": "leave it out: a terminal shows milliseconds, JSON and pipes have microseconds",
     },
     "states": {
         "-D": "use -R PORTS for remote ports",

@@ -124,7 +124,7 @@ _HELP = click.Command(
         click.Argument(["words"], nargs=-1, metavar="[COMMAND]...", shell_complete=_names_that_begin),
         click.Option(
             ["--man"],
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            type=click.Path(file_okay=False, path_type=Path),
             metavar="DIRECTORY",
             help="Write the manual pages of all commands into this directory.",
         ),

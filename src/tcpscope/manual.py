@@ -10,7 +10,8 @@ import click
 
 
 def write(root: click.Context, directory: Path) -> list[Path]:
-    """Write a page for each command, `tcpscope.1` and `tcpscope-NAME.1`. Returns their paths."""
+    """Write a page for each command, `tcpscope.1` and `tcpscope-NAME.1`. Returns their paths. Makes the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
     written = []
     for context in _contexts(root):
         path = directory / f"{context.command_path.replace(' ', '-')}.1"

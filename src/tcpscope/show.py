@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import textwrap
 import time
@@ -159,6 +160,16 @@ def _table(tool: Tool, run: Run, request: Request, stream: BinaryIO) -> screen.S
     )
 
 
+def _that_fit(lines: Sequence[str], size: os.terminal_size) -> Iterator[str]:
+    """The first lines, as many as fit. With --wide a line may be longer than the terminal."""
+    room = size.lines - 1
+    for line in lines:
+        room -= screen.height_of(line, size.columns)
+        if room < 0:
+            return
+        yield line
+
+
 class _Page:
     """A terminal on which each snapshot replaces the previous one."""
 
@@ -181,5 +192,5 @@ class _Page:
         plural = "" if len(batch.rows) == 1 else "es" if self._noun.endswith("s") else "s"
         when = "" if self._clock.mode == "none" else f"{self._clock.read(monotonic_ns())}  "
         above = screen.cut(f"{when}{first}{len(batch.rows)} {self._noun}{plural}", size.columns)
-        text = "\n".join([above, *self._table.page(batch.rows)][: size.lines - 1])
+        text = "\n".join(_that_fit([above, *self._table.page(batch.rows)], size))
         self._stream.write(f"\x1b[H\x1b[J{text}\n".encode())

@@ -93,16 +93,22 @@ def _print(stream: BinaryIO, findings: list[Finding], sources: list[Source], wat
         if finding.severity == "critical" and screen.has_colours(stream):
             text = text.replace("[critical]", screen.red("[critical]"), 1)
         write(text.encode())
+    last = []
     if not findings:
-        write(b"No full accept queue or SYN queue and no refused handshake found. Nothing else is checked yet.\n")
-    last = [f"Watched for {watched:.0f} s: {'; '.join(source.live() for source in sources)}."]
+        listeners = any(source.counts().get("listeners") for source in sources)
+        last.append(_NOTHING_FOUND if listeners else _NO_LISTENER)
+    last.append(f"Watched for {watched:.{int(watched < 10)}f} s: {'; '.join(source.live() for source in sources)}.")
     last += [f"Note: {note}." for note in _notes(sources)]
     for line in last:
         write("\n".join([*textwrap.wrap(line, screen.width_of(stream) or len(line)), ""]).encode())
 
 
+_NOTHING_FOUND = "No full accept queue or SYN queue and no refused handshake found. Nothing else is checked yet."
+_NO_LISTENER = "There is no listener that matches, so no queue was checked. Nothing else is checked yet."
+
+
 def _text(number: int, finding: Finding, width: int) -> list[str]:
-    lines = [f"{number}. [{finding.severity}] {finding.title}"]
+    lines = textwrap.wrap(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
     for line in finding.observed:
         lines += textwrap.wrap(line, width, initial_indent="   - ", subsequent_indent="     ")
     lines += textwrap.wrap(finding.why, width, initial_indent="   Why: ", subsequent_indent="        ")

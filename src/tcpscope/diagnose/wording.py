@@ -47,7 +47,7 @@ def counters_agree(seen: QueueHistory, listener: Listener, names: tuple[str, ...
     counters = seen.counters(listener)
     known = [f"TcpExt{name} +{counters[name]}" for name in names if name in counters]
     if known:
-        yield f"the kernel's counters of this network namespace: {', '.join(known)}"
+        yield f"the kernel's counters of this network namespace, all its listeners: {', '.join(known)}"
 
 
 def in_namespace(history: History, command: str) -> str | None:

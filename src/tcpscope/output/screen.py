@@ -127,8 +127,16 @@ def has_colours(stream: TextIO | BinaryIO) -> bool:
     return understands_escapes(stream) and not os.environ.get("NO_COLOR")
 
 
+_RED, _PLAIN = "\x1b[31m", "\x1b[0m"
+
+
 def red(text: str) -> str:
-    return f"\x1b[31m{text}\x1b[0m"
+    return f"{_RED}{text}{_PLAIN}"
+
+
+def height_of(line: str, columns: int) -> int:
+    """How many lines of a terminal this one takes, which folds what is longer than it."""
+    return max(1, -(-output.width(line.replace(_RED, "").replace(_PLAIN, "")) // columns))
 
 
 def milliseconds(us: float) -> str:

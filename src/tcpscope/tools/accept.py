@@ -11,7 +11,7 @@ from tcpscope.tool import Stream
 tool = Stream(
     "accepted",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "wait_us", "accept_queue", "accept_limit"),
-    important=("wait_us", "raddr", "comm", "pid", "time", "accept_queue", "accept_limit", "laddr"),
+    important=("wait_us", "laddr", "raddr", "comm", "time", "accept_queue", "accept_limit", "pid"),
     aliases=("tcpaccept",),
     examples={
         "accept -L 443": "accepted connections of one port, and how long they waited",

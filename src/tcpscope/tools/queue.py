@@ -66,6 +66,7 @@ _TABLE_IMPORTANT = (
     "cookies",
     "since_accept_ms",
 )
+_REFUSALS = ("overflows", "syn_drops", "cookies")
 _EVENTS = (
     "time",
     "laddr",
@@ -348,11 +349,14 @@ class _Table(Run):
     """All listeners, every --interval."""
 
     accounts = False
-    important = _TABLE_IMPORTANT
     repeats = "listener"
 
     def __init__(self, request: Request, columns: Sequence[Column], session: Session) -> None:
         super().__init__(columns, session)
+        self.important = _TABLE_IMPORTANT
+        if why := listeners.why_sampled(session):
+            self.important = tuple(name for name in _TABLE_IMPORTANT if name not in _REFUSALS)
+            self.notes.append(f"{why}: refusals are not counted here; --events and diagnose sample them")
         self._session, self._clock = session, Clock(request.time)
         self._snapshots = Snapshots(session)
         self._rates, self._ticker = _Rates(), Ticker(request.interval or 1.0, at_once=True)

@@ -9,7 +9,7 @@ from tcpscope.tool import Stream
 tool = Stream(
     "action",
     ("time", "action", "pid", "comm", "netns", "laddr", "lport", "raddr", "rport"),
-    important=("action", "raddr", "comm", "pid", "time", "laddr", "netns"),
+    important=("action", "raddr", "laddr", "comm", "time", "pid", "netns"),
     aliases=("tcptracer",),
     examples={
         "tracer --comm nginx": "what the connections of nginx do",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
+
 from tcpscope.diagnose import Finding, Remedy, Rule
 from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import (
@@ -129,7 +131,10 @@ def _remedies(history: History) -> Iterator[Remedy]:
             "the overflow.",
             command=None if pidns.inner() else states,  # PIDs are those of the first PID namespace
         )
-    yield from raise_limit(history, next_power(listener.accept_limit + max(history.accept_burst.most, 1)))
+    for remedy in raise_limit(history, next_power(listener.accept_limit + max(history.accept_burst.most, 1))):
+        if history.accepts == 0:
+            remedy = msgspec.structs.replace(remedy, what=f"If bursts fill the queue while it accepts: {remedy.what}")
+        yield remedy
 
 
 rule = AcceptQueue()
