@@ -104,7 +104,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["rtt", "--max-keys", "٣"], "Invalid value for '--max-keys': '٣' is not a number from 0"),
         (["lab", "run", "syn-flood", "--backlog", "1_0"], "Invalid value for '--backlog': '1_0' is not a number"),
         (["lab", "run", "syn-flood", "--syns", "1", "--syns", "2"], "--syns is given 2 times; give it once"),
-        (["states", "--stats"], "--stats; the account is a record of JSON: -o json; stderr has it in any case"),
+        (["states", "--stats"], "--stats; the account is a record of JSON: -o json; --verbose prints it on stderr"),
         (["diagnose", "--stats"], "--stats; the account is a record of JSON: -o json"),
         (["states", "--explain", "-o", "csv"], "--explain and -o csv; the explanation is text"),
         (["rtt", "--no-header", "-o", "json"], "--no-header and -o json; JSON has no titles"),

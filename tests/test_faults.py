@@ -18,7 +18,7 @@ from tests.faults import FOR_EVER, Fault, Outcome, compiled, run
 SHORT = (errno.ENOMEM, errno.EMFILE, errno.EAGAIN, errno.EINTR)  # the machine's fault, not the kernel's
 ERRORS = (*SHORT, errno.EPERM)
 TOOLS = {  # and how many calls lie between two that fail
-    "states": (["states", "-d", "0.05"], 1),
+    "states": (["states", "--uid", "0,1", "-d", "0.05"], 1),
     "rtt": (["rtt", "-d", "0.05"], 3),
     "queue": (["queue", "-d", "0.05"], 3),
     "list": (["list"], 2),

@@ -85,7 +85,7 @@ class Request:
         if size is not None and not (type(size) is int and 4096 <= size <= 1 << 30 and not size & (size - 1)):
             raise UsageError(f"--buffer {size!r}", "give a power of two from 4K to 1024M")
         if self.stats and self.output != "json":
-            raise UsageError("--stats", "the account is a record of JSON: -o json; stderr has it in any case")
+            raise UsageError("--stats", "the account is a record of JSON: -o json; --verbose prints it on stderr")
         if self.explain and self.output != "table":
             raise UsageError(f"--explain and -o {self.output}", "the explanation is text: leave out one of them")
         if not self.header and self.output == "json":

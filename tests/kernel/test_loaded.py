@@ -194,7 +194,7 @@ def test_a_refused_program_is_struck_out(own: Spec, kernel: Kernel) -> None:
         assert re.match(
             r"refused by the kernel \(Permission denied\): R\d invalid mem access '\w+'$", state.refused["state__bad"]
         )
-        said = list(explain(Filter(), [SimpleNamespace(spec=own, loaded=loaded, residual=Filter(), owners=None)]))
+        said = list(explain(Filter(), [SimpleNamespace(spec=own, loaded=loaded, owners=None)]))
         at = next(n for n, line in enumerate(said) if "not tp_btf/inet_sock_set_state: refused" in line)
         assert "the verifier's last lines" in said[at + 1]
         assert any("invalid mem access" in line for line in said[at + 2 :])

@@ -224,7 +224,10 @@ class Loaded:
         present = ffi.new("uint8_t *")
         for key in keys:
             if lib.bpf_map_update_elem(self.map_fd(name), ffi.from_buffer(key), present, 0) < 0:
-                raise TcpscopeError(f"{self.spec.name}: map '{name}' cannot be filled: {os.strerror(ffi.errno)}")
+                error, what = ffi.errno, f"{self.spec.name}: map '{name}' cannot be filled"
+                if error == errno.ENOMEM:
+                    raise _NoMemoryError(what)
+                raise exhausted(error, what) or TcpscopeError(f"{what}: {os.strerror(error)}")
 
     def _has_global_data(self) -> bool:
         """Whether libbpf has made .bss, if the object has it, and so that it can be mapped.

@@ -111,7 +111,10 @@ def held(inodes: Iterable[int]) -> Iterator[None]:
                 if shortage := exhausted(error.errno, f"cannot open {seen[inode].path}"):
                     raise shortage from None
                 continue
-            stack.callback(os.close, fd)
+            if os.fstat(fd).st_ino == inode:
+                stack.callback(os.close, fd)
+            else:  # its process has ended since, or has entered another one
+                os.close(fd)
         yield
 
 
