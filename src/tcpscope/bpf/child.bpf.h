@@ -25,7 +25,7 @@ static __always_inline void at_birth_note(struct sock *sk)
 		*place = (__u64)sk;
 }
 
-OPTIONAL("the listener of an IPv4 connection at its birth")
+OPTIONAL("the listener of a connection at its birth")
 SEC("fentry/tcp_v4_syn_recv_sock")
 int FUNCTION_PROG(child4__fentry, struct sock *listener)
 {
@@ -40,7 +40,7 @@ int BPF_KPROBE(child4__kprobe, struct sock *listener)
 	return 0;
 }
 
-OPTIONAL("the listener of an IPv6 connection at its birth")
+OPTIONAL("the listener of a connection at its birth")
 SEC("fentry/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(child6__fentry, struct sock *listener)
 {

@@ -18,7 +18,7 @@
 #include "recursion.bpf.h"
 #include "visit.bpf.h"
 
-OPTIONAL("overflow events, their peers and steps; overflows are sampled instead")
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fentry/tcp_conn_request")
 int FUNCTION_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
 {
@@ -33,7 +33,7 @@ int BPF_KPROBE(syn_enter__kprobe, void *rsk_ops, void *af_ops, struct sock *sk, 
 	return 0;
 }
 
-OPTIONAL("overflow events at the SYN")
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fexit/tcp_conn_request")
 int FUNCTION_PROG(syn_exit__fexit)
 {
@@ -48,7 +48,7 @@ int syn_exit__kretprobe(void *ctx)
 	return 0;
 }
 
-OPTIONAL("overflow events at the final ACK, IPv4")
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fentry/tcp_v4_syn_recv_sock")
 int FUNCTION_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
@@ -63,7 +63,7 @@ int BPF_KPROBE(ack4_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 	return 0;
 }
 
-OPTIONAL("overflow events at the final ACK, IPv4")
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fexit/tcp_v4_syn_recv_sock")
 int FUNCTION_PROG(ack4_exit__fexit)
 {
@@ -78,7 +78,7 @@ int ack4_exit__kretprobe(void *ctx)
 	return 0;
 }
 
-OPTIONAL("overflow events at the final ACK, IPv6")
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fentry/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
@@ -93,7 +93,7 @@ int BPF_KPROBE(ack6_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 	return 0;
 }
 
-OPTIONAL("overflow events at the final ACK, IPv6")
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fexit/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(ack6_exit__fexit)
 {
