@@ -147,6 +147,8 @@ class Session:
     def close(self) -> None:
         """Unload the probe, and stop using the object `owner`. May be called twice."""
         self.loaded.close()
+        if self._ring:
+            self._ring.close()
         self._release()
 
     def _release(self) -> None:
@@ -156,6 +158,7 @@ class Session:
             self._owned = self._of_owners()
             self.owners.release()
 
+    _ring: Ring | None = None
     _released = False
     _before = Stats()
     _owned: Stats | None = None
