@@ -48,6 +48,13 @@ def seen(*each: list[Listener]) -> QueueHistory:
     return made
 
 
+def refusal(listener: Listener, port: int = 1) -> SimpleNamespace:
+    """Its event."""
+    names = ("netns", "lport", "laddr", "cookie", "accept_queue", "syn_queue")
+    event = {name: getattr(listener, name) for name in names}
+    return SimpleNamespace(**event, cause="ACCEPT_QUEUE_FULL", step="SYN", raddr="192.0.2.1", rport=port)
+
+
 def numbers(seen: QueueHistory) -> list[int]:
     return [history.count("ACCEPT_QUEUE_FULL") for history in seen.histories.values()]
 
@@ -83,12 +90,39 @@ def test_the_last_refusals_of_a_listener_are_in_its_events() -> None:
     assert history.count("ACCEPT_QUEUE_FULL") == 151
 
 
+def events_of(seen: QueueHistory) -> list[int]:
+    return [history.events.total() for history in seen.histories.values()]
+
+
+@pytest.mark.parametrize("cookie", [None, 7])
+def test_without_cookies_an_event_is_of_the_listener_that_still_listens(cookie: int | None) -> None:
+    """A server was restarted. Its second socket gets a cookie late."""
+    one = replace(YOUNG, cookie=None, has_cookie=False, refused=REFUSED)
+    two = replace(one, since_ns=2)
+    found = seen([one], [two])
+    found._drain([Batch("event", [refusal(replace(two, cookie=cookie))])])
+    assert events_of(found) == [0, 1]
+
+
+def test_without_cookies_an_event_of_listeners_that_are_gone_is_of_the_newest() -> None:
+    one = replace(YOUNG, cookie=None, has_cookie=False, refused=REFUSED)
+    found = seen([one], [replace(one, since_ns=2)], [])
+    found._drain([Batch("event", [refusal(one)])])
+    assert events_of(found) == [0, 1]
+
+
+def test_an_event_is_of_the_listener_with_its_cookie() -> None:
+    """It is gone, and another one listens there."""
+    one = replace(YOUNG, has_cookie=False, cookie=7, refused=REFUSED)
+    found = seen([one], [replace(one, cookie=None, since_ns=2)])
+    found._drain([Batch("event", [refusal(one)])])
+    assert events_of(found) == [1, 0]
+
+
 def test_clients_of_a_burst_are_counted_once_each() -> None:
     """Two clients are refused, each twice."""
     found = seen([YOUNG], [YOUNG])
-    event = {name: getattr(YOUNG, name) for name in ("netns", "lport", "laddr", "cookie", "accept_queue", "syn_queue")}
-    event |= {"cause": "ACCEPT_QUEUE_FULL", "step": "SYN", "raddr": "192.0.2.1"}
-    found._drain([Batch("event", [SimpleNamespace(**event, rport=port) for port in (1, 2, 1, 2)])])
+    found._drain([Batch("event", [refusal(YOUNG, port) for port in (1, 2, 1, 2)])])
     (history,) = found.histories.values()
     assert history.accept_burst.most == 2
     assert history.syn_burst.most == 0

@@ -225,10 +225,12 @@ class QueueHistory:
                     history.peers[peer] += 1
 
     def _history_of(self, event: Any) -> History | None:
-        for history in self._by_address.get((event.netns, event.lport, event.laddr), ()):
-            if event.cookie == history.last.cookie or None in (event.cookie, history.last.cookie):
-                return history
-        return None
+        """The one with its cookie. Without a cookie: one at its address that still listens, else the newest."""
+        there = self._by_address.get((event.netns, event.lport, event.laddr), ())
+        if event.cookie is not None:
+            same = [history for history in there if history.last.cookie == event.cookie]
+            there = same or [history for history in there if history.last.cookie is None]
+        return max(there, key=lambda history: (not history.gone, history.last.since_ns), default=None)
 
     def counters(self, listener: Listener) -> dict[str, int]:
         """By how much the kernel's counters (TcpExt...) of its namespace have grown; without those not known."""
