@@ -93,6 +93,16 @@ def test_cookies_without_a_certain_listener_are_counted() -> None:
     assert sampler.unnamed_cookies == 159
 
 
+def test_the_sole_listener_sent_the_cookies_only_if_it_was_the_sole_one_before() -> None:
+    other, later = {"socket": 2, "cookie": 2}, at(0, 0, 0, 0, 160)
+    start = [at(0, 0, 0, 0, 1), at(0, 0, 0, 0, 1, **other)]
+    assert looks(start, [later])[1] == []
+    assert looks([start[1]], [later])[1] == []
+    full = at(0, 0, 0, 0, 160, syn_queue=5)
+    assert looks(start, [full])[1] == [(1, 159, "COOKIE_SENT", "SYN")]
+    assert looks(start, [later], [at(0, 0, 0, 0, 170)])[2] == [(1, 10, "COOKIE_SENT", "SYN")]
+
+
 def test_cookies_that_an_earlier_listener_sent_are_not_those_of_the_next() -> None:
     assert looks([], [at(0, 0, 0, 0, 159)]) == [[], []]
 

@@ -5,7 +5,8 @@ socket's sk_drops names the listener, but counts packets: one for a refused SYN,
 refusal, and the dropped packet). It also counts a retransmitted SYN or a RST for a request, which are no refusals. So
 ListenDrops gives the number of refusals, and sk_drops the listener.
 
-A SYN cookie is no drop. SyncookiesSent gives the number, and the listener is the one whose SYN queue is full.
+A SYN cookie is no drop. SyncookiesSent gives the number. The listener is the sole one of the namespace, if it was the
+sole one in the previous snapshot too. Otherwise it is the one whose SYN queue is full.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Sampler:
     # A refusal during a snapshot may be in one of the two counters only. It waits one snapshot for the other counter.
     _packets: dict[Key, int] = field(default_factory=dict)
     _refusals: dict[NamespaceKey, _Waiting] = field(default_factory=dict)
+    _sole: set[Key] = field(default_factory=set)  # of a namespace, in the previous snapshot
     _started: bool = False
 
     def look(self, listeners: Iterable[Listener]) -> list[Sample]:
@@ -67,6 +69,7 @@ class Sampler:
             groups[own.namespace].append(own)
         samples = [sample for key, group in groups.items() for sample in self._of_namespace(key, group)]
         self._drops = {own.key: own.drops for group in groups.values() for own in group}
+        self._sole = {group[0].key for group in groups.values() if len(group) == 1}
         self._packets = {key: packets for key, packets in self._packets.items() if key in self._drops}
         self._refusals = {key: waiting for key, waiting in self._refusals.items() if key in groups}
         if len(self._counters) > 2 * LISTENERS_AT_MOST:  # a namespace may be between two listeners, or gone
@@ -115,7 +118,8 @@ class Sampler:
         yield from _samples(parts, causes, count == new.drops, step)
 
     def _cookies(self, count: int, group: list[Listener]) -> Iterator[Sample]:
-        full = group if len(group) == 1 else [own for own in group if own.syn_queue >= own.accept_limit]
+        sole = len(group) == 1 and group[0].key in self._sole
+        full = group if sole else [own for own in group if own.syn_queue >= own.accept_limit]
         if count and len(full) == 1:
             yield Sample(full[0], count, "COOKIE_SENT", "SYN")
         elif count:
