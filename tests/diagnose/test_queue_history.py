@@ -29,6 +29,18 @@ class Snapshots:
         return next(self._each)
 
 
+class Events:
+    """Gives out so many refusals of YOUNG at each poll, and at the end."""
+
+    def __init__(self, *each: int) -> None:
+        self._each = iter(each)
+
+    def poll(self) -> list[Batch]:
+        return [Batch("event", [refusal(YOUNG, port) for port in range(next(self._each))])]
+
+    end = poll
+
+
 @pytest.fixture(autouse=True)
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
     """The counters that are in /proc, in the order in which they are read."""
@@ -117,6 +129,27 @@ def test_an_event_is_of_the_listener_with_its_cookie() -> None:
     found = seen([one], [replace(one, cookie=None, since_ns=2)])
     found._drain([Batch("event", [refusal(one)])])
     assert events_of(found) == [1, 0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(50, 30), (0, 30), (50, 0)])
+def test_a_listener_that_begins_and_ends_between_looks(before: int, after: int) -> None:
+    """It refuses `before` its first look, and `after` its last one."""
+    found = seen([])
+    born = replace(YOUNG, refused={("SYN", "ACCEPT_QUEUE_FULL"): before})
+    found._snapshots = Snapshots([born], [], [])  # type: ignore[assignment]
+    found.run = Events(before, after, 0, 0)  # type: ignore[assignment]
+    found.poll()
+    found.poll()
+    found.end()
+    assert numbers(found) == [before + after]
+
+
+def test_the_last_refusals_come_with_the_end() -> None:
+    found = seen([])
+    found._snapshots = Snapshots([replace(YOUNG, refused=REFUSED)])  # type: ignore[assignment]
+    found.run = Events(144, 6)  # type: ignore[assignment]
+    found.end()
+    assert numbers(found) == [150]
 
 
 def test_clients_of_a_burst_are_counted_once_each() -> None:

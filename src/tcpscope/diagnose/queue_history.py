@@ -115,7 +115,9 @@ class History:
         """(step, cause) -> count.
 
         Exact counts come from the kernel's table, because events may be lost. But what was refused between the last
-        snapshot of a listener and its end, only events tell. They are complete for one that began during the run.
+        snapshot of a listener and its end, only events tell. They count for one that began during the run: its events
+        are complete unless some were lost, or it began between a look and the events that are read after it. Then the
+        larger number is the least that was refused.
         """
         if self.last.refused is None:
             return self.sampled
@@ -152,12 +154,13 @@ class QueueHistory:
         self._look()
 
     def poll(self) -> None:
-        self._drain(self.run.poll())
+        """The look comes first: an event of a listener without a history belongs to nothing."""
         self._look()
+        self._drain(self.run.poll())
 
     def end(self) -> None:
-        self._drain(self.run.poll())
         self._look(fresh=True)
+        self._drain(self.run.poll())
         self._drain(self.run.end())
 
     def live(self) -> str:
