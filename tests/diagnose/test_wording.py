@@ -8,7 +8,7 @@ import pytest
 
 from tcpscope.diagnose import Remedy, wording
 from tcpscope.diagnose.queue_history import Burst, History
-from tcpscope.diagnose.rules import accept_queue
+from tcpscope.diagnose.rules import accept_queue, syn_queue
 from tcpscope.kernel import netns, pidns
 from tcpscope.kernel.netns import Namespace, Visible
 from tcpscope.listeners import Holder, Listener
@@ -81,6 +81,15 @@ def test_the_proposed_backlog_does_not_grow_with_the_time_watched(seconds: int) 
         for _ in range(5):
             history.accept_burst.look()
     assert proposed(history) == [256]
+
+
+@pytest.mark.parametrize("limit", [65534, 65535, 1 << 20])
+def test_nothing_is_proposed_that_is_not_more(limit: int) -> None:
+    """65535 is the most that is proposed."""
+    history = of(replace(LISTENER, accept_limit=limit, somaxconn=limit, max_syn_backlog=limit))
+    found = [*accept_queue._remedies(history), *syn_queue._remedies(history, 1, 1, 1)]
+    numbers = [remedy.proposed for remedy in found if remedy.proposed is not None]
+    assert numbers == ([65535] * 5 if limit < 65535 else [])
 
 
 def test_where_clients_are_not_known_the_largest_sample_counts() -> None:

@@ -68,8 +68,13 @@ def in_namespace(history: History, command: str) -> str | None:
 
 
 def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:
-    """How to get a longer queue: raise somaxconn if it is below `proposed`, and the application's backlog."""
+    """How to get a longer queue: raise somaxconn if it is below `proposed`, and the application's backlog.
+
+    Nothing if `proposed` is not more than the present limit.
+    """
     listener = history.last
+    if proposed <= listener.accept_limit:
+        return
     again = "the .socket unit" if listener.by_systemd else program(listener)
     if listener.somaxconn < proposed:
         yield Remedy(
@@ -99,7 +104,7 @@ def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:
 
 
 def next_power(value: int) -> int:
-    """The power of two that is not below `value`, within reason."""
+    """The power of two that is not below `value`, within reason: the present limit may be more."""
     return min(max(1 << (value - 1).bit_length(), _LEAST), _MOST)
 
 

@@ -99,8 +99,8 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
             present=0,
             proposed=1,
         )
-    if reserved:
-        proposed = next_power(listener.max_syn_backlog + max(history.syn_burst.most, 1))
+    proposed = next_power(listener.max_syn_backlog + max(history.syn_burst.most, 1))
+    if reserved and proposed > listener.max_syn_backlog:
         yield Remedy(
             "Raise tcp_max_syn_backlog: three quarters of it are for peers that the kernel does not know yet.",
             command=in_namespace(history, f"sysctl -w net.ipv4.tcp_max_syn_backlog={proposed}"),
