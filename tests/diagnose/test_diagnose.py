@@ -80,6 +80,10 @@ def test_sampled_refusals_of_no_certain_cause_are_not_counted_for_one():
     assert facts["other_refusals"]["count"] is None
 
 
+def test_how_many_clients_were_refused_is_not_known_if_the_cause_is_not() -> None:
+    assert sampled(full_seen=1, syncookies=1, UNKNOWN=2)["accept_queue"]["clients_in_burst"] is None
+
+
 def test_sampled_refusals_without_a_full_queue_are_found() -> None:
     facts = sampled(full_seen=0, syncookies=1, OTHER=10)
     assert list(facts) == ["other_refusals"]

@@ -13,7 +13,8 @@ from tcpscope.diagnose import queue_history
 from tcpscope.diagnose.queue_history import History, QueueHistory, Witness
 from tcpscope.listeners import Listener
 from tcpscope.run import Batch
-from tests.test_sampling import LISTENER
+from tcpscope.sampling import Sampler
+from tests.test_sampling import LISTENER, at
 
 REFUSED = {("SYN", "ACCEPT_QUEUE_FULL"): 144}
 YOUNG = replace(LISTENER, since_ns=1, refused={})
@@ -50,21 +51,21 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
     assert given == []
 
 
-def seen(*each: list[Listener]) -> QueueHistory:
+def seen(*each: list[Listener], exact: bool = True) -> QueueHistory:
     """The histories after these snapshots."""
     made = QueueHistory.__new__(QueueHistory)
-    made.exact, made.histories, made._by_address, made._forgotten = True, {}, {}, 0
-    made._witness, made._snapshots = Witness(), Snapshots(*each)  # type: ignore[assignment]
+    made.exact, made.histories, made._by_address, made._forgotten = exact, {}, {}, 0
+    made._witness, made._sampler, made._snapshots = Witness(), Sampler(), Snapshots(*each)  # type: ignore[assignment]
     for _ in each:
         made._look()
     return made
 
 
-def refusal(listener: Listener, port: int = 1) -> SimpleNamespace:
+def refusal(listener: Listener, port: int = 1, cause: str = "ACCEPT_QUEUE_FULL") -> SimpleNamespace:
     """Its event."""
     names = ("netns", "lport", "laddr", "cookie", "accept_queue", "syn_queue")
     event = {name: getattr(listener, name) for name in names}
-    return SimpleNamespace(**event, cause="ACCEPT_QUEUE_FULL", step="SYN", raddr="192.0.2.1", rport=port)
+    return SimpleNamespace(**event, cause=cause, step="SYN", raddr="192.0.2.1", rport=port)
 
 
 def numbers(seen: QueueHistory) -> list[int]:
@@ -160,6 +161,22 @@ def test_clients_of_a_burst_are_counted_once_each() -> None:
     assert history.accept_burst.most == 2
     assert history.syn_burst.most == 0
     assert numbers(found) == [4]
+
+
+@pytest.mark.parametrize("cause", ["OTHER", "UNKNOWN"])
+def test_what_no_queue_is_known_to_have_refused_is_a_burst_of_none(cause: str) -> None:
+    found = seen([YOUNG])
+    found._drain([Batch("event", [refusal(YOUNG, cause=cause)])])
+    (history,) = found.histories.values()
+    assert history.events.total() == 1
+    assert (history.accept_burst.most, history.syn_burst.most) == (0, 0)
+
+
+def test_what_no_queue_is_known_to_have_refused_is_no_burst_where_it_is_sampled() -> None:
+    found = seen([at(0, 0, 0, 0)], [at(50, 50, 0, 0)], exact=False)
+    (history,) = found.histories.values()
+    assert history.count("OTHER") == 50
+    assert (history.accept_burst.most, history.syn_burst.most) == (0, 0)
 
 
 def test_counters_begin_at_zero_if_the_listener_is_the_first_of_its_namespace(read: list[dict[str, int]]) -> None:

@@ -106,8 +106,10 @@ class History:
         """Whether the application accepts, and the accept queue is full all the same, in half of the looks or more."""
         return bool(self.accepts) and self.looks >= _SLOW_LOOKS and 2 * self.full_seen >= self.looks
 
-    def burst(self, cause: str) -> Burst:
-        """Of the queue that refuses for this cause."""
+    def burst(self, cause: str) -> Burst | None:
+        """Of the queue that refuses for this cause; None if no queue is known to."""
+        if cause in ("OTHER", "UNKNOWN"):
+            return None
         return self.accept_burst if cause == "ACCEPT_QUEUE_FULL" else self.syn_burst
 
     @property
@@ -211,7 +213,8 @@ class QueueHistory:
                     step, cause = sample.step or "UNKNOWN", sample.cause or "UNKNOWN"
                     history = self.histories[sample.listener.key]
                     history.sampled[step, cause] += sample.count
-                    history.burst(cause).add_sampled(sample.count)
+                    if burst := history.burst(cause):
+                        burst.add_sampled(sample.count)
 
     def _drain(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
@@ -221,7 +224,8 @@ class QueueHistory:
                     continue
                 history.longest_accept_queue = max(history.longest_accept_queue, event.accept_queue)
                 history.longest_syn_queue = max(history.longest_syn_queue, event.syn_queue)
-                history.burst(event.cause).add((event.raddr, event.rport))
+                if burst := history.burst(event.cause):
+                    burst.add((event.raddr, event.rport))
                 history.events[event.step or "UNKNOWN", event.cause] += 1
                 peer = (event.cause, event.raddr)
                 if peer in history.peers or len(history.peers) < _PEERS:

@@ -71,7 +71,7 @@ class AcceptQueue(Rule):
             remedies=list(_remedies(history)),
             facts=facts(
                 history,
-                clients_in_burst=history.accept_burst.most,
+                clients_in_burst=None if unsure else history.accept_burst.most,
                 count=None if unsure else count,
                 at_syn=at_syn,
                 at_ack=at_ack,
