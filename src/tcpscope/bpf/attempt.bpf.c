@@ -8,15 +8,20 @@
  * for the return of connect(). If connect() does not return before the socket is destroyed, the application gave up. Of a
  * connect() that fails before SYN_SENT (no route) only the return value tells.
  *
+ * An ICMP message ends the attempt, unless a process uses the socket at that moment: connect() itself, if the answer comes
+ * from this host or over a veth. The kernel then only notes a soft error (tcp_v4_err()), and the next SYN decides. If the
+ * application closes the socket before that, the outcome is that of the message.
+ *
  *   stage     event                                           row                          next stage
  *   NONE      SYN_SENT                                        -                            OPEN
  *   NONE      connect() fails before a SYN                    by its error                 NONE
  *   OPEN      ESTABLISHED                                     ESTABLISHED                  entry deleted
  *   OPEN      CLOSE, the socket has an error                  by that error                REPORTED
- *   OPEN      CLOSE without one, connect() has returned       GAVE_UP                      NONE
+ *   OPEN      CLOSE without one, connect() has returned       GAVE_UP, or by a soft error  NONE
  *   OPEN      CLOSE without one, connect() has not returned   -                            CLOSED
  *   CLOSED    connect() returns an error                      by that error                NONE
- *   CLOSED    SYN_SENT, end of the socket or of the run       GAVE_UP; no SYN sent: FAILED OPEN, or entry deleted
+ *   CLOSED    SYN_SENT, end of the socket or of the run       GAVE_UP, or by a soft error; OPEN, or entry deleted
+ *                                                             no SYN sent: FAILED
  *   REPORTED  connect() returns                               -                            NONE
  */
 
@@ -33,7 +38,8 @@ enum stage {
 } __attribute__((packed));
 
 struct scratch {
-	__u64 closed_ns; /* valid in STAGE_CLOSED, as the next three */
+	__u64 closed_ns; /* valid in STAGE_CLOSED, as the next four */
+	__u32 answer;    /* soft_error_of() */
 	__u32 syn_retrans;
 	bool syn_sent;
 	__u8 syn_dropped;
@@ -41,6 +47,8 @@ struct scratch {
 	enum stage stage;
 	__u32 error;       /* the error that ends it, if the kernel reported it before: error.bpf.h */
 	__u32 stale_error; /* the socket's error when it entered SYN_SENT */
+	__u32 stale_soft_error;
+	__u32 message_error; /* that of the last ICMP message in the error queue */
 };
 #define HAS_SCRATCH
 
@@ -128,6 +136,48 @@ static __always_inline enum outcome outcome_without_syn(__u32 error)
 }
 
 /*
+ * The application has closed the socket. `answer` is the soft error: only an ICMP message makes that ECONNREFUSED, while a RST
+ * ends the attempt.
+ */
+static __always_inline void gave_up(struct ending *ending, __u32 answer)
+{
+	ending->errno = answer;
+	ending->outcome = !answer ? OUTCOME_GAVE_UP : answer == ECONNREFUSED ? OUTCOME_REJECTED : outcome_of(answer);
+}
+
+#define SO_EE_ORIGIN_ICMP 2
+#define SO_EE_ORIGIN_ICMP6 3
+
+/*
+ * tcp_v4_err() queues each message before it looks whether a process uses the socket ("tcp: allow traceroute -Mtcp for unpriv
+ * users"). That wakes the application, which fetches the soft error, and erases it. tcp_v6_err() queues it with IPV6_RECVERR.
+ */
+static __always_inline void message_reported(struct sock *sk)
+{
+	struct connection *connection = connection_find(sk);
+	struct sock_exterr_skb *message;
+	struct sk_buff *skb;
+	__u8 origin;
+
+	if (!connection || connection->scratch.stage != STAGE_OPEN || !BPF_CORE_READ(sk, sk_error_queue.qlen))
+		return;
+	skb = BPF_CORE_READ(sk, sk_error_queue.prev);
+	message = (struct sock_exterr_skb *)__builtin_preserve_access_index(&skb->cb);
+	origin = BPF_CORE_READ(message, ee.ee_origin);
+	if (origin == SO_EE_ORIGIN_ICMP || origin == SO_EE_ORIGIN_ICMP6)
+		connection->scratch.message_error = BPF_CORE_READ(message, ee.ee_errno);
+}
+
+/* The soft error of this attempt: the present one, or one that the application has fetched; 0: none. */
+static __always_inline __u32 soft_error_of(struct sock *sk, const struct connection *connection)
+{
+	__u32 error = BPF_CORE_READ(sk, sk_err_soft);
+
+	/* The kernel does not clear it when the socket is connected again. */
+	return error && error != connection->scratch.stale_soft_error ? error : connection->scratch.message_error;
+}
+
+/*
  * tcp_transmit_skb() moves a packet that the lower layers have taken into tsorted_sent_queue (tcp_update_skb_after_send()).
  * A retransmission that they have taken is in retrans_out; the timer clears that before the next one (tcp_enter_loss()).
  * tcp_write_queue_purge() empties the queue and clears packets_out: a RST and a timer that gives up call it before the
@@ -204,8 +254,12 @@ static __always_inline void attempt_resolve(struct connection *connection, __u32
 	connection->scratch.stage = STAGE_NONE;
 	if (!error) {
 		/* The application closed it; or, without a SYN, a call whose return is not hooked. */
-		ending.outcome = ending.syn_sent ? OUTCOME_GAVE_UP : OUTCOME_FAILED;
-		ending.errno = ending.syn_sent ? 0 : ERRNO_UNKNOWN;
+		if (ending.syn_sent) {
+			gave_up(&ending, connection->scratch.answer);
+		} else {
+			ending.outcome = OUTCOME_FAILED;
+			ending.errno = ERRNO_UNKNOWN;
+		}
 	} else if (ending.syn_sent && is_disconnected(error)) {
 		ending.outcome = OUTCOME_GAVE_UP;
 	} else {
@@ -246,6 +300,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 		if (connection) {
 			connection->scratch.stage = STAGE_OPEN;
 			connection->scratch.stale_error = BPF_CORE_READ(sk, sk_err);
+			connection->scratch.stale_soft_error = BPF_CORE_READ(sk, sk_err_soft);
 		}
 		return 0;
 	}
@@ -276,6 +331,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 		if (failed && !ending.errno && !connection->scratch.connect_returned) {
 			connection->scratch.stage = STAGE_CLOSED;
 			connection->scratch.closed_ns = ending.time_ns;
+			connection->scratch.answer = soft_error_of(sk, connection);
 			connection->scratch.syn_retrans = ending.syn_retrans;
 			connection->scratch.syn_sent = ending.syn_sent;
 			connection->scratch.syn_dropped = ending.syn_dropped;
@@ -283,9 +339,9 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 				connection->id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 			return 0;
 		}
-		if (failed && !ending.errno) /* the application, after connect() had returned */
-			ending.outcome = OUTCOME_GAVE_UP;
 		connection->scratch.stage = ending.errno ? STAGE_REPORTED : STAGE_NONE;
+		if (failed && !ending.errno) /* the application, after connect() had returned */
+			gave_up(&ending, soft_error_of(sk, connection));
 		ending.began_ns = connection->opened_ns;
 	} else if (failed && !ending.errno) {
 		if (!ending.syn_sent) /* the return of connect() makes the event, because no entry says STAGE_REPORTED */
@@ -455,7 +511,10 @@ int seed(struct bpf_iter__task_file *ctx)
 	if (!task || !file)
 		return 0;
 	connection = connection_seed(task, file, STATE_SYN_SENT);
-	if (connection && connection->role == ROLE_ACTIVE && !connection->scratch.stage)
+	if (connection && connection->role == ROLE_ACTIVE && !connection->scratch.stage) {
 		connection->scratch.stage = STAGE_OPEN;
+		connection->scratch.stale_soft_error =
+			BPF_CORE_READ(tcp_sock_of_file(file), sk_err_soft); /* perhaps an earlier attempt's */
+	}
 	return 0;
 }

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* Why a connection ends: the error of its socket. An object that includes this has a field `error` in its scratch. */
+/*
+ * Why a connection ends: the error of its socket. An object that includes this has a field `error` in its scratch, and defines
+ * message_reported(sk), for a message in the error queue of a socket without an error.
+ */
 #ifndef TCPSCOPE_ERROR_BPF_H
 #define TCPSCOPE_ERROR_BPF_H
 
@@ -19,13 +22,17 @@ static __always_inline bool error_ends(struct sock *sk, const struct connection 
 	       error == (__u32)BPF_CORE_READ(sk, sk_err_soft);
 }
 
-/* The kernel reports the socket's error to its owner. */
+static __always_inline void message_reported(struct sock *sk);
+
+/* The kernel reports to the socket's owner that it has an error, or a message in its error queue. */
 static __always_inline void error_reported(struct sock *sk)
 {
 	__u32 error = BPF_CORE_READ(sk, sk_err);
 	struct connection *connection = error ? connection_find(sk) : NULL;
 
-	if (connection && error_ends(sk, connection, error))
+	if (!error)
+		message_reported(sk);
+	else if (connection && error_ends(sk, connection, error))
 		connection->scratch.error = error;
 }
 
@@ -44,7 +51,7 @@ static __always_inline __u32 error_of(struct sock *sk, const struct connection *
  * transition to CLOSE. By then the owner, on another processor, may have fetched the error, which erases it. This function
  * wakes the owner; the tracepoint comes after that.
  */
-OPTIONAL("an error that the application fetched just before the kernel closed the socket")
+OPTIONAL("an error that the application fetched before the socket was closed")
 SEC("fentry/sock_def_error_report")
 int FUNCTION_PROG(error__fentry, struct sock *sk)
 {

@@ -129,12 +129,14 @@ struct sock_common { /* include/net/sock.h */
 	struct sock *skc_listener; /* of a request */
 };
 
-struct sk_buff_head { /* include/linux/skbuff.h */
+struct sk_buff_head {         /* include/linux/skbuff.h */
+	struct sk_buff *prev; /* the last one */
 	__u32 qlen;
 };
 
 struct sock { /* include/net/sock.h */
 	struct sock_common __sk_common;
+	struct sk_buff_head sk_error_queue;
 	struct sk_buff_head sk_receive_queue;
 	atomic_t sk_drops;
 	__u32 sk_ack_backlog;
@@ -243,6 +245,15 @@ struct sk_buff { /* include/linux/skbuff.h */
 
 struct tcp_skb_cb { /* include/net/tcp.h, in sk_buff.cb */
 	__u16 tcp_gso_segs;
+};
+
+struct sock_extended_err { /* include/uapi/linux/errqueue.h */
+	__u32 ee_errno;
+	__u8 ee_origin;
+};
+
+struct sock_exterr_skb { /* include/linux/errqueue.h, in sk_buff.cb */
+	struct sock_extended_err ee;
 };
 
 struct inet_timewait_sock { /* include/net/inet_timewait_sock.h */

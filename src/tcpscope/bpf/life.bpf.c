@@ -284,6 +284,10 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	return life_emit(sk, connection, follow_identity(&now), &closing);
 }
 
+static __always_inline void message_reported(struct sock *sk)
+{
+}
+
 static __always_inline void child_known(struct sock *child, struct connection *connection)
 {
 }

@@ -297,6 +297,77 @@ def test_rejected_by_a_rule_of_the_client(script: Script) -> Test:
     rows(seen, script, {"saw": saw, "rport": PORT, "outcome": "REJECTED", "syn_sent": True, "syn_dropped": True})
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("hook", "kind", "outcome", "errno"),
+    [
+        ("output", "port-unreachable", "REJECTED", "ECONNREFUSED"),
+        ("input", "port-unreachable", "REJECTED", "ECONNREFUSED"),
+        ("output", "host-unreachable", "UNREACHABLE", "EHOSTUNREACH"),
+    ],
+)
+@recorded(CONNECT)
+def test_rejected_before_connect_returns(
+    script: Script, family: str, hook: str, kind: str, outcome: str, errno: str
+) -> Test:
+    """The ICMP message finds the socket in use, so the kernel goes on. The application closes the socket.
+
+    Witness: IPv4 wakes the application, which fetches the error. With IPv6 the error stays in the socket.
+    """
+    rule(script.client if hook == "output" else script.server, hook, PORT, f"reject with icmpx type {kind}")
+    client, address = script.client.process("client"), script.server.address(family)
+    saw = Attempt(client, address, PORT, "started")
+    script.client.until_counter("Icmp6InDestUnreachs" if family == "6" else "IcmpInDestUnreachs", 1)
+    if family != "6":
+        saw.finish()
+    saw.socket.close()
+    seen = yield
+    assert saw.errno == ("EINPROGRESS" if family == "6" else errno)
+    wanted = {"outcome": outcome, "errno": errno, "syn_sent": True, "syn_dropped": hook == "output"}
+    rows(seen, script, {"by": client, "rport": PORT, "raddr": shown(address), "family": version(family)} | wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(CONNECT)
+def test_rejected_and_then_established(script: Script, family: str) -> Test:
+    """The rule takes the first SYN only. The next one decides, unless connect() had returned before the message."""
+    listening(script)
+    rule(script.client, "output", PORT, "limit rate 1/hour burst 1 packets reject")
+    saw = Attempt(script.client.process("client"), script.server.address(family), PORT)
+    messages = script.client.counter("Icmp6InDestUnreachs" if family == "6" else "IcmpInDestUnreachs")
+    saw.socket.close()
+    seen = yield
+    assert messages.ret >= 1
+    outcome = {"none": "ESTABLISHED", "ECONNREFUSED": "REJECTED"}[saw.errno]
+    rows(seen, script, {"saw": saw, "rport": PORT, "outcome": outcome})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(CONNECT)
+def test_rejected_in_an_earlier_attempt(script: Script, family: str) -> Test:
+    """The message is still in the socket when the next attempt of the same socket gets no answer."""
+    silence(script)
+    rule(script.client, "output", PORT, "reject")
+    client = script.client.process("client")
+    saw = Attempt(client, script.server.address(family), PORT, "started")
+    script.client.until_counter("Icmp6InDestUnreachs" if family == "6" else "IcmpInDestUnreachs", 1)
+    saw.socket.disconnect()
+    again = saw.socket.connect(SILENT[family], OTHER, may_fail=True)
+    saw.socket.disconnect()
+    # Nothing is left that a call would still return: this one has a row.
+    no_route = saw.socket.connect(NOWHERE[family], OTHER, may_fail=True)
+    saw.socket.close()
+    seen = yield
+    assert (again.errno, no_route.errno) == ("EINPROGRESS", "ENETUNREACH")
+    rows(
+        seen,
+        script,
+        {"by": client, "rport": PORT, "outcome": "REJECTED", "errno": "ECONNREFUSED"},
+        {"by": client, "rport": OTHER, "outcome": "GAVE_UP", "errno": "none"},
+        {"by": client, "saw": no_route, "rport": OTHER, "outcome": "UNREACHABLE"},
+    )
+
+
 @recorded(CONNECT)
 def test_a_neighbour_that_is_not_there(script: Script) -> Test:
     """The kernel looks for its link address in vain, and tells itself so by ICMP."""

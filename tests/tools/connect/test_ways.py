@@ -15,6 +15,7 @@ from tests.tools.connect.attempts import (
     Attempt,
     listening,
     rows,
+    rule,
     sees_every_call,
 )
 
@@ -83,6 +84,22 @@ def test_fast_open(script: Script) -> Test:
     assert found[2]["latency_us"] is not None
     span_us = end.begin_us - given_up.first.end_us - 1, end.end_us - given_up.first.begin_us + 1
     assert span_us[0] <= found[3]["latency_us"] <= span_us[1]
+
+
+@recorded(CONNECT)
+def test_fast_open_is_rejected(script: Script) -> Test:
+    """sendto() has returned, where its return is hooked, and the application closes the socket."""
+    script.client.sysctl("tcp_fastopen", 1)
+    rule(script.client, "output", PORT, "reject")
+    client = script.client.process("client")
+    mine = client.socket()
+    mine.blocking(False)
+    call = mine.send_to("x", script.server.ipv4, PORT, may_fail=True)
+    script.client.until_counter("IcmpInDestUnreachs", 1)
+    mine.close()
+    seen = yield
+    assert call.errno == "EINPROGRESS"
+    rows(seen, script, {"by": client, "rport": PORT, "outcome": "REJECTED", "errno": "ECONNREFUSED", "syn_sent": True})
 
 
 @recorded(CONNECT)
