@@ -341,6 +341,22 @@ def test_a_closed_one_gives_no_more_rows(name: str, keywords: dict[str, Any], be
 
 
 @pytest.mark.root
+def test_a_closed_one_gives_back_its_buffer() -> None:
+    """Also while somebody keeps the object."""
+
+    def mapped() -> int:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "bpf-map" in line]
+        return sum(int(end, 16) - int(begin, 16) for begin, _, end in (line[0].partition("-") for line in lines))
+
+    before, buffer = mapped(), 16 << 20
+    events = tcpscope.open("connect", buffer=buffer)
+    assert mapped() >= before + buffer
+    events.close()
+    assert mapped() < before + buffer
+    assert list(events) == [] and events.stats.lossless
+
+
+@pytest.mark.root
 @pytest.mark.parametrize(("name", "keywords"), KINDS)
 def test_who_forgets_to_close_is_told(name: str, keywords: dict[str, Any]) -> None:
     def forget() -> int:
