@@ -112,7 +112,7 @@ def test_the_text_is_short(report):
     missing = {hook["not_known"] for entry in report["tools"] for hook in entry["hooks"]} - {None}
     joined = " ".join(done.stdout.split())
     assert all(text in joined for text in missing)
-    assert missing or len(lines) <= 4
+    assert missing or len(lines) <= 6  # a way that this kernel does not have takes a line too
 
 
 @pytest.mark.kernel
