@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from tcpscope.diagnose import queue_history
-from tcpscope.diagnose.queue_history import History, QueueHistory, Witness
+from tcpscope.diagnose.queue_history import History, QueueHistory, Witness, namespace_counters
+from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
 from tcpscope.run import Batch
 from tcpscope.sampling import Sampler
@@ -208,3 +210,12 @@ def test_counters_are_read_when_something_was_refused(read: list[dict[str, int]]
     group = [replace(LISTENER, socket=n, cookie=n, refused={}) for n in range(3)]
     later = [*group[:2], replace(group[2], refused=REFUSED)]
     assert seen(group, group, later, later).counters(LISTENER) == {"ListenOverflows": 5}
+
+
+def test_in_a_pid_namespace_no_counters_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder has the PID of the first PID namespace: here it is that of another process."""
+    group = [replace(LISTENER, inside=frozenset({os.getpid()}))]
+    monkeypatch.setattr(pidns, "inner", lambda: 0)
+    assert "ListenDrops" in namespace_counters(group)
+    monkeypatch.setattr(pidns, "inner", lambda: 1)
+    assert namespace_counters(group) == {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tcpscope import listeners
-from tcpscope.kernel import netns
+from tcpscope.kernel import netns, pidns
 from tcpscope.listeners import LISTENERS_AT_MOST, Key, Listener, NamespaceKey, Snapshots
 from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
@@ -317,7 +317,12 @@ def _at_birth(read: dict[str, int], group: list[Listener]) -> dict[str, int]:
 
 
 def namespace_counters(group: Iterable[Listener]) -> dict[str, int]:
-    """The kernel's counters (TcpExt...) of the network namespace of these listeners; empty if they cannot be read."""
+    """The kernel's counters (TcpExt...) of the network namespace of these listeners; empty if they cannot be read.
+
+    Holders have the PIDs of the first PID namespace. In another one /proc may have other processes under these.
+    """
+    if pidns.inner():
+        return {}
     for pid in dict.fromkeys(pid for own in group for pid in _inside(own)):
         try:
             lines = Path(f"/proc/{pid}/net/netstat").read_text().splitlines()
