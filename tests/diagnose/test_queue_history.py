@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -14,6 +15,7 @@ from tcpscope.diagnose import queue_history
 from tcpscope.diagnose.queue_history import History, QueueHistory, Witness, namespace_counters
 from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
+from tcpscope.request import Request
 from tcpscope.run import Batch
 from tcpscope.sampling import Sampler
 from tests.test_sampling import LISTENER, at
@@ -219,3 +221,13 @@ def test_in_a_pid_namespace_no_counters_are_read(monkeypatch: pytest.MonkeyPatch
     assert "ListenDrops" in namespace_counters(group)
     monkeypatch.setattr(pidns, "inner", lambda: 1)
     assert namespace_counters(group) == {}
+
+
+def test_if_the_first_look_fails_the_session_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = MagicMock()
+    monkeypatch.setattr(queue_history.listeners, "open_session", lambda *args, **options: session)
+    monkeypatch.setattr(queue_history.listeners, "why_sampled", lambda session: None)
+    monkeypatch.setattr(queue_history, "Snapshots", lambda session: Snapshots())
+    with pytest.raises(StopIteration):  # there is no snapshot
+        QueueHistory(Request())
+    session.close.assert_called_once()

@@ -15,7 +15,7 @@ from tcpscope.listeners import LISTENERS_AT_MOST, Key, Listener, NamespaceKey, S
 from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
 from tcpscope.sampling import LIMITS, Sampler
-from tcpscope.session import RING_BYTES, Session
+from tcpscope.session import RING_BYTES, closed_on_error
 
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
 _PEERS = 4096  # distinct remote addresses remembered per listener
@@ -140,20 +140,19 @@ class QueueHistory:
     """The source of all rules about listeners."""
 
     def __init__(self, request: Request) -> None:
-        self.session: Session = listeners.open_session(
-            request.filter, events=True, ring_bytes=RING_BYTES, debug=request.debug
-        )
-        self.why_sampled = listeners.why_sampled(self.session)
-        self.exact = self.why_sampled is None
-        self._snapshots, self._sampler = Snapshots(self.session), Sampler()
-        assert self.session.layout is not None
+        opened = listeners.open_session(request.filter, events=True, ring_bytes=RING_BYTES, debug=request.debug)
         names = ("netns", "lport", "laddr", "cookie", "raddr", "rport", "cause", "step", "accept_queue", "syn_queue")
-        self.run = Streaming(self.session, self.session.layout.select(names).decoder())
-        self.histories: dict[Key, History] = {}
-        self._by_address: dict[tuple[int, int, str], list[History]] = {}
-        self._witness = Witness()
-        self._forgotten = 0  # listeners that are gone and about which there is nothing to report
-        self._look()
+        with closed_on_error(opened) as session:
+            self.why_sampled = listeners.why_sampled(session)
+            self.exact = self.why_sampled is None
+            self._snapshots, self._sampler = Snapshots(session), Sampler()
+            assert session.layout is not None
+            self.run = Streaming(session, session.layout.select(names).decoder())
+            self.histories: dict[Key, History] = {}
+            self._by_address: dict[tuple[int, int, str], list[History]] = {}
+            self._witness = Witness()
+            self._forgotten = 0  # listeners that are gone and about which there is nothing to report
+            self._look()
 
     def poll(self) -> None:
         """The look comes first: an event of a listener without a history belongs to nothing."""
