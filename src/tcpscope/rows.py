@@ -799,7 +799,7 @@ class QueueEvents(msgspec.Struct, frozen=True):
     """net.ipv4.tcp_abort_on_overflow of the namespace"""
 
     cause: Cause
-    """what was full; UNKNOWN when sampled"""
+    """why it was refused; UNKNOWN if sampled and not certain"""
 
     step: Step | None
     """at which step of the handshake"""

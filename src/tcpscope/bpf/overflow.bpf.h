@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* A handshake that the kernel refused, or answered with a cookie, because a queue is full. */
+/* A handshake that the kernel refused, or answered with a cookie. */
 #ifndef TCPSCOPE_OVERFLOW_BPF_H
 #define TCPSCOPE_OVERFLOW_BPF_H
 
@@ -20,7 +20,7 @@ enum answer {
 struct overflow {
 	struct event event;
 	struct queues queues;
-	enum cause cause WIDTH(17) DOC("what was full; UNKNOWN when sampled");
+	enum cause cause WIDTH(17) DOC("why it was refused; UNKNOWN if sampled and not certain");
 	enum step step DOC("at which step of the handshake") UNKNOWN_IS("zero");
 	enum answer answer DOC("how the kernel answered the peer") UNKNOWN_IS("zero");
 	__u8 padding;
