@@ -53,12 +53,18 @@ def test_times_read_well(us, text):
 
 def sampled(*, full_seen: int, syncookies: int, **causes: int) -> dict[str, dict[str, object]]:
     """Rule -> the facts it finds where refusals were sampled, with so many of each cause."""
-    seen = QueueHistory.__new__(QueueHistory)
     listener = at(9, 9, 9, 0, syncookies=syncookies)
     refused = Counter({("UNKNOWN", cause): n for cause, n in causes.items()})
+    history = History(listener, listener, full_seen=full_seen, looks=1, sampled=refused)
+    return {found.rule: found.facts for found in findings(history)}
+
+
+def findings(history: History) -> list[Finding]:
+    """Of this one listener, whose refusals were sampled."""
+    seen = QueueHistory.__new__(QueueHistory)
     seen.exact, seen._witness = False, Witness()
-    seen.histories = {listener.key: History(listener, listener, full_seen=full_seen, looks=1, sampled=refused)}
-    return {rule.name: found.facts for rule in all_rules() for found in rule.check(seen)}
+    seen.histories = {history.last.key: history}
+    return [found for rule in all_rules() for found in rule.check(seen)]
 
 
 def test_sampled_refusals_count_for_the_queue_that_was_full():
@@ -82,6 +88,31 @@ def test_sampled_refusals_of_no_certain_cause_are_not_counted_for_one():
 
 def test_how_many_clients_were_refused_is_not_known_if_the_cause_is_not() -> None:
     assert sampled(full_seen=1, syncookies=1, UNKNOWN=2)["accept_queue"]["clients_in_burst"] is None
+
+
+FULL, OTHER = "ACCEPT_QUEUE_FULL", "OTHER"
+EITHER = "packets dropped (one for a refused SYN, two for a refused final ACK)"
+
+
+@pytest.mark.parametrize(
+    ("refused", "drops", "text"),
+    [
+        ({("SYN", FULL): 36}, 36, "36 refusals (sampled), all SYNs; 36 packets dropped"),
+        ({("UNKNOWN", FULL): 36}, 36, "36 refusals (sampled); 36 packets dropped, one for each, as for SYNs"),
+        ({("UNKNOWN", FULL): 36}, 72, "36 refusals (sampled); 72 packets dropped, two for each, as for final ACKs"),
+        ({("UNKNOWN", FULL): 30, ("SYN", FULL): 6}, 50, f"36 refusals (sampled); 50 {EITHER}"),
+        ({("UNKNOWN", FULL): 18, ("UNKNOWN", OTHER): 18}, 36, f"18 refusals (sampled); 36 {EITHER}"),
+        (
+            {("SYN", FULL): 9, ("UNKNOWN", "UNKNOWN"): 9},
+            18,
+            f"9 refusals (sampled), and 9 for this or another cause; 18 {EITHER}",
+        ),
+    ],
+)
+def test_the_number_of_packets_is_explained(refused: dict[tuple[str, ...], int], drops: int, text: str) -> None:
+    history = History(at(0, 0, 0, 0), at(drops, 0, 0, 0), full_seen=1, looks=1, sampled=Counter(refused))
+    (found,) = (found for found in findings(history) if found.rule == "accept_queue")
+    assert found.observed[0] == text
 
 
 def test_sampled_refusals_without_a_full_queue_are_found() -> None:

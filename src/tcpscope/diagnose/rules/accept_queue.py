@@ -52,8 +52,7 @@ class AcceptQueue(Rule):
             )
             refused = f"{count} refusals: {at_syn} SYNs, {at_ack} final ACKs; each retransmission counts again"
         else:
-            refused = f"{count} refusals (sampled)" + (f", and {unsure} for this or another cause" if unsure else "")
-            refused += f"; {history.drops} packets dropped (two for a refused final ACK)"
+            refused = _sampled(history, count, unsure)
         observed = [
             refused,
             f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
@@ -98,6 +97,20 @@ class AcceptQueue(Rule):
 
 def _why(listener: Listener) -> str:
     return WHY.format(limit=listener.accept_limit, most=listener.accept_limit + 1)
+
+
+def _sampled(history: History, count: int, unsure: int) -> str:
+    """The number of refusals, and of packets: if it has no other refusals, these tell the step."""
+    refused = f"{count} refusals (sampled)" + (f", and {unsure} for this or another cause" if unsure else "")
+    packets = f"{history.drops} packets dropped"
+    if not unsure and history.count("ACCEPT_QUEUE_FULL", step="SYN") == count:
+        return f"{refused}, all SYNs; {packets}"
+    others = sum(n for (_, cause), n in history.refused.items() if cause not in ("ACCEPT_QUEUE_FULL", "COOKIE_SENT"))
+    if not others and history.drops == count:
+        return f"{refused}; {packets}, one for each, as for SYNs"
+    if not others and history.drops == 2 * count:
+        return f"{refused}; {packets}, two for each, as for final ACKs"
+    return f"{refused}; {packets} (one for a refused SYN, two for a refused final ACK)"
 
 
 def _accepts(history: History) -> str:
