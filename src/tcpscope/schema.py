@@ -205,8 +205,8 @@ class Clock:
     or "none".
 
     The offset of the wall clock changes when somebody sets the time, and while the machine is suspended. `read` checks
-    it for a stamp that is 50 ms later than the last check. When it changed is not known, only that it was after the last
-    check. So stamps of up to 50 ms after a change may have the old offset, and rows between the last check and the
+    it for a stamp that is 50 ms later than the last check. When it changed is not known, only that it was after the
+    last check. So stamps of up to 50 ms after a change may have the old offset, and rows between the last check and the
     change get the new one. No row, no check: the last one may be long ago.
     """
 
