@@ -9,7 +9,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,12 +34,38 @@ def ends(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
         os.close(end)
 
 
+@pytest.fixture(autouse=True)
+def no_run() -> Iterator[None]:
+    """The run of a test is that test's."""
+    yield
+    Output.stop = None
+
+
 @pytest.fixture
 def stop() -> Iterator[Stop]:
     with Stop() as stop:
         Output.stop = stop
         yield stop
-    Output.stop = None
+
+
+@contextmanager
+def when_full(write: int, act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` as soon as `write` takes no more."""
+    full, left = select.poll(), threading.Event()
+    full.register(write, select.POLLOUT)
+
+    def wait() -> None:
+        while full.poll(0) and not left.is_set():
+            time.sleep(0.001)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 def read_all(descriptor: int) -> bytes:
@@ -77,13 +104,15 @@ def test_a_reader_that_stops_does_not_hold_us(ends: tuple[int, int], blocking: b
         Output.stop = stop
         stop.begin()
         if end == "signal":
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            when = when_full(write, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        else:
+            when = nullcontext()
         output = Output(write)
-        taken = output.write(MANY)
+        with when:
+            taken = output.write(MANY)
         began = time.monotonic()
         assert output.write(MANY) == 0
         assert time.monotonic() - began < writing.PATIENCE_SECONDS  # it does not wait again
-    Output.stop = None
     assert taken and taken + output.lost == 2 * len(MANY)
     assert read_all(read) == MANY[:taken]
     assert f"{output.lost} bytes were not written" in complaint(output)
@@ -111,11 +140,10 @@ def test_a_line_that_is_cut_is_told(stop: Stop) -> None:
 def test_a_reader_that_has_gone(ends: tuple[int, int], stop: Stop) -> None:
     read, write = ends
     output = Output(write)
-    gone = os.dup(read)
-    threading.Timer(0.1, lambda: os.dup2(os.open(os.devnull, os.O_RDONLY), read)).start()
-    os.close(gone)
-    with pytest.raises(BrokenPipeError):
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    with when_full(write, lambda: os.dup2(nothing, read)), pytest.raises(BrokenPipeError):
         output.write(MANY)
+    os.close(nothing)
     assert not complaint(output)
 
 
@@ -123,8 +151,8 @@ def test_a_signal_that_raises_ends_all_writing() -> None:
     """As SIGINT does while no run has begun. Python flushes at its exit, and must not wait then."""
     read, write = os.pipe()
     output = Output(write)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+    interrupt = when_full(write, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with interrupt, pytest.raises(KeyboardInterrupt):
         output.write(MANY)
     assert output.write(b"more\n") == 0
     assert read_all(read).endswith(b"\n")
