@@ -9,10 +9,12 @@ import signal
 import socket
 import threading
 import time
+import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,10 +27,16 @@ LINE = b"%07d\n"
 MANY = b"".join(LINE % number for number in range(100_000))  # more than any pipe or socket buffer
 
 
-@pytest.fixture(params=["pipe", "socket"])
+@pytest.fixture(params=["pipe", "socket", "pty"])
 def ends(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
     """Where to read, and where to write."""
-    read, write = os.pipe() if request.param == "pipe" else (end.detach() for end in socket.socketpair())
+    if request.param == "pipe":
+        read, write = os.pipe()
+    elif request.param == "socket":
+        read, write = (end.detach() for end in socket.socketpair())
+    else:
+        read, write = os.openpty()
+        tty.setraw(write)
     yield read, write
     for end in (read, write):
         os.close(end)
@@ -118,6 +126,48 @@ def test_a_reader_that_stops_does_not_hold_us(ends: tuple[int, int], blocking: b
     assert f"{output.lost} bytes were not written" in complaint(output)
 
 
+def test_a_terminal_that_says_it_is_writable_and_takes_nothing(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As while another process writes to it."""
+    read, write = os.openpty()
+    stop.stop()
+    with Output(write) as output, monkeypatch.context() as patch:
+        refusing = Mock(side_effect=BlockingIOError)
+        patch.setattr(os, "write", refusing)
+        assert output.write(LINE) == 0
+        assert 1 < refusing.call_count < 1000  # it tries again, but not all the time
+    assert output.lost == len(LINE)
+    os.close(read), os.close(write)
+
+
+def open_ones() -> set[str]:
+    return {each.name for each in Path("/proc/self/fd").iterdir()}
+
+
+def test_only_what_was_opened_is_closed() -> None:
+    """A master is no terminal to open again: that would make a new one."""
+    read, write = os.openpty()
+    before = open_ones()
+    for end, more in ((write, 1), (read, 0)):
+        output = Output(end)
+        assert len(open_ones()) == len(before) + more
+        assert os.get_blocking(end)
+        output.close()
+        output.close()
+        assert open_ones() == before
+    os.close(read), os.close(write)
+
+
+def test_a_terminal_that_cannot_be_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one of another user, after su."""
+    read, write = os.openpty()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", Mock(side_effect=PermissionError))
+        output = Output(write)
+    assert output.write(b"a line") == 6
+    assert os.read(read, 100) == b"a line"
+    os.close(read), os.close(write)
+
+
 def test_a_pipe_holds_whole_lines(stop: Stop) -> None:
     read, write = os.pipe()
     stop.stop()
@@ -141,7 +191,8 @@ def test_a_reader_that_has_gone(ends: tuple[int, int], stop: Stop) -> None:
     read, write = ends
     output = Output(write)
     nothing = os.open(os.devnull, os.O_RDONLY)
-    with when_full(write, lambda: os.dup2(nothing, read)), pytest.raises(BrokenPipeError):
+    error = OSError if os.isatty(write) else BrokenPipeError  # a terminal says EIO
+    with when_full(write, lambda: os.dup2(nothing, read)), pytest.raises(error):
         output.write(MANY)
     os.close(nothing)
     assert not complaint(output)

@@ -65,9 +65,11 @@ class Stop:
         """Asked to stop, or closed."""
         return self._closed or bool(self)
 
-    def wait_to_write(self, descriptor: int) -> None:
-        """Until `descriptor` is writable or has no reader, or a stop is asked for."""
-        seconds = _LONGEST_WAIT if self.deadline is None else self.deadline - time.monotonic()
+    def wait_to_write(self, descriptor: int, longest: float | None = None) -> None:
+        """Until `descriptor` is writable or has no reader, or a stop is asked for, or `longest` seconds have passed."""
+        seconds = _LONGEST_WAIT if longest is None else longest
+        if self.deadline is not None:
+            seconds = min(seconds, self.deadline - time.monotonic())
         poll = select.poll()
         poll.register(self._read, select.POLLIN)
         poll.register(descriptor, select.POLLOUT)

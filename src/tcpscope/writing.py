@@ -3,6 +3,9 @@
 A descriptor may be non-blocking, because it is shared with another process that made it so. Then a write may take a
 part of the data, or nothing. A reader may also stop reading while the pipe is full. `Output` waits until the descriptor
 is writable. It waits no longer than `PATIENCE_SECONDS` once the run shall end.
+
+A terminal says that it is writable if it has room for one byte (`n_tty_poll()`). A blocking write of more then sleeps
+until somebody reads the terminal. So `Output` opens the terminal again for itself, non-blocking.
 """
 
 from __future__ import annotations
@@ -15,12 +18,18 @@ import stat
 import struct
 import sys
 import termios
+import time
 from typing import Any, ClassVar
 
 from tcpscope.stop import Stop
 
 PATIENCE_SECONDS = 0.5
 """How long a reader may take nothing, once the run shall end."""
+_PAUSE_SECONDS = 0.01
+"""Before a write is tried again that was refused although the descriptor is writable."""
+_LOOK_SECONDS = 0.05
+"""How often to look at a full terminal: the kernel may wake a writer before there is room, and not again."""
+_TIOCGDEV = 0x80045432  # the number of the terminal; for /dev/tty and a master the one that is behind it
 _ATOMIC = (
     select.PIPE_BUF
 )  # a pipe takes so many bytes as a whole or not at all; if it is writable, it has room for them
@@ -40,11 +49,29 @@ class Output(io.RawIOBase):
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        self._own = _opened_again(descriptor)
         self._whole = stat.S_ISREG(os.fstat(descriptor).st_mode)
         self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
-        self.lost = 0
+        self._poll.register(self._target, select.POLLOUT)
+        self.lost = self._refusals = 0
         self.cut = self._gave_up = False
+
+    def close(self) -> None:
+        super().close()
+        self._use_descriptor()
+
+    @property
+    def _target(self) -> int:
+        """Where the bytes go."""
+        return self._descriptor if self._own is None else self._own
+
+    def _use_descriptor(self) -> None:
+        """Close what was opened, if anything."""
+        if self._own is not None:
+            self._poll.unregister(self._own)
+            self._poll.register(self._descriptor, select.POLLOUT)
+            os.close(self._own)
+            self._own = None
 
     def fileno(self) -> int:
         return self._descriptor
@@ -60,9 +87,14 @@ class Output(io.RawIOBase):
         rest = memoryview(data)
         while rest and self._is_writable():
             try:
-                taken = os.write(self._descriptor, rest[: self._end(rest)])
-            except BlockingIOError:  # another process was quicker
+                taken = os.write(self._target, rest[: self._end(rest)])
+            except BlockingIOError:  # another process was quicker, or is writing to the terminal
+                self._refusals += 1
                 continue
+            except OSError:
+                self._use_descriptor()  # where our caller may now put another file
+                raise
+            self._refusals = 0
             self.cut = rest[taken - 1] != ord("\n")
             rest = rest[taken:]
         if rest:
@@ -81,20 +113,46 @@ class Output(io.RawIOBase):
         """Wait until it is, or has no reader. False if the run shall end and the reader takes nothing."""
         if self._gave_up:
             return False
-        if self._poll.poll(0):
-            return True
         try:
-            while not (self.over or (self.stop is not None and self.stop.is_over)):
+            if self._refusals:
+                time.sleep(_PAUSE_SECONDS)
+                if self._is_over and self._refusals * _PAUSE_SECONDS >= PATIENCE_SECONDS:
+                    return False
+            if self._poll.poll(0):
+                return True
+            while not self._is_over:
                 if self.stop is None:
-                    self._poll.poll()
+                    self._poll.poll(None if self._own is None else _LOOK_SECONDS * 1000)
                 else:
-                    self.stop.wait_to_write(self._descriptor)
+                    self.stop.wait_to_write(self._target, None if self._own is None else _LOOK_SECONDS)
                 if self._poll.poll(0):
                     return True
             return bool(self._poll.poll(PATIENCE_SECONDS * 1000))
         except BaseException:  # a signal that ends the command: nothing is written after it
             self._gave_up = True
             raise
+
+    @property
+    def _is_over(self) -> bool:
+        return self.over or (self.stop is not None and self.stop.is_over)
+
+
+def _opened_again(descriptor: int) -> int | None:
+    """The terminal of `descriptor`, non-blocking. None if that is none, or cannot be opened (another user's)."""
+    if not os.isatty(descriptor):
+        return None
+    try:
+        own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return None
+    if _number_of_terminal(own) == _number_of_terminal(descriptor):
+        return own
+    os.close(own)  # of a master: a new pair of terminals
+    return None
+
+
+def _number_of_terminal(descriptor: int) -> int:
+    return int.from_bytes(fcntl.ioctl(descriptor, _TIOCGDEV, bytes(4)), sys.byteorder)
 
 
 def _capacity_of_empty_pipe(descriptor: int) -> int:
