@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from tcpscope import writing
-from tcpscope.output import Column, formats, open_sink
+from tcpscope.output import Column, formats, open_sink, screen
 from tcpscope.stop import Stop
 from tcpscope.writing import Output, complaint
 
@@ -210,7 +211,7 @@ def test_a_signal_that_raises_ends_all_writing() -> None:
     os.close(read), os.close(write)
 
 
-@pytest.mark.parametrize("format_", formats())
+@pytest.mark.parametrize("format_", [*formats(), "screen"])
 def test_every_format_tells_how_many_rows_are_missing(stop: Stop, format_: str) -> None:
     read, write = os.pipe()
     columns = [Column("number", width=7), Column("stack", "stack")]
@@ -220,7 +221,8 @@ def test_every_format_tells_how_many_rows_are_missing(stop: Stop, format_: str) 
 
         row = msgspec.defstruct("Row", [("number", int), ("stack", list[str])])
         rows = [row(each.number, each.stack) for each in rows]
-    sink = open_sink(format_, columns, Output(write))  # type: ignore[arg-type]
+    stream: Any = Output(write)
+    sink = screen.Sink(columns, stream, True) if format_ == "screen" else open_sink(format_, columns, stream)
     stop.stop()
     missing = sink.rows(rows)
     assert 0 < missing < len(rows)

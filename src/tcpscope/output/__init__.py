@@ -11,6 +11,7 @@ import pkgutil
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, BinaryIO, Protocol
 
 import msgspec
@@ -73,6 +74,16 @@ def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header:
     module = importlib.import_module(f"{__name__}.{format_}")
     sink: Sink = module.Sink(tuple(columns), stream, header)
     return sink
+
+
+def write_lines(stream: BinaryIO, titles: Sequence[str], rows: Sequence[str]) -> int:
+    """Write titles, and rows of one or more lines. Returns how many rows the stream did not take as a whole."""
+    text = "\n".join([*titles, *rows, ""]).encode()
+    taken = stream.write(text)
+    if taken == len(text):
+        return 0
+    ends = list(accumulate(len(f"{piece}\n".encode()) for piece in (*titles, *rows)))
+    return sum(end > taken for end in ends[len(titles) :])
 
 
 def printable(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, BinaryIO, TextIO
 
 from tcpscope import output
@@ -52,8 +53,8 @@ class Sink:
 
     def rows(self, rows: Sequence[Any]) -> int:
         """Write these rows, and the titles above them if a column stands in another place now."""
-        text = "\n".join([*self._lines(rows, self._wide), ""]).encode()
-        return min(len(rows), text.count(b"\n", self._stream.write(text)))
+        titles, wholes = self._lines(rows, self._wide)
+        return output.write_lines(self._stream, titles, ["\n".join(whole) for whole in wholes])
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """A table has no place for the account."""
@@ -61,10 +62,11 @@ class Sink:
     def page(self, rows: Sequence[Any]) -> list[str]:
         """The lines of a table of its own, with its titles. Those of a wide table are cut too."""
         self._titles = ""
-        return self._lines(rows, False)
+        titles, wholes = self._lines(rows, False)
+        return list(chain(titles, *wholes))
 
-    def _lines(self, rows: Sequence[Any], longer: bool) -> list[str]:
-        """The lines; `longer` than the terminal if they are."""
+    def _lines(self, rows: Sequence[Any], longer: bool) -> tuple[list[str], list[list[str]]]:
+        """The line of titles, if it is due, and the lines of each row; `longer` than the terminal if they are."""
         width = self._width() or _UNKNOWN_SIZE.columns
         table = [{cell: cell.text(row) for cell in self._cells} for row in rows]
         for cell in self._cells:
@@ -72,16 +74,20 @@ class Sink:
                 cell.width = max(cell.width, *(output.width(texts[cell]) for texts in table), 0)
         chosen = self._cells if self._wide else self._that_fit(width)
         titles = " ".join(cell.pad(cell.header) for cell in chosen).rstrip()
-        lines = [titles] if self._header and titles != self._titles else []
+        above = [titles] if self._header and titles != self._titles else []
         self._titles = titles
+        wholes = []
         for row, texts in zip(rows, table, strict=True):
-            lines.append(" ".join(cell.pad(texts[cell]) for cell in chosen).rstrip())
+            lines = [" ".join(cell.pad(texts[cell]) for cell in chosen).rstrip()]
             if self._alarming and output.width(lines[-1]) <= width:
                 lines[-1] = " ".join(self._painted(cell, row, texts[cell]) for cell in chosen).rstrip()
             for column in self._below:
                 if value := getattr(row, column.name):
                     lines += BELOW[column.kind](value, column.unit)
-        return lines if longer else [cut(line, width) for line in lines]
+            wholes.append(lines)
+        if longer:
+            return above, wholes
+        return [cut(line, width) for line in above], [[cut(line, width) for line in lines] for lines in wholes]
 
     def _painted(self, cell: _Cell, row: Any, text: str) -> str:
         bad = any(name in self._alarming and self._alarming[name](getattr(row, name)) for name in cell.names)

@@ -9,11 +9,10 @@ its column.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from operator import attrgetter
 from typing import Any, BinaryIO
 
-from tcpscope.output import Column, padded, printable, width
+from tcpscope.output import Column, padded, printable, width, write_lines
 from tcpscope.output.histogram import draw
 
 _WIDTHS = {"address": 15, "comm": 15, "time": 27, "bool": 5, "errno": 12}
@@ -54,12 +53,7 @@ class Sink:
             lines = ["\n".join(map(str.rstrip, whole)) for whole in wholes]
         else:
             lines = list(map(str.rstrip, lines))
-        text = "\n".join([*titles, *lines, ""]).encode()
-        taken = self._stream.write(text)
-        if taken == len(text):
-            return 0
-        ends = list(accumulate(len(f"{piece}\n".encode()) for piece in (*titles, *lines)))
-        return sum(end > taken for end in ends[len(titles) :])
+        return write_lines(self._stream, titles, lines)
 
     def record(self, name: str, values: Mapping[str, Any]) -> None:
         """The statistics stand on stderr; a table has no place for them."""
