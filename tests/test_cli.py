@@ -433,3 +433,13 @@ def test_help_begins_with_examples(run: Run, name: str) -> None:
     order = [text.index(f"\n{title}") for title in ("Examples:", "Filters (", "Output:")]
     assert order == sorted(order)
     assert text.count(f"\n  tcpscope {name}") >= 2
+
+
+def test_no_memory_is_one_line() -> None:
+    """Also while modules are imported."""
+    code = (
+        "import tcpscope.cli, tcpscope.__main__ as m\ndef main(): raise MemoryError\ntcpscope.cli.main = main\nm.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "tcpscope: no memory; free memory, or raise the limit ('ulimit -v')\n"

@@ -23,7 +23,7 @@ TOOLS = {  # and how many calls lie between two that fail
     "queue": (["queue", "-d", "0.05"], 3),
     "list": (["list"], 2),
 }
-UNTRIED = "libbpf could not try out the kernel, for lack of memory or open files; start again"
+UNTRIED = "libbpf could not try out the kernel, for lack of memory or open files; "
 
 
 @pytest.fixture(scope="module")
@@ -97,5 +97,5 @@ def _right(fault: Fault, outcome: Outcome, whole: Outcome) -> bool:
         return False
     text = os.strerror(fault.error)
     if fault.error == errno.EPERM:
-        return outcome.status in (1, 3) and (text in lines[0] or lines[0].endswith(UNTRIED))
-    return outcome.status == 1 and (f"{text}; " in lines[0] or f"{text}: " in lines[0] or lines[0].endswith(UNTRIED))
+        return outcome.status in (1, 3) and (text in lines[0] or UNTRIED in lines[0])
+    return outcome.status == 1 and (f"{text}; " in lines[0] or f"{text}: " in lines[0] or UNTRIED in lines[0])

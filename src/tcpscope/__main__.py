@@ -17,11 +17,15 @@ def main() -> NoReturn:
     """The command line."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
-    from tcpscope import cli
-    from tcpscope.stop import Stop
+    try:
+        from tcpscope import cli
+        from tcpscope.stop import Stop
 
-    Stop.afterwards = signal.SIG_IGN
-    cli.main()
+        Stop.afterwards = signal.SIG_IGN
+        cli.main()
+    except MemoryError:
+        os.write(2, b"tcpscope: no memory; free memory, or raise the limit ('ulimit -v')\n")
+        os._exit(1)
 
 
 if __name__ == "__main__":

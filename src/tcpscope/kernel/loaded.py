@@ -20,7 +20,7 @@ from typing import Any
 from tcpscope.errors import NotPermittedError, ResourceError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, has_capability, perf_event_denied, require_capabilities
-from tcpscope.kernel.resources import exhausted, failed
+from tcpscope.kernel.resources import exhausted, failed, help_for
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.schema import Layout
 
@@ -214,7 +214,7 @@ class Loaded:
         error = -lib.bpf_object__load(self._object)
         if not self._has_global_data():
             what = f"{self.spec.name}: libbpf could not try out the kernel, for lack of memory or open files"
-            raise ResourceError(what, "start again")
+            raise ResourceError(what, f"{help_for(errno.ENOMEM)}; {help_for(errno.EMFILE)}")
         if error:
             raise self._load_error(error, ffi.string(verifier).decode(errors="replace"))
         for name, keys in self._setup.keys.items():
