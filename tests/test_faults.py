@@ -83,7 +83,8 @@ def _right_outcomes(library: Path, words: Sequence[str], faults: Sequence[Fault]
 
 
 def _right(fault: Fault, outcome: Outcome, whole: Outcome) -> bool:
-    lines = outcome.stderr.splitlines()
+    notes = whole.stderr.splitlines()
+    lines = [line for line in outcome.stderr.splitlines() if line not in notes]
     if outcome.status == 0:
         missing = [
             (probe, hook)
