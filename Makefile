@@ -8,7 +8,7 @@ WITH_BIN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 # Debian's and Ubuntu's names. The C library and Python's headers are asked for by file: a python3 of one's own has them.
 BUILD_PACKAGES := clang llvm libbpf-dev libelf-dev zlib1g-dev pkg-config gcc libc6-dev
-TEST_PACKAGES := qemu-system-x86 busybox-static kmod zstd lz4 file iproute2 nftables libcap2-bin socat debian-archive-keyring \
+TEST_PACKAGES := qemu-system-x86 busybox-static kmod zstd lz4 file iproute2 nftables groff-base libcap2-bin socat debian-archive-keyring \
 	$(shell grep -qs '^ID=ubuntu$$' /etc/os-release && echo linux-tools-generic || echo bpftool)
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)

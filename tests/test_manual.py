@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +45,6 @@ def test_nothing_is_taken_for_a_macro(pages: dict[str, str]) -> None:
     assert manual._plain(r".x \n -y") == r"\&.x \en \-y"
 
 
-@pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
 def test_man_understands_them(pages: dict[str, str]) -> None:
     for text in pages.values():
         done = subprocess.run(["groff", "-man", "-Tutf8", "-ww"], input=text, capture_output=True, text=True)

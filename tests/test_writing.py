@@ -64,8 +64,8 @@ def when_full(write: int, act: Callable[[], object]) -> Iterator[None]:
     full.register(write, select.POLLOUT)
 
     def wait() -> None:
-        while full.poll(0) and not left.is_set():
-            time.sleep(0.001)
+        while full.poll(0) and not left.wait(0.001):
+            pass
         act()
 
     thread = threading.Thread(target=wait)
@@ -98,7 +98,7 @@ def test_a_reader_that_pauses_gets_everything(ends: tuple[int, int], stop: Stop,
         full = select.poll()
         full.register(write, select.POLLOUT)
         while full.poll(0) and len(got) + 65536 < len(MANY) and writer.is_alive():
-            time.sleep(0.0001)
+            writer.join(0.0001)
         got += os.read(read, 30_000)
     writer.join()
     assert (got, taken, output.lost, complaint(output)) == (MANY, [len(MANY)], 0, "")

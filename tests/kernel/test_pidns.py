@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,22 +31,17 @@ def test_the_first_one_and_another(tmp_path: Path, link: str | None, inode: int)
     assert pidns.inner(tmp_path) == inode
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="unshare() of a PID namespace needs root")
-
-
 def in_a_new_one(code: str, *options: str) -> str:
     command = ["unshare", "--pid", "--fork", *options, sys.executable, "-c", code]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.root
-@needs_root
 def test_a_new_one() -> None:
     assert int(in_a_new_one(PRINT)) not in (0, pidns.FIRST, pidns.inner())
 
 
 @pytest.mark.root
-@needs_root
 def test_proc_of_another_namespace() -> None:
     """Process 1 of the new namespace has another number there, and the number 1 is another process's."""
     assert pidns.proc_is_ours()

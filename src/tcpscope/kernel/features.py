@@ -35,7 +35,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 class Kernel:
     """The running kernel. It computes an answer at the first question. Raises UnsupportedError without BTF, and
-    ResourceError if the machine lacks what it takes to ask.
+    ResourceError if a trial fails for lack of memory or file descriptors.
 
     A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `enumerators`, `has_type` and
     `has_typedef`, which read the BTF, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and `release`.

@@ -103,7 +103,7 @@ class Loaded:
     """An object in the kernel, from `Loaded(spec, kernel, setup)` until `close()`.
 
     Raises NotPermittedError without the privileges, UnsupportedError if a hook that is not optional has no way,
-    ResourceError if the machine lacks what it takes, and TcpscopeError if libbpf or the kernel cannot load the object.
+    ResourceError without enough memory or file descriptors, and TcpscopeError if libbpf or the kernel cannot load it.
 
     hooks     hook -> how it is attached
     notes     what the user should know about it, one line each
@@ -230,10 +230,10 @@ class Loaded:
                 raise exhausted(error, what) or TcpscopeError(f"{what}: {os.strerror(error)}")
 
     def _has_global_data(self) -> bool:
-        """Whether libbpf has made .bss, if the object has it, and so that it can be mapped.
+        """Whether libbpf has created the map .bss as one that user space can map. True if the object has no .bss.
 
-        libbpf tries out once in a process whether the kernel can (5.2, 5.5), and takes every error for a no. A kernel
-        that has ring buffers (5.8) can.
+        Once in a process libbpf tries whether the kernel has such maps (5.2, 5.5). It takes every error for a no. Each
+        kernel that has ring buffers (5.8) has them.
         """
         table = lib.bpf_object__find_map_by_name(self._object, b".bss")
         if table == ffi.NULL:

@@ -1,7 +1,7 @@
 """The PID namespace of this process (pid_namespaces(7)).
 
-A process has a PID in its namespace and in each one above. Rows have that of the first namespace, which every process
-has. Whoever runs the tool in another namespace knows its own PIDs, so `--pid` is one of these.
+A process has a PID in its own namespace and in each one above. Rows show the PID of the first namespace. `--pid` takes
+a PID of the namespace where the tool runs.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tcpscope.output.table import BELOW, text_of, title_of
 _USUAL = {"address": 15, "errno": 12, "comm": 12, "time": 12, "list": 20, "end": 21}
 """Widths of most values, by kind; `end` is an address with its port."""
 _UNKNOWN_SIZE = os.terminal_size((80, 24))
-"""Of a terminal that does not say what it has, such as a serial line."""
+"""The size to take for a terminal that reports none, such as a serial line."""
 WIDTH = "TCPSCOPE_TABLE_WIDTH"
 """A variable of the environment: our caller (the lab) shows our output on a terminal, with room for so many columns."""
 
