@@ -128,6 +128,8 @@ class Session:
         except BaseException:
             self._release()
             raise
+        finally:
+            self.kernel.release()
         try:
             self._counters = Counters(self.loaded)
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None

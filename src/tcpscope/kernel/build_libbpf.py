@@ -9,7 +9,6 @@ from cffi import FFI
 LIBBPF = """
 struct bpf_object; struct bpf_program; struct bpf_map; struct bpf_link;
 
-struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
 void tcpscope_leave_modules(struct bpf_object *object);
 int bpf_object__load(struct bpf_object *object);
 void bpf_object__close(struct bpf_object *object);

@@ -48,7 +48,8 @@ class Kernel:
         self._tried: dict[str, Answer] = {}
 
     @cached_property
-    def _btf(self) -> Any:
+    def btf(self) -> Any:
+        """The kernel's BTF, for functions of `lib`."""
         lib.tcpscope_log_start(False)
         btf = lib.tcpscope_btf_load()
         if btf == ffi.NULL:
@@ -57,35 +58,35 @@ class Kernel:
         return ffi.gc(btf, lib.tcpscope_btf_free)
 
     def release(self) -> None:
-        """Free the kernel's BTF, some ten megabytes. The next question reads it again."""
-        self.__dict__.pop("_btf", None)
+        """Free the kernel's BTF, up to ten megabytes. The next question reads it again."""
+        self.__dict__.pop("btf", None)
 
     def parameters(self, function: str) -> int | None:
         """Number of parameters of a kernel function; None if there is no such function."""
-        count: int = lib.tcpscope_btf_parameters(self._btf, function.encode())
+        count: int = lib.tcpscope_btf_parameters(self.btf, function.encode())
         return count if count >= 0 else None
 
     def enumerator(self, name: str) -> int | None:
         """The value of an enumerator, also of an anonymous enum; None if there is none with this name."""
-        value: int = lib.tcpscope_btf_enumerator(self._btf, name.encode())
+        value: int = lib.tcpscope_btf_enumerator(self.btf, name.encode())
         return None if value == -errno.ENOENT else value
 
     def enumerators(self, enum: str) -> dict[int, str]:
         """Value -> name of an enum; of several names the first. Empty if the kernel has no enum with this name."""
         value, names, read = ffi.new("int64_t *"), dict[int, str](), lib.tcpscope_btf_enumerator_at
         for index in itertools.count():
-            if (name := read(self._btf, enum.encode(), index, value)) == ffi.NULL:
+            if (name := read(self.btf, enum.encode(), index, value)) == ffi.NULL:
                 break
             names.setdefault(value[0], ffi.string(name).decode())
         return names
 
     def has_type(self, name: str) -> bool:
         """Whether there is a struct, union or enum with this name."""
-        return bool(lib.tcpscope_btf_has_type(self._btf, name.encode()))
+        return bool(lib.tcpscope_btf_has_type(self.btf, name.encode()))
 
     def has_typedef(self, name: str) -> bool:
         """Whether there is a typedef with this name."""
-        return bool(lib.tcpscope_btf_has_typedef(self._btf, name.encode()))
+        return bool(lib.tcpscope_btf_has_typedef(self.btf, name.encode()))
 
     @cached_property
     def fentry(self) -> Answer:
@@ -101,7 +102,7 @@ class Kernel:
         return self._tried[function]
 
     def _try_fentry(self, function: str) -> Answer:
-        error = -lib.tcpscope_try_fentry(self._btf, function.encode())
+        error = -lib.tcpscope_try_fentry(self.btf, function.encode())
         if not error:
             return Answer(True)
         if shortage := exhausted(error, f"cannot try fentry on {function}"):

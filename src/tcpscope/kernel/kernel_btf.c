@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: BSD-2-Clause
 /* What the kernel has, by its BTF. */
-#include "shim.h"
+#include "kernel_btf.h"
 
 #include <bpf/bpf.h>
-#include <bpf/btf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
-#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /*
- * libbpf finds a name by going through all types, more than a hundred thousand, and some fifty names are asked for. So all
- * of them go into one table: open addressing, at most half full, FNV-1a.
+ * libbpf reads the file into memory twice, and finds a name by going through all types, more than a hundred thousand; some
+ * fifty names are asked for. Here the file is mapped, where the kernel can, and all names go into one table: open
+ * addressing, at most three quarters full.
  */
 enum space { FUNCTION, TYPE, TYPEDEF, ENUMERATOR, NOTHING };
 
@@ -19,12 +21,6 @@ struct named {
 	uint32_t name; /* its offset, 0: free */
 	uint32_t space;
 	int32_t value; /* of an enumerator; of others their type's number */
-};
-
-struct tcpscope_btf {
-	struct btf *btf;
-	struct named *table;
-	uint32_t mask;
 };
 
 static enum space space_of(const struct btf_type *type)
@@ -43,18 +39,60 @@ static enum space space_of(const struct btf_type *type)
 	}
 }
 
+size_t btf_bytes(const struct btf_type *type)
+{
+	size_t count = btf_elements(type), each = 0, once = 0;
+
+	switch (btf_kind(type)) {
+	case BTF_KIND_PTR:
+	case BTF_KIND_FWD:
+	case BTF_KIND_TYPEDEF:
+	case BTF_KIND_VOLATILE:
+	case BTF_KIND_CONST:
+	case BTF_KIND_RESTRICT:
+	case BTF_KIND_FUNC:
+	case BTF_KIND_FLOAT:
+	case BTF_KIND_TYPE_TAG:
+		break;
+	case BTF_KIND_INT:
+	case BTF_KIND_VAR:
+	case BTF_KIND_DECL_TAG:
+		once = sizeof(uint32_t);
+		break;
+	case BTF_KIND_ARRAY:
+		once = sizeof(struct btf_array);
+		break;
+	case BTF_KIND_STRUCT:
+	case BTF_KIND_UNION:
+		each = sizeof(struct btf_member);
+		break;
+	case BTF_KIND_ENUM:
+		each = sizeof(struct btf_enum);
+		break;
+	case BTF_KIND_ENUM64:
+		each = sizeof(struct btf_enum64);
+		break;
+	case BTF_KIND_FUNC_PROTO:
+		each = sizeof(struct btf_param);
+		break;
+	case BTF_KIND_DATASEC:
+		each = sizeof(struct btf_var_secinfo);
+		break;
+	default:
+		return 0;
+	}
+	return sizeof(*type) + once + count * each;
+}
+
 /* Where that name is, or the place that is free for it. */
 static struct named *place(const struct tcpscope_btf *btf, enum space space, const char *name)
 {
-	uint32_t hash = 2166136261u ^ space;
+	uint32_t hash = btf_hash(space, name, strlen(name));
 	struct named *found;
 
-	for (const char *at = name; *at; at++)
-		hash = (hash ^ (unsigned char)*at) * 16777619u;
 	for (;; hash++) {
 		found = &btf->table[hash & btf->mask];
-		if (!found->name ||
-		    (found->space == space && !strcmp(btf__name_by_offset(btf->btf, found->name), name)))
+		if (!found->name || (found->space == space && !strcmp(btf->strings + found->name, name)))
 			return found;
 	}
 }
@@ -66,32 +104,105 @@ static void put(struct tcpscope_btf *btf, enum space space, uint32_t name, int32
 
 	if (!name)
 		return;
-	found = place(btf, space, btf__name_by_offset(btf->btf, name));
+	found = place(btf, space, btf->strings + name);
 	if (!found->name)
 		*found = (struct named){name, space, value};
 }
 
 static int put_all(struct tcpscope_btf *btf)
 {
-	uint32_t types = btf__type_cnt(btf->btf), names = 0, places = 1;
 	const struct btf_type *type;
+	uint64_t names = 0, places = 1;
 
-	for (uint32_t id = 1; id < types; id++) {
-		type = btf__type_by_id(btf->btf, id);
-		names += (space_of(type) != NOTHING) + (btf_is_enum(type) ? btf_vlen(type) : 0);
+	for (uint32_t id = 1; id < btf->count; id++) {
+		type = btf_type_at(btf, id);
+		names += (space_of(type) != NOTHING) + (btf_is_enum(type) ? btf_elements(type) : 0);
 	}
-	while (places < 2 * names)
+	while (3 * places < 4 * names + 4)
 		places *= 2;
 	btf->mask = places - 1;
 	btf->table = calloc(places, sizeof(*btf->table));
 	if (!btf->table)
 		return -ENOMEM;
-	for (uint32_t id = 1; id < types; id++) {
-		type = btf__type_by_id(btf->btf, id);
+	for (uint32_t id = 1; id < btf->count; id++) {
+		type = btf_type_at(btf, id);
 		if (space_of(type) != NOTHING)
 			put(btf, space_of(type), type->name_off, id);
-		for (int i = 0; btf_is_enum(type) && i < btf_vlen(type); i++)
+		for (uint32_t i = 0; btf_is_enum(type) && i < btf_elements(type); i++)
 			put(btf, ENUMERATOR, btf_enum(type)[i].name_off, btf_enum(type)[i].val);
+	}
+	return 0;
+}
+
+/* "btf: Allow mmap of vmlinux btf" (6.16); before, the file is read. */
+static int get_file(struct tcpscope_btf *btf)
+{
+	int fd = open(KERNEL_BTF, O_RDONLY | O_CLOEXEC), error = 0;
+	struct stat status;
+	ssize_t length = 0;
+
+	if (fd < 0)
+		return -errno;
+	if (fstat(fd, &status) < 0) {
+		error = -errno;
+		goto out;
+	}
+	btf->data = mmap(NULL, status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+	if (btf->data != MAP_FAILED) {
+		btf->size = status.st_size;
+		goto out;
+	}
+	btf->data =
+		mmap(NULL, status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+	if (btf->data == MAP_FAILED) {
+		error = -errno;
+		btf->data = NULL;
+		goto out;
+	}
+	btf->size = status.st_size;
+	for (size_t at = 0; at < btf->size; at += length) {
+		length = read(fd, (char *)btf->data + at, btf->size - at);
+		if (length <= 0) {
+			error = length < 0 ? -errno : -EIO;
+			break;
+		}
+	}
+out:
+	close(fd);
+	return error;
+}
+
+/* The sections lie in the file, and each type in its section. The names are the kernel's: only their end is looked at. */
+static int find_types(struct tcpscope_btf *btf)
+{
+	const struct btf_header *header = btf->data;
+	uint64_t types, strings, at, bytes;
+	uint32_t room = 1 << 17, *larger;
+
+	if (btf->size < sizeof(*header) || header->magic != BTF_MAGIC)
+		return -EINVAL;
+	types = (uint64_t)header->hdr_len + header->type_off;
+	strings = (uint64_t)header->hdr_len + header->str_off;
+	if (types % 4 || types + header->type_len > btf->size || strings + header->str_len > btf->size ||
+	    !header->str_len || ((const char *)btf->data)[strings + header->str_len - 1])
+		return -EINVAL;
+	btf->types = (const char *)btf->data + types;
+	btf->strings = (const char *)btf->data + strings;
+	btf->count = 1;
+	for (at = 0; at < header->type_len; at += bytes) {
+		if (!btf->starts || btf->count == room) {
+			room *= 2;
+			larger = realloc(btf->starts, room * sizeof(*larger));
+			if (!larger)
+				return -ENOMEM;
+			btf->starts = larger;
+		}
+		if (at + sizeof(struct btf_type) > header->type_len)
+			return -EINVAL;
+		bytes = btf_bytes((const struct btf_type *)(btf->types + at));
+		if (!bytes || at + bytes > header->type_len)
+			return -EINVAL;
+		btf->starts[btf->count++] = at;
 	}
 	return 0;
 }
@@ -101,10 +212,12 @@ struct tcpscope_btf *tcpscope_btf_load(void)
 	struct tcpscope_btf *btf = calloc(1, sizeof(*btf));
 	int error = -ENOMEM;
 
-	if (btf) {
-		btf->btf = btf__parse_raw("/sys/kernel/btf/vmlinux");
-		error = btf->btf ? put_all(btf) : -errno;
-	}
+	if (btf)
+		error = get_file(btf);
+	if (!error)
+		error = find_types(btf);
+	if (!error)
+		error = put_all(btf);
 	if (error) {
 		tcpscope_btf_free(btf);
 		errno = -error;
@@ -117,8 +230,10 @@ void tcpscope_btf_free(struct tcpscope_btf *btf)
 {
 	if (!btf)
 		return;
+	if (btf->data)
+		munmap(btf->data, btf->size);
+	free(btf->starts);
 	free(btf->table);
-	btf__free(btf->btf);
 	free(btf);
 }
 
@@ -133,12 +248,12 @@ static const struct named *find(const struct tcpscope_btf *btf, enum space space
 int tcpscope_btf_parameters(const struct tcpscope_btf *btf, const char *function)
 {
 	const struct named *found = find(btf, FUNCTION, function);
-	const struct btf_type *type;
+	uint32_t prototype;
 
 	if (!found)
 		return -ENOENT;
-	type = btf__type_by_id(btf->btf, btf__type_by_id(btf->btf, found->value)->type);
-	return type ? btf_vlen(type) : -ENOENT;
+	prototype = btf_type_at(btf, found->value)->type;
+	return prototype && prototype < btf->count ? (int)btf_elements(btf_type_at(btf, prototype)) : -ENOENT;
 }
 
 int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name)
@@ -151,12 +266,12 @@ int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name
 const char *tcpscope_btf_enumerator_at(const struct tcpscope_btf *btf, const char *enum_name, int index, int64_t *value)
 {
 	const struct named *found = find(btf, TYPE, enum_name);
-	const struct btf_type *type = found ? btf__type_by_id(btf->btf, found->value) : NULL;
+	const struct btf_type *type = found ? btf_type_at(btf, found->value) : NULL;
 
-	if (!type || !btf_is_enum(type) || index < 0 || index >= btf_vlen(type))
+	if (!type || !btf_is_enum(type) || index < 0 || (uint32_t)index >= btf_elements(type))
 		return NULL;
 	*value = btf_kflag(type) ? btf_enum(type)[index].val : (uint32_t)btf_enum(type)[index].val; /* signed or not */
-	return btf__name_by_offset(btf->btf, btf_enum(type)[index].name_off);
+	return btf->strings + btf_enum(type)[index].name_off;
 }
 
 bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name)

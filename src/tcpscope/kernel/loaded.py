@@ -126,7 +126,6 @@ class Loaded:
         self._allocates, self._shrinks = kernel.allocates_in_programs, False
         wanted = self._entries = sockets_at_most(tcp_sockets(), self._allocates)
         self.notes: list[str] = []
-        kernel.release()  # libbpf reads its own, and needs most memory then
         while True:
             self.hooks = plan(spec, refused, self._setup.skip)
             for hook in self.hooks.values():
@@ -186,10 +185,15 @@ class Loaded:
 
     def _load(self) -> None:
         lib.tcpscope_log_start(self._setup.debug)
-        self._object = lib.tcpscope_open(self._data, len(self.spec.data), self.spec.name.encode())
-        if self._object == ffi.NULL:
-            error, what = ffi.errno, f"{self.spec.name}: not a BPF object"
-            raise exhausted(error, what) or TcpscopeError(f"{what}: {os.strerror(error)}")
+        with _types_file(self.spec.name) as types:
+            name = self.spec.name.encode()
+            self._object = lib.tcpscope_open(self._data, len(self.spec.data), name, self._kernel.btf, types.fileno())
+            if self._object == ffi.NULL:
+                error, what = ffi.errno, f"{self.spec.name}: not a BPF object"
+                raise exhausted(error, what) or TcpscopeError(f"{what}: {os.strerror(error)}")
+            self._prepare_and_load()
+
+    def _prepare_and_load(self) -> None:
         if not has_capability("CAP_SYS_ADMIN"):
             lib.tcpscope_leave_modules(self._object)
         chosen = {hook.program.name: hook for hook in self.hooks.values() if hook.program}
@@ -452,6 +456,15 @@ class Loaded:
         if self._object != ffi.NULL:
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
+
+
+def _types_file(name: str) -> io.FileIO:
+    """A file in memory, for the types of the kernel that an object asks for (excerpt.c)."""
+    try:
+        return io.FileIO(os.memfd_create("tcpscope types", os.MFD_CLOEXEC), "w")
+    except OSError as error:
+        what = f"{name}: no file in memory"
+        raise exhausted(error.errno or 0, what) or TcpscopeError(f"{what}: {error.strerror}") from None
 
 
 def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:

@@ -64,15 +64,25 @@ const char *tcpscope_log(void)
 	return log_text;
 }
 
-struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name)
+struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name, const struct tcpscope_btf *kernel,
+				 int types_fd)
 {
-	/*
-	 * With the path given, libbpf looks for types in the kernel proper only. A type that a kernel lacks (CO-RE asks
-	 * for some) would make it look at the BTF of every module too, which takes CAP_SYS_ADMIN: all of TCP is built in.
-	 */
-	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name, .btf_custom_path = "/sys/kernel/btf/vmlinux");
+	char path[sizeof("/proc/self/fd/") + 10];
+	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name, .btf_custom_path = path);
+	struct bpf_object *object;
+	int error;
 
-	return bpf_object__open_mem(data, size, &options);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", types_fd);
+	object = bpf_object__open_mem(data, size, &options);
+	if (!object)
+		return NULL;
+	error = tcpscope_btf_excerpt(kernel, bpf_object__btf(object), types_fd);
+	if (error) {
+		bpf_object__close(object);
+		errno = -error;
+		return NULL;
+	}
+	return object;
 }
 
 /*

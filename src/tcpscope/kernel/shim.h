@@ -11,13 +11,29 @@ struct bpf_link;
 struct bpf_object;
 struct bpf_program;
 
-struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name);
+struct btf;
+struct tcpscope_btf;
+
+/*
+ * Writes a BTF with those types of the kernel that have a name of one in `local`, and with what they contain. Pointers lead
+ * to `void`. Returns 0 or a negative errno.
+ */
+int tcpscope_btf_excerpt(const struct tcpscope_btf *kernel, const struct btf *local, int fd);
+
 void tcpscope_leave_modules(struct bpf_object *object);
 
 /* cffi */
 /* libbpf's own messages since the last start, the last 64 KiB of them; with debug also all of them to stderr. */
 void tcpscope_log_start(bool debug);
 const char *tcpscope_log(void);
+
+/*
+ * Opens an object. libbpf is to find the kernel's types in the file `types_fd`, which this fills: keep it open until the
+ * object is loaded. NULL and errno.
+ */
+struct tcpscope_btf;
+struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name, const struct tcpscope_btf *kernel,
+				 int types_fd);
 
 /* A reader of one ring buffer map. */
 struct tcpscope_ring;
@@ -34,7 +50,6 @@ struct bpf_link *tcpscope_attach_to_map(struct bpf_program *program, int map_fd)
 int tcpscope_iterate(int link_fd, int netns_fd);
 
 /* What the kernel says of its functions, types and enumerators. NULL and errno if it cannot be read. */
-struct tcpscope_btf;
 struct tcpscope_btf *tcpscope_btf_load(void);
 void tcpscope_btf_free(struct tcpscope_btf *btf);
 int tcpscope_btf_parameters(const struct tcpscope_btf *btf, const char *function); /* their number, or -ENOENT */

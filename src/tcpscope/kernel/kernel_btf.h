@@ -1,0 +1,55 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/* The kernel's BTF, as kernel_btf.c reads it. The format: Documentation/bpf/btf.rst, include/uapi/linux/btf.h. */
+#ifndef TCPSCOPE_KERNEL_BTF_H
+#define TCPSCOPE_KERNEL_BTF_H
+
+#include "shim.h"
+
+#include <bpf/btf.h>
+#include <string.h>
+
+#define KERNEL_BTF "/sys/kernel/btf/vmlinux"
+
+struct named;
+
+struct tcpscope_btf {
+	void *data;
+	size_t size;
+	const char *types, *strings; /* its two sections */
+	uint32_t *starts;            /* a type's number -> where it begins in `types` */
+	uint32_t count;              /* of types, with `void` */
+	struct named *table;
+	uint32_t mask;
+};
+
+static inline const struct btf_type *btf_type_at(const struct tcpscope_btf *btf, uint32_t id)
+{
+	return (const struct btf_type *)(btf->types + btf->starts[id]);
+}
+
+/* Members, parameters, enumerators. 16 bits before Linux 7.2, and eight zero bits above them. */
+static inline uint32_t btf_elements(const struct btf_type *type)
+{
+	return type->info & 0xffffff;
+}
+
+/* Bytes of a type with what its kind adds; 0: the kind is newer than this reader. */
+size_t btf_bytes(const struct btf_type *type);
+
+/* Eight bytes a step, as in FNV-1a; the high bits of a product depend on all bits of its factors. */
+static inline uint32_t btf_hash(uint64_t hash, const char *name, size_t length)
+{
+	uint64_t word;
+
+	for (; length >= 8; name += 8, length -= 8) {
+		memcpy(&word, name, 8);
+		hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+		hash ^= hash >> 32;
+	}
+	word = 0;
+	memcpy(&word, name, length);
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+	return hash ^ hash >> 32;
+}
+
+#endif

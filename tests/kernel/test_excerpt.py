@@ -1,0 +1,77 @@
+"""The excerpt of the kernel's BTF against the whole, as another reader of BTF sees both."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import pytest
+from tcpscope.kernel._libbpf import ffi, lib
+
+from tcpscope.kernel.btf import Array, Btf, Enum, Kind, Ref, Struct
+from tcpscope.kernel.features import BTF, Kernel
+from tcpscope.kernel.spec import Spec
+from tests.kernel.test_types import PROBES
+
+pytestmark = pytest.mark.kernel
+
+NAMED = (Kind.INT, Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.ENUM64, Kind.TYPEDEF)
+
+
+@cache
+def whole() -> Btf:
+    return Btf.parse(BTF.read_bytes())
+
+
+def excerpt_for(spec: Spec) -> Btf:
+    kernel = Kernel()
+    fd = os.memfd_create("types", os.MFD_CLOEXEC)
+    try:
+        opened = lib.tcpscope_open(ffi.from_buffer(spec.data), len(spec.data), b"test", kernel.btf, fd)
+        assert opened != ffi.NULL
+        lib.bpf_object__close(opened)
+        return Btf.parse(os.pread(fd, os.fstat(fd).st_size, 0))
+    finally:
+        os.close(fd)
+
+
+class Shapes:
+    """What the kinds of types say, down to the pointers, without their numbers."""
+
+    def __init__(self, btf: Btf) -> None:
+        self.btf = btf
+        self.known: dict[int, object] = {}
+
+    def of(self, number: int) -> object:
+        if number not in self.known:
+            self.known[number] = self._of(number)
+        return self.known[number]
+
+    def _of(self, number: int) -> object:
+        found = self.btf.type(number)
+        if found.kind is Kind.PTR:
+            return Kind.PTR
+        if isinstance(found, Ref):
+            return found.kind, found.name, self.of(found.type_id)
+        if isinstance(found, Array):
+            return found.kind, found.count, self.of(found.type_id)
+        if isinstance(found, Struct):
+            members = [(member.name, member.bit_offset, member.bitfield_size) for member in found.members]
+            return found.kind, found.name, found.size, members, [self.of(member.type_id) for member in found.members]
+        if isinstance(found, Enum):
+            return found.kind, found.name, found.size, found.signed, found.values
+        return found.kind, found.name
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_libbpf_finds_the_kernels_own_types(probe: str) -> None:
+    spec = Spec.of(probe)
+    part = excerpt_for(spec)
+    shapes, shapes_there = Shapes(part), Shapes(whole())
+    wanted = {found.name.partition("___")[0] for found in spec.btf.types if found.kind in NAMED and found.name}
+    assert {"sock", "sock_common"} < wanted
+    for name in wanted:
+        for kind in NAMED:
+            mine = [shapes.of(found.id) for found in part.find_all(name, kind)]
+            assert mine == [shapes_there.of(found.id) for found in whole().find_all(name, kind)], (name, kind)
+    assert len(part) < len(whole()) / 10
