@@ -91,6 +91,7 @@ class Asked(TypedDict, total=False):
     interval: float | None
     max_events: int | None
     buffer: int | None
+    rate: int | None
 
 
 class AskedInPart(Asked, total=False):

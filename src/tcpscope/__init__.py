@@ -38,6 +38,7 @@ else:
         time        "iso" (datetime in UTC), "elapsed" (seconds since the start) or "none"
         columns     only these columns, as text with commas or as a sequence of names; None: all
         buffer      size of the ring buffer between kernel and tool in bytes, a power of two
+        rate        at most so many rows in a second; further ones are counted; None: no limit
 
         The filters are keywords too: pid, comm, uid, cgroup, netns, ipv4, ipv6, lport, rport, port, laddr, raddr. Ports
         and addresses may be a list: rport=[80, 443], raddr=ip_network("10.0.0.0/8"). The tool's own options have the

@@ -34,6 +34,7 @@ _OTHERS = {
 
 
 _HIGHEST = 2**31 - 1
+_RATE_ON_TERMINAL = 100  # rows in a second: more are no use to who watches them
 
 
 class _ReaderGoneError(Exception):
@@ -222,6 +223,13 @@ BUFFER = click.Option(
     metavar="SIZE",
     help="Size of the ring buffer between kernel and tool.  [default: 4M]",
 )
+RATE = click.Option(
+    ["--rate"],
+    type=WholeNumber(0),
+    metavar="N",
+    help="Print at most N rows in a second, and count the others; 0: no limit.  "
+    f"[default: {_RATE_ON_TERMINAL} on a terminal]",
+)
 OUTPUT = (
     *COMMON,
     click.Option(
@@ -244,6 +252,7 @@ OUTPUT = (
     ),
     click.Option(["--explain"], is_flag=True, help="Show which kernel hooks would be used here, then exit."),
     BUFFER,
+    RATE,
 )
 INTERVAL = click.Option(
     ["-i", "--interval"], callback=_seconds, metavar="TIME", help="Print results this often: seconds, or 200ms, 5m."
@@ -341,6 +350,7 @@ def command_of(tool: toolbox.Tool) -> click.Command:
             (INTERVAL, tool.intervals),
             (TIME, tool.timed),
             (BUFFER, tool.event),
+            (RATE, tool.rated),
             (DURATION, not tool.once),
         )
         if not used
@@ -399,7 +409,11 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
     own = {option.name: values.pop(option.name) for option in tool.options}
     if values.get("time", "") is None:
         values["time"] = "local" if values["output"] == "table" and width_of(sys.stdout.buffer) else "iso"
-    return Request(filter=filter, options=own, **values)
+    request = Request(filter=filter, options=own, **values)
+    on_terminal = request.output == "table" and width_of(sys.stdout.buffer)
+    if request.rate is None and on_terminal and tool.floods(request):
+        request.rate = _RATE_ON_TERMINAL
+    return request
 
 
 @click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -25,7 +25,8 @@ FILTERS = (*(field.name for field in fields(Filter)), "ipv4", "ipv6")
 
 
 class Events(Generic[Row]):
-    """Made by `tcpscope.open`. Iterate over it for rows, or over `batches()` for lists of rows. `stats` is the account.
+    """Made by `tcpscope.open`. Iterate over it for rows, or over `batches()` for lists of rows. `stats` is the account,
+    `notes` what the run cannot see.
 
     All iterations share the same rows. If one is left early, the next one continues there. After `close()` there are no
     more rows. Without `close()` or `with` the end of the object closes it, with a ResourceWarning.
@@ -121,6 +122,11 @@ class Events(Generic[Row]):
         """seen == shown + filtered + lost, exact once the iteration has ended."""
         return self._run.account()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What this run cannot see, and why, as the command line prints it. More may come while it runs."""
+        return tuple(self._run.notes)
+
     def stop(self) -> None:
         """End the iteration, from another thread or a signal handler. Rows that are in the buffer still come."""
         self._stop.stop()
@@ -157,6 +163,7 @@ def _request(tool: Tool, given: dict[str, Any]) -> Request:
         "interval": bool(tool.intervals),
         "time": tool.timed,
         "buffer": bool(tool.event),
+        "rate": tool.rated,
     }
     asked = ["max_events", "columns", *(name for name in useful if useful[name])]
     options = {option.name: option for option in tool.options}

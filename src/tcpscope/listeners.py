@@ -12,6 +12,7 @@ import msgspec
 from tcpscope.filters import Filter, address_text
 from tcpscope.kernel import pidns
 from tcpscope.kernel.features import Kernel
+from tcpscope.output import endpoint
 from tcpscope.schema import comm_text, counters_of
 from tcpscope.session import Session
 
@@ -173,20 +174,22 @@ class Listener:
     @property
     def name(self) -> str:
         """Address and port as ss writes them."""
-        return f"[{self.laddr}]:{self.lport}" if self.family == 6 else f"{self.laddr}:{self.lport}"
+        return endpoint(self.laddr, self.lport)
 
 
 def open_session(
-    filter: Filter, *, events: bool, stacks: bool = False, ring_bytes: int, debug: bool = False
+    filter: Filter, *, events: bool, stacks: bool = False, ring_bytes: int, rate_per_s: int = 0, debug: bool = False
 ) -> Session:
     """A session of the probe `listeners`.
 
-    events  whether it sends an event for each refusal
-    stacks  whether an event has the kernel stack
+    events      whether it sends an event for each refusal
+    stacks      whether an event has the kernel stack
+    rate_per_s  most events in a second; 0: no limit
     """
     kernel = Kernel()
     # If refusals must be sampled, the sampler divides them among all listeners of a namespace.
     constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks, "both_families": events}
+    constants["rate_per_s"] = rate_per_s
     skip = []
     for name, enumerator in MIB.items():
         value = kernel.enumerator(enumerator)

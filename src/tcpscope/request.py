@@ -53,6 +53,7 @@ class Request:
 
     columns  names, as text with commas or as a sequence; a tuple once the request is made
     time     iso, elapsed, none, or for a table local
+    rate     at most so many rows in a second; further ones are counted. 0: no limit; None: no limit but on a terminal
     wide     all columns of a table on a terminal, also those that do not fit
     verbose  print the account also if nothing was lost
     """
@@ -71,6 +72,7 @@ class Request:
     verbose: bool = False
     explain: bool = False
     buffer: int | None = None
+    rate: int | None = None
     debug: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -81,6 +83,8 @@ class Request:
                 raise UsageError(f"--{name} {_plain(seconds)}", "give a number of seconds above 0")
         if self.max_events is not None and not (type(self.max_events) is int and self.max_events > 0):
             raise UsageError(f"--max-events {self.max_events!r}", "give a number above 0")
+        if self.rate is not None and not (type(self.rate) is int and 0 <= self.rate < 1 << 32):
+            raise UsageError(f"--rate {self.rate!r}", "give a number of rows in a second, 0 for no limit")
         size = self.buffer
         if size is not None and not (type(size) is int and 4096 <= size <= 1 << 30 and not size & (size - 1)):
             raise UsageError(f"--buffer {size!r}", "give a power of two from 4K to 1024M")

@@ -833,6 +833,7 @@ class Asked(TypedDict, total=False):
     interval: float | None
     max_events: int | None
     buffer: int | None
+    rate: int | None
 
 
 class AskedInPart(Asked, total=False):

@@ -171,14 +171,19 @@ class Streaming(Run):
     counted = True
 
     def __init__(
-        self, session: Session, decoder: Decoder, after: Callable[[list[Any]], list[Any]] | None = None
+        self, session: Session, decoder: Decoder, after: Callable[[list[Any]], list[Any]] | None = None, rate: int = 0
     ) -> None:
         super().__init__([Column.of(field) for field in decoder.fields], session)
         self._session, self._after = session, after
         self._decode = decoder.rows
+        self._rate, self._limited, self._second = rate, 0, Ticker(1.0 if rate else None)
 
     def poll(self) -> Iterator[Batch]:
         yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
+        if self._second.due():
+            before, self._limited = self._limited, self._session.counters()["limited"]
+            if more := self._limited - before:
+                self.notes.append(f"{more:,} more rows, over --rate {self._rate}")
 
     def end(self) -> Iterator[Batch]:
         self._session.end()

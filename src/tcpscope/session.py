@@ -28,13 +28,14 @@ READY_FD = "TCPSCOPE_READY_FD"
 
 @dataclass
 class Stats:
-    """The account of a run. The loss contract: `seen == shown + filtered + lost`, in events.
+    """The account of a run. The loss contract: `seen == shown + filtered + limited + lost`, in events.
 
     seen        events at the hook, before any filter
     shown       events that the reader got
     filtered    events that the filter excludes, in the kernel or here; with --max-events also those after the last one
     lost        events that the filter wants, for which the ring buffer or an aggregate had no room, or which the reader
                 of standard output did not take
+    limited     events that the filter wants, but more than --rate allows in their second
     table_full  connections that found no place in a table of the kernel: their owner and times are not known
     missed      not in `seen`: transitions that no program saw, and runs that the kernel skipped (recursion) of programs
                 that have no second copy; a lower bound
@@ -44,6 +45,7 @@ class Stats:
     shown: int = 0
     filtered: int = 0
     lost: int = 0
+    limited: int = 0
     table_full: int = 0
     missed: int = 0
 
@@ -57,7 +59,8 @@ class Stats:
 
     def line(self) -> str:
         """The account in one line."""
-        text = f"seen {self.seen} = shown {self.shown} + filtered {self.filtered} + lost {self.lost}"
+        limited = f" + over --rate {self.limited}" if self.limited else ""
+        text = f"seen {self.seen} = shown {self.shown} + filtered {self.filtered}{limited} + lost {self.lost}"
         if self.table_full:
             text += f"; {self.table_full} times a table was full"
         if self.missed:
@@ -215,6 +218,7 @@ class Session:
                 shown=self.stats.shown,
                 filtered=totals["filtered"] + self.stats.filtered,
                 lost=totals["lost"] + self.stats.lost,
+                limited=totals["limited"],
                 table_full=totals["table_full"],
                 missed=totals["missed"] + self._missed,
             )
@@ -229,7 +233,7 @@ class Session:
 class Counters:
     """`struct counters` of output.bpf.h, of a loaded object."""
 
-    _NAMES = ("seen", "filtered", "lost", "table_full", "rescued", "missed")
+    _NAMES = ("seen", "filtered", "lost", "table_full", "rescued", "missed", "limited")
 
     def __init__(self, loaded: Loaded) -> None:
         self._words = loaded.memory("counters").cast("Q")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -53,6 +52,8 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             elif batch.kind == "snapshot" and not (run.over and page.is_fresh):
                 page.draw(batch)  # but not what little is left at the end, over a whole interval
             stream.flush()
+            if run.notes:
+                _print_notes(run)
         if stop.stopped:
             clear_interrupt()
         if not page:
@@ -112,10 +113,8 @@ def _waiting(request: Request) -> str:
 
 
 def _print_notes(run: Run) -> None:
-    width = screen.width_of(sys.stderr)
     for note in run.notes:
-        line = f"tcpscope: {note}"
-        print(textwrap.fill(line, width) if width else line, file=sys.stderr)
+        print(screen.filled(f"tcpscope: {note}", sys.stderr), file=sys.stderr)
     run.notes.clear()
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import structs
 
+from tcpscope import groups
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.output import Column, histogram
@@ -18,7 +19,7 @@ from tcpscope.output.histogram import Histogram
 from tcpscope.request import Request, names_in
 from tcpscope.run import NOTHING, Batch, Run, Ticker
 from tcpscope.schema import Clock
-from tcpscope.session import Stats
+from tcpscope.session import Session, Stats, closed_on_error
 
 MAX_KINDS = 65536
 """Most groups of a run. Rows of further groups count as lost: a machine in trouble makes groups without end."""
@@ -32,8 +33,9 @@ TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
 class Summary:
     """A way to group the rows of a stream, with the flag --`option`.
 
-    by  columns whose values make a group; --by chooses others
-    of  column in us whose distribution is shown; None: rows are only counted
+    by   columns whose values make a group; --by chooses others
+    of   column in us whose distribution is shown; None: rows are only counted
+    sum  column whose sum is shown; only for objects that count in the kernel (groups.py)
 
     The account counts the rows of all groups, also if --max-events prints fewer groups.
     """
@@ -42,6 +44,7 @@ class Summary:
     help: str
     by: tuple[str, ...]
     of: str | None = None
+    sum: str | None = None
 
     def columns(self, stream: Sequence[Column], request: Request) -> tuple[Column, ...]:
         """All columns of the groups of a stream with these columns."""
@@ -54,15 +57,26 @@ class Summary:
                 )
         # The number may be null in all rows of a group.
         distribution = [structs.replace(column, nullable=True) for column in histogram.COLUMNS[1:] if self.of]
-        return (_TIME, *(known[name] for name in names), _COUNT, *distribution, TOTAL)
+        summed = [known[self.sum]] if self.sum and self.sum not in names else []
+        return (_TIME, *(known[name] for name in names), _COUNT, *summed, *distribution, TOTAL)
 
     def open(self, request: Request, available: Sequence[Column], events: Callable[[Sequence[str]], Run]) -> Run:
         """A run that yields the groups. `events` opens the stream with the columns that it gets as argument."""
-        shown = [column.name for column in available if column.kind != "distribution"]
-        columns = request.choose(available, shown, drawn=("histogram",) if self.of else ())
-        names = self._kind(request)
+        columns, names = self._chosen(request, available), self._kind(request)
         read = (*names, self.of) if self.of else names
-        return _Summarizing(request, columns, names, self.of, events(tuple(dict.fromkeys(read))))
+        return _OfRows(request, columns, names, self.of, events(tuple(dict.fromkeys(read))))
+
+    def open_counted(
+        self, request: Request, available: Sequence[Column], session: Callable[[Sequence[str], str | None], Session]
+    ) -> Run:
+        """Groups that the kernel counts. `session` opens the probe, with the columns to count by, and one to sum."""
+        columns, names = self._chosen(request, available), self._kind(request)
+        with closed_on_error(session(names, self.sum)) as opened:
+            return _OfKernel(request, columns, names, self.sum, opened)
+
+    def _chosen(self, request: Request, available: Sequence[Column]) -> tuple[Column, ...]:
+        shown = [column.name for column in available if column.kind != "distribution"]
+        return request.choose(available, shown, drawn=("histogram",) if self.of else ())
 
     def _kind(self, request: Request) -> tuple[str, ...]:
         text = request.options.get("by")
@@ -74,14 +88,18 @@ class Summary:
         return tuple(dict.fromkeys(names))
 
 
-class _Summarizing(Run):
-    """Groups the events of another run."""
+class _Grouping(Run):
+    """Yields groups at each interval and at the end."""
 
     def __init__(
-        self, request: Request, columns: Sequence[Column], names: Sequence[str], of: str | None, events: Run
+        self,
+        request: Request,
+        columns: Sequence[Column],
+        names: Sequence[str],
+        of: str | None,
+        sessions: Sequence[Session],
     ) -> None:
-        super().__init__(columns, *events.sessions)
-        self._events, self.notes, self.stats = events, events.notes, events.stats
+        super().__init__(columns, *sessions)
         self._names, self._of = names, of
         self.important = (*names, *histogram.IMPORTANT)
         self._kind = _getter(names)
@@ -92,48 +110,22 @@ class _Summarizing(Run):
         self._row = msgspec.defstruct("Summary", [(column.name, Any) for column in columns])
         self._round = 0
 
-    def poll(self) -> Iterator[Batch]:
-        for batch in self._events.poll():
-            self._add(batch.rows)
-            yield self._interval_ended() or NOTHING  # there may be no end of events
-        self.done = self._events.done
-        if ended := self._interval_ended():
-            yield ended
-
-    def _interval_ended(self) -> Batch | None:
-        if not self._ticker.due():
-            return None
+    def _interval_ended(self) -> Batch:
         ended, self._period = self._period, _Groups(bool(self._of))
         return self._ended("interval", ended)
 
-    def end(self) -> Iterator[Batch]:
-        for batch in self._events.end():
-            self._add(batch.rows)
+    def _last(self) -> Iterator[Batch]:
         if self._interval:
-            yield self._ended("interval", self._period)
+            yield self._interval_ended()
         yield self._ended("total", self._whole)
 
     @property
-    def descriptors(self) -> tuple[int, ...]:
-        return self._events.descriptors
-
-    @property
     def pause(self) -> float:
-        return min(self._events.pause, self._ticker.remaining)
+        return self._ticker.remaining
 
-    def account(self) -> Stats:
-        return self._events.account()
-
-    def _add(self, rows: Sequence[Any]) -> None:
-        if not rows:
-            return
-        kinds = list(map(self._kind, rows))
-        values = list(map(attrgetter(self._of), rows)) if self._of else []
-        left_out = self._whole.add(kinds, values)
-        self.stats.shown -= left_out
-        self.stats.lost += left_out
-        if self._interval:
-            self._period.add(kinds, values)
+    def _without_room(self, rows: int) -> None:
+        self.stats.shown -= rows
+        self.stats.lost += rows
 
     def _ended(self, which: Literal["interval", "total"], groups: _Groups) -> Batch:
         self._round += 1
@@ -143,15 +135,91 @@ class _Summarizing(Run):
         )
 
     def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool) -> Any:
-        values = dict(zip(self._names, kind, strict=True)) | (histogram.figures(group.values) if group.values else {})
-        values |= {"time": when, "count": group.count, "total": total}
+        values = (
+            histogram.figures(group.values) if group.values else {column.name: group.sum for column in self.columns}
+        )
+        values |= dict(zip(self._names, kind, strict=True)) | {"time": when, "count": group.count, "total": total}
         return self._row(*(values[column.name] for column in self.columns))
+
+
+class _OfRows(_Grouping):
+    """Groups the rows of another run."""
+
+    def __init__(
+        self, request: Request, columns: Sequence[Column], names: Sequence[str], of: str | None, events: Run
+    ) -> None:
+        super().__init__(request, columns, names, of, events.sessions)
+        self._events, self.notes, self.stats = events, events.notes, events.stats
+
+    def poll(self) -> Iterator[Batch]:
+        for batch in self._events.poll():
+            self._add(batch.rows)
+            yield self._interval_ended() if self._ticker.due() else NOTHING  # there may be no end of events
+        self.done = self._events.done
+        if self._ticker.due():
+            yield self._interval_ended()
+
+    def end(self) -> Iterator[Batch]:
+        for batch in self._events.end():
+            self._add(batch.rows)
+        yield from self._last()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return self._events.descriptors
+
+    @property
+    def pause(self) -> float:
+        return min(self._events.pause, super().pause)
+
+    def account(self) -> Stats:
+        return self._events.account()
+
+    def _add(self, rows: Sequence[Any]) -> None:
+        if not rows:
+            return
+        kinds = list(map(self._kind, rows))
+        values = list(map(attrgetter(self._of), rows)) if self._of else []
+        self._without_room(self._whole.add(kinds, values))
+        if self._interval:
+            self._period.add(kinds, values)
+
+
+class _OfKernel(_Grouping):
+    """Takes the groups that the kernel has counted."""
+
+    more = "--buffer"
+
+    def __init__(
+        self, request: Request, columns: Sequence[Column], names: Sequence[str], sum: str | None, session: Session
+    ) -> None:
+        super().__init__(request, columns, names, None, [session])
+        self._session, self._counted = session, groups.Counted(session, names, sum)
+
+    def poll(self) -> Iterator[Batch]:
+        if self._ticker.due():
+            self._take()
+            yield self._interval_ended()
+
+    def end(self) -> Iterator[Batch]:
+        self._session.end()
+        self._take()
+        yield from self._last()
+
+    def _take(self) -> None:
+        for row, count, sum in self._counted.take():
+            self.stats.shown += count
+            kind = self._kind(row)
+            self._without_room(self._whole.add_group(kind, count, sum))
+            if self._interval:
+                self._period.add_group(kind, count, sum)
 
 
 @dataclass
 class _Group:
     count: int = 0
     values: Histogram | None = None
+    sum: int = 0
 
 
 class _Groups:
@@ -183,6 +251,16 @@ class _Groups:
             assert group.values is not None
             group.values += Histogram.of(numbers)
         return left_out
+
+    def add_group(self, kind: tuple[Any, ...], count: int, sum: int) -> int:
+        """Add rows of one group. Returns how many were left out because there is no room for it."""
+        if kind not in self._groups:
+            if len(self._groups) >= MAX_KINDS:
+                return count
+            self._groups[kind] = _Group()
+        self._groups[kind].count += count
+        self._groups[kind].sum += sum
+        return 0
 
     def largest(self) -> list[tuple[tuple[Any, ...], _Group]]:
         """All groups, those with most rows first."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
-from tcpscope import tools
+from tcpscope import groups, tools
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.kernel.loaded import PRIVILEGES, tcp_sockets
 from tcpscope.kernel.spec import Spec
@@ -35,6 +35,7 @@ class Tool(ABC):
     once          it prints one snapshot and ends, so it has no use for --duration
     only_with     an option -> another one that it needs
     timed         its rows have a --time
+    rated         its rows are events, so a terminal shows --rate of them in a second
     event         its event struct, which comes through the ring buffer (--buffer); empty: none
     examples      command lines, without `tcpscope` -> what they do; the help begins with them
     for_more      an optional capability -> what it is for
@@ -53,6 +54,7 @@ class Tool(ABC):
     once = False
     only_with: Mapping[str, str] = {}
     timed = True
+    rated = False
     event = ""
     examples: Mapping[str, str] = {}
     capabilities: tuple[str, ...] = PRIVILEGES
@@ -61,6 +63,10 @@ class Tool(ABC):
     @abstractmethod
     def columns(self, request: Request) -> tuple[Column, ...]:
         """All columns that its rows can have for this request. Needs no kernel. UsageError for wrong options."""
+
+    def floods(self, request: Request) -> bool:
+        """Whether a terminal needs --rate for this request: it prints rows as events come."""
+        return False
 
     @abstractmethod
     def open(self, request: Request) -> Run:
@@ -74,6 +80,8 @@ class Stream(Tool):
     summaries     ways to group its rows
     constants     a function from the request to the object's read-only globals
     """
+
+    rated = True
 
     def __init__(
         self,
@@ -107,6 +115,9 @@ class Stream(Tool):
         self.constants = constants
         self.examples = examples or {}
 
+    def floods(self, request: Request) -> bool:
+        return self._asked(request) is None
+
     @property
     def layout(self) -> Layout:
         """The event struct as its object describes it."""
@@ -136,6 +147,10 @@ class Stream(Tool):
     def open(self, request: Request) -> Run:
         available = self.columns(request)
         if summary := self._asked(request):
+            if request.rate is not None:
+                raise UsageError(f"--rate {request.rate}", f"--{summary.option} prints groups, not rows as they come")
+            if groups.counts(Spec.of(self.probes[0])) and not summary.of:
+                return summary.open_counted(request, available, lambda by, sum: self.session(request, by, sum))
             return summary.open(request, available, lambda names: self.events(request, names, Clock("none")))
         return self.events(
             request, [column.name for column in request.choose(available, self.shown)], Clock(request.time)
@@ -145,15 +160,18 @@ class Stream(Tool):
         """A run of events whose rows have these columns."""
         with closed_on_error(self.session(request)) as session:
             assert session.layout is not None
-            return Streaming(session, session.layout.select(names).decoder(clock))
+            return Streaming(session, session.layout.select(names).decoder(clock), rate=request.rate or 0)
 
-    def session(self, request: Request) -> Session:
-        """The probe, attached as this tool needs it."""
+    def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
+        """The probe, attached as this tool needs it. With `by` it counts by these columns, and sends no events."""
+        spec = Spec.of(self.probes[0])
+        counting = groups.constants(spec.layout(self.event), by, sum) if by else {}
         session = Session(
             self.probes[0],
-            self.event,
+            None if by else self.event,
             request.filter,
-            constants=self.constants(request),
+            constants=self.constants(request) | {"rate_per_s": request.rate or 0} | counting,
+            entries={} if by or not groups.counts(spec) else dict.fromkeys(groups.MAPS, 1),
             skip=self.skip(request),
             ring_bytes=request.buffer or self.ring_bytes(request),
             debug=request.debug,

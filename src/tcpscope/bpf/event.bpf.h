@@ -14,12 +14,37 @@ struct event {
 	struct owner owner;
 };
 
+#ifdef HAS_GROUPS
+#include "groups.bpf.h"
+#define IS_GROUPING grouping
+#else
+#define IS_GROUPING false
+#define group_add(event)
+#endif
+
+const volatile __u32 rate_per_s; /* at most so many events in a second; 0: no limit */
+
+struct {
+	__u64 second; /* of the kernel's clock */
+	__u64 events; /* submitted in it; processors may count at once and lose some, so there can be a few events more */
+} rate;
+
+static __always_inline bool over_rate(__u64 now_ns)
+{
+	if (rate.second != now_ns / 1000000000) {
+		rate.second = now_ns / 1000000000;
+		rate.events = 0;
+	}
+	return rate.events++ >= rate_per_s;
+}
+
 /*
- * Reserves an event of `size` bytes, and fills its `struct event`. NULL if the filter excludes it or the ring is full.
- * `owner` may be NULL.
+ * An event of `size` bytes, with its `struct event` filled. NULL if the filter excludes it, --rate does, or the ring is full.
+ * `owner` may be NULL. `room` is memory of the caller, of that size, for an event that is only counted: for objects with
+ * HAS_GROUPS.
  */
-static __always_inline void *event_begin(__u64 size, __u64 time_ns, const struct identity *id,
-					 const struct owner *owner)
+static __always_inline void *event_begin_in(void *room, __u64 size, __u64 time_ns, const struct identity *id,
+					    const struct owner *owner)
 {
 	struct event *event;
 
@@ -28,9 +53,19 @@ static __always_inline void *event_begin(__u64 size, __u64 time_ns, const struct
 		COUNT(filtered);
 		return NULL;
 	}
-	event = event_reserve(size);
-	if (!event)
-		return NULL;
+	if (IS_GROUPING) {
+		__builtin_memset(room, 0, size);
+		event = room;
+	} else {
+		if (rate_per_s && over_rate(bpf_ktime_get_ns())) {
+			COUNT(limited);
+			return NULL;
+		}
+		event = event_reserve(size);
+		if (!event)
+			return NULL;
+	}
+	barrier_var(event); /* the compiler would move address calculations before the test */
 	event->time_ns = time_ns;
 	event->id = *id;
 	if (owner)
@@ -41,5 +76,21 @@ static __always_inline void *event_begin(__u64 size, __u64 time_ns, const struct
 		event->owner.uid = -1;
 	return event;
 }
+
+static __always_inline void *event_begin(__u64 size, __u64 time_ns, const struct identity *id,
+					 const struct owner *owner)
+{
+	return event_begin_in(NULL, size, time_ns, id, owner);
+}
+
+/* Counts an event, or sends it. 0, for a program to return. */
+#define event_submit(event)                                  \
+	({                                                   \
+		if (IS_GROUPING)                             \
+			group_add((const __u64 *)(event));   \
+		else                                         \
+			event_send(event, sizeof(*(event))); \
+		0;                                           \
+	})
 
 #endif

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * How events leave the kernel, and the loss contract: seen = submitted + filtered + lost.
+ * How events leave the kernel, and the loss contract: seen = submitted + filtered + limited + lost.
  *
  * One object has one ring and one event struct. The tags below describe the struct's fields; user space reads them from
  * the object's own BTF. The ring wakes its reader when a quarter is full. Otherwise the reader looks at a timer, so no
@@ -67,6 +67,7 @@ struct counters {
 	__u64 table_full; /* connections that found no place in a table: their later events lack owner and times */
 	__u64 rescued;    /* handled by the second copy of a program, because the first was skipped: recursion.bpf.h */
 	__u64 missed;     /* transitions that no program saw; several in a row count as one: missed.bpf.h */
+	__u64 limited;    /* asked for, but more than --rate allows in this second */
 } __attribute__((aligned(64)));
 
 /* .bss is memory shared with user space: a reader needs no system call and no privilege. */
@@ -96,12 +97,10 @@ static __always_inline void *event_reserve(__u64 size)
 }
 
 /*
- * Submits an event. Each time the ring has filled by another quarter, it wakes the reader. Two processors that submit at
+ * Submits a reserved event. Each time the ring has filled by another quarter, it wakes the reader. Two processors that submit at
  * once may both miss a quarter; the reader's timer makes up for that.
  */
-#define event_submit(event) (event_submit_sized(event, sizeof(*(event))), 0)
-
-static __always_inline void event_submit_sized(void *event, __u64 size)
+static __always_inline void event_send(void *event, __u64 size)
 {
 	__u64 with = bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA);
 	__u64 without = with - ((size + BPF_RINGBUF_HDR_SZ + 7) & ~7ULL);

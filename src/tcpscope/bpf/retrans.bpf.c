@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
 /* A retransmitted segment: why TCP sends it again, and the state of the connection at that moment. */
+#define HAS_GROUPS
 #include "socket_event.bpf.h"
 
 enum kind { KIND_FAST, KIND_SLOW_START, KIND_RTO, KIND_LOSS_PROBE, KIND_SYN, KIND_SYNACK } __attribute__((packed));
@@ -33,7 +34,7 @@ SEC("tp_btf/tcp_retransmit_skb")
 int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 {
 	struct tcp_skb_cb *cb = (struct tcp_skb_cb *)__builtin_preserve_access_index(&skb->cb);
-	struct retrans *event = socket_event_begin(sizeof(*event), sk, COOKIE_OF(sk), sk);
+	struct retrans room, *event = socket_event_begin(&room, sizeof(room), sk, COOKIE_OF(sk), sk);
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
 
 	if (!event)
@@ -51,7 +52,7 @@ int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 SEC("tp_btf/tcp_retransmit_synack")
 int TRACEPOINT_PROG(synack, struct sock *listener, struct sock *request)
 {
-	struct retrans *event = socket_event_begin(sizeof(*event), request, 0, listener);
+	struct retrans room, *event = socket_event_begin(&room, sizeof(room), request, 0, listener);
 
 	if (!event)
 		return 0;

@@ -12,16 +12,17 @@
 #include "connection.bpf.h"
 
 /*
- * Reserves an event of `size` bytes about the socket `of`, and fills its `struct event`. NULL if the filter excludes it or
- * the ring is full. The event's owner is the owner of `owned`: the same socket, or the listener of a request.
+ * An event of `size` bytes about the socket `of`, as event_begin_in() makes it. Its owner is the owner of `owned`: the same
+ * socket, or the listener of a request.
  */
-static __always_inline void *socket_event_begin(__u64 size, struct sock *of, __u64 cookie, struct sock *owned)
+static __always_inline void *socket_event_begin(void *room, __u64 size, struct sock *of, __u64 cookie,
+						struct sock *owned)
 {
 	const struct connection *connection = connection_find(owned);
 	struct identity id = {.cookie = cookie};
 
 	identity_read(of, &id);
-	return event_begin(size, bpf_ktime_get_ns(), &id, connection_owner(connection));
+	return event_begin_in(room, size, bpf_ktime_get_ns(), &id, connection_owner(connection));
 }
 
 #endif

@@ -28,7 +28,7 @@ static __noinline int send_counters(struct sock *sk, int state, bool ended)
 
 	if (!connection || state == STATE_LISTEN || state == STATE_CLOSE)
 		return 0;
-	event = socket_event_begin(sizeof(*event), sk, cookie_if_any(sk), sk);
+	event = socket_event_begin(NULL, sizeof(*event), sk, cookie_if_any(sk), sk);
 	if (!event)
 		return 0;
 	event->tx_bytes = BPF_CORE_READ(tp, bytes_sent);

@@ -100,7 +100,7 @@ def _print(stream: BinaryIO, findings: list[Finding], sources: list[Source], wat
     last.append(f"Watched for {watched:.{int(watched < 10)}f} s: {'; '.join(source.live() for source in sources)}.")
     last += [f"Note: {note}." for note in _notes(sources)]
     for line in last:
-        write("\n".join([*textwrap.wrap(line, screen.width_of(stream) or len(line)), ""]).encode())
+        write(f"{screen.filled(line, stream)}\n".encode())
 
 
 _NOTHING_FOUND = "No full accept queue or SYN queue and no refused handshake found. Nothing else is checked yet."

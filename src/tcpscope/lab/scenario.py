@@ -32,6 +32,7 @@ from tcpscope.lab import scenarios
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.lab.programs import Program, until
 from tcpscope.lab.sockets import Socket
+from tcpscope.output import endpoint
 
 PORT = 8080
 FAMILIES = ("4", "6", "mapped")
@@ -221,7 +222,7 @@ class Scenario:
         )
         self._look_at_listener(lab)
         does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
-        where = f"[{address}]:{PORT}" if ":" in address else f"{address}:{PORT}"
+        where = endpoint(address, PORT)
         self.step("server", f"listen(fd, {backlog}) on {where}, {does[closes]} (lab-server, pid {self.server.pid})")
         return self.server
 

@@ -76,6 +76,11 @@ def open_sink(format_: str, columns: Iterable[Column], stream: BinaryIO, header:
     return sink
 
 
+def endpoint(address: str, port: int | str) -> str:
+    """ADDRESS:PORT, as ss writes it."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 def write_lines(stream: BinaryIO, titles: Sequence[str], rows: Sequence[str]) -> int:
     """Write titles, and rows of one or more lines. Returns how many rows the stream did not take as a whole."""
     text = "\n".join([*titles, *rows, ""]).encode()

@@ -9,6 +9,7 @@ stack, and a column that is wider than the terminal are, with the mark `>`.
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, BinaryIO, TextIO
@@ -118,6 +119,12 @@ def width_of(stream: TextIO | BinaryIO) -> int | None:
     return int(given) if given.isdecimal() and given.isascii() and int(given) else None
 
 
+def filled(line: str, stream: TextIO | BinaryIO) -> str:
+    """The line, in several where the terminal that shows `stream` is narrower."""
+    width = width_of(stream)
+    return textwrap.fill(line, width) if width else line
+
+
 def cut(line: str, width: int) -> str:
     """The line, cut to the width, with a mark where it was cut. One with colours fits already."""
     return line if "\x1b" in line else output.cut(line, width)
@@ -175,7 +182,7 @@ class _End(_Cell):
         address, port = (getattr(row, name) for name in self.names)
         if address is None:
             return "-"
-        return f"{f'[{address}]' if ':' in address else address}:{'-' if port is None else port or '*'}"
+        return output.endpoint(address, "-" if port is None else port or "*")
 
 
 _ENDS = {"laddr": ("lport", "LOCAL"), "raddr": ("rport", "REMOTE")}

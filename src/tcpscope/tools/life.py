@@ -20,6 +20,9 @@ class Life(Stream):
     def ring_bytes(self, request: Request) -> int:
         return self.ring_for_all_sockets() if request.options.get("live") else RING_BYTES
 
+    def floods(self, request: Request) -> bool:
+        return super().floods(request) and not request.options.get("live")
+
     def begin(self, session: Session, request: Request) -> None:
         if request.options.get("live"):
             session.loaded.run("live")

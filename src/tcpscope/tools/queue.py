@@ -303,12 +303,15 @@ class Queue(Stream):
         events, stack = request.options["events"], request.options["stack"]
         if events and request.interval is not None:
             raise UsageError(f"--interval {request.interval:g}", "with --events rows come as events happen")
-        for option, given in (("--stack", stack), ("--buffer", request.buffer)):
-            if given and not events:
+        for option, given in (("--stack", stack or None), ("--buffer", request.buffer), ("--rate", request.rate)):
+            if given is not None and not events:
                 raise UsageError(option, "it goes with --events")
         if not events:
             request.refuse_peers("a listener has no remote end; with --events the peers are known")
         return super().columns(request) if events else _columns()
+
+    def floods(self, request: Request) -> bool:
+        return bool(request.options["events"])
 
     def open(self, request: Request) -> Run:
         available = self.columns(request)
@@ -330,17 +333,18 @@ class Queue(Stream):
                 run: Run = _Sampling(session, decoder, clock)
                 run.notes.append(f"{why}: {sampling.LIMITS}")
             else:
-                run = Streaming(session, decoder, _with_function if stack else None)
+                run = Streaming(session, decoder, _with_function if stack else None, request.rate or 0)
                 if stack and not len(_symbols()):
                     run.notes.append("--stack shows addresses: the names need CAP_SYSLOG")
         return run
 
-    def session(self, request: Request) -> Session:
+    def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
         return listeners.open_session(
             request.filter,
             events=bool(request.options["events"]),
             stacks=bool(request.options["stack"]),
             ring_bytes=request.buffer or RING_BYTES,
+            rate_per_s=request.rate or 0,
             debug=request.debug,
         )
 

@@ -32,6 +32,11 @@ tool = Stream(
         "retrans --count -i 10": "by remote end and kind, every ten seconds",
     },
     summaries=(
-        Summary("count", "Count the retransmissions of each group, do not print them.", ("raddr", "rport", "kind")),
+        Summary(
+            "count",
+            "Count the retransmissions of each group in the kernel, do not print them.",
+            ("raddr", "rport", "kind"),
+            sum="segs",
+        ),
     ),
 )

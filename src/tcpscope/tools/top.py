@@ -27,12 +27,16 @@ _NOUNS = {"connection": "connection", "pid": "process", "raddr": "remote address
 
 class Top(Stream):
     intervals = "1"
+    rated = False
 
     def columns(self, request: Request) -> tuple[Column, ...]:
         if (by := request.options["by"]) not in _KEYS:
             raise UsageError(f"--by {by}", f"allowed: {', '.join(_KEYS)}")
         names = {"time", *_KEYS[by], *_MOVED}
         return tuple(column for column in super().columns(request) if by == "connection" or column.name in names)
+
+    def floods(self, request: Request) -> bool:
+        return False
 
     def ring_bytes(self, request: Request) -> int:
         return self.ring_for_all_sockets()

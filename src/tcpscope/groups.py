@@ -1,0 +1,69 @@
+"""Counts events by group in the kernel (bpf/groups.bpf.h). A flood then costs no event and no row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tcpscope.aggregate import Aggregate
+from tcpscope.errors import UsageError
+from tcpscope.kernel.spec import Spec
+from tcpscope.schema import Clock, Field, Layout
+from tcpscope.session import Session
+
+MAPS = ("groups_even", "groups_odd")
+_WORD = 8
+_MOST_WORDS = 12  # GROUP_WORDS
+
+
+def counts(spec: Spec) -> bool:
+    """Whether an object can count its events in the kernel."""
+    return "grouping" in spec.variables
+
+
+def constants(layout: Layout, by: Sequence[str], sum: str | None) -> dict[str, Any]:
+    """The read-only globals that make an object count by these columns. UsageError if they are too many."""
+    masks = _masks(layout, by)
+    if len(masks) > _MOST_WORDS:
+        raise UsageError(f"--by {','.join(by)}", "these are too many columns to group by, or too wide ones")
+    parts = [{"mask": mask, "word": word, "shift": 0} for word, mask in masks.items()]
+    unused = {"mask": 0, "word": 0, "shift": 0}
+    return {
+        "grouping": True,
+        "group_by": parts + [unused] * (_MOST_WORDS - len(parts)),
+        "group_sum": _number(layout.field(sum)) if sum else unused,
+    }
+
+
+def _masks(layout: Layout, names: Sequence[str]) -> dict[int, int]:
+    """Word of an event -> its bits that belong to these columns, in the order of the event."""
+    masks: dict[int, int] = {}
+    for name in names:
+        field = layout.field(name)
+        for at in range(field.offset, field.offset + field.size):
+            masks[at // _WORD] = masks.get(at // _WORD, 0) | 0xFF << 8 * (at % _WORD)
+    return dict(sorted(masks.items()))
+
+
+def _number(field: Field) -> dict[str, int]:
+    shift = 8 * (field.offset % _WORD)
+    return {"mask": ((1 << 8 * field.size) - 1) << shift, "word": field.offset // _WORD, "shift": shift}
+
+
+class Counted:
+    """The groups of an object that counts by the columns `by`."""
+
+    def __init__(self, session: Session, by: Sequence[str], sum: str | None) -> None:
+        layout = session.spec.layout(session.spec.name).named(session.kernel.enumerators)
+        self._words, self._size = list(_masks(layout, by)), layout.size
+        self._decode = layout.select(by).decoder(Clock("none")).rows
+        self._aggregate = Aggregate(session.loaded, "groups", "group_key", "group")
+        session.kernel.release()
+
+    def take(self) -> Iterator[tuple[Any, int, int]]:
+        """What was counted since the last call: a row with the columns, how many events, the sum of their numbers."""
+        for key, group in self._aggregate.take():
+            event = bytearray(self._size)
+            for at, word in enumerate(self._words):
+                event[word * _WORD : (word + 1) * _WORD] = key.words[at * _WORD : (at + 1) * _WORD]
+            yield self._decode(bytes(event))[0], group.count, group.sum

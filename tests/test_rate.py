@@ -1,0 +1,48 @@
+"""--rate: a flood is cut to so many rows in a second, and the account has the rest."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+
+import pytest
+
+import tcpscope
+from tcpscope import UsageError
+from tcpscope.kernel.clock import monotonic_ns
+
+RATE, CONNECTS = 5, 100
+
+pytestmark = pytest.mark.root
+
+
+def test_no_second_has_more_rows() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=CONNECTS) as server:
+        port = server.getsockname()[1]
+        with tcpscope.open("connect", rport=port, rate=RATE, time="elapsed") as events:
+            opened_s = monotonic_ns() / 1e9
+            for _ in range(CONNECTS):
+                socket.create_connection(("127.0.0.1", port)).close()
+                server.accept()[0].close()
+            closed_s = monotonic_ns() / 1e9
+            events.stop()
+            rows = list(events)
+            account = events.stats
+    seconds = int(closed_s) - int(opened_s) + 1
+    assert RATE <= len(rows) <= RATE * seconds
+    assert account.shown == len(rows)
+    assert account.shown + account.limited == CONNECTS
+    assert account.seen == account.shown + account.filtered + account.limited + account.lost
+    assert account.lossless
+    assert max(Counter(int(opened_s + row.time) for row in rows).values()) <= 2 * RATE  # the two clocks differ
+
+
+def test_groups_have_no_rate() -> None:
+    with pytest.raises(UsageError, match=r"--rate 5; --count prints groups"):
+        tcpscope.open("retrans", count=True, rate=5)
+
+
+@pytest.mark.parametrize("rate", [-1, 1.5, True, 1 << 32])
+def test_a_rate_is_a_whole_number(rate: object) -> None:
+    with pytest.raises(UsageError, match="--rate"):
+        tcpscope.open("connect", rate=rate)  # type: ignore[call-overload]
