@@ -21,7 +21,7 @@ Traffic = Callable[[], workload.Made]
 
 BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _PROBE_ADDRESS = re.compile(rb"127\.1\.(\d+)\.(\d+)")
-_LOST = re.compile(rb"lost (\d+)|(?<=; )(\d+) program runs missed", re.IGNORECASE)
+_LOST = re.compile(rb"lost (\d+)|at least (\d+) times the kernel skipped", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
