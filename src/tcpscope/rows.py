@@ -73,10 +73,12 @@ class FollowedBy(StrEnum):
 class Kind(StrEnum):
     FAST = "FAST"
     SLOW_START = "SLOW_START"
+    RACK_TIMEOUT = "RACK_TIMEOUT"
     RTO = "RTO"
     LOSS_PROBE = "LOSS_PROBE"
     SYN = "SYN"
     SYNACK = "SYNACK"
+    SPURIOUS = "SPURIOUS"
 
 
 class Outcome(StrEnum):
@@ -570,7 +572,9 @@ class Retrans(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     kind: Kind
-    """RTO: the timer expired; SLOW_START: after that; FAST: fast recovery; LOSS_PROBE: of the tail; SYN; SYNACK"""
+    """RTO: the timer expired; SLOW_START: after that; FAST: fast recovery; RACK_TIMEOUT: the same, when RACK's
+    reordering timer was due; LOSS_PROBE: of the tail; SYN; SYNACK; SPURIOUS: the kernel has found that it was
+    not needed, and sends as fast as before"""
 
     state: TcpState
     """state of the connection"""
@@ -578,8 +582,12 @@ class Retrans(msgspec.Struct, frozen=True):
     ca_state: str | None
     """state of congestion control"""
 
+    backoff: int | None
+    """how often the RTO was doubled"""
+
     segs: int
-    """number of segments, as TcpRetransSegs counts them"""
+    """number of segments, as TcpRetransSegs counts them; of SPURIOUS: those that were sent again since the kernel
+    took them for lost"""
 
     errno: int
     """why it was not sent; Linux before 6.17 does not show such attempts"""
@@ -587,8 +595,32 @@ class Retrans(msgspec.Struct, frozen=True):
     data_bytes: int
     """data of these segments"""
 
+    offset: int | None
+    """place of the first byte in the data that this host has sent; the first of all is 0"""
+
+    cwnd: int | None
+    """congestion window, in segments"""
+
+    ssthresh: int | None
+    """slow start threshold, in segments; null: not known yet"""
+
+    in_flight: int | None
+    """segments that the kernel takes to be on their way"""
+
+    lost_segs: int | None
+    """segments that the kernel takes for lost"""
+
+    sacked_segs: int | None
+    """segments that arrived out of order (SACK, or duplicate ACKs)"""
+
     srtt_us: int | None
     """smoothed round-trip time"""
+
+    rto_us: int | None
+    """retransmission timeout"""
+
+    since_us: int | None
+    """of SPURIOUS: since the first of these segments was sent again"""
 
 
 class States(msgspec.Struct, frozen=True):

@@ -35,6 +35,9 @@ MAY_BE_MISSING = {
 FIELDS_THAT_MAY_BE_MISSING = {
     ("tcp_sock", "is_mptcp"): "with CONFIG_MPTCP only, as mptcp_subflow_context, which is asked for first",
     ("tp_transition_snapshot", "srcu_gp"): "came in 7.0; only asked whether it exists",
+    ("inet_connection_sock", "icsk_timeout"): "gone by 6.16; asked for before it is read",
+    ("inet_connection_sock", "icsk_retransmit_timer"): "gone in 6.19; asked for before it is read",
+    ("sock", "tcp_retransmit_timer"): "came in 6.19; read where the other two are missing",
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
 }
 OTHER_KINDS = {

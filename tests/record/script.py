@@ -47,7 +47,12 @@ _SAFE = re.compile(r"[^!-#&-~]")
 
 # Fields of struct tcp_info: include/uapi/linux/tcp.h.
 _U32 = {
+    "rto_us": 8,
     "unacked": 24,
+    "sacked": 28,
+    "lost": 32,
+    "ssthresh": 76,
+    "cwnd": 80,
     "srtt_us": 68,
     "retrans": 100,
     "tx_segs": 136,
@@ -137,7 +142,7 @@ class Call:
         raw = bytes.fromhex(self.data)
         found = {name: int.from_bytes(raw[at : at + 4], "little") for name, at in _U32.items()}
         found |= {name: int.from_bytes(raw[at : at + 8], "little") for name, at in _U64.items()}
-        return found | {"state": raw[0]}
+        return found | {"state": raw[0], "backoff": raw[4]}
 
     @property
     def counters(self) -> Counter[str]:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from tests.record import Script, Test, Watch, recorded
+from collections import Counter
+from datetime import datetime, timedelta
+from itertools import accumulate
+from typing import Any
+
+import pytest
+
+from tests.record import Call, Script, Test, Watch, recorded
 
 PORT = 6711
 RETRANS = Watch("retrans", "--port", f"{PORT}")
 SEGMENTS_OF = {"FAST": "TcpExtTCPFastRetrans", "SLOW_START": "TcpExtTCPSlowStartRetrans"}
 COUNTERS = ("TcpRetransSegs", "TcpExtTCPTimeouts", *SEGMENTS_OF.values())
-COUNTED = Watch("retrans", "--count", "--by", "netns,kind", "--port", f"{PORT}")
+NOT_KNOWN = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH
+BACKOFF = 4  # where TCP_INFO has it
+COUNTED = Watch("retrans", "--count", "--by", "netns,kind,state", "--port", f"{PORT}")
+
+
+def us_between(first: dict[str, Any], last: dict[str, Any]) -> float:
+    return (datetime.fromisoformat(last["time"]) - datetime.fromisoformat(first["time"])) / timedelta(microseconds=1)
 
 
 @recorded(RETRANS)
@@ -26,6 +39,7 @@ def test_data(script: Script) -> Test:
     with script.client.losing():
         near.send_all(3000)
         near.until_field("retrans", 3)
+        during = near.info()
     far.read(3000)
     near.until_acknowledged()
     last = near.info()
@@ -45,6 +59,17 @@ def test_data(script: Script) -> Test:
     assert {row["ca_state"] for row in rows if row["kind"] == "LOSS_PROBE"} <= {"Open", "Disorder", "CWR"}
     assert {row["ca_state"] for row in rows if row["kind"] == "FAST"} <= {"Recovery"}
     assert all(0 < row["data_bytes"] <= 3000 for row in rows)
+    assert all(100 <= row["offset"] < row["offset"] + row["data_bytes"] <= 3100 for row in rows)
+    assert {row["offset"] for row in rows if row["kind"] == "RTO"} >= {100}
+    sent = list(accumulate(row["segs"] for row in rows))
+    then = rows[sent.index(during.info["retrans"])]  # the last one before the application looked
+    doubled = then["kind"] == "RTO"  # after that
+    assert (then["cwnd"], then["lost_segs"], then["sacked_segs"], then["backoff"] + doubled) == tuple(
+        during.info[name] for name in ("cwnd", "lost", "sacked", "backoff")
+    )
+    assert then["ssthresh"] == (during.info["ssthresh"] if during.info["ssthresh"] < NOT_KNOWN else None)
+    assert then["rto_us"] << doubled == during.info["rto_us"]
+    assert (then["srtt_us"], then["since_us"]) == (during.info["srtt_us"], None)
 
 
 @recorded(RETRANS, COUNTED)
@@ -73,4 +98,147 @@ def test_handshakes(script: Script) -> Test:
     assert len(answers) == again[script.server].ret >= 1
     for host, kind, rows in ((script.client, "SYN", syns), (script.server, "SYNACK", answers)):
         counted = [(row["kind"], row["count"], row["segs"]) for row in seen.rows(COUNTED, host)]
-        assert counted == [(kind, len(rows), len(rows))]
+        assert [group for group in counted if group[0] != "SPURIOUS"] == [(kind, len(rows), len(rows))]
+    # The first SYN had arrived: its time stamp is echoed (tcp_try_undo_spurious_syn()).
+    spurious = [(row["comm"], row["segs"]) for row in seen.rows(RETRANS, lport=local.ret, kind="SPURIOUS")]
+    assert spurious == ([(client.comm, len(syns))] if seen.machine.hook("retrans", "undone") else [])
+
+
+@recorded(RETRANS)
+def test_a_lost_syn(script: Script) -> Test:
+    """It was needed again."""
+    server, client = script.server.process("server"), script.client.process("client")
+    server.listener(PORT)
+    near = client.socket()
+    with script.client.losing():
+        connecting = near.connect(script.server.ipv4, PORT, wait=False)
+        script.client.until_counter("TcpRetransSegs", 1)
+    connecting.join()
+    local, again = near.name(), script.client.counter("TcpRetransSegs")
+    near.send_all(10)
+    near.until_acknowledged()
+    seen = yield
+    rows = seen.rows(RETRANS, script.client, lport=local.ret)
+    assert [row["kind"] for row in rows] == ["SYN"] * again.ret
+    assert {row["offset"] for row in rows} == {None}
+
+
+UNDONE = ("TcpExtTCPFullUndo", "TcpExtTCPPartialUndo", "TcpExtTCPLossUndo")
+
+
+@recorded(RETRANS)
+def test_it_was_not_needed(script: Script) -> Test:
+    """The ACKs are late: the RTO runs out, and then they say that everything had arrived."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    near = client.socket()
+    near.connect(script.server.ipv4, PORT)
+    far = listener.accept()
+    local = near.name()
+    near.send_all(100)
+    far.read(100)
+    near.until_acknowledged()
+    before = {name: script.client.counter(name) for name in UNDONE}
+    with script.server.held():
+        near.send_all(3000)
+        near.until_field("retrans", 2)
+    near.until_acknowledged()
+    for _ in range(2):
+        near.send_all(10)
+        near.until_acknowledged()
+    after = {name: script.client.counter(name) for name in UNDONE}
+    seen = yield
+    rows = seen.rows(RETRANS, script.client, lport=local.ret)
+    spurious = [row for row in rows if row["kind"] == "SPURIOUS"]
+    if not seen.machine.hook("retrans", "undone"):
+        assert not seen.machine.kernel.has_typedef("btf_trace_tcp_cong_state_set") and not spurious
+        return
+    assert len(spurious) == sum(after[name].ret - before[name].ret for name in UNDONE) >= 1
+    first = next(row for row in rows if row["kind"] == "RTO")
+    last = spurious[0]
+    assert (last["pid"], last["comm"], last["offset"]) == (client.pid, client.comm, first["offset"])
+    assert abs(last["since_us"] - us_between(first, last)) <= 1
+    again = rows[rows.index(first) : rows.index(last)]
+    assert last["segs"] == sum(row["segs"] for row in again)
+    assert last["ca_state"] in ("Open", "Disorder")
+
+
+@recorded(RETRANS)
+def test_the_original_has_not_left(script: Script) -> Test:
+    """The segment still waits in this host's queue when the RTO runs out: nothing is sent again."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    near = client.socket()
+    near.connect(script.server.ipv4, PORT)
+    far = listener.accept()
+    local = near.name()
+    near.send_all(100)
+    far.read(100)
+    near.until_acknowledged()
+    with script.client.held():
+        near.send_all(1000)
+        client.until("info", near.slot, BACKOFF, 1, op=">=", value=2)
+        during = near.info()
+    near.until_acknowledged()
+    seen = yield
+    rows = seen.rows(RETRANS, script.client, lport=local.ret)
+    assert during.info["retrans"] == 0
+    if seen.machine.kernel.has_type("trace_event_raw_tcp_retransmit_skb"):
+        assert {row["errno"] for row in rows} == {"EBUSY"}
+        assert sum(row["kind"] == "RTO" for row in rows) >= 2
+    else:
+        assert not rows
+
+
+LOSS = "table inet loss { chain in { type filter hook input priority 0; tcp dport %d numgen inc mod %d 1 drop; }; }"
+
+
+def every_one_lost(script: Script, modulus: int) -> Call:
+    """From now on the server's firewall drops one packet of so many. `ret` is not 0 without nftables."""
+    return script.server.exec("nft", LOSS % (PORT, modulus), may_fail=True)
+
+
+@recorded(RETRANS, COUNTED)
+def test_every_fifth_is_lost(script: Script) -> Test:
+    """Each kind is what the kernel counts, as rows and as groups."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    near = client.socket()
+    near.connect(script.server.ipv4, PORT)
+    far = listener.accept()
+    local = near.name()
+    near.send_all(100)
+    far.read(100)
+    near.until_acknowledged()
+    dropping = every_one_lost(script, 5)
+    before = script.client.counters()
+    receiving = far.read(300_000, wait=False)
+    near.send_all(300_000)
+    receiving.join()
+    near.until_acknowledged()
+    last, after = near.info(), script.client.counters()
+    seen = yield
+    if dropping.ret:
+        pytest.skip("this kernel has no nftables with numgen")
+    rows = seen.rows(RETRANS, script.client, lport=local.ret, state="ESTABLISHED")  # the FIN may be dropped, too
+    rows = [row for row in rows if row["kind"] != "SPURIOUS"]
+    sent = [row for row in rows if row["errno"] == "none"]
+    counted = after.counters - before.counters
+    segs = Counter[str]()
+    for row in sent:
+        segs[row["kind"]] += row["segs"]
+    assert segs.total() == counted["TcpRetransSegs"] == last.info["retrans"] >= 10
+    assert segs["FAST"] + segs["RACK_TIMEOUT"] == counted["TcpExtTCPFastRetrans"] >= 1
+    assert segs["SLOW_START"] == counted["TcpExtTCPSlowStartRetrans"]
+    assert sum(row["kind"] == "RTO" for row in rows) == counted["TcpExtTCPTimeouts"]
+    assert sum(row["kind"] == "LOSS_PROBE" for row in rows) <= counted["TcpExtTCPLossProbes"]  # one may send new data
+    assert all(100 <= row["offset"] < row["offset"] + row["data_bytes"] <= 300_100 for row in rows)
+    groups = {
+        row["kind"]: (row["count"], row["segs"])
+        for row in seen.rows(COUNTED, script.client)
+        if row["state"] == "ESTABLISHED"
+    }
+    of_all = Counter(row["kind"] for row in rows)
+    assert {kind: groups[kind] for kind in of_all} == {
+        kind: (of_all[kind], sum(row["segs"] for row in rows if row["kind"] == kind)) for kind in of_all
+    }

@@ -33,6 +33,24 @@
 	(bpf_core_field_exists(struct trace_event_raw_tcp_retransmit_skb, err) ? (int)CTX_SLOT(ctx, 2) : 0)
 
 /*
+ * Whether the retransmission timer, or another that takes its place, has run out. Between 6.12 and 6.16 the kernel dropped
+ * icsk_timeout, its own note of when that is. In 6.19 the timer moved to struct sock.
+ */
+static __always_inline bool retransmit_timer_is_due(struct tcp_sock *tcp)
+{
+	struct sock *sk = (struct sock *)tcp;
+	__u64 due;
+
+	if (bpf_core_field_exists(struct inet_connection_sock, icsk_timeout))
+		due = BPF_CORE_READ(tcp, inet_conn.icsk_timeout);
+	else if (bpf_core_field_exists(struct inet_connection_sock, icsk_retransmit_timer))
+		due = BPF_CORE_READ(tcp, inet_conn.icsk_retransmit_timer.expires);
+	else
+		due = BPF_CORE_READ(sk, tcp_retransmit_timer.expires);
+	return (__s64)(bpf_jiffies64() - due) >= 0;
+}
+
+/*
  * "bpf: Expose bpf_get_socket_cookie to tracing programs" (5.12). Before 5.12 a socket has a cookie only if somebody asked
  * for it (ss -e, SO_COOKIE). BPF_FUNC_check_mtu came in the same release, and the BTF has it.
  */

@@ -26,7 +26,8 @@
 #define S_IFSOCK 0140000
 #define TCP_CA_RECOVERY 3 /* enum tcp_ca_state: include/uapi/linux/tcp.h */
 #define TCP_CA_LOSS 4
-#define ICSK_TIME_LOSS_PROBE 5  /* include/net/inet_connection_sock.h */
+#define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
+#define ICSK_TIME_REO_TIMEOUT 6
 #define IORING_OP_ACCEPT 13     /* include/uapi/linux/io_uring.h */
 #define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
 
@@ -134,10 +135,15 @@ struct sk_buff_head {         /* include/linux/skbuff.h */
 	__u32 qlen;
 };
 
+struct timer_list { /* include/linux/timer_types.h; before 6.14 in include/linux/timer.h */
+	unsigned long expires;
+};
+
 struct sock { /* include/net/sock.h */
 	struct sock_common __sk_common;
 	struct sk_buff_head sk_error_queue;
 	struct sk_buff_head sk_receive_queue;
+	struct timer_list tcp_retransmit_timer; /* since 6.19 */
 	atomic_t sk_drops;
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
@@ -177,8 +183,12 @@ struct request_sock_queue { /* include/net/request_sock.h */
 struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	struct request_sock_queue icsk_accept_queue;
 	void *icsk_ulp_data;
+	unsigned long icsk_timeout;              /* until 6.12 or a later one before 6.16 */
+	struct timer_list icsk_retransmit_timer; /* until 6.18 */
+	__u32 icsk_rto;
 	__u8 icsk_ca_state : 5;
 	__u8 icsk_pending;
+	__u8 icsk_backoff;
 };
 
 struct tcp_rack { /* include/linux/tcp.h, as struct tcp_sock.rack */
@@ -219,6 +229,11 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 total_retrans;
 	__u32 retrans_out;
 	__u32 packets_out;
+	__u32 lost_out;
+	__u32 sacked_out;
+	__u32 snd_cwnd;
+	__u32 snd_ssthresh;
+	__u32 undo_marker;
 	struct list_head tsorted_sent_queue;
 	__u8 is_mptcp : 1; /* with CONFIG_MPTCP */
 	__u8 repair : 1;
@@ -244,6 +259,7 @@ struct sk_buff { /* include/linux/skbuff.h */
 };
 
 struct tcp_skb_cb { /* include/net/tcp.h, in sk_buff.cb */
+	__u32 seq;
 	__u16 tcp_gso_segs;
 };
 

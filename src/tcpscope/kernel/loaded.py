@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ _VERIFIER_LINES = 6
 _VERIFIER_BYTES = 0xFFFFFFFF >> 8
 _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
+_CLOCK_MONOTONIC_COARSE = 6  # it ticks with the jiffies: hrtimer_get_res() returns KTIME_LOW_RES
 _NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_NO_PREALLOC, BPF_F_MMAPABLE
 
 
@@ -261,6 +263,8 @@ class Loaded:
         }
         if "possible_cpus" in self.spec.variables:
             values["possible_cpus"] = possible_cpus()
+        if "jiffy_ns" in self.spec.variables:
+            values["jiffy_ns"] = round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
         values |= self._setup.constants
         if not values:
             return  # an object may have no constants, and then no section for them

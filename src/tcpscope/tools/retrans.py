@@ -1,7 +1,8 @@
 """What is retransmitted, for whom, and why?
 
 One row per retransmission of data, a FIN, a SYN or a SYN-ACK: the owner, both ends, what made the kernel retransmit,
-how many segments, and what the sender knew at that moment.
+how many segments, and what the sender knew at that moment. A row SPURIOUS follows when the kernel finds out that
+retransmissions were not needed.
 """
 
 from tcpscope.summary import Summary
@@ -23,19 +24,23 @@ tool = Stream(
         "segs",
         "data_bytes",
         "errno",
+        "cwnd",
+        "in_flight",
         "srtt_us",
+        "rto_us",
     ),
-    important=("kind", "raddr", "state", "time", "comm", "pid", "laddr", "segs", "data_bytes", "srtt_us"),
+    important=("kind", "raddr", "state", "time", "comm", "pid", "laddr", "segs", "data_bytes", "rto_us", "errno"),
     aliases=("tcpretrans",),
     examples={
         "retrans --raddr 10.0.0.0/8": "retransmissions to a network",
         "retrans --count -i 10": "by remote end and kind, every ten seconds",
+        "retrans --count --by pid,comm": "by process",
     },
     summaries=(
         Summary(
             "count",
             "Count the retransmissions of each group in the kernel, do not print them.",
-            ("raddr", "rport", "kind"),
+            ("raddr", "rport", "kind", "errno"),
             sum="segs",
         ),
     ),
