@@ -19,8 +19,8 @@ import pytest
 from tcpscope import tool as toolbox
 from tcpscope.features_cli import report
 from tcpscope.kernel.features import Kernel
-from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.ways import plan, plan_refusals
 from tcpscope.lab.hosts import Lab
 from tests.conftest import CompletedRun, RunningTool
 

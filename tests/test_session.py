@@ -27,8 +27,9 @@ from tcpscope import tool as toolbox
 from tcpscope.errors import LossError, UsageError
 from tcpscope.filters import Filter
 from tcpscope.kernel import loaded
-from tcpscope.kernel.loaded import Loaded, plan
+from tcpscope.kernel.loaded import Loaded
 from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.ways import plan
 from tcpscope.lab.hosts import Host, Lab
 from tcpscope.listeners import open_session
 from tcpscope.request import Request

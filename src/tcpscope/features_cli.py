@@ -14,8 +14,9 @@ import msgspec
 from tcpscope import tool as toolbox
 from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.kernel.features import Kernel, perf_event_paranoid
-from tcpscope.kernel.loaded import Hook, Loaded, plan, plan_refusals
+from tcpscope.kernel.loaded import Loaded
 from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.ways import Hook, plan, plan_refusals
 
 _WIDTH = 80
 

@@ -17,7 +17,8 @@ from tcpscope.filters import Filter
 from tcpscope.kernel import compiled_filter, netns, pidns
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, drop_capabilities
-from tcpscope.kernel.loaded import Loaded, Ring, Setup
+from tcpscope.kernel.loaded import Loaded, Setup
+from tcpscope.kernel.ring import Ring
 from tcpscope.kernel.spec import Spec
 
 RING_BYTES, RING_BYTES_AT_MOST = 4 << 20, 1 << 30

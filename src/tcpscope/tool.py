@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 from tcpscope import groups, tools
 from tcpscope.errors import UsageError, did_you_mean
-from tcpscope.kernel.loaded import PRIVILEGES, tcp_sockets
+from tcpscope.kernel.loaded import PRIVILEGES
+from tcpscope.kernel.machine import tcp_sockets
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column
 from tcpscope.request import Option, Request

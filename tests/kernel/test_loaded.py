@@ -21,20 +21,12 @@ from tcpscope.filters import Filter
 from tcpscope.kernel import loaded as module
 from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
-from tcpscope.kernel.loaded import (
-    Loaded,
-    Ring,
-    Setup,
-    pieces,
-    plan,
-    plan_refusals,
-    possible_cpus,
-    sockets_at_most,
-    tcp_sockets,
-    verifier_lines,
-    verifier_summary,
-)
+from tcpscope.kernel.loaded import Loaded, Setup, pieces
+from tcpscope.kernel.machine import possible_cpus, sockets_at_most, tcp_sockets
+from tcpscope.kernel.ring import Ring
 from tcpscope.kernel.spec import Program, Spec, probes
+from tcpscope.kernel.verifier import verifier_lines, verifier_summary
+from tcpscope.kernel.ways import plan, plan_refusals
 from tcpscope.show import explain
 from tests.compiled import compiled
 from tests.conftest import until

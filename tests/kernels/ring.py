@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tcpscope import listeners, tool
 from tcpscope.kernel.btf import Btf, Enum, Kind
-from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Program, Spec
+from tcpscope.kernel.ways import plan, plan_refusals
 from tests.kernels import code
 from tests.kernels.answers import Answers, absent
 from tests.kernels.answers import lacks as lacking

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from tcpscope.kernel import elf
 from tcpscope.kernel.btf import Btf, Kind
-from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Spec, probes
+from tcpscope.kernel.ways import plan, plan_refusals
 from tests.kernels.answers import Answer, Answers, width
 from tests.kernels.offline import Offline
 

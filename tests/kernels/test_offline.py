@@ -6,8 +6,8 @@ import pytest
 
 from tcpscope.kernel.btf import Btf
 from tcpscope.kernel.features import BTF, Kernel
-from tcpscope.kernel.loaded import plan, plan_refusals
 from tcpscope.kernel.spec import Program, Spec
+from tcpscope.kernel.ways import plan, plan_refusals
 from tests.blob import Blob
 from tests.kernels.offline import Offline
 from tests.kernels.signature import probes

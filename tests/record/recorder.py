@@ -194,8 +194,8 @@ def ends(tools: list[Tool]) -> dict[str, tuple[list[str], int]]:
 def about_the_kernel() -> dict[str, Any]:
     """Its release, whether functions can be hooked, and the hooks of each probe, by its own account."""
     from tcpscope.kernel.features import Kernel
-    from tcpscope.kernel.loaded import plan, plan_refusals
     from tcpscope.kernel.spec import Spec, probes
+    from tcpscope.kernel.ways import plan, plan_refusals
     from tests.lacks import no_netem
 
     kernel, hooks = Kernel(), {}

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
- * All differences between kernels but one: kernel/loaded.py decides in user space which way of a hook is used.
+ * All differences between kernels but one: kernel/ways.py decides in user space which way of a hook is used.
  */
 #ifndef TCPSCOPE_COMPAT_BPF_H
 #define TCPSCOPE_COMPAT_BPF_H

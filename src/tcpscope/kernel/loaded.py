@@ -21,15 +21,16 @@ from typing import Any
 from tcpscope.errors import NotPermittedError, ResourceError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, has_capability, perf_event_denied, require_capabilities
+from tcpscope.kernel.machine import possible_cpus, sockets_at_most, tcp_sockets
 from tcpscope.kernel.resources import exhausted, failed, help_for
-from tcpscope.kernel.spec import Program, Spec
+from tcpscope.kernel.ring import BATCH_BYTES
+from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.verifier import verifier_lines, verifier_summary
+from tcpscope.kernel.ways import plan, plan_refusals
 from tcpscope.schema import Layout
 
 PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
-_CPUS_AT_MOST = 4096
-BATCH_BYTES = 256 << 10  # larger batches are not faster, and the rows of a batch take most of the tool's memory
 LEAST_BATCH = 64  # entries of a map
-_VERIFIER_LINES = 6
 # The largest that kernels before 5.18 take (bpf_verifier_log_attr_valid). Before 6.4 a small one loses the log's end,
 # with the reason. The pages take no memory until the kernel refuses a program: only then libbpf passes the buffer.
 _VERIFIER_BYTES = 0xFFFFFFFF >> 8
@@ -37,21 +38,6 @@ _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
 _CLOCK_MONOTONIC_COARSE = 6  # it ticks with the jiffies: hrtimer_get_res() returns KTIME_LOW_RES
 _NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_NO_PREALLOC, BPF_F_MMAPABLE
-
-
-@dataclass(frozen=True)
-class Hook:
-    """One logical hook.
-
-    program  the program in use; None: the hook is not attached
-    refused  each better way, by the name of its program -> why this kernel cannot have it
-    without  what is not known without the hook; None: the object does not work without it
-    """
-
-    name: str
-    program: Program | None
-    refused: Mapping[str, str]
-    without: str | None = None
 
 
 @dataclass
@@ -471,47 +457,6 @@ def _types_file(name: str) -> io.FileIO:
         raise exhausted(error.errno or 0, what) or TcpscopeError(f"{what}: {error.strerror}") from None
 
 
-def tcp_sockets(sockstat: Path = Path("/proc/net/sockstat")) -> int:
-    """TCP sockets of the machine, in all network namespaces (tcp_sockets_allocated, net/ipv4/tcp.c); 0 if not known."""
-    try:
-        lines = sockstat.read_text().splitlines()
-    except OSError:
-        return 0
-    words = next((line.split() for line in lines if line.startswith("TCP:")), [])
-    return int(words[words.index("alloc") + 1]) if "alloc" in words else 0
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that can be allocated without swapping (MemAvailable, proc_meminfo(5)); None if it is not known."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
-def possible_cpus(mask: Path = Path("/sys/devices/system/cpu/possible")) -> int:
-    """How many processors this kernel may ever have.
-
-    0 if their numbers do not start at 0 or have gaps, or if they are more than 4,096: the verifier refuses a loop over
-    8,190 of them.
-    """
-    first, _, last = mask.read_text().strip().partition("-")
-    count = int(last or first) + 1 if first == "0" and (last or "0").isdecimal() else 0
-    return count if count <= _CPUS_AT_MOST else 0
-
-
-def sockets_at_most(now: int, allocates: bool) -> int:
-    """The size of a table with an entry for each socket, if the machine has `now` sockets.
-
-    allocates  whether programs may allocate entries. Then a free place costs 16 bytes (struct bucket,
-               kernel/bpf/hashtab.c), and there are four per socket, at most two million. Otherwise it costs as much as
-               an entry, some 300 bytes of locked memory, and there are two per socket, at most half a million.
-    """
-    least, factor, most = (1 << 17, 4, 1 << 21) if allocates else (1 << 16, 2, 1 << 19)
-    return min(max(now * factor, least), most)
-
-
 def pieces(file: io.RawIOBase) -> Iterator[bytes]:
     """The output of an iterator, in pieces.
 
@@ -525,79 +470,3 @@ def pieces(file: io.RawIOBase) -> Iterator[bytes]:
 
 def spec_names(spec: Spec) -> set[str]:
     return {program.name for program in spec.programs}
-
-
-def plan_refusals(spec: Spec, kernel: Kernel) -> dict[str, str]:
-    """Program -> why this kernel cannot have it. It has only what is known without loading the program."""
-    answers = {program.name: kernel.can(program) for program in spec.programs}
-    return {name: answer.why for name, answer in answers.items() if not answer}
-
-
-def plan(spec: Spec, refused: Mapping[str, str], skip: frozenset[str] = frozenset()) -> dict[str, Hook]:
-    """Hook -> its first way that is not in `refused`. A second copy without a way is omitted."""
-    hooks = {}
-    for name, ways in spec.hooks.items():
-        if name in skip:
-            continue
-        best = next((way for way in ways if way.name not in refused), None)
-        if not best and ways[0].again:
-            continue
-        better = ways[: ways.index(best)] if best else ways
-        hooks[name] = Hook(name, best, {way.name: refused[way.name] for way in better}, ways[0].without)
-    attached = {hook.program.name for hook in hooks.values() if hook.program}
-    return {name: hook for name, hook in hooks.items() if not spec.hooks[name][0].unless & attached}
-
-
-def verifier_lines(log: str) -> list[str]:
-    """The lines of a verifier's log, the reason last; none if the kernel did not ask the verifier.
-
-    Since 7.3 the log has a report of some fifty lines after the reason, with excerpts of the source. It is omitted.
-    """
-    lines = log.partition("\nVerification failed: ")[0].splitlines()
-    statistics = ("processed ", "verification time", "stack depth")
-    return [line for line in lines if line.strip() and not line.startswith(statistics)]
-
-
-def verifier_summary(log: str) -> str:
-    """The end of a verifier's log, which has the reason, with a hint for the commonest mistake."""
-    lines = verifier_lines(log)
-    if not lines:
-        return ""
-    shown = lines[-_VERIFIER_LINES:]
-    text = f"the verifier's last lines ({len(lines) - len(shown)} earlier lines omitted): " + " | ".join(shown)
-    if "invalid mem access 'inv'" in text or "invalid mem access 'scalar'" in text:
-        text += " | in programs of type kprobe and tracepoint follow kernel pointers with BPF_CORE_READ, not directly"
-    return text
-
-
-class Ring:
-    """Reads a ring buffer map whose records are all `record_size` bytes. `fd` is for poll(). Raises OSError."""
-
-    def __init__(self, map_fd: int, record_size: int) -> None:
-        ring = lib.tcpscope_ring_new(map_fd)
-        if ring == ffi.NULL:
-            raise failed(ffi.errno, "the ring buffer cannot be mapped")
-        self._ring = ffi.gc(ring, lib.tcpscope_ring_free)
-        self._closed = False
-        self.fd: int = lib.tcpscope_ring_fd(ring)
-        self.record_size = record_size
-        self._buffer = bytearray(BATCH_BYTES)
-        self._view = memoryview(self._buffer)
-        self._pointer = ffi.from_buffer(self._buffer)
-
-    def close(self) -> None:
-        """Give back the buffer's memory. There are no more batches. May be called twice."""
-        if not self._closed:
-            self._closed = True
-            ffi.release(self._ring)
-
-    def batches(self) -> Iterator[memoryview]:
-        """All records that are in the ring now, in batches. A batch is valid until the next one is asked for."""
-        while not self._closed:
-            size = lib.tcpscope_ring_drain(self._ring, self._pointer, BATCH_BYTES, self.record_size)
-            if size < 0:
-                raise failed(-size, "the ring buffer cannot be read")
-            if size:
-                yield self._view[:size]
-            if size + self.record_size <= BATCH_BYTES:
-                return

@@ -19,7 +19,7 @@ from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.clock import monotonic_ns
-from tcpscope.kernel.loaded import available_memory
+from tcpscope.kernel.machine import available_memory
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram, bucket_start
