@@ -27,13 +27,15 @@ def test_no_second_has_more_rows() -> None:
             closed_s = monotonic_ns() / 1e9
             events.stop()
             rows = list(events)
-            account = events.stats
+            account, notes = events.stats, events.notes
     seconds = int(closed_s) - int(opened_s) + 1
     assert RATE <= len(rows) <= RATE * seconds
     assert account.shown == len(rows)
     assert account.shown + account.limited == CONNECTS
     assert account.seen == account.shown + account.filtered + account.limited + account.lost
     assert account.lossless
+    said = [int(note.partition(" more rows, over --rate 5")[0]) for note in notes if "--rate" in note]
+    assert sum(said) == account.limited
     assert max(Counter(int(opened_s + row.time) for row in rows).values()) <= 2 * RATE  # the two clocks differ
 
 

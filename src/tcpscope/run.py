@@ -181,13 +181,17 @@ class Streaming(Run):
     def poll(self) -> Iterator[Batch]:
         yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
         if self._second.due():
-            before, self._limited = self._limited, self._session.counters()["limited"]
-            if more := self._limited - before:
-                self.notes.append(f"{more:,} more rows, over --rate {self._rate}")
+            self._note_more()
+
+    def _note_more(self) -> None:
+        before, self._limited = self._limited, self._session.counters()["limited"]
+        if more := self._limited - before:
+            self.notes.append(f"{more:,} more rows, over --rate {self._rate}")
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
         yield from map(self._batch, self._session.batches())
+        self._note_more()
 
     def _batch(self, records: memoryview) -> Batch:
         rows = self._decode(records)
