@@ -46,6 +46,7 @@ NOBODYS_MAC = "02:00:c0:00:02:ff"
 _SAFE = re.compile(r"[^!-#&-~]")
 
 # Fields of struct tcp_info: include/uapi/linux/tcp.h.
+_U8 = {"state": 0, "ca_state": 1, "backoff": 4}
 _U32 = {
     "rto_us": 8,
     "unacked": 24,
@@ -142,7 +143,7 @@ class Call:
         raw = bytes.fromhex(self.data)
         found = {name: int.from_bytes(raw[at : at + 4], "little") for name, at in _U32.items()}
         found |= {name: int.from_bytes(raw[at : at + 8], "little") for name, at in _U64.items()}
-        return found | {"state": raw[0], "backoff": raw[4]}
+        return found | {name: raw[at] for name, at in _U8.items()}
 
     @property
     def counters(self) -> Counter[str]:
@@ -642,4 +643,5 @@ class Socket:
 
 
 def _place(field: str) -> tuple[int, int]:
-    return (_U32[field], 4) if field in _U32 else (_U64[field], 8)
+    size = next(size for size, fields in ((1, _U8), (4, _U32), (8, _U64)) if field in fields)
+    return (_U8 | _U32 | _U64)[field], size
