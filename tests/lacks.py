@@ -8,6 +8,14 @@ from pathlib import Path
 
 from tcpscope.kernel.features import Kernel
 
+REFUSED_WITHOUT = {"congestion": "tcp_cong_state_set"}
+"""A probe -> the tracepoint without which its tool is refused: nothing else would show all that it counts."""
+
+
+def is_refused(probe: str, kernel: Kernel) -> bool:
+    tracepoint = REFUSED_WITHOUT.get(probe)
+    return bool(tracepoint) and not kernel.has_typedef(f"btf_trace_{tracepoint}")
+
 
 def functions_cannot_be_hooked() -> bool:
     kernel = Kernel()

@@ -56,7 +56,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
     [
         (["stats"], "no command 'stats'; did you mean 'states'?"),
         (["tcpstate"], "no command 'tcpstate'; did you mean 'states'?"),
-        (["xyz"], "no command 'xyz'; there are accept, connect, "),
+        (["xyz"], "no command 'xyz'; there are accept, cong, connect, "),
         (["tcpdrop"], "no counterpart of bcc's 'tcpdrop' yet; `queue --events` shows"),
         (["help", "xyz"], "no command 'xyz'; there are"),
         (["help", "rtt", "xyz"], "help for 'xyz'; 'rtt' has no commands of its own"),

@@ -112,6 +112,7 @@ def classes() -> Iterator[tuple[str, str, tuple[Column, ...]]]:
         if name != "rtt":
             yield name.title(), f"`{name}`", columns_of(find(name))
     yield "QueueEvents", "`queue --events`", columns_of(find("queue"), events=True)
+    yield "CongEvents", "`cong --events`", columns_of(find("cong"), events=True)
 
 
 def generated() -> str:
@@ -139,9 +140,9 @@ def generated() -> str:
 
 
 def overloads(tool: Tool) -> Iterator[str]:
-    if tool.name == "queue":
-        yield overload(tool, "QueueEvents", "events")
-        yield overload(tool, "Queue")
+    if tool.name in ("queue", "cong"):
+        yield overload(tool, f"{tool.name.title()}Events", "events")
+        yield overload(tool, tool.name.title())
     elif tool.name != "rtt":
         yield overload(tool, tool.name.title())
     yield overload(tool, "Any")

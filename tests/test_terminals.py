@@ -33,6 +33,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("accept",): ("WAIT(ms)", "REMOTE"),
+    ("cong", "--all"): ("LOSS(ms)", "RECOVERY(ms)", "REMOTE"),
     ("connect",): ("OUTCOME", "REMOTE", "ESTABLISHED", "REFUSED"),
     ("connlat",): ("LAT(ms)", "REMOTE", "OUTCOME"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
@@ -240,7 +241,7 @@ def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
                 running.append((command, tool, terminal))
         puppets = [puppet for address in (lab.server.ipv4, LONG) for puppet in connect(lab.server, address)]
         for command, tool, terminal in running:
-            if command[0] in ("queue", "top"):  # their next look
+            if command[0] in ("cong", "queue", "top"):  # their next look
                 terminal.wait_for(LONG)
             tool.process.send_signal(signal.SIGINT)
             terminal.read_all()

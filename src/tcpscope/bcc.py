@@ -29,13 +29,19 @@ _ALL = {
 MISSING = {
     "tcpdrop": "`queue --events` shows refused handshakes, `retrans` what is sent again",
     "tcpsubnet": "`top --by raddr` shows bytes by remote address",
-    "tcpcong": "`retrans` shows the state of congestion control at each retransmission",
     "tcppktlat": "`list` shows how many bytes wait for the application",
 }
 """bcc's tools that are not there yet -> what comes near."""
 
 _TOOLS = {
     "accept": {"-P": "use -L PORTS for local ports"},
+    "cong": {
+        "--dist": "use --histogram",
+        "--microseconds": "leave it out: JSON and pipes have microseconds",
+        "--localport": "use -L PORTS",
+        "--remoteport": "use -R PORTS",
+        "ARGUMENT": "use -i TIME for the interval and -d TIME for the duration",
+    },
     "connect": {
         "-P": "use -R PORTS for remote ports",
         "-c": "use --count",

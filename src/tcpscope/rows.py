@@ -176,6 +176,70 @@ class Accept(msgspec.Struct, frozen=True):
     """limit of the accept queue, which holds one connection more"""
 
 
+class Cong(msgspec.Struct, frozen=True):
+    """A row of `cong`."""
+
+    time: datetime
+    """when the interval or the run ended"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that called connect(), listen() or accept()"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    open_us: int
+    """time in Open"""
+
+    disorder_us: int
+    """time in Disorder"""
+
+    cwr_us: int
+    """time in CWR"""
+
+    recovery_us: int
+    """time in Recovery"""
+
+    loss_us: int
+    """time in Loss"""
+
+    changes: int
+    """changes of the state"""
+
+    ca_state: str | None
+    """state at that moment; null: the connection has ended"""
+
+    total: bool
+    """over the whole run, not an interval"""
+
+
 class Connect(msgspec.Struct, frozen=True):
     """A row of `connect`."""
 
@@ -846,6 +910,64 @@ class QueueEvents(msgspec.Struct, frozen=True):
     """kernel stack, innermost first"""
 
 
+class CongEvents(msgspec.Struct, frozen=True):
+    """A row of `cong --events`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that called connect(), listen() or accept()"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    ca_state: str
+    """state that it left"""
+
+    next_state: str | None
+    """state that it entered; null: the connection has ended"""
+
+    state: TcpState
+    """state of the connection"""
+
+    cwnd: int
+    """congestion window at that moment, in segments"""
+
+    ssthresh: int | None
+    """slow start threshold at that moment, in segments; null: not known yet"""
+
+    visit_us: int | None
+    """how long it was in the old state"""
+
+
 class Asked(TypedDict, total=False):
     """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
 
@@ -882,6 +1004,29 @@ def open(tool: Literal["accept"], /, **asked: Unpack[Asked]) -> Events[Accept]: 
 @overload
 def open(
     tool: Literal["accept"], /, *, count: bool = ..., by: str | Sequence[str] | None = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+@overload
+def open(
+    tool: Literal["cong"], /, *, all: bool = ..., events: Literal[True], **asked: Unpack[Asked]
+) -> Events[CongEvents]: ...
+
+
+@overload
+def open(tool: Literal["cong"], /, *, all: bool = ..., **asked: Unpack[Asked]) -> Events[Cong]: ...
+
+
+@overload
+def open(
+    tool: Literal["cong"],
+    /,
+    *,
+    all: bool = ...,
+    events: bool = ...,
+    histogram: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 

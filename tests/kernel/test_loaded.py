@@ -30,6 +30,7 @@ from tcpscope.kernel.ways import plan, plan_refusals
 from tcpscope.show import explain
 from tests.compiled import compiled
 from tests.conftest import until
+from tests.lacks import REFUSED_WITHOUT, is_refused
 
 TRANSITION, ACCEPTED, OWNER = Spec.of("transition"), Spec.of("accepted"), Spec.of("owner")
 
@@ -310,6 +311,8 @@ def test_an_iterator_in_a_namespace_that_is_none(sockets: Loaded) -> None:
 def test_all_ways_but_the_refused_are_really_there(kernel: Kernel) -> None:
     """What the kernel is said to have, it has: every hook of every probe attaches by its planned way."""
     for probe in probes():
+        if is_refused(probe, kernel):
+            continue
         spec = Spec.of(probe)
         planned = plan(spec, plan_refusals(spec, kernel))
         loaded = Loaded(spec, kernel)
@@ -334,6 +337,8 @@ class Poorer(Kernel):
 @pytest.mark.parametrize("probe", probes())
 def test_every_worse_way_is_taken_by_the_verifier_too(probe: str) -> None:
     """Kernel probes instead of trampolines, then neither, with everything switched on that costs stack."""
+    if is_refused(probe, Kernel()):
+        pytest.skip(f"this kernel has no tracepoint {REFUSED_WITHOUT[probe]}")
     spec = Spec.of(probe)
     constants = {name: True for name in ("send_events", "send_stacks", "want_owner") if name in spec.variables}
     entries = {name: size for name, size in (("connections", 64), ("events", 4096)) if spec.btf.find(name, Kind.VAR)}

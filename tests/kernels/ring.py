@@ -19,6 +19,7 @@ from tests.kernels.answers import lacks as lacking
 from tests.kernels.btfs import Found
 from tests.kernels.offline import Offline
 from tests.kernels.signature import probes
+from tests.lacks import REFUSED_WITHOUT, is_refused
 
 ASKS_FIRST = {
     "accept__fexit": "inet_csk_accept() lost two arguments with struct proto_accept_arg (6.10), which it asks for",
@@ -46,6 +47,8 @@ def judge(btf: Btf, *, functions: bool = True) -> Verdict:
     kernel = Offline(btf, functions=functions)
     lacks, otherwise = {}, {}
     for probe in probes():
+        if is_refused(probe, kernel):
+            continue
         spec = Spec.of(probe)
         usable = [program for program in spec.programs if kernel.can(program)]
         names = {program.name for program in usable}
@@ -101,6 +104,9 @@ def _unknown(kernel: Offline) -> dict[str, list[str]]:
     for name in tool.names():
         each = tool.find(name)
         spec = Spec.of(each.probes[0])
+        if is_refused(spec.name, kernel):
+            found[name] = [f"anything: there is no tracepoint {REFUSED_WITHOUT[spec.name]}"]
+            continue
         hooks = plan(spec, plan_refusals(spec, kernel)).values()
         found[name] = sorted({hook.without for hook in hooks if not hook.program and hook.without})
         found[name] += [

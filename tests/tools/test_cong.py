@@ -1,0 +1,322 @@
+"""`tcpscope cong` against TCP_INFO and the kernel's counters: each visit to a state, and the times, which add up."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.record import Call, Script, Seen, Socket, Test, Watch, recorded
+
+PORT = 6780
+PORTS = f"{PORT}-{PORT + 9}"
+EVENTS = Watch("cong", "--events", "--port", PORTS)
+ALL = Watch("cong", "--all", "-i", "0.1", "--port", PORTS)
+ONCE = Watch("cong", "-i", "86400", "--port", PORTS)
+VISITS = Watch("cong", "--histogram", "--by", "netns,ca_state", "--port", PORTS, every_kernel=False)
+
+OPEN, DISORDER, CWR, RECOVERY, LOSS = range(5)  # enum tcp_ca_state
+NAMES = ("Open", "Disorder", "CWR", "Recovery", "Loss")
+TIMES = ("open_us", "disorder_us", "cwr_us", "recovery_us", "loss_us")
+ENTRIES = {"Recovery": ("TcpExtTCPSackRecovery", "TcpExtTCPRenoRecovery"), "CWR": ("TcpExtTCPLossProbeRecovery",)}
+"""A state -> the counters of how often it was entered."""
+
+Row = dict[str, Any]
+
+
+def must_work(seen: Seen) -> None:
+    """Skips where the tool is refused, and looks at how."""
+    if seen.machine.hook("congestion", "change"):
+        return
+    for run in seen.recording.runs.values():
+        if run.argv[0] == "cong":
+            assert (run.status, run.stdout) == (3, "")
+            assert "the kernel has no tracepoint tcp_cong_state_set" in run.stderr
+    pytest.skip("this kernel has no tracepoint tcp_cong_state_set")
+
+
+def pair(script: Script, port: int = PORT) -> tuple[Socket, Socket, Call]:
+    """The two ends of a connection, of a process each, and its client's port."""
+    client, server = script.client.process("client"), script.server.process("server")
+    listener = server.listener(port)
+    near = client.socket()
+    near.connect(script.server.ipv4, port)
+    near.option(6, 1, 1)  # TCP_NODELAY
+    return near, listener.accept(), near.name()
+
+
+def exchange(near: Socket, far: Socket, size: int = 100) -> None:
+    near.send_all(size)
+    far.read(size)
+    near.until_acknowledged()
+
+
+def without_timers(script: Script) -> None:
+    """For a minute neither a tail loss probe nor an RTO."""
+    script.client.sysctl("tcp_early_retrans", 0)
+    script.client.exec("ip", "route", "replace", f"{script.server.ipv4}/32", "dev", "veth0", "rto_min", "60s")
+
+
+def lose_one(script: Script, near: Socket, number: int = 6) -> None:
+    """The first of so many segments is lost."""
+    with script.client.losing():
+        near.send_all(1000)
+    for _ in range(number - 1):
+        near.send_all(1000)
+
+
+def counted(script: Script) -> dict[str, list[Call]]:
+    return {name: [script.client.counter(each) for each in names] for name, names in ENTRIES.items()}
+
+
+def entries(before: dict[str, list[Call]], after: dict[str, list[Call]]) -> dict[str, int]:
+    """By the kernel's counters."""
+    return {name: sum(c.ret for c in after[name]) - sum(c.ret for c in before[name]) for name in before}
+
+
+def changes(seen: Seen, script: Script, local: Call) -> list[Row]:
+    """The changes of the client's end, one following the other without a gap."""
+    rows = seen.rows(EVENTS, script.client, lport=local.ret)
+    assert {(row["comm"], row["raddr"]) for row in rows} <= {("client", script.server.ipv4)}
+    for before, after in pairwise(rows):
+        assert after["ca_state"] == before["next_state"] != after["next_state"]
+    return rows
+
+
+def path(rows: list[Row]) -> list[str | None]:
+    """The states in their order."""
+    return [rows[0]["ca_state"], *(row["next_state"] for row in rows)] if rows else []
+
+
+def total(seen: Seen, watch: Watch, script: Script, local: Call) -> Row:
+    """Of the whole run of the client's end. It is the sum of the intervals."""
+    row = seen.row(watch, script.client, lport=local.ret, total=True)
+    rows = seen.rows(watch, script.client, lport=local.ret, total=False)
+    if watch == ALL:
+        for name in (*TIMES, "changes"):
+            assert sum(each[name] for each in rows) == row[name], name
+    return row
+
+
+def check(seen: Seen, script: Script, local: Call, least_us: float, most_us: float) -> list[Row]:
+    """Its changes. The times of each run add up to how long the connection existed."""
+    rows = changes(seen, script, local)
+    for watch in (ALL, ONCE):
+        row = total(seen, watch, script, local)
+        assert row["changes"] == sum(each["next_state"] is not None for each in rows)
+        assert least_us - 2 <= sum(row[name] for name in TIMES) <= most_us + 2
+        assert (row["ca_state"], row["comm"]) == (None, "client")
+        for name, column in zip(NAMES[1:], TIMES[1:], strict=True):
+            assert bool(row[column]) <= (name in path(rows)), name
+    return rows
+
+
+@pytest.mark.parametrize("sack", [True, False])
+@recorded(EVENTS, ALL, ONCE)
+def test_recovery(script: Script, sack: bool) -> Test:
+    """One segment is lost: those after it are acknowledged, and it is sent again before a timer expires."""
+    without_timers(script)
+    for host in script.hosts:
+        host.sysctl("tcp_sack", int(sack))
+    script.client.sysctl("tcp_congestion_control", "reno")
+    near, far, local = pair(script)
+    exchange(near, far)
+    begun, before = near.field("ca_state"), counted(script)
+    lose_one(script, near)
+    far.read(6000)
+    exchange(near, far)  # without SACK it stays in Recovery until newer data is acknowledged
+    over, after = near.until_field("ca_state", OPEN, "=="), counted(script)
+    near.close()
+    far.until_end()
+    seen = yield
+    must_work(seen)
+    rows = [row for row in changes(seen, script, local) if row["next_state"]]
+    assert (begun.ret, over.ret) == (OPEN, OPEN)
+    assert path(rows)[0] == path(rows)[-1] == "Open"
+    assert {name: path(rows).count(name) for name in ENTRIES} == entries(before, after)
+    assert path(rows).count("Recovery") == 1
+    assert set(path(rows)) <= {"Open", "Disorder", "Recovery"}
+    for row in rows:
+        assert (row["state"], row["cwnd"] > 0) == ("ESTABLISHED", True)
+    (entry,) = (row for row in rows if row["next_state"] == "Recovery")
+    assert entry["ssthresh"] == max(entry["cwnd"] // 2, 2)  # tcp_reno_ssthresh()
+    assert all(row["ssthresh"] is None for row in rows[: rows.index(entry)])
+    away = sum(row["visit_us"] for row in rows[1:])
+    assert 0 < away <= over.end_us - begun.begin_us
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_loss(script: Script) -> Test:
+    """Nothing arrives until the RTO has expired."""
+    client, server = script.client.process("client"), script.server.process("server")
+    script.client.sysctl("tcp_early_retrans", 0)
+    listener = server.listener(PORT)
+    near = client.socket()
+    opened = near.connect(script.server.ipv4, PORT)
+    far, local = listener.accept(), near.name()
+    exchange(near, far)
+    timeouts = script.client.counter("TcpExtTCPTimeouts")
+    with script.client.losing():
+        sent = near.send_all(3000)
+        lost = near.until_field("ca_state", LOSS, "==")
+        expired = script.client.until_counter("TcpExtTCPTimeouts", timeouts + 2)
+        there = near.field("ca_state")
+    far.read(3000)
+    near.until_acknowledged()
+    over = near.until_field("ca_state", OPEN, "==")
+    far.close()
+    near.until_end()
+    closed = near.close()
+    gone = script.client.until_sockets(0, "==", lport=local)
+    seen = yield
+    must_work(seen)
+    assert (lost.ret, there.ret, over.ret) == (LOSS, LOSS, OPEN)
+    assert expired.ret >= timeouts.ret + 2
+    rows = check(seen, script, local, closed.begin_us - opened.end_us, gone.end_us - opened.begin_us)
+    assert path(rows)[:3] == ["Open", "Loss", "Open"]  # the second RTO finds it in Loss
+    assert path(rows)[-1] is None
+    assert path(rows).count("Loss") == 1
+    first, loss = rows[:2]
+    assert sent.begin_us - opened.end_us - 2 <= first["visit_us"] <= lost.end_us - opened.begin_us + 2
+    assert there.end_us - lost.end_us - 2 <= loss["visit_us"] <= over.end_us - sent.begin_us + 2
+    assert first["cwnd"] == 1  # tcp_enter_loss(): what is in flight, and one more
+    for watch in (ALL, ONCE):
+        assert there.end_us - lost.end_us - 2 <= total(seen, watch, script, local)["loss_us"]
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_a_lost_tail(script: Script) -> Test:
+    """The loss probe repairs it: the kernel enters CWR and leaves it within one ACK."""
+    near, far, local = pair(script)
+    exchange(near, far)
+    before, probes = counted(script), script.client.counter("TcpExtTCPLossProbes")
+    with script.client.losing():
+        near.send_all(1000)
+    far.read(1000)
+    exchange(near, far)  # only the acknowledgement of newer data tells the kernel that the probe was needed
+    after, probed = counted(script), script.client.counter("TcpExtTCPLossProbes")
+    near.close()
+    far.until_end()
+    seen = yield
+    must_work(seen)
+    rows = [row for row in changes(seen, script, local) if row["next_state"]]
+    assert {name: path(rows).count(name) for name in ENTRIES} == entries(before, after)
+    assert (probed.ret - probes.ret, path(rows)) == (1, ["Open", "CWR", "Open"])
+    assert total(seen, ALL, script, local)["changes"] == 2
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_a_lost_syn(script: Script) -> Test:
+    """The RTO puts it into Loss while it is in SYN_SENT; the SYN-ACK takes it out."""
+    client, server = script.client.process("client"), script.server.process("server")
+    listener = server.listener(PORT)
+    with script.client.losing():
+        near = client.socket()
+        connecting = near.connect(script.server.ipv4, PORT, wait=False)
+        lost = script.client.until_counter("TcpRetransSegs", 1)
+    found = script.client.counter("TcpRetransSegs")
+    connecting.join()
+    local, far = near.name(), listener.accept()
+    info = near.field("ca_state")
+    near.close()
+    far.until_end()
+    seen = yield
+    must_work(seen)
+    rows = changes(seen, script, local)
+    assert path(rows) == ["Open", "Loss", "Open", None]
+    assert info.ret == OPEN
+    assert [row["state"] for row in rows[:2]] == ["SYN_SENT", rows[1]["state"]]
+    assert found.begin_us - lost.end_us - 2 <= rows[1]["visit_us"] <= connecting.took_us + 2
+    assert rows[0]["visit_us"] + rows[1]["visit_us"] <= connecting.took_us + 2
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_older_than_the_tool(script: Script) -> Test:
+    """It is in Loss when the tool begins. How long that has been is not known; what it does from now on is."""
+    with script.older():
+        near, far, local = pair(script)
+        quiet, other, still = pair(script, PORT + 1)
+        exchange(near, far)
+        script.client.lose()
+        near.send_all(1000)
+        lost = near.until_field("ca_state", LOSS, "==")
+    began = near.field("ca_state")
+    script.client.find()
+    far.read(1000)
+    near.until_acknowledged()
+    over = near.until_field("ca_state", OPEN, "==")
+    exchange(quiet, other)
+    script.stay()
+    seen = yield
+    must_work(seen)
+    assert (lost.ret, began.ret, over.ret) == (LOSS, LOSS, OPEN)
+    (row,) = changes(seen, script, local)
+    assert (row["ca_state"], row["next_state"], row["visit_us"]) == ("Loss", "Open", None)
+    assert not changes(seen, script, still)
+    assert not seen.rows(ONCE, script.client, lport=still.ret)
+    for watch in (ALL, ONCE):
+        row = total(seen, watch, script, local)
+        assert (row["changes"], row["ca_state"]) == (1, "Open")
+        assert row["disorder_us"] == row["cwr_us"] == row["recovery_us"] == 0
+    one, other_one = (total(seen, ALL, script, each) for each in (local, still))
+    assert sum(one[name] for name in TIMES) == other_one["open_us"]
+    assert (other_one["changes"], other_one["ca_state"]) == (0, "Open")
+    intervals = [seen.rows(ALL, script.client, lport=each.ret, total=False) for each in (local, still)]
+    assert [sum(row[name] for name in TIMES) for row in intervals[0]] == [row["open_us"] for row in intervals[1]]
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_it_ends_in_loss(script: Script) -> Test:
+    """The application resets it. The next connection of the same socket begins in Open."""
+    script.client.sysctl("tcp_early_retrans", 0)
+    near, far, first = pair(script)
+    exchange(near, far)
+    with script.client.losing():
+        sent = near.send_all(1000)
+        lost = near.until_field("ca_state", LOSS, "==")
+        there = near.field("ca_state")
+        ended = near.disconnect()
+    listener = script.server.process("other").listener(PORT + 1)
+    near.connect(script.server.ipv4, PORT + 1)
+    other, second = listener.accept(), near.name()
+    exchange(near, other)
+    near.close()
+    other.until_end()
+    seen = yield
+    must_work(seen)
+    rows = changes(seen, script, first)
+    assert path(rows) == ["Open", "Loss", None]
+    assert there.end_us - lost.end_us - 2 <= rows[-1]["visit_us"] <= ended.end_us - sent.begin_us + 2
+    row = total(seen, ALL, script, first)
+    assert (row["changes"], row["ca_state"]) == (1, None)
+    assert not changes(seen, script, second)
+    row = total(seen, ALL, script, second)
+    assert (row["changes"], row["ca_state"], row["loss_us"]) == (0, None, 0)
+    assert not seen.rows(ONCE, script.client, lport=second.ret)
+
+
+@recorded(EVENTS, VISITS)
+def test_visits(script: Script) -> Test:
+    """As many as there are rows, and as long as they must be."""
+    script.client.sysctl("tcp_early_retrans", 0)
+    near, far, local = pair(script)
+    exchange(near, far)
+    with script.client.losing():
+        sent = near.send_all(3000)
+        lost = near.until_field("ca_state", LOSS, "==")
+        there = near.field("ca_state")
+    far.read(3000)
+    near.until_acknowledged()
+    over = near.until_field("ca_state", OPEN, "==")
+    near.close()
+    far.until_end()
+    seen = yield
+    must_work(seen)
+    rows = changes(seen, script, local)
+    groups = {row["ca_state"]: row for row in seen.rows(VISITS, script.client)}
+    assert {state: group["count"] for state, group in groups.items()} == Counter(row["ca_state"] for row in rows)
+    loss = groups["Loss"]
+    assert (loss["count"], loss["total"]) == (1, True)
+    assert there.end_us - lost.end_us - 2 <= loss["min_us"] == loss["max_us"] <= over.end_us - sent.begin_us + 2
