@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from collections import Counter
-from itertools import pairwise
+from datetime import datetime
+from itertools import accumulate, pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from tcpscope.kernel.features import Kernel
+from tcpscope.lab.hosts import Lab
+from tcpscope.tools import cong
+from tests.conftest import RunningTool, until
+from tests.lacks import is_refused
 from tests.record import Call, Script, Seen, Socket, Test, Watch, recorded
 
 PORT = 6780
@@ -210,10 +221,9 @@ def test_a_lost_tail(script: Script) -> Test:
 @recorded(EVENTS, ALL, ONCE)
 def test_a_lost_syn(script: Script) -> Test:
     """The RTO puts it into Loss while it is in SYN_SENT; the SYN-ACK takes it out."""
-    client, server = script.client.process("client"), script.server.process("server")
-    listener = server.listener(PORT)
+    listener = script.server.process("server").listener(PORT)
     with script.client.losing():
-        near = client.socket()
+        near = script.client.process("client").socket()
         connecting = near.connect(script.server.ipv4, PORT, wait=False)
         lost = script.client.until_counter("TcpRetransSegs", 1)
     found = script.client.counter("TcpRetransSegs")
@@ -320,3 +330,105 @@ def test_visits(script: Script) -> Test:
     loss = groups["Loss"]
     assert (loss["count"], loss["total"]) == (1, True)
     assert there.end_us - lost.end_us - 2 <= loss["min_us"] == loss["max_us"] <= over.end_us - sent.begin_us + 2
+
+
+def ca_state(connection: socket.socket) -> int:
+    return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 2)[1]
+
+
+def spent(row: Row) -> int:
+    return sum(row[name] for name in TIMES)
+
+
+def ends_us(row: Row) -> int:
+    return round(datetime.fromisoformat(row["time"]).timestamp() * 1e6)
+
+
+@pytest.mark.kernel
+def test_a_visit_over_many_borders(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """Each interval has its own part, to the microsecond; as has that of a connection without a change."""
+    if is_refused("congestion", Kernel()):
+        pytest.skip("this kernel has no tracepoint tcp_cong_state_set")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(lab.server.socket(socket.AF_INET))
+        listener.bind((lab.server.ipv4, 0))
+        listener.listen()
+        lost, _ = (
+            stack.enter_context(lab.client.run(socket.create_connection, listener.getsockname())) for _ in range(2)
+        )
+        port = lost.getsockname()[1]
+
+        def last(rows: list[Row], number: int, column: str) -> bool:
+            """Were the last rows of the connection all in this state?"""
+            own = [row for row in rows if row["lport"] == port][-number:]
+            return len(own) == number and all(row[column] == spent(row) for row in own)
+
+        with run_tool("cong", "--all", "-i", "0.2", "--netns", str(lab.client.inode)) as tool:
+            tool.wait_for(lambda rows: last(rows, 2, "open_us"))
+            lab.client.hold()
+            lost.sendall(b"x")
+            until(lambda: ca_state(lost) == LOSS, "Loss")
+            tool.wait_for(lambda rows: last(rows, 3, "loss_us"))
+            lab.client.release()
+            until(lambda: ca_state(lost) == OPEN, "Open")
+            tool.wait_for(lambda rows: last(rows, 2, "open_us"))
+            done = tool.stop()
+    rows = done.rows
+    own = [row for row in rows if row["lport"] == port and not row["total"]]
+    other = [row for row in rows if row["lport"] != port and not row["total"]]
+    assert [(row["time"], spent(row)) for row in own] == [(row["time"], row["open_us"]) for row in other]
+    for before, row in pairwise(own):
+        assert spent(row) == ends_us(row) - ends_us(before)
+    totals = {row["lport"] == port: row for row in rows if row["total"]}
+    for name in (*TIMES, "changes"):
+        assert totals[True][name] == sum(row[name] for row in own)
+    assert (totals[True]["changes"], totals[False]["changes"]) == (2, 0)
+    assert spent(totals[True]) == totals[False]["open_us"]
+    elsewhere = [index for index, row in enumerate(own) if row["loss_us"]]
+    assert elsewhere == list(range(elsewhere[0], elsewhere[-1] + 1))
+    assert [row["ca_state"] for row in own] == [
+        "Loss" if index in elsewhere[:-1] else "Open" for index in range(len(own))
+    ]
+
+
+@given(
+    visits=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=1, max_size=12),
+    looks=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 20)), min_size=1, max_size=8),
+    ends=st.booleans(),
+)
+def test_what_comes_after_a_border_is_for_the_next_interval(
+    visits: list[tuple[int, int]], looks: list[tuple[int, int]], ends: bool
+) -> None:
+    """A look comes later than the border, and changes come in between."""
+    begin = 1000
+    times = [begin, *accumulate((us for _, us in visits), initial=begin + 1)]
+    times[1:2] = []
+    parts = [(state, since, until_us) for (state, _), (since, until_us) in zip(visits, pairwise(times), strict=True)]
+    if not ends:
+        parts[-1] = (*parts[-1][:2], 1 << 40)
+    following = [*(state for state, _, _ in parts[1:]), 255]
+    connection, read_us, border, told = cong._Connection(begin), begin, begin, 0
+    for length, late in looks:
+        before, border = border, read_us + length
+        read_us = border + late
+        while told < len(parts) and parts[told][2] <= read_us:
+            connection.visit(raw(*parts[told], following[told]), border)
+            told += 1
+        if told < len(parts):
+            state, since, _ = parts[told]
+            connection.visit(raw(state, since, read_us, state), border)
+        did = connection.end_interval(border)
+        expected = [0] * 5
+        for state, since, until_us in parts:
+            expected[state] += max(0, min(until_us, border) - max(since, before))
+        assert did.us == expected
+        changed = [at for (old, _, at), new in zip(parts, following, strict=True) if new not in (old, 255)]
+        assert did.changes == sum(before < at <= border for at in changed)
+        assert connection.has_ended(border) == (ends and parts[-1][2] <= border)
+        now = [state for state, since, until_us in parts if since <= border < until_us]
+        assert connection.at_border == (now[0] if now else 255)
+
+
+def raw(state: int, since_us: int, until_us: int, following: int) -> SimpleNamespace:
+    """An event of the kernel."""
+    return SimpleNamespace(ca_state=state, next_state=following, since_ns=since_us * 1000, time=until_us * 1000)

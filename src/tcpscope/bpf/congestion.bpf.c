@@ -18,10 +18,10 @@ struct congestion {
 	__u8 next_state TITLE("NEW STATE") NAMED_BY("tcp_ca_state", "TCP_CA_") UNKNOWN_IS("max") WIDTH(9)
 	DOC("state that it entered; null: the connection has ended");
 	enum tcp_state state TITLE("TCP STATE") DOC("state of the connection");
-	bool look; /* the visit goes on */
+	__u8 padding;
 	__u32 cwnd DOC("congestion window at that moment, in segments");
 	__u32 ssthresh UNKNOWN_IS("max") DOC("slow start threshold at that moment, in segments; null: not known yet");
-	__u32 padding;
+	__u32 padding2;
 	__u64 visit_us TITLE("IN STATE(us)") UNIT("us") UNKNOWN_IS("max") DOC("how long it was in the old state");
 	__u64 socket;    /* its address */
 	__u64 opened_ns; /* 0: not seen. With the address it tells a connection from all others */
@@ -69,9 +69,8 @@ struct visit {
 	__u8 ca_state;
 	__u8 next_state;
 	enum tcp_state state;
-	bool known; /* the socket has an entry, so `since_ns` is when it entered the state */
-	bool ended; /* the entry says that the connection has ended */
-	bool look;
+	bool known;  /* the socket has an entry, so `since_ns` is when it entered the state */
+	bool ended;  /* the entry says that the connection has ended */
 	bool missed; /* a change was missed */
 };
 
@@ -111,15 +110,16 @@ static __noinline int visit_send(struct sock *sk, const struct connection *conne
 	event = event_begin(sizeof(*event), visit->now_ns, &id, connection_owner(connection));
 	if (!event)
 		return 0;
+	if (visit->missed && !ending)
+		COUNT(missed);
 	event->ca_state = visit->ca_state;
 	event->next_state = visit->next_state;
 	event->state = visit->state;
-	event->look = visit->look;
 	event->cwnd = BPF_CORE_READ(tcp, snd_cwnd);
 	event->ssthresh = BPF_CORE_READ(tcp, snd_ssthresh);
 	if (event->ssthresh >= SSTHRESH_NOT_KNOWN)
 		event->ssthresh = -1;
-	event->padding = 0;
+	event->padding = event->padding2 = 0;
 	event->socket = (__u64)sk;
 	event->opened_ns = connection ? connection->opened_ns : 0;
 	event->since_ns = visit->since_ns;
@@ -151,6 +151,10 @@ static __always_inline int visit_end(struct sock *sk, const struct connection *c
 	}
 	if (again)
 		COUNT(rescued);
+	if (visit->missed) {
+		visit->ca_state = ca_state_of(sk);
+		visit->since_ns = visit->now_ns;
+	}
 	if (only_followed && !connection)
 		return 0;
 	return visit_send(sk, connection, visit);
@@ -166,12 +170,6 @@ static __noinline int changed_to(struct sock *sk, __u64 cookie, __u8 ca_state, b
 	visit_read(&visit, sk, connection);
 	if (again && visit.known && visit.ca_state == ca_state)
 		return 0;
-	if (visit.missed) {
-		visit.ca_state = ca_state_of(sk);
-		visit.since_ns = visit.now_ns;
-		if (!ending)
-			COUNT(missed);
-	}
 	return visit_end(sk, connection, &visit, ca_state, again);
 }
 
@@ -227,7 +225,7 @@ int TRACEPOINT_PROG_IF(is_end(old_state, new_state), end_again, struct sock *sk,
 static long look_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
 {
 	struct sock *sk = (struct sock *)*key;
-	struct visit visit = {.now_ns = bpf_ktime_get_ns(), .look = true};
+	struct visit visit = {.now_ns = bpf_ktime_get_ns()};
 
 	visit.state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	if (!may_have_visits(visit.state))
