@@ -14,7 +14,7 @@ from tests.record import Call, Script, Test, Watch, recorded
 PORT = 6711
 RETRANS = Watch("retrans", "--port", f"{PORT}")
 SEGMENTS_OF = {"FAST": "TcpExtTCPFastRetrans", "SLOW_START": "TcpExtTCPSlowStartRetrans"}
-COUNTERS = ("TcpRetransSegs", "TcpExtTCPTimeouts", *SEGMENTS_OF.values())
+COUNTERS = ("TcpRetransSegs", "TcpExtTCPTimeouts", "TcpExtTCPLossProbes", *SEGMENTS_OF.values())
 NOT_KNOWN = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH
 BACKOFF = 4  # where TCP_INFO has it
 COUNTED = Watch("retrans", "--count", "--by", "netns,kind,state", "--port", f"{PORT}")
@@ -54,6 +54,8 @@ def test_data(script: Script) -> Test:
     for kind, name in SEGMENTS_OF.items():
         assert sum(row["segs"] for row in rows if row["kind"] == kind) == counted[name], kind
     assert sum(row["kind"] == "RTO" for row in rows) == counted["TcpExtTCPTimeouts"] >= 1
+    probes = sum(row["kind"] == "LOSS_PROBE" for row in rows)
+    assert probes == counted["TcpExtTCPLossProbes"]  # all was sent: none sends new data
     assert {row["kind"] for row in rows} <= {"RTO", "LOSS_PROBE", *SEGMENTS_OF}
     assert {row["ca_state"] for row in rows if row["kind"] in ("RTO", "SLOW_START")} == {"Loss"}  # tcp_enter_loss()
     assert {row["ca_state"] for row in rows if row["kind"] == "LOSS_PROBE"} <= {"Open", "Disorder", "CWR"}
@@ -84,6 +86,7 @@ def test_handshakes(script: Script) -> Test:
             host.until_counter("TcpRetransSegs", 1)
     connecting.join()
     again = {host: host.counter("TcpRetransSegs") for host in script.hosts}
+    handshakes = {host: host.counter("TcpExtTCPSynRetrans") for host in script.hosts}
     local = near.name()
     seen = yield
     syns = seen.rows(RETRANS, script.client, lport=local.ret, kind="SYN")
@@ -96,6 +99,7 @@ def test_handshakes(script: Script) -> Test:
         assert (row["laddr"], row["lport"], row["raddr"]) == (script.server.ipv4, PORT, script.client.ipv4)
     assert len(syns) == again[script.client].ret >= 1
     assert len(answers) == again[script.server].ret >= 1
+    assert [handshakes[host].ret for host in script.hosts] == [again[host].ret for host in script.hosts]
     for host, kind, rows in ((script.client, "SYN", syns), (script.server, "SYNACK", answers)):
         counted = [(row["kind"], row["count"], row["segs"]) for row in seen.rows(COUNTED, host)]
         assert [group for group in counted if group[0] != "SPURIOUS"] == [(kind, len(rows), len(rows))]
