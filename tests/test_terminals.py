@@ -33,7 +33,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("accept",): ("WAIT(ms)", "REMOTE"),
-    ("cong", "--all"): ("LOSS(ms)", "RECOVERY(ms)", "REMOTE"),
+    ("cong", "--all"): ("LOSS(ms)", "RECOV(ms)", "REMOTE"),
     ("connect",): ("OUTCOME", "REMOTE", "ESTABLISHED", "REFUSED"),
     ("connlat",): ("LAT(ms)", "REMOTE", "OUTCOME"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),

@@ -49,7 +49,7 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
                 clear_interrupt()
             if not page:
                 run.not_taken(sink.rows(batch.rows))
-            elif batch.kind == "snapshot" and not (run.over and page.is_fresh):
+            elif batch.kind == "total" or (batch.kind == "snapshot" and not (run.over and page.is_fresh)):
                 page.draw(batch)  # but not what little is left at the end, over a whole interval
             stream.flush()
             if run.notes:

@@ -28,10 +28,20 @@ from tcpscope.tool import Stream
 
 _STATES = ("Open", "Disorder", "CWR", "Recovery", "Loss")  # enum tcp_ca_state, include/uapi/linux/tcp.h
 _ENDS = ("time", "pid", "comm", "laddr", "lport", "raddr", "rport")
-_TIMES = tuple(Column(f"{name.lower()}_us", unit="us", width=8, doc=f"time in {name}") for name in _STATES)
+_TIMES = tuple(
+    Column(f"{name.lower()}_us", unit="us", width=8, title=f"{title}(us)", doc=f"time in {name}")
+    for name, title in zip(_STATES, ("OPEN", "DISORD", "CWR", "RECOV", "LOSS"), strict=True)
+)
 _CHANGES = Column("changes", doc="changes of the state")
 _TIME = Column("time", "time", doc="when the interval or the run ended")
-_NOW = Column("ca_state", "text", width=8, doc="state at that moment; null: the connection has ended", nullable=True)
+_NOW = Column(
+    "ca_state",
+    "text",
+    width=8,
+    title="STATE",
+    doc="state at that moment; null: the connection has ended",
+    nullable=True,
+)
 _TOTALS = 16384
 """At most so many connections have a row at the end."""
 
@@ -202,7 +212,7 @@ class _AddingUp(Run):
     def __init__(self, request: Request, columns: Sequence[Column], session: Session, ends: Sequence[str]) -> None:
         super().__init__(columns, session)
         assert session.layout is not None
-        self.important = ("loss_us", "recovery_us", "changes", "raddr", "comm", "open_us", "disorder_us", "cwr_us")
+        self.important = ("loss_us", "recovery_us", "raddr", "changes", "ca_state", "open_us", "comm", "disorder_us")
         self._session, self._clock, self._all = session, Clock(request.time), request.options["all"]
         self._raw = session.spec.layout("congestion", internal=True).decoder(raw=True).rows
         self._decode = session.layout.select(ends).decoder().rows
