@@ -179,6 +179,7 @@ class Streaming(Run):
         self._rate, self._limited, self._second = rate, 0, Ticker(1.0 if rate else None)
 
     def poll(self) -> Iterator[Batch]:
+        self._session.release_held()
         yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
         if self._second.due():
             self._note_more()

@@ -137,6 +137,7 @@ class Session:
         try:
             self._counters = Counters(self.loaded)
             self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
+            self._held_back = self.loaded.memory("holds").cast("Q") if self.holds_back else None
             self.loaded.seed_again()
         except BaseException:
             self.close()
@@ -165,6 +166,7 @@ class Session:
             self.owners.release()
 
     _ring: Ring | None = None
+    _held_back: memoryview | None = None
     _released = False
     _before = Stats()
     _owned: Stats | None = None
@@ -191,6 +193,16 @@ class Session:
     def descriptors(self) -> tuple[int, ...]:
         """File descriptors for poll(): one becomes readable when a quarter of the ring is full."""
         return (self._ring.fd,) if self._ring else ()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether the object holds back events until it is certain of them: its variable `holds` says how many."""
+        return "holds" in self.spec.variables
+
+    def release_held(self) -> None:
+        """Let the object send what it has held back, and is certain of by now."""
+        if self._held_back and self._held_back[0]:
+            self.loaded.run_role("flushes")
 
     def end(self) -> None:
         """Flush pending events, detach all programs, and wait until none runs: then the counters are final.

@@ -19,7 +19,7 @@ from tcpscope.output.histogram import Histogram
 from tcpscope.request import Request, names_in
 from tcpscope.run import NOTHING, Batch, Run, Ticker
 from tcpscope.schema import Clock
-from tcpscope.session import Session, Stats, closed_on_error
+from tcpscope.session import POLL_SECONDS, Session, Stats, closed_on_error
 
 MAX_KINDS = 65536
 """Most groups of a run. Rows of further groups count as lost: a machine in trouble makes groups without end."""
@@ -197,9 +197,14 @@ class _OfKernel(_Grouping):
         self._session, self._counted = session, groups.Counted(session, names, sum)
 
     def poll(self) -> Iterator[Batch]:
+        self._session.release_held()
         if self._ticker.due():
             self._take()
             yield self._interval_ended()
+
+    @property
+    def pause(self) -> float:
+        return min(super().pause, POLL_SECONDS) if self._session.holds_back else super().pause
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
