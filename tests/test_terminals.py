@@ -38,6 +38,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("connlat",): ("LAT(ms)", "REMOTE", "OUTCOME"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
     ("queue",): ("LOCAL", "WAIT(ms)", "ACCEPTQ", "LIMIT"),
+    ("reset",): ("DIRECTION", "CAUSE", "REMOTE"),
     ("retrans",): ("KIND", "REMOTE"),
     ("rtt", "--by", "connection"): ("COUNT", "REMOTE", "P50(ms)"),
     ("states",): ("OLD STATE", "NEW STATE", "IN STATE(ms)"),

@@ -50,6 +50,11 @@ class Closer(StrEnum):
     REMOTE = "REMOTE"
 
 
+class Direction(StrEnum):
+    SENT = "SENT"
+    RECEIVED = "RECEIVED"
+
+
 class End(StrEnum):
     UNKNOWN = "UNKNOWN"
     OPEN = "OPEN"
@@ -596,6 +601,61 @@ class Queue(msgspec.Struct, frozen=True):
     """every process that holds it"""
 
 
+class Reset(msgspec.Struct, frozen=True):
+    """A row of `reset`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that called connect(), listen() or accept()"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    direction: Direction
+    """SENT or RECEIVED"""
+
+    cause: Cause | None
+    """why this host sent it"""
+
+    state: TcpState | None
+    """state of the connection before; LISTEN if a listener answers"""
+
+    reason: str | None
+    """the kernel's own reason, since Linux 6.10"""
+
+    stack: list[str] | None
+    """kernel stack, innermost first"""
+
+
 class Retrans(msgspec.Struct, frozen=True):
     """A row of `retrans`."""
 
@@ -1099,6 +1159,22 @@ def open(tool: Literal["queue"], /, *, stack: bool = ..., **asked: Unpack[Asked]
 @overload
 def open(
     tool: Literal["queue"], /, *, events: bool = ..., stack: bool = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["reset"], /, *, stack: bool = ..., **asked: Unpack[Asked]) -> Events[Reset]: ...
+
+
+@overload
+def open(
+    tool: Literal["reset"],
+    /,
+    *,
+    stack: bool = ...,
+    count: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 

@@ -81,6 +81,18 @@ def kind(btf: Btf, type_: Type) -> str:
     return {Kind.UNION: "struct", Kind.FWD: "struct"}.get(type_.kind, type_.kind.name.lower())
 
 
+def members(btf: Btf, struct: Struct) -> dict[str, Member]:
+    """Its fields by name. As in C, a field may be inside an anonymous member."""
+    found = {}
+    for member in struct.members:
+        inner = btf.resolve(member.type_id)
+        if member.name:
+            found[member.name] = member
+        elif isinstance(inner, Struct):
+            found |= members(btf, inner)
+    return found
+
+
 def differences(ours: Btf, mine: Struct, theirs: Btf, real: str, path: str) -> Iterator[str]:
     for member in mine.members:
         there = theirs.field(real, member.name)
@@ -99,7 +111,7 @@ def _compare(ours: Btf, member: Member, theirs: Btf, there: Member, real: str, p
         yield f"{path} is a {kind(ours, mine)} here and a {kind(theirs, other)} there"
     elif isinstance(mine, Struct) and not mine.name and isinstance(other, Struct):
         for inner in mine.members:
-            if inner.name not in [field.name for field in other.members]:
+            if inner.name not in members(theirs, other):
                 yield f"{path}.{inner.name} does not exist"
     elif kind(ours, mine) == "number" and not there.bitfield_size:
         sizes = ours.size_of(member.type_id), theirs.size_of(there.type_id)
@@ -125,7 +137,7 @@ def test_every_field_exists(kernel: Btf) -> None:
             if theirs.name:
                 wrong += differences(ours, mine, kernel, real, real)
             else:  # behind a typedef
-                there = {member.name: member for member in theirs.members}
+                there = members(kernel, theirs)
                 for member in mine.members:
                     if member.name not in there:
                         wrong.append(f"{real}.{member.name} does not exist")

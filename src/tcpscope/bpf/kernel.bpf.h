@@ -24,7 +24,12 @@
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
-#define TCP_CA_RECOVERY 3 /* enum tcp_ca_state: include/uapi/linux/tcp.h */
+#define SHUTDOWN_MASK 3 /* include/net/sock.h */
+#define RCV_SHUTDOWN 1
+#define RTN_LOCAL 2          /* include/uapi/linux/rtnetlink.h */
+#define RTF_LOCAL 0x80000000 /* include/uapi/linux/ipv6_route.h */
+#define SKB_DST_NOREF 1UL    /* include/linux/skbuff.h */
+#define TCP_CA_RECOVERY 3    /* enum tcp_ca_state: include/uapi/linux/tcp.h */
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
 #define ICSK_TIME_REO_TIMEOUT 6
@@ -75,6 +80,9 @@ typedef struct {
 typedef struct {
 	unsigned int val;
 } kuid_t; /* include/linux/uidgid_types.h */
+typedef struct {
+	int owned; /* by a process */
+} socket_lock_t;   /* include/net/sock.h */
 
 struct in6_addr { /* include/uapi/linux/in6.h */
 	union {
@@ -141,6 +149,7 @@ struct timer_list { /* include/linux/timer_types.h; before 6.14 in include/linux
 
 struct sock { /* include/net/sock.h */
 	struct sock_common __sk_common;
+	socket_lock_t sk_lock;
 	struct sk_buff_head sk_error_queue;
 	struct sk_buff_head sk_receive_queue;
 	struct timer_list tcp_retransmit_timer; /* since 6.19 */
@@ -152,11 +161,20 @@ struct sock { /* include/net/sock.h */
 	int sk_err_soft;
 	__u8 sk_shutdown;
 	__u16 sk_protocol;
+	unsigned long sk_lingertime;
+	struct socket *sk_socket;
 };
 
 /* include/net/sock.h */
 enum sock_flags {
+	SOCK_DEAD,
 	SOCK_DONE,
+	SOCK_LINGER,
+};
+
+/* include/net/rstreason.h, since 6.10 */
+enum sk_rst_reason {
+	SK_RST_REASON_INVALID_SYN,
 };
 
 struct socket { /* include/linux/net.h */
@@ -253,9 +271,27 @@ struct mptcp_subflow_context { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 struct sk_buff { /* include/linux/skbuff.h */
 	char cb[48];
 	unsigned int len;
+	unsigned long _skb_refdst;
 	unsigned char *head;
 	__u16 transport_header;
 	__u16 network_header;
+};
+
+struct net_device { /* include/linux/netdevice.h */
+	possible_net_t nd_net;
+};
+
+struct dst_entry { /* include/net/dst.h */
+	struct net_device *dev;
+};
+
+struct rtable { /* include/net/route.h */
+	struct dst_entry dst;
+	__u16 rt_type;
+};
+
+struct rt6_info { /* include/net/ip6_fib.h */
+	__u32 rt6i_flags;
 };
 
 struct tcp_skb_cb { /* include/net/tcp.h, in sk_buff.cb */

@@ -1,0 +1,537 @@
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+/* A RST that the kernel sends or receives: both ends, the state of the connection, and why. */
+#define HAS_GROUPS
+#include "socket_event.bpf.h"
+
+#define STACK_DEPTH 24
+#define CLOSED 8192
+#define HELD 4096
+#define HELD_NS 20000000 /* the kernel answers a segment long before that */
+
+/* The header of TCP: include/uapi/linux/tcp.h */
+#define FLAGS_AT 13
+#define FLAG_SYN 0x02
+#define FLAG_RST 0x04
+#define FLAG_ACK 0x10
+
+enum direction { DIRECTION_SENT, DIRECTION_RECEIVED } __attribute__((packed));
+
+enum cause {
+	CAUSE_UNKNOWN,
+	CAUSE_NO_LISTENER,
+	CAUSE_NO_CONNECTION,
+	CAUSE_DATA_AFTER_CLOSE,
+	CAUSE_BAD_SEGMENT,
+	CAUSE_ABORT_ON_OVERFLOW,
+	CAUSE_UNREAD_DATA,
+	CAUSE_LINGER,
+	CAUSE_LINGER2,
+	CAUSE_DISCONNECT,
+	CAUSE_LISTENER_CLOSED,
+	CAUSE_KEEPALIVE,
+	CAUSE_NO_MEMORY,
+	CAUSE_KILLED,
+} __attribute__((packed));
+
+struct resets {
+	struct event event;
+	enum direction direction DOC("SENT or RECEIVED");
+	enum cause cause UNKNOWN_IS("zero") WIDTH(16) DOC("why this host sent it");
+	enum tcp_state state UNKNOWN_IS("zero") DOC("state of the connection before; LISTEN if a listener answers");
+	__u8 reason NAMED_BY("sk_rst_reason", "SK_RST_REASON_") UNKNOWN_IS("max") WIDTH(20)
+	DOC("the kernel's own reason, since Linux 6.10");
+	__u8 padding[4];
+	__u64 stack[STACK_DEPTH] KIND("stack") DOC("kernel stack, innermost first") UNKNOWN_IS("zero");
+};
+const struct resets *resets_anchor __attribute__((unused));
+
+const volatile bool send_stacks;
+
+/* A RST, before the filter. */
+struct reset {
+	__u64 time_ns;
+	struct identity id;
+	struct owner owner;
+	enum direction direction;
+	enum cause cause;
+	enum tcp_state state;
+	__u8 reason;
+	__u8 padding[4];
+};
+
+/*
+ * What a connection was at its last transition to CLOSE. The kernel may send the RST after it, after the end of the socket,
+ * or from a timewait socket, which has no owner. The kernel may give the socket's address to another one, so the key is both
+ * ends, without a cookie.
+ */
+struct closed {
+	struct owner owner;
+	enum tcp_state state; /* before */
+	__u8 padding[7];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, CLOSED);
+	__type(key, struct identity);
+	__type(value, struct closed);
+} closed_ones SEC(".maps");
+
+/* A received RST that may be none: see received(). Deleted in answers_data() and flush_entry(). */
+struct held {
+	struct reset reset;
+	__u64 stack[STACK_DEPTH];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, HELD);
+	__type(key, __u64); /* address of the struct sock */
+	__type(value, struct held);
+} held SEC(".maps");
+
+__u64 holds; /* entries of `held` */
+
+static const struct held nothing_held;
+
+static __always_inline void fill(struct resets *event, const struct reset *reset)
+{
+	event->direction = reset->direction;
+	event->cause = reset->cause;
+	event->state = reset->state;
+	event->reason = reset->reason;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+}
+
+/* With --count the event has no stack: there is no room for one in the program's own memory. */
+static __always_inline int count(const struct reset *reset)
+{
+	char room[offsetof(struct resets, stack)] __attribute__((aligned(8)));
+	struct resets *event = event_begin_in(room, sizeof(room), reset->time_ns, &reset->id, &reset->owner);
+
+	if (!event)
+		return 0;
+	fill(event, reset);
+	return event_submit(event);
+}
+
+/* `stack`: that of a RST that was held back, NULL for the present one. */
+static __noinline int emit(void *ctx, const struct reset *reset, const __u64 *stack)
+{
+	struct resets *event;
+
+	if (IS_GROUPING)
+		return count(reset);
+	event = event_begin(sizeof(*event), reset->time_ns, &reset->id, &reset->owner);
+	if (!event)
+		return 0;
+	fill(event, reset);
+	if (stack) {
+		__builtin_memcpy(event->stack, stack, sizeof(event->stack));
+		return event_submit(event);
+	}
+	__builtin_memset(event->stack, 0, sizeof(event->stack));
+	if (send_stacks)
+		bpf_get_stack(ctx, event->stack, sizeof(event->stack), 0);
+	return event_submit(event);
+}
+
+static __always_inline bool sock_flag(struct sock *sk, int flag)
+{
+	return BPF_CORE_READ(sk, __sk_common.skc_flags) >> flag & 1;
+}
+
+#define SOCK_FLAG(sk, flag) sock_flag(sk, bpf_core_enum_value(enum sock_flags, flag))
+
+static __always_inline bool is_mptcp(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return bpf_core_field_exists(struct tcp_sock, is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp);
+}
+
+/* Neither a timewait socket nor a request: these are no struct sock. */
+static __always_inline bool is_full(int state)
+{
+	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV;
+}
+
+static __always_inline int closing(struct sock *sk, int old_state)
+{
+	const struct owner *owner = connection_owner(connection_find(sk));
+	struct closed note = {.state = old_state};
+	struct identity id = {};
+
+	identity_read(sk, &id);
+	if (owner)
+		note.owner = *owner;
+	bpf_map_update_elem(&closed_ones, &id, &note, BPF_ANY);
+	return 0;
+}
+
+static __always_inline bool may_reset_later(int old_state, int new_state)
+{
+	return new_state == STATE_CLOSE && old_state != STATE_SYN_SENT && old_state != STATE_LISTEN;
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close, struct sock *sk, int old_state, int new_state)
+{
+	return sk->sk_protocol == IPPROTO_TCP ? closing(sk, old_state) : 0;
+}
+
+/* It writes the same note again. */
+AGAIN
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close_again, struct sock *sk, int old_state,
+		       int new_state)
+{
+	return sk->sk_protocol == IPPROTO_TCP ? closing(sk, old_state) : 0;
+}
+
+/* A segment that the kernel answers with a RST. Its destination is the local end. */
+struct segment {
+	struct net *net;
+	struct dst_entry *dst;
+	__u8 flags;
+	__u8 version;
+};
+
+static __always_inline void segment_read(struct sock *sk, struct sk_buff *skb, struct segment *segment,
+					 struct identity *id)
+{
+	unsigned char *head = BPF_CORE_READ(skb, head);
+	unsigned char *ip = head + BPF_CORE_READ(skb, network_header);
+	unsigned char *tcp = head + BPF_CORE_READ(skb, transport_header);
+	struct dst_entry *dst = (struct dst_entry *)(BPF_CORE_READ(skb, _skb_refdst) & ~SKB_DST_NOREF);
+	struct net *net = sk ? BPF_CORE_READ(sk, __sk_common.skc_net.net) : BPF_CORE_READ(dst, dev, nd_net.net);
+	__be16 ports[2] = {};
+	__be32 v4[2] = {};
+	__u8 version = 0;
+
+	bpf_probe_read_kernel(&version, sizeof(version), ip);
+	bpf_probe_read_kernel(ports, sizeof(ports), tcp);
+	bpf_probe_read_kernel(&segment->flags, sizeof(segment->flags), tcp + FLAGS_AT);
+	segment->version = version >> 4;
+	segment->net = net;
+	segment->dst = dst;
+	id->netns = BPF_CORE_READ(net, ns.inum);
+	id->rport = bpf_ntohs(ports[0]);
+	id->lport = bpf_ntohs(ports[1]);
+	if (segment->version == 6) {
+		id->family = 6;
+		bpf_probe_read_kernel(id->raddr, sizeof(id->raddr), ip + 8);
+		bpf_probe_read_kernel(id->laddr, sizeof(id->laddr), ip + 24);
+	} else {
+		id->family = 4;
+		bpf_probe_read_kernel(v4, sizeof(v4), ip + 12);
+		map_v4(id->raddr, v4[0]);
+		map_v4(id->laddr, v4[1]);
+	}
+}
+
+static __always_inline bool accept_queue_is_full(struct sock *sk)
+{
+	return BPF_CORE_READ(sk, sk_ack_backlog) > BPF_CORE_READ(sk, sk_max_ack_backlog);
+}
+
+/*
+ * A listener answers the final ACK of a handshake if its accept queue is full and tcp_abort_on_overflow is set:
+ * tcp_check_req(). It answers each other ACK that belongs to no handshake: tcp_rcv_state_process(). Since 6.10 the two have
+ * different reasons.
+ */
+static __always_inline bool aborts_on_overflow(struct sock *sk, const struct segment *segment, __u8 reason)
+{
+	struct net *net = segment->net;
+	struct netns_ipv4 *ipv4 = __builtin_preserve_access_index(&net->ipv4);
+
+	if (segment->flags & FLAG_SYN || !READ_ANY_WIDTH(ipv4, sysctl_tcp_abort_on_overflow))
+		return false;
+	if (bpf_core_enum_value_exists(enum sk_rst_reason, SK_RST_REASON_INVALID_SYN) &&
+	    reason != bpf_core_enum_value(enum sk_rst_reason, SK_RST_REASON_INVALID_SYN))
+		return false;
+	return accept_queue_is_full(sk);
+}
+
+/*
+ * Why the kernel answers a segment with a RST: tcp_v4_rcv(), tcp_timewait_state_process(), tcp_check_req(),
+ * tcp_rcv_state_process(). `was` is the state before CLOSE, 0 if it is not known; `data`: tcp_reset() was called for it.
+ */
+static __always_inline enum cause cause_of_answer(struct sock *sk, const struct segment *segment, int state, int was,
+						  bool data, __u8 reason)
+{
+	if (!sk)
+		return (segment->flags & (FLAG_SYN | FLAG_ACK)) == FLAG_SYN ? CAUSE_NO_LISTENER : CAUSE_NO_CONNECTION;
+	if (state == STATE_TIME_WAIT)
+		return segment->flags & FLAG_SYN ? CAUSE_BAD_SEGMENT : CAUSE_DATA_AFTER_CLOSE;
+	if (is_mptcp(sk))
+		return CAUSE_UNKNOWN;
+	if (state == STATE_LISTEN && !(segment->flags & FLAG_ACK))
+		return CAUSE_BAD_SEGMENT; /* a second SYN of a handshake */
+	if (state == STATE_LISTEN)
+		return aborts_on_overflow(sk, segment, reason) ? CAUSE_ABORT_ON_OVERFLOW : CAUSE_NO_CONNECTION;
+	if (state != STATE_CLOSE)
+		return CAUSE_BAD_SEGMENT;
+	if (!was)
+		return CAUSE_UNKNOWN;
+	if (data || !was_established(was))
+		return data ? CAUSE_DATA_AFTER_CLOSE : CAUSE_BAD_SEGMENT;
+	return BPF_CORE_READ((struct tcp_sock *)sk, linger2) < 0 ? CAUSE_LINGER2 : CAUSE_DATA_AFTER_CLOSE;
+}
+
+/* As __tcp_close() asks before it empties the queue. The peer's FIN has a sequence number, like a byte. */
+static __always_inline bool has_unread_data(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return (int)(BPF_CORE_READ(tp, rcv_nxt) - fin_received(sk) - BPF_CORE_READ(tp, copied_seq)) > 0;
+}
+
+/*
+ * Why the kernel sends a RST on its own account, by the callers of tcp_send_active_reset(). __tcp_close() and
+ * tcp_disconnect() call it in CLOSE, all others before. tcp_abort() has locked the socket for a process, a timer has not.
+ */
+static __always_inline enum cause cause_of_active(struct sock *sk, int state, int was)
+{
+	bool dead = SOCK_FLAG(sk, SOCK_DEAD);
+
+	if (is_mptcp(sk))
+		return CAUSE_UNKNOWN;
+	if (state != STATE_CLOSE) {
+		if (BPF_CORE_READ(sk, sk_lock.owned))
+			return CAUSE_KILLED;
+		return !dead ? CAUSE_KEEPALIVE : state == STATE_FIN_WAIT2 ? CAUSE_UNKNOWN : CAUSE_NO_MEMORY;
+	}
+	if (dead && !was)
+		return CAUSE_UNKNOWN;
+	if (dead)
+		return was == STATE_FIN_WAIT2 && BPF_CORE_READ((struct tcp_sock *)sk, linger2) < 0 ? CAUSE_LINGER2
+												   : CAUSE_NO_MEMORY;
+	if (!BPF_CORE_READ(sk, sk_socket)) /* accept() has not returned it: inet_child_forget() */
+		return CAUSE_LISTENER_CLOSED;
+	if (BPF_CORE_READ(sk, sk_shutdown) != SHUTDOWN_MASK)
+		return CAUSE_DISCONNECT;
+	if (has_unread_data(sk))
+		return CAUSE_UNREAD_DATA;
+	return SOCK_FLAG(sk, SOCK_LINGER) && !BPF_CORE_READ(sk, sk_lingertime) ? CAUSE_LINGER : CAUSE_DISCONNECT;
+}
+
+/* Was a "received RST" of this socket held back? Then it was the data that the kernel now answers. */
+static __always_inline bool answers_data(struct sock *sk, const struct identity *id)
+{
+	__u64 key = (__u64)sk;
+	struct held *found = bpf_map_lookup_elem(&held, &key);
+
+	if (!found || found->reset.id.lport != id->lport || found->reset.id.rport != id->rport)
+		return false;
+	if (!bpf_map_delete_elem(&held, &key))
+		__sync_fetch_and_add(&holds, -1);
+	return true;
+}
+
+/* tcp_v4_send_reset() and tcp_v6_send_reset() begin with these tests. */
+static __always_inline bool is_answered(struct sock *sk, const struct segment *segment)
+{
+	struct rt6_info *v6 = (struct rt6_info *)segment->dst;
+	struct rtable *v4 = (struct rtable *)segment->dst;
+
+	if (segment->flags & FLAG_RST)
+		return false;
+	if (sk)
+		return true;
+	return segment->version == 6 ? BPF_CORE_READ(v6, rt6i_flags) & RTF_LOCAL
+				     : BPF_CORE_READ(v4, rt_type) == RTN_LOCAL;
+}
+
+/* `skb`: the segment that is answered, NULL for none. `may_be`: the kernel has not decided yet whether it answers. */
+static __always_inline int sent(void *ctx, struct sock *sk, struct sk_buff *skb, bool may_be, __u64 cookie, __u8 reason)
+{
+	int state = sk ? BPF_CORE_READ(sk, __sk_common.skc_state) : 0;
+	struct reset reset = {
+		.time_ns = bpf_ktime_get_ns(),
+		.direction = DIRECTION_SENT,
+		.state = state,
+		.reason = reason,
+	};
+	const struct connection *connection = sk ? connection_find(sk) : NULL;
+	const struct closed *closed = NULL;
+	struct segment segment = {};
+
+	if (skb)
+		segment_read(sk, skb, &segment, &reset.id);
+	else if (sk)
+		identity_read(sk, &reset.id);
+	if (may_be && !is_answered(sk, &segment))
+		return 0;
+	if (state == STATE_CLOSE || state == STATE_TIME_WAIT)
+		closed = bpf_map_lookup_elem(&closed_ones, &reset.id);
+	if (state == STATE_CLOSE)
+		reset.state = closed ? closed->state : 0;
+	else if (state == STATE_TIME_WAIT)
+		reset.state = BPF_CORE_READ((struct inet_timewait_sock *)sk, tw_substate);
+	reset.id.cookie = cookie;
+	if (connection)
+		reset.owner = *connection_owner(connection);
+	else if (closed)
+		reset.owner = closed->owner;
+	if (skb)
+		reset.cause = cause_of_answer(sk, &segment, state, reset.state,
+					      state == STATE_CLOSE && answers_data(sk, &reset.id), reason);
+	else if (sk)
+		reset.cause = cause_of_active(sk, state, reset.state);
+	return emit(ctx, &reset, NULL);
+}
+
+/*
+ * An argument that may be NULL. Before "bpf: Augment raw_tp arguments with PTR_MAYBE_NULL" (6.13) the verifier takes it for
+ * a pointer that is none, and removes the test. Read from memory it is a number.
+ */
+static __always_inline void *nullable(void *ctx, int argument)
+{
+	__u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), ctx + argument * sizeof(value));
+	return (void *)value;
+}
+
+/* The cookie of a connection's socket. A listener that answers is not the connection. */
+#define COOKIE_IF_CONNECTION(sk, trusted)                                                          \
+	({                                                                                         \
+		int state = sk ? BPF_CORE_READ(sk, __sk_common.skc_state) : 0;                     \
+                                                                                                   \
+		sk && trusted && is_full(state) && state != STATE_LISTEN ? COOKIE_OF(trusted) : 0; \
+	})
+
+NEEDS("SK_RST_REASON_NO_SOCKET")
+SEC("tp_btf/tcp_send_reset")
+int TRACEPOINT_PROG(send__all, struct sock *trusted, struct sk_buff *unused, int reason)
+{
+	struct sock *sk = nullable(ctx, 0);
+
+	return sent(ctx, sk, nullable(ctx, 1), false, COOKIE_IF_CONNECTION(sk, trusted), reason);
+}
+
+/* Before "trace: tcp: fully support trace_tcp_send_reset" (6.10) it fires for full sockets only. The reason is of 6.10, too. */
+SEC("tp_btf/tcp_send_reset")
+int TRACEPOINT_PROG(send__sockets, struct sock *trusted)
+{
+	struct sock *sk = nullable(ctx, 0);
+
+	return sent(ctx, sk, nullable(ctx, 1), false, COOKIE_IF_CONNECTION(sk, trusted), -1);
+}
+
+/* Before 6.10: a segment without a full socket, which the function is called to answer. */
+static __always_inline int answered(void *ctx, struct sock *sk, struct sk_buff *skb)
+{
+	return sk && is_full(BPF_CORE_READ(sk, __sk_common.skc_state)) ? 0 : sent(ctx, sk, skb, true, 0, -1);
+}
+
+UNLESS("send__all")
+OPTIONAL("RSTs for segments without a connection")
+SEC("fentry/tcp_v4_send_reset")
+int FUNCTION_PROG(answer4__fentry)
+{
+	return answered(ctx, nullable(ctx, 0), nullable(ctx, 1));
+}
+
+SEC("kprobe/tcp_v4_send_reset")
+int BPF_KPROBE(answer4__kprobe, struct sock *sk, struct sk_buff *skb)
+{
+	return answered(ctx, sk, skb);
+}
+
+UNLESS("send__all")
+OPTIONAL("RSTs for segments without a connection")
+SEC("fentry/tcp_v6_send_reset")
+int FUNCTION_PROG(answer6__fentry)
+{
+	return answered(ctx, nullable(ctx, 0), nullable(ctx, 1));
+}
+
+SEC("kprobe/tcp_v6_send_reset")
+int BPF_KPROBE(answer6__kprobe, struct sock *sk, struct sk_buff *skb)
+{
+	return answered(ctx, sk, skb);
+}
+
+static __always_inline int hold(void *ctx, struct sock *sk, const struct reset *reset)
+{
+	__u64 key = (__u64)sk;
+	struct held *place = bpf_map_lookup_elem(&held, &key);
+
+	if (place)
+		emit(NULL, &place->reset, place->stack);
+	else if (!bpf_map_update_elem(&held, &key, &nothing_held, BPF_NOEXIST))
+		__sync_fetch_and_add(&holds, 1);
+	place = bpf_map_lookup_elem(&held, &key);
+	if (!place) {
+		COUNT(seen);
+		COUNT(lost);
+		return 0;
+	}
+	place->reset = *reset;
+	if (send_stacks)
+		bpf_get_stack(ctx, place->stack, sizeof(place->stack), 0);
+	return 0;
+}
+
+/*
+ * tcp_rcv_state_process() calls tcp_reset() also for data that comes after close() and shutdown(), in FIN_WAIT1 and
+ * FIN_WAIT2. No RST was received then: the kernel sends one, in the same softirq, a moment later. Nothing in the socket tells
+ * the two apart. So an event in these states is held back until an iterator finds that the kernel sent none.
+ */
+static __always_inline bool may_be_data(struct sock *sk, int state)
+{
+	return (state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) && BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN;
+}
+
+ROLE("delays")
+SEC("tp_btf/tcp_receive_reset")
+int TRACEPOINT_PROG(receive, struct sock *sk)
+{
+	const struct connection *connection = connection_find(sk);
+	struct reset reset = {
+		.time_ns = bpf_ktime_get_ns(),
+		.id.cookie = COOKIE_OF(sk),
+		.direction = DIRECTION_RECEIVED,
+		.state = BPF_CORE_READ(sk, __sk_common.skc_state),
+		.reason = -1,
+	};
+
+	identity_read(sk, &reset.id);
+	if (connection)
+		reset.owner = *connection_owner(connection);
+	return may_be_data(sk, reset.state) ? hold(ctx, sk, &reset) : emit(ctx, &reset, NULL);
+}
+
+static long flush_entry(struct bpf_map *table, __u64 *key, struct held *entry, void *unused)
+{
+	__u64 sk = *key;
+
+	if (!ending && bpf_ktime_get_ns() - entry->reset.time_ns < HELD_NS)
+		return 0;
+	emit(NULL, &entry->reset, entry->stack);
+	if (!bpf_map_delete_elem(&held, &sk))
+		__sync_fetch_and_add(&holds, -1);
+	return 0;
+}
+
+ROLE("flushes")
+NEEDS("BPF_FUNC_for_each_map_elem")
+SEC("iter/bpf_map")
+int flush__each(struct bpf_iter__bpf_map *ctx)
+{
+	if (!ctx->map)
+		bpf_for_each_map_elem(&held, flush_entry, NULL, 0);
+	return 0;
+}
+
+OVER_MAP("held")
+SEC("iter/bpf_map_elem")
+int flush__element(struct bpf_iter__bpf_map_elem *ctx)
+{
+	__u64 *key = ctx->key, sk = key ? *key : 0;
+	struct held *entry = bpf_map_lookup_elem(&held, &sk);
+
+	return entry ? flush_entry(NULL, &sk, entry, NULL) : 0;
+}
