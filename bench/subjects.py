@@ -69,6 +69,14 @@ QUEUE = (
     _tcpscope("queue", rows=False),
     _libbpf("tcpsynbl", rows=False),
 )
+PACKETS = (
+    _tcpscope("retrans", rows=False),
+    _tcpscope("drop", "--count", rows=False),
+    _tcpscope("reset", rows=False),
+    _tcpscope("cong", "-i", "60", rows=False),
+    _bcc("tcpretrans", rows=False),
+    _bcc("tcpdrop", rows=False),
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ GROUPS = (
     Group("life", "Connections that have ended, a row at each end:", LIFE, "tcplife -T", 2),
     Group("rtt", "Round-trip times; {exchanges} exchanges of a byte on each connection:", RTT),
     Group("queue", "The queues of listeners:", QUEUE),
+    Group("packets", "Retransmissions, discards, resets and congestion, of which this traffic has none:", PACKETS),
 )
 
 PEERS = (

@@ -39,8 +39,11 @@ FIRST_ALONE = tuple(f"{hook}_again" for hook in SECOND_ALONE)
 @pytest.mark.parametrize("skip", [(), SECOND_ALONE, FIRST_ALONE], ids=["both", "second alone", "first alone"])
 def test_each_event_once(lab: Lab, skip: tuple[str, ...]) -> None:
     """Without the first copy everything is as if it had been left out each time."""
-    with Session("transition", "transition", Filter(netns=lab.client.inode), skip=skip) as session:
+    left_out = () if skip == SECOND_ALONE else skip  # the second copy of `state` runs the first, which is only detached
+    with Session("transition", "transition", Filter(netns=lab.client.inode), skip=left_out) as session:
         assert session.layout is not None
+        if skip == SECOND_ALONE:
+            session.loaded.detach("state", "destroy")
         decode = session.layout.decoder().rows
         rows: list[Any] = []
         Puppet(lab.client, "both-ends").do(
