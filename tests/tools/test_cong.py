@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -14,8 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpscope.errors import UsageError
+from tcpscope.filters import Filter
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Lab
+from tcpscope.request import Request
+from tcpscope.session import Session
 from tcpscope.tools import cong
 from tests.conftest import RunningTool, until
 from tests.lacks import is_refused
@@ -33,6 +39,9 @@ NAMES = ("Open", "Disorder", "CWR", "Recovery", "Loss")
 TIMES = ("open_us", "disorder_us", "cwr_us", "recovery_us", "loss_us")
 ENTRIES = {"Recovery": ("TcpExtTCPSackRecovery", "TcpExtTCPRenoRecovery"), "CWR": ("TcpExtTCPLossProbeRecovery",)}
 """A state -> the counters of how often it was entered."""
+
+SECOND_ALONE = ("change", "end", "destroy")
+FIRST_ALONE = tuple(f"{hook}_again" for hook in SECOND_ALONE)
 
 Row = dict[str, Any]
 
@@ -344,36 +353,50 @@ def ends_us(row: Row) -> int:
     return round(datetime.fromisoformat(row["time"]).timestamp() * 1e6)
 
 
-@pytest.mark.kernel
-def test_a_visit_over_many_borders(lab: Lab, run_tool: type[RunningTool]) -> None:
-    """Each interval has its own part, to the microsecond; as has that of a connection without a change."""
+@pytest.fixture
+def connection(lab: Lab) -> Iterator[socket.socket]:
+    """A connection of the lab's client."""
     if is_refused("congestion", Kernel()):
         pytest.skip("this kernel has no tracepoint tcp_cong_state_set")
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(lab.server.socket(socket.AF_INET))
+    with lab.server.socket(socket.AF_INET) as listener:
         listener.bind((lab.server.ipv4, 0))
         listener.listen()
-        lost, _ = (
-            stack.enter_context(lab.client.run(socket.create_connection, listener.getsockname())) for _ in range(2)
-        )
-        port = lost.getsockname()[1]
+        with lab.client.run(socket.create_connection, listener.getsockname()) as made:
+            yield made
 
-        def last(rows: list[Row], number: int, column: str) -> bool:
-            """Were the last rows of the connection all in this state?"""
-            own = [row for row in rows if row["lport"] == port][-number:]
-            return len(own) == number and all(row[column] == spent(row) for row in own)
 
-        with run_tool("cong", "--all", "-i", "0.2", "--netns", str(lab.client.inode)) as tool:
-            tool.wait_for(lambda rows: last(rows, 2, "open_us"))
-            lab.client.hold()
-            lost.sendall(b"x")
-            until(lambda: ca_state(lost) == LOSS, "Loss")
-            tool.wait_for(lambda rows: last(rows, 3, "loss_us"))
-            lab.client.release()
-            until(lambda: ca_state(lost) == OPEN, "Open")
-            tool.wait_for(lambda rows: last(rows, 2, "open_us"))
-            done = tool.stop()
-    rows = done.rows
+def lose(lab: Lab, connection: socket.socket) -> None:
+    """What it sends does not arrive, until its RTO has expired."""
+    lab.client.hold()
+    connection.sendall(b"x")
+    until(lambda: ca_state(connection) == LOSS, "Loss")
+
+
+def recover(lab: Lab, connection: socket.socket) -> None:
+    lab.client.release()
+    until(lambda: ca_state(connection) == OPEN, "Open")
+
+
+@pytest.mark.kernel
+def test_a_visit_over_many_borders(lab: Lab, run_tool: type[RunningTool], connection: socket.socket) -> None:
+    """Each interval has its own part, to the microsecond; as has that of a connection without a change."""
+    port = connection.getsockname()[1]
+
+    def last(rows: list[Row], number: int, column: str) -> bool:
+        """Was the connection in this state in the last intervals?"""
+        own = [row for row in rows if row["lport"] == port][-number:]
+        return len(own) == number and all(row[column] == spent(row) for row in own)
+
+    with (
+        lab.client.run(socket.create_connection, connection.getpeername()),
+        run_tool("cong", "--all", "-i", "0.2", "--netns", str(lab.client.inode)) as tool,
+    ):
+        tool.wait_for(lambda rows: last(rows, 2, "open_us"))
+        lose(lab, connection)
+        tool.wait_for(lambda rows: last(rows, 3, "loss_us"))
+        recover(lab, connection)
+        tool.wait_for(lambda rows: last(rows, 2, "open_us"))
+        rows = tool.stop().rows
     own = [row for row in rows if row["lport"] == port and not row["total"]]
     other = [row for row in rows if row["lport"] != port and not row["total"]]
     assert [(row["time"], spent(row)) for row in own] == [(row["time"], row["open_us"]) for row in other]
@@ -386,9 +409,77 @@ def test_a_visit_over_many_borders(lab: Lab, run_tool: type[RunningTool]) -> Non
     assert spent(totals[True]) == totals[False]["open_us"]
     elsewhere = [index for index, row in enumerate(own) if row["loss_us"]]
     assert elsewhere == list(range(elsewhere[0], elsewhere[-1] + 1))
-    assert [row["ca_state"] for row in own] == [
-        "Loss" if index in elsewhere[:-1] else "Open" for index in range(len(own))
-    ]
+    states = ["Loss" if index in elsewhere[:-1] else "Open" for index in range(len(own))]
+    assert [row["ca_state"] for row in own] == states
+
+
+@contextlib.contextmanager
+def watching(lab: Lab, skip: tuple[str, ...] = ()) -> Iterator[tuple[Session, list[Any]]]:
+    """The probe, and the events of the lab's client when the block has ended."""
+    events: list[Any] = []
+    with Session("congestion", "congestion", Filter(netns=lab.client.inode), skip=("look", *skip)) as session:
+        assert session.layout is not None
+        cong.tool.begin(session, Request())
+        yield session, events
+        session.end()
+        events += [event for batch in session.batches() for event in session.layout.decoder().rows(batch)]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("skip", [(), SECOND_ALONE, FIRST_ALONE], ids=["both", "second alone", "first alone"])
+def test_each_change_once(lab: Lab, connection: socket.socket, skip: tuple[str, ...]) -> None:
+    """Without the first copy of a program everything is as if it had been skipped each time."""
+    with watching(lab, skip) as (session, events):
+        lose(lab, connection)
+        recover(lab, connection)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    seen = [(event.ca_state, event.next_state, event.visit_us is None) for event in events]
+    # The first visit began before the probe. What one copy alone has interrupted itself in is in no event.
+    skipped = sum(missed for *_, missed in session.loaded.program_info().values()) if skip else 0
+    assert skipped or seen == [("Open", "Loss", True), ("Loss", "Open", False), ("Open", None, False)]
+    rescued = session.counters()["rescued"]
+    assert (skip == SECOND_ALONE) <= (rescued >= len(seen))
+    assert (skip == FIRST_ALONE) <= (rescued == 0)
+    assert skip or session.account().missed == 0
+
+
+@pytest.mark.kernel
+def test_a_missed_change(lab: Lab, connection: socket.socket) -> None:
+    """No program saw the change to Loss. The next one tells, and not how long it was in Loss."""
+    programs = ("change", "change_again")
+    with watching(lab) as (session, events):
+        lose(lab, connection)
+        recover(lab, connection)
+        session.loaded.detach(*programs)
+        lose(lab, connection)
+        for program in programs:
+            session.loaded.attach(program)
+        recover(lab, connection)
+    seen = [(event.ca_state, event.next_state, event.visit_us is None) for event in events]
+    assert seen == [("Open", "Loss", True), ("Loss", "Open", False), ("Loss", "Open", True)]
+    assert session.account().missed == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"events": True, "histogram": True}, "--events and --histogram; one of them at a time"),
+        ({"events": True, "interval": 1.0}, "--interval 1; with --events rows come as events happen"),
+        ({"events": True, "all": True}, "--all; it goes with neither --events nor --histogram"),
+        ({"histogram": True, "all": True}, "--all; it goes with neither --events nor --histogram"),
+        ({"rate": 5}, "--rate 5; needs --events"),
+        ({"by": "pid"}, "--by pid; needs --histogram"),
+        ({"columns": "times"}, "unknown column 'times'; did you mean 'time'?"),
+    ],
+    ids=str,
+)
+def test_wrong_usage(options: dict[str, Any], error: str) -> None:
+    asked = {name: options[name] for name in ("interval", "rate", "columns") if name in options}
+    chosen = {option.name: options.get(option.name, option.unset) for option in cong.tool.options}
+    with pytest.raises(UsageError) as raised:
+        cong.tool.open(Request(options=chosen, **asked))
+    assert str(raised.value) == error
 
 
 @given(

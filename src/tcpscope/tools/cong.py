@@ -114,8 +114,9 @@ class Cong(Stream):
         if not _adds_up(request):
             return super().open(request)
         shown = (*_ENDS, *(each.name for each in (*_TIMES, _CHANGES, _NOW, TOTAL)))
+        columns = request.choose(available, shown)
         with closed_on_error(self.session(request)) as session:
-            return _AddingUp(request, request.choose(available, shown), session, self._whose)
+            return _AddingUp(request, columns, session, self._whose)
 
     @property
     def _whose(self) -> tuple[str, ...]:
