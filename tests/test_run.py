@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -147,6 +148,9 @@ def test_every_tool_from_python(name: str) -> None:
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
+        refused, nobody = (stack.enter_context(socket.socket()) for _ in range(2))
+        nobody.bind(("127.0.0.1", 0))
+        assert refused.connect_ex(nobody.getsockname()) == errno.ECONNREFUSED
         client = socket.create_connection(listener.getsockname())
         child, _ = listener.accept()
         client.send(b"x")
