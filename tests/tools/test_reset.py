@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from typing import Any
 
 import pytest
 
+from tcpscope.lab.hosts import Lab
+from tests.conftest import RunningTool, until
 from tests.record import Host, Process, Script, Seen, Socket, Test, Watch, recorded
-from tests.record.script import IPPROTO_TCP, SOL_SOCKET, TCP_LINGER2
+from tests.record.script import IPPROTO_TCP, SOL_SOCKET, STATES, TCP_LINGER2
 
 PORT, NOBODYS_PORT = 6741, 6742
 RESET = Watch("reset", "--port", f"{PORT},{NOBODYS_PORT}")
@@ -129,6 +133,30 @@ def test_close(script: Script, why: str, closed: bool, family: str) -> Test:
     site.received(seen, script.client, "FIN_WAIT2" if closed else "ESTABLISHED")
     resets = site.counters[script.server].counters["TcpEstabResets"]
     assert resets == 1  # close() in ESTABLISHED or CLOSE_WAIT without a FIN
+
+
+@recorded(RESET)
+def test_a_process_that_is_killed(script: Script) -> Test:
+    """The kernel closes its sockets. It was there before the tool."""
+    with script.older():
+        site = Site(script)
+        other = script.server.process("killed")
+        listener = other.listener(NOBODYS_PORT)
+        near = site.client.socket()
+        near.connect(script.server.ipv4, NOBODYS_PORT)
+        far = listener.accept()
+        near.send("never read")
+        far.until_ready()
+    other.kill()
+    near.until_state("CLOSE")
+    near.close()
+    site.end()
+    seen = yield
+    site.check(seen)
+    (row,) = site.rows(seen, script.server, "SENT")
+    assert (row["cause"], row["state"]) == ("UNREAD_DATA", "ESTABLISHED")
+    assert (row["pid"], row["comm"]) == (other.pid, "killed")
+    site.received(seen, script.client, "ESTABLISHED")
 
 
 @recorded(RESET)
@@ -531,3 +559,28 @@ def test_stacks(script: Script) -> Test:
     for host, function in ((script.client, "tcp_disconnect"), (script.server, "tcp_v4_rcv")):
         row = seen.row(STACKS, host)
         assert any(frame.startswith(f"{function}+") for frame in row["stack"]), row["stack"]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("words", [(), ("--count", "-i", "0.2")], ids=["rows", "count"])
+def test_what_is_held_back_comes_while_the_tool_runs(
+    lab: Lab, run_tool: type[RunningTool], words: tuple[str, ...]
+) -> None:
+    listener, near = (host.socket(socket.AF_INET) for host in lab.hosts[::-1])
+    listener.bind((lab.server.ipv4, PORT))
+    listener.listen()
+    with run_tool("reset", "--netns", str(lab.server.inode), *words) as tool:
+        near.connect((lab.server.ipv4, PORT))
+        far, _ = listener.accept()
+        with far:
+            far.shutdown(socket.SHUT_RDWR)
+            until(lambda: state_of(far) == "FIN_WAIT2", "the FIN to be acknowledged")
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            near.close()
+            tool.wait_for(lambda rows: [row for row in rows if row["direction"] == "RECEIVED"])
+            assert tool.process.poll() is None
+
+
+def state_of(made: socket.socket) -> str:
+    number = made.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return next(name for name, value in STATES.items() if value == number)

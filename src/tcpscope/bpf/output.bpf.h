@@ -30,7 +30,8 @@ char LICENSE[] = "Dual BSD/GPL";
  *   seeds    an iterator, run as soon as `forgets` is attached and once more at the end of the start
  *   forgets  deletes entries: attached before any are made, detached after everything else
  *   delays   may hold back an event: detached before `flushes` runs
- *   flushes  an iterator, run at the end: emits what was held back
+ *   flushes  an iterator, run at the end: emits what was held back; also while the run lasts, as long as a variable
+ *            `holds` of the object is not 0
  */
 #define ROLE(text) __attribute__((btf_decl_tag("role:" text)))
 

@@ -289,7 +289,8 @@ static __always_inline bool has_unread_data(struct sock *sk)
 
 /*
  * Why the kernel sends a RST on its own account, by the callers of tcp_send_active_reset(). __tcp_close() and
- * tcp_disconnect() call it in CLOSE, all others before. tcp_abort() has locked the socket for a process, a timer has not.
+ * tcp_disconnect() call it in CLOSE, all others before. tcp_abort() has locked the socket for a process, a timer has not. A
+ * process that closes the socket may run a timer that was due meanwhile (tcp_release_cb()): then it is not known.
  */
 static __always_inline enum cause cause_of_active(struct sock *sk, int state, int was)
 {
@@ -298,9 +299,11 @@ static __always_inline enum cause cause_of_active(struct sock *sk, int state, in
 	if (is_mptcp(sk))
 		return CAUSE_UNKNOWN;
 	if (state != STATE_CLOSE) {
-		if (BPF_CORE_READ(sk, sk_lock.owned))
-			return CAUSE_KILLED;
-		return !dead ? CAUSE_KEEPALIVE : state == STATE_FIN_WAIT2 ? CAUSE_UNKNOWN : CAUSE_NO_MEMORY;
+		bool owned = BPF_CORE_READ(sk, sk_lock.owned);
+
+		if (!dead)
+			return owned ? CAUSE_KILLED : CAUSE_KEEPALIVE;
+		return owned || state == STATE_FIN_WAIT2 ? CAUSE_UNKNOWN : CAUSE_NO_MEMORY;
 	}
 	if (dead && !was)
 		return CAUSE_UNKNOWN;
