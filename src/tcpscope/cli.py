@@ -172,6 +172,11 @@ def _filter(*flags: str, **attributes: Any) -> click.Option:
     return click.Option(flags, multiple=True, callback=lambda *given: given[-1] or None, **attributes)
 
 
+def _joined(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> str | None:
+    """The values of an option that may be repeated, as one."""
+    return ",".join(given) if given else None
+
+
 FILTERS = (
     _filter("-p", "--pid", metavar="PIDS", help="Owned by these processes."),
     _filter("--comm", metavar="NAMES", help="Owned by a process with one of these names."),
@@ -333,7 +338,9 @@ def command_of(tool: toolbox.Tool) -> click.Command:
             list(option.flags),
             is_flag=option.type is bool,
             type=type_of(option.type),
-            default=option.unset,
+            default=None if option.repeats else option.unset,
+            multiple=option.repeats,
+            callback=_joined if option.repeats else None,
             show_default=option.default is not None,
             metavar=option.metavar,
             help=_with(tool.only_with.get(option.name), option.help),

@@ -18,6 +18,7 @@ class Option:
     """An option of a tool. `type` is a Python type or a tuple of allowed values; a bool is a flag.
 
     names    it is a list of names: text with commas; in Python a sequence of names too
+    repeats  it may be given several times, with further names each time
     metavar  what stands for its value in the help
     """
 
@@ -26,6 +27,7 @@ class Option:
     type: Any = bool
     default: Any = None
     names: bool = False
+    repeats: bool = False
     metavar: str | None = None
 
     @property

@@ -82,6 +82,7 @@ class Session:
     filter      the filter of the run, which the kernel decides
     constants   values of read-only globals of the object, by name
     entries     sizes of maps, by name
+    keys        keys of sets, by name
     skip        hooks that this run does not need
     owners      whether this run needs the owners of sockets, if the probe uses the object `owner`
     ring_bytes  size of the ring buffer, a power of two
@@ -97,6 +98,7 @@ class Session:
         *,
         constants: dict[str, Any] | None = None,
         entries: dict[str, int] | None = None,
+        keys: dict[str, Sequence[bytes]] | None = None,
         skip: Sequence[str] = (),
         owners: bool = True,
         ring_bytes: int = RING_BYTES,
@@ -108,7 +110,7 @@ class Session:
         setup = Setup(
             constants=compiled_filter.constants(filter) | (constants or {}),
             entries=dict(entries or {}),
-            keys={compiled_filter.LISTS: compiled_filter.keys(filter)},
+            keys={compiled_filter.LISTS: compiled_filter.keys(filter)} | (keys or {}),
             skip=frozenset(skip),
             debug=debug,
         )
