@@ -43,6 +43,8 @@ TYPES = {
     "text": "str",
     "time": "datetime",
     "errno": "int",
+    "function": "str",
+    "tcp_flags": "str",
     "address": "IPv4Address | IPv6Address",
     "list": "list[Holder]",
     "stack": "list[str]",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tcpscope.aggregate import Aggregate
@@ -51,12 +51,17 @@ def _number(field: Field) -> dict[str, int]:
 
 
 class Counted:
-    """The groups of an object that counts by the columns `by`."""
+    """The groups of an object that counts its `event` by the columns `by`.
 
-    def __init__(self, session: Session, by: Sequence[str], sum: str | None) -> None:
-        layout = session.spec.layout(session.spec.name).named(session.kernel.enumerators)
+    `frame` gives the name of a function's address.
+    """
+
+    def __init__(
+        self, session: Session, event: str, by: Sequence[str], sum: str | None, frame: Callable[[int], str] = hex
+    ) -> None:
+        layout = session.spec.layout(event).named(session.kernel.enumerators)
         self._words, self._size = list(_masks(layout, by)), layout.size
-        self._decode = layout.select(by).decoder(Clock("none")).rows
+        self._decode = layout.select(by).decoder(Clock("none"), frame=frame).rows
         self._aggregate = Aggregate(session.loaded, "groups", "group_key", "group")
         session.kernel.release()
 

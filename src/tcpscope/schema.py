@@ -4,8 +4,10 @@ The C struct is the only description of an event. Its fields have tags (see `bpf
 
     doc:TEXT       what the field means; a field without it is internal and not shown
     unit:TEXT      us, ns, bytes, ...; the field's name ends with it, too
-    kind:TEXT      how to read the bytes: address, comm, time, stack, errno
+    kind:TEXT      how to read the bytes: address, comm, time, stack, errno, function, tcp_flags
     named_by:TEXT  an enum of the running kernel, whose enumerators name the value, and a prefix that is left out
+    subsystems:TEXT  the same for the upper half of a value, whose lower half then has no name
+    may_lack:NAME  on a struct in the struct: of this field of it, zero means "not known" here
     unknown:TEXT   zero or max (all bits set): the value that means "not known"; it becomes None
     title:TEXT     title of the column in a table, if it is not the name
     width:NUMBER   width of that column
@@ -22,7 +24,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -63,6 +65,8 @@ class Field(msgspec.Struct, frozen=True):
     width: int = 0
     enum: str = ""
     named_by: str = ""
+    subsystems: str = ""
+    subsystem_labels: dict[int, str] | None = None
 
     @property
     def type(self) -> Any:
@@ -114,19 +118,23 @@ class Layout(msgspec.Struct, frozen=True):
 def _named(field: Field, enumerators: Callable[[str], Mapping[int, str]]) -> Field:
     if not field.named_by:
         return field
-    enum, prefix = field.named_by.split(" ")
-    labels = {value: name.removeprefix(prefix) for value, name in enumerators(enum).items()}
-    return msgspec.structs.replace(field, labels=labels)
+
+    def names(tag: str) -> dict[int, str]:
+        enum, prefix = tag.split(" ")
+        return {value: name.removeprefix(prefix) for value, name in enumerators(enum).items()}
+
+    subsystems = names(field.subsystems) if field.subsystems else None
+    return msgspec.structs.replace(field, labels=names(field.named_by), subsystem_labels=subsystems)
 
 
-def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
+def _flatten(btf: B.Btf, outer: B.Struct, base: int, lacking: Collection[str] = ()) -> Iterable[Field]:
     for index, member in enumerate(outer.members):
         offset = base + member.bit_offset // 8
         type_ = btf.resolve(member.type_id)
-        if isinstance(type_, B.Struct):
-            yield from _flatten(btf, type_, offset)
-            continue
         tags = dict(tag.split(":", 1) for tag in btf.decl_tags(outer.id, index) if ":" in tag)
+        if isinstance(type_, B.Struct):
+            yield from _flatten(btf, type_, offset, {*lacking, tags.get("may_lack", "")})
+            continue
         if member.name.startswith("padding"):
             continue
         size = btf.size_of(member.type_id)
@@ -143,6 +151,8 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
         signed = isinstance(type_, B.Int) and type_.signed
         scalar = not isinstance(type_, B.Array)
         unknown: int | bytes | None = None
+        if member.name in lacking:
+            tags["unknown"] = "zero"
         if "unknown" in tags:
             byte = b"\x00" if tags["unknown"] == "zero" else b"\xff"
             unknown = byte * size if not scalar else int.from_bytes(byte * size, "little", signed=signed)
@@ -160,6 +170,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int) -> Iterable[Field]:
             width=int(tags.get("width", 0)),
             enum=enum,
             named_by=tags.get("named_by", ""),
+            subsystems=tags.get("subsystems", ""),
         )
 
 
@@ -279,6 +290,21 @@ def errno_text(number: int) -> str:
     return errno.errorcode.get(number, str(number)) if number else "none"
 
 
+_TCP_FLAGS = ("FIN", "SYN", "RST", "PSH", "ACK", "URG", "ECE", "CWR")
+
+
+def tcp_flags_text(flags: int) -> str:
+    """SYN|ACK for 18, "none" for 0."""
+    return "|".join(name for bit, name in enumerate(_TCP_FLAGS) if flags >> bit & 1) or "none"
+
+
+def _without_name(value: int, subsystems: Mapping[int, str] | None) -> str:
+    """The number; SUBSYSTEM:NUMBER if its upper half is that of a subsystem."""
+    if subsystems and (above := value >> 16):
+        return f"{subsystems.get(above, above)}:{value & 0xFFFF}"
+    return str(value)
+
+
 class Decoder:
     """Decodes a batch of records to a list of rows. Rows are msgspec structs, which encode quickly.
 
@@ -313,9 +339,13 @@ class Decoder:
         elif field.kind == "stack":
             frame = self._frame
             convert = lambda v: [frame(a) for a in struct.unpack(f"<{len(v) // 8}Q", v) if a]  # noqa: E731
+        elif field.kind == "function":
+            convert = self._frame
+        elif field.kind == "tcp_flags":
+            convert = tcp_flags_text
         elif field.labels is not None:
-            labels = field.labels
-            convert = lambda v: labels.get(v, str(v))  # noqa: E731
+            labels, subsystems = field.labels, field.subsystem_labels
+            convert = lambda v: labels.get(v) or _without_name(v, subsystems)  # noqa: E731
         if convert is not None:
             unknown = field.unknown
             names[f"c{i}"] = _Cache(lambda v: None if v == unknown else convert(v))

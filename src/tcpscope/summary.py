@@ -67,12 +67,21 @@ class Summary:
         return _OfRows(request, columns, names, self.of, events(tuple(dict.fromkeys(read))))
 
     def open_counted(
-        self, request: Request, available: Sequence[Column], session: Callable[[Sequence[str], str | None], Session]
+        self,
+        request: Request,
+        available: Sequence[Column],
+        session: Callable[[Sequence[str], str | None], Session],
+        event: str,
+        frame: Callable[[int], str],
     ) -> Run:
-        """Groups that the kernel counts. `session` opens the probe, with the columns to count by, and one to sum."""
+        """Groups of the struct `event` that the kernel counts.
+
+        `session` opens the probe, with the columns to count by, and one to sum. `frame` gives the name of a function's
+        address.
+        """
         columns, names = self._chosen(request, available), self._kind(request)
         with closed_on_error(session(names, self.sum)) as opened:
-            return _OfKernel(request, columns, names, self.sum, opened)
+            return _OfKernel(request, columns, names, self.sum, opened, event, frame)
 
     def _chosen(self, request: Request, available: Sequence[Column]) -> tuple[Column, ...]:
         shown = [column.name for column in available if column.kind != "distribution"]
@@ -191,10 +200,17 @@ class _OfKernel(_Grouping):
     more = "--buffer"
 
     def __init__(
-        self, request: Request, columns: Sequence[Column], names: Sequence[str], sum: str | None, session: Session
+        self,
+        request: Request,
+        columns: Sequence[Column],
+        names: Sequence[str],
+        sum: str | None,
+        session: Session,
+        event: str,
+        frame: Callable[[int], str],
     ) -> None:
         super().__init__(request, columns, names, None, [session])
-        self._session, self._counted = session, groups.Counted(session, names, sum)
+        self._session, self._counted = session, groups.Counted(session, event, names, sum, frame)
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()

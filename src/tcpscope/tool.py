@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 from tcpscope import groups, tools
@@ -137,6 +137,14 @@ class Stream(Tool):
         record = (self.layout.size + 7) // 8 * 8 + 8  # BPF_RINGBUF_HDR_SZ
         return min(1 << ((tcp_sockets() + (1 << 14)) * record).bit_length(), RING_BYTES_AT_MOST)
 
+    def chosen(self, request: Request) -> Sequence[str]:
+        """The columns that a table has without --columns."""
+        return self.shown
+
+    def frame(self, request: Request) -> Callable[[int], str]:
+        """Gives a text for an address of the kernel's code."""
+        return hex
+
     def begin(self, session: Session, request: Request) -> None:
         """Called when everything is attached, before the tool announces that it is ready."""
 
@@ -151,17 +159,19 @@ class Stream(Tool):
             if request.rate is not None:
                 raise UsageError(f"--rate {request.rate}", f"--{summary.option} prints groups, not rows as they come")
             if groups.counts(Spec.of(self.probes[0])) and not summary.of:
-                return summary.open_counted(request, available, lambda by, sum: self.session(request, by, sum))
+                session = partial(self.session, request)
+                return summary.open_counted(request, available, session, self.event, self.frame(request))
             return summary.open(request, available, lambda names: self.events(request, names, Clock("none")))
         return self.events(
-            request, [column.name for column in request.choose(available, self.shown)], Clock(request.time)
+            request, [column.name for column in request.choose(available, self.chosen(request))], Clock(request.time)
         )
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         """A run of events whose rows have these columns."""
         with closed_on_error(self.session(request)) as session:
             assert session.layout is not None
-            return Streaming(session, session.layout.select(names).decoder(clock), rate=request.rate or 0)
+            decoder = session.layout.select(names).decoder(clock, frame=self.frame(request))
+            return Streaming(session, decoder, rate=request.rate or 0)
 
     def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
         """The probe, attached as this tool needs it. With `by` it counts by these columns, and sends no events."""

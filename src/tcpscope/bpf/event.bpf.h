@@ -22,6 +22,11 @@ struct event {
 #define group_add(event)
 #endif
 
+/* How much of an event is only counted: an object may leave out the end, which is no column to group by. */
+#ifndef COUNTED_BYTES
+#define COUNTED_BYTES(size) (size)
+#endif
+
 const volatile __u32 rate_per_s; /* at most so many events in a second; 0: no limit */
 
 struct {
@@ -54,7 +59,7 @@ static __always_inline void *event_begin_in(void *room, __u64 size, __u64 time_n
 		return NULL;
 	}
 	if (IS_GROUPING) {
-		__builtin_memset(room, 0, size);
+		__builtin_memset(room, 0, COUNTED_BYTES(size));
 		event = room;
 	} else {
 		if (rate_per_s && over_rate(bpf_ktime_get_ns())) {

@@ -17,9 +17,14 @@ char LICENSE[] = "Dual BSD/GPL";
 #define WIDTH(number)                                                                                                 \
 	__attribute__((btf_decl_tag("width:" #number))) /* of the column, if most values are shorter than the type */
 #define DOC(text) __attribute__((btf_decl_tag("doc:" text)))
-#define KIND(text) __attribute__((btf_decl_tag("kind:" text))) /* address, comm, time, stack, errno */
+/* address, comm, time, stack, errno, function, tcp_flags */
+#define KIND(text) __attribute__((btf_decl_tag("kind:" text)))
 /* An enum of the running kernel names the value; `prefix` is left out. A value without a name is shown as a number. */
 #define NAMED_BY(enum, prefix) __attribute__((btf_decl_tag("named_by:" enum " " prefix)))
+/* After NAMED_BY: the upper half of a value is a subsystem, whose numbers have no names; another enum names that. */
+#define SUBSYSTEMS(enum, prefix) __attribute__((btf_decl_tag("subsystems:" enum " " prefix)))
+/* On a struct in a struct: of this field of it, zero means "not known" here. */
+#define MAY_LACK(field) __attribute__((btf_decl_tag("may_lack:" field)))
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
 /* On the first way of a hook: the probe works without the hook; the text says what it does not know then. */

@@ -24,6 +24,15 @@ class Symbols:
         self._addresses = [value for value, _ in found]
         self._names = [name for _, name in found]
 
+    def range(self, name: str) -> tuple[int, int] | None:
+        """Where a function begins, and where the next one does. None if there is none with this name, or several."""
+        places = [at for at, found in enumerate(self._names) if found == name]
+        if len(places) != 1:
+            return None
+        begin = self._addresses[places[0]]
+        end = bisect_right(self._addresses, begin)
+        return (begin, self._addresses[end]) if end < len(self) else None
+
     def __len__(self) -> int:
         return len(self._names)
 
