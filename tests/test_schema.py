@@ -18,9 +18,10 @@ from tcpscope import schema
 from tcpscope.errors import UsageError
 from tcpscope.filters import address_bytes
 from tcpscope.kernel.spec import Spec, probes
-from tcpscope.schema import Clock, Decoder, Layout, comm_text
+from tcpscope.schema import Clock, Decoder, Layout, comm_text, tcp_flags_text
 from tests import examples  # noqa: F401  for its settings
 
+KINDS = ("stack", "errno", "text", "function", "tcp_flags")
 WITHOUT_ROWS = ("owner", "rtt")
 TRANSITION = Spec.of("transition").layout("transition")
 VALUES: dict[str, Any] = {
@@ -81,7 +82,7 @@ def test_every_column_is_described(probe: str) -> None:
     for layout in layouts:
         for field in layout.fields:
             assert field.doc, field
-            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", "stack", "errno", "text"), field
+            assert field.kind in ("int", "bool", "enum", "address", "comm", "time", *KINDS), field
             if field.unit and field.kind != "time":
                 assert field.name.endswith(f"_{field.unit}"), field
 
@@ -307,3 +308,35 @@ def test_the_row_types_encode_as_json() -> None:
     (row,) = decode(record())
     assert msgspec.json.decode(msgspec.json.encode(row))["raddr"] == "2001:db8::1"
     assert isinstance(TRANSITION.decoder(), Decoder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"), [(0, "none"), (2, "SYN"), (18, "SYN|ACK"), (255, "FIN|SYN|RST|PSH|ACK|URG|ECE|CWR")]
+)
+def test_tcp_flags(flags: int, text: str) -> None:
+    assert tcp_flags_text(flags) == text
+
+
+def test_a_reason_of_a_subsystem() -> None:
+    """Its number has no name; its upper half does, unless the kernel has no enum of subsystems."""
+    enums = {
+        "skb_drop_reason": {2: "SKB_DROP_REASON_NOT_SPECIFIED"},
+        "skb_drop_reason_subsys": {2: "SKB_DROP_REASON_SUBSYS_OPENVSWITCH"},
+    }
+    layout = Spec.of("drops").layout("drop").select(["reason", "location"]).named(lambda enum: enums.get(enum, {}))
+    by_name = {"reason": 0, "location": 0xFFFF}
+    found = []
+    for reason in (2, 3, 2 << 16 | 7, 5 << 16 | 7, 0xFFFFFFFF):
+        record = bytearray(layout.size)
+        for field in layout.fields:
+            value = reason if field.name == "reason" else by_name[field.name]
+            record[field.offset : field.offset + field.size] = value.to_bytes(field.size, "little")
+        found += layout.decoder(frame=lambda address: f"at {address:#x}").rows(bytes(record))
+    assert [row.reason for row in found] == ["NOT_SPECIFIED", "3", "OPENVSWITCH:7", "5:7", None]
+    assert {row.location for row in found} == {"at 0xffff"}
+
+
+def test_a_namespace_that_may_be_unknown() -> None:
+    """Only of the events that say so."""
+    assert Spec.of("drops").layout("drop").field("netns").unknown == 0
+    assert Spec.of("retrans").layout("retrans").field("netns").unknown is None

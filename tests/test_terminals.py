@@ -36,6 +36,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("cong", "--all"): ("LOSS(ms)", "RECOV(ms)", "REMOTE"),
     ("connect",): ("OUTCOME", "REMOTE", "ESTABLISHED", "REFUSED"),
     ("connlat",): ("LAT(ms)", "REMOTE", "OUTCOME"),
+    ("drop",): ("REASON", "LOCAL", "REMOTE", "NO_SOCKET"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
     ("queue",): ("LOCAL", "WAIT(ms)", "ACCEPTQ", "LIMIT"),
     ("reset",): ("DIRECTION", "CAUSE", "REMOTE"),

@@ -27,7 +27,6 @@ _ALL = {
     "--ebpf": "use --explain to see which programs are attached",
 }
 MISSING = {
-    "tcpdrop": "`queue --events` shows refused handshakes, `retrans` what is sent again",
     "tcpsubnet": "`top --by raddr` shows bytes by remote address",
     "tcppktlat": "`list` shows how many bytes wait for the application",
 }

@@ -50,9 +50,49 @@ class Closer(StrEnum):
     REMOTE = "REMOTE"
 
 
+class Counter(StrEnum):
+    NONE = "NONE"
+    IpExtInCsumErrors = "IpExtInCsumErrors"
+    IpExtInNoRoutes = "IpExtInNoRoutes"
+    IpInAddrErrors = "IpInAddrErrors"
+    IpInHdrErrors = "IpInHdrErrors"
+    IpOutNoRoutes = "IpOutNoRoutes"
+    TcpExtDelayedACKLost = "TcpExtDelayedACKLost"
+    TcpExtIPReversePathFilter = "TcpExtIPReversePathFilter"
+    TcpExtListenDrops = "TcpExtListenDrops"
+    TcpExtListenOverflows = "TcpExtListenOverflows"
+    TcpExtPAWSEstab = "TcpExtPAWSEstab"
+    TcpExtPAWSOldAck = "TcpExtPAWSOldAck"
+    TcpExtPAWSTimewait = "TcpExtPAWSTimewait"
+    TcpExtTCPAOBad = "TcpExtTCPAOBad"
+    TcpExtTCPAOKeyNotFound = "TcpExtTCPAOKeyNotFound"
+    TcpExtTCPAORequired = "TcpExtTCPAORequired"
+    TcpExtTCPAbortOnData = "TcpExtTCPAbortOnData"
+    TcpExtTCPBacklogDrop = "TcpExtTCPBacklogDrop"
+    TcpExtTCPDeferAcceptDrop = "TcpExtTCPDeferAcceptDrop"
+    TcpExtTCPMD5Failure = "TcpExtTCPMD5Failure"
+    TcpExtTCPMD5NotFound = "TcpExtTCPMD5NotFound"
+    TcpExtTCPMD5Unexpected = "TcpExtTCPMD5Unexpected"
+    TcpExtTCPMinTTLDrop = "TcpExtTCPMinTTLDrop"
+    TcpExtTCPOFODrop = "TcpExtTCPOFODrop"
+    TcpExtTCPOFOMerge = "TcpExtTCPOFOMerge"
+    TcpExtTCPRcvQDrop = "TcpExtTCPRcvQDrop"
+    TcpExtTCPSYNChallenge = "TcpExtTCPSYNChallenge"
+    TcpExtTCPZeroWindowDrop = "TcpExtTCPZeroWindowDrop"
+    TcpExtTSEcrRejected = "TcpExtTSEcrRejected"
+    TcpInCsumErrors = "TcpInCsumErrors"
+
+
 class Direction(StrEnum):
     SENT = "SENT"
     RECEIVED = "RECEIVED"
+
+
+class DiscardKind(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    LOST = "LOST"
+    REFUSED = "REFUSED"
+    HARMLESS = "HARMLESS"
 
 
 class End(StrEnum):
@@ -96,6 +136,12 @@ class Outcome(StrEnum):
     GAVE_UP = "GAVE_UP"
     KILLED = "KILLED"
     FAILED = "FAILED"
+
+
+class Passage(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    RECEIVED = "RECEIVED"
+    SENT = "SENT"
 
 
 class Role(StrEnum):
@@ -363,6 +409,76 @@ class Connlat(msgspec.Struct, frozen=True):
 
     latency_us: int | None
     """from SYN_SENT, in connect(), to the outcome"""
+
+
+class Drop(msgspec.Struct, frozen=True):
+    """A row of `drop`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int | None
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that called connect(), listen() or accept()"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    location: str
+    """kernel function that discarded it, and the offset in it"""
+
+    reason: str | None
+    """why, in the kernel's words; Linux before 5.17 gives no reason"""
+
+    packet_bytes: int | None
+    """length of the IP packet"""
+
+    flags: str | None
+    """TCP flags"""
+
+    kind: DiscardKind | None
+    """LOST; REFUSED by a listener, or by a port without one; HARMLESS"""
+
+    counter: Counter | None
+    """SNMP counter in which the kernel counted it"""
+
+    state: TcpState | None
+    """state of the socket"""
+
+    direction: Passage | None
+    """RECEIVED, also to be forwarded; SENT by this host"""
+
+    device: str | None
+    """network device"""
+
+    stack: list[str] | None
+    """kernel stack, innermost first"""
 
 
 class Life(msgspec.Struct, frozen=True):
@@ -1117,6 +1233,32 @@ def open(
     *,
     min: str | None = ...,
     histogram: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
+) -> Events[Any]: ...
+
+
+@overload
+def open(
+    tool: Literal["drop"],
+    /,
+    *,
+    all: bool = ...,
+    reason: str | Sequence[str] | None = ...,
+    stack: bool = ...,
+    **asked: Unpack[Asked],
+) -> Events[Drop]: ...
+
+
+@overload
+def open(
+    tool: Literal["drop"],
+    /,
+    *,
+    all: bool = ...,
+    reason: str | Sequence[str] | None = ...,
+    stack: bool = ...,
+    count: bool = ...,
     by: str | Sequence[str] | None = ...,
     **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...

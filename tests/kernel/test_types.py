@@ -38,6 +38,8 @@ FIELDS_THAT_MAY_BE_MISSING = {
     ("inet_connection_sock", "icsk_timeout"): "gone by 6.16; asked for before it is read",
     ("inet_connection_sock", "icsk_retransmit_timer"): "gone in 6.19; asked for before it is read",
     ("sock", "tcp_retransmit_timer"): "came in 6.19; read where the other two are missing",
+    ("trace_event_raw_kfree_skb", "reason"): "came in 5.17; only asked whether it exists",
+    ("trace_event_raw_kfree_skb", "rx_sk"): "came in 6.11; only asked whether it exists",
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
 }
 OTHER_KINDS = {

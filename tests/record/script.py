@@ -406,9 +406,13 @@ class Host:
         sequence: int = 1_000_000,
         acknowledged: int = 0,
         flags: int = 2,
+        wrong: int = 0,
     ) -> Call:
-        """Send a TCP segment without data in whosever name that is; flags: FIN 1, SYN 2, RST 4, ACK 16."""
-        return self.agent("tcp", source, sport, target, dport, sequence, acknowledged, flags)
+        """Send a TCP segment without data in whosever name that is; flags: FIN 1, SYN 2, RST 4, ACK 16.
+
+        Its checksum is wrong by `wrong`.
+        """
+        return self.agent("tcp", source, sport, target, dport, sequence, acknowledged, flags, wrong)
 
 
 class Process:

@@ -51,6 +51,15 @@ static __always_inline bool retransmit_timer_is_due(struct tcp_sock *tcp)
 }
 
 /*
+ * "net: skb: introduce kfree_skb_reason()" (5.17) gave the tracepoint kfree_skb a reason; -1: there is none. "net: add rx_sk to
+ * trace_kfree_skb" (6.11) gave it the socket that was to receive the packet; NULL: it is not known.
+ */
+#define DROP_REASON(ctx)                                                                                          \
+	(bpf_core_field_exists(struct trace_event_raw_kfree_skb, reason) ? (__u32)CTX_SLOT(ctx, 2) : (__u32) - 1)
+#define DROP_RECEIVER(ctx)                                                                                       \
+	((struct sock *)(bpf_core_field_exists(struct trace_event_raw_kfree_skb, rx_sk) ? CTX_SLOT(ctx, 3) : 0))
+
+/*
  * "bpf: Expose bpf_get_socket_cookie to tracing programs" (5.12). Before 5.12 a socket has a cookie only if somebody asked
  * for it (ss -e, SO_COOKIE). BPF_FUNC_check_mtu came in the same release, and the BTF has it.
  */

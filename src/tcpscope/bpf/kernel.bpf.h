@@ -20,6 +20,8 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define AF_UNSPEC 0
+#define ETH_P_IP 0x0800 /* include/uapi/linux/if_ether.h */
+#define ETH_P_IPV6 0x86DD
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
@@ -138,6 +140,16 @@ struct sock_common { /* include/net/sock.h */
 	struct sock *skc_listener; /* of a request */
 };
 
+struct net_device { /* include/linux/netdevice.h */
+	char name[16];
+	int ifindex;
+	possible_net_t nd_net;
+};
+
+struct dst_entry { /* include/net/dst.h */
+	struct net_device *dev;
+};
+
 struct sk_buff_head {         /* include/linux/skbuff.h */
 	struct sk_buff *prev; /* the last one */
 	__u32 qlen;
@@ -187,6 +199,7 @@ struct inet_sock { /* include/net/inet_sock.h */
 
 struct request_sock { /* include/net/request_sock.h */
 	struct sock_common __req_common;
+	__u8 num_timeout : 7;
 };
 
 struct tcp_request_sock { /* include/linux/tcp.h */
@@ -194,6 +207,7 @@ struct tcp_request_sock { /* include/linux/tcp.h */
 };
 
 struct request_sock_queue { /* include/net/request_sock.h */
+	__u8 rskq_defer_accept;
 	atomic_t qlen;
 	struct request_sock *rskq_accept_head;
 };
@@ -268,21 +282,18 @@ struct mptcp_subflow_context { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 	struct sock *conn;
 };
 
-struct sk_buff { /* include/linux/skbuff.h */
+struct sk_buff {                /* include/linux/skbuff.h */
+	struct net_device *dev; /* in a union with the links of a tree */
+	struct sock *sk;
 	char cb[48];
+	unsigned long _skb_refdst; /* a struct dst_entry, and a flag in the lowest bit */
 	unsigned int len;
-	unsigned long _skb_refdst;
-	unsigned char *head;
+	int skb_iif;
+	__be16 protocol;
 	__u16 transport_header;
 	__u16 network_header;
-};
-
-struct net_device { /* include/linux/netdevice.h */
-	possible_net_t nd_net;
-};
-
-struct dst_entry { /* include/net/dst.h */
-	struct net_device *dev;
+	unsigned int tail; /* of the linear part, from `head` */
+	unsigned char *head;
 };
 
 struct rtable { /* include/net/route.h */
@@ -414,6 +425,13 @@ struct tp_transition_snapshot { /* kernel/tracepoint.c */
 
 struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since 6.17 */
 	int err;
+};
+
+enum skb_drop_reason { SKB_NOT_DROPPED_YET }; /* include/net/dropreason-core.h, since 5.17 */
+
+struct trace_event_raw_kfree_skb {   /* include/trace/events/skb.h */
+	enum skb_drop_reason reason; /* since 5.17 */
+	void *rx_sk;                 /* since 6.11 */
 };
 
 struct pt_regs___kernel { /* arch/{x86,arm64}/include/asm/ptrace.h */

@@ -360,7 +360,10 @@ static unsigned short checksum(const void *bytes, size_t size, unsigned int sum)
 	return ~sum;
 }
 
-/* tcp SOURCE SPORT TARGET DPORT SEQUENCE ACKNOWLEDGED FLAGS: sends a segment without data. A SYN carries an MSS. */
+/*
+ * tcp SOURCE SPORT TARGET DPORT SEQUENCE ACKNOWLEDGED FLAGS [WRONG]: sends a segment without data. A SYN carries an MSS. Its
+ * checksum is wrong by WRONG.
+ */
 static void segment(struct actor *a, int count, char **w, struct reply *r)
 {
 	struct sockaddr_storage source, target;
@@ -400,6 +403,7 @@ static void segment(struct actor *a, int count, char **w, struct reply *r)
 	pseudo[2 * width + 7] = IPPROTO_TCP;
 	memcpy(pseudo + 2 * width + 8, tcp, size);
 	check = htons(checksum(pseudo, 2 * width + 8 + size, 0));
+	check += count > 7 ? htons(atoi(w[7])) : 0;
 	memcpy(tcp + 16, &check, 2);
 	r->begin = now_ns();
 	outcome(r, raw < 0 ? -1 : sendto(raw, packet, head + size, 0, (void *)&target, room));

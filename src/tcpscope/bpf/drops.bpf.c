@@ -1,0 +1,474 @@
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+/* A packet of TCP that the kernel discards: why, where, and whose it is. */
+#define HAS_GROUPS
+#define COUNTED_BYTES(size) 144 /* of struct drop, without the stack */
+#include "socket_event.bpf.h"
+#include "packet.bpf.h"
+
+#define STACK_DEPTH 24
+#define REASONS 256
+#define PLACES 16
+
+enum discard_kind { KIND_UNKNOWN, KIND_LOST, KIND_REFUSED, KIND_HARMLESS } __attribute__((packed));
+enum passage { DIRECTION_UNKNOWN, DIRECTION_RECEIVED, DIRECTION_SENT } __attribute__((packed));
+
+/* Counters of the kernel that count a discarded packet. drop_facts.py says which reason is counted in which. */
+enum counter {
+	COUNTER_NONE,
+	COUNTER_IpExtInCsumErrors,
+	COUNTER_IpExtInNoRoutes,
+	COUNTER_IpInAddrErrors,
+	COUNTER_IpInHdrErrors,
+	COUNTER_IpOutNoRoutes,
+	COUNTER_TcpExtDelayedACKLost,
+	COUNTER_TcpExtIPReversePathFilter,
+	COUNTER_TcpExtListenDrops,
+	COUNTER_TcpExtListenOverflows,
+	COUNTER_TcpExtPAWSEstab,
+	COUNTER_TcpExtPAWSOldAck,
+	COUNTER_TcpExtPAWSTimewait,
+	COUNTER_TcpExtTCPAOBad,
+	COUNTER_TcpExtTCPAOKeyNotFound,
+	COUNTER_TcpExtTCPAORequired,
+	COUNTER_TcpExtTCPAbortOnData,
+	COUNTER_TcpExtTCPBacklogDrop,
+	COUNTER_TcpExtTCPDeferAcceptDrop,
+	COUNTER_TcpExtTCPMD5Failure,
+	COUNTER_TcpExtTCPMD5NotFound,
+	COUNTER_TcpExtTCPMD5Unexpected,
+	COUNTER_TcpExtTCPMinTTLDrop,
+	COUNTER_TcpExtTCPOFODrop,
+	COUNTER_TcpExtTCPOFOMerge,
+	COUNTER_TcpExtTCPRcvQDrop,
+	COUNTER_TcpExtTCPSYNChallenge,
+	COUNTER_TcpExtTCPZeroWindowDrop,
+	COUNTER_TcpExtTSEcrRejected,
+	COUNTER_TcpInCsumErrors,
+} __attribute__((packed));
+
+struct drop {
+	struct event event MAY_LACK("netns");
+	__u64 location WIDTH(24) KIND("function") DOC("kernel function that discarded it, and the offset in it");
+	__u32 reason WIDTH(19) NAMED_BY("skb_drop_reason", "SKB_DROP_REASON_")
+		SUBSYSTEMS("skb_drop_reason_subsys", "SKB_DROP_REASON_SUBSYS_") UNKNOWN_IS("max")
+		DOC("why, in the kernel's words; Linux before 5.17 gives no reason");
+	__u32 packet_bytes TITLE("LEN") WIDTH(5) UNIT("bytes") UNKNOWN_IS("zero") DOC("length of the IP packet");
+	__u16 flags KIND("tcp_flags") UNKNOWN_IS("max") DOC("TCP flags");
+	enum discard_kind kind UNKNOWN_IS("zero")
+	DOC("LOST; REFUSED by a listener, or by a port without one; HARMLESS");
+	enum counter counter UNKNOWN_IS("zero") WIDTH(23) DOC("SNMP counter in which the kernel counted it");
+	enum tcp_state state UNKNOWN_IS("zero") DOC("state of the socket");
+	enum passage direction TITLE("DIR") UNKNOWN_IS("zero") DOC("RECEIVED, also to be forwarded; SENT by this host");
+	__u8 padding[2];
+	char device[16] KIND("comm") WIDTH(8) UNKNOWN_IS("zero") DOC("network device");
+	__u64 stack[STACK_DEPTH] KIND("stack") UNKNOWN_IS("zero") DOC("kernel stack, innermost first");
+};
+const struct drop *drop_anchor __attribute__((unused));
+_Static_assert(offsetof(struct drop, stack) == COUNTED_BYTES(0), "the room of an event that is only counted");
+
+/* What else decides about a packet that is discarded for a reason. */
+enum rule {
+	RULE_NONE,
+	RULE_RECEIVER,  /* the receiver, or the place in the kernel: the reason says nothing */
+	RULE_NO_SOCKET, /* the flags */
+	RULE_OVERFLOW,  /* the accept queue */
+	RULE_STATE,     /* not counted so in SYN_SENT */
+	RULE_ORDER,     /* whether it is the next segment */
+};
+
+struct fact {
+	__u8 kind;
+	__u8 counter;
+	__u8 rule;
+	__u8 no_device; /* the packet was in a queue of the socket: skb->dev was overwritten */
+};
+
+/* Functions of the kernel, by address, where a discard without a reason is harmless. */
+struct place {
+	__u64 begin, end;
+};
+
+enum wanted_reasons { REASONS_ALL, REASONS_ONLY, REASONS_WITHOUT };
+
+const volatile bool send_stacks;
+const volatile bool want_harmless;
+const volatile bool want_whose;          /* owner, namespace or device: a flood that is only counted may do without */
+const volatile bool overflow_has_reason; /* "tcp: add four drop reasons to tcp_check_req()" (6.15) */
+const volatile __u32 wanted_reasons;     /* enum wanted_reasons */
+const volatile struct fact facts[2][REASONS]; /* of IPv4, IPv6 */
+const volatile struct place places[PLACES];
+
+/* Those that --reason names. User space fills it before it attaches a program. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u8);
+} reasons SEC(".maps");
+
+/*
+ * Before 6.15 kfree_skb does not tell apart what a listener does with a packet, and before 6.11 not who was to receive it.
+ * So the functions that know leave a note, which is for the next discard of that packet on this CPU. Softirqs do not nest.
+ */
+struct note {
+	struct sk_buff *skb;
+	struct sock *sk;
+	bool deferred; /* TCP_DEFER_ACCEPT */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct note);
+} notes SEC(".maps");
+
+static __always_inline void note(struct sk_buff *skb, struct sock *sk, bool deferred)
+{
+	__u32 zero = 0;
+	struct note *mine = bpf_map_lookup_elem(&notes, &zero);
+
+	if (mine)
+		*mine = (struct note){skb, sk, deferred};
+}
+
+/* A discarded packet, and what is known about it. */
+struct discard {
+	struct packet packet;
+	struct identity id;
+	struct sock *sk; /* whose it is; NULL: not known */
+	__u32 reason;
+	enum tcp_state state;
+	enum passage direction;
+	enum discard_kind kind;
+	enum counter counter;
+	bool noted, deferred;
+};
+
+static __always_inline bool reason_wanted(__u32 reason)
+{
+	return wanted_reasons == REASONS_ALL ||
+	       !bpf_map_lookup_elem(&reasons, &reason) == (wanted_reasons == REASONS_WITHOUT);
+}
+
+/* A reason of a subsystem has the subsystem's number in its upper half. Without reasons it is -1. */
+static __always_inline struct fact fact_of(__u32 reason, bool ipv6)
+{
+	const volatile struct fact *fact;
+
+	if (reason == (__u32)-1)
+		reason = 0;
+	if (reason >= REASONS)
+		return (struct fact){.kind = KIND_LOST};
+	fact = &facts[ipv6][reason];
+	return (struct fact){fact->kind, fact->counter, fact->rule, fact->no_device};
+}
+
+static __always_inline bool in_harmless_place(__u64 location)
+{
+	for (int i = 0; i < PLACES && places[i].end; i++)
+		if (location >= places[i].begin && location < places[i].end)
+			return true;
+	return false;
+}
+
+/* The kernel refuses a final ACK because the accept queue is full, or because it cannot make the child. */
+static __always_inline void refused_by_listener(struct discard *discard)
+{
+	struct sock *sk = discard->sk; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
+	bool full = BPF_CORE_READ(sk, sk_ack_backlog) > BPF_CORE_READ(sk, sk_max_ack_backlog);
+
+	discard->kind = KIND_REFUSED;
+	discard->counter = full ? COUNTER_TcpExtListenOverflows : COUNTER_TcpExtListenDrops;
+}
+
+/* A packet for a listener that is discarded without a reason: tcp_check_req(), tcp_v4_do_rcv(), tcp_v6_do_rcv(). */
+static __always_inline void judge_at_listener(struct discard *discard)
+{
+	struct inet_connection_sock *listener = (struct inet_connection_sock *)discard->sk;
+	const struct packet *packet = &discard->packet;
+	bool deferred = discard->deferred;
+
+	if (packet->flags == NO_FLAGS)
+		return;
+	if (packet->flags & (TCP_SYN | TCP_RST)) {
+		discard->kind = KIND_HARMLESS; /* a SYN that is answered once more; a peer that gives up */
+		return;
+	}
+	if (overflow_has_reason)
+		deferred = !packet->data && !(packet->flags & TCP_FIN) &&
+			   BPF_CORE_READ(listener, icsk_accept_queue.rskq_defer_accept);
+	if (deferred) {
+		discard->kind = KIND_HARMLESS;
+		discard->counter = COUNTER_TcpExtTCPDeferAcceptDrop;
+	} else if (discard->noted && !overflow_has_reason) {
+		refused_by_listener(discard);
+	} else {
+		discard->kind = KIND_REFUSED;
+	}
+}
+
+static __always_inline void judge_without_reason(struct discard *discard, __u64 location)
+{
+	if (discard->state == STATE_TIME_WAIT || in_harmless_place(location))
+		discard->kind = KIND_HARMLESS;
+	else if (discard->state == STATE_LISTEN)
+		judge_at_listener(discard);
+	else if (discard->direction == DIRECTION_SENT)
+		discard->kind = KIND_LOST;
+}
+
+/* A SYN to a port without a listener is refused. A RST for a connection that is gone needs no answer. */
+static __always_inline void judge_no_socket(struct discard *discard)
+{
+	__u16 flags = discard->packet.flags;
+
+	if (flags == NO_FLAGS)
+		return;
+	discard->kind = flags & TCP_RST                                                              ? KIND_HARMLESS
+			: discard->state == STATE_LISTEN || (flags & (TCP_SYN | TCP_ACK)) == TCP_SYN ? KIND_REFUSED
+												     : KIND_LOST;
+}
+
+/* tcp_data_queue() counts the next segment in one counter, tcp_data_queue_ofo() a later one in the other. */
+static __always_inline enum counter counter_by_order(const struct discard *discard)
+{
+	const struct tcp_sock *tcp = (const struct tcp_sock *)discard->sk;
+
+	if (!discard->sk || !discard->state || discard->packet.flags == NO_FLAGS)
+		return COUNTER_NONE;
+	return (__s32)(discard->packet.seq - BPF_CORE_READ(tcp, rcv_nxt)) > 0 ? COUNTER_TcpExtTCPOFODrop
+									      : COUNTER_TcpExtTCPRcvQDrop;
+}
+
+static __noinline int judge(struct discard *discard, __u32 rule, __u64 location)
+{
+	switch (rule) {
+	case RULE_RECEIVER:
+		judge_without_reason(discard, location);
+		break;
+	case RULE_NO_SOCKET:
+		judge_no_socket(discard);
+		break;
+	case RULE_OVERFLOW:
+		if (discard->state == STATE_LISTEN)
+			refused_by_listener(discard);
+		break;
+	case RULE_STATE:
+		if (!discard->state || discard->state == STATE_SYN_SENT)
+			discard->counter = COUNTER_NONE;
+		break;
+	case RULE_ORDER:
+		discard->counter = counter_by_order(discard);
+		break;
+	}
+	return 0;
+}
+
+/* Is it a socket of TCP with this local port? A reply without a socket has one that the kernel uses for all of them. */
+static __always_inline bool is_of(struct sock *sk, __u16 lport)
+{
+	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family);
+
+	return (family == AF_INET || family == AF_INET6) && lport && BPF_CORE_READ(sk, __sk_common.skc_num) == lport;
+}
+
+static __always_inline __u32 netns_of_device(struct net_device *device)
+{
+	return device ? BPF_CORE_READ(device, nd_net.net, ns.inum) : 0;
+}
+
+/* The device of the packet. A received one must come from there: skb->dev is in a union, and may be something else. */
+static __always_inline struct net_device *device_of(struct sk_buff *skb, const struct fact *fact)
+{
+	struct net_device *device = skb->dev;
+
+	if (!device || fact->no_device)
+		return NULL;
+	return !skb->skb_iif || BPF_CORE_READ(device, ifindex) == skb->skb_iif ? device : NULL;
+}
+
+static __always_inline __u32 netns_of(struct sk_buff *skb, struct sock *sk, struct net_device *device)
+{
+	struct dst_entry *route = (struct dst_entry *)(skb->_skb_refdst & ~1UL);
+
+	if (sk)
+		return BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	if (device)
+		return netns_of_device(device);
+	return route ? netns_of_device(BPF_CORE_READ(route, dev)) : 0;
+}
+
+/* Both ends, by the direction. A packet without an IP header has a socket that sends it. */
+static __always_inline void identify(struct discard *discard, struct sock *receiver, struct sock *owner)
+{
+	struct packet *packet = &discard->packet;
+	struct identity *id = &discard->id;
+	struct sock *sk = receiver ?: owner;
+
+	if (packet->family) {
+		bool out = discard->direction == DIRECTION_SENT;
+
+		id->family = packet->family;
+		id->lport = out ? packet->sport : packet->dport;
+		id->rport = out ? packet->dport : packet->sport;
+		__builtin_memcpy(id->laddr, out ? packet->saddr : packet->daddr, 16);
+		__builtin_memcpy(id->raddr, out ? packet->daddr : packet->saddr, 16);
+		if (sk && !is_of(sk, id->lport))
+			sk = NULL;
+	} else if (sk) {
+		identity_read(sk, id);
+	}
+	discard->sk = sk;
+	if (sk)
+		discard->state = BPF_CORE_READ(sk, __sk_common.skc_state);
+}
+
+/* The socket in the table: the listener of a request. */
+static __always_inline const struct owner *owner_of(const struct discard *discard)
+{
+	struct sock *sk = discard->sk;
+
+	if (!sk || discard->state == STATE_TIME_WAIT)
+		return NULL;
+	if (discard->state == STATE_NEW_SYN_RECV)
+		sk = BPF_CORE_READ(sk, __sk_common.skc_listener);
+	return connection_owner(connection_find(sk));
+}
+
+/* Is it a full socket? Others get no cookie. */
+static __always_inline bool is_full(struct sock *sk)
+{
+	__u8 state = sk->__sk_common.skc_state;
+
+	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV;
+}
+
+/*
+ * `receiver` is the socket that was to receive the packet, or NULL; `owner` is skb->sk: who sent it, or in whose queue it
+ * was; `cookie` is that of the one which is known.
+ */
+static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 location, __u32 reason,
+				     struct sock *receiver, __u64 cookie, const struct note *note)
+{
+	__u16 protocol = skb->protocol;
+	struct fact fact = fact_of(reason, protocol == bpf_htons(ETH_P_IPV6));
+	struct discard discard = {.reason = reason, .kind = fact.kind, .counter = fact.counter};
+	struct drop *event;
+	__u8 room[COUNTED_BYTES(0)] __attribute__((aligned(8)));
+	struct net_device *device = NULL;
+	struct sock *owner = skb->sk;
+
+	if (!reason_wanted(reason) || (fact.kind == KIND_HARMLESS && !want_harmless))
+		return 0;
+	if (protocol == bpf_htons(ETH_P_IP) || protocol == bpf_htons(ETH_P_IPV6)) {
+		if (!packet_read(skb, &discard.packet))
+			return 0;
+	} else if (protocol || !owner || owner->sk_protocol != IPPROTO_TCP) {
+		return 0;
+	} else {
+		discard.packet.flags = NO_FLAGS;
+	}
+	discard.direction = skb->skb_iif || receiver ? DIRECTION_RECEIVED : owner ? DIRECTION_SENT : DIRECTION_UNKNOWN;
+	if (note) {
+		discard.noted = true;
+		discard.deferred = note->deferred;
+	}
+	identify(&discard, receiver, owner);
+	judge(&discard, fact.rule, location);
+	if (discard.kind == KIND_HARMLESS && !want_harmless)
+		return 0;
+	if (want_whose) {
+		device = device_of(skb, &fact);
+		discard.id.netns = netns_of(skb, receiver ?: owner, device);
+		discard.id.cookie = discard.sk ? cookie : 0;
+	}
+	event = event_begin_in(room, sizeof(*event), IS_GROUPING ? 0 : bpf_ktime_get_ns(), &discard.id,
+			       want_whose ? owner_of(&discard) : NULL);
+	if (!event)
+		return 0;
+	event->location = location;
+	event->reason = reason;
+	event->packet_bytes = discard.packet.bytes;
+	event->flags = discard.packet.flags;
+	event->kind = discard.kind;
+	event->counter = discard.counter;
+	event->state = discard.state;
+	event->direction = discard.direction;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	__builtin_memset(event->device, 0, sizeof(event->device));
+	if (device)
+		BPF_CORE_READ_STR_INTO(&event->device, device, name);
+	if (!IS_GROUPING) {
+		__builtin_memset(event->stack, 0, sizeof(event->stack));
+		if (send_stacks)
+			bpf_get_stack(ctx, event->stack, sizeof(event->stack), 0);
+	}
+	return event_submit(event);
+}
+
+SEC("tp_btf/kfree_skb")
+NEEDS("SKB_DROP_REASON_TCP_LISTEN_OVERFLOW")
+int TRACEPOINT_PROG(drop__reason, struct sk_buff *skb, void *location, __u32 reason, struct sock *receiver)
+{
+	struct sock *owner = skb->sk;
+	__u64 cookie = 0;
+
+	if (!receiver)
+		cookie = owner ? cookie_if_any(owner) : 0;
+	else if (is_full(receiver))
+		cookie = COOKIE_OF(receiver);
+	return discarded(ctx, skb, (__u64)location, reason, receiver, cookie, NULL);
+}
+
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(drop__note, struct sk_buff *skb, void *location)
+{
+	struct sock *receiver = DROP_RECEIVER(ctx), *owner = skb->sk;
+	__u32 zero = 0;
+	struct note *note = bpf_map_lookup_elem(&notes, &zero);
+	struct note mine = {};
+
+	if (note && note->skb == skb) {
+		mine = *note;
+		note->skb = NULL;
+		receiver = mine.sk;
+	}
+	return discarded(ctx, skb, (__u64)location, DROP_REASON(ctx), receiver,
+			 receiver ? cookie_if_any(receiver)
+			 : owner  ? cookie_if_any(owner)
+				  : 0,
+			 mine.sk ? &mine : NULL);
+}
+
+OPTIONAL("before 6.15: what happens to packets in TIME_WAIT")
+UNLESS("drop__reason")
+SEC("fentry/tcp_timewait_state_process")
+int FUNCTION_PROG(timewait__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	note(skb, sk, false);
+	return 0;
+}
+
+/* The child, or NULL if the packet is discarded. It takes five arguments where this program is attached. */
+OPTIONAL("before 6.15: what a listener does with the packets of a handshake")
+UNLESS("drop__reason")
+SEC("fexit/tcp_check_req")
+int FUNCTION_PROG(request__fexit, struct sock *sk, struct sk_buff *skb, struct request_sock *req, bool fastopen,
+		  bool *stolen, struct sock *child)
+{
+	struct inet_connection_sock *listener = (struct inet_connection_sock *)sk;
+	bool was_stolen = false;
+	struct packet packet = {};
+
+	if (child)
+		return 0;
+	bpf_probe_read_kernel(&was_stolen, 1, stolen);
+	if (was_stolen || !packet_read(skb, &packet))
+		return 0;
+	note(skb, sk,
+	     !packet.data && !(packet.flags & TCP_FIN) &&
+		     BPF_CORE_READ_BITFIELD_PROBED(req, num_timeout) <
+			     BPF_CORE_READ(listener, icsk_accept_queue.rskq_defer_accept));
+	return 0;
+}

@@ -1,0 +1,172 @@
+"""What the kernel's reasons to discard a packet mean: is anything lost, and which SNMP counter counts it?
+
+Each entry names the function of the kernel that counts. A reason without an entry is a loss, and no counter is known.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from tcpscope.errors import UnsupportedError, UsageError, did_you_mean
+from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.symbols import Symbols
+from tcpscope.request import names_in
+
+ENUM, PREFIX = "skb_drop_reason", "SKB_DROP_REASON_"
+_SIZE = 256  # REASONS in drops.bpf.c
+_PLACES = 16
+_RULES = ("", "RECEIVER", "NO_SOCKET", "OVERFLOW", "STATE", "ORDER")  # enum rule
+_ALL, _ONLY, _WITHOUT = range(3)  # enum wanted_reasons
+
+
+class Fact(NamedTuple):
+    """What a reason means.
+
+    kind     LOST, REFUSED or HARMLESS
+    counter  for both IP versions; `ipv4` is one for IPv4 only
+    rule     what else the program looks at (enum rule)
+    queued   the packet was in a queue of its socket
+    """
+
+    kind: str = "LOST"
+    counter: str = ""
+    ipv4: str = ""
+    rule: str = ""
+    queued: bool = False
+
+
+_LOST = Fact()
+_WITHOUT_REASON = Fact("", rule="RECEIVER")
+FACTS = {
+    "NOT_SPECIFIED": _WITHOUT_REASON,
+    "NO_SOCKET": Fact(rule="NO_SOCKET"),
+    "TCP_LISTEN_OVERFLOW": Fact("REFUSED", "TcpExtListenDrops", rule="OVERFLOW"),  # tcp_v4_syn_recv_sock()
+    "TCP_CSUM": Fact(counter="TcpInCsumErrors"),  # tcp_v4_rcv(), tcp_add_backlog(), tcp_rcv_established()
+    "TCP_MINTTL": Fact(counter="TcpExtTCPMinTTLDrop"),  # tcp_v4_rcv()
+    "TCP_MD5NOTFOUND": Fact(counter="TcpExtTCPMD5NotFound"),  # tcp_inbound_hash()
+    "TCP_MD5UNEXPECTED": Fact(counter="TcpExtTCPMD5Unexpected"),  # tcp_inbound_md5_hash()
+    "TCP_MD5FAILURE": Fact(counter="TcpExtTCPMD5Failure"),  # tcp_inbound_md5_hash()
+    "TCP_AONOTFOUND": Fact(counter="TcpExtTCPAORequired"),  # tcp_inbound_hash()
+    "TCP_AOUNEXPECTED": Fact(counter="TcpExtTCPAOKeyNotFound"),  # tcp_inbound_ao_hash()
+    "TCP_AOKEYNOTFOUND": Fact(counter="TcpExtTCPAOKeyNotFound"),  # tcp_inbound_ao_hash()
+    "TCP_AOFAILURE": Fact(counter="TcpExtTCPAOBad"),  # tcp_ao_verify_hash()
+    "SOCKET_BACKLOG": Fact(counter="TcpExtTCPBacklogDrop"),  # tcp_add_backlog()
+    "TCP_ABORT_ON_DATA": Fact(counter="TcpExtTCPAbortOnData"),  # tcp_rcv_state_process()
+    "TCP_ZEROWINDOW": Fact(counter="TcpExtTCPZeroWindowDrop"),  # tcp_data_queue()
+    "PROTO_MEM": Fact(rule="ORDER"),  # tcp_data_queue(), tcp_data_queue_ofo()
+    "TCP_OFO_QUEUE_PRUNE": Fact(queued=True),  # tcp_prune_ofo_queue() counts calls, not packets
+    "TCP_RFC7323_PAWS": Fact(counter="TcpExtPAWSEstab", rule="STATE"),  # tcp_validate_incoming(), tcp_check_req()
+    "TCP_RFC7323_TW_PAWS": Fact(counter="TcpExtPAWSTimewait"),  # tcp_timewait_state_process()
+    "TCP_RFC7323_TSECR": Fact(counter="TcpExtTSEcrRejected"),  # tcp_check_req()
+    "TCP_INVALID_SYN": Fact(counter="TcpExtTCPSYNChallenge"),  # tcp_validate_incoming()
+    "IP_OUTNOROUTES": Fact(ipv4="IpOutNoRoutes"),  # __ip_queue_xmit()
+    "IP_CSUM": Fact(ipv4="IpExtInCsumErrors"),  # ip_rcv_core()
+    "IP_INHDR": Fact(ipv4="IpInHdrErrors"),  # ip_rcv_core(), ip_forward()
+    "IP_INADDRERRORS": Fact(ipv4="IpInAddrErrors"),  # ip_error()
+    "IP_INNOROUTES": Fact(ipv4="IpExtInNoRoutes"),  # ip_error()
+    "IP_RPFILTER": Fact(ipv4="TcpExtIPReversePathFilter"),  # ip_rcv_finish_core()
+    # What the receiver has already, or what was for somebody else.
+    "TCP_OLD_DATA": Fact("HARMLESS", "TcpExtDelayedACKLost"),  # tcp_data_queue()
+    "TCP_OFOMERGE": Fact("HARMLESS", "TcpExtTCPOFOMerge", queued=True),  # tcp_data_queue_ofo()
+    "TCP_OFO_DROP": Fact("HARMLESS", queued=True),
+    "TCP_OLD_SEQUENCE": Fact("HARMLESS"),  # a keepalive probe, for one
+    "TCP_OLD_ACK": Fact("HARMLESS"),
+    "TCP_RFC7323_PAWS_ACK": Fact("HARMLESS", "TcpExtPAWSOldAck"),  # tcp_validate_incoming()
+    "TCP_RESET": Fact("HARMLESS"),  # a RST that was obeyed
+    "QUEUE_PURGE": Fact("HARMLESS", queued=True),
+    "OTHERHOST": Fact("HARMLESS"),
+    "SOCKET_RCVBUFF": Fact("HARMLESS"),  # the copy for a raw socket
+    "PACKET_SOCK_ERROR": Fact("HARMLESS"),  # the copy for a packet socket
+}
+
+# Without a reason, a discard in one of these functions is harmless.
+_PLACES_WITHOUT_LOSS = (
+    "inet_sock_destruct",  # data that was never read
+    "kfree_skb_list",  # a part of a packet
+    "kfree_skb_list_reason",
+    "packet_rcv",  # the copy for a packet socket
+    "packet_rcv_spkt",
+    "raw_rcv",  # the copy for a raw socket
+    "sk_stream_kill_queues",
+    "skb_queue_purge",
+    "tpacket_rcv",
+)
+
+
+def constants(spec: Spec, enumerators: Mapping[int, str], symbols: Symbols) -> dict[str, Any]:
+    """The facts as the program has them. `enumerators` are the running kernel's reasons, empty before 5.17."""
+    names = {number: name.removeprefix(PREFIX) for number, name in enumerators.items()}
+    kinds, counters = (_numbers(spec, field) for field in ("kind", "counter"))
+
+    def packed(number: int, ipv6: bool) -> dict[str, int]:
+        fact = FACTS.get(names.get(number, ""), _LOST) if names else _WITHOUT_REASON
+        return {
+            "kind": kinds.get(fact.kind, 0),
+            "counter": counters.get(fact.counter or ("" if ipv6 else fact.ipv4), 0),
+            "rule": _RULES.index(fact.rule),
+            "no_device": fact.queued,
+        }
+
+    ranges = [symbols.range(name) for name in _PLACES_WITHOUT_LOSS]
+    places = [{"begin": found[0], "end": found[1]} for found in ranges if found]
+    return {
+        "facts": [[packed(number, ipv6) for number in range(_SIZE)] for ipv6 in (False, True)],
+        "places": places + [{"begin": 0, "end": 0}] * (_PLACES - len(places)),
+        "overflow_has_reason": "TCP_LISTEN_OVERFLOW" in names.values(),
+    }
+
+
+def _numbers(spec: Spec, name: str) -> dict[str, int]:
+    labels = spec.layout("drop").field(name).labels
+    assert labels
+    return {label: number for number, label in labels.items()}
+
+
+class Wanted(NamedTuple):
+    """The reasons that --reason asks for. `named`: it names some, and does not only exclude others."""
+
+    mode: int
+    numbers: tuple[int, ...] = ()
+    named: bool = False
+
+    @classmethod
+    def of(cls, text: str | None, enumerators: Mapping[int, str]) -> Wanted:
+        """UsageError for a name that the kernel does not have, UnsupportedError if it has no reasons at all."""
+        if text is None:
+            return cls(_ALL)
+        if not enumerators:
+            raise UnsupportedError(f"--reason {text}", "this kernel gives no reasons; Linux does since 5.17")
+        known = {
+            name.removeprefix(PREFIX): number
+            for number, name in enumerators.items()
+            if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ("MAX", "SUBSYS_MASK")
+        }
+        patterns = names_in(text)
+        if not patterns:
+            raise UsageError("--reason is empty", "give names of reasons, separated by commas")
+        excluded = _matching(known, (pattern[1:] for pattern in patterns if pattern.startswith("!")))
+        named = _matching(known, (pattern for pattern in patterns if not pattern.startswith("!")))
+        if not named:
+            return cls(_WITHOUT, tuple(sorted(excluded)))
+        if not named - excluded:
+            raise UsageError(f"--reason {text}", "nothing is left of these reasons")
+        return cls(_ONLY, tuple(sorted(named - excluded)), True)
+
+    @property
+    def keys(self) -> list[bytes]:
+        """The keys of the map `reasons`."""
+        return [number.to_bytes(4, "little") for number in self.numbers]
+
+
+def _matching(known: Mapping[str, int], patterns: Iterable[str]) -> set[int]:
+    found = set()
+    for pattern in patterns:
+        wanted = pattern.upper().removeprefix(PREFIX)
+        matching = {number for name, number in known.items() if fnmatch.fnmatchcase(name, wanted)}
+        if not matching:
+            hint = did_you_mean(wanted, list(known)) or "tcpscope drop --all --count shows the reasons that occur"
+            raise UsageError(f"this kernel has no reason {pattern!r}", hint)
+        found |= matching
+    return found

@@ -1,0 +1,154 @@
+"""Which TCP packets does the kernel discard, where, and why?
+
+One row per discarded packet: both ends, the reason in the kernel's words, the kernel function, the SNMP counter that
+counts it, and whether anything is lost. The owner is that of the socket which was to receive the packet, or which sent
+it. --stack adds the kernel stack.
+
+Without --all there are no rows of what belongs to normal life: packets for a connection in TIME_WAIT, data that was not
+read before close(), data that came twice, a bare ACK under TCP_DEFER_ACCEPT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import ClassVar
+
+from tcpscope import drop_reasons, groups
+from tcpscope.drop_reasons import Wanted
+from tcpscope.errors import UsageError
+from tcpscope.filters import Filter
+from tcpscope.kernel.compiled_filter import asks_owner
+from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.symbols import Symbols
+from tcpscope.output import Column
+from tcpscope.request import Option, Request
+from tcpscope.run import Run
+from tcpscope.session import Session
+from tcpscope.summary import Summary
+from tcpscope.tool import Stream
+
+_SHOWN = (
+    "time",
+    "pid",
+    "comm",
+    "direction",
+    "laddr",
+    "lport",
+    "raddr",
+    "rport",
+    "flags",
+    "packet_bytes",
+    "state",
+    "kind",
+    "reason",
+    "location",
+    "counter",
+)
+_WHY = {
+    "direction",
+    "flags",
+    "kind",
+    "reason",
+    "location",
+    "counter",
+    "packet_bytes",
+    "lport",
+    "rport",
+    "raddr",
+    "laddr",
+}
+
+
+class Drop(Stream):
+    """The events of the probe `drops`."""
+
+    for_more: ClassVar = {"CAP_SYSLOG": "names of functions; without it, addresses"}
+
+    def __init__(self) -> None:
+        super().__init__(
+            "drops",
+            _SHOWN,
+            important=("reason", "laddr", "raddr", "time", "flags", "location", "comm", "kind", "counter", "pid"),
+            event="drop",
+            aliases=("tcpdrop",),
+            options=(
+                Option(("-a", "--all"), "Show harmless discards too."),
+                Option(
+                    ("--reason",),
+                    "Only these reasons, comma-separated: names, patterns such as 'TCP_*', with ! all others.",
+                    str,
+                    names=True,
+                    repeats=True,
+                    metavar="NAMES",
+                ),
+                Option(("--stack",), "Print the kernel stack of each discard."),
+            ),
+            examples={
+                "drop -L 443": "discarded packets of one port",
+                "drop --count -i 10": "by reason and function, every ten seconds",
+                "drop --reason 'TCP_*,!TCP_CSUM' --stack": "some reasons only, and how the kernel came there",
+            },
+            summaries=(
+                Summary(
+                    "count",
+                    "Count the packets of each group in the kernel, do not print them.",
+                    ("reason", "location"),
+                ),
+            ),
+        )
+
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        if request.options["stack"] and request.options["count"]:
+            raise UsageError("--stack and --count", "groups have no stack")
+        return super().columns(request)
+
+    def chosen(self, request: Request) -> Sequence[str]:
+        return (*self.shown, "stack") if request.options["stack"] else self.shown
+
+    def frame(self, request: Request) -> Callable[[int], str]:
+        return _symbols().name
+
+    def open(self, request: Request) -> Run:
+        run = super().open(request)
+        if not len(_symbols()):
+            run.notes.append("functions are shown as addresses: the names need CAP_SYSLOG")
+        return run
+
+    def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
+        kernel = Kernel()
+        enumerators = kernel.enumerators(drop_reasons.ENUM)
+        wanted = Wanted.of(request.options["reason"], enumerators)
+        constants = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, _symbols()) | {
+            "want_whose": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
+            "want_harmless": bool(request.options["all"] or wanted.named),
+            "wanted_reasons": wanted.mode,
+            "send_stacks": bool(request.options["stack"]),
+            "rate_per_s": request.rate or 0,
+        }
+        counting = groups.constants(self.layout, by, sum) if by else {}
+        return Session(
+            self.probes[0],
+            None if by else self.event,
+            request.filter,
+            constants=constants | counting,
+            entries={} if by else dict.fromkeys(groups.MAPS, 1),
+            keys={"reasons": wanted.keys},
+            ring_bytes=request.buffer or self.ring_bytes(request),
+            kernel=kernel,
+            debug=request.debug,
+        )
+
+
+def _asks_whose(filter: Filter) -> bool:
+    return bool(filter.netns) or asks_owner(filter)
+
+
+@cache
+def _symbols() -> Symbols:
+    """Read once and early: the tool drops CAP_SYSLOG before it decodes rows."""
+    return Symbols()
+
+
+tool = Drop()

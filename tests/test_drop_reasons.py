@@ -1,0 +1,102 @@
+"""What --reason takes, and the table of reasons."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcpscope.drop_reasons import FACTS, PREFIX, Wanted, constants
+from tcpscope.errors import UnsupportedError, UsageError
+from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.symbols import Symbols
+
+ENUM = {
+    0: "SKB_NOT_DROPPED_YET",
+    2: f"{PREFIX}NOT_SPECIFIED",
+    3: f"{PREFIX}NO_SOCKET",
+    5: f"{PREFIX}TCP_CSUM",
+    6: f"{PREFIX}TCP_FLAGS",
+    7: f"{PREFIX}IP_OUTNOROUTES",
+    8: f"{PREFIX}MAX",
+    0xFFFF0000: f"{PREFIX}SUBSYS_MASK",
+}
+SPEC = Spec.of("drops")
+SYMBOLS = Symbols(["1000 t skb_queue_purge", "1040 T next", "2000 t raw_rcv", "2010 t raw_rcv", "2020 T last"])
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "numbers", "named"),
+    [
+        (None, 0, (), False),
+        ("TCP_CSUM", 1, (5,), True),
+        ("tcp_csum, SKB_DROP_REASON_NO_SOCKET", 1, (3, 5), True),
+        ("TCP_*", 1, (5, 6), True),
+        ("TCP_*,!TCP_CSUM", 1, (6,), True),
+        ("!TCP_*", 2, (5, 6), False),
+        ("!NO_SOCKET,!TCP_CSUM", 2, (3, 5), False),
+    ],
+)
+def test_reasons(text: str | None, mode: int, numbers: tuple[int, ...], named: bool) -> None:
+    assert Wanted.of(text, ENUM) == (mode, numbers, named)
+
+
+def test_keys() -> None:
+    assert Wanted.of("TCP_CSUM,NO_SOCKET", ENUM).keys == [b"\3\0\0\0", b"\5\0\0\0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("NO_SOKET", "this kernel has no reason 'NO_SOKET'; did you mean 'NO_SOCKET'?"),
+        ("!XYZ", "this kernel has no reason 'XYZ'; tcpscope drop --all --count shows the reasons that occur"),
+        ("MAX", "this kernel has no reason 'MAX'; "),
+        ("UDP_*", "this kernel has no reason 'UDP_*'; "),
+        (",", "--reason is empty; "),
+        ("TCP_*,!TCP_*", "nothing is left of these reasons"),
+    ],
+)
+def test_reasons_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        Wanted.of(text, ENUM)
+    assert message in str(error.value)
+
+
+def test_a_kernel_without_reasons() -> None:
+    with pytest.raises(UnsupportedError, match=r"gives no reasons; Linux does since 5\.17"):
+        Wanted.of("NO_SOCKET", {})
+
+
+def test_facts_by_number() -> None:
+    made = constants(SPEC, ENUM, SYMBOLS)
+    labels = {name: SPEC.layout("drop").field(name).labels or {} for name in ("kind", "counter")}
+
+    def fact(number: int, ipv6: bool = False) -> tuple[str, str]:
+        values = made["facts"][ipv6][number]
+        return labels["kind"][values["kind"]], labels["counter"][values["counter"]]
+
+    assert fact(5) == fact(5, True) == ("LOST", "TcpInCsumErrors")
+    assert (fact(7), fact(7, True)) == (("LOST", "IpOutNoRoutes"), ("LOST", "NONE"))
+    assert fact(6) == ("LOST", "NONE")
+    assert fact(2) == ("UNKNOWN", "NONE")
+    assert made["overflow_has_reason"] is False
+    assert constants(SPEC, ENUM | {9: f"{PREFIX}TCP_LISTEN_OVERFLOW"}, SYMBOLS)["overflow_has_reason"] is True
+
+
+def test_every_counter_is_one_of_the_events() -> None:
+    """Otherwise it would be shown as not known; and one that no reason has stands in the program."""
+    labels = SPEC.layout("drop").field("counter").labels or {}
+    named = {name for fact in FACTS.values() for name in (fact.counter, fact.ipv4) if name}
+    assert named <= set(labels.values())
+    by_program = {"TcpExtListenOverflows", "TcpExtTCPDeferAcceptDrop", "TcpExtTCPOFODrop", "TcpExtTCPRcvQDrop"}
+    assert set(labels.values()) - named == {"NONE", *by_program}
+
+
+def test_without_reasons_the_program_looks_at_the_receiver() -> None:
+    facts = constants(SPEC, {}, SYMBOLS)["facts"]
+    assert facts[0][0] == facts[1][0] == {"kind": 0, "counter": 0, "rule": 1, "no_device": False}
+
+
+def test_places() -> None:
+    """Of two functions with one name it is not known which is meant."""
+    places = constants(SPEC, ENUM, SYMBOLS)["places"]
+    assert len(places) == 16
+    assert [place for place in places if place["end"]] == [{"begin": 0x1000, "end": 0x1040}]
