@@ -70,15 +70,15 @@ static __always_inline enum answer answer_to(struct in_hand *packet, int step, i
 	if (packet->fast_open)
 		return ANSWER_UNKNOWN; /* without the child tcp_conn_request() goes on and may send a SYN-ACK */
 	if (step == STEP_ACK && cause == CAUSE_ACCEPT_QUEUE_FULL && abort_on_overflow &&
-	    BPF_CORE_READ(req, __req_common.skc_listener))
+	    (packet->reset || BPF_CORE_READ(req, __req_common.skc_listener)))
 		return ANSWER_RST;
 	return ANSWER_NONE;
 }
 
 static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int cause)
 {
-	struct connection *connection = connection_find(packet->sk);
-	struct activity *activity = activity_of(packet->sk);
+	struct connection *connection = packet->unnamed ? NULL : connection_find(packet->sk);
+	struct activity *activity = packet->unnamed ? NULL : activity_of(packet->sk);
 	struct identity id = {};
 	struct overflow *event;
 
@@ -88,11 +88,13 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 		return 0;
 	identity_read(packet->sk, &id);
 	peer_read(packet->skb, &id);
-	id.cookie = cookie_if_any(packet->sk);
+	id.cookie = packet->unnamed ? 0 : cookie_if_any(packet->sk);
 	event = event_begin(sizeof(*event), bpf_ktime_get_ns(), &id, connection_owner(connection));
 	if (!event)
 		return 0;
 	queues_read(packet->sk, &event->queues);
+	if (packet->unnamed)
+		event->queues.accept_queue = event->queues.accept_limit = event->queues.syn_queue = -1;
 	event->cause = cause;
 	event->step = step;
 	event->count = 1;

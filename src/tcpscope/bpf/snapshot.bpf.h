@@ -34,6 +34,7 @@ struct listener {
 	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */
 	__u64 now_ns;
 	__u64 refused[STEPS][CAUSES];
+	__u64 unnamed[CAUSES];
 };
 
 const struct listener *listener_anchor __attribute__((unused));
@@ -59,12 +60,13 @@ const struct listener_holder *listener_holder_anchor __attribute__((unused));
  */
 const volatile __u32 possible_cpus;
 
-const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit; /* without one of them user space samples */
+/* Without one of the first three user space samples; `begins` is a hook of the tracepoints that replace the third. */
+const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit, hooked_begins;
 
 /* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
 static __always_inline bool sampled(void)
 {
-	return send_events && !(hooked_syn_exit && hooked_ack4_exit && hooked_ack6_exit);
+	return send_events && !(hooked_syn_exit && hooked_ack4_exit && (hooked_ack6_exit || hooked_begins));
 }
 
 /*
@@ -158,6 +160,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 		record->accepter = activity->accepter;
 		record->last_accept_ns = activity->last_accept_ns;
 		__builtin_memcpy(record->refused, activity->refused, sizeof(record->refused));
+		__builtin_memcpy(record->unnamed, activity->unnamed, sizeof(record->unnamed));
 	}
 	return 1;
 }

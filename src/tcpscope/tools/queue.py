@@ -67,6 +67,7 @@ _TABLE_IMPORTANT = (
     "since_accept_ms",
 )
 _REFUSALS = ("overflows", "syn_drops", "cookies")
+_QUEUES = ("accept_queue", "accept_limit", "syn_queue")
 _EVENTS = (
     "time",
     "laddr",
@@ -229,6 +230,8 @@ _ORDER = (
 def _columns() -> tuple[Column, ...]:
     """All columns of a listener: those of the kernel's record, and derived ones."""
     read = {field.name: Column.of(field) for field in Spec.of("listeners").layout("listener").fields}
+    # Of an event they are unknown if several listeners of the address may have refused.
+    read |= {name: msgspec.structs.replace(read[name], nullable=False) for name in _QUEUES}
     known: dict[str, Column] = read | {column.name: column for column in _DERIVED}
     return tuple(known[name] for name in _ORDER)
 

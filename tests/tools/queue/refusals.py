@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tcpscope.kernel.features import Kernel
 from tests.record import PORTS, Call, Process, Script, Seen, Socket, Watch
 from tests.record.script import POLLOUT, SO_LINGER, SOL_SOCKET
 
@@ -171,7 +172,7 @@ class Run:
     def events(self, seen: Seen) -> Rows:
         """Its own events, as many as the counters of its time say."""
         rows = seen.rows(EVENTS, self.host, lport=self.port)
-        check(rows, moved(self.before, self.after), exact=seen.machine.functions_can_be_hooked)
+        check(rows, moved(self.before, self.after), exact=is_exact(seen))
         return rows
 
 
@@ -203,7 +204,7 @@ def all_events(seen: Seen, first: Run, last: Run | None = None) -> Rows:
     """The events of both hosts, as many as the counters say from the start of the first run to the end of the last."""
     rows = seen.rows(EVENTS)
     assert values(rows, "netns") <= {first.host.inode}
-    check(rows, moved(first.before, (last or first).after), exact=seen.machine.functions_can_be_hooked)
+    check(rows, moved(first.before, (last or first).after), exact=is_exact(seen))
     return rows
 
 
@@ -212,14 +213,23 @@ def findings(seen: Seen, run: Run) -> Rows:
     return [row for row in seen.run(DIAGNOSE).rows if row["facts"]["netns"] == run.host.inode]
 
 
+def is_exact(seen: Seen) -> bool:
+    """Whether functions can be hooked, or kfree_skb has rx_sk, which came with this function (6.11)."""
+    return seen.machine.functions_can_be_hooked or has_rx_sk(seen.machine.kernel)
+
+
+def has_rx_sk(kernel: Kernel) -> bool:
+    return kernel.parameters("sk_skb_reason_drop") is not None
+
+
 def needs_exact(seen: Seen) -> None:
-    if not seen.machine.functions_can_be_hooked:
-        pytest.skip("this kernel refuses fentry and has no kprobes")
+    if not is_exact(seen):
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
 
 
 def needs_samples(seen: Seen) -> None:
-    if seen.machine.functions_can_be_hooked:
-        pytest.skip("functions can be hooked: nothing is sampled")
+    if is_exact(seen):
+        pytest.skip("each refusal is seen: nothing is sampled")
 
 
 def values(rows: Sequence[dict[str, Any]], *columns: str) -> set[Any]:

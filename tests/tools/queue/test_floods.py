@@ -1,4 +1,4 @@
-"""`queue --events` of a full SYN queue and of SYN cookies, where functions can be hooked."""
+"""`queue --events` of a full SYN queue and of SYN cookies."""
 
 from __future__ import annotations
 

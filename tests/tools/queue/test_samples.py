@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.conftest import RunningTool
-from tests.lacks import functions_cannot_be_hooked
+from tests.lacks import refusals_cannot_be_seen
 from tests.record import Script, Test, recorded
 from tests.tools.queue.refusals import (
     BACKLOG,
@@ -146,8 +146,8 @@ def test_the_next_socket_at_an_address_begins_anew(script: Script) -> Test:
 @pytest.mark.kernel
 @pytest.mark.parametrize("words", [("--rport", "1"), ("--stack",)])
 def test_what_samples_do_not_know_is_refused(run_tool: type[RunningTool], words: tuple[str, ...]) -> None:
-    if not functions_cannot_be_hooked():
-        pytest.skip("functions can be hooked: nothing is sampled")
+    if not refusals_cannot_be_seen():
+        pytest.skip("each refusal is seen: nothing is sampled")
     with run_tool("queue", "--events", *words, ready=False) as tool:
         done = tool.wait()
     assert done.status == 3
