@@ -34,6 +34,15 @@ const struct overflow *overflow_anchor __attribute__((unused));
 const volatile bool send_events;
 const volatile bool send_stacks;
 
+/* Without one of the first three user space samples; `begins` is a hook of the tracepoints that replace the third. */
+const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit, hooked_begins;
+
+/* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
+static __always_inline bool sampled(void)
+{
+	return send_events && !(hooked_syn_exit && hooked_ack4_exit && (hooked_ack6_exit || hooked_begins));
+}
+
 /* The remote end of a handshake. It comes from the packet: at the SYN there is no request yet. */
 static __always_inline void peer_read(struct sk_buff *skb, struct identity *id)
 {
@@ -82,6 +91,8 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	struct identity id = {};
 	struct overflow *event;
 
+	if (sampled())
+		return 0;
 	if (activity && step > 0 && step < STEPS && cause > 0 && cause < CAUSES)
 		__sync_fetch_and_add(&activity->refused[step][cause], 1);
 	if (!send_events)

@@ -60,15 +60,6 @@ const struct listener_holder *listener_holder_anchor __attribute__((unused));
  */
 const volatile __u32 possible_cpus;
 
-/* Without one of the first three user space samples; `begins` is a hook of the tracepoints that replace the third. */
-const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit, hooked_begins;
-
-/* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
-static __always_inline bool sampled(void)
-{
-	return send_events && !(hooked_syn_exit && hooked_ack4_exit && (hooked_ack6_exit || hooked_begins));
-}
-
 /*
  * The namespace's counters, summed over all CPUs. The kernel counts the cause before the drop. So the drops are read first:
  * each of them has its cause in what is read after. Not by bpf_loop(): 5.10 refuses a program with callbacks, even unused.

@@ -13,10 +13,16 @@ from typing import Any
 import pytest
 
 from tcpscope.kernel.features import Kernel
+from tests.lacks import FUNCTIONS
 from tests.record import PORTS, Call, Process, Script, Seen, Socket, Watch
 from tests.record.script import POLLOUT, SO_LINGER, SOL_SOCKET
 
 EVENTS = Watch("queue", "--events", "--port", PORTS)
+TRACED = Watch("queue", "--events", "--port", PORTS, lacks=FUNCTIONS)
+"""By tracepoints alone."""
+SAMPLED = Watch(
+    "queue", "--events", "--port", PORTS, lacks=(*FUNCTIONS, "consume_skb", "kfree_skb"), every_kernel=False
+)
 TABLE = Watch("queue", "-i", "0.5", "--port", PORTS)
 DIAGNOSE = Watch("diagnose", "-d", "86400", "--port", PORTS)
 
@@ -201,11 +207,28 @@ def check(rows: Rows, change: Counter[str], *, exact: bool) -> None:
 
 
 def all_events(seen: Seen, first: Run, last: Run | None = None) -> Rows:
-    """The events of both hosts, as many as the counters say from the start of the first run to the end of the last."""
+    """The events of both hosts, as many as the counters say from the start of the first run to the end of the last.
+
+    Tracepoints alone show the same, where they can.
+    """
     rows = seen.rows(EVENTS)
     assert values(rows, "netns") <= {first.host.inode}
     check(rows, moved(first.before, (last or first).after), exact=is_exact(seen))
+    if has_rx_sk(seen.machine.kernel):
+        assert sorted(map(_content, seen.rows(TRACED))) == sorted(map(_content, rows))
     return rows
+
+
+def all_samples(seen: Seen, first: Run, last: Run | None = None) -> Rows:
+    """What is sampled on both hosts in that time: as many refusals as the counters say."""
+    rows = seen.rows(SAMPLED)
+    assert values(rows, "netns") <= {first.host.inode}
+    check(rows, moved(first.before, (last or first).after), exact=False)
+    return rows
+
+
+def _content(row: dict[str, Any]) -> str:
+    return repr([(name, value) for name, value in row.items() if name != "time"])
 
 
 def findings(seen: Seen, run: Run) -> Rows:
@@ -225,11 +248,6 @@ def has_rx_sk(kernel: Kernel) -> bool:
 def needs_exact(seen: Seen) -> None:
     if not is_exact(seen):
         pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
-
-
-def needs_samples(seen: Seen) -> None:
-    if is_exact(seen):
-        pytest.skip("each refusal is seen: nothing is sampled")
 
 
 def values(rows: Sequence[dict[str, Any]], *columns: str) -> set[Any]:
