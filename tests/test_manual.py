@@ -60,7 +60,7 @@ def test_help_writes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "offered"),
     [
-        (["con"], {"connect", "connlat"}),
+        (["conn"], {"connect", "connlat"}),
         (["connect", "--fa"], {"--failed"}),
         (["tcplife", "-o", ""], {"table", "json", "csv"}),
         (["help", "tra"], {"tracer"}),
