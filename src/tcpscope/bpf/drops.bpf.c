@@ -92,7 +92,7 @@ enum wanted_reasons { REASONS_ALL, REASONS_ONLY, REASONS_WITHOUT };
 
 const volatile bool send_stacks;
 const volatile bool want_harmless;
-const volatile bool want_whose;          /* owner, namespace or device: a flood that is only counted may do without */
+const volatile bool want_owner;          /* owner, namespace or device: a flood that is only counted may do without */
 const volatile bool overflow_has_reason; /* "tcp: add four drop reasons to tcp_check_req()" (6.15) */
 const volatile __u32 wanted_reasons;     /* enum wanted_reasons */
 const volatile struct fact facts[2][REASONS]; /* of IPv4, IPv6 */
@@ -378,13 +378,13 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	judge(&discard, fact.rule, location);
 	if (discard.kind == KIND_HARMLESS && !want_harmless)
 		return 0;
-	if (want_whose) {
+	if (want_owner) {
 		device = device_of(skb, &fact);
 		discard.id.netns = netns_of(skb, receiver ?: owner, device);
 		discard.id.cookie = discard.sk ? cookie : 0;
 	}
 	event = event_begin_in(room, sizeof(*event), IS_GROUPING ? 0 : bpf_ktime_get_ns(), &discard.id,
-			       want_whose ? owner_of(&discard) : NULL);
+			       want_owner ? owner_of(&discard) : NULL);
 	if (!event)
 		return 0;
 	event->location = location;

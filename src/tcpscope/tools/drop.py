@@ -121,7 +121,7 @@ class Drop(Stream):
         enumerators = kernel.enumerators(drop_reasons.ENUM)
         wanted = Wanted.of(request.options["reason"], enumerators)
         constants = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, _symbols()) | {
-            "want_whose": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
+            "want_owner": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
             "want_harmless": bool(request.options["all"] or wanted.named),
             "wanted_reasons": wanted.mode,
             "send_stacks": bool(request.options["stack"]),
