@@ -92,7 +92,7 @@ static __always_inline void *event_begin(__u64 size, __u64 time_ns, const struct
 #define event_submit(event)                                  \
 	({                                                   \
 		if (IS_GROUPING)                             \
-			group_add((const __u64 *)(event));   \
+			group_add((__u64 *)(event));         \
 		else                                         \
 			event_send(event, sizeof(*(event))); \
 		0;                                           \

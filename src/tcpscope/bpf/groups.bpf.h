@@ -32,21 +32,24 @@ const volatile struct event_bits group_sum;
 
 AGGREGATE(groups, group_key, group, 16384)
 
-static __always_inline void group_add(const __u64 *event)
+/*
+ * The key takes the place of the event: the stack has no room for both. The words of group_by ascend, so each is read before
+ * another is written there. The event has at least GROUP_WORDS words.
+ */
+static __always_inline void group_add(__u64 *event)
 {
-	struct group_key key = {};
+	__u64 number = group_sum.mask ? (event[group_sum.word] & group_sum.mask) >> group_sum.shift : 0;
 	struct group *group;
 
 #pragma unroll
 	for (int i = 0; i < GROUP_WORDS; i++)
-		if (group_by[i].mask)
-			key.words[i] = event[group_by[i].word] & group_by[i].mask;
-	group = groups_at(&key);
+		event[i] = group_by[i].mask ? event[group_by[i].word] & group_by[i].mask : 0;
+	group = groups_at((struct group_key *)event);
 	if (!group)
 		return;
 	__sync_fetch_and_add(&group->count, 1);
 	if (group_sum.mask)
-		__sync_fetch_and_add(&group->sum, (event[group_sum.word] & group_sum.mask) >> group_sum.shift);
+		__sync_fetch_and_add(&group->sum, number);
 }
 
 #endif
