@@ -77,7 +77,7 @@ struct {
 	__type(value, struct closed);
 } closed_ones SEC(".maps");
 
-/* A received RST that may be none: see received(). Deleted in answers_data() and flush_entry(). */
+/* A received RST that may be none: may_be_data(). Deleted in answers_data() and flush_entry(). */
 struct held {
 	struct reset reset;
 	__u64 stack[STACK_DEPTH];
