@@ -39,6 +39,7 @@ struct in_hand {
 	__u32 function;
 	bool fast_open; /* FUNCTION_SYN has tried to make a child */
 	bool reset;     /* the kernel has sent a RST; only where tracepoints alone show refusals */
+	__u64 consumed; /* address of the packet at which the first copy has looked, for the second (refused.bpf.h) */
 	bool unnamed;   /* `sk` is one of several listeners of the address, and it is not known which has refused */
 };
 

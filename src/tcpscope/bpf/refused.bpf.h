@@ -401,12 +401,15 @@ static __noinline int consumed(void *ctx, struct sk_buff *skb)
 	struct search *search;
 	__u32 zero = 0;
 
+	packet = bpf_map_lookup_elem(&in_hand, &zero);
+	search = bpf_map_lookup_elem(&searches, &zero);
+	if (!packet || !search)
+		return 0;
+	packet->consumed = (__u64)skb;
 	freed_read(skb, &freed);
 	if (!freed.net || !(freed.syn || freed.icmp_error) || !look_again(freed.net, &grown))
 		return 0;
-	packet = bpf_map_lookup_elem(&in_hand, &zero);
-	search = bpf_map_lookup_elem(&searches, &zero);
-	if (!freed.syn || !freed.unicast || !packet || !search || !(grown.mib.drops || grown.mib.cookies))
+	if (!freed.syn || !freed.unicast || !(grown.mib.drops || grown.mib.cookies))
 		return 0;
 	count_missed(&grown.mib);
 	__builtin_memset(search, 0, sizeof(*search));
@@ -478,14 +481,20 @@ int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit__consume, struct s
 	return consumed(ctx, skb);
 }
 
-/* The second copy looks after the first one. If that one ran, nothing has grown since. */
+/* The second copy, for a packet at which the first one has not looked. */
 AGAIN
 UNLESS_FUNCTIONS
 HAS_RX_SK
 SEC("tp_btf/consume_skb")
 int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit_again__consume, struct sk_buff *skb)
 {
-	return consumed(ctx, skb);
+	__u32 zero = 0;
+	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
+
+	if (!packet || packet->consumed != (__u64)skb)
+		return consumed(ctx, skb);
+	packet->consumed = 0;
+	return 0;
 }
 
 HAS_RX_SK
