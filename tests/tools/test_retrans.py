@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from datetime import datetime, timedelta
 from itertools import accumulate
+from socket import IPPROTO_TCP, TCP_NODELAY
 from typing import Any
 
 import pytest
@@ -165,6 +166,59 @@ def test_it_was_not_needed(script: Script) -> Test:
     again = rows[rows.index(first) : rows.index(last)]
     assert last["segs"] == sum(row["segs"] for row in again)
     assert last["ca_state"] in ("Open", "Disorder")
+
+
+def spurious(seen: Any, script: Script) -> list[dict[str, Any]]:
+    return [row for host in script.hosts for row in seen.rows(RETRANS, host, kind="SPURIOUS")]
+
+
+@recorded(RETRANS)
+def test_the_socket_is_gone(script: Script) -> Test:
+    """Sockets end while their SYN counts as lost. A child that gets such an address begins in the state Open."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    with script.client.losing():
+        gone = [client.socket() for _ in range(8)]
+        for near in gone:
+            near.start(script.server.ipv4, PORT)
+        script.client.until_counter("TcpRetransSegs", len(gone))
+        for near in gone:
+            near.close()
+    for _ in range(16):
+        client.socket().connect(script.server.ipv4, PORT)
+        listener.accept()
+    seen = yield
+    assert not spurious(seen, script)
+
+
+@recorded(RETRANS)
+def test_a_lost_probe(script: Script) -> Test:
+    """The episode before has ended, and its marker is cleared when this host drops a segment of its own."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    near = client.socket()
+    near.connect(script.server.ipv4, PORT)
+    near.option(IPPROTO_TCP, TCP_NODELAY, 1)
+    far = listener.accept()
+    near.send_all(100)
+    far.read(100)
+    with script.client.losing():
+        near.send_all(3000)
+        near.until_field("retrans", 2)
+    far.read(3000)
+    near.until_acknowledged()
+    before = near.field("retrans")
+    with script.client.losing():
+        near.send_all(3000)
+        near.until_field("retrans", before + 1)
+        dropping = "tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", "0"
+        script.client.exec(*dropping, may_fail=True)
+        near.send_all(10)
+        script.client.exec("tc", "qdisc", "del", "dev", "veth0", "root", may_fail=True)
+    far.read(3010)
+    near.until_acknowledged()
+    seen = yield
+    assert not spurious(seen, script)
 
 
 @recorded(RETRANS)

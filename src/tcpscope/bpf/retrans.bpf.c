@@ -59,6 +59,7 @@ struct episode {
 	__u32 segs;
 };
 
+/* Deleted when the connection leaves Recovery and Loss, and in destroyed(): another socket may get the same address. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 4096);
@@ -113,15 +114,32 @@ static __always_inline void fill_state(struct retrans *event, struct tcp_sock *t
 	event->padding = 0;
 }
 
-static __always_inline void episode_add(struct sock *sk, __u32 segs, __s64 offset, __u64 now_ns)
+static __always_inline bool episode_forget(struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	return !bpf_map_delete_elem(&episodes, &key);
+}
+
+static __always_inline bool destroyed(struct sock *sk)
+{
+	return episode_forget(sk);
+}
+
+#include "destroy.bpf.h"
+
+/* A loss probe belongs to no episode: the marker of the one before is still set, and tcp_enter_cwr() clears it. */
+static __always_inline void episode_add(struct sock *sk, __u8 ca_state, __u32 segs, __s64 offset, __u64 now_ns)
 {
 	__u32 undo_marker = BPF_CORE_READ((struct tcp_sock *)sk, undo_marker);
 	struct episode begun = {now_ns, offset, undo_marker, segs}, *episode;
 	__u64 key = (__u64)sk;
 
+	if (ca_state < TCP_CA_RECOVERY)
+		return;
 	episode = bpf_map_lookup_elem(&episodes, &key);
-	if (!undo_marker) /* a loss probe; or tcp_simple_retransmit(), whose reaction is not undone */
-		bpf_map_delete_elem(&episodes, &key);
+	if (!undo_marker) /* tcp_simple_retransmit(), whose reaction is not undone */
+		episode_forget(sk);
 	else if (episode && episode->undo_marker == undo_marker)
 		episode->segs += segs;
 	else
@@ -136,18 +154,19 @@ int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 	enum tcp_state state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	__s64 offset = offset_of(sk, state, BPF_CORE_READ(cb, seq));
 	int error = RETRANSMIT_ERROR(ctx), segs = BPF_CORE_READ(cb, tcp_gso_segs);
+	__u8 ca_state = BPF_CORE_READ_BITFIELD_PROBED(&tcp->inet_conn, icsk_ca_state);
 	__u64 now_ns = bpf_ktime_get_ns();
 	struct retrans room, *event;
 
 	if (!error)
-		episode_add(sk, segs, offset, now_ns);
+		episode_add(sk, ca_state, segs, offset, now_ns);
 	event = socket_event_begin(&room, sizeof(room), sk, COOKIE_OF(sk), sk);
 	if (!event)
 		return 0;
 	event->event.time_ns = now_ns;
 	event->state = state;
-	event->ca_state = BPF_CORE_READ_BITFIELD_PROBED(&tcp->inet_conn, icsk_ca_state);
-	event->kind = kind_of(tcp, state, event->ca_state);
+	event->ca_state = ca_state;
+	event->kind = kind_of(tcp, state, ca_state);
 	event->segs = segs;
 	event->errno = -error;
 	event->data_bytes = BPF_CORE_READ(skb, len);
@@ -178,19 +197,22 @@ int TRACEPOINT_PROG(synack, struct sock *listener, struct sock *request)
  */
 OPTIONAL("that a retransmission was not needed")
 SEC("tp_btf/tcp_cong_state_set")
-int TRACEPOINT_PROG_IF(ca_state < TCP_CA_RECOVERY, undone, struct sock *sk, __u8 ca_state)
+int TRACEPOINT_PROG(undone, struct sock *sk, __u8 ca_state)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
 	__u64 key = (__u64)sk, now_ns = bpf_ktime_get_ns();
+	__u32 undo_marker = BPF_CORE_READ(tcp, undo_marker);
 	struct retrans room, *event;
 	struct episode *episode, was;
 
+	if (ca_state >= TCP_CA_RECOVERY && undo_marker)
+		return 0;
 	episode = bpf_map_lookup_elem(&episodes, &key);
 	if (!episode)
 		return 0;
 	was = *episode;
-	bpf_map_delete_elem(&episodes, &key);
-	if (BPF_CORE_READ(tcp, undo_marker))
+	episode_forget(sk);
+	if (ca_state >= TCP_CA_RECOVERY || undo_marker) /* it enters Loss in tcp_simple_retransmit(), or was right */
 		return 0;
 	event = socket_event_begin(&room, sizeof(room), sk, COOKIE_OF(sk), sk);
 	if (!event)
