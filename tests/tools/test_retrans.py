@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tcpscope.request import Request
+from tcpscope.tool import Stream, find
 from tests.record import Call, Script, Test, Watch, recorded
 
 PORT = 6711
@@ -300,3 +302,18 @@ def test_every_fifth_is_lost(script: Script) -> Test:
     assert {kind: groups[kind] for kind in of_all} == {
         kind: (of_all[kind], sum(row["segs"] for row in rows if row["kind"] == kind)) for kind in of_all
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "skipped"),
+    [
+        ({"count": False, "by": None}, ()),
+        ({"count": True, "by": None}, ()),
+        ({"count": True, "by": "comm, kind"}, ()),
+        ({"count": True, "by": "comm"}, ("undone",)),
+    ],
+)
+def test_groups_count_retransmissions(options: dict[str, Any], skipped: tuple[str, ...]) -> None:
+    tool = find("retrans")
+    assert isinstance(tool, Stream)
+    assert tool.skip(Request(options=options)) == skipped

@@ -5,10 +5,19 @@ how many segments, and what the sender knew at that moment. A row SPURIOUS follo
 retransmissions were not needed.
 """
 
+from tcpscope.request import Request, names_in
 from tcpscope.summary import Summary
 from tcpscope.tool import Stream
 
-tool = Stream(
+
+class Retrans(Stream):
+    def skip(self, request: Request) -> tuple[str, ...]:
+        """Groups that do not tell kinds apart count what was sent again. A row SPURIOUS is no retransmission."""
+        by = request.options.get("by")
+        return ("undone",) if by is not None and "kind" not in names_in(by) else ()
+
+
+tool = Retrans(
     "retrans",
     (
         "time",
