@@ -63,6 +63,20 @@ class Shapes:
         return found.kind, found.name
 
 
+@pytest.mark.root
+def test_a_file_without_a_path() -> None:
+    """As without /proc: libbpf reads the whole."""
+    spec, kernel = Spec.of("owner"), Kernel()
+    opened = lib.tcpscope_open(ffi.from_buffer(spec.data), len(spec.data), b"test", kernel.btf, -1)
+    assert opened != ffi.NULL
+    program = lib.bpf_object__next_program(opened, ffi.NULL)
+    while program != ffi.NULL:
+        lib.bpf_program__set_autoload(program, ffi.string(lib.bpf_program__name(program)) == b"state")
+        program = lib.bpf_object__next_program(opened, program)
+    assert lib.bpf_object__load(opened) == 0
+    lib.bpf_object__close(opened)
+
+
 @pytest.mark.parametrize("probe", PROBES)
 def test_libbpf_finds_the_kernels_own_types(probe: str) -> None:
     spec = Spec.of(probe)

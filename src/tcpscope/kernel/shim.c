@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 #define _GNU_SOURCE
-#include "shim.h"
+#include "kernel_btf.h"
 
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
@@ -70,12 +70,16 @@ struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name
 	char path[sizeof("/proc/self/fd/") + 10];
 	LIBBPF_OPTS(bpf_object_open_opts, options, .object_name = name, .btf_custom_path = path);
 	struct bpf_object *object;
+	bool has_path;
 	int error;
 
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", types_fd);
+	has_path = !access(path, R_OK);
+	if (!has_path) /* no /proc: libbpf reads the whole */
+		options.btf_custom_path = KERNEL_BTF;
 	object = bpf_object__open_mem(data, size, &options);
-	if (!object)
-		return NULL;
+	if (!object || !has_path)
+		return object;
 	error = tcpscope_btf_excerpt(kernel, bpf_object__btf(object), types_fd);
 	if (error) {
 		bpf_object__close(object);

@@ -29,7 +29,7 @@ const char *tcpscope_log(void);
 
 /*
  * Opens an object. libbpf is to find the kernel's types in the file `types_fd`, which this fills: keep it open until the
- * object is loaded. NULL and errno.
+ * object is loaded. Without /proc the file has no path, and libbpf reads all types of the kernel. NULL and errno.
  */
 struct tcpscope_btf;
 struct bpf_object *tcpscope_open(const void *data, size_t size, const char *name, const struct tcpscope_btf *kernel,
