@@ -60,9 +60,9 @@ static uint32_t number_of(struct excerpt *excerpt, uint32_t id)
 
 static uint32_t name_of(struct excerpt *excerpt, uint32_t name)
 {
-	const char *text = excerpt->kernel->strings + name;
+	const char *text = btf_name(excerpt->kernel, name);
 
-	return name ? append(&excerpt->strings, text, strlen(text) + 1) : 0;
+	return *text ? append(&excerpt->strings, text, strlen(text) + 1) : 0;
 }
 
 /* Copies a type. What it contains comes later: its number is known. */
@@ -197,7 +197,7 @@ int tcpscope_btf_excerpt(const struct tcpscope_btf *kernel, const struct btf *lo
 	append(&excerpt.strings, "", 1);
 	for (uint32_t id = 1; id < kernel->count; id++) {
 		const struct btf_type *type = btf_type_at(kernel, id);
-		const char *name = kernel->strings + type->name_off;
+		const char *name = btf_name(kernel, type->name_off);
 
 		if (is_asked_for(type) && *asked_place(asked, name, strlen(name)))
 			number_of(&excerpt, id);

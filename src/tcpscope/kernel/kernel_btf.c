@@ -102,9 +102,9 @@ static void put(struct tcpscope_btf *btf, enum space space, uint32_t name, int32
 {
 	struct named *found;
 
-	if (!name)
+	if (!*btf_name(btf, name))
 		return;
-	found = place(btf, space, btf->strings + name);
+	found = place(btf, space, btf_name(btf, name));
 	if (!found->name)
 		*found = (struct named){name, space, value};
 }
@@ -172,7 +172,7 @@ out:
 	return error;
 }
 
-/* The sections lie in the file, and each type in its section. The names are the kernel's: only their end is looked at. */
+/* The sections lie in the file, and each type in its section. */
 static int find_types(struct tcpscope_btf *btf)
 {
 	const struct btf_header *header = btf->data;
@@ -188,6 +188,7 @@ static int find_types(struct tcpscope_btf *btf)
 		return -EINVAL;
 	btf->types = (const char *)btf->data + types;
 	btf->strings = (const char *)btf->data + strings;
+	btf->strings_size = header->str_len;
 	btf->count = 1;
 	for (at = 0; at < header->type_len; at += bytes) {
 		if (!btf->starts || btf->count == room) {
@@ -271,7 +272,7 @@ const char *tcpscope_btf_enumerator_at(const struct tcpscope_btf *btf, const cha
 	if (!type || !btf_is_enum(type) || index < 0 || (uint32_t)index >= btf_elements(type))
 		return NULL;
 	*value = btf_kflag(type) ? btf_enum(type)[index].val : (uint32_t)btf_enum(type)[index].val; /* signed or not */
-	return btf->strings + btf_enum(type)[index].name_off;
+	return btf_name(btf, btf_enum(type)[index].name_off);
 }
 
 bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name)

@@ -16,8 +16,9 @@ struct tcpscope_btf {
 	void *data;
 	size_t size;
 	const char *types, *strings; /* its two sections */
-	uint32_t *starts;            /* a type's number -> where it begins in `types` */
-	uint32_t count;              /* of types, with `void` */
+	uint32_t strings_size;
+	uint32_t *starts; /* a type's number -> where it begins in `types` */
+	uint32_t count;   /* of types, with `void` */
 	struct named *table;
 	uint32_t mask;
 };
@@ -25,6 +26,12 @@ struct tcpscope_btf {
 static inline const struct btf_type *btf_type_at(const struct tcpscope_btf *btf, uint32_t id)
 {
 	return (const struct btf_type *)(btf->types + btf->starts[id]);
+}
+
+/* The name at this offset; none if it lies outside. The last name ends with the section. */
+static inline const char *btf_name(const struct tcpscope_btf *btf, uint32_t offset)
+{
+	return offset < btf->strings_size ? btf->strings + offset : "";
 }
 
 /* Members, parameters, enumerators. 16 bits before Linux 7.2, and eight zero bits above them. */
