@@ -17,7 +17,7 @@ from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.output import Column, histogram
 from tcpscope.output.histogram import Histogram
 from tcpscope.request import Request, names_in
-from tcpscope.run import NOTHING, Batch, Run, Ticker
+from tcpscope.run import FOREVER, NOTHING, Batch, Run, Ticker
 from tcpscope.schema import Clock
 from tcpscope.session import POLL_SECONDS, Session, Stats, closed_on_error
 
@@ -197,7 +197,7 @@ class _OfRows(_Grouping):
 class _OfKernel(_Grouping):
     """Takes the groups that the kernel has counted."""
 
-    more = "--buffer"
+    more = ""  # no ring
 
     def __init__(
         self,
@@ -210,17 +210,21 @@ class _OfKernel(_Grouping):
         frame: Callable[[int], str],
     ) -> None:
         super().__init__(request, columns, names, None, [session])
+        self._second = Ticker(1.0)
         self._session, self._counted = session, groups.Counted(session, event, names, sum, frame)
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
-        if self._ticker.due():
+        ended = self._ticker.due()
+        if self._second.due() or ended:  # the kernel has room for fewer groups than there is here
             self._take()
+        if ended:
             yield self._interval_ended()
 
     @property
     def pause(self) -> float:
-        return min(super().pause, POLL_SECONDS) if self._session.holds_back else super().pause
+        held = POLL_SECONDS if self._session.holds_back else FOREVER
+        return min(self._second.remaining, super().pause, held)
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
