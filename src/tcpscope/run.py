@@ -103,7 +103,7 @@ class Run(ABC):
             self.stats.lost += rows
 
     def account(self) -> Stats:
-        """Exact after the end: seen == shown + filtered + lost."""
+        """Exact after the end: seen == shown + filtered + limited + lost."""
         return sum((session.account() for session in self.sessions), Stats())
 
     def batches(self, stop: Stop, most: int | None = None) -> Iterator[Batch]:
@@ -177,6 +177,7 @@ class Streaming(Run):
         self._session, self._after = session, after
         self._decode = decoder.rows
         self._rate, self._limited, self._second = rate, 0, Ticker(1.0 if rate else None)
+        self._said, self._unread = "", 0
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
@@ -187,7 +188,11 @@ class Streaming(Run):
     def _note_more(self) -> None:
         before, self._limited = self._limited, self._session.counters()["limited"]
         if more := self._limited - before:
-            self.notes.append(f"{more:,} more rows, over --rate {self._rate}")
+            if self._said in self.notes:  # the reader has not taken it: one line, not one for each second
+                self.notes.remove(self._said)
+                more += self._unread
+            self._said, self._unread = f"{more:,} more rows, over --rate {self._rate}", more
+            self.notes.append(self._said)
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
