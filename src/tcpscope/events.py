@@ -26,7 +26,7 @@ FILTERS = (*(field.name for field in fields(Filter)), "ipv4", "ipv6")
 
 class Events(Generic[Row]):
     """Made by `tcpscope.open`. Iterate over it for rows, or over `batches()` for lists of rows. `stats` is the account,
-    `notes` what the run cannot see.
+    `notes` what the run cannot see, and how many rows are over `rate`.
 
     All iterations share the same rows. If one is left early, the next one continues there. After `close()` there are no
     more rows. Without `close()` or `with` the end of the object closes it, with a ResourceWarning.
@@ -119,12 +119,12 @@ class Events(Generic[Row]):
 
     @property
     def stats(self) -> Stats:
-        """seen == shown + filtered + lost, exact once the iteration has ended."""
+        """seen == shown + filtered + limited + lost, exact once the iteration has ended."""
         return self._run.account()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What this run cannot see, and why, as the command line prints it. More may come while it runs."""
+        """What this run cannot see, and why, as the command line prints it; with `rate` how many more rows came."""
         return tuple(self._run.notes)
 
     def stop(self) -> None:
