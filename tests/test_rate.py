@@ -10,6 +10,7 @@ import pytest
 import tcpscope
 from tcpscope import UsageError
 from tcpscope.kernel.clock import monotonic_ns
+from tcpscope.run import OverRate
 
 RATE, CONNECTS = 5, 100
 
@@ -49,3 +50,15 @@ def test_groups_have_no_rate() -> None:
 def test_a_rate_is_a_whole_number(rate: object) -> None:
     with pytest.raises(UsageError, match="--rate"):
         tcpscope.open("connect", rate=rate)  # type: ignore[call-overload]
+
+
+def test_one_note_until_it_is_read() -> None:
+    notes: list[str] = []
+    over = OverRate(RATE, notes)
+    for limited in (3, 10):
+        over.say(lambda: {"limited": limited}, at_once=True)  # noqa: B023
+    assert notes == ["10 more rows, over --rate 5"]
+    notes.clear()
+    over.say(lambda: {"limited": 11}, at_once=True)
+    over.say(lambda: {"limited": 11}, at_once=True)
+    assert notes == ["1 more rows, over --rate 5"]

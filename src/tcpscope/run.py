@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -176,28 +176,17 @@ class Streaming(Run):
         super().__init__([Column.of(field) for field in decoder.fields], session)
         self._session, self._after = session, after
         self._decode = decoder.rows
-        self._rate, self._limited, self._second = rate, 0, Ticker(1.0 if rate else None)
-        self._said, self._unread = "", 0
+        self._over = OverRate(rate, self.notes)
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
         yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
-        if self._second.due():
-            self._note_more()
-
-    def _note_more(self) -> None:
-        before, self._limited = self._limited, self._session.counters()["limited"]
-        if more := self._limited - before:
-            if self._said in self.notes:  # the reader has not taken it: one line, not one for each second
-                self.notes.remove(self._said)
-                more += self._unread
-            self._said, self._unread = f"{more:,} more rows, over --rate {self._rate}", more
-            self.notes.append(self._said)
+        self._over.say(self._session.counters)
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
         yield from map(self._batch, self._session.batches())
-        self._note_more()
+        self._over.say(self._session.counters, at_once=True)
 
     def _batch(self, records: memoryview) -> Batch:
         rows = self._decode(records)
@@ -234,3 +223,25 @@ class Ticker:
     def remaining(self) -> float:
         """Seconds until it is due again."""
         return FOREVER if self._next is None else max(0.0, self._next - time.monotonic())
+
+
+class OverRate:
+    """Says in the notes how many rows were over --rate, at most once a second."""
+
+    def __init__(self, rate: int, notes: list[str]) -> None:
+        self._rate, self._notes, self._second = rate, notes, Ticker(1.0 if rate else None)
+        self._before, self._unread, self._said = 0, 0, ""
+
+    def say(self, counters: Callable[[], Mapping[str, int]], at_once: bool = False) -> None:
+        """`counters` returns how many there are by now, as `limited`."""
+        if not (self._second.due() or at_once):
+            return
+        limited = counters()["limited"]
+        more, self._before = limited - self._before, limited
+        if not more:
+            return
+        if self._said in self._notes:  # the reader has not taken it: one line, not one for each second
+            self._notes.remove(self._said)
+            more += self._unread
+        self._said, self._unread = f"{more:,} more rows, over --rate {self._rate}", more
+        self._notes.append(self._said)

@@ -233,7 +233,7 @@ class Session:
                 shown=self.stats.shown,
                 filtered=totals["filtered"] + self.stats.filtered,
                 lost=totals["lost"] + self.stats.lost,
-                limited=totals["limited"],
+                limited=totals["limited"] + self.stats.limited,
                 table_full=totals["table_full"],
                 missed=totals["missed"] + self._missed,
             )

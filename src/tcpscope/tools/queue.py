@@ -27,7 +27,7 @@ from tcpscope.kernel.symbols import Symbols
 from tcpscope.listeners import Key, Listener, Snapshots
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
-from tcpscope.run import Batch, Run, Streaming, Ticker
+from tcpscope.run import Batch, OverRate, Run, Streaming, Ticker
 from tcpscope.sampling import Sample, Sampler
 from tcpscope.schema import Clock, Decoder
 from tcpscope.session import RING_BYTES, Session, closed_on_error
@@ -333,7 +333,7 @@ class Queue(Stream):
             decoder = session.layout.select(names).decoder(clock, frame=_symbols().name if stack else hex)
             if why := listeners.why_sampled(session):
                 _refuse_unknown(request)
-                run: Run = _Sampling(session, decoder, clock)
+                run: Run = _Sampling(session, decoder, clock, request.rate or 0)
                 run.notes.append(f"{why}: {sampling.LIMITS}")
             else:
                 run = Streaming(session, decoder, _with_function if stack else None, request.rate or 0)
@@ -397,9 +397,11 @@ class _Sampling(Run):
 
     counted = True
 
-    def __init__(self, session: Session, decoder: Decoder, clock: Clock) -> None:
+    def __init__(self, session: Session, decoder: Decoder, clock: Clock, rate: int) -> None:
         super().__init__([Column.of(field) for field in decoder.fields], session)
         self._session, self._decoder, self._clock = session, decoder, clock
+        self._rate, self._second, self._given = rate, 0, 0
+        self._over = OverRate(rate, self.notes)
         self._ticker, self._sampler = Ticker(sampling.SECONDS), Sampler()
         self._snapshots = Snapshots(session)
         self._sampler.look(self._snapshots.look(all_=True))
@@ -407,9 +409,11 @@ class _Sampling(Run):
     def poll(self) -> Iterator[Batch]:
         if self._ticker.due():
             yield self._look()
+        self._over.say(lambda: {"limited": self.stats.limited})
 
     def end(self) -> Iterator[Batch]:
         yield self._look(fresh=True)
+        self._over.say(lambda: {"limited": self.stats.limited}, at_once=True)
         self._session.end()
 
     @property
@@ -422,8 +426,17 @@ class _Sampling(Run):
         rows = [_row(self._decoder, sample, when) for sample in samples if sample.listener.wanted]
         self.stats.seen += len(samples)
         self.stats.filtered += len(samples) - len(rows)
-        self.stats.shown += len(rows)
-        return Batch("event", rows)
+        shown = self._within_rate(rows)
+        self.stats.shown += len(shown)
+        self.stats.limited += len(rows) - len(shown)
+        return Batch("event", shown)
+
+    def _within_rate(self, rows: list[Any]) -> list[Any]:
+        if (second := monotonic_ns() // 10**9) != self._second:
+            self._second, self._given = second, 0
+        shown = rows[: max(0, self._rate - self._given)] if self._rate else rows
+        self._given += len(shown)
+        return shown
 
 
 def _with_function(rows: list[Any]) -> list[Any]:
