@@ -25,7 +25,9 @@ def constants(layout: Layout, by: Sequence[str], sum: str | None) -> dict[str, A
     """The read-only globals that make an object count by these columns. UsageError if they are too many."""
     masks = _masks(layout, by)
     if len(masks) > _MOST_WORDS:
-        raise UsageError(f"--by {','.join(by)}", "these are too many columns to group by, or too wide ones")
+        raise UsageError(
+            f"--by {','.join(by)}", f"too many columns: they take {len(masks)} words, there are {_MOST_WORDS}"
+        )
     parts = [{"mask": mask, "word": word, "shift": 0} for word, mask in masks.items()]
     unused = {"mask": 0, "word": 0, "shift": 0}
     return {

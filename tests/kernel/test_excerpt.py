@@ -89,3 +89,18 @@ def test_libbpf_finds_the_kernels_own_types(probe: str) -> None:
             mine = [shapes.of(found.id) for found in part.find_all(name, kind)]
             assert mine == [shapes_there.of(found.id) for found in whole().find_all(name, kind)], (name, kind)
     assert len(part) < len(whole()) / 10
+
+
+def test_enumerators_of_64_bits() -> None:
+    """The reader in C against the one in Python: the first enum of each name."""
+    kernel, wide = Kernel(), [found for found in whole().types if found.kind is Kind.ENUM64 and found.name]
+    for found in wide:
+        first = next(whole().find_all(found.name, Kind.ENUM64))
+        assert isinstance(first, Enum)
+        expected: dict[int, str] = {}
+        for name, value in first.values:
+            expected.setdefault(value, name)
+        got = {value % 2**64: name for value, name in kernel.enumerators(found.name).items()}
+        assert got == {value % 2**64: name for value, name in expected.items()}, found.name
+    if not wide:
+        pytest.skip("this kernel's BTF has no enum of 64 bits (6.0)")

@@ -167,7 +167,7 @@ int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 	event->state = state;
 	event->ca_state = ca_state;
 	event->kind = kind_of(tcp, state, ca_state);
-	event->segs = segs;
+	event->segs = error ? 0 : segs;
 	event->errno = -error;
 	event->data_bytes = BPF_CORE_READ(skb, len);
 	event->offset = offset;

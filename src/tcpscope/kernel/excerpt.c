@@ -134,9 +134,13 @@ static bool is_asked_for(const struct btf_type *type)
 /* Without a flavor: `sock___old` asks for `sock`. */
 static size_t name_length(const char *name)
 {
-	const char *flavor = strstr(name, "___");
+	size_t length = strlen(name);
 
-	return flavor && flavor != name ? (size_t)(flavor - name) : strlen(name);
+	/* The last one counts, and only between other characters: bpf_core_essential_name_len() of libbpf. */
+	for (size_t at = length < 5 ? 0 : length - 4; at-- > 0;)
+		if (name[at] != '_' && !strncmp(name + at + 1, "___", 3) && name[at + 4] != '_')
+			return at + 1;
+	return length;
 }
 
 #define PLACES 4096

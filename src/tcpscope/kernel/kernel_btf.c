@@ -20,7 +20,7 @@ enum space { FUNCTION, TYPE, TYPEDEF, ENUMERATOR, NOTHING };
 struct named {
 	uint32_t name; /* its offset, 0: free */
 	uint32_t space;
-	int32_t value; /* of an enumerator; of others their type's number */
+	int64_t value; /* of an enumerator; of others their type's number */
 };
 
 static enum space space_of(const struct btf_type *type)
@@ -31,6 +31,7 @@ static enum space space_of(const struct btf_type *type)
 	case BTF_KIND_STRUCT:
 	case BTF_KIND_UNION:
 	case BTF_KIND_ENUM:
+	case BTF_KIND_ENUM64:
 		return TYPE;
 	case BTF_KIND_TYPEDEF:
 		return TYPEDEF;
@@ -98,7 +99,7 @@ static struct named *place(const struct tcpscope_btf *btf, enum space space, con
 }
 
 /* The first of each name counts, as it does for libbpf. */
-static void put(struct tcpscope_btf *btf, enum space space, uint32_t name, int32_t value)
+static void put(struct tcpscope_btf *btf, enum space space, uint32_t name, int64_t value)
 {
 	struct named *found;
 
@@ -109,14 +110,36 @@ static void put(struct tcpscope_btf *btf, enum space space, uint32_t name, int32
 		*found = (struct named){name, space, value};
 }
 
+static uint32_t enumerators(const struct btf_type *type)
+{
+	return btf_is_any_enum(type) ? btf_elements(type) : 0;
+}
+
+struct enumerator {
+	uint32_t name;
+	int64_t value;
+};
+
+static struct enumerator enumerator_at(const struct btf_type *type, uint32_t index)
+{
+	const struct btf_enum64 *wide = &btf_enum64(type)[index];
+	const struct btf_enum *narrow = &btf_enum(type)[index];
+
+	if (btf_is_enum64(type))
+		return (struct enumerator){wide->name_off, btf_enum64_value(wide)};
+	/* signed or not */
+	return (struct enumerator){narrow->name_off, btf_kflag(type) ? narrow->val : (int64_t)(uint32_t)narrow->val};
+}
+
 static int put_all(struct tcpscope_btf *btf)
 {
 	const struct btf_type *type;
 	uint64_t names = 0, places = 1;
+	struct enumerator found;
 
 	for (uint32_t id = 1; id < btf->count; id++) {
 		type = btf_type_at(btf, id);
-		names += (space_of(type) != NOTHING) + (btf_is_enum(type) ? btf_elements(type) : 0);
+		names += (space_of(type) != NOTHING) + enumerators(type);
 	}
 	while (3 * places < 4 * names + 4)
 		places *= 2;
@@ -128,8 +151,10 @@ static int put_all(struct tcpscope_btf *btf)
 		type = btf_type_at(btf, id);
 		if (space_of(type) != NOTHING)
 			put(btf, space_of(type), type->name_off, id);
-		for (uint32_t i = 0; btf_is_enum(type) && i < btf_elements(type); i++)
-			put(btf, ENUMERATOR, btf_enum(type)[i].name_off, btf_enum(type)[i].val);
+		for (uint32_t i = 0; i < enumerators(type); i++) {
+			found = enumerator_at(type, i);
+			put(btf, ENUMERATOR, found.name, found.value);
+		}
 	}
 	return 0;
 }
@@ -266,13 +291,15 @@ int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name
 
 const char *tcpscope_btf_enumerator_at(const struct tcpscope_btf *btf, const char *enum_name, int index, int64_t *value)
 {
-	const struct named *found = find(btf, TYPE, enum_name);
-	const struct btf_type *type = found ? btf_type_at(btf, found->value) : NULL;
+	const struct named *named = find(btf, TYPE, enum_name);
+	const struct btf_type *type = named ? btf_type_at(btf, named->value) : NULL;
+	struct enumerator found;
 
-	if (!type || !btf_is_enum(type) || index < 0 || (uint32_t)index >= btf_elements(type))
+	if (!type || index < 0 || (uint32_t)index >= enumerators(type))
 		return NULL;
-	*value = btf_kflag(type) ? btf_enum(type)[index].val : (uint32_t)btf_enum(type)[index].val; /* signed or not */
-	return btf_name(btf, btf_enum(type)[index].name_off);
+	found = enumerator_at(type, index);
+	*value = found.value;
+	return btf_name(btf, found.name);
 }
 
 bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name)
