@@ -104,6 +104,7 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	if (!event)
 		return 0;
 	queues_read(packet->sk, &event->queues);
+	event->queues.syn_queue += packet->reset; /* the request, which has left the queue already */
 	if (packet->unnamed)
 		event->queues.accept_queue = event->queues.accept_limit = event->queues.syn_queue = -1;
 	event->cause = cause;
