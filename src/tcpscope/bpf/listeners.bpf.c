@@ -5,7 +5,7 @@
  * No packet tracepoint shows all of these refusals. But the kernel counts them, on the CPU that handles the packet and
  * inside one function call. The programs read the counters of that CPU when the function is entered and when it returns:
  * the counter that has grown tells why the kernel refused this packet. So nothing is guessed from queue lengths, and the
- * events sum to the counters exactly.
+ * events sum to the counters exactly. Where no function can be hooked: refused.bpf.h.
  */
 
 #include "kernel.bpf.h"

@@ -6,8 +6,8 @@ accepts, and how long the oldest connection has waited. A terminal is refreshed;
 lengths and limits at that moment. --stack adds the kernel stack.
 
 Refusals come from the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and SyncookiesSent
-exactly. Where functions cannot be hooked, it samples TcpExtListenDrops, and names the listener whose socket has dropped
-packets meanwhile. Then the peer is not known, and the cause and the step only at times.
+exactly. On kernels before 6.11 whose functions cannot be hooked, it samples TcpExtListenDrops, and names the listener
+whose socket has dropped packets meanwhile. Then the peer is not known, and the cause and the step only at times.
 """
 
 from __future__ import annotations
@@ -459,9 +459,9 @@ def _refuse_unknown(request: Request) -> None:
     """Raise UnsupportedError if the run needs what sampling does not know."""
     for option, value in request.filter.describe():
         if option in ("--rport", "--raddr"):
-            raise UnsupportedError(f"{option} {value}", "peers are not known where functions cannot be hooked")
+            raise UnsupportedError(f"{option} {value}", "peers are not known where refusals are sampled")
     if request.options["stack"]:
-        raise UnsupportedError("--stack", "there are no stacks where functions cannot be hooked")
+        raise UnsupportedError("--stack", "there are no stacks where refusals are sampled")
 
 
 def _row(decoder: Decoder, sample: Sample, when: str | float) -> Any:
