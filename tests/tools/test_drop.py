@@ -9,13 +9,14 @@ from urllib.parse import unquote
 import pytest
 
 from tests.record import PORTS, Call, Host, Script, Seen, Test, Watch, recorded
-from tests.record.script import IPPROTO_TCP
+from tests.record.script import IPPROTO_TCP, SOL_SOCKET
 
 DROPS = Watch("drop", "--port", PORTS)
 ALL = Watch("drop", "--all", "--port", PORTS)
 COUNTED = Watch("drop", "--count", "--by", "netns,reason,kind,counter", "--port", PORTS, every_kernel=False)
 PORT = 8910
 TCP_DEFER_ACCEPT = 9
+SO_RCVBUF = 8
 SYN, ACK = 2, 16
 REJECT = "reject with tcp reset"
 
@@ -196,6 +197,33 @@ def test_final_acks_that_a_full_accept_queue_refuses(script: Script) -> Test:
         assert (row["kind"], row["counter"]) == ("REFUSED", "TcpExtListenOverflows")
         assert (row["state"], row["pid"], row["comm"]) == ("LISTEN", server.pid, server.comm)
         assert (row["laddr"], row["lport"], row["raddr"]) == (script.server.ipv4, PORT, script.client.ipv4)
+
+
+@recorded(DROPS)
+def test_a_full_receive_buffer(script: Script) -> Test:
+    """The window was offered when the buffer was large. Now it has no room for a segment."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    near = client.socket()
+    near.connect(script.server.ipv4, PORT)
+    far, local = listener.accept(), near.name()
+    far.option(SOL_SOCKET, SO_RCVBUF, 1)
+    near.send_all(20_000)
+    script.server.until_counter("TcpExtTCPRcvQDrop", 1)
+    near.linger()
+    near.close()
+    script.server.flush()
+    after = script.server.counters()
+    seen = yield
+    if not tells_receiver(seen):
+        return  # the route and the device are no longer in the packet: the namespace is not known
+    rows = seen.rows(DROPS, script.server, rport=local.ret, reason="PROTO_MEM")
+    for name in ("TcpExtTCPRcvQDrop", "TcpExtTCPOFODrop"):
+        assert sum(row["counter"] == name for row in rows) == after.counters[name], name
+    assert len(rows) == after.counters["TcpExtTCPRcvQDrop"] + after.counters["TcpExtTCPOFODrop"]
+    for row in rows:
+        assert (row["kind"], row["state"]) == ("LOST", "ESTABLISHED")
+        assert (row["pid"], row["comm"]) == (server.pid, server.comm)
 
 
 @recorded(DROPS)

@@ -450,7 +450,10 @@ int FUNCTION_PROG(timewait__fentry, struct sock *sk, struct sk_buff *skb)
 	return 0;
 }
 
-/* The child, or NULL if the packet is discarded. It takes five arguments where this program is attached. */
+/*
+ * `child` is NULL if the packet is discarded, or if another processor has just made the child. Then the packet goes to the
+ * child, and the note waits in vain. The function has five arguments where this program is attached.
+ */
 OPTIONAL("before 6.15: what a listener does with the packets of a handshake")
 UNLESS("drop__reason")
 SEC("fexit/tcp_check_req")
@@ -458,13 +461,9 @@ int FUNCTION_PROG(request__fexit, struct sock *sk, struct sk_buff *skb, struct r
 		  bool *stolen, struct sock *child)
 {
 	struct inet_connection_sock *listener = (struct inet_connection_sock *)sk;
-	bool was_stolen = false;
 	struct packet packet = {};
 
-	if (child)
-		return 0;
-	bpf_probe_read_kernel(&was_stolen, 1, stolen);
-	if (was_stolen || !packet_read(skb, &packet))
+	if (child || !packet_read(skb, &packet))
 		return 0;
 	note(skb, sk,
 	     !packet.data && !(packet.flags & TCP_FIN) &&
