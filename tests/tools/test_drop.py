@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 from urllib.parse import unquote
 
@@ -282,10 +283,12 @@ def test_normal_connections(script: Script) -> Test:
         near.close()
         far.until_end()
         far.close()
+    after_fin_wait2 = []
     for _ in range(5):
         near = client.socket()
         near.connect(script.server.ipv4, PORT)
         far, local = listener.accept(), near.name()
+        after_fin_wait2.append(local)
         near.close()
         script.client.until_sockets(1, state="FIN_WAIT2", lport=local)
         far.close()
@@ -297,7 +300,8 @@ def test_normal_connections(script: Script) -> Test:
         assert seen.rows(DROPS, host) == []
     rows = seen.rows(ALL, script.client)
     assert {row["kind"] for row in rows} == {"HARMLESS"}
-    assert sum(row["state"] == "TIME_WAIT" and row["flags"] == "FIN|ACK" for row in rows) == 5
+    fins = Counter(row["lport"] for row in rows if row["state"] == "TIME_WAIT" and row["flags"] == "FIN|ACK")
+    assert [fins[local.ret] for local in after_fin_wait2] == [1] * 5
 
 
 @recorded(DROPS, ALL)
