@@ -321,3 +321,28 @@ def test_a_bare_ack_that_the_listener_defers(script: Script) -> Test:
     assert len(rows) == deferred.ret == 1
     assert [(row["kind"], row["flags"], row["state"]) for row in rows] == [("HARMLESS", "ACK", "LISTEN")]
     assert [(row["pid"], row["comm"]) for row in rows] == [(server.pid, server.comm)]
+
+
+@recorded(DROPS)
+def test_a_syn_in_a_connection(script: Script) -> Test:
+    """In the client's name. The kernel answers it with a challenge ACK, whatever its sequence number is."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT)
+    near = client.socket()
+    near.connect(script.server.ipv4, PORT)
+    listener.accept()
+    local = near.name()
+    for sequence in (1, 1 << 30, 3 << 30):
+        script.client.segment(script.client.ipv4, local, script.server.ipv4, PORT, sequence)
+    script.server.flush()
+    challenges = script.server.counter("TcpExtTCPSYNChallenge")
+    near.send_all(10)
+    near.until_acknowledged()
+    seen = yield
+    assert challenges.ret == 3
+    if not tells_receiver(seen):
+        return
+    rows = seen.rows(DROPS, script.server, rport=local.ret, reason="TCP_INVALID_SYN")
+    assert [(row["kind"], row["flags"], row["counter"], row["state"], row["comm"]) for row in rows] == [
+        ("LOST", "SYN", "TcpExtTCPSYNChallenge", "ESTABLISHED", server.comm)
+    ] * 3
