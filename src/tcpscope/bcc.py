@@ -49,6 +49,7 @@ _TOOLS = {
         "--dns": "addresses are shown as numbers only",
     },
     "connlat": {"ARGUMENT": "use --min for the shortest latency, such as --min 10ms"},
+    "drop": {"--netns-id": "use --netns INODE, NAME or pid:N", "--pid-netns": "use --netns pid:N"},
     "life": {
         "-D": "use -R PORTS for remote ports",
         "--remoteport": "use -R PORTS",
