@@ -140,7 +140,7 @@ def compose(items: list[pytest.Item], folder: Path) -> None:
             test.close()
             watches |= dict.fromkeys(how.watches)
             file.write(f"S {name_of(item)}\n{script.text}")
-    (folder / "watches.json").write_text(json.dumps([[watch.moment, watch.lacks, *watch.argv] for watch in watches]))
+    (folder / "watches.json").write_text(json.dumps([[watch.moment, *watch.argv] for watch in watches]))
     shutil.copy(built(), folder / "actor")
 
 

@@ -58,7 +58,6 @@ class Tool:
 
     def _become(self, ready: int) -> NoReturn:
         from tcpscope import cli
-        from tests import lacks
 
         status = 1
         try:
@@ -70,7 +69,6 @@ class Tool:
             os.environ[READY_FD] = "3"
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["tcpscope", *self.watch.command]
-            lacks.pretend(self.watch.lacks)
             cli.main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -242,10 +240,7 @@ def witnessed(program: Path, folder: Path) -> Iterator[None]:
 
 def main() -> int:
     target = Path(sys.argv[1])
-    watches = [
-        Watch(*argv, moment=moment, lacks=tuple(lacks))
-        for moment, lacks, *argv in json.loads((target / "watches.json").read_text())
-    ]
+    watches = [Watch(*argv, moment=moment) for moment, *argv in json.loads((target / "watches.json").read_text())]
     with tempfile.TemporaryDirectory(prefix="tcpscope-record-", dir="/tmp") as name:
         folder = Path(name)
         for file in ("script", "actor"):

@@ -1,4 +1,4 @@
-"""`queue --events`: each refusal, against the kernel's own counters."""
+"""`queue --events` where functions can be hooked: each refusal, against the kernel's own counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.tools.queue.refusals import (
     FAMILIES,
     PORT,
     TABLE,
-    TRACED,
     Run,
     all_events,
     check,
@@ -48,7 +47,7 @@ def check_event(run: Run, row: dict[str, Any], sysctls: dict[str, Call]) -> None
 
 @pytest.mark.concurrent  # the counters of the processor that refuses
 @pytest.mark.parametrize("family", FAMILIES)
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_the_queue_is_full_at_the_syn(script: Script, family: str) -> Test:
     sysctls = limits(script)
     run = Run(script, family)
@@ -68,7 +67,7 @@ def test_the_queue_is_full_at_the_syn(script: Script, family: str) -> Test:
 
 @pytest.mark.concurrent
 @pytest.mark.parametrize("family", FAMILIES)
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_the_queue_is_full_at_the_final_ack(script: Script, family: str) -> Test:
     sysctls = limits(script)
     run = Run(script, family)
@@ -96,7 +95,7 @@ def test_the_queue_is_full_at_the_final_ack(script: Script, family: str) -> Test
 
 
 @pytest.mark.concurrent
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_ten_runs_in_a_row_agree(script: Script) -> Test:
     server, client = script.server.process("server"), script.client.process("client")
     runs, late = [], []
@@ -119,7 +118,7 @@ def test_ten_runs_in_a_row_agree(script: Script) -> Test:
     assert len(all_events(seen, runs[0], runs[-1])) == sum(len(run.events(seen)) for run in runs)
 
 
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_clients_that_send_and_close(script: Script) -> Test:
     """Ten of them, as in the lab's accept-overflow: all are told that they are connected, four stay requests."""
     run = Run(script)
@@ -144,7 +143,7 @@ def test_clients_that_send_and_close(script: Script) -> Test:
     assert len(kept) == 4
 
 
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_clients_one_after_the_other(script: Script) -> Test:
     """As in the lab's accept-overflow-serial: the seventh is refused at its SYN, and each repeat of it."""
     run = Run(script)
@@ -170,7 +169,7 @@ def test_clients_one_after_the_other(script: Script) -> Test:
     assert values(rows, "accept_queue", "accept_limit", "syn_queue") == {(6, 5, 0)}
 
 
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_a_reset_in_place_of_silence(script: Script) -> Test:
     script.server.sysctl("tcp_abort_on_overflow", 1)
     run = Run(script)
@@ -193,7 +192,7 @@ def test_a_reset_in_place_of_silence(script: Script) -> Test:
     assert run.change("EmbryonicRsts") == 4
 
 
-@recorded(EVENTS, TRACED, STACKS)
+@recorded(EVENTS, STACKS)
 def test_stacks_of_one_port(script: Script) -> Test:
     other, run = Run(script), Run(script, port=STACKS_PORT)
     other.overflow_at_syn(1)
@@ -214,15 +213,13 @@ def test_stacks_of_one_port(script: Script) -> Test:
     assert values(rows, "step") == {"SYN", "ACK"}
     for row in rows:
         functions = [frame.partition("+")[0] for frame in row["stack"]]
-        way = ["tcp_v4_rcv"]
+        way = ["tcp_v4_do_rcv", "tcp_v4_rcv"] if row["step"] == "SYN" else ["tcp_check_req", "tcp_v4_rcv"]
         if row["step"] == "SYN":
-            way = ["tcp_conn_request", "tcp_rcv_state_process", "tcp_v4_do_rcv", *way]
-        elif seen.machine.functions_can_be_hooked:
-            way = ["tcp_check_req", *way]  # it has returned when the tracepoint fires
+            way = ["tcp_conn_request", "tcp_rcv_state_process", *way]
         assert [name for name in functions if name in way] == way  # innermost first
 
 
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_a_listener_closes_and_another_one_opens(script: Script) -> Test:
     """Both at the same port, and probably at the same address in the kernel: the second does not inherit anything."""
     server = script.server.process("server")
@@ -246,7 +243,7 @@ def test_a_listener_closes_and_another_one_opens(script: Script) -> Test:
     assert values(rows, "cookie") <= {cookie.ret, own.ret}
 
 
-@recorded(EVENTS, TRACED)
+@recorded(EVENTS)
 def test_fast_open(script: Script) -> Test:
     """A SYN with data makes a child inside of tcp_conn_request: the inner function is entered before the outer ends."""
     script.server.sysctl("tcp_fastopen", 0x602)
@@ -270,7 +267,7 @@ def test_fast_open(script: Script) -> Test:
     assert values(rows, "cause", "step") == {("ACCEPT_QUEUE_FULL", "SYN")}
 
 
-@recorded(EVENTS, TRACED, TABLE)
+@recorded(EVENTS, TABLE)
 def test_mptcp(script: Script) -> Test:
     """The listener is a TCP socket that stands behind an MPTCP socket, which is what the process holds."""
     owner, client = script.server.process("server"), script.client.process("client")
