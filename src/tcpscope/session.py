@@ -198,11 +198,11 @@ class Session:
 
     @property
     def holds_back(self) -> bool:
-        """Whether the object holds back events until it is certain of them: its variable `holds` says how many."""
+        """Whether the object has pending events while the run lasts: its variable `holds` is their number."""
         return "holds" in self.spec.variables
 
     def release_held(self) -> None:
-        """Let the object send what it has held back, and is certain of by now."""
+        """Run the iterator that sends the pending events whose time is over. An object without `holds` has none."""
         if self._held_back and self._held_back[0]:
             self.loaded.run_role("flushes")
 

@@ -18,6 +18,7 @@ from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.kernel.loaded import PRIVILEGES
 from tcpscope.kernel.machine import tcp_sockets
 from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.symbols import kernel_symbols
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
 from tcpscope.run import Run, Streaming
@@ -202,6 +203,33 @@ class Stream(Tool):
                     text = f"{value:g}" if isinstance(value, float) else value
                     raise UsageError(f"--{option} {text}", f"needs {self.only_with[option]}")
         return asked[0] if asked else None
+
+
+class Stacked(Stream):
+    """A stream with the option --stack. Its event has a field `stack`, and its object the constant `send_stacks`."""
+
+    for_more: ClassVar[Mapping[str, str]] = {"CAP_SYSLOG": "names of functions in --stack; without it, addresses"}
+
+    def shows_functions(self, request: Request) -> bool:
+        """Whether rows of this request have functions of the kernel."""
+        return bool(request.options["stack"])
+
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        if request.options["stack"] and self._asked(request):
+            raise UsageError("--stack and --count", "groups have no stack")
+        return super().columns(request)
+
+    def chosen(self, request: Request) -> Sequence[str]:
+        return (*self.shown, "stack") if request.options["stack"] else self.shown
+
+    def frame(self, request: Request) -> Callable[[int], str]:
+        return kernel_symbols().name if self.shows_functions(request) else hex
+
+    def open(self, request: Request) -> Run:
+        run = super().open(request)
+        if self.shows_functions(request) and not len(kernel_symbols()):
+            run.notes.append("functions are shown as addresses: the names need CAP_SYSLOG")
+        return run
 
 
 def names() -> list[str]:

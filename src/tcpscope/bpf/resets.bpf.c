@@ -481,7 +481,7 @@ static __always_inline int hold(void *ctx, struct sock *sk, const struct reset *
 /*
  * tcp_rcv_state_process() calls tcp_reset() also for data that comes after close() and shutdown(), in FIN_WAIT1 and
  * FIN_WAIT2. No RST was received then: the kernel sends one, in the same softirq, a moment later. Nothing in the socket tells
- * the two apart. So an event in these states is held back until an iterator finds that the kernel sent none.
+ * the two apart. So the program keeps such an event in `held`. An iterator sends it later, if the kernel has sent no RST.
  */
 static __always_inline bool may_be_data(struct sock *sk, int state)
 {

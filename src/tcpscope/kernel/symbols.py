@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from functools import cache
 from pathlib import Path
 
 _KALLSYMS = Path("/proc/kallsyms")
@@ -42,3 +43,9 @@ class Symbols:
         if at < 0:
             return hex(address)
         return f"{self._names[at]}+{address - self._addresses[at]:#x}"
+
+
+@cache
+def kernel_symbols() -> Symbols:
+    """The running kernel's. Ask for them before the tool gives up its capabilities: they are read once."""
+    return Symbols()

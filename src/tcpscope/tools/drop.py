@@ -10,24 +10,20 @@ read before close(), data that came twice, a bare ACK under TCP_DEFER_ACCEPT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import ClassVar
 
 from tcpscope import drop_reasons, groups
 from tcpscope.drop_reasons import Wanted
-from tcpscope.errors import UsageError
 from tcpscope.filters import Filter
 from tcpscope.kernel.compiled_filter import asks_owner
 from tcpscope.kernel.features import Kernel
 from tcpscope.kernel.spec import Spec
-from tcpscope.kernel.symbols import Symbols
-from tcpscope.output import Column
+from tcpscope.kernel.symbols import kernel_symbols
 from tcpscope.request import Option, Request
-from tcpscope.run import Run
 from tcpscope.session import Session
 from tcpscope.summary import Summary
-from tcpscope.tool import Stream
+from tcpscope.tool import Stacked
 
 _SHOWN = (
     "time",
@@ -61,7 +57,7 @@ _WHY = {
 }
 
 
-class Drop(Stream):
+class Drop(Stacked):
     """The events of the probe `drops`."""
 
     for_more: ClassVar = {"CAP_SYSLOG": "names of functions; without it, addresses"}
@@ -99,28 +95,14 @@ class Drop(Stream):
             ),
         )
 
-    def columns(self, request: Request) -> tuple[Column, ...]:
-        if request.options["stack"] and request.options["count"]:
-            raise UsageError("--stack and --count", "groups have no stack")
-        return super().columns(request)
-
-    def chosen(self, request: Request) -> Sequence[str]:
-        return (*self.shown, "stack") if request.options["stack"] else self.shown
-
-    def frame(self, request: Request) -> Callable[[int], str]:
-        return _symbols().name
-
-    def open(self, request: Request) -> Run:
-        run = super().open(request)
-        if not len(_symbols()):
-            run.notes.append("functions are shown as addresses: the names need CAP_SYSLOG")
-        return run
+    def shows_functions(self, request: Request) -> bool:
+        return True
 
     def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
         kernel = Kernel()
         enumerators = kernel.enumerators(drop_reasons.ENUM)
         wanted = Wanted.of(request.options["reason"], enumerators)
-        constants = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, _symbols()) | {
+        constants = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, kernel_symbols()) | {
             "want_owner": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
             "want_harmless": bool(request.options["all"] or wanted.named),
             "wanted_reasons": wanted.mode,
@@ -143,12 +125,6 @@ class Drop(Stream):
 
 def _asks_whose(filter: Filter) -> bool:
     return bool(filter.netns) or asks_owner(filter)
-
-
-@cache
-def _symbols() -> Symbols:
-    """Read once and early: the tool drops CAP_SYSLOG before it decodes rows."""
-    return Symbols()
 
 
 tool = Drop()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -23,7 +22,7 @@ from tcpscope import listeners, sampling
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.spec import Spec
-from tcpscope.kernel.symbols import Symbols
+from tcpscope.kernel.symbols import kernel_symbols
 from tcpscope.listeners import Key, Listener, Snapshots
 from tcpscope.output import Column
 from tcpscope.request import Option, Request
@@ -327,15 +326,15 @@ class Queue(Stream):
         stack = bool(request.options["stack"])
         with closed_on_error(self.session(request)) as session:
             assert session.layout is not None
-            decoder = session.layout.select(names).decoder(clock, frame=_symbols().name if stack else hex)
+            decoder = session.layout.select(names).decoder(clock, frame=kernel_symbols().name if stack else hex)
             if why := listeners.why_sampled(session):
                 _refuse_unknown(request)
                 run: Run = _Sampling(session, decoder, clock, request.rate or 0)
                 run.notes.append(f"{why}: {sampling.LIMITS}")
             else:
                 run = Streaming(session, decoder, _with_function if stack else None, request.rate or 0)
-                if stack and not len(_symbols()):
-                    run.notes.append("--stack shows addresses: the names need CAP_SYSLOG")
+                if stack and not len(kernel_symbols()):
+                    run.notes.append("functions are shown as addresses: the names need CAP_SYSLOG")
         return run
 
     def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
@@ -444,12 +443,6 @@ def _with_function(rows: list[Any]) -> list[Any]:
         if named and getattr(row, "step", None) == "SYN" and not any("tcp_conn_request" in frame for frame in stack):
             stack.insert(0, "tcp_conn_request")
     return rows
-
-
-@cache
-def _symbols() -> Symbols:
-    """Read once and early: the tool drops CAP_SYSLOG before it decodes rows."""
-    return Symbols()
 
 
 def _refuse_unknown(request: Request) -> None:
