@@ -13,6 +13,7 @@ import pytest
 from tcpscope.request import Request
 from tcpscope.tool import Stream, find
 from tests.record import Call, Script, Test, Watch, recorded
+from tests.record.script import Process, Socket
 
 PORT = 6711
 RETRANS = Watch("retrans", "--port", f"{PORT}")
@@ -23,13 +24,8 @@ BACKOFF = 4  # where TCP_INFO has it
 COUNTED = Watch("retrans", "--count", "--by", "netns,kind,state", "--port", f"{PORT}")
 
 
-def us_between(first: dict[str, Any], last: dict[str, Any]) -> float:
-    return (datetime.fromisoformat(last["time"]) - datetime.fromisoformat(first["time"])) / timedelta(microseconds=1)
-
-
-@recorded(RETRANS)
-def test_data(script: Script) -> Test:
-    """The tail is probed, then the RTO runs out, until the link is there again."""
+def connection(script: Script) -> tuple[Process, Socket, Socket, Call]:
+    """The client's process, both sockets and the local port. 100 bytes have been sent and acknowledged."""
     server, client = script.server.process("server"), script.client.process("client")
     listener = server.listener(PORT)
     near = client.socket()
@@ -38,6 +34,18 @@ def test_data(script: Script) -> Test:
     local = near.name()
     near.send_all(100)
     far.read(100)
+    near.until_acknowledged()
+    return client, near, far, local
+
+
+def us_between(first: dict[str, Any], last: dict[str, Any]) -> float:
+    return (datetime.fromisoformat(last["time"]) - datetime.fromisoformat(first["time"])) / timedelta(microseconds=1)
+
+
+@recorded(RETRANS)
+def test_data(script: Script) -> Test:
+    """The tail is probed, then the RTO runs out, until the link is there again."""
+    client, near, far, local = connection(script)
     before = {name: script.client.counter(name) for name in COUNTERS}
     with script.client.losing():
         near.send_all(3000)
@@ -136,15 +144,7 @@ UNDONE = ("TcpExtTCPFullUndo", "TcpExtTCPPartialUndo", "TcpExtTCPLossUndo")
 @recorded(RETRANS)
 def test_it_was_not_needed(script: Script) -> Test:
     """The ACKs are late: the RTO runs out, and then they say that everything had arrived."""
-    server, client = script.server.process("server"), script.client.process("client")
-    listener = server.listener(PORT)
-    near = client.socket()
-    near.connect(script.server.ipv4, PORT)
-    far = listener.accept()
-    local = near.name()
-    near.send_all(100)
-    far.read(100)
-    near.until_acknowledged()
+    client, near, _, local = connection(script)
     before = {name: script.client.counter(name) for name in UNDONE}
     with script.server.held():
         near.send_all(3000)
@@ -226,15 +226,7 @@ def test_a_lost_probe(script: Script) -> Test:
 @recorded(RETRANS)
 def test_the_original_has_not_left(script: Script) -> Test:
     """The segment still waits in this host's queue when the RTO runs out: nothing is sent again."""
-    server, client = script.server.process("server"), script.client.process("client")
-    listener = server.listener(PORT)
-    near = client.socket()
-    near.connect(script.server.ipv4, PORT)
-    far = listener.accept()
-    local = near.name()
-    near.send_all(100)
-    far.read(100)
-    near.until_acknowledged()
+    client, near, _, local = connection(script)
     with script.client.held():
         near.send_all(1000)
         client.until("info", near.slot, BACKOFF, 1, op=">=", value=2)
@@ -261,15 +253,7 @@ def every_one_lost(script: Script, modulus: int) -> Call:
 @recorded(RETRANS, COUNTED)
 def test_every_fifth_is_lost(script: Script) -> Test:
     """Each kind is what the kernel counts, as rows and as groups."""
-    server, client = script.server.process("server"), script.client.process("client")
-    listener = server.listener(PORT)
-    near = client.socket()
-    near.connect(script.server.ipv4, PORT)
-    far = listener.accept()
-    local = near.name()
-    near.send_all(100)
-    far.read(100)
-    near.until_acknowledged()
+    _, near, far, local = connection(script)
     dropping = every_one_lost(script, 5)
     before = script.client.counters()
     receiving = far.read(300_000, wait=False)
