@@ -19,6 +19,7 @@ from typing import NamedTuple
 from tests.kernels import HOST, guest, install, summary
 from tests.kernels.debian import Image
 from tests.kernels.guest import TREE, Guest
+from tests.record import parts
 
 RESULTS = TREE / ".cache/results"
 RECORDINGS = TREE / ".cache/recordings"
@@ -70,7 +71,7 @@ class Chosen(NamedTuple):
     """What pytest's arguments choose of the tests of the kernel."""
 
     script: Path | None
-    """The script of those that are recorded, None if there are none."""
+    """The folder with the scripts of those that are recorded, None if there are none."""
     recorded: int
     live: list[str]
     """The files that have others."""
@@ -87,7 +88,7 @@ class Chosen(NamedTuple):
 def compose(
     arguments: Sequence[str], *, marked: str = "", between: Sequence[str] | None = None, folder: Path = SCRIPT
 ) -> Chosen:
-    """Choose, and write the script into a folder.
+    """Choose, and write the scripts into a folder.
 
     `between`: only tests of every kernel, and those below these paths.
     """
@@ -101,7 +102,8 @@ def compose(
     done = subprocess.run([*PYTEST, *options], cwd=TREE, env=caching, capture_output=True, text=True)
     if not (folder / LIVE_FILES).exists():
         raise install.BuildError(f"no script could be made:\n{done.stdout}{done.stderr}")
-    recorded = sum(line.startswith("S ") for line in (folder / "script").read_text().splitlines())
+    scripts = [(part / parts.SCRIPT).read_text().splitlines() for part in parts.of(folder)]
+    recorded = sum(line.startswith("S ") for script in scripts for line in script)
     live = json.loads((folder / LIVE_FILES).read_text())
     return chosen._replace(script=folder if recorded else None, recorded=recorded, live=live)
 

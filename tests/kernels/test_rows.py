@@ -155,13 +155,14 @@ def test_nothing_chosen_boots_nothing(machines: type[Machine]) -> None:
 def test_a_recorder_that_fails_is_a_problem_beside_the_live_tests(tmp_path: Path, machines: type[Machine]) -> None:
     script = tmp_path / "script"
     script.mkdir()
-    (script / "script").write_text("S one\n")
+    (script / "1").mkdir()
+    (script / "1/script").write_text("S one\n")
     row = run(Chosen(script, 1, ["tests/a.py"]))
     assert row.problem == "no recording: the actor ended"
     assert [test.outcome for test in row.tests] == ["passed"]
     command = machines.made[0].commands[0]
     assert command.index("-m tests.record.recorder") < command.index("-m pytest")
-    assert (rows.RECORDINGS / "6.1/script").read_text() == "S one\n"  # to be looked at
+    assert (rows.RECORDINGS / "6.1/1/script").read_text() == "S one\n"  # to be looked at
 
 
 def test_what_a_guest_imports_is_compiled_here(
@@ -176,7 +177,6 @@ def test_what_a_guest_imports_is_compiled_here(
     def collect(command: Sequence[str], *, env: Mapping[str, str], **_: object) -> subprocess.CompletedProcess[str]:
         plain = [*rows.PYTEST[:3], "-q", "--collect-only", "-p", "no:cacheprovider", "-c", "/dev/null", "tests"]
         done = subprocess.run(plain, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
-        (chosen / "script").touch()
         (chosen / rows.LIVE_FILES).write_text('["tests/test_it.py"]')
         return done
 

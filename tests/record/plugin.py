@@ -24,8 +24,8 @@ from tcpscope.lab import processes
 pytest.register_assert_rewrite("tests.record.recording")  # before it is imported
 
 from tests.lacks import functions_cannot_be_hooked  # noqa: E402
-from tests.record import unseen  # noqa: E402
-from tests.record.recording import Recording, Seen  # noqa: E402
+from tests.record import parts, unseen  # noqa: E402
+from tests.record.recording import Recording, Seen, read  # noqa: E402
 from tests.record.script import Script  # noqa: E402
 from tests.record.watch import Watch  # noqa: E402
 
@@ -62,9 +62,8 @@ def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., N
         def test(request: pytest.FixtureRequest, recordings: list[Recording], **parameters: Any) -> None:
             script, played = how.begin(parameters)
             name = name_of(request.node)
-            recording = next((made for made in recordings if name in made.scenarios), recordings[-1])
-            found = recording.scenarios.get(name)
-            if found is None or found.text != script.text:
+            recording = next((made for made in recordings if name in made.scenarios), None)
+            if recording is None or (found := recording.scenarios[name]).text != script.text:
                 pytest.fail("the recording is not of this script: record it again", pytrace=False)
             if name in recording.incomplete:
                 pytest.fail(
@@ -128,20 +127,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def compose(items: list[pytest.Item], folder: Path) -> None:
-    """Write what is played and which tools watch it."""
-    watches: dict[Watch, None] = {}
-    with (folder / "script").open("w") as file:
-        for item in items:
-            marker = item.get_closest_marker("recorded")
-            assert marker is not None
-            how: Recorded = marker.args[0]
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            script, test = how.begin(parameters)
-            test.close()
-            watches |= dict.fromkeys(how.watches)
-            file.write(f"S {name_of(item)}\n{script.text}")
-    (folder / "watches.json").write_text(json.dumps([[watch.moment, *watch.argv] for watch in watches]))
+    """Write what is played and which tools watch it, each part into a folder of its own."""
+    for number, part in enumerate(parts.split([(item, how_of(item).watches) for item in items]), 1):
+        (folder / str(number)).mkdir()
+        watches: dict[Watch, None] = {}
+        with (folder / str(number) / parts.SCRIPT).open("w") as file:
+            for item in part:
+                script, test = how_of(item).begin(item.callspec.params if hasattr(item, "callspec") else {})
+                test.close()
+                watches |= dict.fromkeys(how_of(item).watches)
+                file.write(f"S {name_of(item)}\n{script.text}")
+        asked = [[watch.moment, *watch.argv] for watch in watches]
+        (folder / str(number) / "watches.json").write_text(json.dumps(asked))
     shutil.copy(built(), folder / "actor")
+
+
+def how_of(item: pytest.Item) -> Recorded:
+    marker = item.get_closest_marker("recorded")
+    assert marker is not None
+    how: Recorded = marker.args[0]
+    return how
 
 
 def built() -> Path:
@@ -165,22 +170,24 @@ def recordings(request: pytest.FixtureRequest) -> list[Recording]:
     anything is asserted: a scenario to which it may have happened is played again, and the summary says so.
     """
     if folder := request.config.getoption("--recording"):
-        return [Recording(folder)]
+        return read(folder)
     items, made = request.config.stash[_chosen], list[Recording]()
     total = len(items)
     target = request.config.getoption("--record-to")
     shutil.rmtree(target, ignore_errors=True)
-    while items and len(made) < RECORDINGS:
-        made.insert(0, record(items, target / f"again-{len(made)}" if made else target))
-        items = [item for item in items if name_of(item) in made[0].incomplete]
-        if items:
-            tasks = ", ".join(sorted({each.task for each in made[0].unseen}))
-            said = f"{len(items)} of {total} scenarios, since this kernel ran no program in {tasks}"
-            request.config.stash.setdefault(_again, []).append(said)
+    for again in range(RECORDINGS):
+        last = record(items, target / f"again-{again}" if again else target)
+        made = [*last, *made]
+        items = [item for item in items if any(name_of(item) in part.incomplete for part in last)]
+        if not items:
+            break
+        tasks = ", ".join(sorted({each.task for part in last for each in part.unseen}))
+        said = f"{len(items)} of {total} scenarios, since this kernel ran no program in {tasks}"
+        request.config.stash.setdefault(_again, []).append(said)
     return made
 
 
-def record(items: list[pytest.Item], folder: Path) -> Recording:
+def record(items: list[pytest.Item], folder: Path) -> list[Recording]:
     """Record these tests here."""
     folder.mkdir(parents=True)
     compose(items, folder)
@@ -192,7 +199,7 @@ def record(items: list[pytest.Item], folder: Path) -> Recording:
         _, said = recorder.communicate()
     if recorder.returncode:
         pytest.fail(f"nothing was recorded: {said.strip()[-2000:]}", pytrace=False)
-    return Recording(folder)
+    return read(folder)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -1,9 +1,9 @@
 """Plays scripts while tools run, and leaves a recording: ``python -m tests.record.recorder FOLDER``, as root.
 
-The folder holds `script`, `watches.json` and `actor`, where it is needed `unseen.bpf.o` (unseen.py), and afterwards the
-recording (recording.py). Until the end everything stays in memory, so that a guest waits for none of the host's files
-meanwhile. The tools are forks of this process, which has imported them: under emulation Python and its imports are two
-seconds of each start.
+The folder holds `actor`, where it is needed `unseen.bpf.o` (unseen.py), for each part a folder with `script` and
+`watches.json`, and afterwards the recording (recording.py). While a part is played everything stays in memory, so that
+a guest waits for none of the host's files meanwhile. The tools are forks of this process, which has imported them:
+under emulation Python and its imports are two seconds of each start.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tcpscope.lab import processes
+from tests.record import parts
 from tests.record.watch import Watch
 
 AT_ONCE = 16
@@ -139,21 +140,8 @@ class Actor:
                 pipe.close()
 
 
-def record(folder: Path, watches: list[Watch]) -> None:
-    from tcpscope import cli, tool
-
-    began, clock = time.time(), time.monotonic()
-    for name in tool.names():
-        tool.find(name)
-    assert cli
-    about = about_the_kernel()
-    shutil.copyfile("/sys/kernel/btf/vmlinux", folder / "btf")
-    gc.freeze()
-
-    def say(what: str) -> None:
-        print(f"recorder: {what} after {time.monotonic() - clock:.1f} s", flush=True)
-
-    say("the kernel was asked")
+def record(folder: Path, watches: list[Watch], say: Callable[[str], None]) -> None:
+    """One part."""
     actor = Actor(folder)
     tools: list[Tool] = []
     try:
@@ -176,8 +164,6 @@ def record(folder: Path, watches: list[Watch]) -> None:
             os.kill(each.pid, signal.SIGINT)
         ended |= ends(others)
         (folder / "tools.json").write_text(json.dumps(ended))
-        about["wall_clock_us"] = began * 1e6, time.time() * 1e6
-        (folder / "kernel.json").write_text(json.dumps(about))
         say("all have ended")
     finally:
         for each in tools:
@@ -238,23 +224,47 @@ def witnessed(program: Path, folder: Path) -> Iterator[None]:
     (folder / "unseen.json").write_text(json.dumps(witness.records()))
 
 
-def main() -> int:
-    target = Path(sys.argv[1])
-    watches = [Watch(*argv, moment=moment) for moment, *argv in json.loads((target / "watches.json").read_text())]
+@contextmanager
+def in_memory(target: Path, part: Path) -> Iterator[Path]:
+    """A folder for a part, which is copied back at the end, also of a failure."""
     with tempfile.TemporaryDirectory(prefix="tcpscope-record-", dir="/tmp") as name:
         folder = Path(name)
-        for file in ("script", "actor"):
-            shutil.copy(target / file, folder / file)
+        for file in (part / parts.SCRIPT, target / "actor"):
+            shutil.copy(file, folder)
         try:
-            with alone(), witnessed(target / "unseen.bpf.o", folder):
-                record(folder, watches)
+            yield folder
+        finally:
+            (folder / "actor").unlink()
+            shutil.copytree(folder, part, dirs_exist_ok=True)
+
+
+def main() -> int:
+    target = Path(sys.argv[1])
+    began, clock = time.time(), time.monotonic()
+
+    def say(what: str) -> None:
+        print(f"recorder: {what} after {time.monotonic() - clock:.1f} s", flush=True)
+
+    from tcpscope import cli, tool
+
+    assert cli
+    for name in tool.names():
+        tool.find(name)
+    about = about_the_kernel()
+    shutil.copyfile("/sys/kernel/btf/vmlinux", target / "btf")
+    gc.freeze()
+    say("the kernel was asked")
+    for part in parts.of(target):
+        asked = json.loads((part / "watches.json").read_text())
+        watches = [Watch(*argv, moment=moment) for moment, *argv in asked]
+        try:
+            with in_memory(target, part) as folder, alone(), witnessed(target / "unseen.bpf.o", folder):
+                record(folder, watches, lambda what, number=part.name: say(f"part {number}: {what}"))
         except RecordingError as error:
             print(f"no recording: {error}", file=sys.stderr)
             return 1
-        finally:
-            for file in folder.iterdir():
-                if file.name not in ("script", "actor"):
-                    shutil.copyfile(file, target / file.name)
+    about["wall_clock_us"] = began * 1e6, time.time() * 1e6
+    (target / "kernel.json").write_text(json.dumps(about))
     return 0
 
 

@@ -1,10 +1,10 @@
-"""A recording: a folder with the scripts, the actor's log, what the tools wrote and what the kernel said of itself.
+"""A recording: a folder with what the kernel said of itself, and a folder for each of its parts (parts.py).
 
-script, log                    see actor/main.c
-NAME.out, NAME.err             of each tool
-tools.json                     its command line, exit status
-unseen.json                    what no program was run for, on a kernel that has such tasks (unseen.py)
 kernel.json, btf               release, what tcpscope makes of the kernel, its type information
+NUMBER/script, NUMBER/log      see actor/main.c
+NUMBER/NAME.out, .err          of each tool
+NUMBER/tools.json              its command line, exit status
+NUMBER/unseen.json             what no program was run for, on a kernel that has such tasks (unseen.py)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import pytest
 
 from tcpscope.kernel.btf import Btf
 from tests.kernels.offline import Offline
+from tests.record import parts
 from tests.record.script import Came, Host, Script
 from tests.record.unseen import Unseen
 from tests.record.watch import Watch
@@ -140,7 +141,7 @@ class Machine:
 def read_log(folder: Path) -> dict[str, Played]:
     """The scenarios by their names, from the script and the actor's log."""
     found: list[tuple[str, Played]] = []
-    for line in (folder / "script").read_text().splitlines(keepends=True):
+    for line in (folder / parts.SCRIPT).read_text().splitlines(keepends=True):
         if line.startswith("S "):
             found.append((line[2:].rstrip("\n"), Played()))
         else:
@@ -161,11 +162,11 @@ def read_log(folder: Path) -> dict[str, Played]:
 
 
 class Recording:
-    """What a folder holds."""
+    """What the folder of a part holds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, machine: Machine) -> None:
         self.folder = folder
-        self.machine = Machine(folder)
+        self.machine = machine
 
     @cached_property
     def scenarios(self) -> dict[str, Played]:
@@ -199,6 +200,12 @@ class Recording:
     def incomplete(self) -> set[str]:
         """The scenarios that may have lost something to it: played at that time, with one of these ports."""
         return {name for name, played in self.scenarios.items() if any(map(played.may_be_of, self.unseen))}
+
+
+def read(folder: Path) -> list[Recording]:
+    """All parts of a recording."""
+    machine = Machine(folder)
+    return [Recording(part, machine) for part in parts.of(folder)]
 
 
 MISSED_AT_MOST = 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,9 +110,8 @@ def test_a_tool_that_does_not_run_fails_who_asks_it(tmp_path: Path, tree: Path) 
 
 @pytest.mark.root
 def test_a_tool_that_lost_something_fails_each_test_that_asks_it(folder: Path, tmp_path: Path, tree: Path) -> None:
-    for file in (folder / "recording").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tool,) = tmp_path.glob("*.out")
+    shutil.copytree(folder / "recording", tmp_path, dirs_exist_ok=True)
+    (tool,) = tmp_path.glob("1/*.out")
     *rows, account = tool.read_text().splitlines(keepends=True)
     stats = json.loads(account)["stats"]
     stats |= {"seen": stats["seen"] + 3, "lost": 3}
@@ -131,22 +131,20 @@ def with_unseen(folder: Path, missed: int, *events: dict[str, object]) -> None:
 
 @pytest.mark.root
 def test_a_tool_may_miss_what_was_unseen_and_no_more(folder: Path, tmp_path: Path, tree: Path) -> None:
-    for file in (folder / "recording").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(folder / "recording", tmp_path, dirs_exist_ok=True)
     late = {"us": 1e18, "task": "task (1)", "event": "inet_sock_set_state", "ports": [40000, 7000]}
     other = late | {"event": "tcp_probe"}
     for missed, expected in ((1, 0), (2, 1)):
-        with_unseen(tmp_path, missed, late, other)
+        with_unseen(tmp_path / "1", missed, late, other)
         status, text = pytest_in(folder, tree, "--recording", str(tmp_path), "-k", "7000")
         assert (status, "missed 2" in text) == (expected, bool(expected)), text
 
 
 @pytest.mark.root
 def test_a_scenario_that_may_have_lost_something_fails(folder: Path, tmp_path: Path, tree: Path) -> None:
-    for file in (folder / "recording").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    us = next(float(line.split()[3]) for line in (tmp_path / "log").read_text().splitlines() if line[0] == "r") / 1000
-    with_unseen(tmp_path, 0, {"us": us, "task": "task (1)", "event": "tcp_probe", "ports": [40000, 7000]})
+    shutil.copytree(folder / "recording", tmp_path, dirs_exist_ok=True)
+    us = next(float(line.split()[3]) for line in (tmp_path / "1/log").read_text().splitlines() if line[0] == "r") / 1000
+    with_unseen(tmp_path / "1", 0, {"us": us, "task": "task (1)", "event": "tcp_probe", "ports": [40000, 7000]})
     status, text = pytest_in(folder, tree, "--recording", str(tmp_path), "-k", "refused")
     assert status == 1
     assert "this kernel ran no program for a part of it" in text
@@ -163,10 +161,10 @@ record = plugin.record
 def once(items, folder):
     made = record(items, folder)
     if len(items) > 1:
-        log = (folder / "log").read_text().splitlines()
+        log = (folder / "1/log").read_text().splitlines()
         us = max(int(line.split()[4]) for line in log if line.startswith("r 1 ")) / 1000
         unseen = [{"us": us, "task": "task (1)", "event": "tcp_probe", "ports": [7001]}]
-        (folder / "unseen.json").write_text(json.dumps(unseen))
+        (folder / "1/unseen.json").write_text(json.dumps(unseen))
     return made
 
 plugin.record = once
@@ -180,7 +178,7 @@ def test_it_alone_is_played_again(tmp_path: Path, tree: Path) -> None:
     assert status == 0, text
     assert "2 passed" in text
     assert "PLAYED AGAIN 1 of 2 scenarios, since this kernel ran no program in task (1)" in text
-    again = (tmp_path / "recording/again-1/script").read_text()
+    again = (tmp_path / "recording/again-1/1/script").read_text()
     assert [line for line in again.splitlines() if line.startswith("S ")] == ["S test_file.py::test_refused[7001]"]
     assert not (tmp_path / "recording/again-2").exists()
 
@@ -189,8 +187,8 @@ def test_only_the_script_is_written(tmp_path: Path, tree: Path) -> None:
     target = tmp_path / "composed"
     target.mkdir()
     pytest_in(tmp_path, tree, "--compose", str(target))
-    assert (target / "script").read_text().count("S ") == 5
+    assert (target / "1/script").read_text().count("S ") == 5
     watches = [[False, "connect", "--port", "6000-9999"], [False, "queue", "--stack"]]
-    assert json.loads((target / "watches.json").read_text()) == watches
+    assert json.loads((target / "1/watches.json").read_text()) == watches
     assert (target / "actor").stat().st_mode & 0o100
-    assert not (target / "log").exists()
+    assert not (target / "1/log").exists()
