@@ -216,6 +216,7 @@ def test_each_socket_without_a_place_is_counted_once(
             events.stop()
             shown = len(list(events))
             assert events.stats.table_full == 2 * pairs - places
+            assert "no place in a table: it holds as many sockets as it has room for" in events.notes
             assert shown == (places if name == "life" else 0)
 
 

@@ -123,6 +123,8 @@ class Run(ABC):
             if stop or self.done or limited.reached:
                 self.over = True
                 yield from map(limited, self.end())
+                if self.account().table_full:
+                    self.notes += dict.fromkeys(why for session in self.sessions for why in session.why_full)
                 return
             stop.wait(self.pause, *self.descriptors)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,10 @@ RING_BYTES, RING_BYTES_AT_MOST = 4 << 20, 1 << 30
 POLL_SECONDS = 0.1
 _GRACE_SECONDS = 0.05  # longer than any program runs
 READY_FD = "TCPSCOPE_READY_FD"
+_NO_PLACE = {
+    errno.E2BIG: "it holds as many sockets as it has room for",
+    errno.ENOMEM: "the kernel had no memory for an entry at that moment",
+}
 
 
 @dataclass
@@ -185,6 +191,13 @@ class Session:
         """What the user should know about the loaded objects, one line each."""
         here = [pidns.NOTE] if pidns.inner() else []
         return [*here, *self.loaded.notes, *(self.owners.loaded.notes if self.owners else ())]
+
+    @property
+    def why_full(self) -> list[str]:
+        """Why a socket found no place in a table, one line each. Nothing if all did, or if only the seed found none."""
+        objects = [self.loaded, *([self.owners.loaded] if self.owners else [])]
+        errors = dict.fromkeys(int.from_bytes(each.memory("table_error")[:4], sys.byteorder) for each in objects)
+        return [f"no place in a table: {_NO_PLACE.get(error) or os.strerror(error)}" for error in errors if error]
 
     def batches(self) -> Iterator[memoryview]:
         """The events that are in the ring now, as bytes. A batch is valid until the next one is asked for."""

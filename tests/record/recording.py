@@ -69,7 +69,7 @@ class Run:
             stats = self.stats
             if stats["seen"] != stats["shown"] + stats["filtered"] + stats["lost"]:
                 found.append(f"the account does not add up: {stats}")
-            found += [f"{name} {stats[name]}" for name in ("lost", "table_full") if stats[name]]
+            found += [f"{name} {stats[name]}: {self.stderr.strip()}" for name in ("lost", "table_full") if stats[name]]
             if stats["missed"] > unseen:
                 found.append(f"missed {stats['missed']}")
         return found

@@ -135,7 +135,7 @@ static __always_inline bool visit_note(struct sock *sk, __u64 now_ns, __u64 ca_s
 {
 	__u64 key = (__u64)sk, value = VISIT(now_ns, ca_state);
 
-	return !bpf_map_update_elem(&visits, &key, &value, BPF_ANY);
+	return !table_put(&visits, &key, &value, BPF_ANY);
 }
 
 /* The visit ends. `noted`: what the entry says from now on. */

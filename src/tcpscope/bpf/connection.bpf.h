@@ -64,7 +64,7 @@ static __always_inline struct connection *connection_add(struct sock *sk)
 
 	if (!filter_may_want(sk))
 		return NULL;
-	bpf_map_update_elem(&connections, &key, &new_connection, BPF_NOEXIST);
+	table_put(&connections, &key, &new_connection, BPF_NOEXIST);
 	return bpf_map_lookup_elem(&connections, &key);
 }
 

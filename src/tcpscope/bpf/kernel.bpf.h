@@ -40,6 +40,7 @@
 
 /* include/uapi/asm-generic/errno.h, errno-base.h */
 #define EINTR 4
+#define EEXIST 17
 #define EPIPE 32
 #define ENETDOWN 100
 #define ENETUNREACH 101

@@ -92,6 +92,19 @@ const volatile __u64 wakeup_bytes = 1 << 20; /* a power of two */
 /* Atomic, because a softirq may interrupt the program and count on the same CPU. */
 #define COUNT(what) __sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].what, 1)
 
+/* errno of the last insertion into a table of sockets that failed: E2BIG, the table is full; ENOMEM, the kernel had no memory. */
+volatile __u32 table_error;
+
+/* bpf_map_update_elem() of such a table. EEXIST is no failure: an interrupt was quicker. */
+static __always_inline long table_put(void *table, const __u64 *key, const void *value, __u64 flags)
+{
+	long error = bpf_map_update_elem(table, key, value, flags);
+
+	if (error && error != -EEXIST)
+		table_error = -error;
+	return error;
+}
+
 /* Reserves room for one event of `size` bytes. NULL if the ring is full; that counts as lost. */
 static __always_inline void *event_reserve(__u64 size)
 {

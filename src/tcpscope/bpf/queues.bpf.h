@@ -80,7 +80,7 @@ static __always_inline struct activity *activity_of(struct sock *sk)
 
 	if (found)
 		return found;
-	bpf_map_update_elem(&activities, &key, &new_activity, BPF_NOEXIST);
+	table_put(&activities, &key, &new_activity, BPF_NOEXIST);
 	found = bpf_map_lookup_elem(&activities, &key);
 	if (!found)
 		COUNT(table_full);

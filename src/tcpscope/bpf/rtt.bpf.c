@@ -146,7 +146,7 @@ static __always_inline void look(struct sock *sk, __u64 cookie)
 
 	if (!seen) {
 		/* Older than the tool: what the kernel measured before is no sample. */
-		if (filter_may_want(sk) && bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY))
+		if (filter_may_want(sk) && table_put(&last_seen, &key, &now, BPF_ANY))
 			COUNT(table_full);
 		return;
 	}
@@ -242,7 +242,7 @@ static __always_inline void look_at_handshake(struct sock *sk, __u64 cookie, boo
 
 	if (!filter_may_want(sk) || (seen && seen->established) || (again && had_no_place(sk, STATE_ESTABLISHED)))
 		return;
-	full = bpf_map_update_elem(&last_seen, &key, &now, BPF_ANY);
+	full = table_put(&last_seen, &key, &now, BPF_ANY);
 	if (again && full) {
 		COUNT(missed);
 		return;
