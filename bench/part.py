@@ -40,6 +40,8 @@ class Plan:
     """How often a program takes part that compiles at every start. One such start can take minutes in a guest."""
 
 
+SYNS = 10
+"""For each connection of a plan, where the traffic is SYNs: they are so much cheaper."""
 REAL = measure.Limits(patience_s=20, idle=0.03)
 EMULATED = measure.Limits(patience_s=400, idle=0.5)
 PLANS = {
@@ -103,7 +105,9 @@ def run(plan: Plan, say: Callable[[str], None], titles: Sequence[str] = ()) -> d
     for group in wanted:
         exchanges = plan.exchanges if group.title == "rtt" else 0
 
-        def traffic(exchanges: int = exchanges) -> workload.Made:
+        def traffic(exchanges: int = exchanges, unit: str = group.unit) -> workload.Made:
+            if unit == "SYN":
+                return workload.storm(plan.batches, plan.connections * SYNS)
             return workload.connections(plan.batches, plan.connections, exchanges)
 
         def once(subject: Subject | None, group: Group = group, traffic: measure.Traffic = traffic) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.subjects import CONNECT, GROUPS, JSON, PEERS, STATES, TABLE, Group, Subject
+from bench.subjects import CONNECT, COUNT, GROUPS, JSON, PEERS, STATES, TABLE, Group, Subject
 
 TEXT = Path(__file__).with_name("page.md")
 Figures = Sequence[float]
@@ -87,7 +87,11 @@ def _kernel(part: dict[str, Any] | None, where: str) -> str:
     for group in GROUPS:
         if group.title not in part["cost"]:
             continue
-        lines += ["", group.text.format(exchanges=plan["exchanges"]), ""]
+        text = group.text.format(exchanges=plan["exchanges"])
+        if group.unit != "connection":
+            alone = known([cost and cost["cpu_ns"] for cost in part["cost"][group.title]["nothing"]])
+            text = f"{text[:-1]}. Without a tool a {group.unit} takes {spread(alone)} ns of CPU time:"
+        lines += ["", text, ""]
         lines.append(_rows(part, group) if group.reference else _aggregate(part, group))
         if group.title == "states" and part["burst"]:
             lines += [
@@ -200,9 +204,9 @@ def _aggregate(part: dict[str, Any], group: Group) -> str:
     return table(
         [
             "tool",
-            "added per connection, ns",
+            f"added per {group.unit}, ns",
             "the same by CPU time, ns",
-            "BPF time per connection, ns",
+            f"BPF time per {group.unit}, ns",
             "peak memory, MB",
             "BPF maps, MB",
         ],
@@ -292,6 +296,10 @@ def _targets(results: dict[str, Any]) -> str:
                 rows[-1][3] = f"**not shown**: the traffic came to {rate:,.0f} events/s only"
             peak = [cost["peak_kb"] / 1024 for cost in host["cost"].get("states", {}).get(name, []) if cost]
             target(f"peak memory of `{name}`", 40, peak, "MB", digits=1)
+        if storm := host["cost"].get("storm"):
+            more = ratios(added(storm, COUNT, "cpu_ns"), [cost and cost["cpu_ns"] for cost in storm["nothing"]])
+            title = f"more CPU in a storm of discarded SYNs, `{COUNT}`"
+            target(title, 5, [100 * share for share in more], "%", digits=1)
         connect = CONNECT[0].name
         maps = [cost["maps_kb"] / 1024 for cost in host["cost"].get("connect", {}).get(connect, []) if cost]
         target(f"BPF maps of `{connect}`", 8, maps, "MB", digits=1)

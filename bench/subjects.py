@@ -79,10 +79,21 @@ PACKETS = (
 )
 
 
+STORM = (
+    _tcpscope("drop", "--count", rows=False),
+    _tcpscope("drop", "--count", "--by", "reason,raddr", rows=False),
+    _bcc("tcpdrop", rows=False),
+)
+
+
+COUNT = STORM[0].name
+
+
 @dataclass(frozen=True)
 class Group:
     """Programs that answer the same question, over the same traffic.
 
+    unit            what the traffic consists of: connections, or SYNs that the kernel discards
     reference       the peer that the others are held against, if each prints a row per event
     per_connection  how many rows a connection is; None: each change of state, which the traffic program knows
     """
@@ -90,17 +101,19 @@ class Group:
     title: str
     text: str
     subjects: tuple[Subject, ...]
+    unit: str = "connection"
     reference: str | None = None
     per_connection: int | None = None
 
 
 GROUPS = (
-    Group("states", "Every change of state, a row per event:", STATES, "tcpstates -T"),
-    Group("connect", "Active opens, a row per connection:", CONNECT, "tcpconnect -t", 1),
-    Group("life", "Connections that have ended, a row at each end:", LIFE, "tcplife -T", 2),
+    Group("states", "Every change of state, a row per event:", STATES, reference="tcpstates -T"),
+    Group("connect", "Active opens, a row per connection:", CONNECT, reference="tcpconnect -t", per_connection=1),
+    Group("life", "Connections that have ended, a row at each end:", LIFE, reference="tcplife -T", per_connection=2),
     Group("rtt", "Round-trip times; {exchanges} exchanges of a byte on each connection:", RTT),
     Group("queue", "The queues of listeners:", QUEUE),
     Group("packets", "Retransmissions, discards, resets and congestion, of which this traffic has none:", PACKETS),
+    Group("storm", "A storm of SYNs that the kernel discards:", STORM, unit="SYN"),
 )
 
 PEERS = (

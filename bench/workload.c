@@ -11,6 +11,8 @@
  *       as fast as possible; a line per batch: ns per connection by the clock, and by the CPU time of this thread
  *   workload rate CPU PER_SECOND SECONDS
  *       at this rate, in steps of a millisecond; a line: connections made, ns that it took
+ *   workload storm CPU BATCHES SYNS
+ *       SYNs that the kernel discards, since their checksum is wrong; a line per batch: ns per SYN, both as above
  *   workload probe MILLISECONDS
  *       a connection each time so much time has passed, until stdin ends; the client of number N is bound to
  *       127.1.(N/256).(N%256). A line per connection: N, CLOCK_MONOTONIC in ns before it began
@@ -20,6 +22,8 @@
 #include <err.h>
 #include <fcntl.h>
 #include <net/if.h>
+#include <netinet/ip.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
 #include <stdbool.h>
@@ -174,6 +178,64 @@ static void rate(int per_second, int seconds)
 	close(listener);
 }
 
+/* The number in the column `name` of /proc/net/snmp's lines "Tcp:". */
+static long long tcp_counter(const char *name)
+{
+	char titles[1024], values[1024], *title, *value, *title_at, *value_at;
+	FILE *file = fopen("/proc/self/net/snmp", "r");
+	long long found = -1;
+
+	while (file && fgets(titles, sizeof(titles), file) && fgets(values, sizeof(values), file)) {
+		if (strncmp(titles, "Tcp:", 4))
+			continue;
+		title = strtok_r(titles, " \n", &title_at);
+		value = strtok_r(values, " \n", &value_at);
+		for (; title && value;
+		     title = strtok_r(NULL, " \n", &title_at), value = strtok_r(NULL, " \n", &value_at))
+			if (!strcmp(title, name))
+				found = atoll(value);
+	}
+	if (file)
+		fclose(file);
+	return found;
+}
+
+static void storm(int batches, int count)
+{
+	struct sockaddr_in server = address(0x7f4d0001, PORT);
+	struct {
+		struct iphdr ip;
+		struct tcphdr tcp;
+	} packet = {
+		.ip = {.version = 4, .ihl = 5, .ttl = 64, .protocol = IPPROTO_TCP},
+		.tcp = {.source = htons(1024), .dest = htons(PORT), .doff = 5, .syn = 1},
+	};
+
+	packet.ip.saddr = htonl(0x7f010001);
+	packet.ip.daddr = server.sin_addr.s_addr;
+	for (int batch = 0; batch < batches; batch++) {
+		long long wall, cpu, discarded;
+		int fd;
+
+		new_namespace();
+		fd = socket(AF_INET, SOCK_RAW, IPPROTO_RAW);
+		if (fd < 0)
+			err(1, "raw socket");
+		wall = now(CLOCK_MONOTONIC);
+		cpu = now(CLOCK_THREAD_CPUTIME_ID);
+		for (int i = 0; i < count; i++) {
+			if (sendto(fd, &packet, sizeof(packet), 0, (const void *)&server, sizeof(server)) < 0)
+				err(1, "SYN");
+		}
+		printf("%lld %lld\n", (now(CLOCK_MONOTONIC) - wall) / count,
+		       (now(CLOCK_THREAD_CPUTIME_ID) - cpu) / count);
+		discarded = tcp_counter("InCsumErrors");
+		if (discarded != count)
+			errx(1, "of %d SYNs %lld were discarded", count, discarded);
+		close(fd);
+	}
+}
+
 static void probe(int interval_ms)
 {
 	struct sockaddr_in server = address(0x7f4d0001, PORT);
@@ -208,6 +270,8 @@ int main(int argc, char **argv)
 		connections(atoi(argv[3]), atoi(argv[4]), atoi(argv[5]));
 	else if (argc == 5 && !strcmp(mode, "rate"))
 		rate(atoi(argv[3]), atoi(argv[4]));
+	else if (argc == 5 && !strcmp(mode, "storm"))
+		storm(atoi(argv[3]), atoi(argv[4]));
 	else if (argc == 3 && !strcmp(mode, "probe"))
 		probe(atoi(argv[2]));
 	else

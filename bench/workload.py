@@ -43,6 +43,17 @@ def connections(batches: int, count: int, exchanges: int = 0) -> Made:
     )
 
 
+def storm(batches: int, syns: int) -> Made:
+    """`batches` of `syns` SYNs that the kernel discards, as fast as they go. Each is a connection and an event."""
+    lines = _run("storm", CPU, batches, syns)
+    return Made(
+        connections=batches * syns,
+        events=batches * syns,
+        wall_ns=tuple(int(line.split()[0]) for line in lines),
+        cpu_ns=tuple(int(line.split()[1]) for line in lines),
+    )
+
+
 def rate(per_second: int, seconds: int) -> Made:
     """Connections at a given rate, or slower where the machine is too slow: see `seconds`."""
     made, ns = map(int, _run("rate", CPU, per_second, seconds)[0].split())

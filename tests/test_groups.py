@@ -14,7 +14,7 @@ LAYOUT = RETRANS.layout("retrans")
 
 def bits(names: tuple[str, ...]) -> dict[int, int]:
     """Word -> mask."""
-    parts = groups.constants(LAYOUT, names, None)["group_by"]
+    parts = groups.counting(LAYOUT, names, None).constants["group_by"]
     return {part["word"]: part["mask"] for part in parts if part["mask"]}
 
 
@@ -32,7 +32,7 @@ def test_the_order_is_that_of_the_event() -> None:
 
 
 def test_a_sum_is_the_number_of_its_bits() -> None:
-    part, field = groups.constants(LAYOUT, ("kind",), "segs")["group_sum"], LAYOUT.field("segs")
+    part, field = groups.counting(LAYOUT, ("kind",), "segs").constants["group_sum"], LAYOUT.field("segs")
     record = bytearray(LAYOUT.size)
     record[field.offset : field.offset + field.size] = (4711).to_bytes(field.size, "little")
     word = int.from_bytes(record[part["word"] * 8 : part["word"] * 8 + 8], "little")
@@ -42,7 +42,7 @@ def test_a_sum_is_the_number_of_its_bits() -> None:
 def test_too_many_columns_are_refused() -> None:
     names = tuple(field.name for field in LAYOUT.fields if field.kind != "time")
     with pytest.raises(UsageError, match="too many columns"):
-        groups.constants(LAYOUT, names, None)
+        groups.counting(LAYOUT, names, None)
 
 
 def test_only_some_objects_count() -> None:

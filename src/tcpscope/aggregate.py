@@ -11,12 +11,15 @@ from tcpscope.session import wait_for_programs
 
 
 class Aggregate:
-    """The aggregate `name` of a loaded object. `key` and `value` name the structs of its keys and values."""
+    """The aggregate `name` of a loaded object. `key` and `value` name the structs of its keys and values.
 
-    def __init__(self, loaded: Loaded, name: str, key: str, value: str) -> None:
+    A `key` that is a number is the size of the keys, which are bytes then.
+    """
+
+    def __init__(self, loaded: Loaded, name: str, key: str | int, value: str) -> None:
         self._loaded, self._name = loaded, name
         self._epoch = loaded.memory("epoch").cast("I")
-        self._key = loaded.spec.layout(key, internal=True)
+        self._key = key if isinstance(key, int) else loaded.spec.layout(key, internal=True)
         self._value = loaded.spec.layout(value, internal=True)
 
     def take(self) -> Iterator[tuple[Any, Any]]:

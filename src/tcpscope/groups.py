@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tcpscope.aggregate import Aggregate
 from tcpscope.errors import UsageError
@@ -21,8 +21,18 @@ def counts(spec: Spec) -> bool:
     return "grouping" in spec.variables
 
 
-def constants(layout: Layout, by: Sequence[str], sum: str | None) -> dict[str, Any]:
-    """The read-only globals that make an object count by these columns. UsageError if they are too many."""
+class Counting(NamedTuple):
+    """What a `Session` needs of an object that counts its events, or could and sends them: the names are its own."""
+
+    constants: dict[str, Any]
+    entries: dict[str, int]
+    key_bytes: dict[str, int]
+
+
+def counting(layout: Layout, by: Sequence[str], sum: str | None) -> Counting:
+    """To count by these columns; without any, to send events. UsageError if they are too many."""
+    if not by:
+        return Counting({}, dict.fromkeys(MAPS, 1), {})
     masks = _masks(layout, by)
     if len(masks) > _MOST_WORDS:
         raise UsageError(
@@ -30,11 +40,12 @@ def constants(layout: Layout, by: Sequence[str], sum: str | None) -> dict[str, A
         )
     parts = [{"mask": mask, "word": word, "shift": 0} for word, mask in masks.items()]
     unused = {"mask": 0, "word": 0, "shift": 0}
-    return {
+    constants = {
         "grouping": True,
         "group_by": parts + [unused] * (_MOST_WORDS - len(parts)),
         "group_sum": _number(layout.field(sum)) if sum else unused,
     }
+    return Counting(constants, {}, dict.fromkeys(MAPS, _WORD * len(parts)))
 
 
 def _masks(layout: Layout, names: Sequence[str]) -> dict[int, int]:
@@ -64,7 +75,7 @@ class Counted:
         layout = session.spec.layout(event).named(session.kernel.enumerators)
         self._words, self._size = list(_masks(layout, by)), layout.size
         self._decode = layout.select(by).decoder(Clock("none"), frame=frame).rows
-        self._aggregate = Aggregate(session.loaded, "groups", "group_key", "group")
+        self._aggregate = Aggregate(session.loaded, "groups", _WORD * len(self._words), "group")
         session.kernel.release()
 
     def take(self) -> Iterator[tuple[Any, int, int]]:
@@ -72,5 +83,5 @@ class Counted:
         for key, group in self._aggregate.take():
             event = bytearray(self._size)
             for at, word in enumerate(self._words):
-                event[word * _WORD : (word + 1) * _WORD] = key.words[at * _WORD : (at + 1) * _WORD]
+                event[word * _WORD : (word + 1) * _WORD] = key[at * _WORD : (at + 1) * _WORD]
             yield self._decode(bytes(event))[0], group.count, group.sum

@@ -88,6 +88,7 @@ class Session:
     filter      the filter of the run, which the kernel decides
     constants   values of read-only globals of the object, by name
     entries     sizes of maps, by name
+    key_bytes   sizes of the keys of maps, by name, if they are shorter than those of the object
     keys        keys of sets, by name
     skip        hooks that this run does not need
     owners      whether this run needs the owners of sockets, if the probe uses the object `owner`
@@ -104,6 +105,7 @@ class Session:
         *,
         constants: dict[str, Any] | None = None,
         entries: dict[str, int] | None = None,
+        key_bytes: dict[str, int] | None = None,
         keys: dict[str, Sequence[bytes]] | None = None,
         skip: Sequence[str] = (),
         owners: bool = True,
@@ -116,6 +118,7 @@ class Session:
         setup = Setup(
             constants=compiled_filter.constants(filter) | (constants or {}),
             entries=dict(entries or {}),
+            key_bytes=dict(key_bytes or {}),
             keys={compiled_filter.LISTS: compiled_filter.keys(filter)} | (keys or {}),
             skip=frozenset(skip),
             debug=debug,

@@ -177,13 +177,15 @@ class Stream(Tool):
     def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
         """The probe, attached as this tool needs it. With `by` it counts by these columns, and sends no events."""
         spec = Spec.of(self.probes[0])
-        counting = groups.constants(spec.layout(self.event), by, sum) if by else {}
+        counts = groups.counts(spec)
+        constants, entries, key_bytes = groups.counting(self.layout, by, sum) if counts else ({}, {}, {})
         session = Session(
             self.probes[0],
             None if by else self.event,
             request.filter,
-            constants=self.constants(request) | {"rate_per_s": request.rate or 0} | counting,
-            entries={} if by or not groups.counts(spec) else dict.fromkeys(groups.MAPS, 1),
+            constants=self.constants(request) | {"rate_per_s": request.rate or 0} | constants,
+            entries=entries,
+            key_bytes=key_bytes,
             skip=self.skip(request),
             ring_bytes=request.buffer or self.ring_bytes(request),
             debug=request.debug,

@@ -52,8 +52,8 @@ static __always_inline void *aggregate_find_or_add(void *map, const void *key, c
 	struct name##_map {                                                                                   \
 		__uint(type, BPF_MAP_TYPE_HASH);                                                              \
 		__uint(max_entries, entries);                                                                 \
-		__type(key, struct key_type);                                                                 \
-		__type(value, struct value_type);                                                             \
+		__uint(key_size, sizeof(struct key_type));                                                    \
+		__uint(value_size, sizeof(struct value_type));                                                \
 	} name##_even SEC(".maps")                                                                            \
 	, name##_odd SEC(".maps");                                                                            \
 	static const struct value_type name##_new;                                                            \

@@ -34,7 +34,7 @@ AGGREGATE(groups, group_key, group, 16384)
 
 /*
  * The key takes the place of the event: the stack has no room for both. The words of group_by ascend, so each is read before
- * another is written there. The event has at least GROUP_WORDS words.
+ * another is written there. User space makes the maps' keys as short as the words that it uses.
  */
 static __always_inline void group_add(__u64 *event)
 {
@@ -42,8 +42,8 @@ static __always_inline void group_add(__u64 *event)
 	struct group *group;
 
 #pragma unroll
-	for (int i = 0; i < GROUP_WORDS; i++)
-		event[i] = group_by[i].mask ? event[group_by[i].word] & group_by[i].mask : 0;
+	for (int i = 0; i < GROUP_WORDS && group_by[i].mask; i++)
+		event[i] = event[group_by[i].word] & group_by[i].mask;
 	group = groups_at((struct group_key *)event);
 	if (!group)
 		return;

@@ -9,6 +9,7 @@
 #define IPV4_BYTES 20
 #define IPV6_BYTES 40
 #define TCP_BYTES 14 /* up to the flags */
+#define HEADERS_BYTES (IPV6_BYTES + TCP_BYTES)
 #define NO_FLAGS 0xffff
 
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
@@ -23,17 +24,8 @@ struct packet {
 	bool data;   /* something follows the TCP header */
 };
 
-/*
- * The part of the TCP header that is needed, at this offset from skb->head. A later fragment has none, and it may lie
- * outside of the linear part of the packet.
- */
-static __always_inline void tcp_header_read(struct sk_buff *skb, __u32 at, __u32 before, struct packet *packet)
+static __always_inline void tcp_header_parse(const __u8 *header, __u32 before, struct packet *packet)
 {
-	__u8 header[16] = {};
-
-	if (at + TCP_BYTES > skb->tail)
-		return;
-	bpf_probe_read_kernel(header, TCP_BYTES, skb->head + at);
 	packet->sport = header[0] << 8 | header[1];
 	packet->dport = header[2] << 8 | header[3];
 	packet->seq = bpf_ntohl(*(__u32 *)&header[4]);
@@ -43,44 +35,55 @@ static __always_inline void tcp_header_read(struct sk_buff *skb, __u32 at, __u32
 
 /*
  * Reads the headers of a packet. False if it is none of TCP. The kernel sets skb->protocol when it receives a packet, and
- * when it has added the IP header to one that it sends. The headers stay at skb->head when it removes them.
+ * when it has added the IP header to one that it sends. The headers stay at skb->head when it removes them. Those of a
+ * later fragment have no TCP header, and it may lie outside of the linear part of the packet.
  */
 static __noinline bool packet_read(struct sk_buff *skb, struct packet *packet)
 {
-	__u8 header[IPV6_BYTES] = {};
-	__u32 at = skb->network_header;
-	__u32 length, before;
+	__u8 headers[HEADERS_BYTES] __attribute__((aligned(8))) = {};
+	__u32 at = skb->network_header, end = skb->tail, length, before;
 	bool later = false;
 	__u8 protocol;
 
 	packet->flags = NO_FLAGS;
-	if (at + IPV4_BYTES > skb->tail)
+	if (at + IPV4_BYTES > end)
 		return false;
-	bpf_probe_read_kernel(header, sizeof(header), skb->head + at);
-	length = header[2] << 8 | header[3];
-	if (skb->protocol == bpf_htons(ETH_P_IP) && header[0] >> 4 == 4) {
-		protocol = header[9];
-		before = (header[0] & 15) * 4;
-		later = (header[6] & 31) || header[7];
+	length = end - at;
+	if (length > HEADERS_BYTES)
+		length = HEADERS_BYTES;
+	bpf_probe_read_kernel(headers, length, skb->head + at);
+	if (skb->protocol == bpf_htons(ETH_P_IP) && headers[0] >> 4 == 4) {
+		protocol = headers[9];
+		before = (headers[0] & 15) * 4;
+		later = (headers[6] & 31) || headers[7];
 		packet->family = 4;
-		packet->bytes = length;
-		map_v4(packet->saddr, *(__be32 *)&header[12]);
-		map_v4(packet->daddr, *(__be32 *)&header[16]);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6) && header[0] >> 4 == 6 && at + IPV6_BYTES <= skb->tail) {
-		length = header[4] << 8 | header[5];
-		protocol = header[6];
+		packet->bytes = headers[2] << 8 | headers[3];
+		map_v4(packet->saddr, *(__be32 *)&headers[12]);
+		map_v4(packet->daddr, *(__be32 *)&headers[16]);
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6) && headers[0] >> 4 == 6 && length >= IPV6_BYTES) {
+		protocol = headers[6];
 		before = IPV6_BYTES;
 		packet->family = 6;
-		packet->bytes = length ? length + IPV6_BYTES : 0;
-		__builtin_memcpy(packet->saddr, header + 8, 16);
-		__builtin_memcpy(packet->daddr, header + 24, 16);
+		packet->bytes = headers[4] << 8 | headers[5];
+		if (packet->bytes)
+			packet->bytes += IPV6_BYTES;
+		__builtin_memcpy(packet->saddr, headers + 8, 16);
+		__builtin_memcpy(packet->daddr, headers + 24, 16);
 	} else {
 		return false;
 	}
 	if (protocol != IPPROTO_TCP)
 		return false;
-	if (!later)
-		tcp_header_read(skb, at + before, before, packet);
+	if (later || at + before + TCP_BYTES > end)
+		return true;
+	if (before == IPV4_BYTES) {
+		tcp_header_parse(headers + IPV4_BYTES, before, packet);
+	} else if (before == IPV6_BYTES && packet->family == 6) {
+		tcp_header_parse(headers + IPV6_BYTES, before, packet);
+	} else { /* behind IP options */
+		bpf_probe_read_kernel(headers, TCP_BYTES, skb->head + at + before);
+		tcp_header_parse(headers, before, packet);
+	}
 	return true;
 }
 

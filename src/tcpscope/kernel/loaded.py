@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Setup:
 
     constants  values of read-only globals, by name. The loader sets `hooked_HOOK` and `possible_cpus` itself
     entries    sizes of maps, by name
+    key_bytes  sizes of the keys of maps, by name, if they are shorter than those that the object has
     keys       keys of sets (maps whose values are one byte), by name, inserted before a program is attached
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
@@ -54,6 +56,7 @@ class Setup:
 
     constants: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
+    key_bytes: dict[str, int] = field(default_factory=dict)
     keys: dict[str, Sequence[bytes]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
@@ -198,6 +201,8 @@ class Loaded:
         sizes = {name: len(keys) for name, keys in self._setup.keys.items() if keys}
         for name, entries in (self._setup.entries | sizes).items():
             lib.bpf_map__set_max_entries(self._map(name), entries)
+        for name, size in self._setup.key_bytes.items():
+            lib.bpf_map__set_key_size(self._map(name), size)
         for name, descriptor in self._setup.shared.items():
             if error := lib.bpf_map__reuse_fd(self._map(name), descriptor):
                 what = f"{self.spec.name}: map '{name}' cannot be shared"
@@ -350,17 +355,21 @@ class Loaded:
         with os.fdopen(fd, "rb", buffering=0) as file:
             yield from pieces(file)
 
-    def entries(self, name: str, key: Layout, value: Layout, take: bool = False) -> Iterator[tuple[Any, Any]]:
+    def entries(self, name: str, key: Layout | int, value: Layout, take: bool = False) -> Iterator[tuple[Any, Any]]:
         """All entries of a hash map: pairs of raw rows of `key` and `value`. With `take` it removes them from the map.
+
+        A `key` that is a number is the size of the keys, which are bytes then.
 
         An entry that programs insert or delete meanwhile may be among them or not. Raises OSError.
         """
         read = lib.bpf_map_lookup_and_delete_batch if take else lib.bpf_map_lookup_batch
-        decode_keys, decode_values = key.decoder(raw=True).rows, value.decoder(raw=True).rows
-        room = max(LEAST_BATCH, BATCH_BYTES // (key.size + value.size))
+        decode_values = value.decoder(raw=True).rows
+        key_size = key if isinstance(key, int) else key.size
+        decode_keys = partial(_cut, key_size) if isinstance(key, int) else key.decoder(raw=True).rows
+        room = max(LEAST_BATCH, BATCH_BYTES // (key_size + value.size))
         start, position, count = ffi.NULL, ffi.new("uint32_t *"), ffi.new("uint32_t *")
         while True:
-            keys, values = bytearray(key.size * room), bytearray(value.size * room)
+            keys, values = bytearray(key_size * room), bytearray(value.size * room)
             count[0] = room
             into = ffi.from_buffer(keys), ffi.from_buffer(values)
             error = -read(self.map_fd(name), start, position, *into, count, ffi.NULL)
@@ -369,7 +378,7 @@ class Loaded:
                 continue
             if error not in (0, errno.ENOENT):
                 raise failed(error, f"{self.spec.name}: map '{name}' cannot be read")
-            ends = count[0] * key.size, count[0] * value.size
+            ends = count[0] * key_size, count[0] * value.size
             yield from zip(
                 decode_keys(memoryview(keys)[: ends[0]]), decode_values(memoryview(values)[: ends[1]]), strict=True
             )
@@ -455,6 +464,10 @@ def _types_file(name: str) -> io.FileIO:
     except OSError as error:
         what = f"{name}: no file in memory"
         raise exhausted(error.errno or 0, what) or TcpscopeError(f"{what}: {error.strerror}") from None
+
+
+def _cut(size: int, data: memoryview) -> list[bytes]:
+    return [bytes(data[at : at + size]) for at in range(0, len(data), size)]
 
 
 def pieces(file: io.RawIOBase) -> Iterator[bytes]:

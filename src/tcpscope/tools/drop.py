@@ -109,13 +109,14 @@ class Drop(Stacked):
             "send_stacks": bool(request.options["stack"]),
             "rate_per_s": request.rate or 0,
         }
-        counting = groups.constants(self.layout, by, sum) if by else {}
+        counting = groups.counting(self.layout, by, sum)
         return Session(
             self.probes[0],
             None if by else self.event,
             request.filter,
-            constants=constants | counting,
-            entries={} if by else dict.fromkeys(groups.MAPS, 1),
+            constants=constants | counting.constants,
+            entries=counting.entries,
+            key_bytes=counting.key_bytes,
             keys={"reasons": wanted.keys},
             ring_bytes=request.buffer or self.ring_bytes(request),
             kernel=kernel,
