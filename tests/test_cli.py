@@ -155,6 +155,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["queue", "-R", "80"], "--rport 80; a listener has no remote end; with --events the peers are known"),
         (["queue", "--stack"], "--stack; it goes with --events"),
         (["queue", "--buffer", "64K"], "--buffer; it goes with --events"),
+        (["drop", "--count", "--buffer", "64K"], "--buffer; --count counts in the kernel and needs no buffer"),
         (["list", "--time", "none"], "No such option"),
         (["list", "--buffer", "64K"], "No such option"),
         (["rtt", "--buffer", "64K"], "No such option"),

@@ -41,7 +41,7 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         begin(run.sessions, stop, run.keep)
         _print_notes(run)
         if run.waits and sys.stderr.isatty():
-            print(f"tcpscope: {_waiting(request)}", file=sys.stderr)
+            print(screen.filled(f"tcpscope: {_waiting(request)}", sys.stderr), file=sys.stderr)
         elif not page and not run.done:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
         for batch in run.batches(stop, request.max_events):

@@ -160,6 +160,8 @@ class Stream(Tool):
             if request.rate is not None:
                 raise UsageError(f"--rate {request.rate}", f"--{summary.option} prints groups, not rows as they come")
             if groups.counts(Spec.of(self.probes[0])) and not summary.of:
+                if request.buffer:
+                    raise UsageError("--buffer", f"--{summary.option} counts in the kernel and needs no buffer")
                 session = partial(self.session, request)
                 return summary.open_counted(request, available, session, self.event, self.frame(request))
             return summary.open(request, available, lambda names: self.events(request, names, Clock("none")))
