@@ -54,9 +54,14 @@ def test_together(script: Script) -> Test:
     assert all(row["total"] for row in total)
 
     by_interval = seen.of_all(BY_INTERVAL)
+    account = seen.run(BY_INTERVAL).stats
+    assert account is not None
     for whole in (True, False):
         parts = [row for row in by_interval if row["total"] == whole]
-        assert counts(parts, "comm", "outcome") == counts(every, "comm", "outcome")
+        assert counts(parts, "outcome") == counts(every, "outcome")
+        # The owner of an attempt whose first transition was missed is not known to this tool.
+        missing = counts(every, "comm", "outcome") - counts(parts, "comm", "outcome")
+        assert missing.total() <= account["missed"]
     assert set(by_interval[0]) == {"netns", "comm", "outcome", "count", "total"}
 
     # The owners are the processes that played, not one that looks.
