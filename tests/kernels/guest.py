@@ -36,6 +36,8 @@ KERNEL_OPTIONS = ("no_timer_check", "mitigations=off", "random.trust_cpu=on")
 KERNEL_OPTIONS += ("init_on_alloc=0",)
 # Each time a program is detached, somebody waits for a grace period: of RCU these are short then.
 KERNEL_OPTIONS += ("rcupdate.rcu_expedited=1",)
+# After a fault in the kernel tasks wait for ever for the one that it has ended. The machine ends instead.
+KERNEL_OPTIONS += ("oops=panic",)
 
 stop = threading.Event()
 """Set to end all guests of this process."""

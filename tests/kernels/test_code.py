@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcpscope.kernel.btf import Enum, Kind
-from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.spec import Spec, probes
 from tests.kernels import code
 from tests.kernels.core import relocations
 from tests.kernels.objects import spec_of
@@ -104,3 +104,10 @@ def test_helpers_of_our_own() -> None:
     }
     assert "BPF_FUNC_for_each_map_elem" in {names[number] for number in code.helpers(life, "flush__each", ())}
     assert "BPF_FUNC_get_socket_cookie" in {names[number] for number in code.helpers(life, "state", ())}
+
+
+@pytest.mark.parametrize("probe", probes())
+def test_no_program_runs_another_one(probe: str) -> None:
+    """The kernel does not check a tail call for recursion, which would share the private stack of the program."""
+    tail_call, own = 12, Spec.of(probe)
+    assert not [piece for piece in code.pieces(own) if tail_call in code.helpers(own, piece, ())]

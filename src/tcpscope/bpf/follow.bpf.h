@@ -96,28 +96,22 @@ int TRACEPOINT_PROG_IF(matters(old_state, new_state), state, struct sock *sk, in
 	return 0;
 }
 
-/* The second copy runs the first one by a tail call. So the verifier, which takes most of a start's time, checks it once. */
-struct {
-	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 1);
-	__uint(key_size, sizeof(__u32));
-	__array(values, int(unsigned long long *));
-} first_copy SEC(".maps")
-= {.values = {(void *)&state}};
-
-static __always_inline int TRACEPOINT_PROG_IF(matters(old_state, new_state), state_was_skipped, struct sock *sk,
-					      int old_state, int new_state)
-{
-	return sk->sk_protocol == IPPROTO_TCP && was_skipped(sk, new_state, makes_entry(old_state, new_state));
-}
-
+/*
+ * A whole copy, not a tail call to the first: a softirq that interrupts the first one would run it on its own stack. Since
+ * "bpf, x86: Add jit support for private stack" (6.13) a program has one stack for each processor, and only a call from outside
+ * is checked for recursion.
+ */
 AGAIN
 ROLE("delays")
 SEC("tp_btf/inet_sock_set_state")
-int state_again(unsigned long long *ctx)
+int TRACEPOINT_PROG_IF(matters(old_state, new_state), state_again, struct sock *sk, int old_state, int new_state)
 {
-	if (state_was_skipped(ctx))
-		bpf_tail_call(ctx, &first_copy, 0);
+	struct change change = {.old_state = old_state, .new_state = new_state};
+
+	if (sk->sk_protocol == IPPROTO_TCP && was_skipped(sk, new_state, makes_entry(old_state, new_state))) {
+		change.time_ns = bpf_ktime_get_ns();
+		state_changed(sk, &change);
+	}
 	return 0;
 }
 
