@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import platform
+from collections.abc import Collection
 from pathlib import Path
 
-from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.features import Answer, Kernel
+from tcpscope.kernel.spec import Program
 
 REFUSED_WITHOUT = {"congestion": "tcp_cong_state_set"}
 """A probe -> the tracepoint without which its tool is refused: nothing else would show all that it counts."""
@@ -20,6 +22,26 @@ def is_refused(probe: str, kernel: Kernel) -> bool:
 def functions_cannot_be_hooked() -> bool:
     kernel = Kernel()
     return not kernel.fentry and not kernel.kprobe
+
+
+def refusals_cannot_be_seen() -> bool:
+    """kfree_skb has rx_sk, and tells a refusal without functions, since this function came (6.11)."""
+    return functions_cannot_be_hooked() and Kernel().parameters("sk_skb_reason_drop") is None
+
+
+FUNCTIONS = ("fentry", "fexit", "kprobe", "kretprobe")
+"""For `pretend()`: functions cannot be hooked."""
+
+
+def pretend(lacks: Collection[str]) -> None:
+    """From now on this process takes the kernel for one without these kinds of programs, or without what they hook."""
+    can = Kernel.can
+
+    def less(kernel: Kernel, program: Program) -> Answer:
+        there = not {program.type, program.target} & {*lacks}
+        return can(kernel, program) if there else Answer(False, "the test goes without it")
+
+    Kernel.can = less  # type: ignore[method-assign]
 
 
 def no_netem() -> bool:

@@ -148,8 +148,8 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
     """CAP_SYSLOG is for the names in --stack; without it there are the addresses."""
     spec = Spec.of("listeners")
     hooks = plan(spec, plan_refusals(spec, Kernel()))
-    if hooks["syn_enter"].program is None:
-        pytest.skip(f"no stacks: {next(iter(hooks['syn_enter'].refused.values()))}")
+    if hooks["syn_exit"].program is None:
+        pytest.skip(f"no stacks: {next(iter(hooks['syn_exit'].refused.values()))}")
     needed = {*toolbox.find("queue").capabilities, *memory}
     paranoid = int(Path("/proc/sys/kernel/perf_event_paranoid").read_text()) > 2
     if paranoid and any(hook.program and "kprobe" in hook.program.type for hook in hooks.values()):

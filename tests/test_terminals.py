@@ -24,7 +24,7 @@ from tcpscope.output import screen
 from tcpscope.run import Run
 from tcpscope.tool import names
 from tests.conftest import DEADLINE, RunningTool, until
-from tests.lacks import functions_cannot_be_hooked
+from tests.lacks import refusals_cannot_be_seen
 from tests.puppets import Puppet
 
 NAME = "fifteen-letters"
@@ -258,6 +258,6 @@ def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
         assert max(map(len, terminal.lines)) <= columns, command
         if command != ("retrans",):
             assert LONG in terminal.written, command
-        refusals = "ACCEPT/s" if functions_cannot_be_hooked() else "OVERFLOWS"
+        refusals = "ACCEPT/s" if refusals_cannot_be_seen() else "OVERFLOWS"
         for word in (*WORDS[command], *([refusals] if command == ("queue",) else [])):
             assert word in terminal.written, (command, word)

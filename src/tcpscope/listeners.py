@@ -26,6 +26,8 @@ MIB = {
     "mib_reqq_full_cookies": "LINUX_MIB_TCPREQQFULLDOCOOKIES",
     "mib_reqq_full_drop": "LINUX_MIB_TCPREQQFULLDROP",
     "mib_cookies_sent": "LINUX_MIB_SYNCOOKIESSENT",
+    "mib_embryonic_rsts": "LINUX_MIB_EMBRYONICRSTS",
+    "mib_fast_open_fails": "LINUX_MIB_TCPFASTOPENPASSIVEFAIL",
 }
 """Constant of the probe -> the kernel's enumerator whose value it has."""
 
@@ -41,6 +43,10 @@ class Holder(msgspec.Struct, frozen=True, order=True):
     def __str__(self) -> str:
         return f"{self.comm}({self.pid})"
 
+
+_FUNCTIONS = ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit")
+_TRACEPOINTS = ("syn_exit", "syn_exit_again", "ack4_exit", "ack4_exit_again", "begins", "ends", "ends_again", "older")
+"""Hooks that show each refusal, where functions can be hooked and where they cannot."""
 
 Key = tuple[int, int | None]  # address of a socket, and its cookie or when listen() was called
 NamespaceKey = tuple[int, int | None]  # inode number of a namespace, and its cookie
@@ -63,7 +69,8 @@ class NetCounters(NamedTuple):
 class Listener:
     """One listening socket at one moment.
 
-    refused         refusals by (step, cause) since the tool first saw the listener; None if functions cannot be hooked
+    refused         refusals by (step, cause) since the tool first saw the listener; None if they are sampled
+    unnamed         refusals by cause, by this listener or by another one of its address: it is not known which
     drops           the socket's own count since listen(): one per refused SYN, two per refused final ACK, because the
                     kernel counts the refusal and the dropped packet
     accepts         accept() calls that returned a connection; None if accept() cannot be hooked
@@ -97,6 +104,7 @@ class Listener:
     since_accept_us: int | None
     oldest_wait_us: int | None
     refused: dict[tuple[str, ...], int] | None = field(default=None, repr=False)
+    unnamed: dict[str, int] = field(default_factory=dict, repr=False)
     since_ns: int = field(default=0, repr=False)
     accepter: int | None = field(default=None, repr=False)
     parents: frozenset[int] = field(default=frozenset(), repr=False)
@@ -167,7 +175,7 @@ class Listener:
 
     def count(self, *causes: str, step: str | None = None) -> int | None:
         """The number of refusals for these causes, at `step` or at both steps; None if not known."""
-        if self.refused is None:
+        if self.refused is None or any(self.unnamed.get(cause) for cause in causes):
             return None
         return sum(n for (s, cause), n in self.refused.items() if cause in causes and step in (None, s))
 
@@ -194,7 +202,7 @@ def open_session(
     for name, enumerator in MIB.items():
         value = kernel.enumerator(enumerator)
         if value is None:  # the programs of these hooks cannot read a counter without its number
-            skip = ["syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit"]
+            skip = [*_FUNCTIONS, *_TRACEPOINTS]
         constants[name] = value or 0
     return Session(
         "listeners",
@@ -217,12 +225,17 @@ def sees_refusals(session: Session) -> bool:
 def why_sampled(session: Session) -> str | None:
     """Why the probe does not see every refusal; None if it does."""
     hooks = session.loaded.hooks
-    for name in ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit"):
-        if name not in hooks:
-            return "the kernel's BTF does not number its counters"
-        if hooks[name].program is None:
+    if "syn_exit" not in hooks:
+        return "the kernel's BTF does not number its counters"
+    for name in _TRACEPOINTS if by_tracepoints(session) else _FUNCTIONS:
+        if name in hooks and hooks[name].program is None:
             return list(hooks[name].refused.values())[-1]
     return None
+
+
+def by_tracepoints(session: Session) -> bool:
+    """Whether tracepoints alone show the refusals, because functions cannot be hooked."""
+    return "begins" in session.loaded.hooks
 
 
 class Snapshots:
@@ -297,7 +310,8 @@ class Snapshots:
         held = self._holders.get((record.socket, record.since_ns)) or _Holders.opener(record)
         wanted = record.wanted and held.wanted
         refused = counters_of(record.refused, *self._enums) if self._exact else None
-        return _listener(record, held, refused, self._accepts, wanted)
+        unnamed = {cause: n for (cause,), n in counters_of(record.unnamed, self._enums[1]).items() if n}
+        return _listener(record, held, refused, unnamed, self._accepts, wanted)
 
 
 class _Holders(NamedTuple):
@@ -316,7 +330,12 @@ class _Holders(NamedTuple):
 
 
 def _listener(
-    record: Any, held: _Holders, refused: dict[tuple[str, ...], int] | None, accepts: bool, wanted: bool
+    record: Any,
+    held: _Holders,
+    refused: dict[tuple[str, ...], int] | None,
+    unnamed: dict[str, int],
+    accepts: bool,
+    wanted: bool,
 ) -> Listener:
     since = (record.now_ns - record.last_accept_ns) // 1000 if record.last_accept_ns else None
     waiting = record.accept_queue and record.oldest_synack_us
@@ -340,6 +359,7 @@ def _listener(
         since_accept_us=since if accepts else None,
         oldest_wait_us=max(0, record.now_ns // 1000 - record.oldest_synack_us) if waiting else None,
         refused=refused,
+        unnamed=unnamed,
         since_ns=record.since_ns,
         accepter=record.accepter or None,
         parents=held.parents,

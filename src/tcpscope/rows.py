@@ -1049,13 +1049,13 @@ class QueueEvents(msgspec.Struct, frozen=True):
     cgroup: int | None
     """cgroup v2 id of that process"""
 
-    accept_queue: int
+    accept_queue: int | None
     """connections that wait for accept()"""
 
-    accept_limit: int
+    accept_limit: int | None
     """limit of the accept queue, which holds one connection more: listen()'s backlog, cut to somaxconn"""
 
-    syn_queue: int
+    syn_queue: int | None
     """handshakes that wait for the final ACK; the accept queue's limit holds for them, too"""
 
     somaxconn: int

@@ -1,4 +1,4 @@
-"""Samples refusals, for kernels whose functions cannot be hooked.
+"""Samples refusals, for kernels before 6.11 whose functions cannot be hooked: there no hook shows each one.
 
 Two counters are sampled. A namespace's ListenDrops grows by one for each refusal, but does not name the listener. A
 socket's sk_drops names the listener, but counts packets: one for a refused SYN, and two for a refused final ACK (the

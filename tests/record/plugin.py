@@ -137,7 +137,7 @@ def compose(items: list[pytest.Item], folder: Path) -> None:
                 test.close()
                 watches |= dict.fromkeys(how_of(item).watches)
                 file.write(f"S {name_of(item)}\n{script.text}")
-        asked = [[watch.moment, *watch.argv] for watch in watches]
+        asked = [[watch.moment, watch.lacks, *watch.argv] for watch in watches]
         (folder / str(number) / "watches.json").write_text(json.dumps(asked))
     shutil.copy(built(), folder / "actor")
 

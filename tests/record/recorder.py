@@ -59,6 +59,7 @@ class Tool:
 
     def _become(self, ready: int) -> NoReturn:
         from tcpscope import cli
+        from tests import lacks
 
         status = 1
         try:
@@ -70,6 +71,7 @@ class Tool:
             os.environ[READY_FD] = "3"
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["tcpscope", *self.watch.command]
+            lacks.pretend(self.watch.lacks)
             cli.main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -256,7 +258,7 @@ def main() -> int:
     say("the kernel was asked")
     for part in parts.of(target):
         asked = json.loads((part / "watches.json").read_text())
-        watches = [Watch(*argv, moment=moment) for moment, *argv in asked]
+        watches = [Watch(*argv, moment=moment, lacks=tuple(lacks)) for moment, lacks, *argv in asked]
         try:
             with in_memory(target, part) as folder, alone(), witnessed(target / "unseen.bpf.o", folder):
                 record(folder, watches, lambda what, number=part.name: say(f"part {number}: {what}"))

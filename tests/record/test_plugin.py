@@ -188,7 +188,7 @@ def test_only_the_script_is_written(tmp_path: Path, tree: Path) -> None:
     target.mkdir()
     pytest_in(tmp_path, tree, "--compose", str(target))
     assert (target / "1/script").read_text().count("S ") == 5
-    watches = [[False, "connect", "--port", "6000-9999"], [False, "queue", "--stack"]]
+    watches = [[False, [], "connect", "--port", "6000-9999"], [False, [], "queue", "--stack"]]
     assert json.loads((target / "1/watches.json").read_text()) == watches
     assert (target / "actor").stat().st_mode & 0o100
     assert not (target / "1/log").exists()

@@ -22,7 +22,9 @@
 #define AF_UNSPEC 0
 #define ETH_P_IP 0x0800 /* include/uapi/linux/if_ether.h */
 #define ETH_P_IPV6 0x86DD
+#define IPPROTO_ICMP 1
 #define IPPROTO_TCP 6
+#define IPPROTO_ICMPV6 58
 #define IPPROTO_MPTCP 262
 #define S_IFMT 00170000
 #define S_IFSOCK 0140000
@@ -35,8 +37,10 @@
 #define TCP_CA_LOSS 4
 #define ICSK_TIME_LOSS_PROBE 5 /* include/net/inet_connection_sock.h */
 #define ICSK_TIME_REO_TIMEOUT 6
-#define IORING_OP_ACCEPT 13     /* include/uapi/linux/io_uring.h */
-#define SOCKFS_MAGIC 0x534F434B /* include/uapi/linux/magic.h */
+#define IORING_OP_ACCEPT 13       /* include/uapi/linux/io_uring.h */
+#define SOCKFS_MAGIC 0x534F434B   /* include/uapi/linux/magic.h */
+#define RTCF_BROADCAST 0x10000000 /* include/uapi/linux/in_route.h */
+#define RTCF_MULTICAST 0x20000000
 
 /* include/uapi/asm-generic/errno.h, errno-base.h */
 #define EINTR 4
@@ -101,7 +105,29 @@ struct netns_core { /* include/net/netns/core.h */
 	int sysctl_somaxconn;
 };
 
+struct hlist_nulls_node { /* include/linux/list_nulls.h */
+	struct hlist_nulls_node *next;
+};
+
+struct hlist_nulls_head { /* include/linux/list_nulls.h */
+	struct hlist_nulls_node *first;
+};
+
+struct inet_listen_hashbucket { /* include/net/inet_hashtables.h */
+	struct hlist_nulls_head nulls_head;
+};
+
+struct inet_hashinfo { /* include/net/inet_hashtables.h */
+	unsigned int lhash2_mask;
+	struct inet_listen_hashbucket *lhash2;
+};
+
+struct inet_timewait_death_row { /* include/net/netns/ipv4.h */
+	struct inet_hashinfo *hashinfo;
+};
+
 struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
+	struct inet_timewait_death_row tcp_death_row;
 	__u8 sysctl_tcp_syncookies;
 	__u8 sysctl_tcp_abort_on_overflow;
 	int sysctl_max_syn_backlog;
@@ -119,6 +145,7 @@ struct net { /* include/net/net_namespace.h */
 	struct netns_ipv4 ipv4;
 	struct netns_mib mib;
 	__u64 net_cookie; /* an atomic64_t before 5.12, and 0 there until somebody asks for it */
+	__u32 hash_mix;
 };
 
 typedef struct {
@@ -138,6 +165,7 @@ struct sock_common { /* include/net/sock.h */
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
 	atomic64_t skc_cookie;
+	struct hlist_nulls_node skc_nulls_node;
 	struct sock *skc_listener; /* of a request */
 };
 
@@ -299,10 +327,12 @@ struct sk_buff {                /* include/linux/skbuff.h */
 
 struct rtable { /* include/net/route.h */
 	struct dst_entry dst;
+	unsigned int rt_flags;
 	__u16 rt_type;
 };
 
 struct rt6_info { /* include/net/ip6_fib.h */
+	struct dst_entry dst;
 	__u32 rt6i_flags;
 };
 

@@ -5,7 +5,7 @@
  * No packet tracepoint shows all of these refusals. But the kernel counts them, on the CPU that handles the packet and
  * inside one function call. The programs read the counters of that CPU when the function is entered and when it returns:
  * the counter that has grown tells why the kernel refused this packet. So nothing is guessed from queue lengths, and the
- * events sum to the counters exactly.
+ * events sum to the counters exactly. Where no function can be hooked: refused.bpf.h.
  */
 
 #include "kernel.bpf.h"
@@ -18,6 +18,7 @@
 #include "recursion.bpf.h"
 #include "visit.bpf.h"
 
+UNLESS("syn_exit__consume")
 OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fentry/tcp_conn_request")
 int FUNCTION_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
@@ -48,6 +49,7 @@ int syn_exit__kretprobe(void *ctx)
 	return 0;
 }
 
+UNLESS("ack4_exit__free")
 OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fentry/tcp_v4_syn_recv_sock")
 int FUNCTION_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
@@ -78,6 +80,7 @@ int ack4_exit__kretprobe(void *ctx)
 	return 0;
 }
 
+UNLESS("ack4_exit__free")
 OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fentry/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
@@ -93,6 +96,7 @@ int BPF_KPROBE(ack6_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 	return 0;
 }
 
+UNLESS("ack4_exit__free")
 OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 SEC("fexit/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(ack6_exit__fexit)
@@ -199,6 +203,8 @@ int seed(struct bpf_iter__task_file *ctx)
 	holder_write(ctx->meta->seq, task, sk, ctx->fd);
 	return 0;
 }
+
+#include "refused.bpf.h"
 
 /* Writes every listener of the table into `found`. */
 FOR_EACH_CONNECTION(look, look_entry)

@@ -12,6 +12,8 @@ const volatile __u32 mib_listen_drops;
 const volatile __u32 mib_reqq_full_cookies;
 const volatile __u32 mib_reqq_full_drop;
 const volatile __u32 mib_cookies_sent;
+const volatile __u32 mib_embryonic_rsts;
+const volatile __u32 mib_fast_open_fails;
 
 struct mib {
 	__u64 overflows, drops, cookies, full;
@@ -36,6 +38,9 @@ struct in_hand {
 	struct mib before;
 	__u32 function;
 	bool fast_open; /* FUNCTION_SYN has tried to make a child */
+	bool reset;     /* the kernel has sent a RST; only where tracepoints alone show refusals */
+	__u64 consumed; /* address of the packet at which the first copy has looked, for the second (refused.bpf.h) */
+	bool unnamed;   /* `sk` is one of several listeners of the address, and it is not known which has refused */
 };
 
 struct {
@@ -63,15 +68,19 @@ static __always_inline __u64 cpu_offset(struct in_hand *element)
 	return copy_address - base;
 }
 
-static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
+static __always_inline void mib_read_at(const char *counters, struct mib *mib)
 {
-	struct sock *sk = mine->sk;
-	char *counters = (char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(mine);
-
 	bpf_probe_read_kernel(&mib->overflows, 8, counters + mib_listen_overflows * 8);
 	bpf_probe_read_kernel(&mib->drops, 8, counters + mib_listen_drops * 8);
 	bpf_probe_read_kernel(&mib->cookies, 8, counters + mib_reqq_full_cookies * 8);
 	bpf_probe_read_kernel(&mib->full, 8, counters + mib_reqq_full_drop * 8);
+}
+
+static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
+{
+	struct sock *sk = mine->sk;
+
+	mib_read_at((char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(mine), mib);
 	return 0;
 }
 

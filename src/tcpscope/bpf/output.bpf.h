@@ -46,8 +46,8 @@ char LICENSE[] = "Dual BSD/GPL";
 /* On a way of a hook: the function must have at least so many arguments. Some kernels have fewer. */
 #define ARGUMENTS(count) __attribute__((btf_decl_tag("arguments:" #count)))
 
-/* On a way of a hook: it needs this enumerator of the kernel, such as the number of a helper. */
-#define NEEDS(enumerator) __attribute__((btf_decl_tag("needs:" enumerator)))
+/* On a way of a hook: it needs this enumerator of the kernel, such as the number of a helper, or this function. */
+#define NEEDS(name) __attribute__((btf_decl_tag("needs:" name)))
 
 /* On the second copy of a program: recursion.bpf.h. */
 #define AGAIN __attribute__((btf_decl_tag("again:")))

@@ -34,6 +34,15 @@ const struct overflow *overflow_anchor __attribute__((unused));
 const volatile bool send_events;
 const volatile bool send_stacks;
 
+/* Without one of the first three user space samples; `begins` is a hook of the tracepoints that replace the third. */
+const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit, hooked_begins;
+
+/* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
+static __always_inline bool sampled(void)
+{
+	return send_events && !(hooked_syn_exit && hooked_ack4_exit && (hooked_ack6_exit || hooked_begins));
+}
+
 /* The remote end of a handshake. It comes from the packet: at the SYN there is no request yet. */
 static __always_inline void peer_read(struct sk_buff *skb, struct identity *id)
 {
@@ -70,29 +79,34 @@ static __always_inline enum answer answer_to(struct in_hand *packet, int step, i
 	if (packet->fast_open)
 		return ANSWER_UNKNOWN; /* without the child tcp_conn_request() goes on and may send a SYN-ACK */
 	if (step == STEP_ACK && cause == CAUSE_ACCEPT_QUEUE_FULL && abort_on_overflow &&
-	    BPF_CORE_READ(req, __req_common.skc_listener))
+	    (packet->reset || BPF_CORE_READ(req, __req_common.skc_listener)))
 		return ANSWER_RST;
 	return ANSWER_NONE;
 }
 
 static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int cause)
 {
-	struct connection *connection = connection_find(packet->sk);
-	struct activity *activity = activity_of(packet->sk);
+	struct connection *connection = packet->unnamed ? NULL : connection_find(packet->sk);
+	struct activity *activity = packet->unnamed ? NULL : activity_of(packet->sk);
 	struct identity id = {};
 	struct overflow *event;
 
+	if (sampled())
+		return 0;
 	if (activity && step > 0 && step < STEPS && cause > 0 && cause < CAUSES)
 		__sync_fetch_and_add(&activity->refused[step][cause], 1);
 	if (!send_events)
 		return 0;
 	identity_read(packet->sk, &id);
 	peer_read(packet->skb, &id);
-	id.cookie = cookie_if_any(packet->sk);
+	id.cookie = packet->unnamed ? 0 : cookie_if_any(packet->sk);
 	event = event_begin(sizeof(*event), bpf_ktime_get_ns(), &id, connection_owner(connection));
 	if (!event)
 		return 0;
 	queues_read(packet->sk, &event->queues);
+	event->queues.syn_queue += packet->reset; /* the request, which has left the queue already */
+	if (packet->unnamed)
+		event->queues.accept_queue = event->queues.accept_limit = event->queues.syn_queue = -1;
 	event->cause = cause;
 	event->step = step;
 	event->count = 1;

@@ -27,10 +27,10 @@ enum step {
 
 /* The two queues of a listener and what limits them. */
 struct queues {
-	__u32 accept_queue TITLE("ACCEPTQ") DOC("connections that wait for accept()");
-	__u32 accept_limit TITLE("LIMIT")
+	__u32 accept_queue TITLE("ACCEPTQ") UNKNOWN_IS("max") DOC("connections that wait for accept()");
+	__u32 accept_limit TITLE("LIMIT") UNKNOWN_IS("max")
 	DOC("limit of the accept queue, which holds one connection more: listen()'s backlog, cut to somaxconn");
-	__u32 syn_queue TITLE("SYNQ")
+	__u32 syn_queue TITLE("SYNQ") UNKNOWN_IS("max")
 	DOC("handshakes that wait for the final ACK; the accept queue's limit holds for them, too");
 	__u32 somaxconn DOC("net.core.somaxconn of the namespace");
 	__u32 max_syn_backlog DOC("net.ipv4.tcp_max_syn_backlog of the namespace");
@@ -62,6 +62,7 @@ struct activity {
 	__u32 accepter; /* PID of the process that called accept() last */
 	__u32 padding;
 	__u64 refused[STEPS][CAUSES];
+	__u64 unnamed[CAUSES]; /* refused by this listener or by another one of its address */
 };
 
 struct {

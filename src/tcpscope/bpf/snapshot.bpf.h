@@ -34,6 +34,7 @@ struct listener {
 	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */
 	__u64 now_ns;
 	__u64 refused[STEPS][CAUSES];
+	__u64 unnamed[CAUSES];
 };
 
 const struct listener *listener_anchor __attribute__((unused));
@@ -58,14 +59,6 @@ const struct listener_holder *listener_holder_anchor __attribute__((unused));
  * returns something that is no copy of a CPU. So the counters cannot be read there.
  */
 const volatile __u32 possible_cpus;
-
-const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit; /* without one of them user space samples */
-
-/* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
-static __always_inline bool sampled(void)
-{
-	return send_events && !(hooked_syn_exit && hooked_ack4_exit && hooked_ack6_exit);
-}
 
 /*
  * The namespace's counters, summed over all CPUs. The kernel counts the cause before the drop. So the drops are read first:
@@ -158,6 +151,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 		record->accepter = activity->accepter;
 		record->last_accept_ns = activity->last_accept_ns;
 		__builtin_memcpy(record->refused, activity->refused, sizeof(record->refused));
+		__builtin_memcpy(record->unnamed, activity->unnamed, sizeof(record->unnamed));
 	}
 	return 1;
 }

@@ -145,6 +145,6 @@ diagnose = Command(
     help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
     "So far it finds full accept queues, full SYN queues and other refused handshakes. A finding names the listener, "
     "its owner, its limit and where the limit comes from, and proposes a change. diagnose itself changes nothing.\n\n"
-    "Where the kernel's functions cannot be hooked, refusals and SYN cookies are sampled.",
+    "On kernels before 6.11 whose functions cannot be hooked, refusals and SYN cookies are sampled.",
     short_help="Watch this machine's connections, then say what is wrong, why, and what helps.",
 )

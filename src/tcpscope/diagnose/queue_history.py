@@ -151,6 +151,7 @@ class QueueHistory:
             self.histories: dict[Key, History] = {}
             self._by_address: dict[tuple[int, int, str], list[History]] = {}
             self._witness = Witness()
+            self._unnamed = 0
             self._forgotten = 0  # listeners that are gone and about which there is nothing to report
             self._look()
 
@@ -177,7 +178,10 @@ class QueueHistory:
 
     def blind_spots(self) -> list[str]:
         if self.exact:
-            return []
+            several = "by one of several listeners of its address, and it is not known by which"
+            return [f"{self._unnamed} handshakes were refused, or answered with a SYN cookie, {several}"] * bool(
+                self._unnamed
+            )
         notes = [f"{self.why_sampled}: {LIMITS}"]
         if number := self._sampler.unnamed_cookies:
             notes.append(f"{number} SYNs were answered with a SYN cookie, and it is not known by which listener")
@@ -218,6 +222,9 @@ class QueueHistory:
     def _drain(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
             for event in batch.rows:
+                if event.accept_queue is None:  # of several listeners of the address it is not known which refused
+                    self._unnamed += 1
+                    continue
                 history = self._history_of(event)
                 if history is None:
                     continue

@@ -135,7 +135,7 @@ class Kernel:
 
     def can(self, program: Program) -> Answer:
         """Whether this kernel has what `program` hooks. The kernel may refuse the program in spite of a yes."""
-        if program.needs and self.enumerator(program.needs) is None:
+        if program.needs and self.enumerator(program.needs) is None and self.parameters(program.needs) is None:
             return Answer(False, f"the kernel has no {program.needs}")
         if program.type in ("fentry", "fexit"):
             return self._has_arguments(program) and self.fentry_on(program.target)

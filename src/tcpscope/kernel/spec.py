@@ -31,7 +31,7 @@ class Program(msgspec.Struct, frozen=True):
     unless     the hook is omitted if one of these programs is attached
     again      it is the second copy of a program, and handles what the first was skipped for (recursion.bpf.h)
     arguments  how many arguments the hooked function must have at least
-    needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem; empty: none
+    needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem, or a function; empty: none
     """
 
     name: str

@@ -6,8 +6,8 @@ accepts, and how long the oldest connection has waited. A terminal is refreshed;
 lengths and limits at that moment. --stack adds the kernel stack.
 
 Refusals come from the kernel's own counters, so they sum to TcpExtListenOverflows, TCPReqQFullDrop and SyncookiesSent
-exactly. Where functions cannot be hooked, it samples TcpExtListenDrops, and names the listener whose socket has dropped
-packets meanwhile. Then the peer is not known, and the cause and the step only at times.
+exactly. On kernels before 6.11 whose functions cannot be hooked, it samples TcpExtListenDrops, and names the listener
+whose socket has dropped packets meanwhile. Then the peer is not known, and the cause and the step only at times.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ _TABLE_IMPORTANT = (
     "since_accept_ms",
 )
 _REFUSALS = ("overflows", "syn_drops", "cookies")
+_QUEUES = ("accept_queue", "accept_limit", "syn_queue")
 _EVENTS = (
     "time",
     "laddr",
@@ -228,6 +229,8 @@ _ORDER = (
 def _columns() -> tuple[Column, ...]:
     """All columns of a listener: those of the kernel's record, and derived ones."""
     read = {field.name: Column.of(field) for field in Spec.of("listeners").layout("listener").fields}
+    # Of an event they are unknown if several listeners of the address may have refused.
+    read |= {name: msgspec.structs.replace(read[name], nullable=False) for name in _QUEUES}
     known: dict[str, Column] = read | {column.name: column for column in _DERIVED}
     return tuple(known[name] for name in _ORDER)
 
@@ -449,9 +452,9 @@ def _refuse_unknown(request: Request) -> None:
     """Raise UnsupportedError if the run needs what sampling does not know."""
     for option, value in request.filter.describe():
         if option in ("--rport", "--raddr"):
-            raise UnsupportedError(f"{option} {value}", "peers are not known where functions cannot be hooked")
+            raise UnsupportedError(f"{option} {value}", "peers are not known where refusals are sampled")
     if request.options["stack"]:
-        raise UnsupportedError("--stack", "there are no stacks where functions cannot be hooked")
+        raise UnsupportedError("--stack", "there are no stacks where refusals are sampled")
 
 
 def _row(decoder: Decoder, sample: Sample, when: str | float) -> Any:

@@ -6,7 +6,7 @@ from tcpscope.lab.hosts import Lab
 from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
 from tests.conftest import RunningTool
 from tests.record import Script, Test, recorded
-from tests.tools.queue.refusals import DIAGNOSE, Run, findings
+from tests.tools.queue.refusals import DIAGNOSE, Run, findings, is_exact
 
 
 @recorded(DIAGNOSE)
@@ -30,7 +30,7 @@ def test_overflow_is_found_and_explained(script: Script) -> Test:
     assert facts["accepts"] == 0
     assert str(run.owner.pid) in finding["title"]
     assert f"TcpExtListenOverflows +{overflows}" in "".join(finding["observed"])
-    if seen.machine.functions_can_be_hooked:
+    if is_exact(seen):
         assert facts["at_syn"] + facts["at_ack"] == overflows
         assert facts["at_syn"] >= 2
         assert facts["at_ack"] >= 4
@@ -85,7 +85,7 @@ def test_nothing_is_found_where_nothing_is_wrong(script: Script) -> Test:
     assert summary["findings"] == len(seen.run(DIAGNOSE).rows)
     assert summary["listeners"] >= 1
     assert {"accept_queue", "syn_queue"} <= set(summary["rules"])
-    assert any("sampled" in note for note in summary["notes"]) != seen.machine.functions_can_be_hooked
+    assert any("sampled" in note for note in summary["notes"]) != is_exact(seen)
 
 
 def test_text_names_owner_limit_and_remedy(lab: Lab, run_tool: type[RunningTool]) -> None:

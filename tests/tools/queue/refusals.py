@@ -12,10 +12,17 @@ from typing import Any
 
 import pytest
 
+from tcpscope.kernel.features import Kernel
+from tests.lacks import FUNCTIONS
 from tests.record import PORTS, Call, Process, Script, Seen, Socket, Watch
 from tests.record.script import POLLOUT, SO_LINGER, SOL_SOCKET
 
 EVENTS = Watch("queue", "--events", "--port", PORTS)
+TRACED = Watch("queue", "--events", "--port", PORTS, lacks=FUNCTIONS)
+"""By tracepoints alone."""
+SAMPLED = Watch(
+    "queue", "--events", "--port", PORTS, lacks=(*FUNCTIONS, "consume_skb", "kfree_skb"), every_kernel=False
+)
 TABLE = Watch("queue", "-i", "0.5", "--port", PORTS)
 DIAGNOSE = Watch("diagnose", "-d", "86400", "--port", PORTS)
 
@@ -171,7 +178,7 @@ class Run:
     def events(self, seen: Seen) -> Rows:
         """Its own events, as many as the counters of its time say."""
         rows = seen.rows(EVENTS, self.host, lport=self.port)
-        check(rows, moved(self.before, self.after), exact=seen.machine.functions_can_be_hooked)
+        check(rows, moved(self.before, self.after), exact=is_exact(seen))
         return rows
 
 
@@ -200,11 +207,30 @@ def check(rows: Rows, change: Counter[str], *, exact: bool) -> None:
 
 
 def all_events(seen: Seen, first: Run, last: Run | None = None) -> Rows:
-    """The events of both hosts, as many as the counters say from the start of the first run to the end of the last."""
+    """The events of both hosts, as many as the counters say from the start of the first run to the end of the last.
+
+    Tracepoints alone show the same, where they can.
+    """
     rows = seen.rows(EVENTS)
     assert values(rows, "netns") <= {first.host.inode}
-    check(rows, moved(first.before, (last or first).after), exact=seen.machine.functions_can_be_hooked)
+    check(rows, moved(first.before, (last or first).after), exact=is_exact(seen))
+    if has_rx_sk(seen.machine.kernel):
+        assert sorted(map(_content, seen.rows(TRACED))) == sorted(map(_content, rows))
     return rows
+
+
+def all_samples(seen: Seen, first: Run, last: Run | None = None) -> Rows:
+    """What is sampled on both hosts in that time: as many refusals as the counters say."""
+    if seen.machine.kernel.enumerator("BPF_FUNC_map_lookup_percpu_elem") is None:
+        pytest.skip("before 5.19 a program cannot read the counters of all processors")
+    rows = seen.rows(SAMPLED)
+    assert values(rows, "netns") <= {first.host.inode}
+    check(rows, moved(first.before, (last or first).after), exact=False)
+    return rows
+
+
+def _content(row: dict[str, Any]) -> str:
+    return repr([(name, value) for name, value in row.items() if name != "time"])
 
 
 def findings(seen: Seen, run: Run) -> Rows:
@@ -212,14 +238,18 @@ def findings(seen: Seen, run: Run) -> Rows:
     return [row for row in seen.run(DIAGNOSE).rows if row["facts"]["netns"] == run.host.inode]
 
 
+def is_exact(seen: Seen) -> bool:
+    """Whether functions can be hooked, or kfree_skb has rx_sk, which came with this function (6.11)."""
+    return seen.machine.functions_can_be_hooked or has_rx_sk(seen.machine.kernel)
+
+
+def has_rx_sk(kernel: Kernel) -> bool:
+    return kernel.parameters("sk_skb_reason_drop") is not None
+
+
 def needs_exact(seen: Seen) -> None:
-    if not seen.machine.functions_can_be_hooked:
-        pytest.skip("this kernel refuses fentry and has no kprobes")
-
-
-def needs_samples(seen: Seen) -> None:
-    if seen.machine.functions_can_be_hooked:
-        pytest.skip("functions can be hooked: nothing is sampled")
+    if not is_exact(seen):
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
 
 
 def values(rows: Sequence[dict[str, Any]], *columns: str) -> set[Any]:

@@ -1,15 +1,25 @@
-"""`queue --events` of a full SYN queue and of SYN cookies, where functions can be hooked."""
+"""`queue --events` of a full SYN queue and of SYN cookies."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.record import Script, Test, recorded
-from tests.tools.queue.refusals import BACKLOG, EVENTS, FAMILIES, SMALL_BACKLOG, Run, all_events, needs_exact, values
+from tests.tools.queue.refusals import (
+    BACKLOG,
+    EVENTS,
+    FAMILIES,
+    SMALL_BACKLOG,
+    TRACED,
+    Run,
+    all_events,
+    needs_exact,
+    values,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@recorded(EVENTS)
+@recorded(EVENTS, TRACED)
 def test_without_cookies_syns_are_dropped(script: Script, family: str) -> Test:
     script.server.sysctl("tcp_syncookies", 0)
     script.server.sysctl("tcp_max_syn_backlog", 256)
@@ -28,7 +38,7 @@ def test_without_cookies_syns_are_dropped(script: Script, family: str) -> Test:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@recorded(EVENTS)
+@recorded(EVENTS, TRACED)
 def test_cookies_when_the_queue_is_full(script: Script, family: str) -> Test:
     script.server.sysctl("tcp_syncookies", 1)
     run = Run(script, family, SMALL_BACKLOG)
@@ -44,7 +54,7 @@ def test_cookies_when_the_queue_is_full(script: Script, family: str) -> Test:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@recorded(EVENTS)
+@recorded(EVENTS, TRACED)
 def test_cookies_always(script: Script, family: str) -> Test:
     script.server.sysctl("tcp_syncookies", 2)
     run = Run(script, family)
@@ -57,7 +67,7 @@ def test_cookies_always(script: Script, family: str) -> Test:
     assert values(rows, "cause", "answer", "syn_queue") == {("COOKIE_SENT", "SYN_COOKIE", 0)}
 
 
-@recorded(EVENTS)
+@recorded(EVENTS, TRACED)
 def test_the_last_quarter_is_reserved(script: Script) -> Test:
     script.server.sysctl("tcp_syncookies", 0)
     script.server.sysctl("tcp_max_syn_backlog", 16)
@@ -73,7 +83,7 @@ def test_the_last_quarter_is_reserved(script: Script) -> Test:
     assert len(rows) == 40 - 13 == run.change("ListenDrops")
 
 
-@recorded(EVENTS)
+@recorded(EVENTS, TRACED)
 def test_the_final_ack_of_a_cookie(script: Script) -> Test:
     """It finds the queue full like any other, but tcp_abort_on_overflow does not reach it."""
     script.server.sysctl("tcp_abort_on_overflow", 1)
@@ -101,7 +111,7 @@ def test_the_final_ack_of_a_cookie(script: Script) -> Test:
     assert len(rows) - len(refused) == run.change("SyncookiesSent") == run.change("TCPReqQFullDoCookies")
 
 
-@recorded(EVENTS)
+@recorded(EVENTS, TRACED)
 def test_no_cookie_is_sent_when_both_queues_are_full(script: Script) -> Test:
     """The kernel counts a cookie (TCPReqQFullDoCookies) before it looks at the accept queue and drops the SYN."""
     script.server.sysctl("tcp_syncookies", 2)

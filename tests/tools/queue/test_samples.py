@@ -1,4 +1,4 @@
-"""`queue --events` where functions cannot be hooked: refusals by samples, against the kernel's own counters.
+"""`queue --events` where neither functions nor tracepoints show refusals: samples, against the kernel's counters.
 
 A listener's last moment is in no sample. So listeners stay until the tool has looked for the last time, or close when
 their row is there. They are older than the tool, so that no refusal races with the first look at their host.
@@ -6,21 +6,24 @@ their row is there. They are older than the tool, so that no refusal races with 
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.conftest import RunningTool
-from tests.lacks import functions_cannot_be_hooked
+import tcpscope
+from tcpscope.errors import UnsupportedError
+from tcpscope.kernel.features import Kernel
+from tests.lacks import FUNCTIONS, pretend
 from tests.record import Script, Test, recorded
 from tests.tools.queue.refusals import (
     BACKLOG,
-    EVENTS,
     FAMILIES,
     PORT,
+    SAMPLED,
     SMALL_BACKLOG,
     TABLE,
     Run,
-    all_events,
-    needs_samples,
+    all_samples,
     values,
 )
 
@@ -44,11 +47,11 @@ class Beat:
         made.start(self._host.ipv4, self.port)
         self._host.flush()
         made.close()
-        self._host.until_rows(EVENTS, 1, since=0, lport=self.port)
+        self._host.until_rows(SAMPLED, 1, since=0, lport=self.port)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@recorded(EVENTS)
+@recorded(SAMPLED)
 def test_refusals_are_sampled(script: Script, family: str) -> Test:
     with script.older():
         beat, run, _ = Beat(script), Run(script, family), Run(script, port=PORT + 1)
@@ -61,8 +64,7 @@ def test_refusals_are_sampled(script: Script, family: str) -> Test:
     run.end()
     script.stay()
     seen = yield
-    needs_samples(seen)
-    found = all_events(seen, run)
+    found = all_samples(seen, run)
     rows = [row for row in found if row["lport"] != beat.port]
     assert sum(row["count"] for row in found) == run.change("ListenOverflows")
     assert sum(row["count"] for row in rows) == run.change("ListenOverflows") - 1 >= 2
@@ -70,10 +72,10 @@ def test_refusals_are_sampled(script: Script, family: str) -> Test:
     assert values(rows, "accept_queue", "accept_limit") == {(BACKLOG + 1, BACKLOG)}
     assert values(rows, "cause", "step") == {("ACCEPT_QUEUE_FULL", "SYN")}
     assert values(rows, "answer", "raddr", "rport") == {(None, None, None)}
-    assert "sampled" in seen.run(EVENTS).stderr
+    assert "sampled" in seen.run(SAMPLED).stderr
 
 
-@recorded(EVENTS, TABLE)
+@recorded(SAMPLED, TABLE)
 def test_a_packet_that_is_thrown_away_is_no_refusal(script: Script) -> Test:
     """A refused ACK counts twice in sk_drops, and the RST that ends its request once more."""
     with script.older():
@@ -83,15 +85,14 @@ def test_a_packet_that_is_thrown_away_is_no_refusal(script: Script) -> Test:
     script.server.until_rows(TABLE, lport=run.port)
     script.stay()
     seen = yield
-    needs_samples(seen)
-    rows = [row for row in all_events(seen, run) if row["lport"] != beat.port]
+    rows = [row for row in all_samples(seen, run) if row["lport"] != beat.port]
     counted = sum(row["count"] for row in rows)
     assert counted == run.change("ListenOverflows") - 1 >= 4
     assert values(rows, "cause") == {"ACCEPT_QUEUE_FULL"}
     assert seen.rows(TABLE, run.host, lport=run.port)[-1]["drops"] >= 2 * counted + 4
 
 
-@recorded(EVENTS)
+@recorded(SAMPLED)
 def test_a_full_syn_queue_is_sampled(script: Script) -> Test:
     with script.older():
         script.server.sysctl("tcp_syncookies", 0)
@@ -108,15 +109,14 @@ def test_a_full_syn_queue_is_sampled(script: Script) -> Test:
         run.end()
     script.stay()
     seen = yield
-    needs_samples(seen)
-    rows = [row for row in all_events(seen, *runs) if row["lport"] != beat.port]
+    rows = [row for row in all_samples(seen, *runs) if row["lport"] != beat.port]
     assert sum(row["count"] for row in rows) == runs[-1].change("TCPReqQFullDrop")
     assert values(rows, "cause", "step") == {("SYN_QUEUE_FULL", "SYN")}
     for run, number, kept in zip(runs, sent, requests, strict=True):
         assert sum(row["count"] for row in rows if row["lport"] == run.port) == number - kept.ret > 0
 
 
-@recorded(EVENTS)
+@recorded(SAMPLED)
 def test_the_next_socket_at_an_address_begins_anew(script: Script) -> Test:
     """The count of drops goes back to zero with each new listener, and the kernel reuses its memory."""
     server, client = script.server.process("server"), script.client.process("client")
@@ -132,23 +132,20 @@ def test_the_next_socket_at_an_address_begins_anew(script: Script) -> Test:
             run.until_overflows(before, 1)
             run.give_up(made)
             rows_so_far += 1
-            script.server.until_rows(EVENTS, rows_so_far, since=0, lport=run.port)
+            script.server.until_rows(SAMPLED, rows_so_far, since=0, lport=run.port)
         run.end()
         run.listener.close()
         runs.append(run)
     seen = yield
-    needs_samples(seen)
-    rows = all_events(seen, runs[0], runs[-1])
+    rows = all_samples(seen, runs[0], runs[-1])
     assert values(rows, "lport") == {PORT}
     assert [row["count"] for row in rows] == [1] * 6
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize("words", [("--rport", "1"), ("--stack",)])
-def test_what_samples_do_not_know_is_refused(run_tool: type[RunningTool], words: tuple[str, ...]) -> None:
-    if not functions_cannot_be_hooked():
-        pytest.skip("functions can be hooked: nothing is sampled")
-    with run_tool("queue", "--events", *words, ready=False) as tool:
-        done = tool.wait()
-    assert done.status == 3
-    assert words[0] in done.stderr
+@pytest.mark.root
+@pytest.mark.parametrize("given", [{"rport": [1]}, {"stack": True}])
+def test_what_samples_do_not_know_is_refused(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> None:
+    monkeypatch.setattr(Kernel, "can", Kernel.can)  # as it was, afterwards
+    pretend((*FUNCTIONS, "consume_skb"))
+    with pytest.raises(UnsupportedError, match=f"--{next(iter(given))}"):
+        tcpscope.open("queue", events=True, **given)

@@ -16,7 +16,7 @@ import pytest
 
 from tcpscope.lab.hosts import Lab
 from tests.conftest import DEADLINE, RunningTool, until
-from tests.lacks import functions_cannot_be_hooked
+from tests.lacks import refusals_cannot_be_seen
 from tests.puppets import Puppet
 from tests.tools.queue.refusals import BACKLOG
 
@@ -46,8 +46,8 @@ def fill(lab: Lab, port: int) -> None:
 
 @pytest.mark.kernel
 def test_filters(lab: Lab, run_tool: type[RunningTool]) -> None:
-    if functions_cannot_be_hooked():
-        pytest.skip("this kernel refuses fentry and has no kprobes")
+    if refusals_cannot_be_seen():
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
     listening(lab, 8000), listening(lab, 8001)
     fill(lab, 8000), fill(lab, 8001)
     wanted, other = client_of(lab), client_of(lab)

@@ -1,0 +1,578 @@
+/* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
+/*
+ * Refused handshakes where no function can be hooked. Two tracepoints show the packets that a listener has handled, at the end
+ * of it and in the same softirq:
+ *
+ *   consume_skb  a SYN, refused or not (tcp_rcv_state_process())
+ *   kfree_skb    a packet that was thrown away, such as a refused final ACK. Its argument rx_sk is the listener (6.11)
+ *
+ * Whether the kernel refused the packet, and why, is in the counters of this CPU: each program compares them with the CPU's
+ * last look at that namespace. Softirqs do not nest, and all code that counts a refusal runs in one, or with softirqs off (a
+ * process that writes to a TUN device). So between the packet and the end of its handling nothing else is counted here.
+ * What else counts ListenDrops between two looks is no refusal. It ends with a packet that is freed, too, and the look at
+ * that one takes it away: an ICMP error for a request (tcp_req_err()), a SYN to a broadcast address (tcp_v4_conn_request()).
+ *
+ * If the kernel has run no program for a packet, the next look finds two refusals in place of one. One is reported, and the
+ * other counts as missed.
+ */
+#ifndef TCPSCOPE_REFUSED_BPF_H
+#define TCPSCOPE_REFUSED_BPF_H
+
+#include "connection.bpf.h"
+#include "mib.bpf.h"
+#include "overflow.bpf.h"
+#include "queues.bpf.h"
+
+/* kfree_skb has the argument rx_sk since "net: add rx_sk to trace_kfree_skb" (6.11), which came with this function. */
+#define HAS_RX_SK NEEDS("sk_skb_reason_drop")
+#define RX_SK 3 /* its place among the arguments */
+
+#define UNLESS_FUNCTIONS UNLESS("syn_exit__fexit syn_exit__kretprobe")
+
+#define SAME_BUCKET 128 /* most sockets of one bucket that are looked at */
+
+/* The counters of one CPU in one namespace, at this CPU's last look. */
+struct look {
+	struct mib mib;
+	__u64 resets;          /* EmbryonicRsts */
+	__u64 fast_open_fails; /* TCPFastOpenPassiveFail */
+	bool begun;
+	__u32 listeners; /* of the namespace, in `listening`; in the copy of CPU 0 */
+};
+
+/* Inserted with the first listener of a namespace, deleted with its last one. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, __u64); /* cookie of the namespace */
+	__type(value, struct look);
+} looks SEC(".maps");
+
+struct listening {
+	__u64 net_cookie;
+	__u32 drops; /* sk_drops, as far as it is explained by packets that were seen */
+	__u32 padding;
+};
+
+/* Inserted at listen() or after the seed, deleted at tcp_destroy_sock. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, __u64); /* address of the struct sock */
+	__type(value, struct listening);
+} listening SEC(".maps");
+
+static const struct look no_look;
+
+static __noinline int look_read(struct net *net, __u64 cpu_offset, struct look *look)
+{
+	const char *counters = (const char *)BPF_CORE_READ(net, mib.net_statistics) + cpu_offset;
+
+	mib_read_at(counters, &look->mib);
+	bpf_probe_read_kernel(&look->resets, 8, counters + mib_embryonic_rsts * 8);
+	bpf_probe_read_kernel(&look->fast_open_fails, 8, counters + mib_fast_open_fails * 8);
+	look->begun = true;
+	return 0;
+}
+
+/* The first look at a namespace, for all CPUs: none of its listeners can refuse anything yet, or the tool starts. */
+static __noinline int looks_begin(struct net *net, __u64 cookie)
+{
+	__u32 zero = 0;
+
+	if (bpf_map_update_elem(&looks, &cookie, &no_look, BPF_NOEXIST))
+		return 0;
+	for (__u32 cpu = 0; cpu < possible_cpus; cpu++) {
+		struct in_hand *copy = bpf_map_lookup_percpu_elem(&in_hand, &zero, cpu);
+		struct look *look = bpf_map_lookup_percpu_elem(&looks, &cookie, cpu);
+
+		if (!copy || !look)
+			break;
+		look_read(net, cpu_offset(copy), look);
+	}
+	return 0;
+}
+
+/* By how much the counters of this CPU have grown since its last look. False at the first look. */
+static __noinline int look_again(struct net *net, struct look *grown)
+{
+	__u64 cookie = BPF_CORE_READ(net, net_cookie);
+	__u32 zero = 0;
+	struct in_hand *mine = bpf_map_lookup_elem(&in_hand, &zero);
+	struct look *last = bpf_map_lookup_elem(&looks, &cookie);
+	struct look before;
+
+	if (!mine)
+		return false;
+	if (!last) {
+		looks_begin(net, cookie);
+		return false;
+	}
+	before = *last;
+	look_read(net, cpu_offset(mine), last);
+	grown->mib.overflows = last->mib.overflows - before.mib.overflows;
+	grown->mib.drops = last->mib.drops - before.mib.drops;
+	grown->mib.cookies = last->mib.cookies - before.mib.cookies;
+	grown->mib.full = last->mib.full - before.mib.full;
+	grown->resets = last->resets - before.resets;
+	grown->fast_open_fails = last->fast_open_fails - before.fast_open_fails;
+	return before.begun;
+}
+
+static __always_inline enum cause cause_of(const struct mib *grown, enum step step, struct sock *sk)
+{
+	if (!grown->drops)
+		return grown->cookies ? CAUSE_COOKIE_SENT : CAUSE_UNKNOWN;
+	return grown->overflows                           ? CAUSE_ACCEPT_QUEUE_FULL
+	       : grown->full                              ? CAUSE_SYN_QUEUE_FULL
+	       : step == STEP_SYN && reserved_quarter(sk) ? CAUSE_SYN_QUEUE_RESERVED
+							  : CAUSE_OTHER;
+}
+
+/* Refusals of packets for which no program has run. */
+static __always_inline void count_missed(const struct mib *grown)
+{
+	__u64 refused = grown->drops ?: grown->cookies;
+
+	if (refused > 1)
+		__sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].missed, refused - 1);
+}
+
+/* A socket begins to listen, or is found listening at the start. */
+static __noinline int listening_begin(struct sock *sk)
+{
+	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
+	struct listening entry = {
+		.net_cookie = BPF_CORE_READ(net, net_cookie),
+		.drops = BPF_CORE_READ(sk, sk_drops.counter),
+	};
+	__u64 key = (__u64)sk;
+	struct look *look;
+
+	if (bpf_map_update_elem(&listening, &key, &entry, BPF_NOEXIST))
+		return 0;
+	looks_begin(net, entry.net_cookie);
+	look = bpf_map_lookup_percpu_elem(&looks, &entry.net_cookie, 0);
+	if (look)
+		__sync_fetch_and_add(&look->listeners, 1);
+	else
+		COUNT(table_full);
+	return 0;
+}
+
+/* 1 if there was an entry to delete. */
+static __noinline int listening_end(struct sock *sk)
+{
+	__u64 key = (__u64)sk, cookie;
+	struct listening *entry = bpf_map_lookup_elem(&listening, &key);
+	struct look *look;
+
+	if (!entry)
+		return 0;
+	cookie = entry->net_cookie;
+	if (bpf_map_delete_elem(&listening, &key))
+		return 0;
+	look = bpf_map_lookup_percpu_elem(&looks, &cookie, 0);
+	if (look) {
+		__sync_fetch_and_add(&look->listeners, -1);
+		if (!look->listeners)
+			bpf_map_delete_elem(&looks, &cookie);
+	}
+	return 1;
+}
+
+/*
+ * The listeners that a SYN can have reached, in the kernel's own table (inet_lhash2_lookup()): those of its destination, or
+ * without any those of all addresses. There are several with SO_REUSEPORT, and each counts what it drops in sk_drops.
+ */
+struct search {
+	struct net *net;
+	struct sock *first; /* of all that match */
+	struct sock *found; /* the last one that can have refused the SYN */
+	struct hlist_nulls_node *node;
+	__u32 address[4]; /* of the SYN, in network order; of IPv4 only the last word counts */
+	__u32 matches, could;
+	__u16 port;
+	bool v6, any;
+	__u8 cause;
+	bool mark; /* count the refusal at each of them */
+};
+
+/* In a map: the verifier would follow each value on the stack through each turn of the loop. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct search);
+} searches SEC(".maps");
+
+static __always_inline __u32 rotated(__u32 word, int by)
+{
+	return word << by | word >> (32 - by);
+}
+
+/* The hash function of the table is jhash (include/linux/jhash.h), of one word or of four. */
+static __always_inline __u32 jhash_end(__u32 a, __u32 b, __u32 c)
+{
+	c = (c ^ b) - rotated(b, 14);
+	a = (a ^ c) - rotated(c, 11);
+	b = (b ^ a) - rotated(a, 25);
+	c = (c ^ b) - rotated(b, 16);
+	a = (a ^ c) - rotated(c, 4);
+	b = (b ^ a) - rotated(a, 14);
+	return (c ^ b) - rotated(b, 24);
+}
+
+static __always_inline __u32 jhash_of(const __u32 *words, int count, __u32 mix)
+{
+	__u32 a = 0xdeadbeef + (count << 2) + mix, b = a, c = a;
+
+	if (count == 1)
+		return jhash_end(a + words[0], b, c);
+	a += words[0], b += words[1], c += words[2];
+	a = (a - c) ^ rotated(c, 4), c += b;
+	b = (b - a) ^ rotated(a, 6), a += c;
+	c = (c - b) ^ rotated(b, 8), b += a;
+	a = (a - c) ^ rotated(c, 16), c += b;
+	b = (b - a) ^ rotated(a, 19), a += c;
+	c = (c - b) ^ rotated(b, 4), b += a;
+	return jhash_end(a + words[3], b, c);
+}
+
+/* Does it listen on the address of the SYN? */
+static __always_inline bool matches(const struct search *search, struct sock *sk)
+{
+	__u64 copy[COMMON_BYTES / 8] = {};
+	const struct sock_common *common = (const struct sock_common *)copy;
+	struct sock_common *original = &sk->__sk_common;
+	const __u32 *bound;
+
+	bpf_probe_read_kernel(copy, sizeof(copy), sk);
+	if (common->skc_net.net != search->net || common->skc_num != search->port || common->skc_state != STATE_LISTEN)
+		return false;
+	if (!search->v6)
+		return common->skc_rcv_saddr == (search->any ? 0 : search->address[3]) &&
+		       !(common->skc_family == AF_INET6 && BPF_CORE_READ_BITFIELD_PROBED(original, skc_ipv6only));
+	bound = (const __u32 *)&common->skc_v6_rcv_saddr;
+	if (common->skc_family != AF_INET6)
+		return false;
+	if (search->any)
+		return !(bound[0] | bound[1] | bound[2] | bound[3]);
+	return bound[0] == search->address[0] && bound[1] == search->address[1] && bound[2] == search->address[2] &&
+	       bound[3] == search->address[3];
+}
+
+/* Can it have refused the SYN? A cookie drops nothing. It is sent because the SYN queue is full, or always. */
+static __always_inline bool could_refuse(const struct search *search, struct sock *sk)
+{
+	struct inet_connection_sock *icsk = (struct inet_connection_sock *)sk;
+	__u64 key = (__u64)sk;
+	struct listening *entry;
+
+	if (search->cause == CAUSE_COOKIE_SENT)
+		return BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter) > (int)BPF_CORE_READ(sk, sk_max_ack_backlog);
+	entry = bpf_map_lookup_elem(&listening, &key);
+	return !entry || entry->drops != (__u32)BPF_CORE_READ(sk, sk_drops.counter);
+}
+
+static __always_inline void listening_explain(struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+	struct listening *entry = bpf_map_lookup_elem(&listening, &key);
+
+	if (entry)
+		entry->drops = BPF_CORE_READ(sk, sk_drops.counter);
+}
+
+/* One that matches. With `mark` it is not known which one has refused. */
+static __always_inline void candidate(struct search *search, struct sock *sk)
+{
+	if (search->mark) {
+		struct activity *activity = activity_of(sk);
+
+		if (activity && search->cause < CAUSES)
+			__sync_fetch_and_add(&activity->unnamed[search->cause], 1);
+		listening_explain(sk);
+		return;
+	}
+	if (!search->matches++)
+		search->first = sk;
+	if (could_refuse(search, sk)) {
+		search->could++;
+		search->found = sk;
+	}
+}
+
+static long search_node(__u32 index, void *unused)
+{
+	__u32 zero = 0;
+	struct search *search = bpf_map_lookup_elem(&searches, &zero);
+	struct hlist_nulls_node *node = search ? search->node : NULL;
+	struct sock *sk = (void *)node - bpf_core_field_offset(struct sock_common, skc_nulls_node);
+
+	if (!search || (__u64)node & 1) /* the end */
+		return 1;
+	if (matches(search, sk))
+		candidate(search, sk);
+	search->node = BPF_CORE_READ(node, next);
+	return 0;
+}
+
+static __noinline int search_bucket(struct search *search)
+{
+	struct net *net = search->net; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
+	struct inet_hashinfo *table = BPF_CORE_READ(net, ipv4.tcp_death_row.hashinfo);
+	__u32 mix = BPF_CORE_READ(net, hash_mix), none = 0, hash;
+	struct inet_listen_hashbucket *bucket;
+
+	/* ipv6_portaddr_hash(), ipv4_portaddr_hash() */
+	hash = search->any  ? jhash_of(&none, 1, mix)
+	       : search->v6 ? jhash_of(search->address, 4, mix)
+			    : jhash_of(search->address + 3, 1, mix);
+	hash = (hash ^ search->port) & BPF_CORE_READ(table, lhash2_mask);
+	bucket = (void *)BPF_CORE_READ(table, lhash2) + hash * bpf_core_type_size(struct inet_listen_hashbucket);
+	search->node = BPF_CORE_READ(bucket, nulls_head.first);
+	bpf_loop(SAME_BUCKET, search_node, NULL, 0);
+	return 0;
+}
+
+/* Names the listener of a SYN. False if there is none. */
+static __noinline int listener_of_syn(struct search *search, struct in_hand *packet)
+{
+	search_bucket(search);
+	if (!search->matches) {
+		search->any = true;
+		search_bucket(search);
+	}
+	packet->sk = search->matches > 1 && search->could == 1 ? search->found : search->first;
+	packet->unnamed = search->matches > 1 && search->could != 1;
+	return packet->sk != NULL;
+}
+
+/* A packet that is freed, as far as it matters. */
+struct freed {
+	struct net *net;
+	__u32 address[4];
+	__u16 port;
+	bool v6, syn, icmp_error;
+	bool unicast;
+};
+
+static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)
+{
+	unsigned char *head = BPF_CORE_READ(skb, head);
+	unsigned char *ip = head + BPF_CORE_READ(skb, network_header);
+	unsigned char *transport = head + BPF_CORE_READ(skb, transport_header);
+	struct dst_entry *dst = (struct dst_entry *)(BPF_CORE_READ(skb, _skb_refdst) & ~SKB_DST_NOREF);
+	bool of_tcp = !BPF_CORE_READ(skb, dev); /* tcp_v4_rcv(), tcp_v6_rcv() */
+	__u8 first[10] = {}, begin[14] = {};
+	__u16 port;
+
+	bpf_probe_read_kernel(first, sizeof(first), ip);
+	bpf_probe_read_kernel(begin, sizeof(begin), transport);
+	freed->v6 = first[0] >> 4 == 6;
+	freed->net = BPF_CORE_READ(dst, dev, nd_net.net);
+	if (!of_tcp) {
+		freed->icmp_error = freed->v6 ? first[6] == IPPROTO_ICMPV6 && begin[0] < 128
+					      : first[9] == IPPROTO_ICMP && begin[0] && begin[0] != 8;
+		return 0;
+	}
+	freed->syn = (freed->v6 || first[9] == IPPROTO_TCP) && (begin[13] & 0x17) == 2; /* and no FIN, RST, ACK */
+	bpf_probe_read_kernel(&port, 2, transport + 2);
+	freed->port = bpf_ntohs(port);
+	if (freed->v6) {
+		bpf_probe_read_kernel(freed->address, 16, ip + 24);
+		freed->unicast = BPF_CORE_READ((struct rt6_info *)dst, rt6i_flags) & RTF_LOCAL;
+	} else {
+		bpf_probe_read_kernel(freed->address + 3, 4, ip + 16);
+		freed->unicast = !(BPF_CORE_READ((struct rtable *)dst, rt_flags) & (RTCF_BROADCAST | RTCF_MULTICAST));
+	}
+	return 0;
+}
+
+/* A packet without a socket and with a route is consumed: a SYN that a listener has handled, an ICMP message, or others. */
+static __noinline int consumed(void *ctx, struct sk_buff *skb)
+{
+	struct freed freed = {};
+	struct look grown = {};
+	struct in_hand *packet;
+	struct search *search;
+	__u32 zero = 0;
+
+	packet = bpf_map_lookup_elem(&in_hand, &zero);
+	search = bpf_map_lookup_elem(&searches, &zero);
+	if (!packet || !search)
+		return 0;
+	packet->consumed = (__u64)skb;
+	freed_read(skb, &freed);
+	if (!freed.net || !(freed.syn || freed.icmp_error) || !look_again(freed.net, &grown))
+		return 0;
+	if (!freed.syn || !freed.unicast || !(grown.mib.drops || grown.mib.cookies))
+		return 0;
+	count_missed(&grown.mib);
+	__builtin_memset(search, 0, sizeof(*search));
+	search->net = freed.net;
+	search->port = freed.port;
+	search->v6 = freed.v6;
+	__builtin_memcpy(search->address, freed.address, sizeof(freed.address));
+	search->cause = cause_of(&grown.mib, STEP_ACK, NULL); /* not yet whether it is the reserved quarter */
+	if (!listener_of_syn(search, packet)) {
+		COUNT(missed);
+		return 0;
+	}
+	search->cause = cause_of(&grown.mib, STEP_SYN, packet->sk);
+	packet->skb = skb;
+	packet->req = NULL;
+	packet->reset = false;
+	packet->fast_open = grown.fast_open_fails;
+	refusal(ctx, packet, STEP_SYN, search->cause);
+	if (packet->unnamed) {
+		search->mark = true;
+		search_bucket(search);
+	} else if (grown.mib.drops) {
+		listening_explain(packet->sk);
+	}
+	return 0;
+}
+
+static __noinline int thrown_away(void *ctx, struct sk_buff *skb, struct sock *listener)
+{
+	struct net *net = BPF_CORE_READ(listener, __sk_common.skc_net.net);
+	struct look grown = {};
+	struct in_hand *packet;
+	__u32 zero = 0;
+
+	listening_explain(listener);
+	if (!look_again(net, &grown) || !grown.mib.drops)
+		return 0;
+	packet = bpf_map_lookup_elem(&in_hand, &zero);
+	if (!packet)
+		return 0;
+	count_missed(&grown.mib);
+	packet->sk = listener;
+	packet->skb = skb;
+	packet->req = NULL;
+	packet->reset = grown.resets;
+	packet->fast_open = packet->unnamed = false;
+	refusal(ctx, packet, STEP_ACK, cause_of(&grown.mib, STEP_ACK, listener));
+	return 0;
+}
+
+/*
+ * The listener of a packet that is thrown away, NULL if it has none. From the context by address: before 6.13 the verifier
+ * takes the argument for a pointer that is never NULL, and would remove the test.
+ */
+static __always_inline struct sock *listener_of(unsigned long long *ctx)
+{
+	struct sock *sk = NULL;
+
+	bpf_probe_read_kernel(&sk, sizeof(sk), &ctx[RX_SK]);
+	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
+		return NULL;
+	return BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP ? sk : NULL;
+}
+
+HAS_RX_SK
+SEC("tp_btf/consume_skb")
+int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit__consume, struct sk_buff *skb)
+{
+	return consumed(ctx, skb);
+}
+
+/* The second copy, for a packet at which the first one has not looked. */
+AGAIN
+UNLESS_FUNCTIONS
+HAS_RX_SK
+SEC("tp_btf/consume_skb")
+int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit_again__consume, struct sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
+
+	if (!packet || packet->consumed != (__u64)skb)
+		return consumed(ctx, skb);
+	packet->consumed = 0;
+	return 0;
+}
+
+HAS_RX_SK
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(ack4_exit__free, struct sk_buff *skb)
+{
+	struct sock *listener = listener_of(ctx);
+
+	return listener ? thrown_away(ctx, skb, listener) : 0;
+}
+
+AGAIN
+UNLESS_FUNCTIONS
+HAS_RX_SK
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(ack4_exit_again__free, struct sk_buff *skb)
+{
+	struct sock *listener = listener_of(ctx);
+
+	return listener ? thrown_away(ctx, skb, listener) : 0;
+}
+
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+UNLESS_FUNCTIONS
+HAS_RX_SK
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG_IF(new_state == STATE_LISTEN, begins, struct sock *sk, int old_state, int new_state)
+{
+	if (sk->sk_protocol == IPPROTO_TCP)
+		listening_begin(sk);
+	return 0;
+}
+
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+UNLESS_FUNCTIONS
+HAS_RX_SK
+ROLE("forgets")
+SEC("tp_btf/tcp_destroy_sock")
+int TRACEPOINT_PROG(ends, struct sock *sk)
+{
+	listening_end(sk);
+	return 0;
+}
+
+AGAIN
+UNLESS_FUNCTIONS
+HAS_RX_SK
+ROLE("forgets")
+SEC("tp_btf/tcp_destroy_sock")
+int TRACEPOINT_PROG(ends_again, struct sock *sk)
+{
+	if (listening_end(sk))
+		COUNT(rescued);
+	return 0;
+}
+
+static long older_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
+{
+	struct sock *sk = (struct sock *)*key;
+
+	/* Not called without the helper (5.19), but the object has this function on every kernel. */
+	if (bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem) &&
+	    BPF_CORE_READ(sk, __sk_common.skc_state) == STATE_LISTEN)
+		listening_begin(sk);
+	return 0;
+}
+
+/* After the seed, which stands before it: the listeners that it has found. */
+OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+UNLESS_FUNCTIONS
+HAS_RX_SK
+ROLE("seeds")
+SEC("iter/bpf_map")
+int older(struct bpf_iter__bpf_map *ctx)
+{
+	if (!ctx->map)
+		bpf_for_each_map_elem(&connections, older_entry, NULL, 0);
+	return 0;
+}
+
+#endif

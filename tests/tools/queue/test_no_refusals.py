@@ -1,0 +1,104 @@
+"""`queue --events`: what the kernel counts as ListenDrops, and what is no refusal."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from tcpscope.lab.hosts import DEVICE, Lab
+from tcpscope.lab.packets import checksum, raw_socket, syn
+from tests.conftest import RunningTool, until
+from tests.lacks import refusals_cannot_be_seen
+
+NOBODY = "198.51.100.7"
+ETH_P_IP = 0x0800
+UNREACHABLE = struct.pack("!BB", 3, 1)  # ICMP: the host
+PORT = 8000
+
+
+@pytest.fixture
+def one_processor() -> Iterator[None]:
+    """All packets of the test are handled by the processor that sends them: what it counts is seen by its next look."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    yield
+    os.sched_setaffinity(0, before)
+
+
+def drops(lab: Lab) -> int:
+    return lab.server.counters()["TcpExtListenDrops"]
+
+
+def answer_to(lab: Lab, source: str) -> bytes:
+    """The SYN-ACK that the server sends to `source`, from its IP header on."""
+    with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP)) as taps:
+        with lab.client.run(raw_socket, socket.AF_INET) as raw:
+            raw.sendto(syn(source, 10_000, lab.server.ipv4, PORT, 1), (lab.server.ipv4, 0))
+        while True:
+            packet: bytes = taps.recv(2048)
+            if packet[16:20] == socket.inet_aton(source) and packet[33] == 0x12:  # to it, with SYN and ACK
+                return packet
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("one_processor")
+def test_an_error_that_ends_a_request(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """tcp_req_err() counts it in ListenDrops. The next SYN on that processor is not refused."""
+    if refusals_cannot_be_seen():
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
+    lab.server.sysctl("tcp_syncookies", 0)
+    lab.client.blackhole("198.51.100.0/24")
+    listener = lab.server.socket(socket.AF_INET)
+    listener.bind((lab.server.ipv4, PORT))
+    listener.listen(5)
+    with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
+        before = drops(lab)
+        packet = answer_to(lab, NOBODY)
+        body = UNREACHABLE + b"\0\0" + bytes(4) + packet[:28]
+        body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+        with lab.client.run(socket.socket, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
+            raw.sendto(body, (lab.server.ipv4, 0))
+        until(lambda: drops(lab) == before + 1, "the end of the request")
+        client = lab.client.socket(socket.AF_INET)
+        client.connect((lab.server.ipv4, PORT))
+        lab.flush()
+        done = tool.stop()
+        client.close()
+    assert done.rows == []
+    assert done.stats is not None
+    assert done.stats["missed"] == 0
+    listener.close()
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("one_processor")
+def test_a_syn_to_a_broadcast_address(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """tcp_v4_conn_request() counts it before it looks at a queue. The next SYN on that processor is not refused."""
+    if refusals_cannot_be_seen():
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
+    listener = lab.server.socket(socket.AF_INET)
+    listener.bind(("0.0.0.0", PORT))
+    listener.listen(5)
+    everybody = lab.server.ipv4.rpartition(".")[0] + ".255"
+    packet = syn(lab.client.ipv4, 10_000, everybody, PORT, 1)
+    packet = packet[:8] + b"\x40" + packet[9:10] + b"\0\0" + packet[12:]  # with TTL and without a checksum
+    packet = packet[:10] + struct.pack("!H", checksum(packet[:20])) + packet[12:]
+    with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
+        before = drops(lab)
+        with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP)) as raw:
+            mac = bytes.fromhex(lab.server.mac.replace(":", ""))
+            raw.sendto(packet, (DEVICE, ETH_P_IP, 0, 0, mac))
+        until(lambda: drops(lab) == before + 1, "the end of the SYN")
+        client = lab.client.socket(socket.AF_INET)
+        client.connect((lab.server.ipv4, PORT))
+        lab.flush()
+        done = tool.stop()
+        client.close()
+    assert done.rows == []
+    assert done.stats is not None
+    assert done.stats["missed"] == 0
+    listener.close()
