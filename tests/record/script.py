@@ -35,8 +35,11 @@ AF_INET, AF_INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 SOL_SOCKET, SO_ERROR, SO_REUSEADDR, SO_LINGER, SO_REUSEPORT = 1, 4, 2, 13, 15
 IPPROTO_TCP, IPPROTO_IPV6, IPV6_V6ONLY = 6, 41, 26
 TCP_NODELAY, TCP_SYNCNT, TCP_LINGER2, TCP_FASTOPEN = 1, 7, 8, 23
+TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
+TCP_REPAIR_ON, TCP_REPAIR_OFF_NO_WP = 1, -1
 MSG_FASTOPEN = 0x20000000
 POLLIN, POLLOUT = 1, 4
+SENDTO = 44  # the system call that send() makes, on x86-64
 TIOCOUTQ, FIONREAD = 0x5411, 0x541B
 STATES = {name: number for number, name in _STATES.items() if number != 12}
 PATIENCE_S = 100
@@ -594,6 +597,31 @@ class Socket:
     def receive(self, room: int = 65536, flags: int = 0, **how: bool) -> Call:
         """`ret` is how many bytes there were, 0 at the end."""
         return self("receive", room, flags, **how)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside of the block a process holds the socket's lock. At its end it sends a byte."""
+        holder = self.process.fork("holder")
+        other = holder.thread()
+        sending = holder.at(self)("send_stuck", wait=False)
+        self.process.host.until_waiting(SENDTO, holder)
+        yield
+        other("unstuck")
+        sending.join()
+        holder.exit()
+
+    @contextmanager
+    def repaired(self) -> Iterator[None]:
+        """Inside of the block it is in repair mode: the kernel tells its numbers, and lets them be changed."""
+        self.option(IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_ON)
+        yield
+        self.option(IPPROTO_TCP, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP)
+
+    def sequence(self, queue: str) -> Call:
+        """`ret` is the sequence number of what comes next in the queue "receive" or "send": what a segment() takes."""
+        with self.repaired():
+            self.option(IPPROTO_TCP, TCP_REPAIR_QUEUE, ("", "receive", "send").index(queue))
+            return self("get", IPPROTO_TCP, TCP_QUEUE_SEQ, 4)
 
     def read(self, size: int, **how: bool) -> Call:
         """Until so many bytes have come, or the end."""

@@ -6,11 +6,13 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/userfaultfd.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -101,10 +103,11 @@ static void get(struct actor *a, int count, char **w, struct reply *r)
 {
 	unsigned char bytes[512] = {};
 	socklen_t size = atoi(w[3]) < 512 ? atoi(w[3]) : 512;
-	int failed = getsockopt(*slot(a, w[0]), atoi(w[1]), atoi(w[2]), bytes, &size), first;
+	int failed = getsockopt(*slot(a, w[0]), atoi(w[1]), atoi(w[2]), bytes, &size);
+	unsigned int first;
 
 	memcpy(&first, bytes, sizeof(first));
-	outcome(r, failed ? -1 : size >= 4 ? first : bytes[0]);
+	outcome(r, failed ? -1LL : size >= 4 ? (long long)first : bytes[0]);
 	if (!failed)
 		add_hex(r, bytes, size);
 }
@@ -223,6 +226,40 @@ static void sends(struct actor *a, int count, char **w, struct reply *r)
 
 	r->begin = now_ns();
 	outcome(r, send(fd, w[1], strlen(w[1]), atoi(w[2]) | MSG_NOSIGNAL));
+}
+
+static struct {
+	int userfaultfd;
+	void *page;
+} stuck; /* made by send_stuck, unmade there when unstuck has let it go on */
+
+/* send_stuck SLOT: sends a byte that is not there yet. The kernel waits for it, and the socket stays locked. */
+static void sends_stuck(struct actor *a, int count, char **w, struct reply *r)
+{
+	size_t size = sysconf(_SC_PAGESIZE);
+	struct uffdio_api api = {.api = UFFD_API};
+	struct uffdio_register range = {.mode = UFFDIO_REGISTER_MODE_MISSING, .range.len = size};
+
+	stuck.userfaultfd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	stuck.page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	range.range.start = (uintptr_t)stuck.page;
+	if (stuck.userfaultfd < 0 || stuck.page == MAP_FAILED || ioctl(stuck.userfaultfd, UFFDIO_API, &api) ||
+	    ioctl(stuck.userfaultfd, UFFDIO_REGISTER, &range)) {
+		outcome(r, -1);
+		return;
+	}
+	r->begin = now_ns();
+	outcome(r, send(*slot(a, w[0]), stuck.page, 1, MSG_NOSIGNAL));
+	munmap(stuck.page, size);
+	close(stuck.userfaultfd);
+}
+
+/* unstuck: of another thread of that process: the byte is there, a zero */
+static void frees_stuck(struct actor *a, int count, char **w, struct reply *r)
+{
+	struct uffdio_zeropage zero = {.range = {.start = (uintptr_t)stuck.page, .len = sysconf(_SC_PAGESIZE)}};
+
+	outcome(r, ioctl(stuck.userfaultfd, UFFDIO_ZEROPAGE, &zero));
 }
 
 /* send_to SLOT TEXT FLAGS ADDRESS PORT: with MSG_FASTOPEN it connects */
@@ -430,6 +467,8 @@ const struct entry socket_commands[] = {
 	{"send", sends},
 	{"send_to", sends_to},
 	{"send_all", sends_all},
+	{"send_stuck", sends_stuck},
+	{"unstuck", frees_stuck},
 	{"receive", receives},
 	{"read", reads},
 	{"shutdown", shuts},
