@@ -26,7 +26,14 @@ from tests.record.watch import PORTS
 
 SOURCE = Path(__file__).with_name("unseen.bpf.c")
 CHANGES = ("inet_sock_set_state", "tcp_destroy_sock")
-EVENTS = (*CHANGES, "inet_sk_error_report", "tcp_probe", "tcp_receive_reset", "tcp_retransmit_skb")
+EVENTS = (
+    *CHANGES,
+    "inet_sk_error_report",
+    "tcp_cong_state_set",
+    "tcp_probe",
+    "tcp_receive_reset",
+    "tcp_retransmit_skb",
+)
 """The tracepoints of the tools that a softirq passes, as far as they tell the ports."""
 CLONE_NEWNS = 0x20000
 NAME = "tcpscope-ftrace-"
