@@ -20,7 +20,17 @@ ENUM = {
     0xFFFF0000: f"{PREFIX}SUBSYS_MASK",
 }
 SPEC = Spec.of("drops")
-SYMBOLS = Symbols(["1000 t skb_queue_purge", "1040 T next", "2000 t raw_rcv", "2010 t raw_rcv", "2020 T last"])
+SYMBOLS = Symbols(
+    [
+        "1000 t skb_queue_purge",
+        "1040 T next",
+        "2000 t raw_rcv",
+        "2010 t raw_rcv",
+        "2020 T next",
+        "3000 T kfree_skb_list",
+        "3010 T last",
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -99,4 +109,7 @@ def test_places() -> None:
     """Of two functions with one name it is not known which is meant."""
     places = constants(SPEC, ENUM, SYMBOLS)["places"]
     assert len(places) == 16
-    assert [place for place in places if place["end"]] == [{"begin": 0x1000, "end": 0x1040}]
+    assert [place for place in places if place["end"]] == [
+        {"begin": 0x1000, "end": 0x1040, "received": False},
+        {"begin": 0x3000, "end": 0x3010, "received": True},
+    ]

@@ -84,8 +84,6 @@ FACTS = {
 # Without a reason, a discard in one of these functions is harmless.
 _PLACES_WITHOUT_LOSS = (
     "inet_sock_destruct",  # data that was never read
-    "kfree_skb_list",  # a part of a packet
-    "kfree_skb_list_reason",
     "packet_rcv",  # the copy for a packet socket
     "packet_rcv_spkt",
     "raw_rcv",  # the copy for a raw socket
@@ -93,6 +91,8 @@ _PLACES_WITHOUT_LOSS = (
     "skb_queue_purge",
     "tpacket_rcv",
 )
+# The same for a packet that was received, which is a part of another one there. A queue drops what is sent.
+_PLACES_OF_PARTS = ("kfree_skb_list", "kfree_skb_list_reason")
 
 
 def constants(spec: Spec, enumerators: Mapping[int, str], symbols: Symbols) -> dict[str, Any]:
@@ -109,11 +109,13 @@ def constants(spec: Spec, enumerators: Mapping[int, str], symbols: Symbols) -> d
             "no_device": fact.queued,
         }
 
-    ranges = [symbols.range(name) for name in _PLACES_WITHOUT_LOSS]
-    places = [{"begin": found[0], "end": found[1]} for found in ranges if found]
+    ranges = [(symbols.range(name), name) for name in (*_PLACES_WITHOUT_LOSS, *_PLACES_OF_PARTS)]
+    places = [
+        {"begin": found[0], "end": found[1], "received": name in _PLACES_OF_PARTS} for found, name in ranges if found
+    ]
     return {
         "facts": [[packed(number, ipv6) for number in range(_SIZE)] for ipv6 in (False, True)],
-        "places": places + [{"begin": 0, "end": 0}] * (_PLACES - len(places)),
+        "places": places + [{"begin": 0, "end": 0, "received": False}] * (_PLACES - len(places)),
         "overflow_has_reason": "TCP_LISTEN_OVERFLOW" in names.values(),
     }
 

@@ -83,9 +83,11 @@ struct fact {
 	__u8 no_device; /* the packet was in a queue of the socket: skb->dev was overwritten */
 };
 
-/* Functions of the kernel, by address, where a discard without a reason is harmless. */
+/* Functions of the kernel, by address, where a discard without a reason is harmless; `received`: of no packet that is sent. */
 struct place {
 	__u64 begin, end;
+	bool received;
+	__u8 padding[7];
 };
 
 enum wanted_reasons { REASONS_ALL, REASONS_ONLY, REASONS_WITHOUT };
@@ -164,11 +166,11 @@ static __always_inline struct fact fact_of(__u32 reason, bool ipv6)
 	return (struct fact){fact->kind, fact->counter, fact->rule, fact->no_device};
 }
 
-static __always_inline bool in_harmless_place(__u64 location)
+static __always_inline bool in_harmless_place(const struct discard *discard, __u64 location)
 {
 	for (int i = 0; i < PLACES && places[i].end; i++)
 		if (location >= places[i].begin && location < places[i].end)
-			return true;
+			return !places[i].received || discard->direction != DIRECTION_SENT;
 	return false;
 }
 
@@ -210,7 +212,7 @@ static __always_inline void judge_at_listener(struct discard *discard)
 
 static __always_inline void judge_without_reason(struct discard *discard, __u64 location)
 {
-	if (discard->state == STATE_TIME_WAIT || in_harmless_place(location))
+	if (discard->state == STATE_TIME_WAIT || in_harmless_place(discard, location))
 		discard->kind = KIND_HARMLESS;
 	else if (discard->state == STATE_LISTEN)
 		judge_at_listener(discard);
