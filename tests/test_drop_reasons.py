@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tcpscope.drop_reasons import FACTS, PREFIX, Wanted, constants
@@ -16,7 +18,8 @@ ENUM = {
     5: f"{PREFIX}TCP_CSUM",
     6: f"{PREFIX}TCP_FLAGS",
     7: f"{PREFIX}IP_OUTNOROUTES",
-    8: f"{PREFIX}MAX",
+    9: f"{PREFIX}TCP_INVALID_SEQUENCE",
+    10: f"{PREFIX}MAX",
     0xFFFF0000: f"{PREFIX}SUBSYS_MASK",
 }
 SPEC = Spec.of("drops")
@@ -33,15 +36,19 @@ SYMBOLS = Symbols(
 )
 
 
+def facts_of(enumerators: dict[int, str], counters: tuple[str, ...] = ("LINUX_MIB_BEYOND_WINDOW",)) -> dict[str, Any]:
+    return constants(SPEC, enumerators, SYMBOLS, counters.__contains__)
+
+
 @pytest.mark.parametrize(
     ("text", "mode", "numbers", "named"),
     [
         (None, 0, (), False),
         ("TCP_CSUM", 1, (5,), True),
         ("tcp_csum, SKB_DROP_REASON_NO_SOCKET", 1, (3, 5), True),
-        ("TCP_*", 1, (5, 6), True),
-        ("TCP_*,!TCP_CSUM", 1, (6,), True),
-        ("!TCP_*", 2, (5, 6), False),
+        ("TCP_*", 1, (5, 6, 9), True),
+        ("TCP_*,!TCP_CSUM", 1, (6, 9), True),
+        ("!TCP_*", 2, (5, 6, 9), False),
         ("!NO_SOCKET,!TCP_CSUM", 2, (3, 5), False),
     ],
 )
@@ -76,10 +83,10 @@ def test_a_kernel_without_reasons() -> None:
 
 
 def test_facts_by_number() -> None:
-    made = constants(SPEC, ENUM, SYMBOLS)
+    made = facts_of(ENUM)
     labels = {name: SPEC.layout("drop").field(name).labels or {} for name in ("kind", "counter")}
 
-    def fact(number: int, ipv6: bool = False) -> tuple[str, str]:
+    def fact(number: int, ipv6: bool = False, made: dict[str, Any] = made) -> tuple[str, str]:
         values = made["facts"][ipv6][number]
         return labels["kind"][values["kind"]], labels["counter"][values["counter"]]
 
@@ -87,8 +94,10 @@ def test_facts_by_number() -> None:
     assert (fact(7), fact(7, True)) == (("LOST", "IpOutNoRoutes"), ("LOST", "NONE"))
     assert fact(6) == ("LOST", "NONE")
     assert fact(2) == ("UNKNOWN", "NONE")
+    assert fact(9) == ("LOST", "TcpExtBeyondWindow")
+    assert fact(9, made=facts_of(ENUM, counters=())) == ("LOST", "NONE")
     assert made["overflow_has_reason"] is False
-    assert constants(SPEC, ENUM | {9: f"{PREFIX}TCP_LISTEN_OVERFLOW"}, SYMBOLS)["overflow_has_reason"] is True
+    assert facts_of(ENUM | {11: f"{PREFIX}TCP_LISTEN_OVERFLOW"})["overflow_has_reason"] is True
 
 
 def test_every_counter_is_one_of_the_events() -> None:
@@ -101,13 +110,13 @@ def test_every_counter_is_one_of_the_events() -> None:
 
 
 def test_without_reasons_the_program_looks_at_the_receiver() -> None:
-    facts = constants(SPEC, {}, SYMBOLS)["facts"]
+    facts = facts_of({})["facts"]
     assert facts[0][0] == facts[1][0] == {"kind": 0, "counter": 0, "rule": 1, "no_device": False}
 
 
 def test_places() -> None:
     """Of two functions with one name it is not known which is meant."""
-    places = constants(SPEC, ENUM, SYMBOLS)["places"]
+    places = facts_of(ENUM)["places"]
     assert len(places) == 16
     assert [place for place in places if place["end"]] == [
         {"begin": 0x1000, "end": 0x1040, "received": False},

@@ -6,7 +6,7 @@ Each entry names the function of the kernel that counts. A reason without an ent
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from tcpscope.errors import UnsupportedError, UsageError, did_you_mean
@@ -17,7 +17,7 @@ from tcpscope.request import names_in
 ENUM, PREFIX = "skb_drop_reason", "SKB_DROP_REASON_"
 _SIZE = 256  # REASONS in drops.bpf.c
 _PLACES = 16
-_RULES = ("", "RECEIVER", "NO_SOCKET", "OVERFLOW", "STATE", "ORDER")  # enum rule
+_RULES = ("", "RECEIVER", "NO_SOCKET", "OVERFLOW", "STATE", "ORDER", "NOT_RST")  # enum rule
 _ALL, _ONLY, _WITHOUT = range(3)  # enum wanted_reasons
 
 
@@ -28,6 +28,7 @@ class Fact(NamedTuple):
     counter  for both IP versions; `ipv4` is one for IPv4 only
     rule     what else the program looks at (enum rule)
     queued   the packet was in a queue of its socket
+    mib      the counter in the kernel's words, if kernels that have the reason may lack it
     """
 
     kind: str = "LOST"
@@ -35,10 +36,12 @@ class Fact(NamedTuple):
     ipv4: str = ""
     rule: str = ""
     queued: bool = False
+    mib: str = ""
 
 
 _LOST = Fact()
 _WITHOUT_REASON = Fact("", rule="RECEIVER")
+_BEYOND = Fact(counter="TcpExtBeyondWindow", rule="NOT_RST", mib="LINUX_MIB_BEYOND_WINDOW")  # tcp_validate_incoming()
 FACTS = {
     "NOT_SPECIFIED": _WITHOUT_REASON,
     "NO_SOCKET": Fact(rule="NO_SOCKET"),
@@ -60,6 +63,8 @@ FACTS = {
     "TCP_RFC7323_PAWS": Fact(counter="TcpExtPAWSEstab", rule="STATE"),  # tcp_validate_incoming(), tcp_check_req()
     "TCP_RFC7323_TW_PAWS": Fact(counter="TcpExtPAWSTimewait"),  # tcp_timewait_state_process()
     "TCP_RFC7323_TSECR": Fact(counter="TcpExtTSEcrRejected"),  # tcp_check_req()
+    "TCP_INVALID_SEQUENCE": _BEYOND,
+    "TCP_INVALID_END_SEQUENCE": _BEYOND,
     "TCP_INVALID_SYN": Fact(counter="TcpExtTCPSYNChallenge"),  # tcp_validate_incoming()
     "IP_OUTNOROUTES": Fact(ipv4="IpOutNoRoutes"),  # __ip_queue_xmit()
     "IP_CSUM": Fact(ipv4="IpExtInCsumErrors"),  # ip_rcv_core()
@@ -95,16 +100,19 @@ _PLACES_WITHOUT_LOSS = (
 _PLACES_OF_PARTS = ("kfree_skb_list", "kfree_skb_list_reason")
 
 
-def constants(spec: Spec, enumerators: Mapping[int, str], symbols: Symbols) -> dict[str, Any]:
+def constants(
+    spec: Spec, enumerators: Mapping[int, str], symbols: Symbols, has_counter: Callable[[str], bool]
+) -> dict[str, Any]:
     """The facts as the program has them. `enumerators` are the running kernel's reasons, empty before 5.17."""
     names = {number: name.removeprefix(PREFIX) for number, name in enumerators.items()}
     kinds, counters = (_numbers(spec, field) for field in ("kind", "counter"))
 
     def packed(number: int, ipv6: bool) -> dict[str, int]:
         fact = FACTS.get(names.get(number, ""), _LOST) if names else _WITHOUT_REASON
+        counter = fact.counter or ("" if ipv6 else fact.ipv4)
         return {
             "kind": kinds.get(fact.kind, 0),
-            "counter": counters.get(fact.counter or ("" if ipv6 else fact.ipv4), 0),
+            "counter": counters.get(counter, 0) if not fact.mib or has_counter(fact.mib) else 0,
             "rule": _RULES.index(fact.rule),
             "no_device": fact.queued,
         }

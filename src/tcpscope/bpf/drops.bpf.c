@@ -20,6 +20,7 @@ enum counter {
 	COUNTER_IpInAddrErrors,
 	COUNTER_IpInHdrErrors,
 	COUNTER_IpOutNoRoutes,
+	COUNTER_TcpExtBeyondWindow,
 	COUNTER_TcpExtDelayedACKLost,
 	COUNTER_TcpExtIPReversePathFilter,
 	COUNTER_TcpExtListenDrops,
@@ -74,6 +75,7 @@ enum rule {
 	RULE_OVERFLOW,  /* the accept queue */
 	RULE_STATE,     /* not counted so in SYN_SENT */
 	RULE_ORDER,     /* whether it is the next segment */
+	RULE_NOT_RST,   /* not counted so of a RST */
 };
 
 struct fact {
@@ -262,6 +264,10 @@ static __noinline int judge(struct discard *discard, __u32 rule, __u64 location)
 		break;
 	case RULE_ORDER:
 		discard->counter = counter_by_order(discard);
+		break;
+	case RULE_NOT_RST:
+		if (discard->packet.flags & TCP_RST) /* or it is not known */
+			discard->counter = COUNTER_NONE;
 		break;
 	}
 	return 0;
