@@ -117,7 +117,8 @@ struct {
 struct note {
 	struct sk_buff *skb;
 	struct sock *sk;
-	bool deferred; /* TCP_DEFER_ACCEPT */
+	bool deferred;  /* TCP_DEFER_ACCEPT */
+	bool in_window; /* of the request */
 };
 
 struct {
@@ -127,13 +128,13 @@ struct {
 	__type(value, struct note);
 } notes SEC(".maps");
 
-static __always_inline void note(struct sk_buff *skb, struct sock *sk, bool deferred)
+static __always_inline void note(const struct note *new)
 {
 	__u32 zero = 0;
 	struct note *mine = bpf_map_lookup_elem(&notes, &zero);
 
 	if (mine)
-		*mine = (struct note){skb, sk, deferred};
+		*mine = *new;
 }
 
 /* A discarded packet, and what is known about it. */
@@ -146,7 +147,7 @@ struct discard {
 	enum passage direction;
 	enum discard_kind kind;
 	enum counter counter;
-	bool noted, deferred;
+	bool noted, deferred, in_window;
 };
 
 static __always_inline bool reason_wanted(__u32 reason)
@@ -205,6 +206,8 @@ static __always_inline void judge_at_listener(struct discard *discard)
 	if (deferred) {
 		discard->kind = KIND_HARMLESS;
 		discard->counter = COUNTER_TcpExtTCPDeferAcceptDrop;
+	} else if (!(packet->flags & TCP_ACK) || (discard->noted && !discard->in_window)) {
+		discard->kind = KIND_LOST;
 	} else if (discard->noted && !overflow_has_reason) {
 		refused_by_listener(discard);
 	} else {
@@ -381,6 +384,7 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	if (note) {
 		discard.noted = true;
 		discard.deferred = note->deferred;
+		discard.in_window = note->in_window;
 	}
 	identify(&discard, receiver, owner);
 	judge(&discard, fact.rule, location);
@@ -454,8 +458,16 @@ UNLESS("drop__reason")
 SEC("fentry/tcp_timewait_state_process")
 int FUNCTION_PROG(timewait__fentry, struct sock *sk, struct sk_buff *skb)
 {
-	note(skb, sk, false);
+	note(&(struct note){.skb = skb, .sk = sk});
 	return 0;
+}
+
+/* Does it begin in the window of the request? What the peer sends first comes with the final ACK, or follows it. */
+static __always_inline bool in_window(const struct packet *packet, struct request_sock *req)
+{
+	struct tcp_request_sock *request = (struct tcp_request_sock *)req;
+
+	return packet->seq - BPF_CORE_READ(request, rcv_nxt) <= BPF_CORE_READ(req, __req_common.skc_rcv_wnd);
 }
 
 /*
@@ -470,12 +482,14 @@ int FUNCTION_PROG(request__fexit, struct sock *sk, struct sk_buff *skb, struct r
 {
 	struct inet_connection_sock *listener = (struct inet_connection_sock *)sk;
 	struct packet packet = {};
+	struct note new = {.skb = skb, .sk = sk};
 
 	if (child || !packet_read(skb, &packet))
 		return 0;
-	note(skb, sk,
-	     !packet.data && !(packet.flags & TCP_FIN) &&
-		     BPF_CORE_READ_BITFIELD_PROBED(req, num_timeout) <
-			     BPF_CORE_READ(listener, icsk_accept_queue.rskq_defer_accept));
+	new.deferred = !packet.data && !(packet.flags & TCP_FIN) &&
+		       BPF_CORE_READ_BITFIELD_PROBED(req, num_timeout) <
+			       BPF_CORE_READ(listener, icsk_accept_queue.rskq_defer_accept);
+	new.in_window = in_window(&packet, req);
+	note(&new);
 	return 0;
 }

@@ -167,6 +167,7 @@ struct sock_common { /* include/net/sock.h */
 	atomic64_t skc_cookie;
 	struct hlist_nulls_node skc_nulls_node;
 	struct sock *skc_listener; /* of a request */
+	__u32 skc_rcv_wnd;         /* of a request */
 };
 
 struct net_device { /* include/linux/netdevice.h */
@@ -233,6 +234,7 @@ struct request_sock { /* include/net/request_sock.h */
 
 struct tcp_request_sock { /* include/linux/tcp.h */
 	__u64 snt_synack;
+	__u32 rcv_nxt;
 };
 
 struct request_sock_queue { /* include/net/request_sock.h */
