@@ -9,16 +9,19 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.record import PORTS, Call, Host, Script, Seen, Test, Watch, recorded
-from tests.record.script import IPPROTO_TCP, SOL_SOCKET
+from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
+from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET, TCP_NODELAY
+from tests.tools.queue.refusals import BACKLOG, Run
 
 DROPS = Watch("drop", "--port", PORTS)
 ALL = Watch("drop", "--all", "--port", PORTS)
 COUNTED = Watch("drop", "--count", "--by", "netns,reason,kind,counter", "--port", PORTS, every_kernel=False)
 PORT = 8910
 TCP_DEFER_ACCEPT = 9
-SO_RCVBUF = 8
-SYN, ACK = 2, 16
+SO_SNDBUF, SO_RCVBUF = 7, 8
+TCP_TIMESTAMP = 24
+CLIENT, WITHOUT_COOKIE = 1, 4  # net.ipv4.tcp_fastopen
+FIN, SYN, RST, ACK = 1, 2, 4, 16
 REJECT = "reject with tcp reset"
 
 Rows = list[dict[str, Any]]
@@ -27,7 +30,8 @@ Rows = list[dict[str, Any]]
 def rule(host: Host, hook: str, verdict: str, match: str = f"tcp dport {PORT}") -> None:
     """From now on the host's firewall counts what matches, and then decides so."""
     host.exec("nft", "add table inet filter")
-    host.exec("nft", f"add chain inet filter {hook} {{ type filter hook {hook} priority 0 ; }}")
+    device = "device veth0" if hook == "ingress" else ""
+    host.exec("nft", f"add chain inet filter {hook} {{ type filter hook {hook} {device} priority 0 ; }}")
     host.exec("nft", f"add rule inet filter {hook} {match} counter {verdict}")
 
 
@@ -53,6 +57,42 @@ def tells_receiver(seen: Seen) -> bool:
 
 def reasons(rows: Rows) -> set[str | None]:
     return {row["reason"] for row in rows}
+
+
+def has_reason(seen: Seen, name: str) -> bool:
+    """Whether this kernel has one of this name."""
+    return f"SKB_DROP_REASON_{name}" in seen.machine.kernel.enumerators("skb_drop_reason").values()
+
+
+def pair(script: Script, rport: int, family: str = "4") -> tuple[Process, Socket, Socket]:
+    """The server, and both ends of a connection. No other client has its port."""
+    server, client = script.server.process("server"), script.client.process("client")
+    listener = server.listener(PORT, script.server.address(family))
+    near = client.socket(family)
+    near.bind(script.client.address(family), rport)
+    near.connect(script.server.address(family), PORT)
+    near.option(IPPROTO_TCP, TCP_NODELAY, 1)
+    return server, near, listener.accept()
+
+
+def reset(script: Script, near: Socket) -> None:
+    """Nothing is sent any more."""
+    near.linger()
+    near.close()
+    script.server.flush()
+
+
+def of_connection(seen: Seen, watch: Watch, server: Process, rport: int, reason: str) -> Rows:
+    """What a connection has discarded for a reason. Before 6.11 the socket is not known, and maybe no namespace."""
+    own = tells_receiver(seen)
+    rows = seen.rows(watch, server.host)
+    if not own:
+        rows = rows + [row for row in seen.run(watch).rows if row["netns"] is None]
+    rows = [row for row in rows if row["rport"] == rport and row["reason"] == (reason if has_reasons(seen) else None)]
+    whose = ("ESTABLISHED", server.pid, server.comm) if own else (None, None, None)
+    assert {(row["state"], row["pid"], row["comm"]) for row in rows} <= {whose}
+    assert {(row["lport"], row["direction"]) for row in rows} <= {(PORT, "RECEIVED")}
+    return rows
 
 
 @recorded(DROPS, COUNTED)
@@ -81,9 +121,12 @@ def test_a_port_without_a_listener(script: Script) -> Test:
 
 
 @pytest.mark.parametrize("family", ["4", "6"])
-@pytest.mark.parametrize(("hook", "verdict"), [("prerouting", "drop"), ("input", "drop"), ("input", REJECT)])
+@pytest.mark.parametrize(
+    ("hook", "verdict"), [("ingress", "drop"), ("prerouting", "drop"), ("input", "drop"), ("input", REJECT)]
+)
 @recorded(DROPS)
 def test_a_firewall_that_drops_what_comes(script: Script, hook: str, family: str, verdict: str) -> Test:
+    """At ingress the packet still has the socket that sent it, which is of another namespace."""
     rule(script.server, hook, verdict)
     client = script.client.process("client")
     made = client.socket(family)
@@ -167,15 +210,17 @@ def test_a_wrong_checksum(script: Script, family: str) -> Test:
         }
 
 
+@pytest.mark.parametrize("family", ["4", "6"])
 @recorded(DROPS)
-def test_final_acks_that_a_full_accept_queue_refuses(script: Script) -> Test:
+def test_final_acks_that_a_full_accept_queue_refuses(script: Script, family: str) -> Test:
     """All SYNs are answered before listen() makes the queue shorter, so none is refused."""
     server, client = script.server.process("server"), script.client.process("client")
-    listener = server.listener(PORT, backlog=16)
-    made = [client.socket() for _ in range(4)]
+    address = script.server.address(family)
+    listener = server.listener(PORT, address, backlog=16)
+    made = [client.socket(family) for _ in range(4)]
     with script.server.held():
         for each in made:
-            each.start(script.server.ipv4, PORT)
+            each.start(address, PORT)
         script.server.until_sockets(4, state="SYN_RECV", lport=PORT)
         listener.listen(0)
     script.server.until_counter("TcpExtListenOverflows", 3)
@@ -189,15 +234,74 @@ def test_final_acks_that_a_full_accept_queue_refuses(script: Script) -> Test:
     rows = seen.rows(DROPS, script.server)
     assert {row["flags"] for row in rows} == {"ACK"}
     assert len(rows) == after.ret >= 3
-    if (
-        has_reasons(seen)
-        and "SKB_DROP_REASON_TCP_LISTEN_OVERFLOW" in seen.machine.kernel.enumerators("skb_drop_reason").values()
-    ):
+    if has_reason(seen, "TCP_LISTEN_OVERFLOW"):
         assert reasons(rows) == {"TCP_LISTEN_OVERFLOW"}
     for row in rows:
         assert (row["kind"], row["counter"]) == ("REFUSED", "TcpExtListenOverflows")
         assert (row["state"], row["pid"], row["comm"]) == ("LISTEN", server.pid, server.comm)
-        assert (row["laddr"], row["lport"], row["raddr"]) == (script.server.ipv4, PORT, script.client.ipv4)
+        assert (row["laddr"], row["lport"], row["raddr"]) == (address, PORT, script.client.address(family))
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+@recorded(DROPS)
+def test_final_acks_of_cookies(script: Script, family: str) -> Test:
+    """The accept queue is full. The listener has no request, and repeats nothing."""
+    script.server.sysctl("tcp_syncookies", 2)
+    run = Run(script, family, port=PORT)
+    run.fill(BACKLOG)
+    sent, before = script.server.counter("TcpExtSyncookiesSent"), run.overflows()
+    with script.server.held():
+        late = run.start(4)
+        script.server.until_counter("TcpExtSyncookiesSent", sent + 4)
+    for each in late:
+        each.outcome()
+    run.until_overflows(before, 3)
+    run.end()
+    seen = yield
+    rows = seen.rows(DROPS, script.server, flags="ACK", lport=PORT)
+    assert len(rows) == run.change("ListenOverflows") == 3
+    assert {row["rport"] for row in rows} < run.ports(*late)
+    refused = ("REFUSED", "LISTEN", run.owner.pid, run.owner.comm) if tells_receiver(seen) else (None,) * 4
+    assert {(row["kind"], row["state"], row["pid"], row["comm"]) for row in rows} == {refused}
+
+
+@recorded(DROPS)
+def test_segments_that_do_not_fit_a_handshake(script: Script) -> Test:
+    """In the client's name: one out of the window, one without the flag ACK. The listener has refused nobody."""
+    listener = script.server.process("server").listener(PORT)
+    ends = script.client.ipv4, 42107, script.server.ipv4, PORT
+    with script.server.losing():
+        script.client.segment(*ends, 1000, flags=SYN)
+        script.server.until_sockets(state="SYN_RECV", lport=PORT)
+        script.client.segment(*ends, 1001 + (1 << 30), flags=FIN)
+        script.client.segment(*ends, 1001, flags=FIN)
+        script.server.flush()
+        waiting = script.server.diag(state="SYN_RECV", lport=PORT)
+        after = script.server.counters()
+        listener.close()
+    seen = yield
+    rows = seen.rows(DROPS, script.server, lport=PORT)
+    assert (waiting.ret, after.counters["TcpExtListenDrops"]) == (1, 0)
+    known = "LOST" if tells_receiver(seen) or seen.machine.hook("drops", "request") else None
+    assert [(row["flags"], row["rport"], row["kind"], row["counter"]) for row in rows] == [
+        ("FIN", 42107, known, None)
+    ] * 2
+    if has_reason(seen, "TCP_LISTEN_OVERFLOW"):
+        assert rows[0]["reason"] == "TCP_OVERWINDOW"
+
+
+@pytest.mark.parametrize("cookies", [0, 1])
+@recorded(DROPS, ALL)
+def test_syns_that_a_full_syn_queue_refuses(script: Script, cookies: int) -> Test:
+    """The kernel takes the packet as handled, with or without a cookie: it is no discard."""
+    script.server.sysctl("tcp_syncookies", cookies)
+    run = Run(script, backlog=3, port=PORT)
+    run.flood(40)
+    run.end()
+    seen = yield
+    assert run.change("SyncookiesSent" if cookies else "TCPReqQFullDrop") >= 30
+    assert seen.rows(DROPS, script.server) == []
+    assert [row for row in seen.rows(ALL, script.server) if row["flags"] == "SYN"] == []
 
 
 @recorded(DROPS)
@@ -346,3 +450,190 @@ def test_a_syn_in_a_connection(script: Script) -> Test:
     assert [(row["kind"], row["flags"], row["counter"], row["state"], row["comm"]) for row in rows] == [
         ("LOST", "SYN", "TcpExtTCPSYNChallenge", "ESTABLISHED", server.comm)
     ] * 3
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+@recorded(DROPS)
+def test_a_full_backlog(script: Script, family: str) -> Test:
+    """A process holds the socket, and what comes meanwhile waits for it. It is out of the window, and not merged."""
+    port = 42101 if family == "4" else 42102
+    server, near, far = pair(script, port, family)
+    for option in (SO_SNDBUF, SO_RCVBUF):
+        far.option(SOL_SOCKET, option, 1)
+    following = far.sequence("receive")
+    ends = script.client.address(family), port, script.server.address(family), PORT
+    before = script.server.counter("TcpExtTCPBacklogDrop")
+    with far.locked():
+        for number in range(160):
+            script.client.segment(*ends, following + ((1 << 30) + 10 * number), flags=ACK)
+        script.server.flush()
+    reset(script, near)
+    after = script.server.counter("TcpExtTCPBacklogDrop")
+    seen = yield
+    rows = of_connection(seen, DROPS, server, port, "SOCKET_BACKLOG")
+    assert len(rows) == after.ret - before.ret >= 10
+    assert {row["flags"] for row in rows} == {"ACK"}
+    if has_reasons(seen):
+        assert {(row["kind"], row["counter"]) for row in rows} == {("LOST", "TcpExtTCPBacklogDrop")}
+
+
+@recorded(DROPS)
+def test_time_stamps_that_are_too_old(script: Script) -> Test:
+    """The client's clock goes back by 100 s."""
+    port = 42103
+    script.client.sysctl("tcp_early_retrans", 0)
+    server, near, _ = pair(script, port)
+    near.send_all(100)
+    near.until_acknowledged()
+    before = script.server.counter("TcpExtPAWSEstab")
+    with near.repaired():
+        now = near("get", IPPROTO_TCP, TCP_TIMESTAMP, 4)
+        near.option(IPPROTO_TCP, TCP_TIMESTAMP, now + -100_000)
+    for _ in range(3):
+        near.send_all(1000)
+    script.server.until_counter("TcpExtPAWSEstab", before + 3)
+    reset(script, near)
+    after = script.server.counter("TcpExtPAWSEstab")
+    seen = yield
+    if not has_reasons(seen):
+        return  # tcp_drop()
+    rows = of_connection(seen, DROPS, server, port, "TCP_RFC7323_PAWS")
+    assert len(rows) == after.ret - before.ret
+    counter = "TcpExtPAWSEstab" if tells_receiver(seen) else None
+    assert {(row["kind"], row["counter"], row["packet_bytes"]) for row in rows} == {("LOST", counter, 1052)}
+
+
+@recorded(DROPS, ALL)
+def test_what_is_out_of_the_window(script: Script) -> Test:
+    """In the client's name: beyond the window, and before it."""
+    port = 42104
+    server, near, far = pair(script, port)
+    following = far.sequence("receive")
+    ends = script.client.ipv4, port, script.server.ipv4, PORT
+    before = script.server.counters()
+    for number in range(5):
+        script.client.segment(*ends, following + ((1 << 30) + number), flags=ACK)
+    for number in range(3):
+        script.client.segment(*ends, following + (-1000 - number), flags=ACK)
+    script.client.segment(*ends, following + (1 << 30), flags=RST)
+    script.server.flush()
+    after = script.server.counters()
+    near.send_all(10)
+    near.until_acknowledged()
+    reset(script, near)
+    seen = yield
+    if not has_reasons(seen):
+        return  # tcp_drop()
+    apart = has_reason(seen, "TCP_OLD_SEQUENCE")
+    rows = of_connection(seen, DROPS, server, port, "TCP_INVALID_SEQUENCE")
+    assert Counter(row["flags"] for row in rows) == {"ACK": 5 if apart else 8, "RST": 1}
+    counts = seen.machine.kernel.enumerator("LINUX_MIB_BEYOND_WINDOW") is not None
+    for row in rows:
+        counted = counts and row["flags"] == "ACK"
+        assert (row["kind"], row["counter"]) == ("LOST", "TcpExtBeyondWindow" if counted else None)
+    beyond = after.counters["TcpExtBeyondWindow"] - before.counters["TcpExtBeyondWindow"]
+    assert beyond == sum(row["counter"] is not None for row in rows)
+    if apart:
+        assert of_connection(seen, DROPS, server, port, "TCP_OLD_SEQUENCE") == []
+        old = of_connection(seen, ALL, server, port, "TCP_OLD_SEQUENCE")
+        assert [row["kind"] for row in old if row["packet_bytes"] == 40] == ["HARMLESS"] * 3
+
+
+@recorded(DROPS)
+def test_a_packet_that_is_too_big(script: Script) -> Test:
+    """A SYN with data, which is to be forwarded over a path with a small MTU. A SYN alone is small enough."""
+    far = "198.51.100.9"
+    script.server.sysctl("ip_forward", 1)
+    script.server.exec("ip", "route", "add", far, "dev", "veth0", "mtu", "lock", 300)
+    script.server.exec("ip", "neighbour", "add", far, "lladdr", NOBODYS_MAC, "dev", "veth0")
+    script.client.exec("ip", "route", "add", far, "via", script.server.ipv4)
+    script.client.sysctl("tcp_fastopen", CLIENT | WITHOUT_COOKIE)
+    made = script.client.process("client").socket()
+    made.blocking(False)
+    sent = made.send_to("x" * 400, far, PORT, may_fail=True)
+    script.client.until_counter("TcpRetransSegs", 1)
+    made.close()
+    script.server.flush()
+    after = script.server.counters()
+    seen = yield
+    rows = seen.rows(DROPS, script.server)
+    assert (sent.ret, sent.errno) in ((400, "none"), (-1, "EINPROGRESS"))
+    assert len(rows) == after.counters["IpFragFails"] == after.counters["IcmpOutDestUnreachs"] >= 1
+    named = has_reasons(seen)
+    for row in rows:
+        assert (row["reason"], row["kind"]) == (("PKT_TOO_BIG", "LOST") if named else (None, None))
+        assert (row["direction"], row["laddr"], row["raddr"]) == ("RECEIVED", far, script.client.ipv4)
+        assert row["location"].startswith("ip_forward")
+        assert row["packet_bytes"] > 300
+
+
+@recorded(DROPS)
+def test_a_full_queue_of_the_device(script: Script) -> Test:
+    """It has no room for a single packet. All that the client sends is TCP: IPv6 is off there."""
+    _, near, far = pair(script, 42105)
+    script.client.sysctl("ipv6/conf/veth0/disable_ipv6", 1)
+    client = near.process
+    script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", 0)
+    for _ in range(3):
+        near.send_all(1000)  # what has not left is tried again
+    near.linger()
+    near.close()
+    state = script.client.exec("tc", "-s", "qdisc", "show", "dev", "veth0", "root")
+    script.client.exec("tc", "qdisc", "del", "dev", "veth0", "root")
+    far.linger()
+    far.close()
+    script.client.flush()
+    seen = yield
+    found = re.search(r"dropped (\d+)", unquote(state.data))
+    assert found, state.data
+    rows = seen.rows(DROPS, script.client, rport=PORT, direction="SENT")
+    assert len(rows) == int(found[1]) >= 4
+    assert [row["flags"] for row in rows if "RST" in row["flags"]] == ["RST|ACK"]
+    assert reasons(rows) == {"QDISC_DROP" if has_reasons(seen) else None}
+    for row in rows:
+        assert (row["kind"], row["counter"]) == ("LOST", None)
+        assert (row["lport"], row["raddr"]) == (42105, script.server.ipv4)
+        assert (row["pid"], row["comm"], row["device"]) == (client.pid, client.comm, "veth0")
+
+
+CHOSEN = Watch("drop", "--reason", "TCP_*,!TCP_CSUM", "--port", PORTS, every_kernel=False)
+EXCLUDED = Watch("drop", "--reason", "!NO_SOCKET,!tcp_c*", "--port", PORTS, every_kernel=False)
+STACKS = Watch("drop", "--reason", "NO_SOCKET", "--stack", "--port", PORTS, every_kernel=False)
+
+
+@recorded(ALL, CHOSEN, EXCLUDED, STACKS)
+def test_chosen_reasons(script: Script) -> Test:
+    """The same packets for each run, and each shows its own."""
+    client, server = script.client.ipv4, script.server.ipv4
+    listener = script.server.process("server").listener(PORT)
+    script.client.segment(client, 42106, server, PORT, wrong=1)
+    script.client.segment(client, 42106, server, PORT, flags=RST)
+    made = script.client.process("client").socket()
+    made.connect(server, PORT + 1, may_fail=True)
+    made.close()
+    script.client.segment(client, 42106, server, PORT + 1, flags=ACK)
+    script.server.flush()
+    listener.close()
+    after = script.server.counters()
+    seen = yield
+    if not has_reasons(seen):
+        for watch in (CHOSEN, EXCLUDED, STACKS):
+            run = seen.recording.runs[watch.name]
+            assert (run.status, run.stdout) == (3, "")
+            assert "this kernel gives no reasons; Linux does since 5.17" in run.stderr
+        pytest.skip("this kernel gives no reasons")
+
+    def those(watch: Watch) -> Rows:
+        return [row | {"time": None, "stack": None} for row in seen.rows(watch, script.server)]
+
+    rows = those(ALL)
+    found = Counter(row["reason"] for row in rows)
+    assert found["TCP_CSUM"] == after.counters["TcpInCsumErrors"] == 1
+    assert found["NO_SOCKET"] == after.counters["TcpOutRsts"] == 2
+    assert those(CHOSEN) == [row for row in rows if row["reason"].startswith("TCP_") and row["reason"] != "TCP_CSUM"]
+    shown = [row for row in rows if row["reason"] not in ("NO_SOCKET", "TCP_CSUM") and row["kind"] != "HARMLESS"]
+    assert those(EXCLUDED) == shown
+    assert those(STACKS) == [row for row in rows if row["reason"] == "NO_SOCKET"]
+    for row in seen.rows(STACKS, script.server):
+        functions = [frame.partition("+")[0] for frame in row["stack"]]
+        assert functions.index("tcp_v4_rcv") < functions.index("ip_local_deliver_finish"), row["stack"]
