@@ -227,6 +227,70 @@ def test_a_lost_tail(script: Script) -> Test:
     assert total(seen, ALL, script, local)["changes"] == 2
 
 
+MARKING = "table inet marking { chain out { type filter hook output priority 0; tcp dport %d ip ecn set ce; }; }"
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_a_mark_of_congestion(script: Script) -> Test:
+    """A packet gets CE on its way (ECN). The kernel leaves CWR when it has told so: newer data is acknowledged."""
+    without_timers(script)
+    for host in script.hosts:
+        host.sysctl("tcp_ecn", 1)
+    script.client.sysctl("tcp_congestion_control", "reno")
+    near, far, local = pair(script)
+    exchange(near, far)
+    before, marks = counted(script), script.server.counter("IpExtInCEPkts")
+    script.client.exec("nft", MARKING % PORT)
+    sent = near.send_all(100)
+    reduced = near.until_field("ca_state", CWR, "==")
+    there, marked = near.info(), script.server.counter("IpExtInCEPkts")
+    script.client.exec("nft", "delete", "table", "inet", "marking")
+    far.read(100)
+    exchange(near, far)
+    over, after = near.until_field("ca_state", OPEN, "=="), counted(script)
+    near.close()
+    far.until_end()
+    seen = yield
+    must_work(seen)
+    rows = [row for row in changes(seen, script, local) if row["next_state"]]
+    assert (marked.ret - marks.ret, path(rows)) == (1, ["Open", "CWR", "Open"])
+    assert entries(before, after) == {"Recovery": 0, "CWR": 0}
+    entry, left = rows
+    assert entry["ssthresh"] == max(entry["cwnd"] // 2, 2) == there.info["ssthresh"]
+    least_us, most_us = there.end_us - reduced.end_us - 2, over.end_us - sent.begin_us + 2
+    assert least_us <= left["visit_us"] <= most_us
+    for watch in (ALL, ONCE):
+        row = total(seen, watch, script, local)
+        assert least_us <= row["cwr_us"] <= most_us
+        assert (row["changes"], row["disorder_us"], row["recovery_us"], row["loss_us"]) == (2, 0, 0, 0)
+
+
+@recorded(EVENTS, ALL, ONCE)
+def test_a_full_queue_of_this_host(script: Script) -> Test:
+    """The device's queue drops a packet. The kernel takes that for congestion, and sends it again."""
+    near, far, local = pair(script)
+    exchange(near, far)
+    before = counted(script)
+    script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", 0)
+    sent = near.send_all(1000)
+    reduced = near.until_field("ca_state", CWR, "==")
+    there = near.info()
+    script.client.exec("tc", "qdisc", "del", "dev", "veth0", "root")
+    far.read(1000)
+    exchange(near, far)
+    over, after = near.until_field("ca_state", OPEN, "=="), counted(script)
+    near.close()
+    far.until_end()
+    seen = yield
+    must_work(seen)
+    rows = [row for row in changes(seen, script, local) if row["next_state"]]
+    assert path(rows) == ["Open", "CWR", "Open"]
+    assert there.info["retrans"] == 0  # it has not left
+    assert entries(before, after) == {"Recovery": 0, "CWR": 0}
+    for us in (rows[1]["visit_us"], *(total(seen, watch, script, local)["cwr_us"] for watch in (ALL, ONCE))):
+        assert there.end_us - reduced.end_us - 2 <= us <= over.end_us - sent.begin_us + 2
+
+
 @recorded(EVENTS, ALL, ONCE)
 def test_a_lost_syn(script: Script) -> Test:
     """The RTO puts it into Loss while it is in SYN_SENT; the SYN-ACK takes it out."""
