@@ -12,7 +12,7 @@ import pytest
 
 from tcpscope.request import Request
 from tcpscope.tool import Stream, find
-from tests.record import Call, Script, Test, Watch, recorded
+from tests.record import Call, Script, Seen, Test, Watch, recorded
 from tests.record.script import Process, Socket
 
 PORT = 6711
@@ -20,6 +20,7 @@ RETRANS = Watch("retrans", "--port", f"{PORT}")
 SEGMENTS_OF = {"FAST": "TcpExtTCPFastRetrans", "SLOW_START": "TcpExtTCPSlowStartRetrans"}
 COUNTERS = ("TcpRetransSegs", "TcpExtTCPTimeouts", "TcpExtTCPLossProbes", *SEGMENTS_OF.values())
 NOT_KNOWN = 0x7FFFFFFF  # TCP_INFINITE_SSTHRESH
+ACK = 16
 BACKOFF = 4  # where TCP_INFO has it
 COUNTED = Watch("retrans", "--count", "--by", "netns,kind,state", "--port", f"{PORT}")
 
@@ -168,6 +169,95 @@ def test_it_was_not_needed(script: Script) -> Test:
     again = rows[rows.index(first) : rows.index(last)]
     assert last["segs"] == sum(row["segs"] for row in again)
     assert last["ca_state"] in ("Open", "Disorder")
+
+
+@recorded(RETRANS)
+def test_duplicate_acks_without_a_loss(script: Script) -> Test:
+    """They come in the server's name, as if it had got segments in another order. Its own ACK is late, and undoes."""
+    for host in script.hosts:
+        host.sysctl("tcp_sack", 0)
+    script.client.sysctl("tcp_early_retrans", 0)
+    script.client.exec("ip", "route", "replace", f"{script.server.ipv4}/32", "dev", "veth0", "rto_min", "60s")
+    client, near, far, local = connection(script)
+    following, answered = near.sequence("send"), near.sequence("receive")
+    before = script.client.counters()
+    ends = script.server.ipv4, PORT, script.client.ipv4, local
+    with far.locked():
+        near.send_all(5000)
+        script.server.flush()
+        client.pause(5000)  # time stamps count milliseconds
+        with script.client.losing():  # the ACK is for what came first
+            for _ in range(4):  # the first one opens the window, which makes it no duplicate
+                script.server.segment(*ends, answered, following, flags=ACK)
+            near.until_field("retrans", 1)
+    far.read(5000)
+    near.until_acknowledged()
+    near.send_all(10)  # without SACK it stays in Recovery until newer data is acknowledged
+    near.until_acknowledged()
+    over, last, after = near.until_field("ca_state", 0, "=="), near.info(), script.client.counters()
+    seen = yield
+    rows = seen.rows(RETRANS, script.client, lport=local.ret)
+    counted = after.counters - before.counters
+    assert over.ret == counted["TcpExtTCPTimeouts"] == counted["TcpExtTCPLossProbes"] == 0
+    again = [row for row in rows if row["kind"] != "SPURIOUS"]
+    assert {(row["kind"], row["ca_state"], row["errno"]) for row in again} == {("FAST", "Recovery", "none")}
+    assert sum(row["segs"] for row in again) == counted["TcpRetransSegs"] == last.info["retrans"]
+    assert sum(row["segs"] for row in again) == counted["TcpExtTCPFastRetrans"] >= counted["TcpExtTCPRenoRecovery"] == 1
+    assert again[0]["offset"] == 100
+    check_undone(seen, rows, counted)
+
+
+def check_undone(seen: Seen, rows: list[dict[str, Any]], counted: Counter[str], least: int = 1) -> None:
+    """A row for each time that the kernel has taken its reaction back."""
+    undone = [row for row in rows if row["kind"] == "SPURIOUS"]
+    if not seen.machine.hook("retrans", "undone"):
+        assert not seen.machine.kernel.has_typedef("btf_trace_tcp_cong_state_set") and not undone
+        return
+    assert len(undone) == sum(counted[name] for name in UNDONE) >= least
+    for row in undone:
+        assert row["ca_state"] in ("Open", "Disorder")
+        before = rows[: rows.index(row)]
+        first = next(other for other in before if abs(row["since_us"] - us_between(other, row)) <= 1)
+        assert (first["kind"] in ("FAST", "RACK_TIMEOUT"), first["offset"]) == (True, row["offset"])
+        assert row["segs"] == sum(other["segs"] for other in before[before.index(first) :])
+
+
+@recorded(RETRANS)
+def test_reordering(script: Script) -> Test:
+    """In a queue of this host every fifth packet overtakes four others: they count as lost, and are still there."""
+    script.client.sysctl("tcp_early_retrans", 0)  # a loss probe that is not sent counts as well
+    client, near, far, local = connection(script)
+    near.option(IPPROTO_TCP, TCP_NODELAY, 1)
+    netem = "netem", "delay", "50ms", "reorder", "100%", "gap", 5
+    reordering = script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", *netem, may_fail=True)
+    before = script.client.counters()
+    receiving = far.read(60_000, wait=False)
+    for _ in range(60):
+        near.send_all(1000)
+    receiving.join()
+    near.until_acknowledged()
+    last, after = near.info(), script.client.counters()
+    seen = yield
+    if reordering.ret:
+        assert seen.machine.config["netem"] == "no"
+        pytest.skip("this kernel is built without sch_netem")
+    rows = seen.rows(RETRANS, script.client, lport=local.ret, state="ESTABLISHED")
+    counted = after.counters - before.counters
+    assert counted["TcpExtTCPSACKReorder"] >= 1
+    segs = Counter[str]()
+    for row in rows:
+        segs[row["kind"]] += row["segs"]
+    del segs["SPURIOUS"]
+    assert segs.total() == counted["TcpRetransSegs"] == last.info["retrans"]
+    assert segs["FAST"] + segs["RACK_TIMEOUT"] == counted["TcpExtTCPFastRetrans"]
+    assert segs["SLOW_START"] == counted["TcpExtTCPSlowStartRetrans"]
+    assert sum(row["kind"] == "RTO" for row in rows) == counted["TcpExtTCPTimeouts"]
+    assert segs["LOSS_PROBE"] == counted["TcpExtTCPLossProbes"] == 0
+    assert {row["comm"] for row in rows} <= {client.comm}
+    assert counted["TcpExtTCPSpuriousRtxHostQueues"] >= 1
+    if seen.machine.kernel.has_type("trace_event_raw_tcp_retransmit_skb"):
+        assert sum(row["errno"] == "EBUSY" for row in rows) == counted["TcpExtTCPSpuriousRtxHostQueues"]
+    check_undone(seen, rows, counted, least=0)
 
 
 def spurious(seen: Any, script: Script) -> list[dict[str, Any]]:
