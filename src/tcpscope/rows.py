@@ -57,6 +57,7 @@ class Counter(StrEnum):
     IpInAddrErrors = "IpInAddrErrors"
     IpInHdrErrors = "IpInHdrErrors"
     IpOutNoRoutes = "IpOutNoRoutes"
+    TcpExtBeyondWindow = "TcpExtBeyondWindow"
     TcpExtDelayedACKLost = "TcpExtDelayedACKLost"
     TcpExtIPReversePathFilter = "TcpExtIPReversePathFilter"
     TcpExtListenDrops = "TcpExtListenDrops"
