@@ -5,6 +5,7 @@ What is forked is what `python -m tcpscope` is after its imports. Arguments, env
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -74,6 +75,7 @@ def _parent() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     processes.start([sys.executable, "-m", "tests.forks", str(theirs.fileno())], pass_fds=[theirs.fileno()])
     theirs.close()
+    atexit.register(ours.close)
     return ours
 
 
