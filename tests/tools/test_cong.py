@@ -275,7 +275,8 @@ def test_a_full_queue_of_this_host(script: Script) -> Test:
     sent = near.send_all(1000)
     reduced = near.until_field("ca_state", CWR, "==")
     there = near.info()
-    script.client.exec("tc", "qdisc", "del", "dev", "veth0", "root")
+    # Without a queue for a moment it would drop the packet, and say that it was sent (noop_enqueue()).
+    script.client.exec("tc", "qdisc", "change", "dev", "veth0", "root", "pfifo", "limit", 100)
     far.read(1000)
     exchange(near, far)
     over, after = near.until_field("ca_state", OPEN, "=="), counted(script)
