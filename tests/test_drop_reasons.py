@@ -22,6 +22,13 @@ ENUM = {
     10: f"{PREFIX}MAX",
     0xFFFF0000: f"{PREFIX}SUBSYS_MASK",
 }
+OF_QDISCS = {
+    0: "QDISC_DROP_UNSPEC",
+    0x30000: "__QDISC_DROP_REASON",
+    0x30001: "QDISC_DROP_GENERIC",
+    0x30002: "QDISC_DROP_OVERLIMIT",
+    0x30003: "QDISC_DROP_MAX",
+}
 SPEC = Spec.of("drops")
 SYMBOLS = Symbols(
     [
@@ -122,3 +129,24 @@ def test_places() -> None:
         {"begin": 0x1000, "end": 0x1040, "received": False},
         {"begin": 0x3000, "end": 0x3010, "received": True},
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "numbers"),
+    [
+        ("QDISC_DROP_OVERLIMIT", 1, (0x30002,)),
+        ("qdisc_drop_*", 1, (0x30001, 0x30002)),
+        ("QDISC_DROP", 1, (8, 0x30001, 0x30002)),
+        ("!QDISC_DROP", 2, (8, 0x30001, 0x30002)),
+        ("QDISC_DROP,!QDISC_DROP_GENERIC", 1, (8, 0x30002)),
+    ],
+)
+def test_what_a_queue_discipline_says_in_more_detail(text: str, mode: int, numbers: tuple[int, ...]) -> None:
+    enumerators = ENUM | {8: f"{PREFIX}QDISC_DROP"}
+    assert Wanted.of(text, enumerators, OF_QDISCS)[:2] == (mode, numbers)
+
+
+def test_without_such_names_it_is_one_reason() -> None:
+    assert Wanted.of("QDISC_DROP", ENUM | {8: f"{PREFIX}QDISC_DROP"}).numbers == (8,)
+    with pytest.raises(UsageError, match="no reason 'QDISC_DROP_OVERLIMIT'"):
+        Wanted.of("QDISC_DROP_OVERLIMIT", ENUM)

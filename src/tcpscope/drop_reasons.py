@@ -15,6 +15,9 @@ from tcpscope.kernel.symbols import Symbols
 from tcpscope.request import names_in
 
 ENUM, PREFIX = "skb_drop_reason", "SKB_DROP_REASON_"
+QDISC_ENUM = "qdisc_drop_reason"
+"""What a queue discipline says in more detail, since 7.1. A discard has one of these in place of QDISC_DROP."""
+_QDISC_REASON = "QDISC_DROP"
 _SIZE = 256  # REASONS in drops.bpf.c
 _PLACES = 16
 _RULES = ("", "RECEIVER", "NO_SOCKET", "OVERFLOW", "STATE", "ORDER", "NOT_RST")  # enum rule
@@ -142,8 +145,11 @@ class Wanted(NamedTuple):
     named: bool = False
 
     @classmethod
-    def of(cls, text: str | None, enumerators: Mapping[int, str]) -> Wanted:
-        """UsageError for a name that the kernel does not have, UnsupportedError if it has no reasons at all."""
+    def of(cls, text: str | None, enumerators: Mapping[int, str], of_qdiscs: Mapping[int, str] | None = None) -> Wanted:
+        """UsageError for a name that the kernel does not have, UnsupportedError if it has no reasons at all.
+
+        `of_qdiscs` are the names of `QDISC_ENUM`. QDISC_DROP stands for all of them.
+        """
         if text is None:
             return cls(_ALL)
         if not enumerators:
@@ -153,11 +159,20 @@ class Wanted(NamedTuple):
             for number, name in enumerators.items()
             if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in ("MAX", "SUBSYS_MASK")
         }
+        detailed = {
+            name: number
+            for number, name in (of_qdiscs or {}).items()
+            if name.startswith(f"{_QDISC_REASON}_") and name not in (f"{_QDISC_REASON}_UNSPEC", f"{_QDISC_REASON}_MAX")
+        }
+        known |= detailed
         patterns = names_in(text)
         if not patterns:
             raise UsageError("--reason is empty", "give names of reasons, separated by commas")
         excluded = _matching(known, (pattern[1:] for pattern in patterns if pattern.startswith("!")))
         named = _matching(known, (pattern for pattern in patterns if not pattern.startswith("!")))
+        for chosen in (excluded, named):
+            if known.get(_QDISC_REASON) in chosen:
+                chosen |= set(detailed.values())
         if not named:
             return cls(_WITHOUT, tuple(sorted(excluded)))
         if not named - excluded:

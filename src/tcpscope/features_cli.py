@@ -58,7 +58,7 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
 
     way        ELF section of the program that is attached; None: the hook is not attached
     refused    program of each better way -> why this kernel cannot have it
-    not_known  what the tool does not know without the hook; None: the hook is attached
+    not_known  what the tool does not know without the hook; None: the hook is attached, or only newer kernels have it
     """
     result = []
     for name in toolbox.names():
@@ -78,7 +78,7 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
                             "hook": hook.name,
                             "way": hook.program.section if hook.program else None,
                             "refused": dict(hook.refused),
-                            "not_known": hook.without if hook.program is None else None,
+                            "not_known": (hook.without or None) if hook.program is None else None,
                         }
                         for hook in hooks.values()
                     ],

@@ -65,6 +65,7 @@ class Field(msgspec.Struct, frozen=True):
     width: int = 0
     enum: str = ""
     named_by: str = ""
+    and_by: str = ""
     subsystems: str = ""
     subsystem_labels: dict[int, str] | None = None
 
@@ -124,7 +125,8 @@ def _named(field: Field, enumerators: Callable[[str], Mapping[int, str]]) -> Fie
         return {value: name.removeprefix(prefix) for value, name in enumerators(enum).items()}
 
     subsystems = names(field.subsystems) if field.subsystems else None
-    return msgspec.structs.replace(field, labels=names(field.named_by), subsystem_labels=subsystems)
+    others = names(field.and_by) if field.and_by else {}
+    return msgspec.structs.replace(field, labels=others | names(field.named_by), subsystem_labels=subsystems)
 
 
 def _flatten(btf: B.Btf, outer: B.Struct, base: int, lacking: Collection[str] = ()) -> Iterable[Field]:
@@ -170,6 +172,7 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int, lacking: Collection[str] = 
             width=int(tags.get("width", 0)),
             enum=enum,
             named_by=tags.get("named_by", ""),
+            and_by=tags.get("and_by", ""),
             subsystems=tags.get("subsystems", ""),
         )
 

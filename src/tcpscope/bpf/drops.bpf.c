@@ -50,7 +50,7 @@ enum counter {
 struct drop {
 	struct event event MAY_LACK("netns");
 	__u64 location WIDTH(24) KIND("function") DOC("kernel function that discarded it, and the offset in it");
-	__u32 reason WIDTH(19) NAMED_BY("skb_drop_reason", "SKB_DROP_REASON_")
+	__u32 reason WIDTH(19) NAMED_BY("skb_drop_reason", "SKB_DROP_REASON_") AND_BY("qdisc_drop_reason", "")
 		SUBSYSTEMS("skb_drop_reason_subsys", "SKB_DROP_REASON_SUBSYS_") UNKNOWN_IS("max")
 		DOC("why, in the kernel's words; Linux before 5.17 gives no reason");
 	__u32 packet_bytes TITLE("LEN") WIDTH(5) UNIT("bytes") UNKNOWN_IS("zero") DOC("length of the IP packet");
@@ -112,11 +112,13 @@ struct {
 
 /*
  * Before 6.15 kfree_skb does not tell apart what a listener does with a packet, and before 6.11 not who was to receive it.
- * So the functions that know leave a note, which is for the next discard of that packet on this CPU. Softirqs do not nest.
+ * Since 7.1 a queue discipline tells its reason just before. So what knows leaves a note, which is for the next discard of that
+ * packet on this CPU. Softirqs do not nest, and a queue discipline runs with softirqs off.
  */
 struct note {
 	struct sk_buff *skb;
 	struct sock *sk;
+	__u32 reason;   /* of a queue discipline */
 	bool deferred;  /* TCP_DEFER_ACCEPT */
 	bool in_window; /* of the request */
 };
@@ -421,6 +423,23 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	return event_submit(event);
 }
 
+struct Qdisc;
+struct netdev_queue;
+
+const volatile bool hooked_queued;
+
+/* What the queue discipline has said of it, or the kernel's reason. */
+static __always_inline __u32 detailed(struct sk_buff *skb, __u32 reason)
+{
+	__u32 zero = 0;
+	struct note *note = hooked_queued ? bpf_map_lookup_elem(&notes, &zero) : NULL;
+
+	if (!note || note->skb != skb)
+		return reason;
+	note->skb = NULL;
+	return note->reason;
+}
+
 SEC("tp_btf/kfree_skb")
 NEEDS("SKB_DROP_REASON_TCP_LISTEN_OVERFLOW")
 int TRACEPOINT_PROG(drop__reason, struct sk_buff *skb, void *location, __u32 reason, struct sock *receiver)
@@ -432,7 +451,16 @@ int TRACEPOINT_PROG(drop__reason, struct sk_buff *skb, void *location, __u32 rea
 		cookie = owner ? cookie_if_any(owner) : 0;
 	else if (is_full(receiver))
 		cookie = COOKIE_OF(receiver);
-	return discarded(ctx, skb, (__u64)location, reason, receiver, cookie, NULL);
+	return discarded(ctx, skb, (__u64)location, detailed(skb, reason), receiver, cookie, NULL);
+}
+
+OPTIONAL("")
+SEC("tp_btf/qdisc_drop")
+int TRACEPOINT_PROG(queued, struct Qdisc *qdisc, struct netdev_queue *queue, struct net_device *device,
+		    struct sk_buff *skb, __u32 reason)
+{
+	note(&(struct note){.skb = skb, .reason = reason});
+	return 0;
 }
 
 SEC("tp_btf/kfree_skb")

@@ -23,11 +23,16 @@ char LICENSE[] = "Dual BSD/GPL";
 #define NAMED_BY(enum, prefix) __attribute__((btf_decl_tag("named_by:" enum " " prefix)))
 /* After NAMED_BY: the upper half of a value is a subsystem, whose numbers have no names; another enum names that. */
 #define SUBSYSTEMS(enum, prefix) __attribute__((btf_decl_tag("subsystems:" enum " " prefix)))
+/* After NAMED_BY: a further enum, which names some of the values whose upper half is a subsystem. */
+#define AND_BY(enum, prefix) __attribute__((btf_decl_tag("and_by:" enum " " prefix)))
 /* On a struct in a struct: of this field of it, zero means "not known" here. */
 #define MAY_LACK(field) __attribute__((btf_decl_tag("may_lack:" field)))
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
-/* On the first way of a hook: the probe works without the hook; the text says what it does not know then. */
+/*
+ * On the first way of a hook: the probe works without the hook; the text says what it does not know then. "": only newer kernels
+ * have it, and no tool promises what it tells.
+ */
 #define OPTIONAL(text) __attribute__((btf_decl_tag("optional:" text)))
 
 /*

@@ -101,7 +101,7 @@ class Drop(Stacked):
     def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
         kernel = Kernel()
         enumerators = kernel.enumerators(drop_reasons.ENUM)
-        wanted = Wanted.of(request.options["reason"], enumerators)
+        wanted = Wanted.of(request.options["reason"], enumerators, kernel.enumerators(drop_reasons.QDISC_ENUM))
         facts = drop_reasons.constants(
             Spec.of(self.probes[0]), enumerators, kernel_symbols(), lambda mib: kernel.enumerator(mib) is not None
         )
