@@ -5,7 +5,8 @@ counts it, and whether anything is lost. The owner is that of the socket which w
 it. --stack adds the kernel stack.
 
 Without --all there are no rows of what belongs to normal life: packets for a connection in TIME_WAIT, data that was not
-read before close(), data that came twice, a bare ACK under TCP_DEFER_ACCEPT.
+read before close(), data that came twice, a bare ACK under TCP_DEFER_ACCEPT. A SYN that a listener refuses has no row
+either: `tcpscope queue --events` shows it.
 """
 
 from __future__ import annotations
