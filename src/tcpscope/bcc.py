@@ -60,8 +60,8 @@ _TOOLS = {
         "-c": "use --count",
         "-l": "tail loss probes are always shown: kind LOSS_PROBE",
         "--lossprobe": "tail loss probes are always shown: kind LOSS_PROBE",
-        "-s": "sequence numbers are not shown",
-        "--sequence": "sequence numbers are not shown",
+        "-s": "use the column offset: -o json, or name it in --columns",
+        "--sequence": "use the column offset: -o json, or name it in --columns",
     },
     "rtt": {
         "-P": "use -R PORTS for remote ports, -L PORTS for local ones",
