@@ -39,7 +39,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("drop",): ("REASON", "LOCAL", "REMOTE", "NO_SOCKET"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
     ("queue",): ("LOCAL", "WAIT(ms)", "ACCEPTQ", "LIMIT"),
-    ("reset",): ("DIRECTION", "CAUSE", "REMOTE"),
+    ("reset",): ("DIR", "CAUSE", "REMOTE"),
     ("retrans",): ("KIND", "REMOTE"),
     ("rtt", "--by", "connection"): ("COUNT", "REMOTE", "P50(ms)"),
     ("states",): ("OLD STATE", "NEW STATE", "IN STATE(ms)"),
@@ -194,7 +194,7 @@ def test_who_prints_at_the_end_says_so(lab: Lab, words: tuple[str, ...]) -> None
     ) as tool:
         os.close(output.theirs)
         os.close(messages.theirs)
-        messages.wait_for("tcpscope: measuring; results come ", "at Ctrl-C", "-i SECONDS")
+        messages.wait_for("tcpscope: counting; prints ", "at Ctrl-C; with -i 5 every 5 s")
         assert ("after 0.5 s" in messages.written) == ("-d" in words)
         if "-d" not in words:
             tool.process.send_signal(signal.SIGINT)

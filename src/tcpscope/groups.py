@@ -33,6 +33,8 @@ def counting(layout: Layout, by: Sequence[str], sum: str | None) -> Counting:
     """To count by these columns; without any, to send events. UsageError if they are too many."""
     if not by:
         return Counting({}, dict.fromkeys(MAPS, 1), {})
+    if stacks := [name for name in by if layout.field(name).kind == "stack"]:
+        raise UsageError(f"--by {stacks[0]}", "rows cannot be grouped by it; without --count each row has it")
     masks = _masks(layout, by)
     if len(masks) > _MOST_WORDS:
         raise UsageError(

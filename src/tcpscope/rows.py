@@ -827,11 +827,12 @@ class Retrans(msgspec.Struct, frozen=True):
     """how often the RTO was doubled"""
 
     segs: int
-    """number of segments, as TcpRetransSegs counts them; of SPURIOUS: those that were sent again since the kernel
-    took them for lost"""
+    """number of segments that were sent again: TcpRetransSegs less TCPRetransFail; of SPURIOUS: those that were sent
+    again since the kernel took them for lost"""
 
     errno: int
-    """why it was not sent; Linux before 6.17 does not show such attempts"""
+    """why it was not sent: EBUSY, the original waits in a queue of this host; ENOBUFS, a queue of this host is full;
+    none: it was sent. Linux before 6.17 does not show such attempts"""
 
     data_bytes: int
     """data of these segments"""

@@ -109,7 +109,7 @@ def clear_interrupt() -> None:
 def _waiting(request: Request) -> str:
     """What stands on a terminal while a run prints nothing."""
     when = "at Ctrl-C" if request.duration is None else f"after {request.duration:g} s or at Ctrl-C"
-    return f"measuring; results come {when}, or every -i SECONDS"
+    return f"counting; prints {when}; with -i 5 every 5 s"
 
 
 def _print_notes(run: Run) -> None:

@@ -110,7 +110,9 @@ class _Grouping(Run):
     ) -> None:
         super().__init__(columns, *sessions)
         self._names, self._of = names, of
-        self.important = (*names, *histogram.IMPORTANT)
+        sums = [column.name for column in columns if column.name not in (*names, "time", "count", "total")]
+        which = ("total",) if request.interval else ()  # an interval and the total look alike without it
+        self.important = (*names, *histogram.IMPORTANT) if of else ("count", *sums, *which, *names, "total", "time")
         self._kind = _getter(names)
         self._clock = Clock(request.time)
         self.waits = request.interval is None

@@ -332,6 +332,33 @@ def test_the_original_has_not_left(script: Script) -> Test:
         assert not rows
 
 
+@recorded(RETRANS)
+def test_a_full_queue_of_this_host(script: Script) -> Test:
+    """The segment is lost, and the device's queue has no room for its retransmissions. The kernel counts those, too."""
+    _, near, far, local = connection(script)
+    names = ("TcpRetransSegs", "TcpExtTCPRetransFail")
+    before = {name: script.client.counter(name) for name in names}
+    with script.client.losing():
+        near.send_all(1000)
+        script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", 0)
+        script.client.until_counter(names[1], before[names[1]] + 2)
+        script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", 1000)
+    far.read(1000)
+    near.until_acknowledged()
+    after = {name: script.client.counter(name) for name in names}
+    seen = yield
+    rows = seen.rows(RETRANS, script.client, lport=local.ret)
+    segs, failed = (after[name].ret - before[name].ret for name in names)
+    assert sum(row["segs"] for row in rows) == segs - failed >= 1
+    without_room = [row for row in rows if row["errno"] == "ENOBUFS"]
+    assert {row["errno"] for row in rows} <= {"none", "ENOBUFS"}
+    if seen.machine.kernel.has_type("trace_event_raw_tcp_retransmit_skb"):
+        assert len(without_room) == failed >= 2
+        assert {row["segs"] for row in without_room} == {0}
+    else:
+        assert not without_room
+
+
 LOSS = "table inet loss { chain in { type filter hook input priority 0; tcp dport %d numgen inc mod %d 1 drop; }; }"
 
 

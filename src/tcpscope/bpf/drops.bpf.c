@@ -54,7 +54,7 @@ struct drop {
 		SUBSYSTEMS("skb_drop_reason_subsys", "SKB_DROP_REASON_SUBSYS_") UNKNOWN_IS("max")
 		DOC("why, in the kernel's words; Linux before 5.17 gives no reason");
 	__u32 packet_bytes TITLE("LEN") WIDTH(5) UNIT("bytes") UNKNOWN_IS("zero") DOC("length of the IP packet");
-	__u16 flags KIND("tcp_flags") UNKNOWN_IS("max") DOC("TCP flags");
+	__u16 flags KIND("tcp_flags") WIDTH(7) UNKNOWN_IS("max") DOC("TCP flags");
 	enum discard_kind kind UNKNOWN_IS("zero")
 	DOC("LOST; REFUSED by a listener, or by a port without one; HARMLESS");
 	enum counter counter UNKNOWN_IS("zero") WIDTH(23) DOC("SNMP counter in which the kernel counted it");

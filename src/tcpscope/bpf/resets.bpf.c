@@ -35,7 +35,7 @@ enum cause {
 
 struct resets {
 	struct event event;
-	enum direction direction DOC("SENT or RECEIVED");
+	enum direction direction TITLE("DIR") DOC("SENT or RECEIVED");
 	enum cause cause UNKNOWN_IS("zero") WIDTH(16) DOC("why this host sent it");
 	enum tcp_state state UNKNOWN_IS("zero") DOC("state of the connection before; LISTEN if a listener answers");
 	__u8 reason NAMED_BY("sk_rst_reason", "SK_RST_REASON_") UNKNOWN_IS("max") WIDTH(20)

@@ -26,10 +26,13 @@ struct retrans {
 	enum tcp_state state DOC("state of the connection");
 	__u8 ca_state NAMED_BY("tcp_ca_state", "TCP_CA_") UNKNOWN_IS("max") DOC("state of congestion control");
 	__u8 backoff UNKNOWN_IS("max") DOC("how often the RTO was doubled");
-	__u32 segs DOC("number of segments, as TcpRetransSegs counts them; of SPURIOUS: those that were sent again "
+	__u32 segs DOC("number of segments that were sent again: TcpRetransSegs less TCPRetransFail; of SPURIOUS: "
+		       "those that were sent again "
 		       "since the "
 		       "kernel took them for lost");
-	__u32 errno KIND("errno") DOC("why it was not sent; Linux before 6.17 does not show such attempts");
+	__u32 errno KIND("errno") DOC("why it was not sent: EBUSY, the original waits in a queue of this host; "
+				      "ENOBUFS, a queue of this host is full; none: it "
+				      "was sent. Linux before 6.17 does not show such attempts");
 	__u32 data_bytes TITLE("BYTES") UNIT("bytes") DOC("data of these segments");
 	__s64 offset UNKNOWN_IS("max")
 	DOC("place of the first byte in the data that this host has sent; the first of all is 0");
@@ -168,7 +171,7 @@ int TRACEPOINT_PROG(retransmit, struct sock *sk, struct sk_buff *skb)
 	event->ca_state = ca_state;
 	event->kind = kind_of(tcp, state, ca_state);
 	event->segs = error ? 0 : segs;
-	event->errno = -error;
+	event->errno = error > 0 ? ENOBUFS : -error; /* as net_xmit_errno() says NET_XMIT_DROP */
 	event->data_bytes = BPF_CORE_READ(skb, len);
 	event->offset = offset;
 	event->since_us = -1;

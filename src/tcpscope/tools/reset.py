@@ -11,7 +11,7 @@ from tcpscope.tool import Stacked
 tool = Stacked(
     "resets",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "direction", "state", "cause", "reason"),
-    important=("direction", "cause", "raddr", "laddr", "time", "comm", "state", "pid", "reason"),
+    important=("direction", "cause", "raddr", "time", "comm", "laddr", "state", "pid", "reason"),
     options=(Option(("--stack",), "Print the kernel stack of each RST."),),
     constants=lambda request: {"send_stacks": bool(request.options["stack"])},
     examples={

@@ -38,7 +38,7 @@ tool = Retrans(
         "srtt_us",
         "rto_us",
     ),
-    important=("kind", "raddr", "state", "time", "comm", "pid", "laddr", "segs", "data_bytes", "rto_us", "errno"),
+    important=("kind", "raddr", "state", "time", "comm", "pid", "laddr", "segs", "errno", "data_bytes", "rto_us"),
     aliases=("tcpretrans",),
     examples={
         "retrans --raddr 10.0.0.0/8": "retransmissions to a network",

@@ -85,7 +85,7 @@ class AcceptQueue(Rule):
             title=f"accept queue full on {listener.name}, {whose(history)}",
             observed=[
                 f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
-                f"{history.full_seen} of {history.looks} samples, but nothing was refused; "
+                f"{history.full_seen} of {history.looks} samples, but nothing was refused meanwhile; "
                 f"{_accepts(history)}{_waiting(history)}",
                 listener.about_limit,
             ],
