@@ -206,6 +206,21 @@ def test_who_prints_at_the_end_says_so(lab: Lab, words: tuple[str, ...]) -> None
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_numbers_of_groups_have_room_before_their_columns(columns: int) -> None:
+    """And which of them are totals, if there are intervals."""
+    by = "comm,laddr,lport,raddr,rport,state,kind,ca_state,errno"
+    output = Terminal(columns)
+    with RunningTool(
+        *("retrans", "--count", "--by", by, "-i", "0.2", "-d", "0.5", "-o", "table"), stdout=output.theirs
+    ) as tool:
+        os.close(output.theirs)
+        output.read_all()
+        assert tool.wait().status == 0
+    assert {"COUNT", "SEGS", "TOTAL"} <= set(output.written.split())
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("words", [("rtt", "-i", "9"), ("connect",), ("queue",)])
 def test_who_prints_all_the_time_does_not(lab: Lab, words: tuple[str, ...]) -> None:
     messages = Terminal(80)
