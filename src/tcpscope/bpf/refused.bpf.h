@@ -360,6 +360,13 @@ struct freed {
 	bool unicast;
 };
 
+/* ICMPv6, or an extension header, which may stand before it: IPPROTO_HOPOPTS, _ROUTING, _FRAGMENT, _DSTOPTS. */
+static __always_inline bool may_be_icmp6(__u8 next_header)
+{
+	return next_header == IPPROTO_ICMPV6 || next_header == 0 || next_header == 43 || next_header == 44 ||
+	       next_header == 60;
+}
+
 static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)
 {
 	unsigned char *head = BPF_CORE_READ(skb, head);
@@ -375,7 +382,7 @@ static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)
 	freed->v6 = first[0] >> 4 == 6;
 	freed->net = BPF_CORE_READ(dst, dev, nd_net.net);
 	if (!of_tcp) {
-		freed->icmp_error = freed->v6 ? first[6] == IPPROTO_ICMPV6 && begin[0] < 128
+		freed->icmp_error = freed->v6 ? may_be_icmp6(first[6]) && begin[0] < 128
 					      : first[9] == IPPROTO_ICMP && begin[0] && begin[0] != 8;
 		return 0;
 	}

@@ -15,8 +15,13 @@ from tests.conftest import RunningTool, until
 from tests.lacks import refusals_cannot_be_seen
 
 NOBODY = "198.51.100.7"
+NOBODY_V6 = "2001:db8:51::7"
 ETH_P_IP = 0x0800
+ETH_P_IPV6 = 0x86DD
 UNREACHABLE = struct.pack("!BB", 3, 1)  # ICMP: the host
+UNREACHABLE_V6 = struct.pack("!BB", 1, 4)  # ICMPv6: the port
+IPPROTO_DSTOPTS = 60
+OPTIONS = struct.pack("!BB6B", socket.IPPROTO_ICMPV6, 0, 1, 4, 0, 0, 0, 0)  # a destination header: PadN
 PORT = 8000
 
 
@@ -35,12 +40,15 @@ def drops(lab: Lab) -> int:
 
 def answer_to(lab: Lab, source: str) -> bytes:
     """The SYN-ACK that the server sends to `source`, from its IP header on."""
-    with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP)) as taps:
-        with lab.client.run(raw_socket, socket.AF_INET) as raw:
-            raw.sendto(syn(source, 10_000, lab.server.ipv4, PORT, 1), (lab.server.ipv4, 0))
+    family, protocol, header = (socket.AF_INET6, ETH_P_IPV6, 40) if ":" in source else (socket.AF_INET, ETH_P_IP, 20)
+    address, target = socket.inet_pton(family, source), lab.server.address(family)
+    with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol)) as taps:
+        with lab.client.run(raw_socket, family) as raw:
+            raw.sendto(syn(source, 10_000, target, PORT, 1), (target, 0))
         while True:
             packet: bytes = taps.recv(2048)
-            if packet[16:20] == socket.inet_aton(source) and packet[33] == 0x12:  # to it, with SYN and ACK
+            to = packet[header - len(address) : header]
+            if to == address and packet[header + 13 : header + 14] == b"\x12":  # to it, with SYN and ACK
                 return packet
 
 
@@ -65,6 +73,40 @@ def test_an_error_that_ends_a_request(lab: Lab, run_tool: type[RunningTool]) -> 
         until(lambda: drops(lab) == before + 1, "the end of the request")
         client = lab.client.socket(socket.AF_INET)
         client.connect((lab.server.ipv4, PORT))
+        lab.flush()
+        done = tool.stop()
+        client.close()
+    assert done.rows == []
+    assert done.stats is not None
+    assert done.stats["missed"] == 0
+    listener.close()
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("one_processor")
+@pytest.mark.parametrize("options", [b"", OPTIONS], ids=["plain", "behind an extension header"])
+def test_an_icmp6_error_that_ends_a_request(lab: Lab, run_tool: type[RunningTool], options: bytes) -> None:
+    if refusals_cannot_be_seen():
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
+    lab.server.sysctl("tcp_syncookies", 0)
+    lab.client.blackhole("2001:db8:51::/64")
+    listener = lab.server.socket(socket.AF_INET6)
+    listener.bind((lab.server.ipv6, PORT))
+    listener.listen(5)
+    addresses = b"".join(socket.inet_pton(socket.AF_INET6, host.ipv6) for host in lab.hosts)
+    with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
+        before = drops(lab)
+        body = UNREACHABLE_V6 + b"\0\0" + bytes(4) + answer_to(lab, NOBODY_V6)[:60]
+        pseudo = addresses + struct.pack("!II", len(body), socket.IPPROTO_ICMPV6)
+        body = options + body[:2] + struct.pack("!H", checksum(pseudo + body)) + body[4:]
+        first = IPPROTO_DSTOPTS if options else socket.IPPROTO_ICMPV6
+        with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IPV6)) as raw:
+            mac = bytes.fromhex(lab.server.mac.replace(":", ""))
+            packet = struct.pack("!IHBB", 6 << 28, len(body), first, 64) + addresses + body
+            raw.sendto(packet, (DEVICE, ETH_P_IPV6, 0, 0, mac))
+        until(lambda: drops(lab) == before + 1, "the end of the request")
+        client = lab.client.socket(socket.AF_INET6)
+        client.connect((lab.server.ipv6, PORT))
         lab.flush()
         done = tool.stop()
         client.close()
