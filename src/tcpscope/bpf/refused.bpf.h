@@ -40,7 +40,10 @@ struct look {
 	__u32 listeners; /* of the namespace, in `listening`; in the copy of CPU 0 */
 };
 
-/* Inserted with the first listener of a namespace, deleted with its last one. */
+/*
+ * Inserted with the first listener of a namespace, deleted with its last one. Also inserted with the first packet for a
+ * listener that is not in the table; then it stays.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -95,8 +98,11 @@ static __noinline int looks_begin(struct net *net, __u64 cookie)
 	return 0;
 }
 
-/* By how much the counters of this CPU have grown since its last look. False at the first look. */
-static __noinline int look_again(struct net *net, struct look *grown)
+/*
+ * By how much the counters of this CPU have grown since its last look. False at the first look. `at_listener`: the packet was
+ * for a listener. So the namespace has one, which may be older than the tool and not in its table.
+ */
+static __noinline int look_again(struct net *net, bool at_listener, struct look *grown)
 {
 	__u64 cookie = BPF_CORE_READ(net, net_cookie);
 	__u32 zero = 0;
@@ -107,7 +113,8 @@ static __noinline int look_again(struct net *net, struct look *grown)
 	if (!mine)
 		return false;
 	if (!last) {
-		looks_begin(net, cookie);
+		if (at_listener)
+			looks_begin(net, cookie);
 		return false;
 	}
 	before = *last;
@@ -414,7 +421,7 @@ static __noinline int consumed(void *ctx, struct sk_buff *skb)
 		return 0;
 	packet->consumed = (__u64)skb;
 	freed_read(skb, &freed);
-	if (!freed.net || !(freed.syn || freed.icmp_error) || !look_again(freed.net, &grown))
+	if (!freed.net || !(freed.syn || freed.icmp_error) || !look_again(freed.net, freed.syn, &grown))
 		return 0;
 	if (!freed.syn || !freed.unicast || !(grown.mib.drops || grown.mib.cookies))
 		return 0;
@@ -452,7 +459,7 @@ static __noinline int thrown_away(void *ctx, struct sk_buff *skb, struct sock *l
 	__u32 zero = 0;
 
 	listening_explain(listener);
-	if (!look_again(net, &grown) || !grown.mib.drops)
+	if (!look_again(net, true, &grown) || !grown.mib.drops)
 		return 0;
 	packet = bpf_map_lookup_elem(&in_hand, &zero);
 	if (!packet)

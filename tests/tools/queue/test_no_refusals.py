@@ -9,8 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tcpscope.filters import Filter
+from tcpscope.kernel.machine import possible_cpus
 from tcpscope.lab.hosts import DEVICE, Lab
 from tcpscope.lab.packets import checksum, raw_socket, syn
+from tcpscope.listeners import by_tracepoints, open_session
+from tcpscope.schema import Field, Layout
 from tests.conftest import RunningTool, until
 from tests.lacks import refusals_cannot_be_seen
 
@@ -114,6 +118,23 @@ def test_an_icmp6_error_that_ends_a_request(lab: Lab, run_tool: type[RunningTool
     assert done.stats is not None
     assert done.stats["missed"] == 0
     listener.close()
+
+
+@pytest.mark.kernel
+def test_an_icmp_error_for_a_namespace_without_a_listener(lab: Lab) -> None:
+    """It makes no entry for the namespace, which nothing would delete."""
+    with open_session(Filter(), events=True, ring_bytes=1 << 16) as session:
+        if not by_tracepoints(session):
+            return  # functions tell, and there is no table of namespaces
+        look = session.spec.layout("look", internal=True).size
+        value = Layout("look", look * possible_cpus(), (Field("first", 0, 8, "Q", "int", "", "", None, None),))
+        before = sum(1 for _ in session.loaded.entries("looks", 8, value))
+        errors = lab.client.counters()["IcmpInDestUnreachs"]
+        made = lab.client.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.sendto(b"nobody listens", (lab.server.ipv4, PORT))
+        until(lambda: lab.client.counters()["IcmpInDestUnreachs"] == errors + 1, "the error")
+        lab.flush()
+        assert sum(1 for _ in session.loaded.entries("looks", 8, value)) == before
 
 
 @pytest.mark.kernel
