@@ -69,6 +69,9 @@ struct {
 
 static const struct look no_look;
 
+/* All programs are attached: what the counters have grown by from now on was seen. */
+bool looking;
+
 static __noinline int look_read(struct net *net, __u64 cpu_offset, struct look *look)
 {
 	const char *counters = (const char *)BPF_CORE_READ(net, mib.net_statistics) + cpu_offset;
@@ -110,7 +113,7 @@ static __noinline int look_again(struct net *net, bool at_listener, struct look 
 	struct look *last = bpf_map_lookup_elem(&looks, &cookie);
 	struct look before;
 
-	if (!mine)
+	if (!mine || !looking)
 		return false;
 	if (!last) {
 		if (at_listener)
@@ -158,7 +161,7 @@ static __noinline int listening_begin(struct sock *sk)
 	__u64 key = (__u64)sk;
 	struct look *look;
 
-	if (bpf_map_update_elem(&listening, &key, &entry, BPF_NOEXIST))
+	if (!looking || bpf_map_update_elem(&listening, &key, &entry, BPF_NOEXIST))
 		return 0;
 	looks_begin(net, entry.net_cookie);
 	look = bpf_map_lookup_percpu_elem(&looks, &entry.net_cookie, 0);
@@ -576,7 +579,10 @@ static long older_entry(struct bpf_map *table, const __u64 *key, struct connecti
 	return 0;
 }
 
-/* After the seed, which stands before it: the listeners that it has found. */
+/*
+ * After the seed, which stands before it: the listeners that it has found. Only after the second seed: between the two, the
+ * programs are attached one after the other.
+ */
 OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
 UNLESS_FUNCTIONS
 HAS_RX_SK
@@ -584,8 +590,10 @@ ROLE("seeds")
 SEC("iter/bpf_map")
 int older(struct bpf_iter__bpf_map *ctx)
 {
-	if (!ctx->map)
-		bpf_for_each_map_elem(&connections, older_entry, NULL, 0);
+	if (ctx->map || !seed_counts)
+		return 0;
+	looking = true;
+	bpf_for_each_map_elem(&connections, older_entry, NULL, 0);
 	return 0;
 }
 

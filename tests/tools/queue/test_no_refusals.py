@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -135,6 +136,39 @@ def test_an_icmp_error_for_a_namespace_without_a_listener(lab: Lab) -> None:
         until(lambda: lab.client.counters()["IcmpInDestUnreachs"] == errors + 1, "the error")
         lab.flush()
         assert sum(1 for _ in session.loaded.entries("looks", 8, value)) == before
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_what_was_refused_while_the_tool_started(lab: Lab, run_tool: type[RunningTool], attempt: int) -> None:
+    """Its programs are attached one after the other. The first packet that all of them see stands for itself."""
+    if refusals_cannot_be_seen():
+        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
+    lab.server.sysctl("tcp_syncookies", 0)
+    listener = lab.server.socket(socket.AF_INET)
+    listener.bind((lab.server.ipv4, PORT))
+    listener.listen(0)
+    full = lab.client.socket(socket.AF_INET)
+    full.connect((lab.server.ipv4, PORT))
+    packet, ready = syn(lab.client.ipv4, 10_000, lab.server.ipv4, PORT, 1), threading.Event()
+
+    def flood() -> None:
+        with lab.client.run(raw_socket, socket.AF_INET) as raw:
+            while not ready.is_set():
+                raw.sendto(packet, (lab.server.ipv4, 0))
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    try:
+        with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
+            ready.set()
+            thread.join()
+            lab.flush()
+            done = tool.stop()
+    finally:
+        ready.set()
+    assert drops(lab) > 0
+    assert done.stats is not None
+    assert done.stats["missed"] == 0
 
 
 @pytest.mark.kernel
