@@ -194,8 +194,8 @@ static __noinline int listening_end(struct sock *sk)
 }
 
 /*
- * The listeners that a SYN can have reached, in the kernel's own table (inet_lhash2_lookup()): those of its destination, or
- * without any those of all addresses. There are several with SO_REUSEPORT, and each counts what it drops in sk_drops.
+ * The listeners that a SYN can have reached, in the kernel's own table (inet_lhash2_lookup()): those of its destination, or,
+ * if none of them can have refused it, those of all addresses, too. There are several with SO_REUSEPORT, and each counts what it drops in sk_drops.
  */
 struct search {
 	struct net *net;
@@ -274,15 +274,21 @@ static __always_inline bool matches(const struct search *search, struct sock *sk
 	       bound[3] == search->address[3];
 }
 
+static __always_inline bool syn_queue_is_full(struct sock *sk)
+{
+	struct inet_connection_sock *icsk = (struct inet_connection_sock *)sk;
+
+	return BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter) > (int)BPF_CORE_READ(sk, sk_max_ack_backlog);
+}
+
 /* Can it have refused the SYN? A cookie drops nothing. It is sent because the SYN queue is full, or always. */
 static __always_inline bool could_refuse(const struct search *search, struct sock *sk)
 {
-	struct inet_connection_sock *icsk = (struct inet_connection_sock *)sk;
 	__u64 key = (__u64)sk;
 	struct listening *entry;
 
 	if (search->cause == CAUSE_COOKIE_SENT)
-		return BPF_CORE_READ(icsk, icsk_accept_queue.qlen.counter) > (int)BPF_CORE_READ(sk, sk_max_ack_backlog);
+		return syn_queue_is_full(sk);
 	entry = bpf_map_lookup_elem(&listening, &key);
 	return !entry || entry->drops != (__u32)BPF_CORE_READ(sk, sk_drops.counter);
 }
@@ -348,17 +354,49 @@ static __noinline int search_bucket(struct search *search)
 	return 0;
 }
 
-/* Names the listener of a SYN. False if there is none. */
+/*
+ * Is the queue not full that must have been? Then another listener has refused the SYN: one of another address, which TPROXY
+ * or a sk_lookup program has chosen, or one that is gone.
+ */
+static __always_inline bool has_room(const struct search *search, struct sock *sk)
+{
+	switch (search->cause) {
+	case CAUSE_ACCEPT_QUEUE_FULL:
+		return BPF_CORE_READ(sk, sk_ack_backlog) <= BPF_CORE_READ(sk, sk_max_ack_backlog);
+	case CAUSE_SYN_QUEUE_FULL:
+		return !syn_queue_is_full(sk);
+	}
+	return false;
+}
+
+/*
+ * Names the listener of a SYN. False if there is none. Those of the destination may be bound to another device than that of
+ * the SYN. Then one of all addresses may have refused it.
+ */
 static __noinline int listener_of_syn(struct search *search, struct in_hand *packet)
 {
 	search_bucket(search);
-	if (!search->matches) {
+	if (!search->could) {
 		search->any = true;
 		search_bucket(search);
 	}
-	packet->sk = search->matches > 1 && search->could == 1 ? search->found : search->first;
+	packet->sk = search->could == 1 ? search->found : search->first;
 	packet->unnamed = search->matches > 1 && search->could != 1;
+	if (search->matches == 1 && !search->could && has_room(search, packet->sk))
+		return false;
 	return packet->sk != NULL;
+}
+
+/* Counts the refusal at each of them. */
+static __noinline int listeners_mark(struct search *search)
+{
+	search->mark = true;
+	search_bucket(search);
+	if (!search->any)
+		return 0;
+	search->any = false;
+	search_bucket(search);
+	return 0;
 }
 
 /* A packet that is freed, as far as it matters. */
@@ -446,8 +484,7 @@ static __noinline int consumed(void *ctx, struct sk_buff *skb)
 	packet->fast_open = grown.fast_open_fails;
 	refusal(ctx, packet, STEP_SYN, search->cause);
 	if (packet->unnamed) {
-		search->mark = true;
-		search_bucket(search);
+		listeners_mark(search);
 	} else if (grown.mib.drops) {
 		listening_explain(packet->sk);
 	}
