@@ -111,8 +111,9 @@ class _Grouping(Run):
         super().__init__(columns, *sessions)
         self._names, self._of = names, of
         sums = [column.name for column in columns if column.name not in (*names, "time", "count", "total")]
-        which = ("total",) if request.interval else ()  # an interval and the total look alike without it
-        self.important = (*names, *histogram.IMPORTANT) if of else ("count", *sums, *which, *names, "total", "time")
+        which = () if request.interval is None else ("total",)  # an interval and the total look alike without it
+        numbers = (*names, *histogram.IMPORTANT) if of else ("count", *sums, *which, *names, "total", "time")
+        self.important = tuple(dict.fromkeys(numbers))
         self._kind = _getter(names)
         self._clock = Clock(request.time)
         self.waits = request.interval is None

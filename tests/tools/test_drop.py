@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
 from collections import Counter
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
+from tcpscope.lab.hosts import DEVICE, Lab
+from tcpscope.lab.packets import syn
+from tests.conftest import RunningTool
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET, TCP_NODELAY
 from tests.tools.queue.refusals import BACKLOG, Run
@@ -22,6 +27,7 @@ SO_SNDBUF, SO_RCVBUF = 7, 8
 TCP_TIMESTAMP = 24
 CLIENT, WITHOUT_COOKIE = 1, 4  # net.ipv4.tcp_fastopen
 FIN, SYN, RST, ACK = 1, 2, 4, 16
+ETH_P_IP = 0x0800
 REJECT = "reject with tcp reset"
 
 Rows = list[dict[str, Any]]
@@ -639,3 +645,44 @@ def test_chosen_reasons(script: Script) -> Test:
     for row in seen.rows(STACKS, script.server):
         functions = [frame.partition("+")[0] for frame in row["stack"]]
         assert functions.index("tcp_v4_rcv") < functions.index("ip_local_deliver_finish"), row["stack"]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("words", [0, 4])
+def test_an_ip_header_that_is_too_short(lab: Lab, run_tool: type[RunningTool], words: int) -> None:
+    """Discarded where it is received, while it has its sender's socket. Nobody knows where its TCP header is."""
+    packet = syn(lab.client.ipv4, 10_000, lab.server.ipv4, PORT, 1)
+    packet = bytes([0x40 | words]) + packet[1:]
+    mac = bytes.fromhex(lab.server.mac.replace(":", ""))
+    with run_tool("drop", "--all", "--netns", str(lab.server.inode)) as tool:
+        with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP)) as raw:
+            raw.sendto(packet, (DEVICE, ETH_P_IP, 0, 0, mac))
+        lab.flush()
+        (row,) = tool.stop().rows
+    assert (row["laddr"], row["raddr"]) == (lab.server.ipv4, lab.client.ipv4)
+    assert (row["lport"], row["rport"], row["flags"]) == (None, None, None)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("local", [PORT, PORT + 1])
+def test_the_ingress_of_a_device(lab: Lab, run_tool: type[RunningTool], local: int) -> None:
+    """Discarded while the packet has its sender's socket, whose local port may be the port that the packet is for."""
+    lab.server.run(
+        subprocess.run,
+        [
+            "nft",
+            f"""add table netdev t
+add chain netdev t c {{ type filter hook ingress device {DEVICE} priority 0; }}
+add rule netdev t c tcp dport {PORT} drop""",
+        ],
+        check=True,
+    )
+    with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
+        client = lab.client.socket(socket.AF_INET)
+        client.bind((lab.client.ipv4, local))
+        client.setblocking(False)
+        client.connect_ex((lab.server.ipv4, PORT))
+        lab.flush()
+        rows = tool.stop().rows
+    assert {(row["direction"], row["raddr"], row["rport"]) for row in rows} == {("RECEIVED", lab.client.ipv4, local)}
+    assert {(row["pid"], row["cookie"], row["state"]) for row in rows} == {(None, None, None)}

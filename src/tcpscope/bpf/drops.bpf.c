@@ -301,11 +301,20 @@ static __always_inline struct net_device *device_of(struct sk_buff *skb, const s
 	return !skb->skb_iif || BPF_CORE_READ(device, ifindex) == skb->skb_iif ? device : NULL;
 }
 
-/* Up to ip_rcv() a received packet keeps the socket that sent it, which may be of another namespace. */
-static __always_inline __u32 netns_of(struct sk_buff *skb, struct sock *receiver, struct net_device *device)
+/*
+ * Was a received packet sent by this socket, in another namespace of this host? It keeps its sender's socket until
+ * ip_rcv_core() or ip6_rcv_core().
+ */
+static __always_inline bool sent_elsewhere(struct sk_buff *skb, const struct fact *fact, struct sock *sk)
+{
+	struct net_device *device = skb->skb_iif ? device_of(skb, fact) : NULL;
+
+	return device && BPF_CORE_READ(device, nd_net.net) != BPF_CORE_READ(sk, __sk_common.skc_net.net);
+}
+
+static __always_inline __u32 netns_of(struct sk_buff *skb, struct sock *sk, struct net_device *device)
 {
 	struct dst_entry *route = (struct dst_entry *)(skb->_skb_refdst & ~1UL);
-	struct sock *sk = receiver ?: skb->skb_iif && device ? NULL : skb->sk;
 
 	if (sk)
 		return BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
@@ -390,13 +399,15 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 		discard.deferred = note->deferred;
 		discard.in_window = note->in_window;
 	}
+	if (owner && !receiver && sent_elsewhere(skb, &fact, owner))
+		owner = NULL;
 	identify(&discard, receiver, owner);
 	judge(&discard, fact.rule, location);
 	if (discard.kind == KIND_HARMLESS && !want_harmless)
 		return 0;
 	if (want_owner) {
 		device = device_of(skb, &fact);
-		discard.id.netns = netns_of(skb, receiver, device);
+		discard.id.netns = netns_of(skb, receiver ?: owner, device);
 		discard.id.cookie = discard.sk ? cookie : 0;
 	}
 	event = event_begin_in(room, sizeof(*event), IS_GROUPING ? 0 : bpf_ktime_get_ns(), &discard.id,

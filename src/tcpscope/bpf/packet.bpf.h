@@ -36,7 +36,8 @@ static __always_inline void tcp_header_parse(const __u8 *header, __u32 before, s
 /*
  * Reads the headers of a packet. False if it is none of TCP. The kernel sets skb->protocol when it receives a packet, and
  * when it has added the IP header to one that it sends. The headers stay at skb->head when it removes them. Those of a
- * later fragment have no TCP header, and it may lie outside of the linear part of the packet.
+ * later fragment have no TCP header, and it may lie outside of the linear part of the packet. Nobody has tested yet that the IP
+ * header is as long as it must be.
  */
 static __noinline bool packet_read(struct sk_buff *skb, struct packet *packet)
 {
@@ -74,7 +75,7 @@ static __noinline bool packet_read(struct sk_buff *skb, struct packet *packet)
 	}
 	if (protocol != IPPROTO_TCP)
 		return false;
-	if (later || at + before + TCP_BYTES > end)
+	if (later || before < IPV4_BYTES || at + before + TCP_BYTES > end)
 		return true;
 	if (before == IPV4_BYTES) {
 		tcp_header_parse(headers + IPV4_BYTES, before, packet);
