@@ -195,7 +195,8 @@ static __noinline int listening_end(struct sock *sk)
 
 /*
  * The listeners that a SYN can have reached, in the kernel's own table (inet_lhash2_lookup()): those of its destination, or,
- * if none of them can have refused it, those of all addresses, too. There are several with SO_REUSEPORT, and each counts what it drops in sk_drops.
+ * if none of them can have refused it, those of all addresses, too. There are several with SO_REUSEPORT, and each counts
+ * what it drops in sk_drops.
  */
 struct search {
 	struct net *net;
@@ -307,9 +308,11 @@ static __always_inline void candidate(struct search *search, struct sock *sk)
 {
 	if (search->mark) {
 		struct activity *activity = activity_of(sk);
+		__u64 cause = search->cause;
 
-		if (activity && search->cause < CAUSES)
-			__sync_fetch_and_add(&activity->unnamed[search->cause], 1);
+		barrier_var(cause); /* the compiler would compare one load of it, and use another */
+		if (activity && cause < CAUSES)
+			__sync_fetch_and_add(&activity->unnamed[cause], 1);
 		listening_explain(sk);
 		return;
 	}
