@@ -381,7 +381,7 @@ def test_a_narrow_terminal(lab: Lab, run_tool: type[RunningTool], arguments: tup
 @pytest.mark.parametrize("arguments", [("states",), ("queue", "-i", "0.1"), ("rtt",), ("diagnose",)])
 def test_ctrl_c_leaves_no_trace(lab: Lab, run_tool: type[RunningTool], arguments: tuple[str, ...]) -> None:
     """The terminal echoes ^C. What is written next does not stand behind it."""
-    written = {"states": "IN STATE", "queue": "listener", "rtt": "SECONDS\r\n", "diagnose": "sooner\r\n"}[arguments[0]]
+    written = {"states": "IN STATE", "queue": "listener", "rtt": "5 s\r\n", "diagnose": "sooner\r\n"}[arguments[0]]
     ours, theirs = os.openpty()
     command = (*arguments, "--netns", str(lab.client.inode), "-o", "table")
     with run_tool(*command, prefix=("setsid", "--ctty"), stdin=theirs, stdout=theirs, stderr=theirs) as tool:

@@ -255,6 +255,9 @@ def main() -> int:
     about = about_the_kernel()
     shutil.copyfile("/sys/kernel/btf/vmlinux", target / "btf")
     gc.freeze()
+    if nft := shutil.which("nft"):
+        # While the kernel loads nf_tables for one scenario, it refuses the connection of another one.
+        subprocess.run([nft, "list", "tables"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     say("the kernel was asked")
     for part in parts.of(target):
         asked = json.loads((part / "watches.json").read_text())

@@ -596,7 +596,7 @@ def test_a_full_queue_of_the_device(script: Script) -> Test:
     assert len(rows) == int(found[1]) >= 4
     assert [row["flags"] for row in rows if "RST" in row["flags"]] == ["RST|ACK"]
     tells_which_limit = seen.machine.kernel.enumerators("qdisc_drop_reason")
-    named = "QDISC_DROP_OVERLIMIT" if tells_which_limit else "QDISC_DROP" if has_reasons(seen) else None
+    named = "QDISC_DROP_GENERIC" if tells_which_limit else "QDISC_DROP" if has_reasons(seen) else None
     assert reasons(rows) == {named}
     for row in rows:
         assert (row["kind"], row["counter"]) == ("LOST", None)
