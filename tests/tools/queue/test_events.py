@@ -282,10 +282,15 @@ def test_mptcp(script: Script) -> Test:
     made = owner("socket", listener.slot, AF_INET, SOCK_STREAM, IPPROTO_MPTCP, may_fail=True)
     listener.bind(script.server.ipv4, PORT, may_fail=True)  # without MPTCP what follows is refused and harmless
     listener.listen(BACKLOG, may_fail=True)
+    clients = []
     for _ in range(BACKLOG + 3):
-        client.socket().start(script.server.ipv4, PORT)
+        clients.append(client.socket())
+        clients[-1].start(script.server.ipv4, PORT)
         script.server.flush(), script.client.flush(), script.server.flush()  # its handshake has ended, well or not
     script.server.until_rows(TABLE, lport=8001)
+    for each in clients:
+        each.close()  # none sends its SYN again
+    script.server.flush()
     after = script.server.counters()
     seen = yield
     if made.errno != "none":
