@@ -297,9 +297,9 @@ def _targets(results: dict[str, Any]) -> str:
             peak = [cost["peak_kb"] / 1024 for cost in host["cost"].get("states", {}).get(name, []) if cost]
             target(f"peak memory of `{name}`", 40, peak, "MB", digits=1)
         if storm := host["cost"].get("storm"):
-            more = ratios(added(storm, COUNT, "cpu_ns"), [cost and cost["cpu_ns"] for cost in storm["nothing"]])
-            title = f"more CPU in a storm of discarded SYNs, `{COUNT}`"
-            target(title, 5, [100 * share for share in more], "%", digits=1)
+            alone = median(known([cost and cost["cpu_ns"] for cost in storm["nothing"]]))
+            more = [100 * ns / alone for ns in bpf_time(host["bpf"]["storm"], COUNT, "connections")]
+            target(f"more CPU in a storm of discarded SYNs, `{COUNT}`", 5, more, "%", digits=1)
         connect = CONNECT[0].name
         maps = [cost["maps_kb"] / 1024 for cost in host["cost"].get("connect", {}).get(connect, []) if cost]
         target(f"BPF maps of `{connect}`", 8, maps, "MB", digits=1)
