@@ -54,7 +54,7 @@ struct {
 
 struct listening {
 	__u64 net_cookie;
-	__u32 drops; /* sk_drops, as far as it is explained by packets that were seen */
+	__u32 drops; /* sk_drops at the last packet that a program saw for this listener */
 	__u32 padding;
 };
 
@@ -402,7 +402,7 @@ static __noinline int listeners_mark(struct search *search)
 	return 0;
 }
 
-/* A packet that is freed, as far as it matters. */
+/* What the kernel frees: which namespace handled it, and whether it may have counted a refusal. */
 struct freed {
 	struct net *net;
 	__u32 address[4];
