@@ -142,8 +142,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["connlat", "--histogram", "--columns", "pid"], "unknown column 'pid'; there are time, outcome"),
         (["connlat", "--histogram", "-i", "0"], "--interval 0; give a time above 0"),
         (["connect", "--histogram"], "No such option"),
-        (["list", "-d", "1"], "'list' has no option '-d'; it prints one snapshot and ends"),
-        (["list", "--duration", "1"], "'list' has no option '--duration'; it prints one snapshot and ends"),
+        (["list", "-d", "1"], "--duration 1; needs --interval: without it there is one snapshot"),
         (["connect", "-P", "80"], "'connect' has no option '-P'; use -R PORTS for remote ports"),
         (["tcpaccept", "-P", "80"], "'accept' has no option '-P'; use -L PORTS for local ports"),
         (["tcplife", "-tw"], "'life' has no option '-t'; every row has a time; --time elapsed counts seconds"),
@@ -156,7 +155,6 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["queue", "--stack"], "--stack; it goes with --events"),
         (["queue", "--buffer", "64K"], "--buffer; it goes with --events"),
         (["drop", "--count", "--buffer", "64K"], "--buffer; --count counts in the kernel and needs no buffer"),
-        (["list", "--time", "none"], "No such option"),
         (["list", "--buffer", "64K"], "No such option"),
         (["rtt", "--buffer", "64K"], "No such option"),
         (["queue", "--events", "-i", "1"], "--interval 1; with --events rows come as events happen"),
@@ -216,8 +214,6 @@ def test_a_tool_has_the_options_that_it_has_a_use_for(run: Run, name: str) -> No
     found, text = tool.find(name), run(name, "--help")[1]
     used = {
         "--interval": bool(found.intervals),
-        "--duration": name != "list",
-        "--time": found.timed,
         "--buffer": isinstance(found, tool.Stream),
     }
     assert {option: option in text for option in used} == used

@@ -14,7 +14,7 @@ import tcpscope
 from tcpscope import run as running
 from tcpscope.output import Column
 from tcpscope.request import Request
-from tcpscope.run import NOTHING, Batch, Run, Ticker
+from tcpscope.run import NOTHING, Batch, Run, Ticker, whole
 from tcpscope.session import Stats
 from tcpscope.stop import Stop
 from tcpscope.tool import find, names
@@ -162,3 +162,27 @@ def test_every_tool_from_python(name: str) -> None:
     assert stats.seen == stats.shown + stats.filtered + stats.limited + stats.lost
     assert found
     assert all(row.__struct_fields__ == chosen for row in found)
+
+
+def test_batches_of_one_round_as_one() -> None:
+    given = [
+        NOTHING,
+        Batch("snapshot", [1], 1),
+        Batch("snapshot", [2, 3], 1),
+        NOTHING,
+        Batch("snapshot", [4], 2),
+        Batch("snapshot", [5], 3),
+        Batch("total", [6], 3),
+        Batch("event", [7]),
+        Batch("event", [8]),
+        Batch("total", [9], 4),
+    ]
+    assert [(batch.kind, batch.rows) for batch in whole(iter(given)) if batch.rows] == [
+        ("snapshot", [1, 2, 3]),
+        ("snapshot", [4]),
+        ("snapshot", [5]),
+        ("total", [6]),
+        ("event", [7]),
+        ("event", [8]),
+        ("total", [9]),
+    ]

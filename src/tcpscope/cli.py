@@ -355,18 +355,17 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         option
         for option, used in (
             (INTERVAL, tool.intervals),
-            (TIME, tool.timed),
             (BUFFER, tool.event),
             (RATE, tool.rated),
-            (DURATION, not tool.once),
         )
         if not used
     }
+    only_with = {**({"duration": "--interval"} if tool.once else {}), **tool.only_with}
     interval = changed(INTERVAL, help=f"{INTERVAL.help}  [default: {tool.intervals}]")
 
     def used(options: Sequence[click.Option]) -> list[click.Option]:
         return [
-            changed(option, help=_with(tool.only_with.get(option.name or ""), option.help or ""))
+            changed(option, help=_with(only_with.get(option.name or ""), option.help or ""))
             for option in options
             if option not in useless
         ]
@@ -376,9 +375,13 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         FILTERS_TITLE: used(FILTERS),
         OUTPUT_TITLE: used(OUTPUT),
     }
-    hints = dict.fromkeys(DURATION.opts, "it prints one snapshot and ends") if tool.once else {}
     return Command(
-        tool.name, groups, hints, tool.examples, callback=callback, help=f"\b\n{tool.help}", short_help=tool.summary
+        tool.name,
+        groups,
+        examples=tool.examples,
+        callback=callback,
+        help=f"\b\n{tool.help}",
+        short_help=tool.summary,
     )
 
 

@@ -159,13 +159,11 @@ class Events(Generic[Row]):
 def _request(tool: Tool, given: dict[str, Any]) -> Request:
     """The request that keywords make. UsageError for a keyword that the tool has no use for."""
     useful = {
-        "duration": not tool.once,
         "interval": bool(tool.intervals),
-        "time": tool.timed,
         "buffer": bool(tool.event),
         "rate": tool.rated,
     }
-    asked = ["max_events", "columns", *(name for name in useful if useful[name])]
+    asked = ["max_events", "columns", "duration", "time", *(name for name in useful if useful[name])]
     options = {option.name: option for option in tool.options}
     allowed = get_type_hints(Filter.from_options)
     known = [*FILTERS, *asked, *options]

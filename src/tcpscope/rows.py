@@ -584,6 +584,9 @@ class Life(msgspec.Struct, frozen=True):
 class List(msgspec.Struct, frozen=True):
     """A row of `list`."""
 
+    time: datetime
+    """when the tool began to read the sockets"""
+
     cookie: int | None
     """socket cookie, what ss -e prints as sk:"""
 

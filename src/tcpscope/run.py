@@ -143,6 +143,22 @@ class Run(ABC):
         self.close()
 
 
+def whole(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches, those of one round as one."""
+    held: Batch | None = None
+    for batch in batches:
+        if held and (batch.kind, batch.round) == (held.kind, held.round):
+            held = Batch(held.kind, [*held.rows, *batch.rows], held.round)
+            continue
+        if held:
+            yield held
+        held = None if batch.kind == "event" else batch
+        if not held:
+            yield batch
+    if held:
+        yield held
+
+
 class _Limit:
     def __init__(self, run: Run, most: int | None) -> None:
         self._run, self._most = run, most

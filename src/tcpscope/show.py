@@ -16,7 +16,7 @@ from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.loaded import Loaded
 from tcpscope.output import Sink, open_sink, screen
 from tcpscope.request import Request
-from tcpscope.run import Batch, Run
+from tcpscope.run import Batch, Run, whole
 from tcpscope.schema import Clock
 from tcpscope.session import Session, Stats, announce_ready, drop_privileges
 from tcpscope.stop import Stop
@@ -44,7 +44,8 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             print(screen.filled(f"tcpscope: {_waiting(request)}", sys.stderr), file=sys.stderr)
         elif not page and not run.done:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
-        for batch in run.batches(stop, request.max_events):
+        batches = run.batches(stop, request.max_events)
+        for batch in whole(batches) if page else batches:
             if stop.stopped:
                 clear_interrupt()
             if not page:

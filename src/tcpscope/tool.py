@@ -34,9 +34,8 @@ class Tool(ABC):
     important     those that a narrow terminal shows, the most important first; the rest of `shown` follows
     alarming      a column -> whether a value of it is bad news, which a terminal shows in red
     intervals     when it prints without --interval; empty: it has no use for --interval
-    once          it prints one snapshot and ends, so it has no use for --duration
+    once          without --interval it prints one snapshot and ends
     only_with     an option -> another one that it needs
-    timed         its rows have a --time
     rated         its rows are events, so a terminal shows --rate of them in a second
     event         its event struct, which comes through the ring buffer (--buffer); empty: none
     examples      command lines, without `tcpscope` -> what they do; the help begins with them
@@ -55,7 +54,6 @@ class Tool(ABC):
     intervals = ""
     once = False
     only_with: Mapping[str, str] = {}
-    timed = True
     rated = False
     event = ""
     examples: Mapping[str, str] = {}
@@ -69,6 +67,11 @@ class Tool(ABC):
     def floods(self, request: Request) -> bool:
         """Whether a terminal needs --rate for this request: it prints rows as events come."""
         return False
+
+    def check_duration(self, request: Request) -> None:
+        """UsageError for a --duration of a tool that prints one snapshot and ends."""
+        if self.once and request.duration is not None and request.interval is None:
+            raise UsageError(f"--duration {request.duration:g}", "needs --interval: without it there is one snapshot")
 
     @abstractmethod
     def open(self, request: Request) -> Run:

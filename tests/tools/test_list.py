@@ -10,7 +10,7 @@ import gzip
 import os
 import re
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import pytest
 import tcpscope
 from tcpscope.kernel.loaded import Loaded
 from tcpscope.lab.hosts import Lab
-from tests.conftest import RunningTool
+from tests.conftest import DEADLINE, RunningTool
 from tests.record import Call, Host, Script, Test, Watch, recorded
 
 PAIRS = 1000
@@ -201,8 +201,9 @@ class Site:
 
 
 def by_cookie(rows: Iterable[dict[str, Any]]) -> Rows:
-    """In that order: each socket is there as often as it was shown."""
-    return sorted(rows, key=lambda row: int(row["cookie"]))
+    """In that order, without the time of the snapshot: each socket is there as often as it was shown."""
+    without = [{name: value for name, value in row.items() if name != "time"} for row in rows]
+    return sorted(without, key=lambda row: int(row["cookie"]))
 
 
 @recorded(LIST)
@@ -335,6 +336,29 @@ def test_a_process_and_a_namespace(lab: Lab, run_tool: type[RunningTool]) -> Non
     assert (row["lport"], row["netns"]) == (7002, lab.client.inode)
     for listener in made:
         listener.close()
+
+
+@pytest.mark.kernel
+def test_every_interval(lab: Lab) -> None:
+    """Each snapshot has what exists then, as one round, and its own time."""
+    first, second = (lab.server.socket(socket.AF_INET) for _ in range(2))
+    for port, listener in ((7000, first), (7001, second)):
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+    ports = defaultdict(set)
+    with tcpscope.open("list", netns=lab.server.inode, interval=0.1, duration=DEADLINE) as rows:
+        for row in rows:
+            ports[row.time].add(row.lport)
+            if len(ports) == 3:
+                first.close()
+            if {7001} in ports.values() and len(ports) > 3:
+                break
+        rows.stop()
+    second.close()
+    seen = list(ports.values())
+    assert seen[0] == seen[1] == {7000, 7001}
+    assert {7000} not in seen
+    assert {7001} in seen
 
 
 @pytest.mark.kernel

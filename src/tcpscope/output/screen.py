@@ -45,10 +45,9 @@ class Sink:
     ) -> None:
         self._stream, self._header, self._wide = stream, header, wide
         self._width = width or (lambda: width_of(stream))
-        self._cells = [cell for column in columns if (cell := _cell(column, columns))]
+        self._cells = cells_of(columns)
         self._below = [column for column in columns if column.kind in BELOW]
-        order = {name: at for at, name in enumerate(important)}
-        self._by_importance = sorted(self._cells, key=lambda cell: min(order.get(n, len(order)) for n in cell.names))
+        self._by_importance = by_importance(self._cells, important)
         self._alarming = alarming if alarming and has_colours(stream) else {}
         self._titles = ""
 
@@ -73,7 +72,7 @@ class Sink:
         for cell in self._cells:
             if cell.kind != "list":
                 cell.width = max(cell.width, *(output.width(texts[cell]) for texts in table), 0)
-        chosen = self._cells if self._wide else self._that_fit(width)
+        chosen = self._cells if self._wide else that_fit(self._by_importance, width, self._cells)
         titles = " ".join(cell.pad(cell.header) for cell in chosen).rstrip()
         above = [titles] if self._header and titles != self._titles else []
         self._titles = titles
@@ -90,19 +89,9 @@ class Sink:
             return above, wholes
         return [cut(line, width) for line in above], [[cut(line, width) for line in lines] for lines in wholes]
 
-    def _painted(self, cell: _Cell, row: Any, text: str) -> str:
+    def _painted(self, cell: Cell, row: Any, text: str) -> str:
         bad = any(name in self._alarming and self._alarming[name](getattr(row, name)) for name in cell.names)
         return cell.pad(text).replace(text, red(text), 1) if bad else cell.pad(text)
-
-    def _that_fit(self, width: int) -> list[_Cell]:
-        """The most important columns that fit, in their usual order. There is always one."""
-        chosen: set[_Cell] = set()
-        room = width + 1
-        for cell in self._by_importance:
-            if cell.width < room or not chosen:
-                chosen.add(cell)
-                room -= cell.width + 1
-        return [cell for cell in self._cells if cell in chosen]
 
 
 def size_of(stream: TextIO | BinaryIO) -> os.terminal_size:
@@ -157,7 +146,7 @@ def milliseconds(us: float) -> str:
     return f"{us / 1000:.{3 if us < 10_000 else 2 if us < 100_000 else 1 if us < 1_000_000 else 0}f}"
 
 
-class _Cell:
+class Cell:
     """A column of the screen, which shows these columns of a row: one, or an address and its port."""
 
     def __init__(self, kind: str, header: str, names: tuple[str, ...], width: int = 0, right: bool = False) -> None:
@@ -171,13 +160,13 @@ class _Cell:
         return text_of(getattr(row, self.names[0]), self.kind)
 
 
-class _Milliseconds(_Cell):
+class _Milliseconds(Cell):
     def text(self, row: Any) -> str:
         us = getattr(row, self.names[0])
         return "-" if us is None else milliseconds(us)
 
 
-class _End(_Cell):
+class _End(Cell):
     def text(self, row: Any) -> str:
         address, port = (getattr(row, name) for name in self.names)
         if address is None:
@@ -188,7 +177,29 @@ class _End(_Cell):
 _ENDS = {"laddr": ("lport", "LOCAL"), "raddr": ("rport", "REMOTE")}
 
 
-def _cell(column: Column, columns: Sequence[Column]) -> _Cell | None:
+def cells_of(columns: Sequence[Column]) -> list[Cell]:
+    """What a terminal shows on the line of a row: an address and its port are one cell."""
+    return [cell for column in columns if (cell := _cell(column, columns))]
+
+
+def by_importance(cells: Sequence[Cell], important: Sequence[str]) -> list[Cell]:
+    """The cells, those of the columns `important` first."""
+    order = {name: at for at, name in enumerate(important)}
+    return sorted(cells, key=lambda cell: min(order.get(name, len(order)) for name in cell.names))
+
+
+def that_fit(by_importance: Sequence[Cell], width: int, cells: Sequence[Cell], gap: int = 1) -> list[Cell]:
+    """The most important cells that fit side by side, in the order of `cells`. There is always one."""
+    chosen: set[Cell] = set()
+    room = width + gap
+    for cell in by_importance:
+        if cell.width + gap <= room or not chosen:
+            chosen.add(cell)
+            room -= cell.width + gap
+    return [cell for cell in cells if cell in chosen]
+
+
+def _cell(column: Column, columns: Sequence[Column]) -> Cell | None:
     """The cell of a column. None for a port that stands behind its address, and for what stands below the row."""
     names = [each.name for each in columns]
     if column.kind in BELOW or any(column.name == port and end in names for end, (port, _) in _ENDS.items()):
@@ -199,4 +210,4 @@ def _cell(column: Column, columns: Sequence[Column]) -> _Cell | None:
     right = column.kind in ("int", "float")
     if column.unit == "us" and right:
         return _Milliseconds(column.kind, title_of(column).replace("(us)", "(ms)"), (column.name,), right=True)
-    return _Cell(column.kind, title_of(column), (column.name,), column.width, right)
+    return Cell(column.kind, title_of(column), (column.name,), column.width, right)

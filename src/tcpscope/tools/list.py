@@ -18,20 +18,22 @@ import msgspec
 
 from tcpscope.errors import NotPermittedError, TcpscopeError
 from tcpscope.kernel import compiled_filter, netns
+from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.features import has_capability
 from tcpscope.kernel.resources import exhausted
 from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
 from tcpscope.output import Column
 from tcpscope.request import Request
-from tcpscope.run import Batch, Run
-from tcpscope.schema import comm_text
+from tcpscope.run import Batch, Run, Ticker
+from tcpscope.schema import Clock, comm_text
 from tcpscope.session import Session, Stats
 from tcpscope.tool import Tool
 
 _Key = tuple[int, int]  # address and cookie of a socket
 
 
+_TIME = Column("time", "time", doc="when the tool began to read the sockets")
 _HOLDERS = (
     Column("pid", width=7, doc="process that holds it; of several the one that started first", nullable=True),
     Column("comm", "comm", doc="name of that process", nullable=True),
@@ -56,41 +58,57 @@ class List(Tool):
     examples = {
         "list -L 443": "sockets of one port",
         "list --netns pid:4711 -o csv": "in the network namespace of a process, as CSV",
+        "list -i 5 --raddr 10.0.0.0/8": "those to a network, again every five seconds",
     }
     important = ("laddr", "raddr", "state", "holders")
     for_more: ClassVar = {
         "CAP_SYS_ADMIN": "other network namespaces than its own",
         "CAP_SYS_PTRACE": "network namespaces without a name",
     }
-    timed = False
     once = True
+    intervals = "once"
 
     def columns(self, request: Request) -> tuple[Column, ...]:
-        return (*map(Column.of, Spec.of("sockets").layout("existing").fields), *_HOLDERS)
+        return (_TIME, *map(Column.of, Spec.of("sockets").layout("existing").fields), *_HOLDERS)
 
     def open(self, request: Request) -> Run:
-        columns = request.choose(self.columns(request), self.shown)
+        shown = self.shown if request.interval is None else ("time", *self.shown)
+        columns = request.choose(self.columns(request), shown)
+        self.check_duration(request)
         session = Session("sockets", None, request.filter, debug=request.debug)
         return _Existing(columns, session, request)
 
 
 class _Existing(Run):
-    """One snapshot, a network namespace after the other. With -n it reads no more sockets than it needs."""
+    """One snapshot or many, a batch for each network namespace. With -n it reads no more sockets than it needs."""
 
     keep = tuple(List.for_more)
     accounts = False
-    counted = done = True
+    counted = True
 
     def __init__(self, columns: Sequence[Column], session: Session, request: Request) -> None:
         super().__init__(columns, session)
         self._session, self._filter, self._most = session, request.filter, request.max_events
+        self._clock = Clock(request.time)
         self._row = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
+        self.done, self._round = request.interval is None, 0
+        self.repeats = "" if self.done else "socket"
+        self._ticker = Ticker(request.interval, at_once=True)
 
     def poll(self) -> Iterator[Batch]:
+        if not (self.done or self._ticker.due()):
+            return
+        self._round += 1
+        when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
         for found in self._sockets():
             self.stats.seen += len(found)
             self.stats.shown += len(found)
-            yield Batch("snapshot", [self._row(*(row[column.name] for column in self.columns)) for row in found])
+            rows = [self._row(*((row | {"time": when})[column.name] for column in self.columns)) for row in found]
+            yield Batch("snapshot", rows, self._round)
+
+    @property
+    def pause(self) -> float:
+        return self._ticker.remaining
 
     def end(self) -> Iterator[Batch]:
         yield from ()
