@@ -259,6 +259,13 @@ OUTPUT = (
     BUFFER,
     RATE,
 )
+LIVE = click.Option(
+    ["-o", "--output"],
+    type=click.Choice(["table", "json", "csv", "screen"]),
+    default="table",
+    show_default=True,
+    help="Output format; screen: a live table to sort, filter, pause, and look back with.",
+)
 INTERVAL = click.Option(
     ["-i", "--interval"], callback=_seconds, metavar="TIME", help="Print results this often: seconds, or 200ms, 5m."
 )
@@ -370,10 +377,11 @@ def command_of(tool: toolbox.Tool) -> click.Command:
             if option not in useless
         ]
 
+    output = [LIVE if option is FORMAT and tool.intervals else option for option in OUTPUT]
     groups = {
         "Options": [*own, *(used([interval]) if tool.intervals else ())],
         FILTERS_TITLE: used(FILTERS),
-        OUTPUT_TITLE: used(OUTPUT),
+        OUTPUT_TITLE: used(output),
     }
     return Command(
         tool.name,
@@ -417,8 +425,9 @@ def request_of(tool: toolbox.Tool, values: dict[str, Any]) -> Request:
     """The request that the options of a command make. Raises UsageError."""
     filter = filter_of(values)
     own = {option.name: values.pop(option.name) for option in tool.options}
-    if values.get("time", "") is None:
-        values["time"] = "local" if values["output"] == "table" and width_of(sys.stdout.buffer) else "iso"
+    if values["time"] is None:
+        on_terminal = values["output"] == "screen" or (values["output"] == "table" and width_of(sys.stdout.buffer))
+        values["time"] = "local" if on_terminal else "iso"
     request = Request(filter=filter, options=own, **values)
     on_terminal = request.output == "table" and width_of(sys.stdout.buffer)
     if request.rate is None and on_terminal and tool.floods(request):

@@ -54,7 +54,8 @@ class Request:
     """The same for every tool, and the tool's own options in `options`.
 
     columns  names, as text with commas or as a sequence; a tuple once the request is made
-    time     iso, elapsed, none, or for a table local
+    output   table, json, csv; of what repeats also screen (live)
+    time     iso, elapsed, none, or for a table or screen local
     rate     at most so many rows in a second; further ones are counted. 0: no limit; None: no limit but on a terminal
     wide     all columns of a table on a terminal, also those that do not fit
     verbose  print the account also if nothing was lost
@@ -96,7 +97,7 @@ class Request:
             raise UsageError(f"--explain and -o {self.output}", "the explanation is text: leave out one of them")
         if not self.header and self.output == "json":
             raise UsageError("--no-header and -o json", "JSON has no titles")
-        times = (*TIMES, "local") if self.output == "table" else TIMES
+        times = (*TIMES, "local") if self.output in ("table", "screen") else TIMES
         if self.time not in times:
             raise UsageError(f"time '{self.time}'", f"allowed: {', '.join(times)}")
         if self.wide and (self.output != "table" or self.columns is not None):
@@ -120,16 +121,17 @@ class Request:
     def choose(self, columns: Sequence[Column], shown: Sequence[str], drawn: Sequence[str] = ()) -> tuple[Column, ...]:
         """The columns to print: those of --columns. Else those `shown` in a table, and all of them in JSON and CSV.
 
-        A table always has those `drawn`. UsageError for a name that is not in `columns`.
+        A screen has all, those `shown` first. A table and a screen always have those `drawn`. UsageError for a name
+        that is not in `columns`.
         """
         known = {column.name: column for column in columns if column.kind != "time" or self.time != "none"}
-        default = [name for name in shown if name in known] if self.output == "table" else [*known]
+        default = [name for name in shown if name in known] if self.output in ("table", "screen") else [*known]
         for name in self.columns or ():
             if name not in known:
                 raise UsageError(
                     f"unknown column '{name}'", did_you_mean(name, known) or f"there are {', '.join(known)}"
                 )
-        also = drawn if self.output == "table" else ()
+        also = {"table": drawn, "screen": drawn if self.columns else known}.get(self.output, ())
         return tuple(known[name] for name in dict.fromkeys((*(self.columns or default), *also)))
 
     def refuse_peers(self, why: str) -> None:

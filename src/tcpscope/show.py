@@ -25,7 +25,10 @@ from tcpscope.writing import Output, lost_by
 
 
 def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
-    """Run a tool and print its rows until it ends. Raises LossError under --strict if an event was lost."""
+    """Run a tool and show its rows until it ends. Raises LossError under --strict if an event was lost."""
+    if request.output == "screen":
+        _show_live(tool, request, stream)
+        return
     with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
         Output.stop = stop
         if request.explain:
@@ -63,6 +66,21 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
         _print_notes(run)
         if run.accounts or request.stats or request.strict:
             finish(request, run.account(), sink, stream, run.more)
+
+
+def _show_live(tool: Tool, request: Request, stream: BinaryIO) -> None:
+    """On a live screen. The notes and the account are printed when it has gone."""
+    from tcpscope import live  # most runs need no such screen
+
+    live.check(tool, request)
+    if request.interval is None:
+        request.interval = 1.0
+    with Stop(request.duration) as stop, tool.open(request) as run:
+        begin(run.sessions, stop, run.keep)
+        live.show(tool, request, run, stop)
+        _print_notes(run)
+        if run.accounts or request.strict:
+            finish(request, run.account(), open_sink("table", run.columns, stream), stream, run.more)
 
 
 def descriptor(stream: BinaryIO) -> int | None:

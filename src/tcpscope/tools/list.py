@@ -93,7 +93,7 @@ class _Existing(Run):
         self._row = msgspec.defstruct("Socket", [(column.name, Any) for column in columns])
         self.done, self._round = request.interval is None, 0
         self.repeats = "" if self.done else "socket"
-        self._ticker = Ticker(request.interval, at_once=True)
+        self._ticker, self._said = Ticker(request.interval, at_once=True), set[str]()
 
     def poll(self) -> Iterator[Batch]:
         if not (self.done or self._ticker.due()):
@@ -105,6 +105,8 @@ class _Existing(Run):
             self.stats.shown += len(found)
             rows = [self._row(*((row | {"time": when})[column.name] for column in self.columns)) for row in found]
             yield Batch("snapshot", rows, self._round)
+        self.notes[:] = [note for note in self.notes if note not in self._said]
+        self._said.update(self.notes)
 
     @property
     def pause(self) -> float:
