@@ -184,7 +184,7 @@ def cells_of(columns: Sequence[Column]) -> list[Cell]:
 
 def by_importance(cells: Sequence[Cell], important: Sequence[str]) -> list[Cell]:
     """The cells, those of the columns `important` first."""
-    order = {name: at for at, name in enumerate(important)}
+    order = {name: at for at, name in enumerate(dict.fromkeys(important))}
     return sorted(cells, key=lambda cell: min(order.get(name, len(order)) for name in cell.names))
 
 

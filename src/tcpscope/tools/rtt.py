@@ -60,7 +60,7 @@ _TIME = Column("time", "time", doc="when the tool read the group from the kernel
 
 class Rtt(Tool):
     probes = ("rtt",)
-    important = ("raddr", "rport", *_FIRST, "comm", "pid", "laddr", "lport", *histogram.IMPORTANT)
+    important = ("raddr", "rport", *_FIRST, "comm", "max_us", "pid", "laddr", "lport", *histogram.IMPORTANT)
     aliases = ("tcprtt",)
     examples = {
         "rtt --by raddr -i 10": "for each remote address, every ten seconds",
