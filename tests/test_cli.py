@@ -184,7 +184,7 @@ def test_a_namespace_that_does_not_exist(run: Run, monkeypatch: pytest.MonkeyPat
 def test_a_namespace_of_which_nobody_can_say_whether_it_exists(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is taken, and one line says so."""
     monkeypatch.setattr(netns, "exists", lambda inode: None)
-    monkeypatch.setattr(cli, "show", lambda tool, request, stream: None)
+    monkeypatch.setattr(cli, "show", lambda tool, request, *_: None)
     message = "network namespace 4026540000 is not found; not all processes can be looked at"
     assert run("states", "--netns", "4026540000") == (0, "", f"tcpscope: {message}\n")
 
@@ -238,7 +238,7 @@ def test_help_says_what_an_option_needs(run: Run) -> None:
 def request_of(run: Run, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[str, Request]:
     """What a tool is asked to do."""
     asked: list[tuple[str, Request]] = []
-    monkeypatch.setattr(cli, "show", lambda tool, request, stream: asked.append((tool.name, request)))
+    monkeypatch.setattr(cli, "show", lambda tool, request, *_: asked.append((tool.name, request)))
     assert run(*arguments)[0] == 0
     return asked[0]
 

@@ -264,7 +264,7 @@ def test_the_cgroup_of_this_process() -> None:
     """The kernel's own word for where we are leads to an id, wherever cgroup v2 is mounted."""
     ours = [line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")]
     try:
-        mount = filters._cgroup_mount()
+        mount = filters.cgroup_mount()
     except UnsupportedError:
         pytest.skip("cgroup v2 is not mounted")
     if ours and not ours[0].startswith("/.."):

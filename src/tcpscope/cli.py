@@ -33,6 +33,7 @@ _OTHERS = {
 }
 
 
+_ARGV = "tcpscope.argv"  # where a context has the command behind --
 _HIGHEST = 2**31 - 1
 _RATE_ON_TERMINAL = 100  # rows in a second: more are no use to who watches them
 
@@ -291,6 +292,7 @@ class Command(Once):
 
     hints     an option that it does not have -> what to say to somebody who gives it; for flags of bcc's tools: bcc.py
     examples  command lines, without `tcpscope` -> what they do
+    watches   it takes a command to watch, behind --
     """
 
     def __init__(
@@ -299,12 +301,21 @@ class Command(Once):
         groups: Mapping[str, Sequence[click.Option]],
         hints: Mapping[str, str] | None = None,
         examples: Mapping[str, str] | None = None,
+        watches: bool = False,
         **attributes: Any,
     ) -> None:
         super().__init__(name, params=[option for group in groups.values() for option in group], **attributes)
-        self.groups, self.hints, self.examples = groups, hints or {}, examples or {}
+        self.groups, self.hints, self.examples, self.watches = groups, hints or {}, examples or {}, watches
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), *(["[-- COMMAND]"] if self.watches else [])]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if self.watches and "--" in args:
+            at = args.index("--")
+            args, ctx.meta[_ARGV] = args[:at], args[at + 1 :]
+            if not ctx.meta[_ARGV]:
+                raise UsageError("-- without a command", "give the command to watch behind it")
         try:
             return super().parse_args(ctx, args)
         except click.UsageError as error:
@@ -355,8 +366,14 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         for option in tool.options
     ]
 
-    def callback(**values: Any) -> None:
-        show(tool, request_of(tool, values), sys.stdout.buffer)
+    def callback(**values: Any) -> int:
+        argv = click.get_current_context().meta.get(_ARGV, ())
+        request = request_of(tool, values)
+        if argv and request.filter.cgroup:
+            raise UsageError("--cgroup and a command", "the command has a cgroup of its own")
+        if argv and request.output == "screen":
+            raise UsageError("-o screen and a command", "both write to the terminal")
+        return show(tool, request, sys.stdout.buffer, argv)
 
     useless = {
         option
@@ -390,6 +407,7 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         callback=callback,
         help=f"\b\n{tool.help}",
         short_help=tool.summary,
+        watches=not tool.once,
     )
 
 

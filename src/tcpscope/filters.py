@@ -245,7 +245,7 @@ def parse_cgroup(value: str | int) -> int:
     text = str(value).strip()
     if _is_number(text):
         return _number(text, "cgroup id", 1, 2**64 - 1)
-    mount = _cgroup_mount()
+    mount = cgroup_mount()
     below = Path(text)
     if not below.is_relative_to(mount):
         below = mount / text.lstrip("/")
@@ -452,7 +452,7 @@ def _process_of_thread(pid: int) -> int:
     return int(found[1]) if found else pid
 
 
-def _cgroup_mount() -> Path:
+def cgroup_mount() -> Path:
     """Where cgroup v2 is mounted: not always /sys/fs/cgroup (proc_pid_mountinfo(5))."""
     for line in os.fsdecode(_MOUNTINFO.read_bytes()).splitlines():
         mount, _, source = line.partition(" - ")

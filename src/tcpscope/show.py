@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import BinaryIO
 
+from tcpscope.command import Command
 from tcpscope.errors import LossError
 from tcpscope.filters import Filter
 from tcpscope.kernel.clock import monotonic_ns
@@ -24,11 +25,28 @@ from tcpscope.tool import Tool
 from tcpscope.writing import Output, lost_by
 
 
-def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
-    """Run a tool and show its rows until it ends. Raises LossError under --strict if an event was lost."""
+def show(tool: Tool, request: Request, stream: BinaryIO, argv: Sequence[str] = ()) -> int:
+    """Run a tool and show its rows until it ends. Raises LossError under --strict if an event was lost.
+
+    With `argv`, a command: show what concerns it, until it has ended. Returns its exit status, else 0.
+    """
     if request.output == "screen":
         _show_live(tool, request, stream)
-        return
+    elif argv:
+        return _show_command(tool, request, stream, argv)
+    else:
+        _show(tool, request, stream)
+    return 0
+
+
+def _show_command(tool: Tool, request: Request, stream: BinaryIO, argv: Sequence[str]) -> int:
+    with Command(argv) as command:
+        request.filter = replace(request.filter, cgroup=(command.cgroup,))
+        _show(tool, request, stream, command)
+        return command.status() if command.ended() or request.duration is not None else 0
+
+
+def _show(tool: Tool, request: Request, stream: BinaryIO, command: Command | None = None) -> None:
     with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
         Output.stop = stop
         if request.explain:
@@ -41,7 +59,10 @@ def show(tool: Tool, request: Request, stream: BinaryIO) -> None:
             page = _Page(run, request, table, stream) if _replaces(run, stream) else None
         else:
             sink = open_sink(request.output, run.columns, stream, request.header)
-        begin(run.sessions, stop, run.keep)
+        begin(run.sessions, stop, (*run.keep, *(command.keep if command else ())))
+        if command and not stop:
+            stop.end_with(command.pid)
+            command.start()
         _print_notes(run)
         if run.waits and sys.stderr.isatty():
             print(screen.filled(f"tcpscope: {_waiting(request)}", sys.stderr), file=sys.stderr)

@@ -36,9 +36,32 @@ class Stop:
             self._previous[number] = signal.signal(number, lambda *_: self.stop())
         return self
 
+    def end_with(self, pid: int) -> None:
+        """Stop when this child of ours has ended. A first signal is for the child, and only a second one for us.
+
+        A terminal sends SIGINT and SIGQUIT to both. The others are passed on.
+        """
+
+        def look(*_: object) -> None:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                self.stop()
+
+        def first(number: int, *_: object) -> None:
+            for each in self._previous:
+                if each != signal.SIGCHLD:
+                    signal.signal(each, lambda *_: self.stop())
+            if number not in (signal.SIGINT, signal.SIGQUIT):
+                os.kill(pid, number)
+
+        for number in self._previous:
+            signal.signal(number, first)
+        self._previous[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, look)
+        look()
+
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler if self.afterwards is None else self.afterwards)
+            ours = self.afterwards is None or number == signal.SIGCHLD
+            signal.signal(number, handler if ours else self.afterwards)
         self.close()
 
     def close(self) -> None:

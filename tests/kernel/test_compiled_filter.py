@@ -125,7 +125,7 @@ def by_socket(rows: list[Row]) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def cast() -> Iterator[Cast]:
-    mount = filters._cgroup_mount()
+    mount = filters.cgroup_mount()
     outer = mount / f"tcpscope-test-{os.getpid()}"
     inner = outer / "inner"
     try:

@@ -160,6 +160,8 @@ class Kernel:
 
 
 _CAPABILITIES = {  # include/uapi/linux/capability.h
+    "CAP_DAC_OVERRIDE": 1,
+    "CAP_KILL": 5,
     "CAP_NET_ADMIN": 12,
     "CAP_SYS_PTRACE": 19,
     "CAP_SYS_ADMIN": 21,

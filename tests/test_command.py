@@ -1,0 +1,173 @@
+"""`tcpscope TOOL -- COMMAND`: rows of the command and its children, from their first system call on, and its status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tcpscope.command import Command
+from tcpscope.errors import TcpscopeError, UsageError
+from tcpscope.filters import cgroup_mount
+from tests.conftest import CompletedRun, RunningTool, until
+
+CONNECT = "import os, socket; s = socket.socket(); s.connect_ex(('127.0.0.1', {port})); s.close()"
+ROWS = ("connect", "-o", "json", "--columns", "pid,comm,rport,outcome")
+
+
+def cgroups() -> set[Path]:
+    return set(cgroup_mount().rglob("tcpscope.*"))
+
+
+def ports(done: CompletedRun) -> list[int]:
+    return [json.loads(line)["rport"] for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def closed() -> int:
+    """A port on which nobody listens, for as long as the test runs: bound, not listening."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]  # type: ignore[misc]
+
+
+@pytest.mark.kernel
+def test_its_connections_and_those_of_its_children(closed: int, run_tool: type[RunningTool]) -> None:
+    """The first thing that it does is to connect. Others connect to the same port at the same time."""
+    code = f"{CONNECT}\nif os.fork() == 0:\n    {CONNECT}\n    os._exit(0)\nos.wait(); raise SystemExit(7)"
+    before = cgroups()
+    with run_tool(*ROWS, "--", sys.executable, "-I", "-S", "-c", code.format(port=closed)) as tool:
+        for _ in range(20):
+            with socket.socket() as other:
+                assert other.connect_ex(("127.0.0.1", closed)) != 0
+        done = tool.wait()
+    assert done.status == 7
+    assert ports(done) == [closed, closed]
+    assert len({json.loads(line)["pid"] for line in done.stdout.splitlines()}) == 2
+    assert cgroups() == before
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_is_for_the_command(number: int, status: int, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    with run_tool(*ROWS, "--", "sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600") as tool:
+        until(pid.exists, "the command")
+        os.kill(tool.pid, number)
+        assert tool.wait().status == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+STUBBORN = """
+import os, signal, sys
+signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[1] + ".got", "w"))
+open(sys.argv[1] + ".new", "w").write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.kernel
+def test_a_second_signal_ends_the_tool_and_leaves_the_command(run_tool: type[RunningTool], tmp_path: Path) -> None:
+    """What goes on afterwards belongs to the cgroup above."""
+    pid, before, above = tmp_path / "pid", cgroups(), Path("/proc/self/cgroup").read_text()
+    with run_tool(*ROWS, "--", sys.executable, "-I", "-S", "-c", STUBBORN, str(pid)) as tool:
+        until(pid.exists, "the command")
+        child = int(pid.read_text())
+        try:
+            os.kill(tool.pid, signal.SIGTERM)
+            until(pid.with_suffix(".got").exists, "the first signal")
+            os.kill(tool.pid, signal.SIGTERM)
+            until(lambda: tool.process.poll() is not None, "the end of the tool")
+            assert Path(f"/proc/{child}/cgroup").read_text() == above
+            assert cgroups() == before
+        finally:
+            os.kill(child, signal.SIGKILL)  # it has the tool's output open
+        assert tool.wait().status == 0
+
+
+@pytest.mark.kernel
+def test_the_duration_ends_the_rows_and_not_the_command(
+    closed: int, run_tool: type[RunningTool], tmp_path: Path
+) -> None:
+    """The tool waits for the command, and has its status."""
+    go = tmp_path / "go"
+    os.mkfifo(go)
+    code = f"open({str(go)!r}).read(); {CONNECT.format(port=closed)}; raise SystemExit(3)"
+    with run_tool(*ROWS, "-d", "0.1", "--", sys.executable, "-I", "-S", "-c", code) as tool:
+        until(lambda: _detached(tool.pid), "the end of the run")
+        go.write_text("")
+        done = tool.wait()
+    assert (done.status, ports(done)) == (3, [])
+
+
+def _detached(pid: int) -> bool:
+    """Whether a process holds no BPF program any more."""
+    for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if "link_type" in path.read_text():
+                return False
+    return True
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("connect", "-o", "json", "--"), "-- without a command; give the command to watch behind it"),
+        (("connect", "-o", "json", "--", "no-such-program"), "no command 'no-such-program'; give a program of PATH"),
+        (("connect", "-o", "json", "--cgroup", "1", "--", "true"), "--cgroup and a command; the command has a cgroup"),
+        (("top", "-o", "screen", "--", "true"), "-o screen and a command; both write to the terminal"),
+        (("list", "-o", "json", "--", "true"), "Got unexpected extra argument (true)"),
+    ],
+)
+def test_what_it_refuses(words: tuple[str, ...], said: str, run_tool: type[RunningTool]) -> None:
+    with run_tool(*words, ready=False) as tool:
+        done = tool.wait()
+    assert done.status == 2
+    assert said in done.stderr
+
+
+@pytest.mark.root
+def test_it_waits_until_it_is_started(tmp_path: Path) -> None:
+    made, before = tmp_path / "made", cgroups()
+    with Command(["touch", str(made)]) as command:
+        assert not command.ended()
+    assert not made.exists()
+    with Command(["touch", str(made)]) as command:
+        command.start()
+        until(command.ended, "its end")
+        assert command.status() == 0
+    assert made.exists()
+    assert cgroups() == before
+
+
+@pytest.mark.root
+def test_a_program_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/no/such/shell\n")
+    broken.chmod(0o755)
+    with Command([str(broken)]) as command:
+        command.start()
+        assert command.status() == 126
+    assert capfd.readouterr().err == f"tcpscope: cannot run {broken}: No such file or directory\n"
+
+
+@pytest.mark.root
+def test_no_cgroup_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tcpscope.command.cgroup_mount", lambda: Path("/proc/sys"))
+    with pytest.raises(TcpscopeError, match="cannot make the cgroup /proc/sys/tcpscope"), Command(["true"]):
+        pass
+
+
+def test_no_such_program() -> None:
+    with pytest.raises(UsageError):
+        Command(["no-such-program"])
