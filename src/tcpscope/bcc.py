@@ -27,7 +27,6 @@ _ALL = {
     "--ebpf": "use --explain to see which programs are attached",
 }
 MISSING = {
-    "tcpsubnet": "`top --by raddr` shows bytes by remote address",
     "tcppktlat": "`list` shows how many bytes wait for the application",
 }
 """bcc's tools that are not there yet -> what comes near."""

@@ -316,6 +316,11 @@ def parse_networks(value: Networks, told: Callable[[str], object] = lambda line:
     return (*ipaddress.collapse_addresses(ipv4), *ipaddress.collapse_addresses(ipv6))
 
 
+def parse_network(text: str) -> Network:
+    """A network, or an address as one. A v4-mapped one is IPv4."""
+    return _network(text.strip())
+
+
 @lru_cache(maxsize=1 << 14)
 def address_bytes(address: str | Address) -> bytes:
     """The 16 bytes of an address, IPv4 in its mapped form."""

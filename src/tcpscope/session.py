@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from types import TracebackType
@@ -89,7 +89,7 @@ class Session:
     constants   values of read-only globals of the object, by name
     entries     sizes of maps, by name
     key_bytes   sizes of the keys of maps, by name, if they are shorter than those of the object
-    keys        keys of sets, by name
+    keys        keys of maps, by name: those of a set, or those of another map with their values
     skip        hooks that this run does not need
     owners      whether this run needs the owners of sockets, if the probe uses the object `owner`
     ring_bytes  size of the ring buffer, a power of two
@@ -106,7 +106,7 @@ class Session:
         constants: dict[str, Any] | None = None,
         entries: dict[str, int] | None = None,
         key_bytes: dict[str, int] | None = None,
-        keys: dict[str, Sequence[bytes]] | None = None,
+        keys: dict[str, Sequence[bytes] | Mapping[bytes, bytes]] | None = None,
         skip: Sequence[str] = (),
         owners: bool = True,
         ring_bytes: int = RING_BYTES,

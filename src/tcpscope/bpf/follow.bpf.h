@@ -22,6 +22,14 @@ static __always_inline bool makes_entry(int old_state, int new_state);
 static __always_inline int state_changed(struct sock *sk, const struct change *change);
 static __always_inline void before_end(struct sock *sk, struct connection *connection);
 
+/* The transitions of an object that needs owners and ends only. Without CLOSE the second copy of the program would take a
+ * second SYN_SENT of the socket for one that the first copy handled. */
+static __always_inline __attribute__((unused)) bool begins_or_ends(int old_state, int new_state)
+{
+	return new_state == STATE_SYN_SENT || new_state == STATE_LISTEN || new_state == STATE_CLOSE ||
+	       is_birth(old_state, new_state);
+}
+
 /* A connection at one of its transitions. */
 struct followed {
 	struct connection *connection; /* NULL: it has no entry */

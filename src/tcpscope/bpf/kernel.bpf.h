@@ -299,6 +299,11 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 snd_ssthresh;
 	__u32 undo_marker;
 	struct list_head tsorted_sent_queue;
+	__u32 chrono_start; /* in jiffies, as chrono_stat */
+	__u32 chrono_stat[3];
+	__u8 chrono_type : 2;
+	__u8 is_cwnd_limited : 1;
+	__u32 app_limited;
 	__u8 is_mptcp : 1; /* with CONFIG_MPTCP */
 	__u8 repair : 1;
 	int linger2;

@@ -14,11 +14,9 @@
 #include "accept_hooks.bpf.h"
 #include "child.bpf.h"
 
-/* CLOSE too: otherwise the second copy would take a second SYN_SENT of the socket for one that the first copy handled. */
 static __always_inline bool matters(int old_state, int new_state)
 {
-	return new_state == STATE_SYN_SENT || new_state == STATE_LISTEN || new_state == STATE_CLOSE ||
-	       is_birth(old_state, new_state);
+	return begins_or_ends(old_state, new_state);
 }
 
 static __always_inline bool makes_entry(int old_state, int new_state)

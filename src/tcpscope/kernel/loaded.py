@@ -48,7 +48,8 @@ class Setup:
     constants  values of read-only globals, by name. The loader sets `hooked_HOOK` and `possible_cpus` itself
     entries    sizes of maps, by name
     key_bytes  sizes of the keys of maps, by name, if they are shorter than those that the object has
-    keys       keys of sets (maps whose values are one byte), by name, inserted before a program is attached
+    keys       keys of maps, by name, inserted before a program is attached. Of a set (its values are one byte) a
+               sequence, of other maps with their values
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
     debug      print the messages of libbpf and the verifier's log on stderr
@@ -57,7 +58,7 @@ class Setup:
     constants: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
     key_bytes: dict[str, int] = field(default_factory=dict)
-    keys: dict[str, Sequence[bytes]] = field(default_factory=dict)
+    keys: dict[str, Sequence[bytes] | Mapping[bytes, bytes]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
     debug: bool = False
@@ -217,10 +218,10 @@ class Loaded:
         for name, keys in self._setup.keys.items():
             self._insert(name, keys)
 
-    def _insert(self, name: str, keys: Sequence[bytes]) -> None:
-        present = ffi.new("uint8_t *")
-        for key in keys:
-            if lib.bpf_map_update_elem(self.map_fd(name), ffi.from_buffer(key), present, 0) < 0:
+    def _insert(self, name: str, keys: Sequence[bytes] | Mapping[bytes, bytes]) -> None:
+        entries = keys if isinstance(keys, Mapping) else dict.fromkeys(keys, b"\0")
+        for key, value in entries.items():
+            if lib.bpf_map_update_elem(self.map_fd(name), ffi.from_buffer(key), ffi.from_buffer(value), 0) < 0:
                 error, what = ffi.errno, f"{self.spec.name}: map '{name}' cannot be filled"
                 if error == errno.ENOMEM:
                     raise _NoMemoryError(what)

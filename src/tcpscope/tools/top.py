@@ -1,28 +1,30 @@
 """Who moves bytes now?
 
-Every interval one row for each connection that has sent or received data in it: its owner, both ends, how many bytes,
-most first. --by pid adds up the connections of a process, --by raddr those with a remote address.
+Every interval one row for each connection that has sent or received data in it: its owner, both ends, how many bytes
+and how fast, the round-trip time, and what kept the sender from sending more. --by adds up connections: by process
+(pid), remote address (raddr), cgroup, or other columns. Most bytes first, or --sort.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from operator import add, attrgetter, sub
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
-from tcpscope.errors import UsageError
-from tcpscope.kernel import compiled_filter
-from tcpscope.kernel.clock import monotonic_ns
+from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.limits import LIMITS, UNKNOWN, Chronograph
 from tcpscope.output import Column
-from tcpscope.request import Option, Request
-from tcpscope.run import Batch, Run, Ticker
-from tcpscope.schema import Clock, Decoder
+from tcpscope.request import Option, Request, names_in
+from tcpscope.run import Run
 from tcpscope.session import Session, closed_on_error
 from tcpscope.tool import Stream
+from tcpscope.traffic import BYTES, NOTHING_MOVED, SORT, TIME, Counting, Interval, Moved, moved_columns, sorted_by
 
-_MOVED = ("tx_bytes", "rx_bytes", "retrans_bytes")
-_KEYS = {"connection": ("socket", "opened_ns"), "pid": ("pid", "comm"), "raddr": ("raddr",)}
-_NOUNS = {"connection": "connection", "pid": "process", "raddr": "remote address"}
+_CONNECTIONS = Column("connections", width=5, title="CONNS", doc="connections that have moved data in the interval")
+_NOUNS = {"pid": "process", "raddr": "remote address", "cgroup": "cgroup"}
+_ROWS = 1 << 17
+"""Most rows of an interval. Events of further ones count as lost."""
 
 
 class Top(Stream):
@@ -30,10 +32,16 @@ class Top(Stream):
     rated = False
 
     def columns(self, request: Request) -> tuple[Column, ...]:
-        if (by := request.options["by"]) not in _KEYS:
-            raise UsageError(f"--by {by}", f"allowed: {', '.join(_KEYS)}")
-        names = {"time", *_KEYS[by], *_MOVED}
-        return tuple(column for column in super().columns(request) if by == "connection" or column.name in names)
+        fields = {each.name: Column.of(each) for each in self.layout.fields}
+        whose = {name: fields[name] for name in fields if name not in ("time", "srtt_us", *BYTES)}
+        by = _by(request)
+        for name in by:
+            if name not in whose:
+                hint = did_you_mean(name, whose) or f"there are connection, {', '.join(whose)}"
+                raise UsageError(f"--by {name}", hint)
+        if not by:
+            return (TIME, *whose.values(), *moved_columns(), fields["srtt_us"], *LIMITS)
+        return (TIME, *(whose[name] for name in _named(by)), _CONNECTIONS, *moved_columns())
 
     def floods(self, request: Request) -> bool:
         return False
@@ -41,83 +49,141 @@ class Top(Stream):
     def ring_bytes(self, request: Request) -> int:
         return self.ring_for_all_sockets()
 
-    def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
+    def open(self, request: Request) -> Run:
+        available, by = self.columns(request), _by(request)
+        names = ("time", *_named(by), "connections", *self.shown) if by else self.shown
+        columns, sort = request.choose(available, tuple(dict.fromkeys(names))), sorted_by(request, available)
         with closed_on_error(self.session(request)) as session:
-            return _Moving(request, session, self.layout.select(names).decoder(clock), clock)
+            return _Adding(request, columns, sort, session, by, [each.name for each in available])
 
 
-class _Moving(Run):
-    """What has changed from look to look. A look may pass by an entry of the table: it stays known for the next one."""
+def _by(request: Request) -> tuple[str, ...]:
+    """The columns to add up by; empty: each connection has its row."""
+    names = names_in(request.options["by"])
+    if not names:
+        raise UsageError("--by is empty", "give names of columns, separated by commas")
+    return () if names == ("connection",) else names
 
-    def __init__(self, request: Request, session: Session, decoder: Decoder, clock: Clock) -> None:
-        super().__init__([Column.of(field) for field in decoder.fields], session)
-        self.repeats = _NOUNS[request.options["by"]]
-        self._session, self._clock, self._decode = session, clock, decoder.rows
-        self._raw = session.spec.layout("top", internal=True).decoder(raw=True).rows
-        self._key, self._numbers = attrgetter(*_KEYS[request.options["by"]]), attrgetter(*_MOVED)
-        self._ticker, self._since_ns = Ticker(request.interval or 1.0), monotonic_ns()
-        self._known: dict[tuple[int, int], tuple[int, bool, tuple[int, ...]]] = {}
-        self._changes_owner = compiled_filter.asks_owner(request.filter)  # accept() may take it out of the filter
-        self._round = self._lost = 0
-        self._look()
-        self._batch()
 
-    def poll(self) -> Iterator[Batch]:
-        if self._ticker.due():
-            self._look()
-            yield self._batch()
+def _named(by: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a group: with a process its name, too."""
+    return tuple(dict.fromkeys(name for each in by for name in ((each, "comm") if each == "pid" else (each,))))
 
-    def end(self) -> Iterator[Batch]:
-        self._look()
-        self._session.end()
-        yield self._batch()
 
-    @property
-    def pause(self) -> float:
-        return self._ticker.remaining
+@dataclass
+class _Group:
+    """A connection or several. `row` is what the newest event says of it, and `raw` that event."""
 
-    def _look(self) -> None:
-        self._round += 1
-        self._session.loaded.run("look")
+    raw: Any
+    row: Any
+    moved: Moved = NOTHING_MOVED
+    connections: int = 0
+    limits: Chronograph = field(default_factory=Chronograph)
 
-    def _batch(self) -> Batch:
-        moved: dict[Any, tuple[Any, tuple[int, ...]]] = {}
-        for records in self._session.batches():
-            for raw, row in zip(self._raw(records), self._decode(records), strict=True):
-                self.stats.shown += 1
-                connection, numbers = (raw.socket, raw.opened_ns), self._numbers(raw)
-                base = (0, 0, 0) if raw.opened_ns > self._since_ns else numbers
-                _, ended, before = self._known.get(connection, (0, False, base))
-                now = tuple(map(max, numbers, before))
-                self._known[connection] = self._round, bool(ended or raw.ended), now
-                if now != before:
-                    _, sums = moved.get(self._key(raw), (None, (0, 0, 0)))
-                    moved[self._key(raw)] = row, tuple(map(add, sums, map(sub, now, before)))
-        self._forget()
-        when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
-        for row, sums in moved.values():
-            for name, value in zip(("time", *_MOVED), (when, *sums), strict=True):
-                if hasattr(row, name):
-                    setattr(row, name, value)
-        return Batch("snapshot", [row for row, _ in sorted(moved.values(), key=lambda x: -sum(x[1]))], self._round)
 
-    def _forget(self) -> None:
-        """What neither this look nor the one before has seen, unless one of them lost something."""
-        before, self._lost = self._lost, self._session.counters()["lost"]
-        if self._lost == before:
-            for connection in [each for each, (seen, *_) in self._known.items() if seen < self._round - 1]:
-                _, ended, _ = self._known.pop(connection)
-                self.stats.missed += not ended and not self._changes_owner
+class _Adding(Counting):
+    """Adds up by connection, or by columns."""
+
+    def __init__(
+        self,
+        request: Request,
+        columns: Sequence[Column],
+        sort: str | None,
+        session: Session,
+        by: Sequence[str],
+        available: Sequence[str],
+    ) -> None:
+        assert session.layout is not None
+        fields = [each.name for each in session.layout.fields if each.name in available and each.name not in BYTES]
+        self._whose = [name for name in fields if name != "time"]
+        self._decode = session.layout.select(self._whose).decoder().rows
+        self._by, self._key = bool(by), _key(by)
+        self._groups: dict[Any, _Group] = {}
+        self.repeats = _NOUNS.get(",".join(by), "group") if by else "connection"
+        super().__init__(request, columns, sort, session)
+
+    def _rows_of(self, records: memoryview) -> Sequence[Any]:
+        return self._decode(records)
+
+    def _add(self, raw: Any, row: Any, moved: Moved, first: bool) -> None:
+        key = self._key(raw, row)
+        group = self._groups.get(key)
+        if group is None:
+            if len(self._groups) >= _ROWS:
+                self.stats.shown -= 1
+                self.stats.lost += 1
+                return
+            group = self._groups[key] = _Group(raw, row)
+        group.raw, group.row, group.moved = raw, row, group.moved.plus(moved)
+        group.connections += first
+        group.limits.add(raw)
+
+    def _ended(self, interval: Interval) -> list[dict[str, Any]]:
+        ended, self._groups = self._groups, {}
+        return [self._values(group, interval) for group in ended.values()]
+
+    def _values(self, group: _Group, interval: Interval) -> dict[str, Any]:
+        values = {name: getattr(group.row, name) for name in self._whose} | group.moved.values(interval.us)
+        if self._by:
+            return values | {"connections": group.connections}
+        if not (group.moved.tx or group.moved.retrans):
+            return values | UNKNOWN
+        until_ns = min(group.raw.time, interval.ended_ns) if group.raw.ended else interval.ended_ns
+        return values | group.limits.shares((until_ns - max(interval.began_ns, group.raw.opened_ns)) // 1000)
+
+
+def _key(by: Sequence[str]) -> Callable[[Any, Any], Any]:
+    """Gives the group of an event."""
+    if not by:
+        return lambda raw, row: (raw.socket, raw.opened_ns)
+    values = attrgetter(*by)
+    return lambda raw, row: values(row)
 
 
 tool = Top(
-    "top",
-    ("time", *_MOVED, "pid", "comm", "raddr", "rport", "laddr", "lport"),
-    important=("tx_bytes", "rx_bytes", "raddr", "comm", "pid", "retrans_bytes", "laddr"),
+    "traffic",
+    (
+        "time",
+        *BYTES,
+        "tx_bytes_per_s",
+        "rx_bytes_per_s",
+        "retrans_pct",
+        "srtt_us",
+        "limit",
+        "pid",
+        "comm",
+        "raddr",
+        "rport",
+        "laddr",
+        "lport",
+    ),
+    important=(
+        "tx_bytes",
+        "rx_bytes",
+        "raddr",
+        "comm",
+        "limit",
+        "pid",
+        "srtt_us",
+        "retrans_bytes",
+        "connections",
+        "laddr",
+    ),
     aliases=("tcptop",),
     examples={
         "top -n 10": "the ten connections that move most",
         "top --by pid -i 5": "by process, every five seconds",
+        "top --sort retrans_pct": "those first that lose most",
     },
-    options=(Option(("--by",), f"Add up by one of these: {', '.join(_KEYS)}.", str, "connection", metavar="KEY"),),
+    options=(
+        Option(
+            ("--by",),
+            "Add up by connection, or by these columns, comma-separated: pid, raddr, cgroup, ...",
+            str,
+            "connection",
+            names=True,
+            metavar="NAMES",
+        ),
+        SORT,
+    ),
 )
