@@ -65,7 +65,7 @@ _U32 = {
     "rx_data_segs": 152,
     "tx_data_segs": 156,
 }
-_U64 = {"acked": 120, "received": 128, "tx_bytes": 200, "bytes_retrans": 208}
+_U64 = {"acked": 120, "received": 128, "rwnd_us": 176, "tx_bytes": 200, "bytes_retrans": 208}
 
 
 class ScriptError(Exception):

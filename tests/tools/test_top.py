@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.record import Call, Script, Seen, Socket, Test, Watch, recorded
 
 PORT = 6760
@@ -12,6 +14,13 @@ TOP = Watch("top", "-i", "0.3", "--port", PORTS)
 BY_PID = Watch("top", "-i", "0.3", "--by", "pid", "--port", PORTS, every_kernel=False)
 BY_PEER = Watch("top", "-i", "86400", "--by", "raddr", "--port", f"{PORT + 9}", every_kernel=False)
 SHORT = Watch("top", "-i", "86400", "--port", PORTS, every_kernel=False)
+OFTEN = Watch("top", "-i", "0.01", "--port", f"{PORT + 7}")
+BY_CGROUP = Watch("top", "-i", "86400", "--by", "netns,cgroup", "--port", PORTS, every_kernel=False)
+MOST = Watch("top", "-i", "86400", "-n", "1", "--sort", "rx_bytes", "--port", f"{PORT + 6}", every_kernel=False)
+NUMBERS = ("tx_bytes", "rx_bytes", "retrans_bytes")
+IPPROTO_MPTCP = 262
+MSG_DONTWAIT = 0x40
+LIMITS = ("limit", "app_pct", "rwnd_pct", "sndbuf_pct", "cwnd_pct")
 
 Row = dict[str, Any]
 
@@ -19,13 +28,16 @@ Row = dict[str, Any]
 def sums(rows: list[Row]) -> tuple[int, int, int]:
     for row in rows:
         assert row["tx_bytes"] or row["rx_bytes"] or row["retrans_bytes"]
-    return tuple(sum(row[name] for row in rows) for name in ("tx_bytes", "rx_bytes", "retrans_bytes"))  # type: ignore
+        assert row["interval_us"] > 0
+        assert abs(row["tx_bytes_per_s"] - row["tx_bytes"] * 1e6 / row["interval_us"]) <= 1
+        assert abs(row["rx_bytes_per_s"] - row["rx_bytes"] * 1e6 / row["interval_us"]) <= 1
+    return tuple(sum(row[name] for row in rows) for name in NUMBERS)  # type: ignore
 
 
 def pair(script: Script, port: int, kind: str = "4") -> tuple[Socket, Socket, Call]:
     """The two ends of a connection, of a process each, and its client's port."""
     client, server = script.client.process("client"), script.server.process("server")
-    listener = server.listener(port, script.server.address(kind))
+    listener = server.listener(port, script.server.address("4" if kind == "mapped" else kind))
     near = client.socket(kind)
     near.connect(script.server.address(kind), port)
     return near, listener.accept(), near.name()
@@ -184,7 +196,7 @@ def test_open_at_the_end(script: Script) -> Test:
     assert sums(seen.rows(TOP, script.client, lport=again.ret))[0] == 70
 
 
-@recorded(BY_PID, BY_PEER)
+@recorded(BY_PID, BY_PEER, BY_CGROUP)
 def test_groups(script: Script) -> Test:
     """By process: two connections of a pair of processes. By address: both ends have moved the same."""
     near, far, _ = pair(script, PORT + 9)
@@ -198,7 +210,150 @@ def test_groups(script: Script) -> Test:
     seen = yield
     for end, moved in ((near, (110, 21_000)), (far, (21_000, 110))):
         rows = [row for row in seen.run(BY_PID).rows if row["pid"] == end.process.pid]
-        assert rows[0].keys() == {"time", "pid", "comm", "tx_bytes", "rx_bytes", "retrans_bytes"}
+        assert {row["comm"] for row in rows} == {end.process.comm}
+        assert "srtt_us" not in rows[0] and "raddr" not in rows[0]
         assert sums(rows)[:2] == moved
     by_peer = {row["raddr"]: (row["tx_bytes"], row["rx_bytes"]) for row in seen.run(BY_PEER).rows}
     assert by_peer == {script.server.ipv4: (100, 1000), script.client.ipv4: (1000, 100)}
+    for host in script.hosts:
+        (row,) = seen.rows(BY_CGROUP, host)
+        assert (sorted((row["tx_bytes"], row["rx_bytes"])), row["connections"]) == ([110, 21_000], 2)
+
+
+SENDING = ("send_all", "sendmsg", "write_all", "sendfile", "splice", "zerocopy")
+TAKING = ("read", "peek_and_read", "splice_out", "readv")
+
+
+@pytest.mark.parametrize("kind", ["4", "6", "mapped"])
+@recorded(TOP, SHORT)
+def test_ways_of_bytes(script: Script, kind: str) -> Test:
+    """All calls that send and all that receive, one after the other: what they moved, TCP_INFO and the rows agree."""
+    near, far, local = pair(script, PORT, kind)
+    sent = 0
+    for number, way in enumerate(SENDING):
+        size = 30_000 + number
+        call = near(way, size, wait=False)
+        far(TAKING[number % len(TAKING)], size)
+        call.join()
+        sent += size
+    back = [far("write_all", 1000), near("peek_and_read", 1000)]
+    infos = close(near, far)
+    seen = yield
+    assert [call.ret for call in back] == [1000, 1000]
+    assert infos[0].info["acked"] == sent + 1  # the SYN
+    assert infos[1].info["acked"] == 1000
+    for watch in (TOP, SHORT):
+        near_rows, far_rows = of(seen, watch, script, PORT, local)
+        check(near_rows, infos[0].info, sent, 1000)
+        check(far_rows, infos[1].info, 1000, sent)
+
+
+@recorded(TOP)
+def test_io_uring(script: Script) -> Test:
+    near, far, local = pair(script, PORT)
+    sent = near("uring_send", 40_000, may_fail=True)
+    far.until_field("received", sent)
+    far.receive(65536, MSG_DONTWAIT, may_fail=True)
+    far.send_all(500)
+    near.until_received(500)
+    got = near("uring_receive", 500, may_fail=True)
+    infos = close(near, far)
+    seen = yield
+    if sent.errno in ("ENOSYS", "EPERM"):
+        assert not seen.machine.kernel.has_type("io_kiocb") or seen.machine.config["io_uring_disabled"] != "0"
+        pytest.skip("this kernel has no io_uring, or does not let us")
+    assert (sent.ret, got.ret) == (40_000, 500)
+    near_rows, far_rows = of(seen, TOP, script, PORT, local)
+    check(near_rows, infos[0].info, 40_000, 500)
+    check(far_rows, infos[1].info, 500, 40_000)
+
+
+@recorded(TOP)
+def test_mptcp(script: Script) -> Test:
+    """Of an MPTCP connection its subflow is a row, with the owner of the whole."""
+    for host in script.hosts:
+        host.agent("sysctl", "mptcp/enabled", 1, may_fail=True)
+    client, server = script.client.process("client"), script.server.process("server")
+    listener = server.listener(PORT, protocol=IPPROTO_MPTCP, may_fail=True)
+    near = client.socket(protocol=IPPROTO_MPTCP, may_fail=True)
+    near.connect(script.server.ipv4, PORT, may_fail=True)
+    far = listener.accept(may_fail=True)
+    local = near.name(may_fail=True)
+    near.send_all(7000, may_fail=True)
+    far.read(7000, may_fail=True)
+    near("close", may_fail=True)
+    far.read(1, may_fail=True)
+    far("close", may_fail=True)
+    seen = yield
+    if listener.made.ret < 0:
+        assert not seen.machine.kernel.has_type("mptcp_sock")
+        pytest.skip("this kernel has no MPTCP")
+    near_rows, far_rows = of(seen, TOP, script, PORT, local)
+    assert sums(near_rows) == (7000, 0, 0)
+    assert sums(far_rows) == (0, 7000, 0)
+
+
+@recorded(OFTEN)
+def test_looks_beside_ends(script: Script) -> Test:
+    """A look every hundredth of a second, while short connections end: each byte counts once."""
+    client, server = script.client.process("client"), script.server.process("server")
+    listener = server.listener(PORT + 7)
+    served = listener("answer_all", 2000, wait=False)
+    asked = client("ask_all", script.server.ipv4, PORT + 7, 2000)
+    served.join()
+    script.server.until_sockets(0, "==", lport=PORT + 7, state="ESTABLISHED")
+    script.server.until_sockets(0, "==", lport=PORT + 7, state="LAST_ACK")
+    seen = yield
+    assert asked.ret == served.ret > 0
+    near = seen.rows(OFTEN, script.client, rport=PORT + 7)
+    far = seen.rows(OFTEN, script.server, lport=PORT + 7)
+    assert sums(near) == (asked.ret, 3 * 2000, 0)
+    assert sums(far) == (3 * 2000, asked.ret, 0)
+    assert len({row["time"] for row in near}) > 2
+
+
+@recorded(MOST)
+def test_most_of_a_column(script: Script) -> Test:
+    """--sort and -n: of the two ends that have moved as much the one that received more."""
+    near, far, _ = pair(script, PORT + 6)
+    exchange(near, far, 5000, 10)
+    close(near, far)
+    seen = yield
+    (row,) = seen.run(MOST).rows
+    assert (row["rx_bytes"], row["tx_bytes"], row["comm"]) == (5000, 10, "server")
+
+
+@recorded(SHORT)
+def test_limited_by_the_receive_window(script: Script) -> Test:
+    """The other end does not read for a second. The share of that time is what TCP_INFO says."""
+    near, far, local = pair(script, PORT)
+    size = 8 << 20
+    made = near.process.now()
+    beside = near.process.thread().at(near)
+    sending = near("send_all", size, wait=False)
+    beside.until_field("rwnd_us", 1_000_000)
+    far.read(size)
+    sending.join()
+    infos = close(near, far)
+    seen = yield
+    (row,), (other,) = of(seen, SHORT, script, PORT, local)
+    info = infos[0].info
+    share = 100 * info["rwnd_us"] / (infos[0].end_us - made.begin_us)
+    assert row["limit"] == "rwnd"
+    assert abs(row["rwnd_pct"] - share) < 15
+    assert row["app_pct"] + row["rwnd_pct"] + row["sndbuf_pct"] + row["cwnd_pct"] < 100.3
+    assert row["srtt_us"] > 0
+    assert [other[name] for name in LIMITS] == [None] * len(LIMITS)  # it has sent nothing
+
+
+@recorded(SHORT)
+def test_limited_by_the_application(script: Script) -> Test:
+    near, far, local = pair(script, PORT)
+    exchange(near, far, 100, 10)
+    near.process.pause(300_000)
+    exchange(near, far, 100, 10)
+    close(near, far)
+    seen = yield
+    for (row,) in of(seen, SHORT, script, PORT, local):
+        assert (row["limit"], row["rwnd_pct"], row["sndbuf_pct"]) == ("application", 0, 0)
+        assert row["app_pct"] > 50

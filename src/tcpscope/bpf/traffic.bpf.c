@@ -26,11 +26,11 @@ struct moved {
 };
 
 struct scratch {
-	struct moved told;           /* what user space knows; at first, where the count begins */
 	__u64 sent, received;        /* the socket's own counters at the last look: if they are the same, all are */
-	__u64 looked, ended;         /* 0: no look has sent it; it has not ended */
+	__u32 busy;                  /* at the last look there was data to send, or to be acknowledged */
 	__u32 limited[CHRONO_KINDS]; /* as limits_read() says, at the last look */
-	bool busy;                   /* at the last look there was data to send, or to be acknowledged */
+	struct moved told;           /* what user space knows; at first, where the count begins */
+	__u64 looked, ended;         /* 0: no look has sent it; it has not ended */
 };
 #define HAS_SCRATCH
 #define FOLLOWED 0

@@ -37,7 +37,7 @@ struct entry {
 };
 
 extern const struct entry socket_commands[], host_commands[], mix_commands[], row_commands[], uring_commands[],
-	i386_commands[];
+	i386_commands[], byte_commands[];
 
 /* process.c */
 int split(char *line, char **words);

@@ -123,8 +123,8 @@ int split(char *line, char **words)
 
 static command *find(const char *name)
 {
-	const struct entry *tables[] = {socket_commands, host_commands,  mix_commands,
-					row_commands,    uring_commands, i386_commands};
+	const struct entry *tables[] = {socket_commands, host_commands, mix_commands, row_commands,
+					uring_commands,  i386_commands, byte_commands};
 
 	for (size_t i = 0; i < sizeof(tables) / sizeof(*tables); i++)
 		for (const struct entry *entry = tables[i]; entry->name; entry++)

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
-/* connect() and accept() through io_uring, with the bare system calls: man io_uring_setup, io_uring_enter. */
+/* connect(), accept(), send() and recv() through io_uring, with the bare system calls: man io_uring_setup, io_uring_enter. */
 #define _GNU_SOURCE
 #include "actor.h"
 
@@ -66,8 +66,31 @@ static void uring_accept(struct actor *a, int count, char **w, struct reply *r)
 	*slot(a, w[1]) = r->ret;
 }
 
+/* uring_send SLOT SIZE, uring_receive SLOT SIZE: in one request, of at most 64 KB */
+static void transfer(struct actor *a, int opcode, char **w, struct reply *r)
+{
+	static char bytes[1 << 16];
+	struct io_uring_sqe request = {
+		.opcode = opcode, .fd = *slot(a, w[0]), .addr = (unsigned long)bytes, .len = atoi(w[1])};
+
+	r->ret = request.len > sizeof(bytes) ? -1 : enter(&request, r);
+	r->error = r->ret < 0 ? errno : 0;
+}
+
+static void uring_send(struct actor *a, int count, char **w, struct reply *r)
+{
+	transfer(a, IORING_OP_SEND, w, r);
+}
+
+static void uring_receive(struct actor *a, int count, char **w, struct reply *r)
+{
+	transfer(a, IORING_OP_RECV, w, r);
+}
+
 const struct entry uring_commands[] = {
 	{"uring_connect", uring_connect},
 	{"uring_accept", uring_accept},
+	{"uring_send", uring_send},
+	{"uring_receive", uring_receive},
 	{},
 };
