@@ -80,6 +80,24 @@ _TOOLS = {
         "--remoteport": "use -R PORTS",
         "--localport": "use -L PORTS",
     },
+    "subnet": {
+        "ARGUMENT": "use --net NETWORKS",
+        "-J": "use -o json",
+        "--json": "use -o json",
+        "-f": "leave it out: numbers are bytes",
+        "--format": "leave it out: numbers are bytes",
+    },
+    "top": {
+        "-c": _CGROUP,
+        "-C": "leave it out: in a pipe nothing is cleared",
+        "--noclear": "leave it out: in a pipe nothing is cleared",
+        "-S": "leave it out: there is no line of the load",
+        "--nosummary": "leave it out: there is no line of the load",
+        "-s": "use --sort tx_bytes or --sort rx_bytes",
+        "-r": "use -n ROWS",
+        "--rows": "use -n ROWS",
+        "ARGUMENT": "use -i TIME for the interval and -d TIME for the duration",
+    },
     "tracer": {"-U": _UID, "--print-uid": _UID},
 }
 

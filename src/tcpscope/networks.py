@@ -88,7 +88,8 @@ def checked(networks: Iterable[Named]) -> tuple[Named, ...]:
     for each in networks:
         before = known.setdefault(each.network, each)
         if before.name != each.name:
-            raise UsageError(f"{each.network} has two names, '{before.name}' and '{each.name}'", "give it once")
+            names = " and ".join(name or "none" for name in (before.name, each.name))
+            raise UsageError(f"{each.network} has two names: {names}", "give it once")
     if len(known) > MOST:
         raise UsageError(f"{len(known)} networks", f"at most {MOST}")
     return tuple(known.values())
