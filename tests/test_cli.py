@@ -57,7 +57,7 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["stats"], "no command 'stats'; did you mean 'states'?"),
         (["tcpstate"], "no command 'tcpstate'; did you mean 'states'?"),
         (["xyz"], "no command 'xyz'; there are accept, cong, connect, "),
-        (["tcpsubnet"], "no counterpart of bcc's 'tcpsubnet' yet; `top --by raddr` shows"),
+        (["tcppktlat"], "no counterpart of bcc's 'tcppktlat' yet; `list` shows"),
         (["help", "xyz"], "no command 'xyz'; there are"),
         (["help", "rtt", "xyz"], "help for 'xyz'; 'rtt' has no commands of its own"),
         (["states", "--columns", "lprot"], "unknown column 'lprot'; did you mean 'lport'?"),

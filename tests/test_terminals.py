@@ -43,6 +43,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("retrans",): ("KIND", "REMOTE"),
     ("rtt", "--by", "connection"): ("COUNT", "REMOTE", "P50(ms)"),
     ("states",): ("OLD STATE", "NEW STATE", "IN STATE(ms)"),
+    ("subnet", "--net", f"{LONG},0.0.0.0/0"): ("NETWORK", "TX_BYTES", "RX_BYTES"),
     ("top",): ("TX_BYTES", "RX_BYTES", "REMOTE"),
     ("tracer",): ("ACTION", "CONNECT", "ACCEPT", "CLOSE", "REMOTE"),
     ("list",): ("STATE", "LOCAL"),
@@ -258,7 +259,7 @@ def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
                 running.append((command, tool, terminal))
         puppets = [puppet for address in (lab.server.ipv4, LONG) for puppet in connect(lab.server, address)]
         for command, tool, terminal in running:
-            if command[0] in ("cong", "queue", "top"):  # their next look
+            if command[0] in ("cong", "queue", "subnet", "top"):  # their next look
                 terminal.wait_for(LONG)
             tool.process.send_signal(signal.SIGINT)
             terminal.read_all()

@@ -37,11 +37,11 @@ PRIVATE = tuple(
         ("172.16.0.0/12", "private"),
         ("192.168.0.0/16", "private"),
         ("169.254.0.0/16", "link-local"),
-        ("0.0.0.0/0", "other IPv4"),
+        ("0.0.0.0/0", "other-IPv4"),
         ("::1", "loopback"),
         ("fc00::/7", "private"),
         ("fe80::/10", "link-local"),
-        ("::/0", "other IPv6"),
+        ("::/0", "other-IPv6"),
     )
 )
 """Loopback, what is private (RFC 1918, RFC 4193), what is link-local, and everything."""

@@ -923,11 +923,48 @@ class States(msgspec.Struct, frozen=True):
     """time spent in the old state"""
 
 
+class Subnet(msgspec.Struct, frozen=True):
+    """A row of `subnet`."""
+
+    time: datetime
+    """when the interval or the run ended"""
+
+    network: str | None
+    """network of the list; null: none of them has the address"""
+
+    name: str | None
+    """its name in the list"""
+
+    tx_bytes: int
+    """data sent for the first time"""
+
+    rx_bytes: int
+    """data received, once and in order"""
+
+    retrans_bytes: int
+    """data sent again"""
+
+    tx_bytes_per_s: int
+    """data sent for the first time, bytes per second"""
+
+    rx_bytes_per_s: int
+    """data received, bytes per second"""
+
+    retrans_pct: float | None
+    """data sent again, in percent of all that was sent; null: nothing was sent"""
+
+    interval_us: int
+    """how long the interval was"""
+
+    total: bool
+    """over the whole run, not an interval"""
+
+
 class Top(msgspec.Struct, frozen=True):
     """A row of `top`."""
 
     time: datetime
-    """when it happened"""
+    """when the interval or the run ended"""
 
     cookie: int | None
     """socket cookie, what ss -e prints as sk:"""
@@ -970,6 +1007,37 @@ class Top(msgspec.Struct, frozen=True):
 
     retrans_bytes: int
     """data sent again"""
+
+    tx_bytes_per_s: int
+    """data sent for the first time, bytes per second"""
+
+    rx_bytes_per_s: int
+    """data received, bytes per second"""
+
+    retrans_pct: float | None
+    """data sent again, in percent of all that was sent; null: nothing was sent"""
+
+    interval_us: int
+    """how long the interval was"""
+
+    srtt_us: int | None
+    """smoothed round-trip time"""
+
+    limit: str | None
+    """what kept the sender from sending more for the longest time: application (it had nothing to send), rwnd (the
+    remote end's receive window), sndbuf (the send buffer), cwnd (the congestion window)"""
+
+    app_pct: float | None
+    """share of time: the application had nothing to send"""
+
+    rwnd_pct: float | None
+    """share of time: the remote end's receive window was full"""
+
+    sndbuf_pct: float | None
+    """share of time: the send buffer was full"""
+
+    cwnd_pct: float | None
+    """share of time: data was under way, and the congestion window was full"""
 
 
 class Tracer(msgspec.Struct, frozen=True):
@@ -1362,11 +1430,37 @@ def open(tool: Literal["states"], /, **asked: Unpack[AskedInPart]) -> Events[Any
 
 
 @overload
-def open(tool: Literal["top"], /, **asked: Unpack[Asked]) -> Events[Top]: ...
+def open(
+    tool: Literal["subnet"],
+    /,
+    *,
+    net: str | Sequence[str] | None = ...,
+    net_file: str | None = ...,
+    sort: str | None = ...,
+    **asked: Unpack[Asked],
+) -> Events[Subnet]: ...
 
 
 @overload
-def open(tool: Literal["top"], /, *, by: str = ..., **asked: Unpack[AskedInPart]) -> Events[Any]: ...
+def open(
+    tool: Literal["subnet"],
+    /,
+    *,
+    net: str | Sequence[str] | None = ...,
+    net_file: str | None = ...,
+    sort: str | None = ...,
+    **asked: Unpack[AskedInPart],
+) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["top"], /, *, sort: str | None = ..., **asked: Unpack[Asked]) -> Events[Top]: ...
+
+
+@overload
+def open(
+    tool: Literal["top"], /, *, by: str | Sequence[str] = ..., sort: str | None = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
 
 
 @overload

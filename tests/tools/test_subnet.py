@@ -89,8 +89,8 @@ def test_the_usual_list(script: Script) -> Test:
     seen = yield
     rows = [row for row in seen.run(NAMED).rows if row["total"]]
     assert {(row["network"], row["name"], row["tx_bytes"], row["rx_bytes"]) for row in rows} == {
-        ("0.0.0.0/0", "other IPv4", 120, 120),
-        ("::/0", "other IPv6", 120, 120),
+        ("0.0.0.0/0", "other-IPv4", 120, 120),
+        ("::/0", "other-IPv6", 120, 120),
     }
 
 
