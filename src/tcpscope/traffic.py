@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column
@@ -34,6 +35,7 @@ _DERIVED = (
     ),
     Column("interval_us", unit="us", doc="how long the interval was"),
 )
+_OWNER = ("pid", "uid", "comm", "cgroup")
 _NUMERIC = ("int", "float")
 _AT_ONCE = 64
 """Most batches of events in one poll, which must end."""
@@ -43,6 +45,12 @@ def moved_columns() -> tuple[Column, ...]:
     """The columns of what was moved: bytes, rates, and the length of the interval."""
     layout = Spec.of("traffic").layout("traffic")
     return (*(Column.of(layout.field(name)) for name in BYTES), *_DERIVED)
+
+
+def skipped(request: Request, columns: Iterable[Column]) -> tuple[str, ...]:
+    """Hooks that find the listener of a child, and so its owner before accept(): only where an owner is asked for."""
+    owned = compiled_filter.asks_owner(request.filter) or any(column.name in _OWNER for column in columns)
+    return () if owned else ("child4", "child6", "child_woken", "child_woken_again")
 
 
 SORT = Option(

@@ -21,7 +21,7 @@ from tcpscope.run import Run
 from tcpscope.session import Session, closed_on_error
 from tcpscope.summary import TOTAL
 from tcpscope.tool import Stream
-from tcpscope.traffic import BYTES, SORT, TIME, Counting, Interval, Moved, moved_columns, sorted_by
+from tcpscope.traffic import BYTES, SORT, TIME, Counting, Interval, Moved, moved_columns, skipped, sorted_by
 
 _WHERE = (
     Column("network", "text", width=18, nullable=True, doc="network of the list; null: none of them has the address"),
@@ -54,6 +54,7 @@ class Subnet(Stream):
             constants={"by_network": True},
             entries={"network_sums": len(asked) + 1},
             keys={"networks": {each.key: struct.pack("=I", at) for at, each in enumerate(asked, 1)}},
+            skip=skipped(request, ()),
             ring_bytes=request.buffer or self.ring_bytes(request),
             debug=request.debug,
         )

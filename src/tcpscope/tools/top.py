@@ -19,7 +19,18 @@ from tcpscope.request import Option, Request, names_in
 from tcpscope.run import Run
 from tcpscope.session import Session, closed_on_error
 from tcpscope.tool import Stream
-from tcpscope.traffic import BYTES, NOTHING_MOVED, SORT, TIME, Counting, Interval, Moved, moved_columns, sorted_by
+from tcpscope.traffic import (
+    BYTES,
+    NOTHING_MOVED,
+    SORT,
+    TIME,
+    Counting,
+    Interval,
+    Moved,
+    moved_columns,
+    skipped,
+    sorted_by,
+)
 
 _CONNECTIONS = Column("connections", width=5, title="CONNS", doc="connections that have moved data in the interval")
 _NOUNS = {"pid": "process", "raddr": "remote address", "cgroup": "cgroup"}
@@ -45,6 +56,9 @@ class Top(Stream):
 
     def floods(self, request: Request) -> bool:
         return False
+
+    def skip(self, request: Request) -> tuple[str, ...]:
+        return skipped(request, self.columns(request))
 
     def ring_bytes(self, request: Request) -> int:
         return self.ring_for_all_sockets()
@@ -167,6 +181,7 @@ tool = Top(
         "srtt_us",
         "retrans_bytes",
         "connections",
+        "retrans_pct",
         "laddr",
     ),
     aliases=("tcptop",),
