@@ -39,6 +39,8 @@ _OWNER = ("pid", "uid", "comm", "cgroup")
 _NUMERIC = ("int", "float")
 _AT_ONCE = 64
 """Most batches of events in one poll, which must end."""
+_KEPT_NS = 2_000_000_000
+"""How long it is known what was counted of a connection: much longer than events of a look and of an end are apart."""
 
 
 def moved_columns() -> tuple[Column, ...]:
@@ -55,21 +57,22 @@ def skipped(request: Request, columns: Iterable[Column]) -> tuple[str, ...]:
 
 SORT = Option(
     ("--sort",),
-    "Print the largest of this column first.  [default: bytes sent and received]",
+    "Print the largest of this column first: tx, rx, retrans, ...  [default: bytes sent and received]",
     str,
     metavar="COLUMN",
 )
 
 
 def sorted_by(request: Request, columns: Iterable[Column]) -> str | None:
-    """The column of --sort. UsageError if there is none, or if it has no numbers."""
+    """The column of --sort; `tx` is tx_bytes. UsageError if there is none, or if it has no numbers."""
     name: str | None = request.options["sort"]
-    if name is not None:
-        numeric = [column.name for column in columns if column.kind in _NUMERIC]
-        if name not in numeric:
-            hint = did_you_mean(name, numeric) or f"columns of numbers are {', '.join(numeric)}"
-            raise UsageError(f"--sort {name}", hint)
-    return name
+    if name is None:
+        return None
+    numeric = [column.name for column in columns if column.kind in _NUMERIC]
+    for found in (name, f"{name}_bytes"):
+        if found in numeric:
+            return found
+    raise UsageError(f"--sort {name}", did_you_mean(name, numeric) or f"columns of numbers are {', '.join(numeric)}")
 
 
 class Moved(NamedTuple):
@@ -118,10 +121,10 @@ class Interval(NamedTuple):
 
 @dataclass
 class _Known:
-    """A connection that has moved something in this round or the one before: what was counted, and the rounds."""
+    """A connection that has moved something just now: what was counted of it, when, and its last interval."""
 
     counted: Moved
-    round: int
+    seen_ns: int
     shown_in: int = -1
 
 
@@ -143,7 +146,7 @@ class Counting(Run):
         self.round = 0
         session.loaded.run("look")
         session.loaded.memory("begun")[0] = True
-        self.began_ns = self._since_ns = monotonic_ns()
+        self.began_ns = self._since_ns = self._forgot_ns = monotonic_ns()
 
     def _rows_of(self, records: memoryview) -> Iterable[Any]:
         """What the tool decodes of these records beside the numbers: one for each."""
@@ -187,12 +190,14 @@ class Counting(Run):
         self._take()
         began_ns, self._since_ns = self._since_ns, ended_ns
         batch = self._batch("snapshot", self._ended(Interval(began_ns, ended_ns)), ended_ns)
-        for key in [key for key, known in self._known.items() if known.round < self.round]:
-            del self._known[key]
         self.round += 1
         return batch
 
     def _take(self, most: int | None = None) -> None:
+        now_ns = monotonic_ns()
+        if now_ns - self._forgot_ns > _KEPT_NS:
+            self._known = {key: known for key, known in self._known.items() if now_ns - known.seen_ns < _KEPT_NS}
+            self._forgot_ns = now_ns
         for records in islice(self._session.batches(), most):
             for raw, row in zip(self._raw(records), self._rows_of(records), strict=False):
                 self.stats.shown += 1
@@ -200,8 +205,8 @@ class Counting(Run):
                 key = raw.socket, raw.opened_ns
                 known = self._known.get(key)
                 if known is None:
-                    known = self._known[key] = _Known(Moved(raw.tx, raw.rx, raw.retrans), self.round)
-                known.round = self.round
+                    known = self._known[key] = _Known(Moved(raw.tx, raw.rx, raw.retrans), now_ns)
+                known.seen_ns = now_ns
                 counted = Moved(*map(max, now, known.counted))
                 if moved := counted.minus(known.counted):
                     self._add(raw, row, moved, known.shown_in != self.round)
