@@ -65,7 +65,7 @@ def test_networks(script: Script) -> Test:
     ends = [pair(script, PORT + number, kind) for number, kind in enumerate(("4", "6", "mapped"))]
     for near, far in ends:
         exchange(near, far, 5000, 700)
-    script.server.agent.pause(450_000)  # at least one look between
+    script.server.agent.until("rows", f"{MIXED.name}.out", 0, op=">=", value=4)  # a look has shown it
     for near, far in ends:
         exchange(near, far, 60, 8)
     close(*ends[0])
