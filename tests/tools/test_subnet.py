@@ -105,6 +105,7 @@ def test_no_network_has_it(script: Script) -> Test:
     assert {row["name"] for row in seen.run(NONE).rows} == {None}
 
 
+@pytest.mark.concurrent
 @recorded(OFTEN)
 def test_looks_beside_ends(script: Script) -> Test:
     """Connections that end while it looks count once, in the kernel or here."""

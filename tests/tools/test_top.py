@@ -293,6 +293,7 @@ def test_mptcp(script: Script) -> Test:
     assert sums(far_rows) == (0, 7000, 0)
 
 
+@pytest.mark.concurrent
 @recorded(OFTEN)
 def test_looks_beside_ends(script: Script) -> Test:
     """A look every hundredth of a second, while short connections end: each byte counts once."""
