@@ -22,6 +22,7 @@ from tcpscope.session import POLL_SECONDS, Session
 
 TIME = Column("time", "time", doc="when the interval or the run ended")
 BYTES = ("tx_bytes", "rx_bytes", "retrans_bytes")
+RATES = ("tx_bytes_per_s", "rx_bytes_per_s", "retrans_pct")
 _DERIVED = (
     Column("tx_bytes_per_s", unit="", width=10, title="TX_B/s", doc="data sent for the first time, bytes per second"),
     Column("rx_bytes_per_s", unit="", width=10, title="RX_B/s", doc="data received, bytes per second"),

@@ -21,7 +21,7 @@ from tcpscope.run import Run
 from tcpscope.session import Session, closed_on_error
 from tcpscope.summary import TOTAL
 from tcpscope.tool import Stream
-from tcpscope.traffic import BYTES, SORT, TIME, Counting, Interval, Moved, moved_columns, skipped, sorted_by
+from tcpscope.traffic import BYTES, RATES, SORT, TIME, Counting, Interval, Moved, moved_columns, skipped, sorted_by
 
 _WHERE = (
     Column("network", "text", width=18, nullable=True, doc="network of the list; null: none of them has the address"),
@@ -111,8 +111,8 @@ class _Adding(Counting):
 
 tool = Subnet(
     "traffic",
-    ("time", "network", "name", *BYTES, "tx_bytes_per_s", "rx_bytes_per_s", "retrans_pct", "total"),
-    important=("network", "name", "tx_bytes", "rx_bytes", "total", "tx_bytes_per_s", "rx_bytes_per_s", "retrans_bytes"),
+    ("time", "network", "name", *BYTES, *RATES, "total"),
+    important=("network", "name", *BYTES[:2], "total", *RATES[:2], *BYTES[2:]),
     aliases=("tcpsubnet",),
     examples={
         "subnet --net 10.0.0.0/8,2001:db8::/32 -i 5": "two networks, every five seconds",
