@@ -71,6 +71,8 @@ def test_keys() -> None:
     ("text", "message"),
     [
         ("NO_SOKET", "this kernel has no reason 'NO_SOKET'; did you mean 'NO_SOCKET'?"),
+        ("TCP_SUM", "this kernel has no reason 'TCP_SUM'; did you mean 'TCP_CSUM' or "),
+        ("SEQUENCE", "this kernel has no reason 'SEQUENCE'; there are TCP_INVALID_SEQUENCE"),
         ("!XYZ", "this kernel has no reason 'XYZ'; tcpscope drop --all --count shows the reasons that occur"),
         ("MAX", "this kernel has no reason 'MAX'; "),
         ("UDP_*", "this kernel has no reason 'UDP_*'; "),

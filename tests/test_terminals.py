@@ -133,6 +133,17 @@ def test_notes_are_wrapped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert not run.notes
 
 
+def test_long_lines_are_indented_and_no_word_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(screen.WIDTH, "40")
+    hook = "  ack4_exit      not kprobe/tcp_v4_syn_recv_sock: why-ever-not"
+    assert screen.filled(hook, io.BytesIO(), 19).splitlines() == [
+        "  ack4_exit      not",
+        "                   kprobe/tcp_v4_syn_recv_sock:",
+        "                   why-ever-not",
+    ]
+    assert screen.filled("  short    line", io.BytesIO(), 19) == "  short    line"
+
+
 @pytest.mark.root
 @pytest.mark.parametrize(("columns", "shown"), [(60, False), (120, True)])
 def test_a_tool_in_the_lab(columns: int, shown: bool) -> None:

@@ -6,6 +6,7 @@ Each entry names the function of the kernel that counts. A reason without an ent
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -191,7 +192,17 @@ def _matching(known: Mapping[str, int], patterns: Iterable[str]) -> set[int]:
         wanted = pattern.upper().removeprefix(PREFIX)
         matching = {number for name, number in known.items() if fnmatch.fnmatchcase(name, wanted)}
         if not matching:
-            hint = did_you_mean(wanted, list(known)) or "tcpscope drop --all --count shows the reasons that occur"
-            raise UsageError(f"this kernel has no reason {pattern!r}", hint)
+            raise UsageError(f"this kernel has no reason {pattern!r}", _hint(wanted, known))
         found |= matching
     return found
+
+
+def _hint(wanted: str, known: Iterable[str]) -> str:
+    """Names that are similar, or have a word of `wanted`."""
+    words = [word for word in re.findall("[A-Z]+", wanted) if len(word) > 3]
+    alike = [name for name in known if any(word in name for word in words)]
+    return (
+        did_you_mean(wanted, known, 3)
+        or (f"there are {', '.join(alike)}" if alike else "")
+        or "tcpscope drop --all --count shows the reasons that occur"
+    )

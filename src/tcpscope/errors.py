@@ -71,9 +71,9 @@ class BtfError(MalformedError):
     """BTF that is cut short or contradicts itself."""
 
 
-def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """`did you mean 'states'?`, if one of `allowed` is similar to `value`; else an empty string."""
+def did_you_mean(value: str, allowed: Iterable[str], most: int = 1) -> str:
+    """`did you mean 'states'?`: the `most` names of `allowed` that are similar to `value`. Empty if there are none."""
     import difflib  # only after a mistake
 
-    near = difflib.get_close_matches(value, list(allowed), n=1)
-    return f"did you mean '{near[0]}'?" if near else ""
+    near = difflib.get_close_matches(value, list(allowed), most)
+    return f"did you mean {' or '.join(repr(name) for name in near)}?" if near else ""

@@ -50,7 +50,8 @@ def _show(tool: Tool, request: Request, stream: BinaryIO, command: Command | Non
     with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
         Output.stop = stop
         if request.explain:
-            stream.write("\n".join([*explain(request.filter, run.sessions), ""]).encode())
+            for line in explain(request.filter, run.sessions):
+                stream.write(f"{screen.filled(line, stream, _INDENT)}\n".encode())
             return
         sink: Sink
         page = None
@@ -156,6 +157,9 @@ def _print_notes(run: Run) -> None:
     for note in run.notes:
         print(screen.filled(f"tcpscope: {note}", sys.stderr), file=sys.stderr)
     run.notes.clear()
+
+
+_INDENT = 19  # of a second line of what --explain says
 
 
 def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:

@@ -108,10 +108,12 @@ def width_of(stream: TextIO | BinaryIO) -> int | None:
     return int(given) if given.isdecimal() and given.isascii() and int(given) else None
 
 
-def filled(line: str, stream: TextIO | BinaryIO) -> str:
-    """The line, in several where the terminal that shows `stream` is narrower."""
+def filled(line: str, stream: TextIO | BinaryIO, indent: int = 0) -> str:
+    """The line, in several where the terminal that shows `stream` is narrower. `indent`: of all but the first."""
     width = width_of(stream)
-    return textwrap.fill(line, width) if width else line
+    if not width or len(line) <= width:
+        return line
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def cut(line: str, width: int) -> str:
