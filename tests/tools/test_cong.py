@@ -26,6 +26,7 @@ from tcpscope.tools import cong
 from tests.conftest import RunningTool, until
 from tests.lacks import is_refused
 from tests.record import Call, Script, Seen, Socket, Test, Watch, recorded
+from tests.tools.pair import exchange, pair, without_timers
 
 PORT = 6780
 PORTS = f"{PORT}-{PORT + 9}"
@@ -55,28 +56,6 @@ def must_work(seen: Seen) -> None:
             assert (run.status, run.stdout) == (3, "")
             assert "the kernel has no tracepoint tcp_cong_state_set" in run.stderr
     pytest.skip("this kernel has no tracepoint tcp_cong_state_set")
-
-
-def pair(script: Script, port: int = PORT) -> tuple[Socket, Socket, Call]:
-    """The two ends of a connection, of a process each, and its client's port."""
-    client, server = script.client.process("client"), script.server.process("server")
-    listener = server.listener(port)
-    near = client.socket()
-    near.connect(script.server.ipv4, port)
-    near.option(6, 1, 1)  # TCP_NODELAY
-    return near, listener.accept(), near.name()
-
-
-def exchange(near: Socket, far: Socket, size: int = 100) -> None:
-    near.send_all(size)
-    far.read(size)
-    near.until_acknowledged()
-
-
-def without_timers(script: Script) -> None:
-    """For a minute neither a tail loss probe nor an RTO."""
-    script.client.sysctl("tcp_early_retrans", 0)
-    script.client.exec("ip", "route", "replace", f"{script.server.ipv4}/32", "dev", "veth0", "rto_min", "60s")
 
 
 def lose_one(script: Script, near: Socket, number: int = 6) -> None:
@@ -141,7 +120,7 @@ def test_recovery(script: Script, sack: bool) -> Test:
     for host in script.hosts:
         host.sysctl("tcp_sack", int(sack))
     script.client.sysctl("tcp_congestion_control", "reno")
-    near, far, local = pair(script)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far)
     begun, before = near.field("ca_state"), counted(script)
     lose_one(script, near)
@@ -209,7 +188,7 @@ def test_loss(script: Script) -> Test:
 @recorded(EVENTS, ALL, ONCE)
 def test_a_lost_tail(script: Script) -> Test:
     """The loss probe repairs it: the kernel enters CWR and leaves it within one ACK."""
-    near, far, local = pair(script)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far)
     before, probes = counted(script), script.client.counter("TcpExtTCPLossProbes")
     with script.client.losing():
@@ -237,7 +216,7 @@ def test_a_mark_of_congestion(script: Script) -> Test:
     for host in script.hosts:
         host.sysctl("tcp_ecn", 1)
     script.client.sysctl("tcp_congestion_control", "reno")
-    near, far, local = pair(script)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far)
     before, marks = counted(script), script.server.counter("IpExtInCEPkts")
     script.client.exec("nft", MARKING % PORT)
@@ -268,7 +247,7 @@ def test_a_mark_of_congestion(script: Script) -> Test:
 @recorded(EVENTS, ALL, ONCE)
 def test_a_full_queue_of_this_host(script: Script) -> Test:
     """The device's queue drops a packet. The kernel takes that for congestion, and sends it again."""
-    near, far, local = pair(script)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far)
     before = counted(script)
     script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", 0)
@@ -320,8 +299,8 @@ def test_a_lost_syn(script: Script) -> Test:
 def test_older_than_the_tool(script: Script) -> Test:
     """It is in Loss when the tool begins. How long that has been is not known; what it does from now on is."""
     with script.older():
-        near, far, local = pair(script)
-        quiet, other, still = pair(script, PORT + 1)
+        near, far, local = pair(script, PORT).ends
+        quiet, other, still = pair(script, PORT + 1).ends
         exchange(near, far)
         script.client.lose()
         near.send_all(1000)
@@ -355,7 +334,7 @@ def test_older_than_the_tool(script: Script) -> Test:
 def test_it_ends_in_loss(script: Script) -> Test:
     """The application resets it. The next connection of the same socket begins in Open."""
     script.client.sysctl("tcp_early_retrans", 0)
-    near, far, first = pair(script)
+    near, far, first = pair(script, PORT).ends
     exchange(near, far)
     with script.client.losing():
         sent = near.send_all(1000)
@@ -385,7 +364,7 @@ def test_it_ends_in_loss(script: Script) -> Test:
 def test_visits(script: Script) -> Test:
     """As many as there are rows, and as long as they must be."""
     script.client.sysctl("tcp_early_retrans", 0)
-    near, far, local = pair(script)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far)
     with script.client.losing():
         sent = near.send_all(3000)

@@ -15,7 +15,8 @@ from tcpscope.lab.hosts import DEVICE, Lab
 from tcpscope.lab.packets import syn
 from tests.conftest import RunningTool
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
-from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET, TCP_NODELAY
+from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET
+from tests.tools.pair import pair
 from tests.tools.queue.refusals import BACKLOG, Run
 
 DROPS = Watch("drop", "--port", PORTS)
@@ -70,15 +71,10 @@ def has_reason(seen: Seen, name: str) -> bool:
     return f"SKB_DROP_REASON_{name}" in seen.machine.kernel.enumerators("skb_drop_reason").values()
 
 
-def pair(script: Script, rport: int, family: str = "4") -> tuple[Process, Socket, Socket]:
+def connection(script: Script, rport: int, family: str = "4") -> tuple[Process, Socket, Socket]:
     """The server, and both ends of a connection. No other client has its port."""
-    server, client = script.server.process("server"), script.client.process("client")
-    listener = server.listener(PORT, script.server.address(family))
-    near = client.socket(family)
-    near.bind(script.client.address(family), rport)
-    near.connect(script.server.address(family), PORT)
-    near.option(IPPROTO_TCP, TCP_NODELAY, 1)
-    return server, near, listener.accept()
+    made = pair(script, PORT, family, rport=rport)
+    return made.server, made.near, made.far
 
 
 def reset(script: Script, near: Socket) -> None:
@@ -463,7 +459,7 @@ def test_a_syn_in_a_connection(script: Script) -> Test:
 def test_a_full_backlog(script: Script, family: str) -> Test:
     """A process holds the socket, and what comes meanwhile waits for it. It is out of the window, and not merged."""
     port = 42101 if family == "4" else 42102
-    server, near, far = pair(script, port, family)
+    server, near, far = connection(script, port, family)
     for option in (SO_SNDBUF, SO_RCVBUF):
         far.option(SOL_SOCKET, option, 1)
     following = far.sequence("receive")
@@ -488,7 +484,7 @@ def test_time_stamps_that_are_too_old(script: Script) -> Test:
     """The client's clock goes back by 100 s."""
     port = 42103
     script.client.sysctl("tcp_early_retrans", 0)
-    server, near, _ = pair(script, port)
+    server, near, _ = connection(script, port)
     near.send_all(100)
     near.until_acknowledged()
     before = script.server.counter("TcpExtPAWSEstab")
@@ -513,7 +509,7 @@ def test_time_stamps_that_are_too_old(script: Script) -> Test:
 def test_what_is_out_of_the_window(script: Script) -> Test:
     """In the client's name: beyond the window, and before it."""
     port = 42104
-    server, near, far = pair(script, port)
+    server, near, far = connection(script, port)
     following = far.sequence("receive")
     ends = script.client.ipv4, port, script.server.ipv4, PORT
     before = script.server.counters()
@@ -576,7 +572,7 @@ def test_a_packet_that_is_too_big(script: Script) -> Test:
 @recorded(DROPS)
 def test_a_full_queue_of_the_device(script: Script) -> Test:
     """It has no room for a single packet. All that the client sends is TCP: IPv6 is off there."""
-    _, near, far = pair(script, 42105)
+    _, near, far = connection(script, 42105)
     script.client.sysctl("ipv6/conf/veth0/disable_ipv6", 1)
     client = near.process
     script.client.exec("tc", "qdisc", "replace", "dev", "veth0", "root", "pfifo", "limit", 0)

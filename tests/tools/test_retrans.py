@@ -14,6 +14,7 @@ from tcpscope.request import Request
 from tcpscope.tool import Stream, find
 from tests.record import Call, Script, Seen, Test, Watch, recorded
 from tests.record.script import Process, Socket
+from tests.tools.pair import exchange, pair, without_timers
 
 PORT = 6711
 RETRANS = Watch("retrans", "--port", f"{PORT}")
@@ -27,16 +28,9 @@ COUNTED = Watch("retrans", "--count", "--by", "netns,kind,state", "--port", f"{P
 
 def connection(script: Script) -> tuple[Process, Socket, Socket, Call]:
     """The client's process, both sockets and the local port. 100 bytes have been sent and acknowledged."""
-    server, client = script.server.process("server"), script.client.process("client")
-    listener = server.listener(PORT)
-    near = client.socket()
-    near.connect(script.server.ipv4, PORT)
-    far = listener.accept()
-    local = near.name()
-    near.send_all(100)
-    far.read(100)
-    near.until_acknowledged()
-    return client, near, far, local
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    return made.client, *made.ends
 
 
 def us_between(first: dict[str, Any], last: dict[str, Any]) -> float:
@@ -176,8 +170,7 @@ def test_duplicate_acks_without_a_loss(script: Script) -> Test:
     """They come in the server's name, as if it had got segments in another order. Its own ACK is late, and undoes."""
     for host in script.hosts:
         host.sysctl("tcp_sack", 0)
-    script.client.sysctl("tcp_early_retrans", 0)
-    script.client.exec("ip", "route", "replace", f"{script.server.ipv4}/32", "dev", "veth0", "rto_min", "60s")
+    without_timers(script)
     client, near, far, local = connection(script)
     following, answered = near.sequence("send"), near.sequence("receive")
     before = script.client.counters()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.record import Call, Script, Seen, Socket, Test, Watch, recorded
+from tests.tools.pair import exchange, pair
 
 PORT = 6760
 PORTS = f"{PORT}-{PORT + 9}"
@@ -34,15 +35,6 @@ def sums(rows: list[Row]) -> tuple[int, int, int]:
     return tuple(sum(row[name] for row in rows) for name in NUMBERS)  # type: ignore
 
 
-def pair(script: Script, port: int, kind: str = "4") -> tuple[Socket, Socket, Call]:
-    """The two ends of a connection, of a process each, and its client's port."""
-    client, server = script.client.process("client"), script.server.process("server")
-    listener = server.listener(port, script.server.address("4" if kind == "mapped" else kind))
-    near = client.socket(kind)
-    near.connect(script.server.address(kind), port)
-    return near, listener.accept(), near.name()
-
-
 def of(seen: Seen, watch: Watch, script: Script, port: int, local: Call) -> tuple[list[Row], list[Row]]:
     """The rows of both ends of a connection."""
     near = seen.rows(watch, script.client, lport=local.ret, rport=port)
@@ -55,13 +47,6 @@ def of(seen: Seen, watch: Watch, script: Script, port: int, local: Call) -> tupl
 def until_moved(script: Script, port: int, number: int = 1) -> None:
     """Until a look has shown the server's end of a connection."""
     script.server.until_rows(TOP, number, since=0, lport=port)
-
-
-def exchange(near: Socket, far: Socket, there: int, back: int) -> None:
-    near.send_all(there)
-    far.read(there)
-    far.send_all(back)
-    near.read(back)
 
 
 def close(near: Socket, far: Socket) -> tuple[Call, Call]:
@@ -84,7 +69,7 @@ def check(rows: list[Row], info: dict[str, int], sent: int, read: int) -> None:
 @recorded(TOP, SHORT)
 def test_both_ends(script: Script) -> Test:
     """Of a connection that many looks see, and of an IPv6 one."""
-    ends = {port: pair(script, port, kind) for port, kind in ((PORT, "4"), (PORT + 1, "6"))}
+    ends = {port: pair(script, port, kind).ends for port, kind in ((PORT, "4"), (PORT + 1, "6"))}
     infos = {}
     for port, (near, far, _) in ends.items():
         exchange(near, far, 5000, 70_000)
@@ -106,11 +91,11 @@ def test_both_ends(script: Script) -> Test:
 def test_shorter_than_an_interval(script: Script) -> Test:
     """No look sees one of them: SHORT looks once, when they are gone."""
     made = []
-    near, far, local = pair(script, PORT)
+    near, far, local = pair(script, PORT).ends
     for number in range(5):
         exchange(near, far, 100 + number, 10)
         made.append((local, close(near, far)))
-        near, far, local = pair(script, PORT + number + 1)
+        near, far, local = pair(script, PORT + number + 1).ends
     seen = yield
     for number, (local, infos) in enumerate(made):
         port = PORT + number
@@ -122,7 +107,7 @@ def test_shorter_than_an_interval(script: Script) -> Test:
 
 @recorded(TOP, SHORT)
 def test_retransmissions(script: Script) -> Test:
-    near, far, local = pair(script, PORT)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far, 100, 100)
     with script.client.losing():
         near.send_all(3000)
@@ -141,9 +126,9 @@ def test_retransmissions(script: Script) -> Test:
 def test_older_than_the_tool(script: Script) -> Test:
     """Only what it moves while the tool runs counts."""
     with script.older():
-        near, far, local = pair(script, PORT)
+        near, far, local = pair(script, PORT).ends
         exchange(near, far, 1000, 2000)
-        near.until_acknowledged(), far.until_acknowledged()
+        far.until_acknowledged()
     exchange(near, far, 10, 20)
     until_moved(script, PORT)
     exchange(near, far, 7, 0)
@@ -180,9 +165,9 @@ def test_from_the_accept_queue(script: Script) -> Test:
 @recorded(TOP)
 def test_open_at_the_end(script: Script) -> Test:
     """The last look has what came after the one before it; a disconnected socket is another connection then."""
-    near, far, local = pair(script, PORT)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far, 50, 60)
-    near.until_acknowledged(), far.until_acknowledged()
+    far.until_acknowledged()
     near.disconnect()
     near.connect(script.server.ipv4, PORT)
     again = near.name()
@@ -199,13 +184,12 @@ def test_open_at_the_end(script: Script) -> Test:
 @recorded(BY_PID, BY_PEER, BY_CGROUP)
 def test_groups(script: Script) -> Test:
     """By process: two connections of a pair of processes. By address: both ends have moved the same."""
-    near, far, _ = pair(script, PORT + 9)
+    near, far, _ = pair(script, PORT + 9).ends
     second = far.process.listener(PORT + 8)
     other = near.process.socket()
     other.connect(script.server.ipv4, PORT + 8)
     exchange(near, far, 100, 1000)
     exchange(other, second.accept(), 10, 20_000)
-    near.until_acknowledged(), other.until_acknowledged()
     script.stay()
     seen = yield
     for end, moved in ((near, (110, 21_000)), (far, (21_000, 110))):
@@ -228,7 +212,7 @@ TAKING = ("read", "peek_and_read", "splice_out", "readv")
 @recorded(TOP, SHORT)
 def test_ways_of_bytes(script: Script, kind: str) -> Test:
     """All calls that send and all that receive, one after the other: what they moved, TCP_INFO and the rows agree."""
-    near, far, local = pair(script, PORT, kind)
+    near, far, local = pair(script, PORT, kind).ends
     sent = 0
     for number, way in enumerate(SENDING):
         size = 30_000 + number
@@ -250,7 +234,7 @@ def test_ways_of_bytes(script: Script, kind: str) -> Test:
 
 @recorded(TOP)
 def test_io_uring(script: Script) -> Test:
-    near, far, local = pair(script, PORT)
+    near, far, local = pair(script, PORT).ends
     sent = near("uring_send", 40_000, may_fail=True)
     far.until_field("received", sent)
     far.receive(65536, MSG_DONTWAIT, may_fail=True)
@@ -319,7 +303,7 @@ def test_looks_beside_ends(script: Script) -> Test:
 @recorded(MOST)
 def test_most_of_a_column(script: Script) -> Test:
     """--sort and -n: of the two ends that have moved as much the one that received more."""
-    near, far, _ = pair(script, PORT + 6)
+    near, far, _ = pair(script, PORT + 6).ends
     exchange(near, far, 5000, 10)
     close(near, far)
     seen = yield
@@ -330,7 +314,7 @@ def test_most_of_a_column(script: Script) -> Test:
 @recorded(SHORT)
 def test_limited_by_the_receive_window(script: Script) -> Test:
     """The other end does not read for a second. The share of that time is what TCP_INFO says."""
-    near, far, local = pair(script, PORT)
+    near, far, local = pair(script, PORT).ends
     size = 8 << 20
     made = near.process.now()
     beside = near.process.thread().at(near)
@@ -352,7 +336,7 @@ def test_limited_by_the_receive_window(script: Script) -> Test:
 
 @recorded(SHORT)
 def test_limited_by_the_application(script: Script) -> Test:
-    near, far, local = pair(script, PORT)
+    near, far, local = pair(script, PORT).ends
     exchange(near, far, 100, 10)
     near.process.pause(300_000)
     exchange(near, far, 100, 10)
