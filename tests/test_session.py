@@ -73,7 +73,7 @@ def test_the_account() -> None:
     for silent in (Stats(table_full=2), Stats(missed=1)):
         assert not silent.lossless
     assert Stats(table_full=2).line().endswith("; 2 times a table was full")
-    assert Stats(missed=1).line().endswith("; at least 1 times the kernel skipped a program")
+    assert Stats(missed=1).line().endswith("; at least 1 times a program was skipped, or could not tell")
 
 
 def test_what_was_missed() -> None:

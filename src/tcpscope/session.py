@@ -44,8 +44,8 @@ class Stats:
                 of standard output did not take
     limited     events that the filter wants, but more than --rate allows in their second
     table_full  connections that found no place in a table of the kernel: their owner and times are not known
-    missed      not in `seen`: transitions that no program saw, and runs that the kernel skipped (recursion) of programs
-                that have no second copy; a lower bound
+    missed      not in `seen`: transitions that no program saw, runs that the kernel skipped (recursion) of programs
+                that have no second copy, and packets of which a program cannot tell what happened; a lower bound
     """
 
     seen: int = 0
@@ -71,7 +71,7 @@ class Stats:
         if self.table_full:
             text += f"; {self.table_full} times a table was full"
         if self.missed:
-            text += f"; at least {self.missed} times the kernel skipped a program"
+            text += f"; at least {self.missed} times a program was skipped, or could not tell"
         return text
 
     def check(self, hint: str = "a narrower filter helps") -> None:

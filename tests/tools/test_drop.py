@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import struct
 import subprocess
 from collections import Counter
 from typing import Any
@@ -12,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 from tcpscope.lab.hosts import DEVICE, Lab
-from tcpscope.lab.packets import syn
+from tcpscope.lab.packets import raw_socket, syn
 from tests.conftest import RunningTool
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET
@@ -663,16 +664,7 @@ def test_an_ip_header_that_is_too_short(lab: Lab, run_tool: type[RunningTool], w
 @pytest.mark.parametrize("local", [PORT, PORT + 1])
 def test_the_ingress_of_a_device(lab: Lab, run_tool: type[RunningTool], local: int) -> None:
     """Discarded while the packet has its sender's socket, whose local port may be the port that the packet is for."""
-    lab.server.run(
-        subprocess.run,
-        [
-            "nft",
-            f"""add table netdev t
-add chain netdev t c {{ type filter hook ingress device {DEVICE} priority 0; }}
-add rule netdev t c tcp dport {PORT} drop""",
-        ],
-        check=True,
-    )
+    lab.server.run(subprocess.run, ["nft", NETDEV.format(verdict="drop")], check=True)
     with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
         client = lab.client.socket(socket.AF_INET)
         client.bind((lab.client.ipv4, local))
@@ -682,3 +674,62 @@ add rule netdev t c tcp dport {PORT} drop""",
         rows = tool.stop().rows
     assert {(row["direction"], row["raddr"], row["rport"]) for row in rows} == {("RECEIVED", lab.client.ipv4, local)}
     assert {(row["pid"], row["cookie"], row["state"]) for row in rows} == {(None, None, None)}
+NETDEV = f"""add table netdev t
+add chain netdev t c {{{{ type filter hook ingress device {DEVICE} priority 0; }}}}
+add rule netdev t c tcp dport {PORT} {{verdict}}"""
+
+
+
+
+HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION = 0, 43, 44, 60
+PADDING = bytes([1, 4, 0, 0, 0, 0])  # the option PadN
+
+
+def with_extensions(packet: bytes, *types: int) -> bytes:
+    """The IPv6 packet with these extension headers. Each second one has 16 bytes, the others 8."""
+    added = b""
+    for index, (kind, following) in enumerate(zip(types, [*types[1:], socket.IPPROTO_TCP], strict=True)):
+        if kind == FRAGMENT:
+            added += bytes([following, 0, 0, 0, 0, 0, 0, 1])  # the only one
+        elif index % 2:
+            added += bytes([following, 1]) + PADDING + bytes([1, 6]) + bytes(6)
+        else:
+            added += bytes([following, 0]) + PADDING
+    (size,) = struct.unpack("!H", packet[4:6])
+    return packet[:4] + struct.pack("!HB", size + len(added), types[0]) + packet[7:40] + added + packet[40:]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "types", [(HOP_BY_HOP,), (DESTINATION,), (FRAGMENT,), (HOP_BY_HOP, DESTINATION, FRAGMENT, DESTINATION)]
+)
+@pytest.mark.parametrize("verdict", ["drop", ""])
+def test_ipv6_extension_headers(lab: Lab, run_tool: type[RunningTool], verdict: str, types: tuple[int, ...]) -> None:
+    """A firewall drops the SYN before its header is looked at, or the port is closed."""
+    lab.server.run(subprocess.run, ["nft", NETDEV.format(verdict=f"counter {verdict}")], check=True)
+    packets = [with_extensions(syn(lab.client.ipv6, port, lab.server.ipv6, PORT, 1), *types) for port in (4711, 4712)]
+    with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
+        with lab.client.run(raw_socket, socket.AF_INET6) as raw:
+            for packet in packets:
+                raw.sendto(packet, (lab.server.ipv6, 0))
+        lab.flush()
+        stopped = tool.stop()
+        counted = lab.server.run(subprocess.run, ["nft", "list", "ruleset"], capture_output=True, text=True).stdout
+    assert f"counter packets 2 bytes {2 * len(packets[0])}" in counted
+    assert [(row["rport"], row["flags"]) for row in stopped.rows] == [(4711, "SYN"), (4712, "SYN")]
+    assert {(row["laddr"], row["raddr"], row["packet_bytes"]) for row in stopped.rows} == {
+        (lab.server.ipv6, lab.client.ipv6, len(packets[0]))
+    }
+    assert stopped.stats["missed"] == 0
+
+
+@pytest.mark.kernel
+def test_too_many_extension_headers(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """The kernel takes as many as it likes, and looks for the port. The tool says that it has not seen one."""
+    packet = with_extensions(syn(lab.client.ipv6, 4711, lab.server.ipv6, PORT, 1), *[DESTINATION] * 9)
+    with run_tool("drop", "--netns", str(lab.server.inode)) as tool:
+        with lab.client.run(raw_socket, socket.AF_INET6) as raw:
+            raw.sendto(packet, (lab.server.ipv6, 0))
+        lab.flush()
+        stopped = tool.stop()
+    assert (stopped.rows, stopped.stats["missed"]) == ([], 1)

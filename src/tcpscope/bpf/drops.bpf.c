@@ -386,7 +386,11 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	if (!reason_wanted(reason) || (fact.kind == KIND_HARMLESS && !want_harmless))
 		return 0;
 	if (protocol == bpf_htons(ETH_P_IP) || protocol == bpf_htons(ETH_P_IPV6)) {
-		if (!packet_read(skb, &discard.packet))
+		enum of_tcp answer = packet_read(skb, &discard.packet);
+
+		if (answer == OF_TCP_UNKNOWN && (!filter.family || filter.family == 6))
+			COUNT(missed);
+		if (answer != OF_TCP)
 			return 0;
 	} else if (protocol || !owner || owner->sk_protocol != IPPROTO_TCP) {
 		return 0;
@@ -525,7 +529,7 @@ int FUNCTION_PROG(request__fexit, struct sock *sk, struct sk_buff *skb, struct r
 	struct packet packet = {};
 	struct note new = {.skb = skb, .sk = sk};
 
-	if (child || !packet_read(skb, &packet))
+	if (child || packet_read(skb, &packet) != OF_TCP)
 		return 0;
 	new.deferred = !packet.data && !(packet.flags & TCP_FIN) &&
 		       BPF_CORE_READ_BITFIELD_PROBED(req, num_timeout) <

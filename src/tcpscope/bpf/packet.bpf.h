@@ -4,6 +4,7 @@
 #define TCPSCOPE_PACKET_BPF_H
 
 #include "kernel.bpf.h"
+#include "extension.bpf.h"
 #include "identity.bpf.h"
 
 #define IPV4_BYTES 20
@@ -33,59 +34,65 @@ static __always_inline void tcp_header_parse(const __u8 *header, __u32 before, s
 	packet->data = packet->bytes > before + (header[12] >> 4) * 4;
 }
 
+/* Is it a packet of TCP? Behind too many extension headers, or some that are not there, it is not known. */
+enum of_tcp { OF_TCP_NO, OF_TCP, OF_TCP_UNKNOWN };
+
 /*
- * Reads the headers of a packet. False if it is none of TCP. The kernel sets skb->protocol when it receives a packet, and
+ * Reads the headers of a packet. The kernel sets skb->protocol when it receives a packet, and
  * when it has added the IP header to one that it sends. The headers stay at skb->head when it removes them. Those of a
  * later fragment have no TCP header, and it may lie outside of the linear part of the packet. Nobody has tested yet that the IP
  * header is as long as it must be.
  */
-static __noinline bool packet_read(struct sk_buff *skb, struct packet *packet)
+static __noinline enum of_tcp packet_read(struct sk_buff *skb, struct packet *packet)
 {
 	__u8 headers[HEADERS_BYTES] __attribute__((aligned(8))) = {};
-	__u32 at = skb->network_header, end = skb->tail, length, before;
-	bool later = false;
-	__u8 protocol;
+	__u32 at = skb->network_header, end = skb->tail;
+	__u64 length; /* of 64 bits, of which the verifier of 5.10 follows the bound */
+	struct header header = {};
 
 	packet->flags = NO_FLAGS;
 	if (at + IPV4_BYTES > end)
-		return false;
+		return OF_TCP_NO;
 	length = end - at;
+	barrier_var(length);
 	if (length > HEADERS_BYTES)
 		length = HEADERS_BYTES;
 	bpf_probe_read_kernel(headers, length, skb->head + at);
 	if (skb->protocol == bpf_htons(ETH_P_IP) && headers[0] >> 4 == 4) {
-		protocol = headers[9];
-		before = (headers[0] & 15) * 4;
-		later = (headers[6] & 31) || headers[7];
+		header.type = headers[9];
+		header.at = (headers[0] & 15) * 4;
+		header.later = (headers[6] & 31) || headers[7];
 		packet->family = 4;
 		packet->bytes = headers[2] << 8 | headers[3];
 		map_v4(packet->saddr, *(__be32 *)&headers[12]);
 		map_v4(packet->daddr, *(__be32 *)&headers[16]);
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6) && headers[0] >> 4 == 6 && length >= IPV6_BYTES) {
-		protocol = headers[6];
-		before = IPV6_BYTES;
+		header.type = headers[6];
+		header.at = IPV6_BYTES;
 		packet->family = 6;
 		packet->bytes = headers[4] << 8 | headers[5];
 		if (packet->bytes)
 			packet->bytes += IPV6_BYTES;
 		__builtin_memcpy(packet->saddr, headers + 8, 16);
 		__builtin_memcpy(packet->daddr, headers + 24, 16);
+		if (is_extension(header.type) && !extensions_walk(skb->head + at, end - at, &header))
+			return OF_TCP_UNKNOWN;
 	} else {
-		return false;
+		return OF_TCP_NO;
 	}
-	if (protocol != IPPROTO_TCP)
-		return false;
-	if (later || before < IPV4_BYTES || at + before + TCP_BYTES > end)
-		return true;
-	if (before == IPV4_BYTES) {
-		tcp_header_parse(headers + IPV4_BYTES, before, packet);
-	} else if (before == IPV6_BYTES && packet->family == 6) {
-		tcp_header_parse(headers + IPV6_BYTES, before, packet);
-	} else { /* behind IP options */
-		bpf_probe_read_kernel(headers, TCP_BYTES, skb->head + at + before);
-		tcp_header_parse(headers, before, packet);
+	if (header.type != IPPROTO_TCP)
+		return OF_TCP_NO;
+	if (header.later || header.at < IPV4_BYTES || at + header.at + TCP_BYTES > end)
+		return OF_TCP;
+	if (header.at == IPV4_BYTES) {
+		tcp_header_parse(headers + IPV4_BYTES, header.at, packet);
+	} else if (header.at == IPV6_BYTES && packet->family == 6) {
+		tcp_header_parse(headers + IPV6_BYTES, header.at, packet);
+	} else { /* behind IP options or extension headers */
+		bpf_probe_read_kernel(headers, TCP_BYTES, skb->head + at + header.at);
+		tcp_header_parse(headers, header.at, packet);
 	}
-	return true;
+	return OF_TCP;
 }
 
 #endif

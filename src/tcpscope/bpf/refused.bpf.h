@@ -19,6 +19,7 @@
 #define TCPSCOPE_REFUSED_BPF_H
 
 #include "connection.bpf.h"
+#include "extension.bpf.h"
 #include "mib.bpf.h"
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
@@ -411,17 +412,19 @@ struct freed {
 	bool unicast;
 };
 
-/* ICMPv6, or an extension header, which may stand before it: IPPROTO_HOPOPTS, _ROUTING, _FRAGMENT, _DSTOPTS. */
-static __always_inline bool may_be_icmp6(__u8 next_header)
+/* It may be, if its extension headers cannot be walked. */
+static __always_inline bool may_be_icmp6(const unsigned char *ip, __u32 length, __u8 first)
 {
-	return next_header == IPPROTO_ICMPV6 || next_header == 0 || next_header == 43 || next_header == 44 ||
-	       next_header == 60;
+	struct header header = {.at = 40, .type = first};
+
+	return !extensions_walk(ip, length, &header) || header.type == IPPROTO_ICMPV6;
 }
 
 static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)
 {
 	unsigned char *head = BPF_CORE_READ(skb, head);
-	unsigned char *ip = head + BPF_CORE_READ(skb, network_header);
+	__u32 network = BPF_CORE_READ(skb, network_header), tail = BPF_CORE_READ(skb, tail);
+	unsigned char *ip = head + network;
 	unsigned char *transport = head + BPF_CORE_READ(skb, transport_header);
 	struct dst_entry *dst = (struct dst_entry *)(BPF_CORE_READ(skb, _skb_refdst) & ~SKB_DST_NOREF);
 	bool of_tcp = !BPF_CORE_READ(skb, dev); /* tcp_v4_rcv(), tcp_v6_rcv() */
@@ -433,7 +436,7 @@ static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)
 	freed->v6 = first[0] >> 4 == 6;
 	freed->net = BPF_CORE_READ(dst, dev, nd_net.net);
 	if (!of_tcp) {
-		freed->icmp_error = freed->v6 ? may_be_icmp6(first[6]) && begin[0] < 128
+		freed->icmp_error = freed->v6 ? begin[0] < 128 && may_be_icmp6(ip, tail - network, first[6])
 					      : first[9] == IPPROTO_ICMP && begin[0] && begin[0] != 8;
 		return 0;
 	}
