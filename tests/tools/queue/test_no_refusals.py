@@ -43,6 +43,13 @@ def drops(lab: Lab) -> int:
     return lab.server.counters()["TcpExtListenDrops"]
 
 
+def send_to_server(lab: Lab, packet: bytes) -> None:
+    """From the client, as it is: a packet socket computes nothing."""
+    protocol = ETH_P_IPV6 if packet[0] >> 4 == 6 else ETH_P_IP
+    with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(protocol)) as raw:
+        raw.sendto(packet, (DEVICE, protocol, 0, 0, bytes.fromhex(lab.server.mac.replace(":", ""))))
+
+
 def answer_to(lab: Lab, source: str) -> bytes:
     """The SYN-ACK that the server sends to `source`, from its IP header on."""
     family, protocol, header = (socket.AF_INET6, ETH_P_IPV6, 40) if ":" in source else (socket.AF_INET, ETH_P_IP, 20)
@@ -57,64 +64,57 @@ def answer_to(lab: Lab, source: str) -> bytes:
                 return packet
 
 
+def icmp_error(lab: Lab, packet: bytes, options: bytes) -> bytes:
+    """What the client's side answers if it cannot deliver this packet of the server, from its IP header on."""
+    if packet[0] >> 4 == 4:
+        body = UNREACHABLE + b"\0\0" + bytes(4) + packet[:28]
+        body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
+        addresses = b"".join(socket.inet_aton(host.ipv4) for host in lab.hosts)
+        header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(body), 0, 0, 64, socket.IPPROTO_ICMP, 0) + addresses
+        return header[:10] + struct.pack("!H", checksum(header)) + header[12:] + body
+    addresses = b"".join(socket.inet_pton(socket.AF_INET6, host.ipv6) for host in lab.hosts)
+    body = UNREACHABLE_V6 + b"\0\0" + bytes(4) + packet[:60]
+    pseudo = addresses + struct.pack("!II", len(body), socket.IPPROTO_ICMPV6)
+    body = options + body[:2] + struct.pack("!H", checksum(pseudo + body)) + body[4:]
+    first = IPPROTO_DSTOPTS if options else socket.IPPROTO_ICMPV6
+    return struct.pack("!IHBB", 6 << 28, len(body), first, 64) + addresses + body
+
+
+def connects_unrefused(lab: Lab, family: socket.AddressFamily) -> None:
+    """The next client is connected. What it sends is handled before this returns."""
+    with lab.client.socket(family) as client:
+        client.connect((lab.server.address(family), PORT))
+        lab.flush()
+
+
 @pytest.mark.kernel
 @pytest.mark.usefixtures("one_processor")
-def test_an_error_that_ends_a_request(lab: Lab, run_tool: type[RunningTool]) -> None:
+@pytest.mark.parametrize(
+    ("family", "source", "prefix", "options"),
+    [
+        (socket.AF_INET, NOBODY, "198.51.100.0/24", b""),
+        (socket.AF_INET6, NOBODY_V6, "2001:db8:51::/64", b""),
+        (socket.AF_INET6, NOBODY_V6, "2001:db8:51::/64", OPTIONS),
+    ],
+    ids=["IPv4", "IPv6", "IPv6, behind an extension header"],
+)
+def test_an_error_that_ends_a_request(
+    lab: Lab, run_tool: type[RunningTool], family: socket.AddressFamily, source: str, prefix: str, options: bytes
+) -> None:
     """tcp_req_err() counts it in ListenDrops. The next SYN on that processor is not refused."""
     if refusals_cannot_be_seen():
         pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
     lab.server.sysctl("tcp_syncookies", 0)
-    lab.client.blackhole("198.51.100.0/24")
-    listener = lab.server.socket(socket.AF_INET)
-    listener.bind((lab.server.ipv4, PORT))
+    lab.client.blackhole(prefix)
+    listener = lab.server.socket(family)
+    listener.bind((lab.server.address(family), PORT))
     listener.listen(5)
     with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
         before = drops(lab)
-        packet = answer_to(lab, NOBODY)
-        body = UNREACHABLE + b"\0\0" + bytes(4) + packet[:28]
-        body = body[:2] + struct.pack("!H", checksum(body)) + body[4:]
-        with lab.client.run(socket.socket, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as raw:
-            raw.sendto(body, (lab.server.ipv4, 0))
+        send_to_server(lab, icmp_error(lab, answer_to(lab, source), options))
         until(lambda: drops(lab) == before + 1, "the end of the request")
-        client = lab.client.socket(socket.AF_INET)
-        client.connect((lab.server.ipv4, PORT))
-        lab.flush()
+        connects_unrefused(lab, family)
         done = tool.stop()
-        client.close()
-    assert done.rows == []
-    assert done.stats is not None
-    assert done.stats["missed"] == 0
-    listener.close()
-
-
-@pytest.mark.kernel
-@pytest.mark.usefixtures("one_processor")
-@pytest.mark.parametrize("options", [b"", OPTIONS], ids=["plain", "behind an extension header"])
-def test_an_icmp6_error_that_ends_a_request(lab: Lab, run_tool: type[RunningTool], options: bytes) -> None:
-    if refusals_cannot_be_seen():
-        pytest.skip("this kernel refuses fentry, has no kprobes, and its kfree_skb has no rx_sk")
-    lab.server.sysctl("tcp_syncookies", 0)
-    lab.client.blackhole("2001:db8:51::/64")
-    listener = lab.server.socket(socket.AF_INET6)
-    listener.bind((lab.server.ipv6, PORT))
-    listener.listen(5)
-    addresses = b"".join(socket.inet_pton(socket.AF_INET6, host.ipv6) for host in lab.hosts)
-    with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
-        before = drops(lab)
-        body = UNREACHABLE_V6 + b"\0\0" + bytes(4) + answer_to(lab, NOBODY_V6)[:60]
-        pseudo = addresses + struct.pack("!II", len(body), socket.IPPROTO_ICMPV6)
-        body = options + body[:2] + struct.pack("!H", checksum(pseudo + body)) + body[4:]
-        first = IPPROTO_DSTOPTS if options else socket.IPPROTO_ICMPV6
-        with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IPV6)) as raw:
-            mac = bytes.fromhex(lab.server.mac.replace(":", ""))
-            packet = struct.pack("!IHBB", 6 << 28, len(body), first, 64) + addresses + body
-            raw.sendto(packet, (DEVICE, ETH_P_IPV6, 0, 0, mac))
-        until(lambda: drops(lab) == before + 1, "the end of the request")
-        client = lab.client.socket(socket.AF_INET6)
-        client.connect((lab.server.ipv6, PORT))
-        lab.flush()
-        done = tool.stop()
-        client.close()
     assert done.rows == []
     assert done.stats is not None
     assert done.stats["missed"] == 0
@@ -186,15 +186,10 @@ def test_a_syn_to_a_broadcast_address(lab: Lab, run_tool: type[RunningTool]) -> 
     packet = packet[:10] + struct.pack("!H", checksum(packet[:20])) + packet[12:]
     with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
         before = drops(lab)
-        with lab.client.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_IP)) as raw:
-            mac = bytes.fromhex(lab.server.mac.replace(":", ""))
-            raw.sendto(packet, (DEVICE, ETH_P_IP, 0, 0, mac))
+        send_to_server(lab, packet)
         until(lambda: drops(lab) == before + 1, "the end of the SYN")
-        client = lab.client.socket(socket.AF_INET)
-        client.connect((lab.server.ipv4, PORT))
-        lab.flush()
+        connects_unrefused(lab, socket.AF_INET)
         done = tool.stop()
-        client.close()
     assert done.rows == []
     assert done.stats is not None
     assert done.stats["missed"] == 0
