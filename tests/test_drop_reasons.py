@@ -44,7 +44,7 @@ SYMBOLS = Symbols(
 
 
 def facts_of(enumerators: dict[int, str], counters: tuple[str, ...] = ("LINUX_MIB_BEYOND_WINDOW",)) -> dict[str, Any]:
-    return constants(SPEC, enumerators, SYMBOLS, counters.__contains__)
+    return constants(SPEC, enumerators, SYMBOLS, lambda mib: 1 if mib in counters else None)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,8 @@ def test_every_counter_is_one_of_the_events() -> None:
     named = {name for fact in FACTS.values() for name in (fact.counter, fact.ipv4) if name}
     assert named <= set(labels.values())
     by_program = {"TcpExtListenOverflows", "TcpExtTCPDeferAcceptDrop", "TcpExtTCPOFODrop", "TcpExtTCPRcvQDrop"}
+    counted = {entry["counter"] for entry in facts_of({}, counters=())["watched"]}
+    assert 0 not in counted and len(counted) == len(facts_of({})["watched"]) == 8
     assert set(labels.values()) - named == {"NONE", *by_program}
 
 
@@ -128,8 +130,8 @@ def test_places() -> None:
     places = facts_of(ENUM)["places"]
     assert len(places) == 16
     assert [place for place in places if place["end"]] == [
-        {"begin": 0x1000, "end": 0x1040, "received": False},
-        {"begin": 0x3000, "end": 0x3010, "received": True},
+        {"begin": 0x3000, "end": 0x3010, "only": 1},
+        {"begin": 0x1000, "end": 0x1040, "only": 0},
     ]
 
 

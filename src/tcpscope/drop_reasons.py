@@ -90,22 +90,36 @@ FACTS = {
     "PACKET_SOCK_ERROR": Fact("HARMLESS"),  # the copy for a packet socket
 }
 
-# Without a reason, a discard in one of these functions is harmless.
-_PLACES_WITHOUT_LOSS = (
-    "inet_sock_destruct",  # data that was never read
-    "packet_rcv",  # the copy for a packet socket
-    "packet_rcv_spkt",
-    "raw_rcv",  # the copy for a raw socket
-    "sk_stream_kill_queues",
-    "skb_queue_purge",
-    "tpacket_rcv",
-)
-# The same for a packet that was received, which is a part of another one there. A queue drops what is sent.
-_PLACES_OF_PARTS = ("kfree_skb_list", "kfree_skb_list_reason")
+_OF_SOCKETS = {
+    "LINUX_MIB_PAWSESTABREJECTED": FACTS["TCP_RFC7323_PAWS"],
+    "LINUX_MIB_TCPSYNCHALLENGE": FACTS["TCP_INVALID_SYN"],
+    "TCP_MIB_CSUMERRORS": FACTS["TCP_CSUM"],
+    "LINUX_MIB_TCPOFODROP": Fact(counter="TcpExtTCPOFODrop"),
+    "LINUX_MIB_TCPRCVQDROP": Fact(counter="TcpExtTCPRcvQDrop"),
+    "LINUX_MIB_TCPZEROWINDOWDROP": FACTS["TCP_ZEROWINDOW"],
+    "LINUX_MIB_TCPOFOMERGE": FACTS["TCP_OFOMERGE"],
+    "LINUX_MIB_DELAYEDACKLOST": FACTS["TCP_OLD_DATA"],  # also beside TcpExtPAWSEstab
+}
+"""Counter, in the kernel's words -> what a discard without a reason means in which a socket counts it."""
+
+_PLACES_WITHOUT_LOSS = {
+    "inet_sock_destruct": "ANY",  # data that was never read
+    "kfree_skb_list": "RECEIVED",  # a part of another packet; a queue drops what is sent
+    "kfree_skb_list_reason": "RECEIVED",
+    "packet_rcv": "ANY",  # the copy for a packet socket
+    "packet_rcv_spkt": "ANY",
+    "raw_rcv": "ANY",  # the copy for a raw socket
+    "sk_stream_kill_queues": "ANY",
+    "skb_queue_purge": "ANY",
+    "tcp_rcv_state_process": "AFTER_FIN",  # an ACK from a peer that sends no more
+    "tpacket_rcv": "ANY",
+}
+"""Without a reason, a discard in one of these functions is harmless, if it is one of these packets (enum only)."""
+_ONLY_OF = ("ANY", "RECEIVED", "AFTER_FIN")
 
 
 def constants(
-    spec: Spec, enumerators: Mapping[int, str], symbols: Symbols, has_counter: Callable[[str], bool]
+    spec: Spec, enumerators: Mapping[int, str], symbols: Symbols, counter_number: Callable[[str], int | None]
 ) -> dict[str, Any]:
     """The facts as the program has them. `enumerators` are the running kernel's reasons, empty before 5.17."""
     names = {number: name.removeprefix(PREFIX) for number, name in enumerators.items()}
@@ -116,18 +130,27 @@ def constants(
         counter = fact.counter or ("" if ipv6 else fact.ipv4)
         return {
             "kind": kinds.get(fact.kind, 0),
-            "counter": counters.get(counter, 0) if not fact.mib or has_counter(fact.mib) else 0,
+            "counter": counters.get(counter, 0) if not fact.mib or counter_number(fact.mib) is not None else 0,
             "rule": _RULES.index(fact.rule),
             "no_device": fact.queued,
         }
 
-    ranges = [(symbols.range(name), name) for name in (*_PLACES_WITHOUT_LOSS, *_PLACES_OF_PARTS)]
-    places = [
-        {"begin": found[0], "end": found[1], "received": name in _PLACES_OF_PARTS} for found, name in ranges if found
+    watched = [
+        {
+            "number": counter_number(mib) or 0,
+            "kind": kinds[fact.kind],
+            "counter": counters[fact.counter],
+            "of_tcp": mib.startswith("TCP_"),
+            "padding": 0,
+        }
+        for mib, fact in _OF_SOCKETS.items()
     ]
+    ranges = [(symbols.range(name), only) for name, only in _PLACES_WITHOUT_LOSS.items()]
+    places = [{"begin": found[0], "end": found[1], "only": _ONLY_OF.index(only)} for found, only in ranges if found]
     return {
         "facts": [[packed(number, ipv6) for number in range(_SIZE)] for ipv6 in (False, True)],
-        "places": places + [{"begin": 0, "end": 0, "received": False}] * (_PLACES - len(places)),
+        "places": places + [{"begin": 0, "end": 0, "only": 0}] * (_PLACES - len(places)),
+        "watched": watched,
         "overflow_has_reason": "TCP_LISTEN_OVERFLOW" in names.values(),
     }
 

@@ -4,6 +4,7 @@
 #define COUNTED_BYTES(size) 144 /* of struct drop, without the stack */
 #include "socket_event.bpf.h"
 #include "packet.bpf.h"
+#include "handled.bpf.h"
 
 #define STACK_DEPTH 24
 #define REASONS 256
@@ -85,12 +86,15 @@ struct fact {
 	__u8 no_device; /* the packet was in a queue of the socket: skb->dev was overwritten */
 };
 
-/* Functions of the kernel, by address, where a discard without a reason is harmless; `received`: of no packet that is sent. */
+/* A function of the kernel, by address, where a discard without a reason is harmless. */
 struct place {
 	__u64 begin, end;
-	bool received;
+	__u8 only; /* enum only */
 	__u8 padding[7];
 };
+
+/* Of which packets. */
+enum only { ONLY_ANY, ONLY_RECEIVED, ONLY_AFTER_FIN };
 
 enum wanted_reasons { REASONS_ALL, REASONS_ONLY, REASONS_WITHOUT };
 
@@ -171,11 +175,21 @@ static __always_inline struct fact fact_of(__u32 reason, bool ipv6)
 	return (struct fact){fact->kind, fact->counter, fact->rule, fact->no_device};
 }
 
+/* tcp_rcv_state_process() takes an ACK that follows the peer's FIN, and then discards it as any other. */
+static __always_inline bool is_after_fin(const struct discard *discard)
+{
+	return (discard->packet.flags & (TCP_ACK | TCP_SYN)) == TCP_ACK &&
+	       (!discard->state || discard->state == STATE_CLOSE_WAIT || discard->state == STATE_LAST_ACK ||
+		discard->state == STATE_CLOSING);
+}
+
 static __always_inline bool in_harmless_place(const struct discard *discard, __u64 location)
 {
 	for (int i = 0; i < PLACES && places[i].end; i++)
 		if (location >= places[i].begin && location < places[i].end)
-			return !places[i].received || discard->direction != DIRECTION_SENT;
+			return places[i].only == ONLY_RECEIVED    ? discard->direction != DIRECTION_SENT
+			       : places[i].only == ONLY_AFTER_FIN ? is_after_fin(discard)
+								  : true;
 	return false;
 }
 
@@ -278,12 +292,75 @@ static __noinline int judge(struct discard *discard, __u32 rule, __u64 location)
 	return 0;
 }
 
-/* Is it a socket of TCP with this local port? A reply without a socket has one that the kernel uses for all of them. */
+/* Of a segment that came too early and waited: is it in another one that has come meanwhile, or was there no room for it? */
+static __always_inline enum discard_kind kind_of_early(struct sock *sk, const struct tcp_skb_cb *segment)
+{
+	__s32 ahead = BPF_CORE_READ(segment, end_seq) - BPF_CORE_READ((struct tcp_sock *)sk, rcv_nxt);
+
+	return ahead > 0 ? KIND_LOST : KIND_HARMLESS;
+}
+
+/* Of a segment in the window: what tcp_ack() or tcp_rcv_state_process() has against it. */
+static __always_inline enum discard_kind kind_in_window(const struct discard *discard, const struct tcp_skb_cb *segment)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)discard->sk;
+	bool closing = discard->state == STATE_CLOSE_WAIT || discard->state == STATE_LAST_ACK ||
+		       discard->state == STATE_CLOSING;
+
+	if (discard->packet.flags & TCP_RST)
+		return KIND_HARMLESS;
+	if (!(discard->packet.flags & TCP_ACK))
+		return KIND_LOST;
+	if (closing && BPF_CORE_READ(segment, seq) == BPF_CORE_READ(segment, end_seq))
+		return KIND_HARMLESS; /* it has been taken */
+	return discard->state != STATE_ESTABLISHED && is_synchronized(discard->state) &&
+			       (__s32)(BPF_CORE_READ(segment, ack_seq) - BPF_CORE_READ(tcp, snd_una)) < 0
+		       ? KIND_HARMLESS
+		       : KIND_LOST;
+}
+
+/*
+ * What a socket has discarded without a tracepoint. False if that is not certain: another CPU may have discarded another packet
+ * for this socket meanwhile, and this one could be taken.
+ */
+static __noinline bool judge_handled(struct discard *discard, struct handled *handled, struct sk_buff *skb)
+{
+	const struct tcp_skb_cb *segment = (struct tcp_skb_cb *)__builtin_preserve_access_index(&skb->cb);
+	struct sock *sk = handled->sk;
+	__u32 grown = handled->grown;
+	bool early = skb != handled->skb;
+	enum window where = is_synchronized(handled->state) ? window_of(sk, segment) : WINDOW_IN;
+
+	if (grown < WATCHED) {
+		discard->kind = watched[grown].kind;
+		discard->counter = watched[grown].counter;
+	} else if ((early || where == WINDOW_IN) && handled->of_process && backlog_is_full(sk)) {
+		return false;
+	} else if (early) {
+		discard->kind = kind_of_early(sk, segment);
+	} else if (handled->state != discard->state) {
+		discard->kind = KIND_HARMLESS; /* it has changed the state */
+	} else {
+		discard->kind = where == WINDOW_BEFORE   ? KIND_HARMLESS
+				: where == WINDOW_BEYOND ? KIND_LOST
+							 : kind_in_window(discard, segment);
+	}
+	return true;
+}
+
+/*
+ * Is it a socket of TCP with this local port? A reply without a socket has one that the kernel uses for all of them. Once a
+ * socket is closed, only inet_sport has its port.
+ */
 static __always_inline bool is_of(struct sock *sk, __u16 lport)
 {
-	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	__u16 family = BPF_CORE_READ(sk, __sk_common.skc_family), port = BPF_CORE_READ(sk, __sk_common.skc_num);
 
-	return (family == AF_INET || family == AF_INET6) && lport && BPF_CORE_READ(sk, __sk_common.skc_num) == lport;
+	if ((family != AF_INET && family != AF_INET6) || !lport)
+		return false;
+	if (!port)
+		port = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
+	return port == lport;
 }
 
 static __always_inline __u32 netns_of_device(struct net_device *device)
@@ -369,11 +446,12 @@ static __always_inline bool is_full(struct sock *sk)
 }
 
 /*
- * `receiver` is the socket that was to receive the packet, or NULL; `owner` is skb->sk: who sent it, or in whose queue it
- * was; `cookie` is that of the one which is known.
+ * `receiver` is the socket that was to receive the packet, or NULL; `cookie` is its, or that of skb->sk: who sent the packet, or
+ * in whose queue it was. `handled`: the receiver has discarded it without a reason.
  */
 static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 location, __u32 reason,
-				     struct sock *receiver, __u64 cookie, const struct note *note)
+				     struct sock *receiver, __u64 cookie, const struct note *note,
+				     struct handled *handled)
 {
 	__u16 protocol = skb->protocol;
 	struct fact fact = fact_of(reason, protocol == bpf_htons(ETH_P_IPV6));
@@ -406,11 +484,18 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	if (owner && !receiver && sent_elsewhere(skb, &fact, owner))
 		owner = NULL;
 	identify(&discard, receiver, owner);
-	judge(&discard, fact.rule, location);
+	if (handled)
+		handled_look(handled);
+	if (!handled) {
+		judge(&discard, fact.rule, location);
+	} else if (!judge_handled(&discard, handled, skb)) {
+		COUNT(missed);
+		return 0;
+	}
 	if (discard.kind == KIND_HARMLESS && !want_harmless)
 		return 0;
 	if (want_owner) {
-		device = device_of(skb, &fact);
+		device = handled ? NULL : device_of(skb, &fact);
 		discard.id.netns = netns_of(skb, receiver ?: owner, device);
 		discard.id.cookie = discard.sk ? cookie : 0;
 	}
@@ -466,7 +551,7 @@ int TRACEPOINT_PROG(drop__reason, struct sk_buff *skb, void *location, __u32 rea
 		cookie = owner ? cookie_if_any(owner) : 0;
 	else if (is_full(receiver))
 		cookie = COOKIE_OF(receiver);
-	return discarded(ctx, skb, (__u64)location, detailed(skb, reason), receiver, cookie, NULL);
+	return discarded(ctx, skb, (__u64)location, detailed(skb, reason), receiver, cookie, NULL, NULL);
 }
 
 OPTIONAL("")
@@ -478,24 +563,92 @@ int TRACEPOINT_PROG(queued, struct Qdisc *qdisc, struct netdev_queue *queue, str
 	return 0;
 }
 
-SEC("tp_btf/kfree_skb")
-int TRACEPOINT_PROG(drop__note, struct sk_buff *skb, void *location)
+/* `receiver`, unless a note tells another one. `handled`, if its socket has discarded the packet. */
+static __always_inline int discarded_with_note(void *ctx, struct sk_buff *skb, __u64 location, __u32 reason,
+					       struct sock *receiver, struct handled *handled)
 {
-	struct sock *receiver = DROP_RECEIVER(ctx), *owner = skb->sk;
+	struct sock *owner = skb->sk;
 	__u32 zero = 0;
 	struct note *note = bpf_map_lookup_elem(&notes, &zero);
-	struct note mine = {};
 
 	if (note && note->skb == skb) {
-		mine = *note;
 		note->skb = NULL;
-		receiver = mine.sk;
+		receiver = note->sk;
+	} else {
+		note = NULL;
 	}
-	return discarded(ctx, skb, (__u64)location, DROP_REASON(ctx), receiver,
+	return discarded(ctx, skb, location, reason, receiver,
 			 receiver ? cookie_if_any(receiver)
 			 : owner  ? cookie_if_any(owner)
 				  : 0,
-			 mine.sk ? &mine : NULL);
+			 note, handled);
+}
+
+SEC("tp_btf/kfree_skb")
+NEEDS("SKB_DROP_REASON_NOT_SPECIFIED")
+int TRACEPOINT_PROG(drop__note, struct sk_buff *skb, void *location)
+{
+	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), DROP_RECEIVER(ctx), NULL);
+}
+
+/* Without reasons (before 5.17). tcp_drop() calls kfree_skb() in some kernels, in others a function without a tracepoint. */
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(drop__handled, struct sk_buff *skb, void *location)
+{
+	struct handled *handled = handled_now();
+
+	if (handled && !has_discarded(handled, skb))
+		handled = NULL;
+	return discarded_with_note(ctx, skb, (__u64)location, -1, handled ? handled->sk : NULL, handled);
+}
+
+#define WITHOUT_IT "what a connection discards itself: out of the window, no room in the receive buffer"
+#define UNLESS_REASONS UNLESS("drop__reason drop__note")
+
+/* The ends first, so that no packet is taken for handled still while the programs are attached one after the other. */
+OPTIONAL(WITHOUT_IT)
+UNLESS_REASONS
+SEC("fexit/tcp_rcv_established")
+int FUNCTION_PROG(established_end__fexit, struct sock *sk)
+{
+	return handled_end(sk);
+}
+
+OPTIONAL(WITHOUT_IT)
+UNLESS_REASONS
+SEC("fexit/tcp_rcv_state_process")
+int FUNCTION_PROG(other_state_end__fexit, struct sock *sk)
+{
+	return handled_end(sk);
+}
+
+OPTIONAL(WITHOUT_IT)
+UNLESS_REASONS
+SEC("fentry/tcp_rcv_established")
+int FUNCTION_PROG(established_begin__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	return handled_begin(sk, skb);
+}
+
+OPTIONAL(WITHOUT_IT)
+UNLESS_REASONS
+SEC("fentry/tcp_rcv_state_process")
+int FUNCTION_PROG(other_state_begin__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	return handled_begin(sk, skb);
+}
+
+OPTIONAL(WITHOUT_IT)
+UNLESS_REASONS
+SEC("fentry/__kfree_skb")
+int FUNCTION_PROG(freed__fentry, struct sk_buff *skb)
+{
+	struct handled *handled = handled_now();
+
+	if (!handled || !has_discarded(handled, skb))
+		return 0;
+	bpf_get_stack(ctx, handled->frames, sizeof(handled->frames), 0);
+	return discarded(ctx, skb, handled->frames[CALLER], -1, handled->sk, cookie_if_any(handled->sk), NULL, handled);
 }
 
 OPTIONAL("before 6.15: what happens to packets in TIME_WAIT")

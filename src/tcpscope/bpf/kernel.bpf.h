@@ -134,10 +134,12 @@ struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
 	int sysctl_max_syn_backlog;
 };
 
-struct linux_mib; /* include/net/snmp.h: only an array of counters */
+struct linux_mib; /* include/net/snmp.h: only an array of counters, as the next one */
+struct tcp_mib;
 
 struct netns_mib {                        /* include/net/netns/mib.h */
-	struct linux_mib *net_statistics; /* per CPU */
+	struct linux_mib *net_statistics; /* per CPU, as the next one */
+	struct tcp_mib *tcp_statistics;
 };
 
 struct net { /* include/net/net_namespace.h */
@@ -195,8 +197,14 @@ struct sock { /* include/net/sock.h */
 	socket_lock_t sk_lock;
 	struct sk_buff_head sk_error_queue;
 	struct sk_buff_head sk_receive_queue;
+	struct {
+		atomic_t rmem_alloc; /* of sk_receive_queue, too */
+		int len;
+	} sk_backlog;
 	struct timer_list tcp_retransmit_timer; /* since 6.19 */
 	atomic_t sk_drops;
+	int sk_rcvbuf;
+	int sk_sndbuf;
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
 	kuid_t sk_uid;
@@ -279,6 +287,8 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 segs_in;
 	__u32 data_segs_in;
 	__u32 rcv_nxt;
+	__u32 rcv_wup; /* rcv_nxt when the window was last offered */
+	__u32 rcv_wnd;
 	__u32 copied_seq;
 	__u32 segs_out;
 	__u32 data_segs_out;
@@ -346,6 +356,8 @@ struct rt6_info { /* include/net/ip6_fib.h */
 
 struct tcp_skb_cb { /* include/net/tcp.h, in sk_buff.cb */
 	__u32 seq;
+	__u32 end_seq;
+	__u32 ack_seq;
 	__u16 tcp_gso_segs;
 };
 

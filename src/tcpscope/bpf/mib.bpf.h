@@ -5,6 +5,7 @@
 
 #include "kernel.bpf.h"
 #include "output.bpf.h"
+#include "processor.bpf.h"
 
 /* Numbers of the counters. User space sets them before loading: their enum is anonymous, so CO-RE cannot name it. */
 const volatile __u32 mib_listen_overflows;
@@ -50,24 +51,6 @@ struct {
 	__type(value, struct in_hand);
 } in_hand SEC(".maps");
 
-/*
- * The offset from a per-CPU pointer to the copy of one CPU: the CPU of this element of `in_hand`. The BTF of 5.10 lacks the
- * kernel's variable for it, and its address in kallsyms needs CAP_SYSLOG. But our per-CPU array holds a per-CPU pointer, and
- * a look-up returns the CPU's copy: the difference is the same offset. The code reads the pointers back from the stack, so
- * that the verifier takes them as numbers.
- */
-static __always_inline __u64 cpu_offset(struct in_hand *element)
-{
-	void *array = &in_hand, *copy = element;
-	__u64 array_address = 0, copy_address = 0, base = 0;
-
-	bpf_probe_read_kernel(&array_address, sizeof(array_address), &array);
-	bpf_probe_read_kernel(&copy_address, sizeof(copy_address), &copy);
-	bpf_probe_read_kernel(&base, sizeof(base),
-			      (void *)(array_address + bpf_core_field_offset(struct bpf_array, pptrs)));
-	return copy_address - base;
-}
-
 static __always_inline void mib_read_at(const char *counters, struct mib *mib)
 {
 	bpf_probe_read_kernel(&mib->overflows, 8, counters + mib_listen_overflows * 8);
@@ -80,7 +63,8 @@ static __noinline int mib_read(struct in_hand *mine, struct mib *mib)
 {
 	struct sock *sk = mine->sk;
 
-	mib_read_at((char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(mine), mib);
+	mib_read_at((char *)BPF_CORE_READ(sk, __sk_common.skc_net.net, mib.net_statistics) + cpu_offset(&in_hand, mine),
+		    mib);
 	return 0;
 }
 

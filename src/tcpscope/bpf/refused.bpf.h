@@ -97,7 +97,7 @@ static __noinline int looks_begin(struct net *net, __u64 cookie)
 
 		if (!copy || !look)
 			break;
-		look_read(net, cpu_offset(copy), look);
+		look_read(net, cpu_offset(&in_hand, copy), look);
 	}
 	return 0;
 }
@@ -122,7 +122,7 @@ static __noinline int look_again(struct net *net, bool at_listener, struct look 
 		return false;
 	}
 	before = *last;
-	look_read(net, cpu_offset(mine), last);
+	look_read(net, cpu_offset(&in_hand, mine), last);
 	grown->mib.overflows = last->mib.overflows - before.mib.overflows;
 	grown->mib.drops = last->mib.drops - before.mib.drops;
 	grown->mib.cookies = last->mib.cookies - before.mib.cookies;

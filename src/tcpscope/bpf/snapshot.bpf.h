@@ -76,7 +76,7 @@ static __noinline int net_counters_read(struct sock *sk, struct listener *record
 
 		if (!copy)
 			break;
-		offset = cpu_offset(copy);
+		offset = cpu_offset(&in_hand, copy);
 		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_drops * 8);
 		record->net_drops += value;
 		bpf_probe_read_kernel(&value, 8, counters + offset + mib_listen_overflows * 8);

@@ -103,9 +103,7 @@ class Drop(Stacked):
         kernel = Kernel()
         enumerators = kernel.enumerators(drop_reasons.ENUM)
         wanted = Wanted.of(request.options["reason"], enumerators, kernel.enumerators(drop_reasons.QDISC_ENUM))
-        facts = drop_reasons.constants(
-            Spec.of(self.probes[0]), enumerators, kernel_symbols(), lambda mib: kernel.enumerator(mib) is not None
-        )
+        facts = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, kernel_symbols(), kernel.enumerator)
         constants = facts | {
             "want_owner": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
             "want_harmless": bool(request.options["all"] or wanted.named),
