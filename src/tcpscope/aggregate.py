@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tcpscope.kernel.loaded import Loaded
+from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.session import wait_for_programs
 
 
@@ -37,6 +38,22 @@ def extremes(value: Any) -> tuple[int | None, int | None]:
     """The smallest and the largest value that programs added to a `struct extremes`; None if there was none."""
     lowest = [number - 1 for number in _words(value.min) if number]
     return (min(lowest), max(_words(value.max))) if lowest else (None, None)
+
+
+def distribution(value: Any) -> Histogram:
+    """The numbers that programs added to a `struct distribution` (bpf/distribution.bpf.h)."""
+    buckets = _words(value.buckets)
+    lowest, highest = extremes(value)
+    if lowest is None or highest is None:
+        return Histogram(buckets, value.total, None, None)
+    # Two runs of the program may overwrite each other's extremes, on one CPU or in one shard. The buckets are right.
+    filled = [index for index, n in enumerate(buckets) if n]
+    return Histogram(
+        buckets,
+        value.total,
+        min(lowest, bucket_start(filled[0] + 1) - 1),
+        max(highest, bucket_start(filled[-1])),
+    )
 
 
 def _words(data: bytes) -> tuple[int, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tcpscope.aggregate import Aggregate
+from tcpscope.aggregate import Aggregate, distribution
 from tcpscope.errors import UsageError
 from tcpscope.kernel.spec import Spec
+from tcpscope.output.histogram import Histogram
 from tcpscope.schema import Clock, Field, Layout
 from tcpscope.session import Session
 
@@ -21,6 +23,22 @@ def counts(spec: Spec) -> bool:
     return "grouping" in spec.variables
 
 
+def distributes(spec: Spec) -> bool:
+    """Whether the groups that it counts are distributions of a number, not sums."""
+    return counts(spec) and any(field.name == "buckets" for field in spec.layout("group", internal=True).fields)
+
+
+@dataclass(frozen=True)
+class Group:
+    """What was counted: a row with the columns of the group, how many events, and the sum of a number of theirs, or its
+    distribution."""
+
+    row: Any
+    count: int
+    sum: int
+    values: Histogram | None
+
+
 class Counting(NamedTuple):
     """What a `Session` needs of an object that counts its events, or could and sends them: the names are its own."""
 
@@ -29,8 +47,11 @@ class Counting(NamedTuple):
     key_bytes: dict[str, int]
 
 
-def counting(layout: Layout, by: Sequence[str], sum: str | None) -> Counting:
-    """To count by these columns; without any, to send events. UsageError if they are too many."""
+def counting(layout: Layout, by: Sequence[str], number: str | None) -> Counting:
+    """To count by these columns; without any, to send events. UsageError if they are too many.
+
+    `number` is the column that is summed, or whose distribution is made.
+    """
     if not by:
         return Counting({}, dict.fromkeys(MAPS, 1), {})
     if stacks := [name for name in by if layout.field(name).kind == "stack"]:
@@ -45,7 +66,7 @@ def counting(layout: Layout, by: Sequence[str], sum: str | None) -> Counting:
     constants = {
         "grouping": True,
         "group_by": parts + [unused] * (_MOST_WORDS - len(parts)),
-        "group_sum": _number(layout.field(sum)) if sum else unused,
+        "group_sum": _number(layout.field(number)) if number else unused,
     }
     return Counting(constants, {}, dict.fromkeys(MAPS, _WORD * len(parts)))
 
@@ -71,19 +92,19 @@ class Counted:
     `frame` gives the name of a function's address.
     """
 
-    def __init__(
-        self, session: Session, event: str, by: Sequence[str], sum: str | None, frame: Callable[[int], str] = hex
-    ) -> None:
+    def __init__(self, session: Session, event: str, by: Sequence[str], frame: Callable[[int], str] = hex) -> None:
         layout = session.spec.layout(event).named(session.kernel.enumerators)
         self._words, self._size = list(_masks(layout, by)), layout.size
         self._decode = layout.select(by).decoder(Clock("none"), frame=frame).rows
         self._aggregate = Aggregate(session.loaded, "groups", _WORD * len(self._words), "group")
+        self._distributes = distributes(session.spec)
         session.kernel.release()
 
-    def take(self) -> Iterator[tuple[Any, int, int]]:
-        """What was counted since the last call: a row with the columns, how many events, the sum of their numbers."""
+    def take(self) -> Iterator[Group]:
+        """What was counted since the last call."""
         for key, group in self._aggregate.take():
             event = bytearray(self._size)
             for at, word in enumerate(self._words):
                 event[word * _WORD : (word + 1) * _WORD] = key[at * _WORD : (at + 1) * _WORD]
-            yield self._decode(bytes(event))[0], group.count, group.sum
+            values = distribution(group) if self._distributes else None
+            yield Group(self._decode(bytes(event))[0], group.count, group.sum, values)

@@ -34,8 +34,9 @@ class Summary:
     """A way to group the rows of a stream, with the flag --`option`.
 
     by   columns whose values make a group; --by chooses others
-    of   column in us whose distribution is shown; None: rows are only counted
-    sum  column whose sum is shown; only for objects that count in the kernel (groups.py)
+    of   column in us whose distribution is shown; None: rows are only counted. An object whose groups are distributions
+         makes it in the kernel (groups.py)
+    sum  column whose sum is shown; only for objects that count in the kernel
 
     The account counts the rows of all groups, also if --max-events prints fewer groups.
     """
@@ -76,12 +77,12 @@ class Summary:
     ) -> Run:
         """Groups of the struct `event` that the kernel counts.
 
-        `session` opens the probe, with the columns to count by, and one to sum. `frame` gives the name of a function's
-        address.
+        `session` opens the probe, with the columns to count by, and the one to sum or whose distribution is made.
+        `frame` gives the name of a function's address.
         """
         columns, names = self._chosen(request, available), self._kind(request)
-        with closed_on_error(session(names, self.sum)) as opened:
-            return _OfKernel(request, columns, names, self.sum, opened, event, frame)
+        with closed_on_error(session(names, self.of or self.sum)) as opened:
+            return _OfKernel(request, columns, names, self.of, opened, event, frame)
 
     def _chosen(self, request: Request, available: Sequence[Column]) -> tuple[Column, ...]:
         shown = [column.name for column in available if column.kind != "distribution"]
@@ -207,14 +208,14 @@ class _OfKernel(_Grouping):
         request: Request,
         columns: Sequence[Column],
         names: Sequence[str],
-        sum: str | None,
+        of: str | None,
         session: Session,
         event: str,
         frame: Callable[[int], str],
     ) -> None:
-        super().__init__(request, columns, names, None, [session])
+        super().__init__(request, columns, names, of, [session])
         self._second = Ticker(1.0)
-        self._session, self._counted = session, groups.Counted(session, event, names, sum, frame)
+        self._session, self._counted = session, groups.Counted(session, event, names, frame)
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
@@ -235,12 +236,12 @@ class _OfKernel(_Grouping):
         yield from self._last()
 
     def _take(self) -> None:
-        for row, count, sum in self._counted.take():
-            self.stats.shown += count
-            kind = self._kind(row)
-            self._without_room(self._whole.add_group(kind, count, sum))
+        for group in self._counted.take():
+            self.stats.shown += group.count
+            kind = self._kind(group.row)
+            self._without_room(self._whole.add_group(kind, group))
             if self._interval:
-                self._period.add_group(kind, count, sum)
+                self._period.add_group(kind, group)
 
 
 @dataclass
@@ -280,14 +281,17 @@ class _Groups:
             group.values += Histogram.of(numbers)
         return left_out
 
-    def add_group(self, kind: tuple[Any, ...], count: int, sum: int) -> int:
+    def add_group(self, kind: tuple[Any, ...], counted: groups.Group) -> int:
         """Add rows of one group. Returns how many were left out because there is no room for it."""
         if kind not in self._groups:
             if len(self._groups) >= MAX_KINDS:
-                return count
+                return counted.count
             self._groups[kind] = _Group()
-        self._groups[kind].count += count
-        self._groups[kind].sum += sum
+        group = self._groups[kind]
+        group.count += counted.count
+        group.sum += counted.sum
+        if counted.values:
+            group.values = group.values + counted.values if group.values else counted.values
         return 0
 
     def largest(self) -> list[tuple[tuple[Any, ...], _Group]]:

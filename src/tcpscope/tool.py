@@ -162,7 +162,8 @@ class Stream(Tool):
         if summary := self._asked(request):
             if request.rate is not None:
                 raise UsageError(f"--rate {request.rate}", f"--{summary.option} prints groups, not rows as they come")
-            if groups.counts(Spec.of(self.probes[0])) and not summary.of:
+            spec = Spec.of(self.probes[0])
+            if groups.distributes(spec) if summary.of else groups.counts(spec):
                 if request.buffer:
                     raise UsageError("--buffer", f"--{summary.option} counts in the kernel and needs no buffer")
                 session = partial(self.session, request)
@@ -179,11 +180,14 @@ class Stream(Tool):
             decoder = session.layout.select(names).decoder(clock, frame=self.frame(request))
             return Streaming(session, decoder, rate=request.rate or 0)
 
-    def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
-        """The probe, attached as this tool needs it. With `by` it counts by these columns, and sends no events."""
+    def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
+        """The probe, attached as this tool needs it. With `by` it counts by these columns, and sends no events.
+
+        `number` is a column to sum, or whose distribution is made.
+        """
         spec = Spec.of(self.probes[0])
         counts = groups.counts(spec)
-        constants, entries, key_bytes = groups.counting(self.layout, by, sum) if counts else ({}, {}, {})
+        constants, entries, key_bytes = groups.counting(self.layout, by, number) if counts else ({}, {}, {})
         session = Session(
             self.probes[0],
             None if by else self.event,

@@ -1,12 +1,19 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
 /*
  * Counts the events of each group (--count). Then no event leaves the kernel. User space says which bits of an event make
- * its group, and reads the groups: groups.py. An object defines HAS_GROUPS before it includes event.bpf.h.
+ * its group, and reads the groups: groups.py. An object defines HAS_GROUPS before it includes event.bpf.h. With
+ * GROUPS_ARE_DISTRIBUTIONS too, a group has the distribution of a number.
  */
 #ifndef TCPSCOPE_GROUPS_BPF_H
 #define TCPSCOPE_GROUPS_BPF_H
 
 #include "aggregate.bpf.h"
+#ifdef GROUPS_ARE_DISTRIBUTIONS
+#include "distribution.bpf.h"
+#define GROUPS 4096
+#else
+#define GROUPS 16384
+#endif
 
 #define GROUP_WORDS 12
 
@@ -24,13 +31,30 @@ struct group_key {
 struct group {
 	__u64 count; /* events */
 	__u64 sum;   /* of a number that they have */
+#ifdef GROUPS_ARE_DISTRIBUTIONS
+	struct distribution numbers; /* of those events in which it is known: not all its bits are set */
+#endif
 };
 
 const volatile bool grouping;
 const volatile struct event_bits group_by[GROUP_WORDS]; /* mask 0: unused */
 const volatile struct event_bits group_sum;
 
-AGGREGATE(groups, group_key, group, 16384)
+AGGREGATE(groups, group_key, group, GROUPS)
+
+#ifdef GROUPS_ARE_DISTRIBUTIONS
+static __always_inline void group_add_number(struct group *group, __u64 number)
+{
+	if (number == group_sum.mask >> group_sum.shift)
+		return;
+	distribution_add(&group->numbers, number > (__u32)-1 ? (__u32)-1 : number);
+}
+#else
+static __always_inline void group_add_number(struct group *group, __u64 number)
+{
+	__sync_fetch_and_add(&group->sum, number);
+}
+#endif
 
 /*
  * The key takes the place of the event: the stack has no room for both. The words of group_by ascend, so each is read before
@@ -49,7 +73,7 @@ static __always_inline void group_add(__u64 *event)
 		return;
 	__sync_fetch_and_add(&group->count, 1);
 	if (group_sum.mask)
-		__sync_fetch_and_add(&group->sum, number);
+		group_add_number(group, number);
 }
 
 #endif

@@ -22,10 +22,7 @@
 #define CONNECTIONS_ARE SHARED("owner")
 #include "connection.bpf.h"
 #include "recursion.bpf.h"
-#include "aggregate.bpf.h"
-#include "bucket.bpf.h"
-
-#define BUCKETS 256 /* a power of two, so that a mask bounds the index */
+#include "distribution.bpf.h"
 
 struct rtt_key {
 	__u64 cookie;
@@ -40,9 +37,7 @@ struct rtt_key {
 };
 
 struct rtt_value {
-	__u64 sum_us;
-	struct extremes extremes;
-	__u32 buckets[BUCKETS];
+	struct distribution us;
 	__u32 owner_pid; /* by connection: the last owner, because accept() may change it */
 	char owner_comm[16];
 	__u32 padding;
@@ -81,7 +76,6 @@ static __noinline int record(struct sock *sk, const struct identity *id, const s
 {
 	struct rtt_key key = {};
 	struct rtt_value *value;
-	__u32 bucket = bucket_of(us);
 
 	if (by_laddr || by_connection)
 		__builtin_memcpy(key.laddr, id->laddr, 16);
@@ -106,9 +100,7 @@ static __noinline int record(struct sock *sk, const struct identity *id, const s
 		value->owner_pid = owner->pid;
 		__builtin_memcpy(value->owner_comm, owner->comm, 16);
 	}
-	__sync_fetch_and_add(&value->buckets[bucket & (BUCKETS - 1)], 1);
-	__sync_fetch_and_add(&value->sum_us, us);
-	extremes_add(&value->extremes, us);
+	distribution_add(&value->us, us);
 	return 0;
 }
 

@@ -99,7 +99,7 @@ class Drop(Stacked):
     def shows_functions(self, request: Request) -> bool:
         return True
 
-    def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
+    def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
         kernel = Kernel()
         enumerators = kernel.enumerators(drop_reasons.ENUM)
         wanted = Wanted.of(request.options["reason"], enumerators, kernel.enumerators(drop_reasons.QDISC_ENUM))
@@ -111,7 +111,7 @@ class Drop(Stacked):
             "send_stacks": bool(request.options["stack"]),
             "rate_per_s": request.rate or 0,
         }
-        counting = groups.counting(self.layout, by, sum)
+        counting = groups.counting(self.layout, by, number)
         return Session(
             self.probes[0],
             None if by else self.event,

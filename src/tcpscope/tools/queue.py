@@ -340,7 +340,7 @@ class Queue(Stream):
                     run.notes.append("functions are shown as addresses: the names need CAP_SYSLOG")
         return run
 
-    def session(self, request: Request, by: Sequence[str] = (), sum: str | None = None) -> Session:
+    def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
         return listeners.open_session(
             request.filter,
             events=bool(request.options["events"]),

@@ -8,13 +8,12 @@ of their value; count, min, max and mean are exact. With -n each result has only
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import msgspec
 
-from tcpscope.aggregate import Aggregate, extremes
+from tcpscope.aggregate import Aggregate, distribution
 from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import compiled_filter
@@ -22,7 +21,7 @@ from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.machine import available_memory
 from tcpscope.kernel.spec import Spec
 from tcpscope.output import Column, histogram
-from tcpscope.output.histogram import Histogram, bucket_start
+from tcpscope.output.histogram import Histogram
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Ticker
 from tcpscope.schema import Clock, comm_text
@@ -169,9 +168,9 @@ class _Measuring(Run):
         ordered = sorted(found.items(), key=lambda item: -item[1].count)
         return Batch(kind, [self._make(key, each, when, kind == "total") for key, each in ordered], self._round)
 
-    def _make(self, key: _Key, distribution: Histogram, when: Any, total: bool) -> Any:
+    def _make(self, key: _Key, samples: Histogram, when: Any, total: bool) -> Any:
         values = {name: getattr(key, name) for name in self._keys} | self._reader.owners.get(key, {})
-        values |= histogram.figures(distribution) | {"time": when, "total": total}
+        values |= histogram.figures(samples) | {"time": when, "total": total}
         return self._row(*(values[column.name] for column in self.columns))
 
 
@@ -215,17 +214,17 @@ class _Reader:
             del self.owners[name]
         for key, value in self._aggregate.take():
             name = _plain(key)
-            found[name] = _histogram(value)
+            found[name] = distribution(value)
             if value.owner_pid:
                 self.owners[name] = {"pid": value.owner_pid, "comm": comm_text(value.owner_comm)}
-        for name, distribution in found.items():
-            self.samples += distribution.count
+        for name, samples in found.items():
+            self.samples += samples.count
             if name in self.total:
-                self.total[name] += distribution
+                self.total[name] += samples
             elif len(self.total) < max(self._capacity, _TOTAL_KEYS):
-                self.total[name] = distribution
+                self.total[name] = samples
             else:
-                self.without_total += distribution.count
+                self.without_total += samples.count
         return found
 
 
@@ -248,21 +247,6 @@ def _plain(key: Any) -> _Key:
         raddr=address_text(key.raddr),
         rport=key.rport,
         cookie=key.cookie or None,
-    )
-
-
-def _histogram(value: Any) -> Histogram:
-    buckets = struct.unpack(f"<{len(value.buckets) // 4}I", value.buckets)
-    lowest, highest = extremes(value)
-    if lowest is None or highest is None:
-        return Histogram(buckets, value.sum_us, None, None)
-    # Two runs of the program may overwrite each other's extremes, on one CPU or in one shard. The buckets are right.
-    filled = [index for index, n in enumerate(buckets) if n]
-    return Histogram(
-        buckets,
-        value.sum_us,
-        min(lowest, bucket_start(filled[0] + 1) - 1),
-        max(highest, bucket_start(filled[-1])),
     )
 
 

@@ -64,7 +64,7 @@ def test_totals_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
                     key,
                     SimpleNamespace(
                         buckets=buckets,
-                        sum_us=15,
+                        total=15,
                         min=struct.pack("<I", 6),
                         max=struct.pack("<I", 5),
                         owner_pid=number,
