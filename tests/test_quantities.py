@@ -2,7 +2,8 @@
 
 import pytest
 
-from tcpscope.quantities import seconds, whole
+from tcpscope.errors import UsageError
+from tcpscope.quantities import microseconds, seconds, whole
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,17 @@ def test_whole(text: str, expected: int | None) -> None:
 @pytest.mark.parametrize("text", ["", "-1", "+1", "1_0", "1.0", "1e1", "٣", "²", "1" + "0" * 400])
 def test_no_whole_number(text: str) -> None:
     assert whole(text, 99) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "us"),
+    [("300us", 300), ("10ms", 10_000), ("1.5s", 1_500_000), (" 2s ", 2_000_000), ("0.5ms", 500)],
+)
+def test_microseconds(text: str, us: int) -> None:
+    assert microseconds("--min", text) == us
+
+
+@pytest.mark.parametrize("text", ["10", "", "ms", "0.5us", "0s", "-1ms"])
+def test_no_microseconds(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--min {text}"):
+        microseconds("--min", text)

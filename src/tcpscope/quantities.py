@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from math import ceil
+
+from tcpscope.errors import UsageError
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _TIME = re.compile(rf"([0-9]{{1,12}}(?:\.[0-9]{{0,9}})?|\.[0-9]{{1,9}})({'|'.join(_UNITS)})")
@@ -20,3 +23,13 @@ def whole(text: str, highest: int) -> int | None:
     if not (digits.isascii() and digits.isdecimal()) or len(digits) > len(str(highest)):
         return None
     return int(digits) if int(digits) <= highest else None
+
+
+def microseconds(option: str, text: str) -> int:
+    """10ms, 1.5s, 300us in microseconds, rounded up. UsageError for anything else, and for less than one."""
+    found = seconds(text) if text.strip()[-1:].isalpha() else None
+    if found is None:
+        raise UsageError(f"{option} {text}", "give a time with its unit, such as 300us, 10ms or 1.5s")
+    if not 1e-6 <= found < 1e9:
+        raise UsageError(f"{option} {text}", "give a time from 1us on")
+    return ceil(round(found * 1e6, 3))

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from statistics import mean
 
-import pytest
-
-from tcpscope.tools.connlat import microseconds
 from tests.record import Call, Script, Test, Watch, recorded
 
 SILENT, NOWHERE = "198.51.100.7", "203.0.113.7"
@@ -210,11 +207,3 @@ def test_histogram_is_drawn(script: Script) -> Test:
     bars = [int(line.partition(":")[2].split()[0]) for line in lines if " -> " in line]
     assert sum(bars) == 2 * TIMES + 4  # those that have a latency
     assert "*" * 40 in drawn
-
-
-@pytest.mark.parametrize(
-    ("text", "us"),
-    [("300us", 300), ("10ms", 10_000), ("1.5s", 1_500_000), (" 2s ", 2_000_000), ("0.5ms", 500)],
-)
-def test_times_with_units(text: str, us: int) -> None:
-    assert microseconds(text) == us

@@ -5,29 +5,17 @@ SYN-ACK, a refusal, or a timeout. With --min the kernel sends only slow attempts
 has no latency, so --min leaves it out. With --histogram: how the latency is distributed, for each outcome.
 """
 
-from math import ceil
 from typing import Any
 
-from tcpscope.errors import UsageError
-from tcpscope.quantities import seconds
+from tcpscope.quantities import microseconds
 from tcpscope.request import Option, Request
 from tcpscope.summary import Summary
 from tcpscope.tool import Stream
 
 
-def microseconds(text: str) -> int:
-    """10ms, 1.5s, 300us in microseconds, rounded up. UsageError for anything else, and for less than one."""
-    found = seconds(text) if text.strip()[-1:].isalpha() else None
-    if found is None:
-        raise UsageError(f"--min {text}", "give a time with its unit, such as 300us, 10ms or 1.5s")
-    if not 1e-6 <= found < 1e9:
-        raise UsageError(f"--min {text}", "give a time from 1us on")
-    return ceil(round(found * 1e6, 3))
-
-
 def _constants(request: Request) -> dict[str, Any]:
     least = request.options.get("min")
-    return {"attempt_min_us": 0 if least is None else microseconds(least)}
+    return {"attempt_min_us": 0 if least is None else microseconds("--min", least)}
 
 
 tool = Stream(
