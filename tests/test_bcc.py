@@ -28,15 +28,6 @@ def test_a_hint_is_for_what_is_missing() -> None:
         assert not set(bcc._TOOLS.get(command.name or "", ())) & options(command)
 
 
-def test_what_is_missing_is_not_there() -> None:
-    known = {alias for name in tool.names() for alias in tool.find(name).aliases}
-    assert not bcc.MISSING.keys() & known
-    for hint in bcc.MISSING.values():
-        for line in re.findall("`(.*?)`", hint):
-            name, *words = line.split()
-            cli.command_of(tool.find(name)).make_context(name, words)
-
-
 def test_a_hint_names_options_that_there_are() -> None:
     known = {flag for command in commands() for flag in options(command)}
     for hint in bcc._ALL.values():

@@ -64,7 +64,6 @@ NO_PID = str(next(pid for pid in range(4_194_304, 0, -1) if not Path(f"/proc/{pi
         (["top", "--by", "pid", "--sort", "srtt_us"], "--sort srtt_us; columns of numbers are pid, connections"),
         (["tcptop", "--rows", "5"], "'top' has no option '--rows'; use -n ROWS"),
         (["tcpsubnet", "-J"], "'subnet' has no option '-J'; use -o json"),
-        (["tcppktlat"], "no counterpart of bcc's 'tcppktlat' yet; `list` shows"),
         (["help", "xyz"], "no command 'xyz'; there are"),
         (["help", "rtt", "xyz"], "help for 'xyz'; 'rtt' has no commands of its own"),
         (["states", "--columns", "lprot"], "unknown column 'lprot'; did you mean 'lport'?"),

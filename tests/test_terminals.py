@@ -38,6 +38,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("connlat",): ("LAT(ms)", "REMOTE", "OUTCOME"),
     ("drop",): ("REASON", "LOCAL", "REMOTE", "NO_SOCKET"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
+    ("pktlat",): ("WAIT(ms)", "TAKEN", "REMOTE"),
     ("queue",): ("LOCAL", "WAIT(ms)", "ACCEPTQ", "LIMIT"),
     ("reset",): ("DIR", "CAUSE", "REMOTE"),
     ("retrans",): ("KIND", "REMOTE"),

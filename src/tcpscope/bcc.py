@@ -26,10 +26,6 @@ _ALL = {
     "--journal": "use -o json, and systemd-cat for the journal",
     "--ebpf": "use --explain to see which programs are attached",
 }
-MISSING = {
-    "tcppktlat": "`list` shows how many bytes wait for the application",
-}
-"""bcc's tools that are not there yet -> what comes near."""
 
 _TOOLS = {
     "accept": {"-P": "use -L PORTS for local ports"},
@@ -53,6 +49,13 @@ _TOOLS = {
         "-D": "use -R PORTS for remote ports",
         "--remoteport": "use -R PORTS",
         "--localport": "use -L PORTS",
+    },
+    "pktlat": {
+        "ARGUMENT": "use --min for the shortest wait, such as --min 10ms",
+        "-t": "use --pid for the process; each row has the thread",
+        "--tid": "use --pid for the process; each row has the thread",
+        "-l": "use -L PORTS for local ports",
+        "-r": "use -R PORTS for remote ports",
     },
     "queue": {"ARGUMENT": "use -i TIME for the interval and -d TIME for the duration"},
     "retrans": {

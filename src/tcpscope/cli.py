@@ -80,10 +80,6 @@ class Commands(click.Group):
         try:
             return name, self.get_command(ctx, name), args[1:]
         except UsageError:
-            from tcpscope import bcc  # only after a mistake
-
-            if name in bcc.MISSING:
-                raise UsageError(f"no counterpart of bcc's '{name}' yet", bcc.MISSING[name]) from None
             commands = self.list_commands(ctx)
             hint = did_you_mean(name, commands) or f"there are {', '.join(commands)}"
             raise UsageError(f"no command '{name}'", hint) from None

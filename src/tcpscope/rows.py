@@ -636,6 +636,61 @@ class List(msgspec.Struct, frozen=True):
     """every process that holds it: PID, name, user, file descriptor"""
 
 
+class Pktlat(msgspec.Struct, frozen=True):
+    """A row of `pktlat`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that took the data"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    wait_us: int | None
+    """from the arrival of the first byte that was taken until the read"""
+
+    taken_bytes: int
+    """data that was taken"""
+
+    left_bytes: int
+    """data left to read"""
+
+    tid: int | None
+    """thread that took it"""
+
+    thread: str | None
+    """name of that thread"""
+
+
 class Queue(msgspec.Struct, frozen=True):
     """A row of `queue`."""
 
@@ -1359,6 +1414,22 @@ def open(tool: Literal["list"], /, **asked: Unpack[Asked]) -> Events[List]: ...
 
 @overload
 def open(tool: Literal["list"], /, **asked: Unpack[AskedInPart]) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["pktlat"], /, *, min: str | None = ..., **asked: Unpack[Asked]) -> Events[Pktlat]: ...
+
+
+@overload
+def open(
+    tool: Literal["pktlat"],
+    /,
+    *,
+    min: str | None = ...,
+    histogram: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
+) -> Events[Any]: ...
 
 
 @overload

@@ -39,7 +39,7 @@ TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ = 19, 20, 21
 TCP_REPAIR_ON, TCP_REPAIR_OFF_NO_WP = 1, -1
 MSG_FASTOPEN = 0x20000000
 POLLIN, POLLOUT = 1, 4
-SENDTO = 44  # the system call that send() makes, on x86-64
+SENDTO, RECVFROM = 44, 45  # the system calls that send() and recv() make, on x86-64
 TIOCOUTQ, FIONREAD = 0x5411, 0x541B
 STATES = {name: number for number, name in _STATES.items() if number != 12}
 PATIENCE_S = 100
@@ -626,6 +626,10 @@ class Socket:
     def read(self, size: int, **how: bool) -> Call:
         """Until so many bytes have come, or the end."""
         return self("read", size, **how)
+
+    def splice(self, size: int) -> Call:
+        """So much at most, into a pipe."""
+        return self("splice", size)
 
     def until_end(self) -> Call:
         """Read until the other end has closed: `ret` is how many bytes that were."""

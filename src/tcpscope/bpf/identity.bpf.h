@@ -18,9 +18,13 @@ struct identity {
 	__u8 padding[7];
 };
 
-/* The process that called connect(), listen() or accept(), not the one on the CPU. */
+/* The process that called connect(), listen() or accept(), not the one on the CPU. An object with another one says so before. */
+#ifndef OWNER_IS
+#define OWNER_IS "process that called connect(), listen() or accept()"
+#endif
+
 struct owner {
-	__u32 pid WIDTH(7) DOC("process that called connect(), listen() or accept()") UNKNOWN_IS("zero");
+	__u32 pid WIDTH(7) DOC(OWNER_IS) UNKNOWN_IS("zero");
 	__u32 uid WIDTH(5) DOC("user of that process") UNKNOWN_IS("max");
 	char comm[16] KIND("comm") DOC("name of that process") UNKNOWN_IS("zero");
 	__u64 cgroup DOC("cgroup v2 id of that process") UNKNOWN_IS("zero");

@@ -69,7 +69,7 @@ static __always_inline __u64 acked_before_fin(struct sock *sk, int state)
  * is what was sent for the first time, less what is in flight. What this host itself
  * dropped counts as sent and not as retransmitted: then the role is not known.
  */
-static __noinline enum role role_of_older(struct sock *sk, int state)
+static __noinline __attribute__((unused)) enum role role_of_older(struct sock *sk, int state)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
 	__u32 nxt = BPF_CORE_READ(tp, snd_nxt);
