@@ -314,7 +314,7 @@ def test_the_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert request_of(run, monkeypatch, "states")[1].filter.is_empty
 
 
-@pytest.mark.parametrize(("called", "name"), [("tcpstates", "states"), ("tcprtt", "rtt"), ("tcpsynbl", "queue")])
+@pytest.mark.parametrize(("called", "name"), [("tcpstates", "states"), ("tcprtt", "rtt"), ("tcpsynbl", "synbl")])
 def test_bcc_names(run: Run, monkeypatch: pytest.MonkeyPatch, called: str, name: str) -> None:
     assert request_of(run, monkeypatch, called)[0] == name
 

@@ -48,6 +48,7 @@ TYPES = {
     "address": "IPv4Address | IPv6Address",
     "list": "list[Holder]",
     "stack": "list[str]",
+    "distribution": "list[list[int]]",
 }
 HEAD = '''"""The rows of each tool, and what `tcpscope.open` takes.
 

@@ -46,6 +46,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("states",): ("OLD STATE", "NEW STATE", "IN STATE(ms)"),
     ("subnet", "--net", f"{LONG},0.0.0.0/0"): ("NETWORK", "TX_BYTES", "RX_BYTES"),
     ("top",): ("TX_BYTES", "RX_BYTES", "REMOTE"),
+    ("synbl",): ("LOCAL", "LIMIT", "SHAKES", "ACCEPT MAX", "ACCEPT FULL"),
     ("tracer",): ("ACTION", "CONNECT", "ACCEPT", "CLOSE", "REMOTE"),
     ("list",): ("STATE", "LOCAL"),
 }

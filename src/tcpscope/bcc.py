@@ -78,6 +78,7 @@ _TOOLS = {
         "-m": "leave it out: a terminal shows milliseconds, JSON and pipes have microseconds",
         "--milliseconds": "leave it out: a terminal shows milliseconds, JSON and pipes have microseconds",
     },
+    "synbl": {"ARGUMENT": "use -i TIME for the interval and -d TIME for the duration"},
     "states": {
         "-D": "use -R PORTS for remote ports",
         "--remoteport": "use -R PORTS",

@@ -14,7 +14,7 @@ from tcpscope.kernel import pidns
 from tcpscope.kernel.features import Kernel
 from tcpscope.output import endpoint
 from tcpscope.schema import comm_text, counters_of
-from tcpscope.session import Session
+from tcpscope.session import RING_BYTES, Session
 
 UNREAD = 2**64 - 1
 LISTENERS_AT_MOST = 8192  # MAX_LISTENERS of the probe, and the size of its map `activities`
@@ -47,6 +47,12 @@ class Holder(msgspec.Struct, frozen=True, order=True):
 _FUNCTIONS = ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit")
 _TRACEPOINTS = ("syn_exit", "syn_exit_again", "ack4_exit", "ack4_exit_again", "begins", "ends", "ends_again", "older")
 """Hooks that show each refusal, where functions can be hooked and where they cannot."""
+
+_LENGTHS = ("made", "made_again", "made_woken", "made_woken_again")
+"""Hooks that show the queues' lengths at each handshake."""
+
+LENGTHS = 2048
+"""Most queues of listeners whose lengths are counted between two readings."""
 
 Key = tuple[int, int | None]  # address of a socket, and its cookie or when listen() was called
 NamespaceKey = tuple[int, int | None]  # inode number of a namespace, and its cookie
@@ -186,35 +192,50 @@ class Listener:
 
 
 def open_session(
-    filter: Filter, *, events: bool, stacks: bool = False, ring_bytes: int, rate_per_s: int = 0, debug: bool = False
+    filter: Filter,
+    *,
+    events: bool = False,
+    stacks: bool = False,
+    lengths: bool = False,
+    ring_bytes: int = RING_BYTES,
+    rate_per_s: int = 0,
+    debug: bool = False,
 ) -> Session:
     """A session of the probe `listeners`.
 
     events      whether it sends an event for each refusal
     stacks      whether an event has the kernel stack
+    lengths     whether it counts how long the queues were at each handshake
     rate_per_s  most events in a second; 0: no limit
     """
     kernel = Kernel()
     # If refusals must be sampled, the sampler divides them among all listeners of a namespace.
     constants: dict[str, Any] = {"send_events": events, "send_stacks": stacks, "both_families": events}
-    constants["rate_per_s"] = rate_per_s
-    skip = []
+    constants |= {"rate_per_s": rate_per_s, "want_lengths": lengths}
+    skip = ["accept"] if lengths else [*_LENGTHS]
     for name, enumerator in MIB.items():
         value = kernel.enumerator(enumerator)
         if value is None:  # the programs of these hooks cannot read a counter without its number
-            skip = [*_FUNCTIONS, *_TRACEPOINTS]
+            skip += [*_FUNCTIONS, *_TRACEPOINTS]
         constants[name] = value or 0
     return Session(
         "listeners",
         "overflow" if events else None,
         filter,
         constants=constants,
-        entries={"connections": LISTENERS_AT_MOST, "found": LISTENERS_AT_MOST},
+        entries={"connections": LISTENERS_AT_MOST, "found": 1 if lengths else LISTENERS_AT_MOST}
+        | dict.fromkeys(("lengths_even", "lengths_odd"), LENGTHS if lengths else 1),
         skip=skip,
         ring_bytes=ring_bytes,
         kernel=kernel,
         debug=debug,
     )
+
+
+def sees_lengths(session: Session) -> bool:
+    """Whether the probe can tell the listener of a handshake that completes."""
+    hooks = session.loaded.hooks
+    return any(name in hooks and hooks[name].program is not None for name in ("ack4_enter", "made_woken"))
 
 
 def sees_refusals(session: Session) -> bool:

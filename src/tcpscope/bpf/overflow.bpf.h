@@ -5,6 +5,7 @@
 
 #include "connection.bpf.h"
 #include "event.bpf.h"
+#include "lengths.bpf.h"
 #include "mib.bpf.h"
 #include "queues.bpf.h"
 
@@ -97,6 +98,8 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 		return 0;
 	if (activity && row < STEPS && column < CAUSES)
 		__sync_fetch_and_add(&activity->refused[row][column], 1);
+	if (want_lengths)
+		lengths_full(packet->sk, cause, packet->unnamed);
 	if (!send_events)
 		return 0;
 	identity_read(packet->sk, &id);

@@ -4,6 +4,7 @@
 #define TCPSCOPE_SNAPSHOT_BPF_H
 
 #include "connection.bpf.h"
+#include "lengths.bpf.h"
 #include "mib.bpf.h"
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
@@ -87,22 +88,6 @@ static __noinline int net_counters_read(struct sock *sk, struct listener *record
 		record->net_cookies += value;
 	}
 	return 0;
-}
-
-/* Does the filter want it? -4 includes a listener on ::, which takes IPv4 too, unless it is IPv6 only (IPV6_V6ONLY). */
-static __always_inline bool listener_wanted(struct sock *sk, struct identity *id)
-{
-	struct sock_common *common = &sk->__sk_common;
-	const __u64 *address = (const __u64 *)id->laddr;
-	__u8 family = id->family;
-	bool wanted;
-
-	if (filter.family == 4 && family == 6 && !address[0] && !address[1] &&
-	    !BPF_CORE_READ_BITFIELD_PROBED(common, skc_ipv6only))
-		id->family = 4;
-	wanted = filter_identity(id);
-	id->family = family;
-	return wanted;
 }
 
 /* The listeners that a look has found, in memory shared with user space, which resets `found_count` before each look. */

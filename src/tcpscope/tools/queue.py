@@ -290,7 +290,6 @@ class Queue(Stream):
             important=_EVENTS_IMPORTANT,
             alarming={"overflows": bool, "syn_drops": bool},
             event="overflow",
-            aliases=("tcpsynbl",),
             examples={
                 "queue": "all listeners, again every second",
                 "queue --events -L 443": "each refused handshake of one port",
