@@ -334,7 +334,11 @@ def test_least_wait(script: Script) -> Test:
 
 @recorded(DRAWN)
 def test_histogram(script: Script) -> Test:
-    """Counted in the kernel: two processes, one of which sleeps."""
+    """Counted in the kernel: two processes, one of which sleeps, and one whose waits are not known."""
+    with script.older():
+        older = Reader.of(script, DRAWN_PORT, comm="older")
+        older.send(300)
+    older.read(100, 100, 100)
     quick, slow = Reader.of(script, DRAWN_PORT, comm="quick"), Reader.of(script, DRAWN_PORT, comm="slow")
     with_pause = ((quick, 0, 30), (slow, 20_000, 10))
     for reader, pause_us, times in with_pause:
@@ -343,7 +347,9 @@ def test_histogram(script: Script) -> Test:
             reader.read(100, pause_us=pause_us)
     seen = yield
     rows = {row["comm"]: row for row in seen.rows(DRAWN, script.server)}
-    assert rows.keys() == {"quick", "slow"}
+    assert rows.keys() == {"quick", "slow", "older"}
+    unknown = rows["older"]
+    assert (unknown["count"], unknown["min_us"], unknown["mean_us"], unknown["histogram"]) == (2, None, None, [])
     for reader, pause_us, times in with_pause:
         row = rows[reader.server.comm]
         least_us = [read.begin_us - done.end_us for (*_, done), read in zip(reader.sent, reader.reads, strict=True)]
