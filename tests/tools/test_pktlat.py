@@ -13,10 +13,11 @@ from socket import IPPROTO_TCP, TCP_NODELAY
 from typing import Any
 
 from tests.record import Call, Script, Test, Watch, recorded
-from tests.record.script import RECVFROM, SO_REUSEADDR, SOL_SOCKET, Process, Socket
+from tests.record.script import RECVFROM, SO_REUSEADDR, SOL_SOCKET, TCP_FASTOPEN, Process, Socket
 
 PORT, LEAST_PORT, DRAWN_PORT, NAMED_PORT = 6801, 6802, 6803, 6804
 MSG_PEEK = 2
+FAST_OPEN = 0x207  # client, server, neither needs a cookie
 WAITS = Watch("pktlat", "--lport", f"{PORT}")
 LONG = Watch("pktlat", "--lport", f"{LEAST_PORT}", "--min", "50ms", every_kernel=False)
 DRAWN = Watch("pktlat", "--lport", f"{DRAWN_PORT}", "--histogram", "--by", "netns,comm")
@@ -282,6 +283,30 @@ def test_an_older_connection(script: Script) -> Test:
     assert [(row["taken_bytes"], row["wait_us"]) for row in rows[:2]] == [(300, None), (300, None)]
     reader.check(rows[2:], begin=1000, all_before=False)
     assert least(rows[2:]) >= 20_000
+
+
+@recorded(WAITS)
+def test_fast_open(script: Script) -> Test:
+    """When the data of the SYN came is not known. What comes later is."""
+    for host in script.hosts:
+        host.sysctl("tcp_fastopen", FAST_OPEN)
+    server = script.server.process("server")
+    listener = server.listener(PORT)
+    listener.option(IPPROTO_TCP, TCP_FASTOPEN, 5)
+    near = script.client.process("client").socket()
+    near.send_to("early", script.server.ipv4, PORT)
+    near.until_state("ESTABLISHED")
+    reader = Reader(server, near, listener.accept())
+    reader.far.until_state("ESTABLISHED")
+    early = reader.far.receive(5)
+    reader.send(100)
+    reader.read(100, pause_us=20_000)
+    seen = yield
+    assert early.ret == 5
+    rows = seen.rows(WAITS, script.server)
+    assert (rows[0]["taken_bytes"], rows[0]["wait_us"]) == (5, None)
+    reader.check(rows[1:])
+    assert least(rows[1:]) >= 20_000
 
 
 @recorded(WAITS)

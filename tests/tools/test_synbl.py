@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.record import Script, Test, Watch, recorded
-from tests.record.script import Process, Socket
+from tests.record.script import IPPROTO_TCP, TCP_FASTOPEN, Process, Socket
 
 PORT, PARTS_PORT, NAMED_PORT = 6811, 6812, 6813
 LENGTHS = Watch("synbl", "--lport", f"{PORT}")
@@ -13,6 +13,7 @@ PARTS = Watch("synbl", "--lport", f"{PARTS_PORT}", "-i", "0.3", every_kernel=Fal
 NAMED = Watch("synbl", "--lport", f"{NAMED_PORT}", "--comm", "wanted", every_kernel=False)
 OPENS, OVERFLOWS = "TcpPassiveOpens", "TcpExtListenOverflows"
 DROPPED = "TcpExtTCPReqQFullDrop"
+FAST_OPEN = 0x207  # client, server, neither needs a cookie
 
 
 def connect(script: Script, port: int, times: int, family: str = "4", process: Process | None = None) -> list[Socket]:
@@ -144,6 +145,26 @@ def test_cookies(script: Script) -> Test:
     assert sent.ret >= 3
     check_lengths(row, "accept", [1, 2, 3])
     check_lengths(row, "syn", [0, 0, 0])
+
+
+@recorded(LENGTHS)
+def test_fast_open(script: Script) -> Test:
+    """The child is made at the SYN. Its request does not count in the SYN queue."""
+    for host in script.hosts:
+        host.sysctl("tcp_fastopen", FAST_OPEN)
+    listener = script.server.process("server").listener(PORT, backlog=8)
+    listener.option(IPPROTO_TCP, TCP_FASTOPEN, 5)
+    connect(script, PORT, 1)
+    early = script.client.process("client").socket()
+    early.send_to("early", script.server.ipv4, PORT)
+    early.until_state("ESTABLISHED")
+    opens, fast = script.server.counter(OPENS), script.server.counter("TcpExtTCPFastOpenPassive")
+    seen = yield
+    row = seen.row(LENGTHS, script.server)
+    assert (row["handshakes"], fast.ret) == (opens.ret, 1)
+    assert opens.ret == 2
+    check_lengths(row, "accept", [1, 2])
+    check_lengths(row, "syn", [0, 0])
 
 
 @recorded(LENGTHS)
