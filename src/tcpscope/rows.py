@@ -1015,6 +1015,79 @@ class Subnet(msgspec.Struct, frozen=True):
     """over the whole run, not an interval"""
 
 
+class Synbl(msgspec.Struct, frozen=True):
+    """A row of `synbl`."""
+
+    time: datetime
+    """when the tool read the lengths from the kernel"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    family: int
+    """IP version of the address"""
+
+    laddr: IPv4Address | IPv6Address
+    """address it listens on"""
+
+    lport: int
+    """port it listens on"""
+
+    cookie: int | None
+    """socket cookie of the listener, what ss -e prints as sk:"""
+
+    pid: int | None
+    """process that called listen(); of an older listener, one that holds it"""
+
+    comm: str | None
+    """name of that process"""
+
+    limit: int
+    """limit of both queues: listen()'s backlog, cut to somaxconn"""
+
+    handshakes: int
+    """handshakes that completed"""
+
+    accept_p50: int | None
+    """accept queue: half of the lengths are not longer; known to 1/8"""
+
+    accept_p99: int | None
+    """accept queue: 99 % are not longer; known to 1/8"""
+
+    accept_max: int | None
+    """accept queue: longest"""
+
+    accept_max_percent: int | None
+    """accept queue: longest, in percent of the limit"""
+
+    accept_full: int | None
+    """handshakes that found the accept queue full"""
+
+    syn_p50: int | None
+    """SYN queue: half of the lengths are not longer; known to 1/8"""
+
+    syn_p99: int | None
+    """SYN queue: 99 % are not longer; known to 1/8"""
+
+    syn_max: int | None
+    """SYN queue: longest"""
+
+    syn_max_percent: int | None
+    """SYN queue: longest, in percent of the limit"""
+
+    syn_full: int | None
+    """handshakes that found the SYN queue full"""
+
+    accept_histogram: list[list[int]]
+    """[from, to, count] of the lengths of the accept queue, by power of two"""
+
+    syn_histogram: list[list[int]]
+    """[from, to, count] of the lengths of the SYN queue, by power of two"""
+
+    total: bool
+    """over the whole run, not an interval"""
+
+
 class Top(msgspec.Struct, frozen=True):
     """A row of `top`."""
 
@@ -1522,6 +1595,14 @@ def open(
     sort: str | None = ...,
     **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["synbl"], /, **asked: Unpack[Asked]) -> Events[Synbl]: ...
+
+
+@overload
+def open(tool: Literal["synbl"], /, *, histogram: bool = ..., **asked: Unpack[AskedInPart]) -> Events[Any]: ...
 
 
 @overload
