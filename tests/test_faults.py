@@ -12,7 +12,7 @@ import pytest
 from tcpscope.errors import ResourceError
 from tcpscope.kernel import netns
 from tcpscope.lab.hosts import Lab
-from tcpscope.tools.list import _namespaces
+from tcpscope.namespaces import opened
 from tests.faults import FOR_EVER, Fault, Outcome, compiled, run
 
 SHORT = (errno.ENOMEM, errno.EMFILE, errno.EAGAIN, errno.EINTR)  # the machine's fault, not the kernel's
@@ -72,7 +72,7 @@ def test_a_namespace_that_cannot_be_opened_is_not_left_out(lab: Lab, monkeypatch
     monkeypatch.setattr(netns, "visible", lambda: visible)
     monkeypatch.setattr(os, "open", open_)
     with pytest.raises(ResourceError, match="Too many open files; raise the limit of open files per process"):
-        list(_namespaces((), []))
+        list(opened((), []))
 
 
 def _right_outcomes(library: Path, words: Sequence[str], faults: Sequence[Fault], whole: Outcome) -> list[Outcome]:

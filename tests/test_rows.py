@@ -70,26 +70,26 @@ from tcpscope.listeners import Holder
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from tcpscope import filters
     from tcpscope.events import Events
-    from tcpscope.filters import Names, Networks, Numbers, Ports
 '''
 ASKED = '''
 
 class Asked(TypedDict, total=False):
     """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
 
-    pid: Numbers
-    comm: Names
-    uid: Numbers
-    cgroup: Numbers
-    netns: Numbers
+    pid: filters.Numbers
+    comm: filters.Names
+    uid: filters.Numbers
+    cgroup: filters.Numbers
+    netns: filters.Numbers
     ipv4: bool
     ipv6: bool
-    lport: Ports
-    rport: Ports
-    port: Ports
-    laddr: Networks
-    raddr: Networks
+    lport: filters.Ports
+    rport: filters.Ports
+    port: filters.Ports
+    laddr: filters.Networks
+    raddr: filters.Networks
     duration: float | None
     interval: float | None
     max_events: int | None

@@ -39,6 +39,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("drop",): ("REASON", "LOCAL", "REMOTE", "NO_SOCKET"),
     ("life",): ("END", "REMOTE", "DUR(ms)", "FIN"),
     ("pktlat",): ("WAIT(ms)", "TAKEN", "REMOTE"),
+    ("ports", "-i", "0.2"): ("LEVEL", "REMOTE", "USED"),
     ("queue",): ("LOCAL", "WAIT(ms)", "ACCEPTQ", "LIMIT"),
     ("reset",): ("DIR", "CAUSE", "REMOTE"),
     ("retrans",): ("KIND", "REMOTE"),
@@ -272,7 +273,7 @@ def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
                 running.append((command, tool, terminal))
         puppets = [puppet for address in (lab.server.ipv4, LONG) for puppet in connect(lab.server, address)]
         for command, tool, terminal in running:
-            if command[0] in ("cong", "queue", "subnet", "top"):  # their next look
+            if command[0] in ("cong", "ports", "queue", "subnet", "top"):  # their next look
                 terminal.wait_for(LONG)
             tool.process.send_signal(signal.SIGINT)
             terminal.read_all()

@@ -5,6 +5,7 @@
     ├── UnsupportedError     3  this kernel cannot do it: what is missing
     ├── NotPermittedError    4  a capability is missing: its name
     ├── LossError            5  events were lost, under --strict
+    ├── ReachedError         6  a limit of the command line was reached (--warn)
     ├── ResourceError        1  this machine lacks memory, open files or the like now: what failed, and what helps
     └── MalformedError       1  bytes that are not what they claim to be (BTF, ELF, a batch)
         └── BtfError
@@ -57,6 +58,12 @@ class LossError(TcpscopeError):
     """Events were lost in a run that must not lose any (--strict)."""
 
     exit_status = 5
+
+
+class ReachedError(TcpscopeError):
+    """The run has seen what --warn asks for."""
+
+    exit_status = 6
 
 
 class ResourceError(TcpscopeError):

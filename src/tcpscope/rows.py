@@ -18,8 +18,8 @@ from tcpscope.listeners import Holder
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from tcpscope import filters
     from tcpscope.events import Events
-    from tcpscope.filters import Names, Networks, Numbers, Ports
 
 
 class ActionKind(StrEnum):
@@ -691,6 +691,104 @@ class Pktlat(msgspec.Struct, frozen=True):
     """name of that thread"""
 
 
+class Ports(msgspec.Struct, frozen=True):
+    """A row of `ports`."""
+
+    time: datetime
+    """when the snapshot was taken"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    family: int
+    """IP version of the packets"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address; null: the row is about ports that bind() has taken for the local address"""
+
+    rport: int | None
+    """remote port"""
+
+    level: str | None
+    """warning or critical"""
+
+    used: int
+    """ports in use: those of the row's sockets, and `bound`"""
+
+    available: int | None
+    """ports from first_port to last_port, without the reserved ones"""
+
+    percent: float | None
+    """share of the available ports that is in use"""
+
+    syn_sent: int
+    """sockets in SYN_SENT"""
+
+    established: int
+    """established"""
+
+    closing: int
+    """in FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK or CLOSING"""
+
+    time_wait: int
+    """timewait sockets, also those that ss shows in FIN_WAIT2"""
+
+    bound: int
+    """ports of the range that bind() has taken: in the namespace, listeners too; without a remote end: for this
+    address, without listeners"""
+
+    pid: int | None
+    """process that holds most"""
+
+    comm: str | None
+    """name of that process"""
+
+    uid: int | None
+    """user of that process"""
+
+    held: int | None
+    """sockets of the row that this process has opened or bound, those in TIME_WAIT too"""
+
+    opened: int
+    """connections opened since the snapshot before"""
+
+    opened_per_s: float | None
+    """the same per second"""
+
+    search_us: float | None
+    """time in connect() from SYN_SENT to the SYN, in which it looks for a port: mean since the snapshot before"""
+
+    search_max_us: int | None
+    """the longest of them"""
+
+    failed: int
+    """calls that found no port since the snapshot before"""
+
+    errno: str | None
+    """EADDRNOTAVAIL: of connect(), EADDRINUSE: of bind() to port 0; of several the most frequent one"""
+
+    failed_pid: int | None
+    """process whose calls failed most"""
+
+    failed_comm: str | None
+    """name of that process"""
+
+    first_port: int | None
+    """of the range: ip_local_port_range, or IP_LOCAL_PORT_RANGE of the last socket"""
+
+    last_port: int | None
+    """the range's last port"""
+
+    reserved: int | None
+    """ports of the range in ip_local_reserved_ports"""
+
+    step_width: int | None
+    """ip_local_port_step_width; null: the kernel has no such sysctl"""
+
+
 class Queue(msgspec.Struct, frozen=True):
     """A row of `queue`."""
 
@@ -1348,18 +1446,18 @@ class CongEvents(msgspec.Struct, frozen=True):
 class Asked(TypedDict, total=False):
     """What every tool takes: the filters, and when and how it gives rows. See `tcpscope.open`."""
 
-    pid: Numbers
-    comm: Names
-    uid: Numbers
-    cgroup: Numbers
-    netns: Numbers
+    pid: filters.Numbers
+    comm: filters.Names
+    uid: filters.Numbers
+    cgroup: filters.Numbers
+    netns: filters.Numbers
     ipv4: bool
     ipv6: bool
-    lport: Ports
-    rport: Ports
-    port: Ports
-    laddr: Networks
-    raddr: Networks
+    lport: filters.Ports
+    rport: filters.Ports
+    port: filters.Ports
+    laddr: filters.Networks
+    raddr: filters.Networks
     duration: float | None
     interval: float | None
     max_events: int | None
@@ -1503,6 +1601,14 @@ def open(
     by: str | Sequence[str] | None = ...,
     **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
+
+
+@overload
+def open(tool: Literal["ports"], /, *, warn: str | None = ..., **asked: Unpack[Asked]) -> Events[Ports]: ...
+
+
+@overload
+def open(tool: Literal["ports"], /, *, warn: str | None = ..., **asked: Unpack[AskedInPart]) -> Events[Any]: ...
 
 
 @overload

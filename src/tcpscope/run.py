@@ -62,6 +62,7 @@ class Run(ABC):
     over      it has ended or was closed; there are no more batches
     important columns that a narrow terminal shows, the most important first; empty: those of the tool
     repeats   what a row of its snapshots is ("listener"), if a snapshot replaces the previous one on a terminal
+    reached   what it has seen of what --warn asks for: the command line then ends with an error
     """
 
     keep: tuple[str, ...] = ()
@@ -71,6 +72,7 @@ class Run(ABC):
     done = waits = over = False
     important: tuple[str, ...] = ()
     repeats = ""
+    reached = ""
 
     def __init__(self, columns: Sequence[Column], *sessions: Session) -> None:
         self.columns = tuple(columns)

@@ -90,6 +90,7 @@ class Session:
     entries     sizes of maps, by name
     key_bytes   sizes of the keys of maps, by name, if they are shorter than those of the object
     keys        keys of maps, by name: those of a set, or those of another map with their values
+    stacks      values of stacks, by name
     skip        hooks that this run does not need
     owners      whether this run needs the owners of sockets, if the probe uses the object `owner`
     ring_bytes  size of the ring buffer, a power of two
@@ -107,6 +108,7 @@ class Session:
         entries: dict[str, int] | None = None,
         key_bytes: dict[str, int] | None = None,
         keys: dict[str, Sequence[bytes] | Mapping[bytes, bytes]] | None = None,
+        stacks: dict[str, Sequence[bytes]] | None = None,
         skip: Sequence[str] = (),
         owners: bool = True,
         ring_bytes: int = RING_BYTES,
@@ -120,6 +122,7 @@ class Session:
             entries=dict(entries or {}),
             key_bytes=dict(key_bytes or {}),
             keys={compiled_filter.LISTS: compiled_filter.keys(filter)} | (keys or {}),
+            stacks=stacks or {},
             skip=frozenset(skip),
             debug=debug,
         )

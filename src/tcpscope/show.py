@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import BinaryIO
 
 from tcpscope.command import Command
-from tcpscope.errors import LossError
+from tcpscope.errors import LossError, ReachedError
 from tcpscope.filters import Filter
 from tcpscope.kernel.clock import monotonic_ns
 from tcpscope.kernel.loaded import Loaded
@@ -88,6 +88,8 @@ def _show(tool: Tool, request: Request, stream: BinaryIO, command: Command | Non
         _print_notes(run)
         if run.accounts or request.stats or request.strict:
             finish(request, run.account(), sink, stream, run.more)
+        if run.reached:
+            raise ReachedError(run.reached)
 
 
 def _show_live(tool: Tool, request: Request, stream: BinaryIO) -> None:

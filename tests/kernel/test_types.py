@@ -41,11 +41,15 @@ FIELDS_THAT_MAY_BE_MISSING = {
     ("trace_event_raw_kfree_skb", "reason"): "came in 5.17; only asked whether it exists",
     ("trace_event_raw_kfree_skb", "rx_sk"): "came in 6.11; only asked whether it exists",
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
+    ("netns_ipv4", "sysctl_ip_local_port_step_width"): "came in 7.1; asked for before it is read",
+    ("inet_sock", "local_port_range"): "came in 6.3; asked for before it is read",
 }
 OTHER_KINDS = {
     ("netns_ipv4", "sysctl_tcp_syncookies"): "an int before 5.15: read at any width",
     ("netns_ipv4", "sysctl_tcp_abort_on_overflow"): "an int before 5.15: read at any width",
     ("net", "net_cookie"): "an atomic64_t before 5.12: not read there",
+    ("local_ports", "range"): "an array before 6.8: asked for before it is read",
+    ("inet_sock", "local_port_range"): "a pair before 6.8: asked for before it is read",
 }
 """Fields whose kind or size may differ from ours, and why that does no harm."""
 

@@ -55,6 +55,7 @@ struct scratch {
 #define FOLLOWED (STATE_BIT(SYN_SENT) | STATE_BIT(SYN_RECV) | STATE_BIT(CLOSE))
 #include "follow.bpf.h"
 #include "error.bpf.h"
+#include "sockaddr.bpf.h"
 #include "syn.bpf.h"
 #include "visit.bpf.h"
 
@@ -303,35 +304,8 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	return 0;
 }
 
-#define SOCKADDR_IN_SIZE 16 /* sizeof(struct sockaddr_in) */
-
-/* struct sockaddr_in, and sockaddr_in6 without its scope */
-struct remote_address {
-	__u16 family;
-	__be16 port;
-	__be32 v4; /* flow label of IPv6 */
-	__u8 v6[16];
-};
-
-/* The kernel refuses a shorter address, and the bytes after it are no address. */
-static __always_inline bool remote_address_fits(const struct remote_address *to, int size)
-{
-	if (to->family == AF_INET)
-		return size >= SOCKADDR_IN_SIZE;
-	return to->family == AF_INET6 && size >= (int)sizeof(*to);
-}
-
-/* Reads no more than `size` bytes: the memory may end there. `read` is bpf_probe_read_kernel or bpf_probe_read_user. */
-#define REMOTE_ADDRESS_READ(read, to, address, size)                                            \
-	({                                                                                      \
-		read(to, SOCKADDR_IN_SIZE, (void *)(address));                                  \
-		if ((int)(size) >= (int)sizeof(*(to)))                                          \
-			read((void *)(to) + SOCKADDR_IN_SIZE, sizeof(*(to)) - SOCKADDR_IN_SIZE, \
-			     (void *)(address) + SOCKADDR_IN_SIZE);                             \
-	})
-
 /* connect() failed before it had a route: the remote end is not in the socket, but in the call's arguments. */
-static __noinline int attempt_failed_early(struct sock *sk, const struct remote_address *to, int size, __u32 error)
+static __noinline int attempt_failed_early(struct sock *sk, const struct socket_address *to, int size, __u32 error)
 {
 	struct ending ending = {
 		.time_ns = bpf_ktime_get_ns(),
@@ -345,7 +319,7 @@ static __noinline int attempt_failed_early(struct sock *sk, const struct remote_
 	identity_read(sk, &id);
 	id.lport = BPF_CORE_READ(sk, __sk_common.skc_num);
 	id.rport = bpf_ntohs(to->port);
-	if (!remote_address_fits(to, size)) {
+	if (!socket_address_fits(to, size)) {
 		id.rport = 0;
 		__builtin_memset(id.raddr, 0, 16);
 	} else if (to->family == AF_INET) {
@@ -360,7 +334,7 @@ static __noinline int attempt_failed_early(struct sock *sk, const struct remote_
 }
 
 /* connect() returns. */
-static __always_inline void attempt_returned(struct sock *sk, const struct remote_address *to, int size, long result)
+static __always_inline void attempt_returned(struct sock *sk, const struct socket_address *to, int size, long result)
 {
 	__u32 error = result < 0 ? -result : 0;
 	struct connection *connection = connection_find(sk);
@@ -402,13 +376,13 @@ SEC("fexit/__inet_stream_connect")
 int FUNCTION_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
 		  int result)
 {
-	struct remote_address to = {};
+	struct socket_address to = {};
 	struct sock *sk;
 
 	sk = tcp_sock_of_socket(socket);
 	if (!sk || subflow_is_connected_apart(socket) || (!result && !connection_find(sk)))
 		return 0;
-	REMOTE_ADDRESS_READ(bpf_probe_read_kernel, &to, address, size);
+	SOCKET_ADDRESS_READ(bpf_probe_read_kernel, &to, address, size);
 	attempt_returned(sk, &to, size, result);
 	return 0;
 }
@@ -416,7 +390,7 @@ int FUNCTION_PROG(connected__fexit, struct socket *socket, void *address, int si
 SEC("tp_btf/sys_exit")
 int TRACEPOINT_PROG_IF(syscall_is_connect(regs), connected__syscall, struct pt_regs *regs, long result)
 {
-	struct remote_address to = {};
+	struct socket_address to = {};
 	__u64 arguments[3];
 	struct file *file;
 	struct sock *sk;
@@ -429,7 +403,7 @@ int TRACEPOINT_PROG_IF(syscall_is_connect(regs), connected__syscall, struct pt_r
 	sk = tcp_sock_of_file(file);
 	if (!sk)
 		return 0;
-	REMOTE_ADDRESS_READ(bpf_probe_read_user, &to, arguments[1], arguments[2]);
+	SOCKET_ADDRESS_READ(bpf_probe_read_user, &to, arguments[1], arguments[2]);
 	attempt_returned(sk, &to, arguments[2], result);
 	return 0;
 }

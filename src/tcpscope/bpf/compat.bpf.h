@@ -182,7 +182,7 @@ static __always_inline __u64 cookie_if_any(struct sock *sk)
 #define COOKIE_OF(sk) (have_cookie_helper() ? bpf_get_socket_cookie(sk) : cookie_if_any((struct sock *)(sk)))
 
 /*
- * The system calls accept(), accept4() and connect() at their exit. A kernel with 32-bit calls has two tables of numbers:
+ * The system calls accept(), accept4(), connect() and bind() at their exit. A kernel with 32-bit calls has two tables of numbers:
  * 43 is accept() in one and times() in the other. The caller chooses the table for each call: on x86 any process may use
  * "int 0x80", the table of 32 bits.
  */
@@ -200,6 +200,7 @@ static __always_inline bool syscall_is_32bit(const struct pt_regs *regs)
 #define SYSCALL_NUMBER(regs) ((int)((const struct pt_regs___kernel *)(regs))->orig_ax)
 #define SOCKETCALL_32 102
 #define SOCKETCALL_CALL(regs) ((int)((const struct pt_regs___kernel *)(regs))->bx)
+#define SOCKETCALL_BIND 2
 #define SOCKETCALL_CONNECT 3
 #define SOCKETCALL_ACCEPT 5
 #define SOCKETCALL_ACCEPT4 18
@@ -208,6 +209,8 @@ static __always_inline bool syscall_is_32bit(const struct pt_regs *regs)
 #define ACCEPT4_32 364
 #define CONNECT_64 42
 #define CONNECT_32 362
+#define BIND_64 49
+#define BIND_32 361
 
 static __always_inline bool syscall_is_accept(const struct pt_regs *regs)
 {
@@ -233,6 +236,19 @@ static __always_inline bool syscall_is_connect(const struct pt_regs *regs)
 		return syscall_is_32bit(regs);
 	case SOCKETCALL_32:
 		return syscall_is_32bit(regs) && SOCKETCALL_CALL(regs) == SOCKETCALL_CONNECT;
+	}
+	return false;
+}
+
+static __always_inline bool syscall_is_bind(const struct pt_regs *regs)
+{
+	switch (SYSCALL_NUMBER(regs)) {
+	case BIND_64:
+		return !syscall_is_32bit(regs);
+	case BIND_32:
+		return syscall_is_32bit(regs);
+	case SOCKETCALL_32:
+		return syscall_is_32bit(regs) && SOCKETCALL_CALL(regs) == SOCKETCALL_BIND;
 	}
 	return false;
 }
@@ -275,6 +291,11 @@ static __always_inline bool syscall_is_connect(const struct pt_regs *regs)
 	return syscall_is(regs, 203, 283);
 }
 
+static __always_inline bool syscall_is_bind(const struct pt_regs *regs)
+{
+	return syscall_is(regs, 200, 282);
+}
+
 static __always_inline void syscall_arguments(const struct pt_regs *registers, __u64 arguments[3])
 {
 	const struct pt_regs___kernel *regs = (const struct pt_regs___kernel *)registers;
@@ -301,6 +322,44 @@ static __always_inline bool subflow_is_connected_apart(struct socket *socket)
 {
 	return bpf_core_field_exists(struct mptcp_sock, subflow) &&
 	       BPF_CORE_READ(socket, sk, sk_protocol) == IPPROTO_MPTCP;
+}
+
+/*
+ * The first and, in the upper half, the last port that the namespace gives to connect() and bind(). In 6.8 one number took the
+ * place of an array.
+ */
+static __always_inline __u32 local_ports_of(struct net *net)
+{
+	struct local_ports___pair *pair;
+	int range[2] = {};
+
+	if (bpf_core_field_exists(struct local_ports, range))
+		return BPF_CORE_READ(net, ipv4.ip_local_ports.range);
+	pair = (void *)__builtin_preserve_access_index(&net->ipv4.ip_local_ports);
+	bpf_probe_read_kernel(range, sizeof(range), __builtin_preserve_access_index(&pair->range));
+	return range[0] | range[1] << 16;
+}
+
+/* IP_LOCAL_PORT_RANGE of a socket (6.3), in the same form; 0: it has none, or the kernel has no such option. */
+static __always_inline __u32 own_ports_of(struct sock *sk)
+{
+	struct inet_sock___pair *pair = (struct inet_sock___pair *)sk;
+	struct inet_sock *inet = (struct inet_sock *)sk;
+	__u32 range = 0;
+
+	if (bpf_core_field_exists(struct inet_sock, local_port_range))
+		return BPF_CORE_READ(inet, local_port_range);
+	if (bpf_core_field_exists(struct inet_sock___pair, local_port_range))
+		bpf_core_read(&range, sizeof(range), &pair->local_port_range);
+	return range;
+}
+
+/* The sysctl ip_local_port_step_width (7.1); -1: the kernel has none. */
+static __always_inline __u32 port_step_of(struct net *net)
+{
+	if (!bpf_core_field_exists(struct netns_ipv4, sysctl_ip_local_port_step_width))
+		return -1;
+	return BPF_CORE_READ(net, ipv4.sysctl_ip_local_port_step_width);
 }
 
 /* Reads a small integer field whose width differs between kernels, by address. */

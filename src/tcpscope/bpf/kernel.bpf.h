@@ -46,6 +46,8 @@
 #define EINTR 4
 #define EEXIST 17
 #define EPIPE 32
+#define EADDRINUSE 98
+#define EADDRNOTAVAIL 99
 #define ENETDOWN 100
 #define ENETUNREACH 101
 #define ECONNABORTED 103
@@ -118,7 +120,18 @@ struct inet_listen_hashbucket { /* include/net/inet_hashtables.h */
 	struct hlist_nulls_head nulls_head;
 };
 
+struct inet_ehash_bucket { /* include/net/inet_hashtables.h */
+	struct hlist_nulls_head chain;
+};
+
+struct inet_bind_bucket { /* include/net/inet_hashtables.h; of a port */
+	signed char fastreuse;
+	signed char fastreuseport;
+};
+
 struct inet_hashinfo { /* include/net/inet_hashtables.h */
+	struct inet_ehash_bucket *ehash;
+	unsigned int ehash_mask;
 	unsigned int lhash2_mask;
 	struct inet_listen_hashbucket *lhash2;
 };
@@ -127,8 +140,19 @@ struct inet_timewait_death_row { /* include/net/netns/ipv4.h */
 	struct inet_hashinfo *hashinfo;
 };
 
+struct local_ports { /* include/net/netns/ipv4.h */
+	__u32 range; /* since 6.8: the last port in the upper half */
+};
+
+struct local_ports___pair { /* until 6.7 */
+	int range[2];
+};
+
 struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
 	struct inet_timewait_death_row tcp_death_row;
+	struct local_ports ip_local_ports;
+	__u32 sysctl_ip_local_port_step_width;      /* since 7.1 */
+	unsigned long *sysctl_local_reserved_ports; /* a bitmap of all ports */
 	__u8 sysctl_tcp_syncookies;
 	__u8 sysctl_tcp_abort_on_overflow;
 	int sysctl_max_syn_backlog;
@@ -164,6 +188,7 @@ struct sock_common { /* include/net/sock.h */
 	volatile unsigned char skc_state;
 	unsigned char skc_ipv6only : 1;
 	possible_net_t skc_net;
+	unsigned int skc_hash;
 	unsigned long skc_flags;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
@@ -190,6 +215,7 @@ struct sk_buff_head {         /* include/linux/skbuff.h */
 
 struct timer_list { /* include/linux/timer_types.h; before 6.14 in include/linux/timer.h */
 	unsigned long expires;
+	void *function;
 };
 
 struct sock { /* include/net/sock.h */
@@ -234,6 +260,14 @@ struct socket { /* include/linux/net.h */
 
 struct inet_sock { /* include/net/inet_sock.h */
 	__be16 inet_sport;
+	__u32 local_port_range; /* the last port in the upper half; 0: none. Since 6.8 */
+};
+
+struct inet_sock___pair { /* from 6.3, and Debian's 6.1, until 6.7 */
+	struct {
+		__u16 lo;
+		__u16 hi;
+	} local_port_range;
 };
 
 struct request_sock { /* include/net/request_sock.h */
@@ -254,6 +288,7 @@ struct request_sock_queue { /* include/net/request_sock.h */
 
 struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	struct request_sock_queue icsk_accept_queue;
+	struct inet_bind_bucket *icsk_bind_hash;
 	void *icsk_ulp_data;
 	unsigned long icsk_timeout;              /* until 6.12 or a later one before 6.16 */
 	struct timer_list icsk_retransmit_timer; /* until 6.18 */
@@ -295,6 +330,7 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u64 bytes_sent;
 	__u64 bytes_acked;
 	__u64 bytes_retrans;
+	__u64 tcp_wstamp_ns; /* when the last segment was sent, as ktime_get_ns() */
 	__u32 write_seq;
 	__u32 snd_nxt;
 	__u32 snd_una;
@@ -373,6 +409,8 @@ struct sock_exterr_skb { /* include/linux/errqueue.h, in sk_buff.cb */
 struct inet_timewait_sock { /* include/net/inet_timewait_sock.h */
 	struct sock_common __tw_common;
 	volatile unsigned char tw_substate;
+	struct timer_list tw_timer;
+	struct inet_bind_bucket *tw_tb;
 };
 
 struct tcp_timewait_sock { /* include/linux/tcp.h */

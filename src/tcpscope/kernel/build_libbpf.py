@@ -36,6 +36,7 @@ void *bpf_map__initial_value(struct bpf_map *map, size_t *size);
 
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
+int bpf_map_delete_elem(int fd, const void *key);
 struct bpf_map_batch_opts;
 int bpf_map_lookup_batch(int fd, void *in, void *out, void *keys, void *values, uint32_t *count,
                          const struct bpf_map_batch_opts *options);

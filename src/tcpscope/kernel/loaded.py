@@ -39,6 +39,7 @@ _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
 _CLOCK_MONOTONIC_COARSE = 6  # it ticks with the jiffies: hrtimer_get_res() returns KTIME_LOW_RES
 _NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_NO_PREALLOC, BPF_F_MMAPABLE
+_NOEXIST = 1  # BPF_NOEXIST
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Setup:
     key_bytes  sizes of the keys of maps, by name, if they are shorter than those that the object has
     keys       keys of maps, by name, inserted before a program is attached. Of a set (its values are one byte) a
                sequence, of other maps with their values
+    stacks     values of stacks, by name, pushed before a program is attached; the last one is the top
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
     debug      print the messages of libbpf and the verifier's log on stderr
@@ -59,6 +61,7 @@ class Setup:
     entries: dict[str, int] = field(default_factory=dict)
     key_bytes: dict[str, int] = field(default_factory=dict)
     keys: dict[str, Sequence[bytes] | Mapping[bytes, bytes]] = field(default_factory=dict)
+    stacks: dict[str, Sequence[bytes]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
     debug: bool = False
@@ -217,6 +220,30 @@ class Loaded:
             raise self._load_error(error, ffi.string(verifier).decode(errors="replace"))
         for name, keys in self._setup.keys.items():
             self._insert(name, keys)
+        for name, values in self._setup.stacks.items():
+            for value in values:
+                self.push(name, value)
+
+    def push(self, name: str, value: bytes) -> None:
+        """Push a value onto a stack. Raises OSError if it is full."""
+        if lib.bpf_map_update_elem(self.map_fd(name), ffi.NULL, ffi.from_buffer(value), 0) < 0:
+            raise failed(ffi.errno, f"{self.spec.name}: nothing can be pushed onto '{name}'")
+
+    def value(self, name: str, key: bytes, size: int) -> bytes | None:
+        """The value of a key in a hash map, of `size` bytes; None: it has none."""
+        found = bytearray(size)
+        if lib.bpf_map_lookup_elem(self.map_fd(name), ffi.from_buffer(key), ffi.from_buffer(found)) < 0:
+            return None
+        return bytes(found)
+
+    def insert(self, name: str, key: bytes, value: bytes) -> bool:
+        """Insert a new key into a hash map. False if there is such a key, or no room."""
+        fd = self.map_fd(name)
+        return bool(lib.bpf_map_update_elem(fd, ffi.from_buffer(key), ffi.from_buffer(value), _NOEXIST) == 0)
+
+    def remove(self, name: str, key: bytes) -> None:
+        """Delete a key from a hash map, if it is there."""
+        lib.bpf_map_delete_elem(self.map_fd(name), ffi.from_buffer(key))
 
     def _insert(self, name: str, keys: Sequence[bytes] | Mapping[bytes, bytes]) -> None:
         entries = keys if isinstance(keys, Mapping) else dict.fromkeys(keys, b"\0")

@@ -8,21 +8,19 @@ their own.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any, ClassVar
 
 import msgspec
 
-from tcpscope.errors import NotPermittedError, TcpscopeError
-from tcpscope.kernel import compiled_filter, netns
+from tcpscope.errors import NotPermittedError
+from tcpscope.kernel import compiled_filter
 from tcpscope.kernel.clock import monotonic_ns
-from tcpscope.kernel.features import has_capability
-from tcpscope.kernel.resources import exhausted
 from tcpscope.kernel.spec import Spec
 from tcpscope.listeners import Holder
+from tcpscope.namespaces import numbers, opened
 from tcpscope.output import Column
 from tcpscope.request import Request
 from tcpscope.run import Batch, Run, Ticker
@@ -153,7 +151,7 @@ class _Existing(Run):
     def _pieces(self, size: int, most: int | None) -> Iterator[list[bytes]]:
         """The records of each namespace. They end behind the piece that has the last of the `most` records."""
         wanted, room = self._filter.netns, most
-        for descriptor in _namespaces(wanted, self.notes):
+        for descriptor in opened(wanted, self.notes):
             pieces = []
             try:
                 for piece in self._session.loaded.iterate("existing", descriptor):
@@ -163,7 +161,7 @@ class _Existing(Run):
             except PermissionError:
                 if wanted:
                     raise NotPermittedError(
-                        f"cannot enter network namespace {_numbers(wanted)}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
+                        f"cannot enter network namespace {numbers(wanted)}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
                     ) from None
                 self.notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
                 return
@@ -194,46 +192,6 @@ def _holders(session: Session, only: set[_Key] | None) -> tuple[dict[_Key, tuple
     return {
         key: tuple(sorted(own, key=lambda holder: (started[holder.pid], holder))) for key, own in found.items()
     }, wanted
-
-
-def _numbers(namespaces: Iterable[int]) -> str:
-    return ", ".join(map(str, namespaces))
-
-
-def _namespaces(wanted: Sequence[int], notes: list[str]) -> Iterator[int]:
-    """A file descriptor of each namespace to look at; -1 for this process's own, which needs no privilege.
-
-    Without `wanted` these are all. What cannot be looked at is added to `notes`, or is an error if it is `wanted`.
-    """
-    visible = netns.visible()
-    own = netns.inode_of("/proc/self/ns/net")
-    refused = visible.hidden_processes
-    without = "" if has_capability("CAP_SYS_PTRACE") else " without CAP_SYS_PTRACE"
-    if hidden := [inode for inode in wanted if inode not in visible.namespaces]:
-        number = f"network namespace {_numbers(hidden)}"
-        if refused and without:
-            raise NotPermittedError(f"cannot find {number}", "needs CAP_SYS_PTRACE", ("CAP_SYS_PTRACE",))
-        raise TcpscopeError(f"cannot enter {number}", "no process that can be seen is in it, and it has no name")
-    for inode, namespace in visible.namespaces.items():
-        if wanted and inode not in wanted:
-            continue
-        if inode == own:
-            yield -1
-            continue
-        try:
-            descriptor = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if shortage := exhausted(error.errno, f"cannot open {namespace.path}"):
-                raise shortage from None
-            refused += 1
-            continue
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    if refused and not wanted:
-        number = f"{refused} process{'' if refused == 1 else 'es'}"
-        notes.append(f"could not look into the network namespaces of {number}{without}")
 
 
 tool = List()

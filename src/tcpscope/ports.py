@@ -1,0 +1,316 @@
+"""Local ports in use, by pool: bpf/ports.bpf.h says what a pool is. For the tool `ports`."""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tcpscope.errors import NotPermittedError
+from tcpscope.filters import Filter, address_text
+from tcpscope.kernel import compiled_filter
+from tcpscope.namespaces import numbers, opened
+from tcpscope.schema import comm_text
+from tcpscope.session import Session, wait_for_programs
+
+_NAMESPACE, _BIND = 1, 2  # enum pool_kind
+_PLACES = 8192  # POOLS and HOLDERS
+_PLACE = struct.Struct("<I")
+_SOCKETS = struct.Struct("<16i")
+_SPAN = struct.Struct("<QQQ16I")
+_PAIR = struct.Struct("<QQ")
+_UNKNOWN = 2**32 - 1
+_SYN_SENT, _ESTABLISHED, _TIME_WAIT, _CLOSE = 2, 1, 6, 7  # enum tcp_state
+
+
+class Owner(NamedTuple):
+    """A process, and a number of its ports or of its calls."""
+
+    pid: int
+    comm: str
+    uid: int | None
+    number: int
+
+
+class Range(NamedTuple):
+    """The ports from `first` to `last`, of which `reserved` are left out (ip_local_reserved_ports)."""
+
+    first: int
+    last: int
+    reserved: int | None
+
+    @property
+    def available(self) -> int | None:
+        return None if self.reserved is None else self.last - self.first + 1 - self.reserved
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Ports that limit one another, at one moment.
+
+    raddr, rport    of the connections; None: of ports that bind() has taken for an address
+    used            ports in use: those of its sockets and those that bind() has taken in the namespace
+    bound           those that bind() has taken
+    range           None: not known
+    step_width      ip_local_port_step_width; None: the kernel has no such sysctl
+    opened          connections that were opened since the look before
+    search_us       how long connect() looked for a port then, on average; None: no attempt has ended
+    failures        errno -> calls that found no port since the look before
+    owner           the process that holds most of the pool's own ports
+    failing         the process whose calls failed most
+    """
+
+    netns: int
+    family: int
+    laddr: str
+    raddr: str | None
+    rport: int | None
+    states: tuple[int, ...]
+    used: int
+    bound: int
+    range: Range | None
+    step_width: int | None
+    opened: int
+    search_us: float | None
+    search_max_us: int | None
+    failures: dict[str, int]
+    owner: Owner | None
+    failing: Owner | None
+
+    @property
+    def syn_sent(self) -> int:
+        return self.states[_SYN_SENT]
+
+    @property
+    def established(self) -> int:
+        return self.states[_ESTABLISHED]
+
+    @property
+    def time_wait(self) -> int:
+        return self.states[_TIME_WAIT]
+
+    @property
+    def closing(self) -> int:
+        """In the states between ESTABLISHED and TIME_WAIT or CLOSE."""
+        return sum(self.states) - self.syn_sent - self.established - self.time_wait - self.states[_CLOSE]
+
+    @property
+    def share(self) -> float | None:
+        """Of the available ports, how many are in use: 0 to 1."""
+        available = self.range and self.range.available
+        if available is None:
+            return None
+        return self.used / available if available > 0 else 1.0
+
+
+def attach(filter: Filter, debug: bool = False) -> Session:
+    """The probe, attached, with the sockets that exist. Raises the errors of `Session`."""
+    places = [_PLACE.pack(place) for place in reversed(range(_PLACES))]
+    return Session(
+        "ports",
+        None,
+        filter,
+        constants={"both_families": True},  # a port that bind() has taken for IPv6 is taken for IPv4 too
+        stacks={"free_pools": places, "free_holders": places},
+        debug=debug,
+    )
+
+
+class Pools:
+    """Takes snapshots of all pools. The caller must hold the session open."""
+
+    def __init__(self, session: Session, filter: Filter, notes: list[str]) -> None:
+        self._loaded, self._filter = session.loaded, filter
+        self._epoch = session.loaded.memory("epoch").cast("I")
+        self._pools = _Places(session, "pools", "pool_places", "pool", "pool_key")
+        self._holders = _Places(session, "holders", "holder_places", "pool_holder", "holder_key")
+        self._reserved: dict[int, tuple[int, int]] = {}
+        self._asks_owner = compiled_filter.asks_owner(filter)
+        self._addresses = Filter(
+            netns=filter.netns, family=filter.family, rport=filter.rport, laddr=filter.laddr, raddr=filter.raddr
+        )
+        self._find(notes)
+
+    def _find(self, notes: list[str]) -> None:
+        """The first picture. Sockets with a process first, so that they have an owner."""
+        wanted = self._filter.netns
+        self._loaded.run("held")
+        for descriptor in opened(wanted, notes):
+            try:
+                for _ in self._loaded.iterate("existing", descriptor):
+                    pass
+            except PermissionError:
+                if wanted:
+                    raise NotPermittedError(
+                        f"cannot enter network namespace {numbers(wanted)}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
+                    ) from None
+                notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
+                return
+
+    def look(self) -> list[Pool]:
+        """All pools that pass the filter and have a port in use, or failed calls; those nearest to their end first."""
+        ended = self._epoch[0] & 1
+        self._epoch[0] += 1
+        wait_for_programs()  # one may still add to what has ended
+        places = self._pools.read()
+        holders: dict[int, list[Any]] = defaultdict(list)
+        for record in self._holders.read().values():
+            holders[record.pool].append(record)
+        whole = {record.netns: (place, record) for place, record in places.items() if record.kind == _NAMESPACE}
+        found = [
+            self._pool(place, record, whole.get(record.netns), holders[place], ended)
+            for place, record in places.items()
+            if record.kind != _NAMESPACE
+        ]
+        self._forget(ended)
+        shown = [pool for pool in found if pool is not None]
+        return sorted(shown, key=lambda pool: (-(pool.share or 0.0), -pool.used, pool.netns, pool.laddr))
+
+    def _pool(
+        self, place: int, record: Any, whole: tuple[int, Any] | None, holders: list[Any], ended: int
+    ) -> Pool | None:
+        opened, searches, search_ns, *most_us = _SPAN.unpack_from(record.spans, ended * _SPAN.size)
+        self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
+        owners, failing = [], []
+        failures: dict[str, int] = {}
+        for holder in holders:
+            who = holder.pid, comm_text(holder.comm), None if holder.uid == _UNKNOWN else holder.uid
+            owners.append(Owner(*who, holder.ports))
+            for errno, field in (("EADDRNOTAVAIL", "failed_connects"), ("EADDRINUSE", "failed_binds")):
+                if failed := _PAIR.unpack(getattr(holder, field))[ended]:
+                    failures[errno] = failures.get(errno, 0) + failed
+                    failing.append(Owner(*who, failed))
+        if not self._wants(record, holders):
+            return None
+        states = _SOCKETS.unpack(record.sockets)
+        taken = whole[1].bound if whole else record.bound
+        used = record.bound if record.kind == _BIND else sum(states) + taken
+        if not (failures or opened or sum(states) or (record.kind == _BIND and record.bound)):
+            return None
+        known = [owner for owner in owners if owner.pid and owner.number > 0]
+        return Pool(
+            netns=record.netns,
+            family=record.family,
+            laddr=address_text(record.laddr),
+            raddr=None if record.kind == _BIND else address_text(record.raddr),
+            rport=None if record.kind == _BIND else record.rport,
+            states=states,
+            used=used,
+            bound=record.bound if record.kind == _BIND else taken,
+            range=self._range(record.own, *whole) if whole else None,
+            step_width=None if not whole or whole[1].step_width == _UNKNOWN else whole[1].step_width,
+            opened=opened,
+            search_us=search_ns / searches / 1000 if searches else None,
+            search_max_us=max(most_us) if searches else None,
+            failures=failures,
+            owner=max(known, key=lambda owner: owner.number, default=None),
+            failing=max(failing, key=lambda owner: owner.number, default=None),
+        )
+
+    def _wants(self, record: Any, holders: list[Any]) -> bool:
+        """Whether it passes the filter, and with a filter for owners: whether a wanted one holds a port in it."""
+        if self._asks_owner and not any(holder.wanted for holder in holders):
+            return False
+        bind = record.kind == _BIND
+        ends = {"netns": record.netns, "family": record.family, "laddr": record.laddr}
+        return self._addresses.matches(ends if bind else ends | {"raddr": record.raddr, "rport": record.rport})
+
+    def _range(self, own: int, place: int, whole: Any) -> Range:
+        """The range of the namespace, narrowed by IP_LOCAL_PORT_RANGE as inet_sk_get_local_port_range() does it."""
+        first, last = whole.range & 0xFFFF, whole.range >> 16
+        if own:
+            if first <= own & 0xFFFF <= last:
+                first = own & 0xFFFF
+            if first <= own >> 16 <= last:
+                last = own >> 16
+        return Range(first, last, self._reserved_in(place, whole.checked_ns, first, last))
+
+    def _reserved_in(self, place: int, checked_ns: int, first: int, last: int) -> int | None:
+        known = self._reserved.get(place)
+        if known is None or known[0] != checked_ns:
+            data = self._loaded.value("reserved", _PLACE.pack(place), 65536 // 8)
+            if data is None:
+                return None
+            self._reserved[place] = known = checked_ns, int.from_bytes(data, "little")
+        return (known[1] >> first & (1 << last - first + 1) - 1).bit_count()
+
+    def _forget(self, ended: int) -> None:
+        """Free the places of what counts nothing and did nothing since the look before."""
+        idle = {place for place, record in self._holders.records.items() if _is_idle_holder(record)}
+        for place in self._holders.records.keys() - idle:
+            for name in ("failed_connects", "failed_binds"):
+                self._holders.clear(place, name, ended * 8, 8)
+        self._holders.free(idle, _is_idle_holder)
+        in_use = {record.pool for place, record in self._holders.records.items() if place not in idle}
+        pools = self._pools.records.items()
+        idle = {place for place, record in pools if place not in in_use and _is_idle_pool(record)}
+        spaces = {record.netns for place, record in pools if place not in idle}
+        idle -= {place for place, record in pools if record.kind == _NAMESPACE and record.netns in spaces}
+        for place in idle:
+            self._reserved.pop(place, None)
+            self._loaded.remove("reserved", _PLACE.pack(place))
+        self._pools.free(idle, _is_idle_pool)
+
+
+def _is_idle_holder(record: Any) -> bool:
+    return not (record.ports or record.pins or any(record.failed_connects) or any(record.failed_binds))
+
+
+def _is_idle_pool(record: Any) -> bool:
+    return not (any(record.sockets) or any(record.spans) or record.bound or record.pins)
+
+
+class _Places:
+    """Structs in an array that programs fill, and the hash map that says where each of them is.
+
+    A program that has found a place adds to it afterwards. So a place is free only if it still counts nothing when no
+    program runs any more that may have found it. Numbers of places are one more than the index.
+    """
+
+    def __init__(self, session: Session, name: str, places: str, layout: str, key: str) -> None:
+        self._loaded = session.loaded
+        self._name, self._places = name, places
+        self._layout = session.spec.layout(layout, internal=True)
+        self._decode = self._layout.decoder(raw=True).rows
+        self._memory = self._loaded.values(name, _PLACES * self._layout.size)
+        self._key_bytes = session.spec.layout(key, internal=True).size
+        self._number = session.spec.layout("place", internal=True)
+        self._keys: dict[int, bytes] = {}
+        self._apart: dict[int, bytes] = {}  # in use, but a program has made another place for the same key since
+        self.records: dict[int, Any] = {}
+
+    def read(self) -> dict[int, Any]:
+        """Place -> its struct."""
+        found = self._loaded.entries(self._places, self._key_bytes, self._number)
+        self._keys = {value.number: key for key, value in found} | self._apart
+        self.records = {place: self._at(place) for place in self._keys}
+        return self.records
+
+    def _at(self, place: int) -> Any:
+        begin = (place - 1) * self._layout.size
+        return self._decode(self._memory[begin : begin + self._layout.size])[0]
+
+    def clear(self, place: int, name: str, at: int, size: int) -> None:
+        """Set `size` bytes of a field to zero."""
+        begin = (place - 1) * self._layout.size + self._layout.field(name).offset + at
+        self._memory[begin : begin + size] = bytes(size)
+
+    def free(self, places: set[int], is_idle: Callable[[Any], bool]) -> None:
+        """Free these places, if they are still idle."""
+        if not places:
+            return
+        for place in places - self._apart.keys():
+            self._loaded.remove(self._places, self._keys[place])
+        wait_for_programs()
+        for place in places:
+            if is_idle(self._at(place)):
+                self._apart.pop(place, None)
+                begin = (place - 1) * self._layout.size
+                self._memory[begin : begin + self._layout.size] = bytes(self._layout.size)
+                self._loaded.push(f"free_{self._name}", _PLACE.pack(place - 1))
+            elif self._loaded.insert(self._places, self._keys[place], _PLACE.pack(place)):
+                self._apart.pop(place, None)
+            else:
+                self._apart[place] = self._keys[place]
