@@ -41,7 +41,8 @@ class Plan:
 
 
 SYNS = 10
-"""For each connection of a plan, where the traffic is SYNs: they are so much cheaper."""
+"""For each connection of a plan, where the traffic is SYNs: they are so much cheaper. So are sends."""
+SENDS = 20
 REAL = measure.Limits(patience_s=20, idle=0.03)
 EMULATED = measure.Limits(patience_s=400, idle=0.5)
 PLANS = {
@@ -108,6 +109,8 @@ def run(plan: Plan, say: Callable[[str], None], titles: Sequence[str] = ()) -> d
         def traffic(exchanges: int = exchanges, unit: str = group.unit) -> workload.Made:
             if unit == "SYN":
                 return workload.storm(plan.batches, plan.connections * SYNS)
+            if unit == "send":
+                return workload.sends(plan.batches, plan.connections * SENDS)
             return workload.connections(plan.batches, plan.connections, exchanges)
 
         def once(subject: Subject | None, group: Group = group, traffic: measure.Traffic = traffic) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.subjects import CONNECT, COUNT, GROUPS, JSON, PEERS, STATES, TABLE, Group, Subject
+from bench.subjects import CONNECT, COUNT, GROUPS, JSON, PEERS, STATES, TABLE, TOP, Group, Subject
 
 TEXT = Path(__file__).with_name("page.md")
 Figures = Sequence[float]
@@ -296,10 +296,14 @@ def _targets(results: dict[str, Any]) -> str:
                 rows[-1][3] = f"**not shown**: the traffic came to {rate:,.0f} events/s only"
             peak = [cost["peak_kb"] / 1024 for cost in host["cost"].get("states", {}).get(name, []) if cost]
             target(f"peak memory of `{name}`", 40, peak, "MB", digits=1)
-        if storm := host["cost"].get("storm"):
-            alone = median(known([cost and cost["cpu_ns"] for cost in storm["nothing"]]))
-            more = [100 * ns / alone for ns in bpf_time(host["bpf"]["storm"], COUNT, "connections")]
-            target(f"more CPU in a storm of discarded SYNs, `{COUNT}`", 5, more, "%", digits=1)
+        for title, name, where, most in (
+            ("storm", COUNT, "in a storm of discarded SYNs", 5),
+            ("traffic", TOP, "for a send", 1),
+        ):
+            if costs := host["cost"].get(title):
+                alone = median(known([cost and cost["cpu_ns"] for cost in costs["nothing"]]))
+                more = [100 * ns / alone for ns in bpf_time(host["bpf"][title], name, "connections")]
+                target(f"more CPU {where}, `{name}`", most, more, "%", digits=1)
         connect = CONNECT[0].name
         maps = [cost["maps_kb"] / 1024 for cost in host["cost"].get("connect", {}).get(connect, []) if cost]
         target(f"BPF maps of `{connect}`", 8, maps, "MB", digits=1)

@@ -86,14 +86,22 @@ STORM = (
 )
 
 
-COUNT = STORM[0].name
+TRAFFIC = (
+    _tcpscope("top", "-o", "csv", rows=False),
+    _tcpscope("subnet", "-o", "csv", rows=False),
+    _libbpf("tcptop", "-C", rows=False),
+    _bcc("tcptop", "-C", rows=False),
+)
+
+
+COUNT, TOP = STORM[0].name, TRAFFIC[0].name
 
 
 @dataclass(frozen=True)
 class Group:
     """Programs that answer the same question, over the same traffic.
 
-    unit            what the traffic consists of: connections, or SYNs that the kernel discards
+    unit            what the traffic consists of: connections, SYNs that the kernel discards, or sends
     reference       the peer that the others are held against, if each prints a row per event
     per_connection  how many rows a connection is; None: each change of state, which the traffic program knows
     """
@@ -113,6 +121,7 @@ GROUPS = (
     Group("rtt", "Round-trip times; {exchanges} exchanges of a byte on each connection:", RTT),
     Group("queue", "The queues of listeners:", QUEUE),
     Group("packets", "Retransmissions, discards, resets and congestion, of which this traffic has none:", PACKETS),
+    Group("traffic", "Bytes by connection or network, over sends of a kilobyte:", TRAFFIC, unit="send"),
     Group("storm", "A storm of SYNs that the kernel discards:", STORM, unit="SYN"),
 )
 

@@ -13,6 +13,8 @@
  *       at this rate, in steps of a millisecond; a line: connections made, ns that it took
  *   workload storm CPU BATCHES SYNS
  *       SYNs that the kernel discards, since their checksum is wrong; a line per batch: ns per SYN, both as above
+ *   workload sends CPU BATCHES SENDS
+ *       on one connection a send() of a kilobyte and a recv() of it; a line per batch: ns per send, both as above
  *   workload probe MILLISECONDS
  *       a connection each time so much time has passed, until stdin ends; the client of number N is bound to
  *       127.1.(N/256).(N%256). A line per connection: N, CLOCK_MONOTONIC in ns before it began
@@ -236,6 +238,38 @@ static void storm(int batches, int count)
 	}
 }
 
+static void sends(int batches, int count)
+{
+	struct sockaddr_in server = address(0x7f4d0001, PORT);
+	char data[1024] = {};
+
+	for (int batch = 0; batch < batches; batch++) {
+		long long wall, cpu;
+		int listener, client, child;
+
+		new_namespace();
+		listener = listen_at(&server);
+		client = socket(AF_INET, SOCK_STREAM, 0);
+		if (client < 0 || connect(client, (const void *)&server, sizeof(server)))
+			err(1, "connect");
+		child = accept(listener, NULL, NULL);
+		if (child < 0)
+			err(1, "accept");
+		wall = now(CLOCK_MONOTONIC);
+		cpu = now(CLOCK_THREAD_CPUTIME_ID);
+		for (int i = 0; i < count; i++)
+			if (send(client, data, sizeof(data), 0) != sizeof(data) ||
+			    recv(child, data, sizeof(data), MSG_WAITALL) != sizeof(data))
+				err(1, "send");
+		printf("%lld %lld\n", (now(CLOCK_MONOTONIC) - wall) / count,
+		       (now(CLOCK_THREAD_CPUTIME_ID) - cpu) / count);
+		close(client);
+		close(child);
+		wait_until_closed();
+		close(listener);
+	}
+}
+
 static void probe(int interval_ms)
 {
 	struct sockaddr_in server = address(0x7f4d0001, PORT);
@@ -272,6 +306,8 @@ int main(int argc, char **argv)
 		rate(atoi(argv[3]), atoi(argv[4]));
 	else if (argc == 5 && !strcmp(mode, "storm"))
 		storm(atoi(argv[3]), atoi(argv[4]));
+	else if (argc == 5 && !strcmp(mode, "sends"))
+		sends(atoi(argv[3]), atoi(argv[4]));
 	else if (argc == 3 && !strcmp(mode, "probe"))
 		probe(atoi(argv[2]));
 	else

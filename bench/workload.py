@@ -45,10 +45,19 @@ def connections(batches: int, count: int, exchanges: int = 0) -> Made:
 
 def storm(batches: int, syns: int) -> Made:
     """`batches` of `syns` SYNs that the kernel discards, as fast as they go. Each is a connection and an event."""
-    lines = _run("storm", CPU, batches, syns)
+    return _many("storm", batches, syns)
+
+
+def sends(batches: int, count: int) -> Made:
+    """`batches` of `count` sends of a kilobyte on one connection, each received at once; each is an event."""
+    return _many("sends", batches, count)
+
+
+def _many(mode: str, batches: int, count: int) -> Made:
+    lines = _run(mode, CPU, batches, count)
     return Made(
-        connections=batches * syns,
-        events=batches * syns,
+        connections=batches * count,
+        events=batches * count,
         wall_ns=tuple(int(line.split()[0]) for line in lines),
         cpu_ns=tuple(int(line.split()[1]) for line in lines),
     )

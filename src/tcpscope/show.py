@@ -105,6 +105,8 @@ def _show_live(tool: Tool, request: Request, stream: BinaryIO) -> None:
         _print_notes(run)
         if run.accounts or request.strict:
             finish(request, run.account(), open_sink("table", run.columns, stream), stream, run.more)
+        if run.reached:
+            raise ReachedError(run.reached)
 
 
 def descriptor(stream: BinaryIO) -> int | None:
