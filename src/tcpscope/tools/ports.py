@@ -295,8 +295,6 @@ def _share(text: str | None) -> float | None:
 
 
 class _InUse(Run):
-    accounts = False
-
     def __init__(self, request: Request, columns: Sequence[Column], session: Session) -> None:
         super().__init__(columns, session)
         self._session = session
