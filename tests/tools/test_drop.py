@@ -12,8 +12,9 @@ from urllib.parse import unquote
 
 import pytest
 
+from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import DEVICE, Lab
-from tcpscope.lab.packets import raw_socket, syn
+from tcpscope.lab.packets import checksum, raw_socket, syn
 from tests.conftest import RunningTool
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET
@@ -770,3 +771,88 @@ def test_too_many_extension_headers(lab: Lab, run_tool: type[RunningTool]) -> No
         lab.flush()
         stopped = tool.stop()
     assert (stopped.rows, stopped.stats["missed"]) == ([], 1)
+
+
+@pytest.mark.kernel
+def test_an_ipv6_packet_that_is_too_big(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """To be forwarded over a path with the smallest MTU. A packet of exactly that size is forwarded."""
+    far = "2001:db8:51::9"
+    lab.server.sysctl("ipv6/conf/all/forwarding", 1)
+    for host, command in (
+        (lab.server, ["route", "add", far, "dev", DEVICE, "mtu", "lock", "1280"]),
+        (lab.server, ["neighbour", "add", far, "lladdr", NOBODYS_MAC, "dev", DEVICE]),
+        (lab.client, ["route", "add", far, "via", lab.server.ipv6]),
+    ):
+        host.run(subprocess.run, ["ip", "-6", *command], check=True)
+    made = syn(lab.client.ipv6, 4711, far, PORT, 1)
+    before = lab.server.counters()
+    with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
+        with lab.client.run(raw_socket, socket.AF_INET6) as raw:
+            for size in (1280, 1281, 1400):
+                packet = made[:4] + struct.pack("!H", size - 40) + made[6:]
+                raw.sendto(packet + bytes(size - len(packet)), (far, 0))
+        lab.flush()
+        rows = tool.stop().rows
+    after = lab.server.counters()
+    named = bool(Kernel().enumerators("skb_drop_reason"))
+    assert [row["packet_bytes"] for row in rows] == [1281, 1400]
+    assert after["Ip6InTooBigErrors"] - before["Ip6InTooBigErrors"] == 2
+    for row in rows:
+        assert (row["reason"], row["kind"]) == (("PKT_TOO_BIG", "LOST") if named else (None, None))
+        assert (row["direction"], row["laddr"], row["raddr"]) == ("RECEIVED", far, lab.client.ipv6)
+        assert row["location"].startswith("ip6_forward")
+
+
+def segment(source: str, sport: int, target: str, dport: int, sequence: int, acknowledged: int, data: bytes) -> bytes:
+    """An IPv4 packet with an ACK and data."""
+    addresses = socket.inet_aton(source) + socket.inet_aton(target)
+    header = struct.pack("!HHIIBBHHH", sport, dport, sequence, acknowledged, 5 << 4, ACK, 1000, 0, 0)
+    pseudo = addresses + struct.pack("!HH", socket.IPPROTO_TCP, len(header) + len(data))
+    header = header[:16] + struct.pack("!H", checksum(pseudo + header + data)) + header[18:]
+    return struct.pack("!BBHHHBBH", 0x45, 0, 0, 0, 0, 64, socket.IPPROTO_TCP, 0) + addresses + header + data
+
+
+def sequences(connection: socket.socket) -> tuple[int, int]:
+    """The next sequence number that a socket sends, and the one it waits for."""
+    TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, OFF_WITHOUT_PROBE = 19, 20, 21, -1
+    found = []
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+    for queue in (2, 1):  # TCP_SEND_QUEUE, TCP_RECV_QUEUE
+        connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
+        found.append(connection.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF)
+    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_WITHOUT_PROBE)
+    return found[0], found[1]
+
+
+SND_WND = 228  # where struct tcp_info has it
+
+
+@pytest.mark.kernel
+def test_data_that_begins_at_the_end_of_the_window(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """In the client's name. It passes tcp_sequence(), and tcp_data_queue() discards it."""
+    lab.client.sysctl("tcp_timestamps", 0)
+    listener = lab.server.socket(socket.AF_INET)
+    listener.bind((lab.server.ipv4, PORT))
+    listener.listen()
+    near = lab.client.socket(socket.AF_INET)
+    near.connect((lab.server.ipv4, PORT))
+    far, peer = listener.accept()
+    near.sendall(bytes(100))
+    assert far.recv(100, socket.MSG_WAITALL) == bytes(100)
+    lab.flush()
+    following, answered = sequences(near)
+    window = struct.unpack_from("I", near.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232), SND_WND)[0]
+    ends = lab.client.ipv4, peer[1], lab.server.ipv4, PORT
+    with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
+        with lab.client.run(raw_socket, socket.AF_INET) as raw:
+            for number in (0, 1):
+                raw.sendto(segment(*ends, following + window + number, answered, b"late"), (lab.server.ipv4, 0))
+        lab.flush()
+        rows = tool.stop().rows
+    far.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        far.recv(1)
+    assert [(row["raddr"], row["rport"], row["packet_bytes"]) for row in rows] == [(lab.client.ipv4, peer[1], 44)] * 2
+    if Kernel().enumerators("skb_drop_reason"):
+        assert [row["reason"] for row in rows] == ["TCP_OVERWINDOW", "TCP_INVALID_SEQUENCE"]
+    assert {row["kind"] for row in rows} == {"LOST"}
