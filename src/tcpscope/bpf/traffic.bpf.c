@@ -30,6 +30,7 @@ struct scratch {
 	__u32 busy;                  /* at the last look there was data to send, or to be acknowledged */
 	__u32 limited[CHRONO_KINDS]; /* as limits_read() says, at the last look */
 	struct moved told;           /* what user space knows; at first, where the count begins */
+	__u64 told_of;               /* the connection's opened_ns, if `told` is set: see told_read() */
 	__u64 looked, ended;         /* 0: no look has sent it; it has not ended */
 };
 #define HAS_SCRATCH
@@ -125,6 +126,17 @@ static __always_inline bool moved_same(const struct moved *a, const struct moved
 	return a->tx == b->tx && a->rx == b->rx && a->retrans == b->retrans;
 }
 
+/*
+ * A look may be interrupted between its last glance at the entry and its note in it. Meanwhile the connection may end, and its
+ * entry's memory become that of another one. So the note says whose it is; one of another connection is none.
+ */
+static __always_inline void told_read(const struct connection *connection, struct moved *told)
+{
+	__builtin_memset(told, 0, sizeof(*told));
+	if (connection->scratch.told_of == connection->opened_ns)
+		*told = connection->scratch.told;
+}
+
 static __always_inline __u8 chrono_of(struct sock *sk)
 {
 	return BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, chrono_type);
@@ -143,6 +155,13 @@ static __always_inline void limits_read(struct sock *sk, __u32 limited[CHRONO_KI
 			limited[kind] += since;
 }
 
+/* Both ends, read from the socket: another processor may be writing those of the entry. */
+static __always_inline void ends_read(struct sock *sk, const struct connection *connection, struct identity *id)
+{
+	id->cookie = connection->id.cookie ? connection->id.cookie : cookie_if_any(sk);
+	identity_read(sk, id);
+}
+
 /*
  * Sends what a connection has moved. A look notes what it has sent only when the event has its place in the ring. So if the
  * end, on another processor, sees the new numbers, its own event comes after that of the look.
@@ -150,11 +169,15 @@ static __always_inline void limits_read(struct sock *sk, __u32 limited[CHRONO_KI
 static __noinline int moved_send(struct sock *sk, struct connection *connection, const struct moved *now, bool ended)
 {
 	struct scratch *scratch = &connection->scratch;
-	struct moved told = scratch->told;
+	__u64 opened_ns = connection->opened_ns;
 	__u32 limited[CHRONO_KINDS] = {};
+	struct identity id = {};
 	struct traffic *event;
+	struct moved told;
 
-	event = event_begin(sizeof(*event), bpf_ktime_get_ns(), &connection->id, connection_owner(connection));
+	told_read(connection, &told);
+	ends_read(sk, connection, &id);
+	event = event_begin(sizeof(*event), bpf_ktime_get_ns(), &id, connection_owner(connection));
 	if (!event)
 		return 0;
 	event->tx_bytes = now->tx;
@@ -162,13 +185,13 @@ static __noinline int moved_send(struct sock *sk, struct connection *connection,
 	event->retrans_bytes = now->retrans;
 	event->told = told;
 	event->socket = (__u64)sk;
-	event->opened_ns = connection->opened_ns;
+	event->opened_ns = opened_ns;
 	event->ended = ended;
 	__builtin_memset(event->padding, 0, sizeof(event->padding));
 	event->busy_us = event->rwnd_us = event->sndbuf_us = event->srtt_us = event->network = 0;
 	event->cwnd_limited = event->app_limited = false;
 	if (by_network) {
-		event->network = network_of(&connection->id);
+		event->network = network_of(&id);
 	} else {
 		limits_read(sk, limited);
 		event->busy_us = (limited[0] - scratch->limited[0]) * jiffy_ns / 1000;
@@ -180,30 +203,35 @@ static __noinline int moved_send(struct sock *sk, struct connection *connection,
 	}
 	if (!ended) {
 		scratch->told = *now;
+		memory_barrier();
+		scratch->told_of = opened_ns;
 		__builtin_memcpy(scratch->limited, limited, sizeof(limited));
 	}
 	return event_submit(event);
 }
 
 /* Adds what a connection has moved to its network. */
-static __noinline int moved_add(const struct connection *connection, const struct moved *now)
+static __noinline int moved_add(struct sock *sk, const struct connection *connection, const struct moved *now)
 {
-	const struct moved *told = &connection->scratch.told;
 	struct network_sum *sum;
+	struct identity id = {};
+	struct moved told;
 	__u32 number;
 
 	COUNT(seen);
-	if (!filter_pass(&connection->id, connection_owner(connection))) {
+	ends_read(sk, connection, &id);
+	if (!filter_pass(&id, connection_owner(connection))) {
 		COUNT(filtered);
 		return 0;
 	}
-	number = network_of(&connection->id);
+	told_read(connection, &told);
+	number = network_of(&id);
 	sum = bpf_map_lookup_elem(&network_sums, &number);
 	if (!sum)
 		return 0;
-	__sync_fetch_and_add(&sum->moved.tx, now->tx - told->tx);
-	__sync_fetch_and_add(&sum->moved.rx, now->rx - told->rx);
-	__sync_fetch_and_add(&sum->moved.retrans, now->retrans - told->retrans);
+	__sync_fetch_and_add(&sum->moved.tx, now->tx - told.tx);
+	__sync_fetch_and_add(&sum->moved.rx, now->rx - told.rx);
+	__sync_fetch_and_add(&sum->moved.retrans, now->retrans - told.retrans);
 	__sync_fetch_and_add(&sum->readings, 1);
 	return 0;
 }
@@ -223,14 +251,15 @@ static __always_inline bool set_and_see(__u64 *own, const __u64 *other)
 static __noinline int connection_ended(struct sock *sk, struct connection *connection)
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	struct moved now;
+	struct moved now, told;
 	bool looked;
 
 	moved_read(sk, &now, BPF_CORE_READ(tp, bytes_sent), BPF_CORE_READ(tp, bytes_received));
 	looked = set_and_see(&connection->scratch.ended, &connection->scratch.looked);
-	if (!begun || moved_same(&now, &connection->scratch.told))
+	told_read(connection, &told);
+	if (!begun || moved_same(&now, &told))
 		return 0;
-	return by_network && !looked ? moved_add(connection, &now) : moved_send(sk, connection, &now, true);
+	return by_network && !looked ? moved_add(sk, connection, &now) : moved_send(sk, connection, &now, true);
 }
 
 static __always_inline bool matters(int old_state, int new_state)
@@ -270,6 +299,7 @@ static __noinline int count_from_now(struct sock *sk, struct connection *connect
 	scratch->sent = BPF_CORE_READ(tp, bytes_sent);
 	scratch->received = BPF_CORE_READ(tp, bytes_received);
 	moved_read(sk, &scratch->told, scratch->sent, scratch->received);
+	scratch->told_of = connection->opened_ns;
 	limits_read(sk, scratch->limited);
 	scratch->busy = chrono_of(sk);
 	return 0;
@@ -294,7 +324,7 @@ static __noinline int look_at(struct sock *sk, struct connection *connection, __
 {
 	struct scratch *scratch = &connection->scratch;
 	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	struct moved now;
+	struct moved now, told;
 
 	if (state == STATE_CLOSE || state == STATE_LISTEN)
 		return 0;
@@ -304,18 +334,16 @@ static __noinline int look_at(struct sock *sk, struct connection *connection, __
 	/* The socket may be gone, and its place be another's. */
 	if (connection_find(sk) != connection)
 		return 0;
-	if (!moved_same(&now, &scratch->told)) {
+	told_read(connection, &told);
+	if (!moved_same(&now, &told)) {
 		if (set_and_see(&scratch->looked, &scratch->ended))
 			return 0;
-		if (!identity_complete(connection))
-			identity_read(sk, &connection->id);
-		if (!connection->id.cookie)
-			connection->id.cookie = cookie_if_any(sk);
 		moved_send(sk, connection, &now, false);
 	} else if (!by_network) {
 		limits_read(sk, scratch->limited);
 	}
-	if (!moved_same(&now, &scratch->told))
+	told_read(connection, &told);
+	if (!moved_same(&now, &told))
 		return 0; /* not sent: lost, or not wanted by the filter, for now */
 	scratch->sent = sent;
 	scratch->received = received;
