@@ -196,9 +196,6 @@ class Counting(Run):
 
     def _take(self, most: int | None = None) -> None:
         now_ns = monotonic_ns()
-        if now_ns - self._forgot_ns > _KEPT_NS:
-            self._known = {key: known for key, known in self._known.items() if now_ns - known.seen_ns < _KEPT_NS}
-            self._forgot_ns = now_ns
         for records in islice(self._session.batches(), most):
             for raw, row in zip(self._raw(records), self._rows_of(records), strict=False):
                 self.stats.shown += 1
@@ -212,6 +209,9 @@ class Counting(Run):
                 if moved := counted.minus(known.counted):
                     self._add(raw, row, moved, known.shown_in != self.round)
                     known.counted, known.shown_in = counted, self.round
+        if now_ns - self._forgot_ns > _KEPT_NS:  # after the events that waited here while this process did
+            self._known = {key: known for key, known in self._known.items() if now_ns - known.seen_ns < _KEPT_NS}
+            self._forgot_ns = now_ns
 
     def _batch(self, kind: Literal["snapshot", "total"], found: list[dict[str, Any]], ended_ns: int) -> Batch:
         when = None if self._clock.mode == "none" else self._clock.read(ended_ns)
