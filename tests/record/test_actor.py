@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -241,3 +242,11 @@ def test_nothing_stays_when_the_actor_is_killed(tmp_path: Path) -> None:
         actor.send_signal(signal.SIGKILL)
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < end
+
+
+def test_no_command_has_two_meanings() -> None:
+    """Of two commands with one name the first would be taken."""
+    sources = Path(__file__).with_name("actor").glob("*.c")
+    names = [name for source in sources for name in re.findall(r'^\t\{"(\w+)", \w+\},$', source.read_text(), re.M)]
+    assert len(names) > 50
+    assert [name for name in names if names.count(name) > 1] == []

@@ -204,7 +204,7 @@ def test_groups(script: Script) -> Test:
         assert (sorted((row["tx_bytes"], row["rx_bytes"])), row["connections"]) == ([110, 21_000], 2)
 
 
-SENDING = ("send_all", "sendmsg", "write_all", "sendfile", "splice", "zerocopy")
+SENDING = ("send_all", "sendmsg", "write_all", "sendfile", "splice_in", "zerocopy")
 TAKING = ("read", "peek_and_read", "splice_out", "readv")
 
 

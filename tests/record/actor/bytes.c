@@ -194,7 +194,7 @@ const struct entry byte_commands[] = {
 	{"sendmsg", sends_message},
 	{"write_all", writes},
 	{"sendfile", sends_file},
-	{"splice", splices},
+	{"splice_in", splices},
 	{"zerocopy", sends_pages},
 	{"splice_out", splices_out},
 	{"peek_and_read", peeks},
