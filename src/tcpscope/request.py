@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from tcpscope.errors import UsageError, did_you_mean
 from tcpscope.filters import Filter
 from tcpscope.output import Column
@@ -121,8 +123,8 @@ class Request:
     def choose(self, columns: Sequence[Column], shown: Sequence[str], drawn: Sequence[str] = ()) -> tuple[Column, ...]:
         """The columns to print: those of --columns. Else those `shown` in a table, and all of them in JSON and CSV.
 
-        A screen has all, those `shown` first. A table and a screen always have those `drawn`. UsageError for a name
-        that is not in `columns`.
+        A screen has all, those `shown` first, and hides the others. A table and a screen always have those `drawn`.
+        UsageError for a name that is not in `columns`.
         """
         known = {column.name: column for column in columns if column.kind != "time" or self.time != "none"}
         default = [name for name in shown if name in known] if self.output in ("table", "screen") else [*known]
@@ -131,8 +133,12 @@ class Request:
                 raise UsageError(
                     f"unknown column '{name}'", did_you_mean(name, known) or f"there are {', '.join(known)}"
                 )
-        also = {"table": drawn, "screen": drawn if self.columns else known}.get(self.output, ())
-        return tuple(known[name] for name in dict.fromkeys((*(self.columns or default), *also)))
+        also = drawn if self.output in ("table", "screen") else ()
+        chosen = tuple(known[name] for name in dict.fromkeys((*(self.columns or default), *also)))
+        if self.output != "screen" or self.columns:
+            return chosen
+        others = (column for column in known.values() if column not in chosen)
+        return (*chosen, *(msgspec.structs.replace(column, hidden=True) for column in others))
 
     def refuse_peers(self, why: str) -> None:
         """UsageError if the filter names a remote end. Call it where there is none; `why` says so."""

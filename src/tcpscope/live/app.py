@@ -61,7 +61,9 @@ class Screen(App[None]):
         self._clock = Clock(request.time)
         self._columns = [column for column in run.columns if column.kind != "time"]
         cells = screen.cells_of(self._columns)
-        self._important = screen.by_importance(cells, run.important or tool.important or tool.shown)
+        hidden = {column.name for column in self._columns if column.hidden}
+        usual = [cell for cell in cells if cell.names[0] not in hidden]
+        self._important = screen.by_importance(usual, run.important or tool.important or tool.shown)
         self._alarming = tool.alarming
         self._name, self._noun = tool.name, run.repeats or "group"
         self.view = View(cells)

@@ -25,6 +25,7 @@ class Column(msgspec.Struct, frozen=True):
     nullable      its value may be None, which means "not known"
     title, width  in a table: its title, if that is not the name, and the width of most values
     enum, labels  name of a C enum, and its values
+    hidden        a screen shows it only when it is asked for all columns
     """
 
     name: str
@@ -36,6 +37,7 @@ class Column(msgspec.Struct, frozen=True):
     width: int = 0
     enum: str = ""
     labels: tuple[str, ...] = ()
+    hidden: bool = False
 
     @classmethod
     def of(cls, field: Field) -> Column:
