@@ -62,7 +62,7 @@ def test_help_writes_them(tmp_path: Path) -> None:
     [
         (["conn"], {"connect", "connlat"}),
         (["connect", "--fa"], {"--failed"}),
-        (["tcplife", "-o", ""], {"table", "json", "csv"}),
+        (["tcplife", "-o", ""], {"table", "json", "csv", "screen"}),
         (["help", "tra"], {"tracer"}),
     ],
     ids=str,

@@ -249,7 +249,8 @@ class Ports(Tool):
         "errno",
     )
     alarming = {"level": "critical".__eq__, "failed": bool}
-    intervals = "one snapshot, and the end"
+    once = True
+    intervals = "once"
     examples = {
         "ports": "what is in use now",
         "ports -i 5 --raddr 192.0.2.10": "every five seconds, of connections to an address",
@@ -277,6 +278,7 @@ class Ports(Tool):
 
     def open(self, request: Request) -> Run:
         columns = request.choose(self.columns(request), self.shown)
+        self.check_duration(request)
         with closed_on_error(attach(request.filter, request.debug)) as session:
             return _InUse(request, columns, session)
 
@@ -330,6 +332,8 @@ class _InUse(Run):
         formulas = {column.name: column.formula for column in _COLUMNS}
         looks = [_Look(pool, when, seconds) for pool in found]
         self._judge(found)
+        if self.done and not found:
+            self.notes.append("no socket that matches holds a local port for a connection of its own")
         return Batch(
             "snapshot",
             [self._row(*(formulas[column.name](look) for column in self.columns)) for look in looks],
