@@ -21,8 +21,9 @@ CONNECT = "import os, socket; s = socket.socket(); s.connect_ex(('127.0.0.1', {p
 ROWS = ("connect", "-o", "json", "--columns", "pid,comm,rport,outcome")
 
 
-def cgroups() -> set[Path]:
-    return set(cgroup_mount().rglob("tcpscope.*"))
+def cgroups(pid: int) -> list[Path]:
+    """Those that this process has made."""
+    return list(cgroup_mount().rglob(f"tcpscope.{pid}.*"))
 
 
 def ports(done: CompletedRun) -> list[int]:
@@ -41,7 +42,6 @@ def closed() -> int:
 def test_its_connections_and_those_of_its_children(closed: int, run_tool: type[RunningTool]) -> None:
     """The first thing that it does is to connect. Others connect to the same port at the same time."""
     code = f"{CONNECT}\nif os.fork() == 0:\n    {CONNECT}\n    os._exit(0)\nos.wait(); raise SystemExit(7)"
-    before = cgroups()
     with run_tool(*ROWS, "--", sys.executable, "-I", "-S", "-c", code.format(port=closed)) as tool:
         for _ in range(20):
             with socket.socket() as other:
@@ -50,11 +50,13 @@ def test_its_connections_and_those_of_its_children(closed: int, run_tool: type[R
     assert done.status == 7
     assert ports(done) == [closed, closed]
     assert len({json.loads(line)["pid"] for line in done.stdout.splitlines()}) == 2
-    assert cgroups() == before
+    assert cgroups(tool.pid) == []
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGQUIT, 131)]
+)
 def test_a_signal_is_for_the_command(number: int, status: int, run_tool: type[RunningTool], tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     with run_tool(*ROWS, "--", "sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600") as tool:
@@ -78,7 +80,7 @@ while True:
 @pytest.mark.kernel
 def test_a_second_signal_ends_the_tool_and_leaves_the_command(run_tool: type[RunningTool], tmp_path: Path) -> None:
     """What goes on afterwards belongs to the cgroup above."""
-    pid, before, above = tmp_path / "pid", cgroups(), Path("/proc/self/cgroup").read_text()
+    pid, above = tmp_path / "pid", Path("/proc/self/cgroup").read_text()
     with run_tool(*ROWS, "--", sys.executable, "-I", "-S", "-c", STUBBORN, str(pid)) as tool:
         until(pid.exists, "the command")
         child = int(pid.read_text())
@@ -88,25 +90,70 @@ def test_a_second_signal_ends_the_tool_and_leaves_the_command(run_tool: type[Run
             os.kill(tool.pid, signal.SIGTERM)
             until(lambda: tool.process.poll() is not None, "the end of the tool")
             assert Path(f"/proc/{child}/cgroup").read_text() == above
-            assert cgroups() == before
+            assert cgroups(tool.pid) == []
         finally:
             os.kill(child, signal.SIGKILL)  # it has the tool's output open
         assert tool.wait().status == 0
 
 
+WAITING = """
+import os, sys
+open(sys.argv[1]).read()
+{connect}
+raise SystemExit(3)
+"""
+
+
 @pytest.mark.kernel
-def test_the_duration_ends_the_rows_and_not_the_command(
-    closed: int, run_tool: type[RunningTool], tmp_path: Path
+@pytest.mark.parametrize(("most", "rows"), [(("-d", "0.1"), 0), (("-n", "1"), 1)])
+def test_the_rows_end_and_not_the_command(
+    most: tuple[str, str], rows: int, closed: int, run_tool: type[RunningTool], tmp_path: Path
 ) -> None:
     """The tool waits for the command, and has its status."""
     go = tmp_path / "go"
     os.mkfifo(go)
-    code = f"open({str(go)!r}).read(); {CONNECT.format(port=closed)}; raise SystemExit(3)"
-    with run_tool(*ROWS, "-d", "0.1", "--", sys.executable, "-I", "-S", "-c", code) as tool:
-        until(lambda: _detached(tool.pid), "the end of the run")
-        go.write_text("")
+    connect = CONNECT.format(port=closed)
+    code = (connect if rows else "") + WAITING.format(connect=connect)
+    with run_tool(*ROWS, *most, "--", sys.executable, "-I", "-S", "-c", code, str(go)) as tool:
+        try:
+            until(lambda: _detached(tool.pid), "the end of the run")
+            assert tool.process.poll() is None
+        finally:
+            until(lambda: _let_go(go), "the command to wait")
         done = tool.wait()
-    assert (done.status, ports(done)) == (3, [])
+    assert (done.status, ports(done)) == (3, [closed] * rows)
+    assert cgroups(tool.pid) == []
+
+
+@pytest.mark.kernel
+def test_a_signal_is_for_the_command_after_the_rows_too(run_tool: type[RunningTool]) -> None:
+    with run_tool(*ROWS, "-d", "0.1", "--", "sleep", "600") as tool:
+        until(lambda: _detached(tool.pid), "the end of the run")
+        os.kill(tool.pid, signal.SIGTERM)
+        assert tool.wait().status == 143
+
+
+@pytest.mark.kernel
+def test_an_explanation_runs_no_command(run_tool: type[RunningTool], tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    with run_tool("life", "-o", "table", "--explain", "-d", "5", "--", "touch", str(made), ready=False) as tool:
+        assert tool.wait().status == 0
+    assert not made.exists()
+
+
+@pytest.mark.kernel
+def test_who_started_it_ignores_the_end_of_children(run_tool: type[RunningTool]) -> None:
+    with run_tool(*ROWS, "--", "sh", "-c", "exit 5", prefix=("env", "--ignore-signal=CHLD")) as tool:
+        assert tool.wait().status == 5
+
+
+def _let_go(fifo: Path) -> bool:
+    """End the wait of whoever reads it. False if nobody does yet."""
+    try:
+        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return False
+    return True
 
 
 def _detached(pid: int) -> bool:
@@ -138,7 +185,7 @@ def test_what_it_refuses(words: tuple[str, ...], said: str, run_tool: type[Runni
 
 @pytest.mark.root
 def test_it_waits_until_it_is_started(tmp_path: Path) -> None:
-    made, before = tmp_path / "made", cgroups()
+    made = tmp_path / "made"
     with Command(["touch", str(made)]) as command:
         assert not command.ended()
     assert not made.exists()
@@ -147,7 +194,7 @@ def test_it_waits_until_it_is_started(tmp_path: Path) -> None:
         until(command.ended, "its end")
         assert command.status() == 0
     assert made.exists()
-    assert cgroups() == before
+    assert cgroups(os.getpid()) == []
 
 
 @pytest.mark.root
@@ -164,7 +211,7 @@ def test_a_program_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixtu
 @pytest.mark.root
 def test_no_cgroup_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tcpscope.command.cgroup_mount", lambda: Path("/proc/sys"))
-    with pytest.raises(TcpscopeError, match="cannot make the cgroup /proc/sys/tcpscope"), Command(["true"]):
+    with pytest.raises(TcpscopeError, match="cannot make a cgroup in /proc/sys: "), Command(["true"]):
         pass
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -27,9 +28,10 @@ _CANNOT_RUN = 126  # as a shell says it
 class Command:
     """A child process that waits, from `with` on, for `start()`. Afterwards its cgroup is removed.
 
-    cgroup  the id of its cgroup
-    pid     of the child
-    keep    capabilities that are needed to remove the cgroup, and to pass signals on if it has become another user
+    cgroup   the id of its cgroup
+    pid      of the child
+    started  `start()` was called
+    keep     capabilities that are needed to remove the cgroup, and to pass signals on if it has become another user
 
     UsageError if there is no such program, TcpscopeError if there can be no cgroup.
     """
@@ -41,17 +43,18 @@ class Command:
             raise UsageError(f"no command '{argv[0]}'", "give a program of PATH, or its path")
         self._argv = list(argv)
         self._above = _own_cgroup()
-        self._path = self._above / f"tcpscope.{os.getpid()}"
-        self._started = self._ended = False
+        self.started = self._ended = False
 
     def __enter__(self) -> Self:
         try:
-            self._path.mkdir()
+            self._path = Path(tempfile.mkdtemp(prefix=f"tcpscope.{os.getpid()}.", dir=self._above))
         except OSError as error:
             raise TcpscopeError(
-                f"cannot make the cgroup {self._path}: {error.strerror}",
+                f"cannot make a cgroup in {self._above}: {error.strerror}",
                 "a command needs one; --pid follows a process that runs already",
             ) from None
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # our caller's wish; nobody could wait for the command
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.cgroup = self._path.stat().st_ino
         held, self._hold = os.pipe2(os.O_CLOEXEC)
         try:
@@ -69,7 +72,7 @@ class Command:
 
     def start(self) -> None:
         """Let it run."""
-        self._started = True
+        self.started = True
         os.write(self._hold, b"x")
 
     def ended(self) -> bool:
@@ -84,7 +87,7 @@ class Command:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._hold)
-        if not self._started and not self._ended:
+        if not self.started and not self._ended:
             self.status()  # it reads the end of the pipe, and ends
         deadline = time.monotonic() + _EMPTIED_SECONDS
         while not self._removed():

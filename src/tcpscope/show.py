@@ -28,26 +28,31 @@ from tcpscope.writing import Output, lost_by
 def show(tool: Tool, request: Request, stream: BinaryIO, argv: Sequence[str] = ()) -> int:
     """Run a tool and show its rows until it ends. Raises LossError under --strict if an event was lost.
 
-    With `argv`, a command: show what concerns it, until it has ended. Returns its exit status, else 0.
+    With `argv`, a command: show what concerns it. Returns its exit status, when it has ended; without a command 0.
     """
     if request.output == "screen":
         _show_live(tool, request, stream)
-    elif argv:
-        return _show_command(tool, request, stream, argv)
-    else:
-        _show(tool, request, stream)
+        return 0
+    with Stop(request.duration, descriptor(stream)) as stop:
+        if argv and not request.explain:
+            return _show_command(tool, request, stream, stop, argv)
+        _show(tool, request, stream, stop)
     return 0
 
 
-def _show_command(tool: Tool, request: Request, stream: BinaryIO, argv: Sequence[str]) -> int:
+def _show_command(tool: Tool, request: Request, stream: BinaryIO, stop: Stop, argv: Sequence[str]) -> int:
     with Command(argv) as command:
         request.filter = replace(request.filter, cgroup=(command.cgroup,))
-        _show(tool, request, stream, command)
-        return command.status() if command.ended() or request.duration is not None else 0
+        try:
+            _show(tool, request, stream, stop, command)
+        finally:
+            if command.started:
+                stop.wait_until_stopped()  # by its end, or a second signal
+        return command.status() if command.ended() else 0
 
 
-def _show(tool: Tool, request: Request, stream: BinaryIO, command: Command | None = None) -> None:
-    with Stop(request.duration, descriptor(stream)) as stop, tool.open(request) as run:
+def _show(tool: Tool, request: Request, stream: BinaryIO, stop: Stop, command: Command | None = None) -> None:
+    with tool.open(request) as run:
         Output.stop = stop
         if request.explain:
             for line in explain(request.filter, run.sessions):
@@ -61,7 +66,7 @@ def _show(tool: Tool, request: Request, stream: BinaryIO, command: Command | Non
         else:
             sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, (*run.keep, *(command.keep if command else ())))
-        if command and not stop:
+        if command and not stop.stopped:
             stop.end_with(command.pid)
             command.start()
         _print_notes(run)

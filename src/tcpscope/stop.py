@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
@@ -10,6 +11,14 @@ import time
 from typing import Any, ClassVar
 
 _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
+
+
+def _in_foreground() -> bool:
+    """Whether a terminal sends us the signals of its keys."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # standard input is no terminal
+        return False
 
 
 class Stop:
@@ -39,7 +48,7 @@ class Stop:
     def end_with(self, pid: int) -> None:
         """Stop when this child of ours has ended. A first signal is for the child, and only a second one for us.
 
-        A terminal sends SIGINT and SIGQUIT to both. The others are passed on.
+        It is passed on, but for what a terminal sends to both.
         """
 
         def look(*_: object) -> None:
@@ -50,8 +59,9 @@ class Stop:
             for each in self._previous:
                 if each != signal.SIGCHLD:
                     signal.signal(each, lambda *_: self.stop())
-            if number not in (signal.SIGINT, signal.SIGQUIT):
-                os.kill(pid, number)
+            if number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
         for number in self._previous:
             signal.signal(number, first)
@@ -87,6 +97,13 @@ class Stop:
     def is_over(self) -> bool:
         """Asked to stop, or closed."""
         return self._closed or bool(self)
+
+    def wait_until_stopped(self) -> None:
+        """Until a stop is asked for, however late that is after the deadline."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        while not self.stopped:
+            poll.poll()
 
     def wait_to_write(self, descriptor: int, longest: float | None = None) -> None:
         """Until `descriptor` is writable or has no reader, or a stop is asked for, or `longest` seconds have passed."""
