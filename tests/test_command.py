@@ -173,7 +173,7 @@ def _detached(pid: int) -> bool:
         (("connect", "-o", "json", "--", "no-such-program"), "no command 'no-such-program'; give a program of PATH"),
         (("connect", "-o", "json", "--cgroup", "1", "--", "true"), "--cgroup and a command; the command has a cgroup"),
         (("top", "-o", "screen", "--", "true"), "-o screen and a command; both write to the terminal"),
-        (("list", "-o", "json", "--", "true"), "Got unexpected extra argument (true)"),
+        (("list", "-o", "json", "--", "true"), "'list' watches no command; leave out what stands behind --"),
     ],
 )
 def test_what_it_refuses(words: tuple[str, ...], said: str, run_tool: type[RunningTool]) -> None:

@@ -307,8 +307,10 @@ class Command(Once):
         return [*super().collect_usage_pieces(ctx), *(["[-- COMMAND]"] if self.watches else [])]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if self.watches and "--" in args:
-            at = args.index("--")
+        at = args.index("--") if "--" in args else len(args)
+        if not self.watches and args[at + 1 :]:
+            raise UsageError(f"'{self.name}' watches no command", "leave out what stands behind --")
+        if self.watches and at < len(args):
             args, ctx.meta[_ARGV] = args[:at], args[at + 1 :]
             if not ctx.meta[_ARGV]:
                 raise UsageError("-- without a command", "give the command to watch behind it")

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from tcpscope.errors import TcpscopeError, UsageError
+from tcpscope.errors import NotPermittedError, TcpscopeError, UnsupportedError, UsageError
 from tcpscope.filters import cgroup_mount
 
 _EMPTIED_SECONDS = 2
 """The kernel counts a process out of its cgroup a moment after its end. Others may fork while it is emptied."""
+_OUTSIDE = "in `ip netns exec` it is missing, so put that behind --: tcpscope TOOL -- ip netns exec NAME COMMAND"
 _CANNOT_RUN = 126  # as a shell says it
 
 
@@ -42,12 +43,19 @@ class Command:
         if not shutil.which(argv[0]):
             raise UsageError(f"no command '{argv[0]}'", "give a program of PATH, or its path")
         self._argv = list(argv)
-        self._above = _own_cgroup()
+        try:
+            self._above = _own_cgroup()
+        except UnsupportedError as error:
+            raise UnsupportedError(error.message, f"a command needs it; {_OUTSIDE}") from None
         self.started = self._ended = False
 
     def __enter__(self) -> Self:
         try:
             self._path = Path(tempfile.mkdtemp(prefix=f"tcpscope.{os.getpid()}.", dir=self._above))
+        except PermissionError:
+            raise NotPermittedError(
+                f"cannot make a cgroup in {self._above} for the command", "run as root", ("CAP_DAC_OVERRIDE",)
+            ) from None
         except OSError as error:
             raise TcpscopeError(
                 f"cannot make a cgroup in {self._above}: {error.strerror}",

@@ -71,7 +71,7 @@ def _show(tool: Tool, request: Request, stream: BinaryIO, stop: Stop, command: C
             command.start()
         _print_notes(run)
         if run.waits and sys.stderr.isatty():
-            print(screen.filled(f"tcpscope: {_waiting(request)}", sys.stderr), file=sys.stderr)
+            print(screen.filled(f"tcpscope: {_waiting(request, command)}", sys.stderr), file=sys.stderr)
         elif not page and not run.done:
             sink.rows([])  # the titles, so that a waiting reader sees that all is well
         batches = run.batches(stop, request.max_events)
@@ -156,9 +156,10 @@ def clear_interrupt() -> None:
             return
 
 
-def _waiting(request: Request) -> str:
+def _waiting(request: Request, command: Command | None = None) -> str:
     """What stands on a terminal while a run prints nothing."""
-    when = "at Ctrl-C" if request.duration is None else f"after {request.duration:g} s or at Ctrl-C"
+    end = "when the command has ended" if command else "at Ctrl-C"
+    when = end if request.duration is None else f"after {request.duration:g} s or {end}"
     return f"counting; prints {when}; with -i 5 every 5 s"
 
 

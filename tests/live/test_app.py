@@ -258,7 +258,7 @@ def test_more_rows_than_a_screen_takes() -> None:
         run.give(*(row(number, f"worker{number}") for number in range(3000)))
         await shown.until(lambda: shown.rows, "the rows")
         assert len(shown.rows) == 250
-        assert "250 of 3,000 connections" in shown.above
+        assert "3,000 connections, the first 250" in shown.above
         await shown.pilot.press(">")
         assert shown.column("TX BYTESv")[0] == "2999"
         await shown.pilot.press("slash", *"worker2998", "enter")
@@ -325,7 +325,7 @@ def test_an_error_of_the_run_ends_it_and_is_raised() -> None:
     [
         ("retrans", {"count": False}, "-o screen; prints rows as events come; groups repeat: --count"),
         ("queue", {"events": True}, "-o screen; prints rows as events come"),
-        ("top", {}, "-o screen; needs a terminal; standard input is none"),
+        ("top", {}, "-o screen; needs a terminal, and standard input is not one"),
     ],
 )
 def test_what_it_cannot_show(

@@ -19,9 +19,9 @@ def check(tool: Tool, request: Request) -> None:
     if tool.floods(request):
         help = "prints rows as events come" + ("; groups repeat: --count" if tool.intervals else "")
         raise UsageError("-o screen", help)
-    for stream, name in ((sys.__stdin__, "input"), (sys.__stderr__, "error")):
+    for stream, name in ((sys.__stdin__, "input"), (sys.__stdout__, "output"), (sys.__stderr__, "error")):
         if stream is None or not stream.isatty():
-            raise UsageError("-o screen", f"needs a terminal; standard {name} is none")
+            raise UsageError("-o screen", f"needs a terminal, and standard {name} is not one")
     try:
         import textual  # noqa: F401
     except ImportError:

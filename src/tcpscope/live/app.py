@@ -50,8 +50,9 @@ class Screen(App[None]):
         Binding("r", "reverse", "reverse"),
         Binding("slash", "filter", "filter", key_display="/"),
         Binding("left_square_bracket", "step(-1)", show=False),
-        Binding("right_square_bracket", "step(1)", "back/on", key_display="[ ]"),
-        Binding("w", "wide", "all columns"),
+        Binding("right_square_bracket", "step(1)", "earlier/later", key_display="[ ]"),
+        Binding("enter", "details", "details", key_display="enter"),
+        Binding("w", "wide", "columns"),
         Binding("escape", "live", "live", show=False),
     ]
 
@@ -186,8 +187,9 @@ class Screen(App[None]):
             total = len(self.shown.rows)
             plural = "" if total == 1 else "es" if self._noun.endswith("s") else "s"
             parts += filter(None, [self.shown.time])
-            some = f"{min(self._matching, _MOST_ROWS):,} of " if min(self._matching, _MOST_ROWS) != total else ""
-            parts.append(f"{some}{total:,} {self._noun}{plural}")
+            some = f"{self._matching:,} of " if self._matching != total else ""
+            first = f", the first {_MOST_ROWS}" if self._matching > _MOST_ROWS else ""
+            parts.append(f"{some}{total:,} {self._noun}{plural}{first}")
             if self.view.words.strip():
                 parts.append(f"with {self.view.words.strip()}")
             newest = self.pictures.newest
@@ -240,6 +242,9 @@ class Screen(App[None]):
     def sort_by_click(self, event: DataTable.HeaderSelected) -> None:
         self.view.sort_by(self._shown_cells[event.column_index])
         self._draw(self.shown)
+
+    def action_details(self) -> None:
+        self._table.action_select_cursor()
 
     def action_wide(self) -> None:
         self._all_columns = not self._all_columns

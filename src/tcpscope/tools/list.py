@@ -103,8 +103,6 @@ class _Existing(Run):
             self.stats.shown += len(found)
             rows = [self._row(*((row | {"time": when})[column.name] for column in self.columns)) for row in found]
             yield Batch("snapshot", rows, self._round)
-        self.notes[:] = [note for note in self.notes if note not in self._said]
-        self._said.update(self.notes)
 
     @property
     def pause(self) -> float:
@@ -123,7 +121,10 @@ class _Existing(Run):
         """
         owner_asked = compiled_filter.asks_owner(self._filter)
         layout = self._session.spec.layout("existing", internal=True)
-        found = list(self._pieces(layout.size, None if owner_asked else self._most))
+        notes: list[str] = []
+        found = list(self._pieces(layout.size, None if owner_asked else self._most, notes))
+        self.notes += [note for note in notes if note not in self._said]
+        self._said.update(notes)
         decode, names = layout.decoder().rows, [field.name for field in layout.fields]
         raw = layout.decoder(raw=True).rows
         everything = owner_asked or self._most is None
@@ -148,10 +149,10 @@ class _Existing(Run):
             if room is not None and (room := room - len(rows)) <= 0:
                 return
 
-    def _pieces(self, size: int, most: int | None) -> Iterator[list[bytes]]:
+    def _pieces(self, size: int, most: int | None, notes: list[str]) -> Iterator[list[bytes]]:
         """The records of each namespace. They end behind the piece that has the last of the `most` records."""
         wanted, room = self._filter.netns, most
-        for descriptor in opened(wanted, self.notes):
+        for descriptor in opened(wanted, notes):
             pieces = []
             try:
                 for piece in self._session.loaded.iterate("existing", descriptor):
@@ -163,7 +164,7 @@ class _Existing(Run):
                     raise NotPermittedError(
                         f"cannot enter network namespace {numbers(wanted)}", "needs CAP_SYS_ADMIN", ("CAP_SYS_ADMIN",)
                     ) from None
-                self.notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
+                notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
                 return
             yield pieces
             if room is not None and room <= 0:
