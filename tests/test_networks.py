@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,8 @@ def test_a_file(tmp_path: Path) -> None:
         ("office", "'office' is neither an address nor a network"),
         ("10.0.0.0/8 192.168.0.0/16", "'10.0.0.0/8 192.168.0.0/16'; give a network and one name"),
         ("head office 10.0.0.0/8", "'head office 10.0.0.0/8'; give a network and one name"),
+        ("a b c", "'a b c'; give a network and one name"),
+        ("0" * 5000, "a line of more than 4096 characters; give a list of networks"),
         ("office 10.1.2.0/16", "'10.1.2.0/16' has bits set behind its prefix; the network is 10.1.0.0/16"),
         ("fe80::%eth0/10 x", "'fe80::%eth0/10' has a zone"),
     ],
@@ -56,13 +59,23 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
     assert str(error.value) == f"{path}: {'not a text' if content else 'No such file or directory'}"
 
 
+def test_a_file_without_end() -> None:
+    with pytest.raises(UsageError, match="/dev/zero:1: a line of more than"):
+        list(read("/dev/zero"))
+
+
+def test_no_more_is_read_than_may_be() -> None:
+    taken = count()
+    with pytest.raises(UsageError, match=f"too many networks; at most {MOST}"):
+        checked(listed(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}" for n in taken))
+    assert next(taken) == MOST + 1
+
+
 def test_each_network_counts_once() -> None:
     twice = [*listed(["10.0.0.0/8", "10.0.0.0/8", "::ffff:10.0.0.0/104"])]
     assert checked(twice) == (Named(twice[0].network),)
     with pytest.raises(UsageError, match=r"10\.0\.0\.0/8 has two names: none and office"):
         checked([*twice, Named(twice[0].network, "office")])
-    with pytest.raises(UsageError, match=f"at most {MOST}"):
-        checked(listed(f"10.{a}.{b}.{c}" for a in range(2) for b in range(256) for c in range(129)))
 
 
 def test_a_key_has_the_bits_of_the_mapped_form() -> None:

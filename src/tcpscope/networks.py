@@ -12,6 +12,9 @@ from tcpscope.filters import Network, network_bytes, parse_network
 
 MOST = 1 << 16
 """Most networks of a list."""
+_EACH_LINE = "give a network and one name in each line"
+_LONGEST = 4096
+"""Most characters of a line of a file."""
 _FAMILY_BITS = 32  # of a key
 
 
@@ -57,16 +60,26 @@ def read(path: str) -> Iterator[Named]:
 
     UsageError for a line that is none of this, or a file that cannot be read.
     """
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
+        if len(line) > _LONGEST:
+            raise UsageError(f"{path}:{number}: a line of more than {_LONGEST} characters", "give a list of networks")
         if words := line.partition("#")[0].split():
             yield _line(words, f"{path}:{number}")
 
 
+def _lines(path: str) -> Iterator[str]:
+    """The lines of a file, one after the other: it may have no end. Of a line too long the begin."""
+    try:
+        with Path(path).open() as file:
+            while line := file.readline(_LONGEST + 1):
+                yield line
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or 'not a text'}") from None
+
+
 def _line(words: list[str], where: str) -> Named:
+    if len(words) > 2:
+        raise UsageError(f"{where}: '{' '.join(words)}'", _EACH_LINE)
     found, errors = [], []
     for word in words:
         try:
@@ -74,22 +87,22 @@ def _line(words: list[str], where: str) -> Named:
         except UsageError as error:
             errors.append(error)
     names = [word for word in words if word not in [text for _, text in found]]
-    if len(words) <= 2 and len(found) == 1:
+    if len(found) == 1:
         return Named(found[0][0], *names)
     if not found:  # of a name and a network with a mistake, the one that looks like a network
         wrong = next((each for each, word in zip(errors, words, strict=True) if "/" in word), errors[-1])
         raise UsageError(f"{where}: {wrong.message}", wrong.hint)
-    raise UsageError(f"{where}: '{' '.join(words)}'", "give a network and one name in each line")
+    raise UsageError(f"{where}: '{' '.join(words)}'", _EACH_LINE)
 
 
 def checked(networks: Iterable[Named]) -> tuple[Named, ...]:
     """The networks, each once. UsageError for one with two names, or if they are too many."""
     known: dict[Network, Named] = {}
     for each in networks:
+        if len(known) >= MOST and each.network not in known:
+            raise UsageError("too many networks", f"at most {MOST}")
         before = known.setdefault(each.network, each)
         if before.name != each.name:
             names = " and ".join(name or "none" for name in (before.name, each.name))
             raise UsageError(f"{each.network} has two names: {names}", "give it once")
-    if len(known) > MOST:
-        raise UsageError(f"{len(known)} networks", f"at most {MOST}")
     return tuple(known.values())
