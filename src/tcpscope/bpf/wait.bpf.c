@@ -135,24 +135,27 @@ static __always_inline struct unread *unread_find(struct sock *sk)
 	return bpf_map_lookup_elem(&unreads, &key);
 }
 
-/* A new entry, with the mark of what arrives from now on. NULL if it has no place, or the socket is not wanted. */
-static __always_inline struct unread *unread_add(struct sock *sk, __u64 flags, __u64 since_ns)
+/*
+ * Adds an entry, with the mark of what arrives from now on. Does nothing if it has no place, or the socket is not wanted.
+ * `counts`: no place counts as table_full. Once at the handshake; and at a read, which then has no row.
+ */
+static __always_inline void unread_add(struct sock *sk, __u64 flags, __u64 since_ns, bool counts)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
 	struct unread *unread;
 	__u64 key = (__u64)sk;
 
 	if (!filter_may_want(sk))
-		return NULL;
+		return;
 	table_put(&unreads, &key, &nothing_unread, flags);
 	unread = bpf_map_lookup_elem(&unreads, &key);
 	if (!unread) {
-		COUNT(table_full);
-		return NULL;
+		if (counts)
+			COUNT(table_full);
+		return;
 	}
 	unread->copied = BPF_CORE_READ(tcp, copied_seq);
 	mark_add(unread, BPF_CORE_READ(tcp, rcv_nxt), since_ns, false);
-	return unread;
 }
 
 /* A segment with these sequence numbers, which TCP has not processed yet. */
@@ -169,7 +172,7 @@ static __noinline int arrives(struct sock *sk, __u32 seq, __u32 end_seq, bool ag
 	if (unread)
 		mark_add(unread, next, now_ns, again);
 	else
-		unread_add(sk, BPF_NOEXIST, now_ns);
+		unread_add(sk, BPF_NOEXIST, now_ns, false);
 	return 0;
 }
 
@@ -218,7 +221,7 @@ static __noinline int taken(struct sock *sk)
 	__u32 copied, bytes;
 
 	if (!unread) {
-		unread_add(sk, BPF_NOEXIST, 0);
+		unread_add(sk, BPF_NOEXIST, 0, true);
 		return 0;
 	}
 	copied = BPF_CORE_READ(tcp, copied_seq);
@@ -391,12 +394,12 @@ static __noinline int state_changed(struct sock *sk, int new_state, bool again)
 	if (new_state == STATE_ESTABLISHED) {
 		/* The entry may be that of the connection before: a socket may be disconnected and connected again. */
 		if (!again || !unread || unread->begins[AT(unread, 0)] != next)
-			unread_add(sk, BPF_ANY, bpf_ktime_get_ns());
+			unread_add(sk, BPF_ANY, bpf_ktime_get_ns(), !again);
 	} else if (!(BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN)) {
 		if (unread)
 			mark_add(unread, next, 0, false);
 		else
-			unread_add(sk, BPF_NOEXIST, 0);
+			unread_add(sk, BPF_NOEXIST, 0, false);
 	}
 	return 0;
 }
