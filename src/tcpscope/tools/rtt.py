@@ -3,7 +3,8 @@
 One sample per ACK of new data: the time since that data was last sent, as the kernel measures it (rack.rtt_us). The
 handshake gives a sample, too; without SACK it is the only one. A host that only receives data gives no others. With
 --smoothed a sample is the kernel's smoothed RTT at that moment, as `ss -ti` shows it. Percentiles are accurate to 1/8
-of their value; count, min, max and mean are exact. With -n each result has only the groups with the most samples.
+of their value; count and mean are exact. min and max are exact, or to 1/8 if two samples are counted at the same
+moment. With -n each result has only the groups with the most samples.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 One row per listener. At each handshake that completes, the kernel adds both lengths to distributions: how many
 connections then wait for accept(), this one among them, and how many handshakes still wait for their final ACK.
-Percentiles are accurate to 1/8 of their value; max is exact. `full` is how many handshakes found the queue full: they
-are refused, or answered by a SYN cookie, and not among the lengths. With -n each result has only the listeners with the
-most handshakes.
+Percentiles are accurate to 1/8 of their value. max is exact, or to 1/8 if two handshakes are counted at the same
+moment. `full` is how many handshakes found the queue full: they are refused, or answered by a SYN cookie, and not among
+the lengths. With -n each result has only the listeners with the most handshakes.
 """
 
 from __future__ import annotations
