@@ -110,6 +110,12 @@ static __always_inline __u32 network_of(const struct identity *id)
 	return number ? *number : 0;
 }
 
+/* The second number may have been read later, and have grown meanwhile. */
+static __always_inline __u64 minus(__u64 number, __u64 later)
+{
+	return number > later ? number - later : 0;
+}
+
 /*
  * bytes_received has the FIN, and tcp_fin() tells only after it: so the FIN is asked for last. bytes_sent has what was sent
  * again, and is read before bytes_retrans, which grows first.
@@ -117,8 +123,25 @@ static __always_inline __u32 network_of(const struct identity *id)
 static __always_inline void moved_read(struct sock *sk, struct moved *now, __u64 sent, __u64 received)
 {
 	now->retrans = BPF_CORE_READ((struct tcp_sock *)sk, bytes_retrans);
-	now->tx = sent - now->retrans;
-	now->rx = received - fin_received(sk);
+	now->tx = minus(sent, now->retrans);
+	now->rx = minus(received, fin_received(sk));
+}
+
+static __always_inline void at_least(__u64 *number, __u64 least)
+{
+	if (*number < least)
+		*number = least;
+}
+
+/*
+ * While another processor sends data again, bytes_retrans has it, and the bytes_sent that was read has it not. Then `tx` is
+ * too small by that. If a look noted it, the next one would tell those bytes once more.
+ */
+static __always_inline void moved_at_least(struct moved *now, const struct moved *told)
+{
+	at_least(&now->tx, told->tx);
+	at_least(&now->rx, told->rx);
+	at_least(&now->retrans, told->retrans);
 }
 
 static __always_inline bool moved_same(const struct moved *a, const struct moved *b)
@@ -153,13 +176,6 @@ static __always_inline void limits_read(struct sock *sk, __u32 limited[CHRONO_KI
 	for (int kind = 0; kind < CHRONO_KINDS; kind++)
 		if (now == kind + 1)
 			limited[kind] += since;
-}
-
-/* Both ends, read from the socket: another processor may be writing those of the entry. */
-static __always_inline void ends_read(struct sock *sk, const struct connection *connection, struct identity *id)
-{
-	id->cookie = connection->id.cookie ? connection->id.cookie : cookie_if_any(sk);
-	identity_read(sk, id);
 }
 
 /*
@@ -202,10 +218,12 @@ static __noinline int moved_send(struct sock *sk, struct connection *connection,
 		event->app_limited = BPF_CORE_READ((struct tcp_sock *)sk, app_limited) != 0;
 	}
 	if (!ended) {
+		/* First the times: an end that sees what was told sees from when on they count. */
+		__builtin_memcpy(scratch->limited, limited, sizeof(limited));
+		memory_barrier();
 		scratch->told = *now;
 		memory_barrier();
 		scratch->told_of = opened_ns;
-		__builtin_memcpy(scratch->limited, limited, sizeof(limited));
 	}
 	return event_submit(event);
 }
@@ -257,6 +275,7 @@ static __noinline int connection_ended(struct sock *sk, struct connection *conne
 	moved_read(sk, &now, BPF_CORE_READ(tp, bytes_sent), BPF_CORE_READ(tp, bytes_received));
 	looked = set_and_see(&connection->scratch.ended, &connection->scratch.looked);
 	told_read(connection, &told);
+	moved_at_least(&now, &told);
 	if (!begun || moved_same(&now, &told))
 		return 0;
 	return by_network && !looked ? moved_add(sk, connection, &now) : moved_send(sk, connection, &now, true);
@@ -335,6 +354,7 @@ static __noinline int look_at(struct sock *sk, struct connection *connection, __
 	if (connection_find(sk) != connection)
 		return 0;
 	told_read(connection, &told);
+	moved_at_least(&now, &told);
 	if (!moved_same(&now, &told)) {
 		if (set_and_see(&scratch->looked, &scratch->ended))
 			return 0;

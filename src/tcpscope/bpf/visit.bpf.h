@@ -9,6 +9,13 @@
 
 #include "connection.bpf.h"
 
+/* Both ends, read from the socket: another processor may be writing those of the entry. */
+static __always_inline void ends_read(struct sock *sk, const struct connection *connection, struct identity *id)
+{
+	id->cookie = connection->id.cookie ? connection->id.cookie : cookie_if_any(sk);
+	identity_read(sk, id);
+}
+
 #define FOR_EACH_CONNECTION(hook, entry)                                                           \
 	NEEDS("BPF_FUNC_for_each_map_elem")                                                        \
 	SEC("iter/bpf_map")                                                                        \
