@@ -373,16 +373,14 @@ static long live_entry(struct bpf_map *table, const __u64 *key, struct connectio
 {
 	struct closing closing = {.end = END_OPEN};
 	struct sock *sk = (struct sock *)*key;
+	struct identity id = {};
 
 	closing.state = BPF_CORE_READ(sk, __sk_common.skc_state);
 	if (!was_established(closing.state))
 		return 0;
 	closing.time_ns = bpf_ktime_get_ns();
-	if (!identity_complete(connection))
-		identity_read(sk, &connection->id);
-	if (!connection->id.cookie)
-		connection->id.cookie = cookie_if_any(sk);
-	life_emit(sk, connection, &connection->id, &closing);
+	ends_read(sk, connection, &id);
+	life_emit(sk, connection, &id, &closing);
 	return 0;
 }
 
