@@ -47,11 +47,13 @@ class Adding(Counting):
         )
         self.moved = Moved()
         self.firsts = 0
+        self.overlaps: list[bool] = []
         super().__init__(Request(), [], None, cast(Session, session))
 
-    def _add(self, raw: Any, row: Any, moved: Moved, first: bool) -> None:
+    def _add(self, raw: Any, row: Any, moved: Moved, first: bool, overlaps: bool) -> None:
         self.moved = self.moved.plus(moved)
         self.firsts += first
+        self.overlaps.append(overlaps)
 
     def _ended(self, interval: Interval) -> list[dict[str, Any]]:
         return []
@@ -82,6 +84,8 @@ def test_a_look_and_the_end_at_the_same_time(end_knows: Moved, together: bool) -
             continue
         found = Adding(order) if together else Adding(*([each] for each in order))
         assert found.play(2) == Moved(12, 5, 1)
+        alone = end_knows == Moved(10, 5, 1)
+        assert found.overlaps in ([False, not alone], [False])
 
 
 def test_a_lost_event_is_made_up_for() -> None:
@@ -107,7 +111,7 @@ def test_it_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [("tx_byte", "did you mean 'tx_bytes'"), ("raddr", "columns of numbers are")]
+    ("name", "error"), [("tx_byte", "did you mean 'tx_bytes'"), ("raddr", "it sorts by tx_bytes, rtt")]
 )
 def test_sort_takes_columns_of_numbers(name: str, error: str) -> None:
     columns = [Column("tx_bytes"), Column("raddr", "address"), Column("rtt", "float")]

@@ -65,7 +65,7 @@ SORT = Option(
 
 
 def sorted_by(request: Request, columns: Iterable[Column]) -> str | None:
-    """The column of --sort; `tx` is tx_bytes. UsageError if there is none, or if it has no numbers."""
+    """The column that --sort names; `tx` is tx_bytes. UsageError if it is none of these, or has no numbers."""
     name: str | None = request.options["sort"]
     if name is None:
         return None
@@ -73,7 +73,7 @@ def sorted_by(request: Request, columns: Iterable[Column]) -> str | None:
     for found in (name, f"{name}_bytes"):
         if found in numeric:
             return found
-    raise UsageError(f"--sort {name}", did_you_mean(name, numeric) or f"columns of numbers are {', '.join(numeric)}")
+    raise UsageError(f"--sort {name}", did_you_mean(name, numeric) or f"it sorts by {', '.join(numeric)}")
 
 
 class Moved(NamedTuple):
@@ -154,8 +154,11 @@ class Counting(Run):
         return repeat(None)
 
     @abstractmethod
-    def _add(self, raw: Any, row: Any, moved: Moved, first: bool) -> None:
-        """An event says that its connection has moved so much more; `first`: for the first time in this interval."""
+    def _add(self, raw: Any, row: Any, moved: Moved, first: bool, overlaps: bool) -> None:
+        """An event says that its connection has moved so much more; `first`: for the first time in this interval.
+
+        `overlaps`: it has the time of another event in it.
+        """
 
     @abstractmethod
     def _ended(self, interval: Interval) -> list[dict[str, Any]]:
@@ -207,7 +210,8 @@ class Counting(Run):
                 known.seen_ns = now_ns
                 counted = Moved(*map(max, now, known.counted))
                 if moved := counted.minus(known.counted):
-                    self._add(raw, row, moved, known.shown_in != self.round)
+                    overlaps = Moved(raw.tx, raw.rx, raw.retrans) != known.counted
+                    self._add(raw, row, moved, known.shown_in != self.round, overlaps)
                     known.counted, known.shown_in = counted, self.round
         if now_ns - self._forgot_ns > _KEPT_NS:  # after the events that waited here while this process did
             self._known = {key: known for key, known in self._known.items() if now_ns - known.seen_ns < _KEPT_NS}

@@ -151,7 +151,7 @@ def test_the_filter(script: Script) -> Test:
         (["--net", ""], "'' is neither an address nor a network"),
         (["--net-file", "nowhere"], "nowhere: No such file or directory"),
         (["--net-file", "wrong"], "wrong:2: '10.0.0.0/99' is neither an address nor a network"),
-        (["--sort", "network"], "--sort network; columns of numbers are tx_bytes"),
+        (["--sort", "network"], "--sort network; it sorts by tx_bytes"),
         (["10.0.0.0/8"], "'subnet' takes no argument; use --net"),
     ],
 )

@@ -87,7 +87,7 @@ class _Adding(Counting):
         self._total: dict[int, Moved] = defaultdict(Moved)
         super().__init__(request, columns, sort, session)
 
-    def _add(self, raw: Any, row: Any, moved: Moved, first: bool) -> None:
+    def _add(self, raw: Any, row: Any, moved: Moved, first: bool, overlaps: bool) -> None:
         self._moved[raw.network] = self._moved[raw.network].plus(moved)
 
     def _ended(self, interval: Interval) -> list[dict[str, Any]]:

@@ -35,6 +35,7 @@ from tcpscope.traffic import (
 
 _CONNECTIONS = Column("connections", width=5, title="CONNS", doc="connections that have moved data in the interval")
 _NOUNS = {"pid": "process", "raddr": "remote address", "cgroup": "cgroup"}
+_NUMBERS = ("time", "srtt_us", *BYTES)
 _ROWS = 1 << 17
 """Most rows of an interval. Events of further ones count as lost."""
 
@@ -43,16 +44,20 @@ class Top(Stream):
     intervals = "1"
     rated = False
 
+    def _whose(self) -> dict[str, Column]:
+        """The columns that say whose the bytes are."""
+        return {each.name: Column.of(each) for each in self.layout.fields if each.name not in _NUMBERS}
+
     def columns(self, request: Request) -> tuple[Column, ...]:
-        fields = {each.name: Column.of(each) for each in self.layout.fields}
-        whose = {name: fields[name] for name in fields if name not in ("time", "srtt_us", *BYTES)}
-        by = _by(request)
+        whose, by = self._whose(), _by(request)
         for name in by:
+            if name == "connection":
+                raise UsageError(f"--by {','.join(by)}", "connection stands alone")
             if name not in whose:
-                hint = did_you_mean(name, whose) or f"there are connection, {', '.join(whose)}"
+                hint = did_you_mean(name, ("connection", *whose)) or f"there are connection, {', '.join(whose)}"
                 raise UsageError(f"--by {name}", hint)
         if not by:
-            return (TIME, *whose.values(), *moved_columns(), fields["srtt_us"], *LIMITS)
+            return (TIME, *whose.values(), *moved_columns(), Column.of(self.layout.field("srtt_us")), *LIMITS)
         return (TIME, *(whose[name] for name in _named(by)), _CONNECTIONS, *moved_columns())
 
     def floods(self, request: Request) -> bool:
@@ -67,7 +72,8 @@ class Top(Stream):
     def open(self, request: Request) -> Run:
         available, by = self.columns(request), _by(request)
         names = ("time", *_named(by), "connections", *self.shown) if by else self.shown
-        columns, sort = request.choose(available, tuple(dict.fromkeys(names))), sorted_by(request, available)
+        columns, whose = request.choose(available, tuple(dict.fromkeys(names))), self._whose()
+        sort = sorted_by(request, [column for column in available if column.name not in whose])
         with closed_on_error(self.session(request)) as session:
             return _Adding(request, columns, sort, session, by, [each.name for each in available])
 
@@ -120,7 +126,7 @@ class _Adding(Counting):
     def _rows_of(self, records: memoryview) -> Sequence[Any]:
         return self._decode(records)
 
-    def _add(self, raw: Any, row: Any, moved: Moved, first: bool) -> None:
+    def _add(self, raw: Any, row: Any, moved: Moved, first: bool, overlaps: bool) -> None:
         key = self._key(raw, row)
         group = self._groups.get(key)
         if group is None:
@@ -131,7 +137,8 @@ class _Adding(Counting):
             group = self._groups[key] = _Group(raw, row)
         group.raw, group.row, group.moved = raw, row, group.moved.plus(moved)
         group.connections += first
-        group.limits.add(raw)
+        if not overlaps:
+            group.limits.add(raw)
 
     def _ended(self, interval: Interval) -> list[dict[str, Any]]:
         ended, self._groups = self._groups, {}
