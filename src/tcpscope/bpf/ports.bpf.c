@@ -645,6 +645,8 @@ static __noinline __u64 timewait_of(__u64 socket)
 			return found;
 		node = BPF_CORE_READ(node, next);
 	}
+	if (!((__u64)node & 1))
+		COUNT(missed); /* it may be in the rest of the chain */
 	return 0;
 }
 
@@ -817,7 +819,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	opened_ns = now.connection->opened_ns;
 	follow_update(&now, sk, change);
 	now.connection->scratch = mine; /* a socket that is connected again still has its port by bind() */
-	if (change->old_state == STATE_SYN_SENT)
+	if (change->old_state == STATE_SYN_SENT && !mine.port)
 		searched(sk, &mine, opened_ns);
 	if (change->new_state == STATE_SYN_SENT)
 		return opens(socket);
@@ -948,6 +950,8 @@ int TRACEPOINT_PROG_IF((!result || result == -EADDRINUSE) && syscall_is_bind(reg
 	return bind_returned(sk, &to, arguments[2], result);
 }
 
+/* A kernel without IPv6 has no such function. */
+OPTIONAL("ports that bind() takes for IPv6")
 UNLESS("bound4__syscall")
 SEC("fexit/inet6_bind")
 int FUNCTION_PROG(bound6__fexit, struct socket *socket, void *address, int size, int result)
