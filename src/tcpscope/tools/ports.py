@@ -254,7 +254,7 @@ class Ports(Tool):
     examples = {
         "ports": "what is in use now",
         "ports -i 5 --raddr 192.0.2.10": "every five seconds, of connections to an address",
-        "ports --warn 50% -n 1 -o json": "for a script: status 6 if connect() has to search",
+        "ports --warn 50% -n 1 -o json": "for a script: status 6 if half of the local ports are in use",
     }
     options = (
         Option(
