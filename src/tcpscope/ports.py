@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,10 +26,10 @@ _SYN_SENT, _ESTABLISHED, _TIME_WAIT, _CLOSE = 2, 1, 6, 7  # enum tcp_state
 
 
 class Owner(NamedTuple):
-    """A process, and a number of its ports or of its calls."""
+    """A process, and a number of its ports or of its calls. None: the process is not known."""
 
-    pid: int
-    comm: str
+    pid: int | None
+    comm: str | None
     uid: int | None
     number: int
 
@@ -53,7 +53,8 @@ class Pool:
     raddr, rport    of the connections; None: of ports that bind() has taken for an address
     used            ports in use: those of its sockets and those that bind() has taken in the namespace
     bound           those that bind() has taken
-    range           None: not known
+    range           None: not known, or its sockets have several (IP_LOCAL_PORT_RANGE)
+    comparable      `bound` has no ports outside of the range
     step_width      ip_local_port_step_width; None: the kernel has no such sysctl
     opened          connections that were opened since the look before
     search_us       how long connect() looked for a port then, on average; None: no attempt has ended
@@ -71,6 +72,7 @@ class Pool:
     used: int
     bound: int
     range: Range | None
+    comparable: bool
     step_width: int | None
     opened: int
     search_us: float | None
@@ -98,11 +100,11 @@ class Pool:
 
     @property
     def share(self) -> float | None:
-        """Of the available ports, how many are in use: 0 to 1."""
+        """Of the available ports, how many are in use: 0 to 1. None: not known."""
         available = self.range and self.range.available
-        if available is None:
+        if available is None or not self.comparable:
             return None
-        return self.used / available if available > 0 else 1.0
+        return min(self.used / available, 1.0) if available > 0 else 1.0
 
 
 def attach(filter: Filter, debug: bool = False) -> Session:
@@ -158,38 +160,55 @@ class Pools:
         holders: dict[int, list[Any]] = defaultdict(list)
         for record in self._holders.read().values():
             holders[record.pool].append(record)
-        whole = {record.netns: (place, record) for place, record in places.items() if record.kind == _NAMESPACE}
+        whole: dict[int, list[tuple[int, Any]]] = defaultdict(list)
+        pools: dict[bytes, list[tuple[int, Any]]] = defaultdict(list)
+        for place, record in places.items():
+            if record.kind == _NAMESPACE:
+                whole[record.netns].append((place, record))
+            else:
+                pools[self._pools.key(place)].append((place, record))
         found = [
-            self._pool(place, record, whole.get(record.netns), holders[place], ended)
-            for place, record in places.items()
-            if record.kind != _NAMESPACE
+            self._pool(same, whole[same[0][1].netns], [each for place, _ in same for each in holders[place]], ended)
+            for same in pools.values()
         ]
         self._forget(ended)
         shown = [pool for pool in found if pool is not None]
         return sorted(shown, key=lambda pool: (-(pool.share or 0.0), -pool.used, pool.netns, pool.laddr))
 
     def _pool(
-        self, place: int, record: Any, whole: tuple[int, Any] | None, holders: list[Any], ended: int
+        self, places: list[tuple[int, Any]], spaces: list[tuple[int, Any]], holders: list[Any], ended: int
     ) -> Pool | None:
-        opened, searches, search_ns, *most_us = _SPAN.unpack_from(record.spans, ended * _SPAN.size)
-        self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
-        owners, failing = [], []
+        """`places` have the same key; `spaces` are those of the namespace. A program may have made another one."""
+        opened, searches, search_ns, most_us = 0, 0, 0, 0
+        for place, each in places:
+            span = _SPAN.unpack_from(each.spans, ended * _SPAN.size)
+            opened, searches, search_ns = opened + span[0], searches + span[1], search_ns + span[2]
+            most_us = max(most_us, *span[3:])
+            self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
+        record = places[0][1]
+        owners: Counter[_Who] = Counter()
+        failing: Counter[_Who] = Counter()
         failures: dict[str, int] = {}
         for holder in holders:
-            who = holder.pid, comm_text(holder.comm), None if holder.uid == _UNKNOWN else holder.uid
-            owners.append(Owner(*who, holder.ports))
+            who = _who(holder)
+            owners[who] += holder.ports
             for errno, field in (("EADDRNOTAVAIL", "failed_connects"), ("EADDRINUSE", "failed_binds")):
                 if failed := _PAIR.unpack(getattr(holder, field))[ended]:
                     failures[errno] = failures.get(errno, 0) + failed
-                    failing.append(Owner(*who, failed))
+                    failing[who] += failed
         if not self._wants(record, holders):
             return None
-        states = _SOCKETS.unpack(record.sockets)
-        taken = whole[1].bound if whole else record.bound
-        used = record.bound if record.kind == _BIND else sum(states) + taken
-        if not (failures or opened or sum(states) or (record.kind == _BIND and record.bound)):
+        states = tuple(map(sum, zip(*(_SOCKETS.unpack(each.sockets) for _, each in places), strict=True)))
+        own = sum(each.bound for _, each in places)
+        taken = sum(each.bound for _, each in spaces) if spaces else own
+        used = own if record.kind == _BIND else sum(states) + taken
+        if not (failures or opened or sum(states) or (record.kind == _BIND and own)):
             return None
-        known = [owner for owner in owners if owner.pid and owner.number > 0]
+        known = {who: number for who, number in owners.items() if who[0] and number > 0}
+        whole = max(spaces, key=lambda space: space[1].checked_ns, default=None)
+        ranges = {each.own for _, each in places if each.own} | {0 for _, each in places if each.whole}
+        own_range = max(ranges, default=0)
+        apart = len(ranges) > 1 or any(each.mixed for _, each in places)
         return Pool(
             netns=record.netns,
             family=record.family,
@@ -198,15 +217,16 @@ class Pools:
             rport=None if record.kind == _BIND else record.rport,
             states=states,
             used=used,
-            bound=record.bound if record.kind == _BIND else taken,
-            range=self._range(record.own, *whole) if whole else None,
+            bound=own if record.kind == _BIND else taken,
+            range=self._range(own_range, *whole) if whole and not apart else None,
+            comparable=not (own_range and record.kind != _BIND and taken),
             step_width=None if not whole or whole[1].step_width == _UNKNOWN else whole[1].step_width,
             opened=opened,
             search_us=search_ns / searches / 1000 if searches else None,
-            search_max_us=max(most_us) if searches else None,
+            search_max_us=most_us if searches else None,
             failures=failures,
-            owner=max(known, key=lambda owner: owner.number, default=None),
-            failing=max(failing, key=lambda owner: owner.number, default=None),
+            owner=_most(known),
+            failing=_most(failing),
         )
 
     def _wants(self, record: Any, holders: list[Any]) -> bool:
@@ -254,6 +274,21 @@ class Pools:
         self._pools.free(idle, _is_idle_pool)
 
 
+_Who = tuple[int | None, str | None, int | None]
+
+
+def _who(holder: Any) -> _Who:
+    """Its process, name and user."""
+    if not holder.pid:
+        return None, None, None
+    return holder.pid, comm_text(holder.comm), None if holder.uid == _UNKNOWN else holder.uid
+
+
+def _most(numbers: Mapping[_Who, int]) -> Owner | None:
+    who = max(numbers, key=lambda who: numbers[who], default=None)
+    return None if who is None else Owner(*who, numbers[who])
+
+
 def _is_idle_holder(record: Any) -> bool:
     return not (record.ports or record.pins or any(record.failed_connects) or any(record.failed_binds))
 
@@ -292,6 +327,9 @@ class _Places:
         begin = (place - 1) * self._layout.size
         return self._decode(self._memory[begin : begin + self._layout.size])[0]
 
+    def key(self, place: int) -> bytes:
+        return self._keys[place]
+
     def clear(self, place: int, name: str, at: int, size: int) -> None:
         """Set `size` bytes of a field to zero."""
         begin = (place - 1) * self._layout.size + self._layout.field(name).offset + at
@@ -299,6 +337,7 @@ class _Places:
 
     def free(self, places: set[int], is_idle: Callable[[Any], bool]) -> None:
         """Free these places, if they are still idle."""
+        places = {place for place in places if is_idle(self._at(place))}
         if not places:
             return
         for place in places - self._apart.keys():

@@ -722,7 +722,7 @@ class Ports(msgspec.Struct, frozen=True):
     """ports from first_port to last_port, without the reserved ones"""
 
     percent: float | None
-    """share of the available ports that is in use"""
+    """share of the available ports that is in use, 100 at most"""
 
     syn_sent: int
     """sockets in SYN_SENT"""
@@ -777,7 +777,7 @@ class Ports(msgspec.Struct, frozen=True):
     """name of that process"""
 
     first_port: int | None
-    """of the range: ip_local_port_range, or IP_LOCAL_PORT_RANGE of the last socket"""
+    """of the range: ip_local_port_range, narrowed by IP_LOCAL_PORT_RANGE; null: the sockets have several ranges"""
 
     last_port: int | None
     """the range's last port"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
@@ -9,9 +10,13 @@ from typing import Any
 
 import pytest
 
+from tcpscope.filters import Filter
 from tcpscope.kernel.btf import Btf
 from tcpscope.kernel.features import BTF
+from tcpscope.kernel.spec import Spec
 from tcpscope.lab.hosts import Host, Lab
+from tcpscope.ports import Owner, Pools
+from tcpscope.schema import Layout
 from tests.conftest import RunningTool
 from tests.lacks import functions_cannot_be_hooked
 from tests.puppets import Puppet
@@ -397,6 +402,8 @@ def test_bind_takes_ports_from_all_destinations(lab: Lab, run_tool: type[Running
         early.do("for each in made[:10]: close(each, 'close')")
         row = scene.until(None, time_wait=10)
         assert row["used"] == taken
+        # connect() has looked for no port: bind() had taken it.
+        assert all(row["search_us"] is None for row in tool.rows if row["raddr"] is None)
         early.do("for each in (*made[10:], *pair, *listener, *apart): close(each, 'reset')")
         scene.until(None, used=10, time_wait=10)
         scene.until(used=30, bound=10)
@@ -495,6 +502,44 @@ def test_a_range_of_the_sockets_own(lab: Lab, run_tool: type[RunningTool]) -> No
     """IP_LOCAL_PORT_RANGE narrows that of the namespace, where the kernel has the option."""
     scene = Scene(lab, run_tool)
     lab.client.sysctl("ip_local_reserved_ports", "40012")
+    if not can_narrow(scene):
+        return
+    with scene.tool:
+        scene.client.do("for _ in range(4): narrow(address, port)", address=lab.server.ipv4, port=PORT)
+        row = scene.until(used=5)
+        assert (row["first_port"], row["last_port"], row["reserved"], row["available"]) == (40_010, 40_019, 1, 9)
+        assert row["level"] == "warning"
+        # A port that bind() has taken may lie outside of these.
+        scene.client.do("bound = socket.socket()\nbound.bind((near, 0))", near=lab.client.ipv4)
+        row = scene.until(used=6)
+        assert (row["available"], row["percent"], row["level"]) == (9, None, None)
+
+
+@pytest.mark.kernel
+@seen
+def test_sockets_with_several_ranges(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """The share of such a row is not known: most of its ports may lie outside of the range of one socket."""
+    scene = Scene(lab, run_tool, "--warn", "50%")
+    lab.client.sysctl("ip_local_port_range", "40000 40999")
+    with scene.tool as tool:
+        scene.client.do(
+            "kept = [socket.socket() for _ in range(40)]\nfor each in kept: each.bind((near, 0))", near=lab.client.ipv4
+        )
+        scene.fill(20)
+        row = scene.until(used=60)
+        assert (row["available"], row["percent"], row["bound"]) == (1000, 6.0, 40)
+        if not can_narrow(scene):
+            return
+        row = scene.until(used=61)
+        assert (row["available"], row["percent"], row["level"], row["first_port"]) == (None, None, None, None)
+        assert scene.until(PORT + 2, used=41)["available"] == 1000
+        done = tool.stop()
+    assert done.status == 0
+    assert not any(row["level"] for row in done.rows)
+
+
+def can_narrow(scene: Scene) -> bool:
+    """Makes a connection from one of ten ports, where the kernel has IP_LOCAL_PORT_RANGE."""
     scene.client.do(
         "def narrow(address, port):\n"
         "    made = socket.socket()\n"
@@ -504,10 +549,102 @@ def test_a_range_of_the_sockets_own(lab: Lab, run_tool: type[RunningTool]) -> No
     )
     error = scene.fails("narrow(address, port)", port=PORT)
     assert (error == "ENOPROTOOPT") == (Btf.parse(BTF.read_bytes()).field("inet_sock", "local_port_range") is None)
-    if error:
-        return
-    with scene.tool:
-        scene.client.do("for _ in range(4): narrow(address, port)", address=lab.server.ipv4, port=PORT)
-        row = scene.until(used=5)
-        assert (row["first_port"], row["last_port"], row["reserved"], row["available"]) == (40_010, 40_019, 1, 9)
-        assert row["level"] == "warning"
+    return error is None
+
+
+class Tables:
+    """The maps of the probe, in the memory of the test. Stands for a session, and for what it has loaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spec, self.loaded = Spec.of("ports"), self
+        self.maps: dict[str, dict[bytes, bytes]] = {"pool_places": {}, "holder_places": {}, "reserved": {}}
+        self.arrays: dict[str, memoryview] = {}
+        self.when_removed: Callable[[str], None] = lambda name: None
+        monkeypatch.setattr("tcpscope.ports.opened", lambda *args: [])
+        monkeypatch.setattr("tcpscope.ports.wait_for_programs", lambda: None)
+
+    def memory(self, name: str) -> memoryview:
+        return memoryview(bytearray(4))
+
+    def values(self, name: str, size: int) -> memoryview:
+        return self.arrays.setdefault(name, memoryview(bytearray(size)))
+
+    def entries(self, name: str, key: int, value: Layout) -> list[tuple[bytes, Any]]:
+        return [(each, value.decoder(raw=True).rows(found)[0]) for each, found in self.maps[name].items()]
+
+    def value(self, name: str, key: bytes, size: int) -> bytes | None:
+        return self.maps[name].get(key)
+
+    def insert(self, name: str, key: bytes, value: bytes) -> bool:
+        return self.maps[name].setdefault(key, value) is value
+
+    def remove(self, name: str, key: bytes) -> None:
+        self.maps[name].pop(key, None)
+        self.when_removed(name)
+
+    def push(self, name: str, value: bytes) -> None:
+        pass
+
+    def run(self, hook: str) -> None:
+        pass
+
+    def write(self, name: str, layout: str, place: int, **fields: int | bytes) -> None:
+        """Set fields of a struct."""
+        struct_ = self.spec.layout(layout, internal=True)
+        for field, value in fields.items():
+            at, size = (place - 1) * struct_.size + struct_.field(field).offset, struct_.field(field).size
+            data = value if isinstance(value, bytes) else value.to_bytes(size, "little")
+            self.arrays[name][at : at + len(data)] = data
+
+    def pool(self, place: int, established: int) -> None:
+        self.maps["pool_places"].setdefault(b"key", place.to_bytes(4, "little"))
+        self.write("pools", "pool", place, kind=3, family=4, netns=1, sockets=struct.pack("<2i", 0, established))
+
+
+def test_two_places_with_one_key_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program adds to a place that it found before its key was removed, another one makes a new place."""
+    tables = Tables(monkeypatch)
+    pools = Pools(tables, Filter(), [])  # type: ignore[arg-type]
+    tables.pool(1, established=0)
+
+    def others(name: str) -> None:
+        if name == "pool_places":
+            tables.pool(1, established=3)
+            tables.maps["pool_places"].clear()
+            tables.pool(2, established=4)
+
+    tables.when_removed = others
+    assert pools.look() == []
+    tables.when_removed = lambda name: None
+    assert [(pool.used, pool.established) for pool in pools.look()] == [(7, 7)]
+    tables.pool(1, established=0)
+    assert [pool.used for pool in pools.look()] == [4]
+    assert [pool.used for pool in pools.look()] == [4]
+
+
+def test_a_place_that_is_used_again_keeps_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes it after it was judged idle, and before its key would be removed."""
+    tables = Tables(monkeypatch)
+    pools = Pools(tables, Filter(), [])  # type: ignore[arg-type]
+    tables.pool(1, established=0)
+    removed = []
+
+    def other(name: str) -> None:
+        removed.append(name)
+        tables.pool(1, established=1)
+
+    tables.when_removed = other  # the reserved ports go first
+    assert pools.look() == []
+    assert removed == ["reserved"]
+    assert [pool.used for pool in pools.look()] == [1]
+
+
+def test_an_unknown_process_whose_calls_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = Tables(monkeypatch)
+    pools = Pools(tables, Filter(), [])  # type: ignore[arg-type]
+    tables.pool(1, established=1)
+    tables.maps["holder_places"][b"holder"] = (1).to_bytes(4, "little")
+    tables.write("holders", "pool_holder", 1, pool=1, ports=1, failed_connects=struct.pack("<2Q", 5, 0))
+    (pool,) = pools.look()
+    assert pool.failures == {"EADDRNOTAVAIL": 5}
+    assert (pool.owner, pool.failing) == (None, Owner(None, None, None, 5))

@@ -70,10 +70,12 @@ struct pool {
 	__s32 sockets[STATES];
 	__s32 bound; /* ports that bind() has taken */
 	__s32 pins;  /* sockets that come back to this place, although they count no more */
-	__u32 own; /* IP_LOCAL_PORT_RANGE of the last socket: first port, and the last one in the upper half; 0: none */
+	__u32 own; /* IP_LOCAL_PORT_RANGE of the last socket that had one: first port, and the last one in the upper half; 0: none */
 	__u32 range;      /* of POOL_NAMESPACE, when its last socket came */
 	__u32 step_width; /* the same; -1: the kernel has no such sysctl */
-	__u32 padding;
+	bool whole;       /* a socket without a range of its own has come, or one whose range is not known */
+	bool mixed;       /* several ranges, or a port outside of the socket's own */
+	__u8 padding[2];
 	__u64 checked_ns; /* when `reserved` was filled */
 	struct pool_span spans[2];
 };
@@ -356,13 +358,22 @@ static __noinline int range_note(__u64 socket, __u32 place)
 	return 0;
 }
 
-/* Notes IP_LOCAL_PORT_RANGE of the last socket of a pool. */
-static __always_inline void own_range_note(struct sock *sk, __u32 place)
+/* Notes IP_LOCAL_PORT_RANGE of a socket of a pool. A timewait socket does not keep it. `port`: by bind(); 0: none. */
+static __always_inline void own_range_note(struct sock *sk, __u32 place, __u16 port)
 {
+	bool waits = BPF_CORE_READ(sk, __sk_common.skc_state) == STATE_TIME_WAIT;
+	__u32 own = waits ? 0 : own_ports_of(sk);
 	struct pool *pool = pool_find(place);
 
-	if (pool)
-		pool->own = own_ports_of(sk);
+	if (!pool)
+		return;
+	if (!own) {
+		pool->whole = true;
+		return;
+	}
+	if ((pool->own && pool->own != own) || (port && (port < (own & 0xffff) || (own >> 16 && port > own >> 16))))
+		pool->mixed = true;
+	pool->own = own;
 }
 
 /* Is it one of the ports that connect() may choose in the namespace? */
@@ -408,7 +419,7 @@ static __noinline int connect_place(__u64 socket)
 	__builtin_memcpy(key.laddr, id.laddr, sizeof(key.laddr));
 	__builtin_memcpy(key.raddr, id.raddr, sizeof(key.raddr));
 	place = pool_place(&key);
-	own_range_note(sk, place);
+	own_range_note(sk, place, 0);
 	namespace_place(socket);
 	return place;
 }
@@ -536,7 +547,7 @@ static __noinline int bound(__u64 socket, __u32 state)
 	key.family = id.family;
 	__builtin_memcpy(key.laddr, id.laddr, sizeof(key.laddr));
 	mine->pool = pool_place(&key);
-	own_range_note(sk, mine->pool);
+	own_range_note(sk, mine->pool, port);
 	mine->holder = holder_place(socket, mine->pool);
 	mine->state = state;
 	port_count(mine->pool, port, false, true);
@@ -887,7 +898,7 @@ static __noinline int bind_failed(__u64 socket, __u32 family, __u64 first, __u64
 	__builtin_memcpy(key.laddr, &first, sizeof(first));
 	__builtin_memcpy(key.laddr + 8, &second, sizeof(second));
 	place = pool_place(&key);
-	own_range_note(sk, place);
+	own_range_note(sk, place, 0);
 	namespace_place(socket);
 	holder = holder_find(holder_place(socket, place));
 	if (holder)

@@ -77,7 +77,7 @@ _COLUMNS = (
         width=5,
         title="%",
         nullable=True,
-        doc="share of the available ports that is in use",
+        doc="share of the available ports that is in use, 100 at most",
         formula=lambda look: None if look.pool.share is None else round(100 * look.pool.share, 1),
     ),
     _Of("syn_sent", width=4, title="SYN", doc="sockets in SYN_SENT", formula=lambda look: look.pool.syn_sent),
@@ -173,7 +173,7 @@ _COLUMNS = (
         "first_port",
         width=5,
         nullable=True,
-        doc="of the range: ip_local_port_range, or IP_LOCAL_PORT_RANGE of the last socket",
+        doc="of the range: ip_local_port_range, narrowed by IP_LOCAL_PORT_RANGE; null: the sockets have several ranges",
         formula=lambda look: look.pool.range and look.pool.range.first,
     ),
     _Of(
