@@ -752,8 +752,8 @@ class Ports(msgspec.Struct, frozen=True):
     held: int | None
     """sockets of the row that this process has opened or bound, those in TIME_WAIT too"""
 
-    opened: int
-    """connections opened since the snapshot before"""
+    opened: int | None
+    """calls of connect() since the snapshot before, those that found no port too; null without --interval"""
 
     opened_per_s: float | None
     """the same per second"""
@@ -764,8 +764,8 @@ class Ports(msgspec.Struct, frozen=True):
     search_max_us: int | None
     """the longest of them"""
 
-    failed: int
-    """calls that found no port since the snapshot before"""
+    failed: int | None
+    """calls that found no port since the snapshot before; null without --interval"""
 
     errno: str | None
     """EADDRNOTAVAIL: of connect(), EADDRINUSE: of bind() to port 0; of several the most frequent one"""

@@ -35,6 +35,7 @@ class _Look(msgspec.Struct, frozen=True):
     pool: Pool
     when: str | float | None
     seconds: float | None
+    counts: bool  # what was done since the snapshot before, or since the beginning; a single snapshot cannot say it
 
 
 class _Of(Column, frozen=True):
@@ -112,7 +113,13 @@ _COLUMNS = (
         doc="sockets of the row that this process has opened or bound, those in TIME_WAIT too",
         formula=lambda look: _owner(look.pool, "number"),
     ),
-    _Of("opened", width=6, doc="connections opened since the snapshot before", formula=lambda look: look.pool.opened),
+    _Of(
+        "opened",
+        width=6,
+        nullable=True,
+        doc="calls of connect() since the snapshot before, those that found no port too; null without --interval",
+        formula=lambda look: look.pool.opened if look.counts else None,
+    ),
     _Of(
         "opened_per_s",
         "float",
@@ -120,7 +127,7 @@ _COLUMNS = (
         title="OPEN/s",
         nullable=True,
         doc="the same per second",
-        formula=lambda look: look.pool.opened / look.seconds if look.seconds else None,
+        formula=lambda look: round(look.pool.opened / look.seconds, 1) if look.seconds else None,
     ),
     _Of(
         "search_us",
@@ -144,8 +151,9 @@ _COLUMNS = (
     _Of(
         "failed",
         width=6,
-        doc="calls that found no port since the snapshot before",
-        formula=lambda look: sum(look.pool.failures.values()),
+        nullable=True,
+        doc="calls that found no port since the snapshot before; null without --interval",
+        formula=lambda look: sum(look.pool.failures.values()) if look.counts else None,
     ),
     _Of(
         "errno",
@@ -330,7 +338,7 @@ class _InUse(Run):
         self._before_ns = now_ns
         when = None if self._clock.mode == "none" else self._clock.read(now_ns)
         formulas = {column.name: column.formula for column in _COLUMNS}
-        looks = [_Look(pool, when, seconds) for pool in found]
+        looks = [_Look(pool, when, seconds, not self.done) for pool in found]
         self._judge(found)
         if self.done and not found:
             self.notes.append("no socket that matches holds a local port for a connection of its own")
