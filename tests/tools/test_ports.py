@@ -209,13 +209,14 @@ class Scene:
 
     def __init__(self, lab: Lab, run_tool: type[RunningTool], *options: str) -> None:
         self.lab = lab
-        lab.client.sysctl("ip_local_port_range", f"{RANGE[0]} {RANGE[1]}")
+        lab.client.sysctl("ip_local_port_range", f"{RANGE[0]} {RANGE[1] - 10}")
         lab.client.sysctl("tcp_tw_reuse", 0)
         self.server = Puppet(lab.server, "server")
         self.server.do(SERVER, ports=[PORT, PORT + 1, PORT + 2])
         self.client = self.puppet("client")
         self.other = self.puppet("other")  # every snapshot has a row for its one connection
         self.fill(1, self.other, PORT + 2)
+        lab.client.sysctl("ip_local_port_range", f"{RANGE[0]} {RANGE[1]}")  # the last ten are free for a test to name
         self.tool = run_tool("ports", "-i", "0.2", "--netns", str(lab.client.inode), *options)
 
     def puppet(self, comm: str) -> Puppet:
