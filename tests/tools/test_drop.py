@@ -15,7 +15,7 @@ import pytest
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import DEVICE, Lab
 from tcpscope.lab.packets import checksum, raw_socket, syn
-from tests.conftest import RunningTool
+from tests.conftest import RunningTool, until
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET
 from tests.tools.pair import pair
@@ -824,7 +824,12 @@ def sequences(connection: socket.socket) -> tuple[int, int]:
     return found[0], found[1]
 
 
-SND_WND = 228  # where struct tcp_info has it
+UNACKED, SND_WND = 24, 228  # where struct tcp_info has them
+
+
+def in_tcp_info(connection: socket.socket, offset: int) -> int:
+    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, SND_WND + 4)
+    return int(struct.unpack_from("I", info, offset)[0])
 
 
 @pytest.mark.kernel
@@ -832,6 +837,7 @@ def test_data_that_begins_at_the_end_of_the_window(lab: Lab, run_tool: type[Runn
     """In the client's name. It passes tcp_sequence(), and tcp_data_queue() discards it."""
     lab.client.sysctl("tcp_timestamps", 0)
     listener = lab.server.socket(socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)  # so the kernel does not let it grow
     listener.bind((lab.server.ipv4, PORT))
     listener.listen()
     near = lab.client.socket(socket.AF_INET)
@@ -839,9 +845,9 @@ def test_data_that_begins_at_the_end_of_the_window(lab: Lab, run_tool: type[Runn
     far, peer = listener.accept()
     near.sendall(bytes(100))
     assert far.recv(100, socket.MSG_WAITALL) == bytes(100)
-    lab.flush()
+    until(lambda: not in_tcp_info(near, UNACKED), "the window with the last ACK")
     following, answered = sequences(near)
-    window = struct.unpack_from("I", near.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232), SND_WND)[0]
+    window = in_tcp_info(near, SND_WND)
     ends = lab.client.ipv4, peer[1], lab.server.ipv4, PORT
     with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
         with lab.client.run(raw_socket, socket.AF_INET) as raw:
