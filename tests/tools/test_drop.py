@@ -14,8 +14,8 @@ import pytest
 
 from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import DEVICE, Lab
-from tcpscope.lab.packets import checksum, raw_socket, syn
-from tests.conftest import RunningTool, until
+from tcpscope.lab.packets import raw_socket, syn
+from tests.conftest import RunningTool
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET
 from tests.tools.pair import pair
@@ -801,64 +801,3 @@ def test_an_ipv6_packet_that_is_too_big(lab: Lab, run_tool: type[RunningTool]) -
         assert (row["reason"], row["kind"]) == (("PKT_TOO_BIG", "LOST") if named else (None, None))
         assert (row["direction"], row["laddr"], row["raddr"]) == ("RECEIVED", far, lab.client.ipv6)
         assert row["location"].startswith("ip6_forward")
-
-
-def segment(source: str, sport: int, target: str, dport: int, sequence: int, acknowledged: int, data: bytes) -> bytes:
-    """An IPv4 packet with an ACK and data."""
-    addresses = socket.inet_aton(source) + socket.inet_aton(target)
-    header = struct.pack("!HHIIBBHHH", sport, dport, sequence, acknowledged, 5 << 4, ACK, 1000, 0, 0)
-    pseudo = addresses + struct.pack("!HH", socket.IPPROTO_TCP, len(header) + len(data))
-    header = header[:16] + struct.pack("!H", checksum(pseudo + header + data)) + header[18:]
-    return struct.pack("!BBHHHBBH", 0x45, 0, 0, 0, 0, 64, socket.IPPROTO_TCP, 0) + addresses + header + data
-
-
-def sequences(connection: socket.socket) -> tuple[int, int]:
-    """The next sequence number that a socket sends, and the one it waits for."""
-    TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, OFF_WITHOUT_PROBE = 19, 20, 21, -1
-    found = []
-    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
-    for queue in (2, 1):  # TCP_SEND_QUEUE, TCP_RECV_QUEUE
-        connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
-        found.append(connection.getsockopt(socket.IPPROTO_TCP, TCP_QUEUE_SEQ) & 0xFFFFFFFF)
-    connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, OFF_WITHOUT_PROBE)
-    return found[0], found[1]
-
-
-UNACKED, SND_WND = 24, 228  # where struct tcp_info has them
-
-
-def in_tcp_info(connection: socket.socket, offset: int) -> int:
-    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, SND_WND + 4)
-    return int(struct.unpack_from("I", info, offset)[0])
-
-
-@pytest.mark.kernel
-def test_data_that_begins_at_the_end_of_the_window(lab: Lab, run_tool: type[RunningTool]) -> None:
-    """In the client's name. It passes tcp_sequence(), and tcp_data_queue() discards it."""
-    lab.client.sysctl("tcp_timestamps", 0)
-    listener = lab.server.socket(socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)  # so the kernel does not let it grow
-    listener.bind((lab.server.ipv4, PORT))
-    listener.listen()
-    near = lab.client.socket(socket.AF_INET)
-    near.connect((lab.server.ipv4, PORT))
-    far, peer = listener.accept()
-    near.sendall(bytes(100))
-    assert far.recv(100, socket.MSG_WAITALL) == bytes(100)
-    until(lambda: not in_tcp_info(near, UNACKED), "the window with the last ACK")
-    following, answered = sequences(near)
-    window = in_tcp_info(near, SND_WND)
-    ends = lab.client.ipv4, peer[1], lab.server.ipv4, PORT
-    with run_tool("drop", "--lport", str(PORT), "--netns", str(lab.server.inode)) as tool:
-        with lab.client.run(raw_socket, socket.AF_INET) as raw:
-            for number in (0, 1):
-                raw.sendto(segment(*ends, following + window + number, answered, b"late"), (lab.server.ipv4, 0))
-        lab.flush()
-        rows = tool.stop().rows
-    far.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        far.recv(1)
-    assert [(row["raddr"], row["rport"], row["packet_bytes"]) for row in rows] == [(lab.client.ipv4, peer[1], 44)] * 2
-    if Kernel().enumerators("skb_drop_reason"):
-        assert [row["reason"] for row in rows] == ["TCP_OVERWINDOW", "TCP_INVALID_SEQUENCE"]
-    assert {row["kind"] for row in rows} == {"LOST"}
