@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -337,3 +342,31 @@ def test_what_it_cannot_show(
         monkeypatch.setattr("sys.__stdin__", file)
         live.check(tool, Request(output="screen", options=defaults | options))
     assert str(error.value).startswith(words)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("how", ["hangup", "SIGTERM"])
+def test_it_ends_with_its_terminal(how: str) -> None:
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "tcpscope", "list", "-i", "0.1", "-o", "screen"]
+    tool = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    try:
+        shown = b""
+        while b"LOCAL" not in shown:
+            shown += os.read(ours, 1 << 16)
+        if how == "hangup":
+            os.close(ours)
+            tool.send_signal(signal.SIGHUP)  # which the kernel sends if it is the controlling terminal
+        else:
+            tool.terminate()
+            with contextlib.suppress(OSError):  # EIO: it has closed its end
+                while os.read(ours, 1 << 16):
+                    pass
+            os.close(ours)
+        assert tool.wait(DEADLINE) is not None
+    finally:
+        tool.kill()
+        tool.wait()

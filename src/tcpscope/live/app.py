@@ -12,6 +12,7 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.events import Resize
+from textual.message import Message
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Static
 
@@ -30,6 +31,18 @@ from tcpscope.tool import Tool
 _MOST_ROWS = 250
 """More are no use to who looks at them; sorting and filtering choose among all."""
 _GAP = 2  # DataTable has a space on each side of a cell
+
+
+class _Taken(Message):
+    """A batch from the thread that reads the run. A message, because nobody waits for it: the screen may be gone."""
+
+    def __init__(self, batch: Batch, lost: int) -> None:
+        super().__init__()
+        self.batch, self.lost = batch, lost
+
+
+class _Over(Message):
+    """The run has ended."""
 
 
 class Screen(App[None]):
@@ -113,14 +126,18 @@ class Screen(App[None]):
         try:
             for batch in whole(self._run.batches(self._stop, self._request.max_events)):
                 if (batch.kind != "event" and not self._run.over) or self._run.notes:
-                    self.call_from_thread(self._take, batch, 0 if self._run.over else self._run.account().lost)
+                    self.post_message(_Taken(batch, 0 if self._run.over else self._run.account().lost))
         except BaseException as error:  # the reader of the run raises it
             self._failure = error
-        if self.is_running:
-            self.call_from_thread(self.exit)
+        self.post_message(_Over())
 
-    def _take(self, batch: Batch, lost: int) -> None:
-        self._lost = max(self._lost, lost)
+    @on(_Over)
+    def over(self) -> None:
+        self.exit()
+
+    @on(_Taken)
+    def take(self, taken: _Taken) -> None:
+        batch, self._lost = taken.batch, max(self._lost, taken.lost)
         if self._run.notes:
             self._notes = list(dict.fromkeys([*self._notes, *self._run.notes]))[-3:]
             self._run.notes.clear()
