@@ -148,7 +148,7 @@ def test_who_started_it_ignores_the_end_of_children(run_tool: type[RunningTool])
 
 
 def _let_go(fifo: Path) -> bool:
-    """End the wait of whoever reads it. False if nobody does yet."""
+    """Let the command go on that waits in open() of this FIFO. False if it does not wait there yet."""
     try:
         os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
     except OSError:

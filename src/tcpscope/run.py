@@ -62,7 +62,7 @@ class Run(ABC):
     over      it has ended or was closed; there are no more batches
     important columns that a narrow terminal shows, the most important first; empty: those of the tool
     repeats   what a row of its snapshots is ("listener"), if a snapshot replaces the previous one on a terminal
-    reached   what it has seen of what --warn asks for: the command line then ends with an error
+    reached   which row came to the limit of --warn, in words; then the command line ends with status 6. Empty: none
     """
 
     keep: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ CLOSING = ("FIN_WAIT1", "FIN_WAIT2", "CLOSE_WAIT", "LAST_ACK", "CLOSING")
 NOT_SHOWN_AT_MOST = 5
 """Transitions in tasks for which a kernel runs no program (tests/record/unseen.py)."""
 
-# Accepts at all ports and serves whoever connects: "c" closes, "r" resets, the end of the client's data closes, too.
+# Accepts connections on all `ports`. Closes each when its client sends "c" or ends its data, and resets it at "r".
 SERVER = """
 import selectors, threading
 served = selectors.DefaultSelector()
@@ -557,7 +557,7 @@ def can_narrow(scene: Scene) -> bool:
 
 
 class Tables:
-    """The maps of the probe, in the memory of the test. Stands for a session, and for what it has loaded."""
+    """The maps of the probe, in the memory of the test. It takes the place of a session and of its `loaded`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.spec, self.loaded = Spec.of("ports"), self

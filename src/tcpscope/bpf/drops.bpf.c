@@ -312,7 +312,7 @@ static __always_inline enum discard_kind kind_in_window(const struct discard *di
 	if (!(discard->packet.flags & TCP_ACK))
 		return KIND_LOST;
 	if (closing && BPF_CORE_READ(segment, seq) == BPF_CORE_READ(segment, end_seq))
-		return KIND_HARMLESS; /* it has been taken */
+		return KIND_HARMLESS; /* a bare ACK: tcp_ack() has handled it */
 	return discard->state != STATE_ESTABLISHED && is_synchronized(discard->state) &&
 			       (__s32)(BPF_CORE_READ(segment, ack_seq) - BPF_CORE_READ(tcp, snd_una)) < 0
 		       ? KIND_HARMLESS

@@ -179,7 +179,7 @@ static __always_inline void limits_read(struct sock *sk, __u32 limited[CHRONO_KI
 }
 
 /*
- * Sends what a connection has moved. A look notes what it has sent only when the event has its place in the ring. So if the
+ * Sends the bytes of a connection to user space. A look notes them only when the event has its place in the ring. So if the
  * end, on another processor, sees the new numbers, its own event comes after that of the look.
  */
 static __noinline int moved_send(struct sock *sk, struct connection *connection, const struct moved *now, bool ended)
@@ -364,7 +364,7 @@ static __noinline int look_at(struct sock *sk, struct connection *connection, __
 	}
 	told_read(connection, &told);
 	if (!moved_same(&now, &told))
-		return 0; /* not sent: lost, or not wanted by the filter, for now */
+		return 0; /* the event was lost, or the filter does not want the connection; the next look tries again */
 	scratch->sent = sent;
 	scratch->received = received;
 	scratch->busy = !by_network && chrono_of(sk);

@@ -7,7 +7,7 @@
  * fills. So a mark says from which sequence number on bytes became readable, and when. The bytes of a mark end where the next
  * mark begins.
  *
- * A read has moved copied_seq when tcp_rcv_space_adjust fires. With MSG_PEEK it has not moved. The socket's lock is held at
+ * When tcp_rcv_space_adjust fires, a read has moved copied_seq already. MSG_PEEK does not move it. The socket's lock is held at
  * both tracepoints, so nobody else changes the marks of a connection meanwhile.
  *
  * The process of an event is the one that reads, which is known at that moment. So this object needs no owners.
