@@ -138,7 +138,7 @@ def play(
         outcome.asked = (found.name, request)
         found.open(request)
 
-    def connecting(request: Request) -> None:
+    def connecting(request: Request, *_: Any) -> None:
         outcome.asked = request
         reach()
 
@@ -154,7 +154,7 @@ def play(
     monkeypatch.setattr(session.Session, "__init__", reach)
     monkeypatch.setattr("tcpscope.kernel.features.Kernel.__init__", reach)
     monkeypatch.setattr(cli, "show", show)
-    monkeypatch.setattr(diagnose_cli, "Connecting", connecting)
+    monkeypatch.setattr(diagnose_cli, "Evidence", connecting)
     monkeypatch.setattr(lab_cli, "play", scene)
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(netns, "exists", lambda inode: False)

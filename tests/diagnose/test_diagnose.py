@@ -2,6 +2,8 @@
 
 from collections import Counter
 from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ def finding(severity: str, count: int, title: str = "") -> Finding:
 def test_the_directory_is_the_list_of_rules():
     rules = {rule.name: rule for rule in all_rules()}
     assert {"accept_queue", "syn_queue"} <= set(rules)
-    assert all(rule.source is QueueHistory for rule in rules.values())
+    assert all(rule.needs for rule in rules.values())
 
 
 def test_most_severe_first_then_the_most_refusals():
@@ -64,7 +66,8 @@ def findings(history: History) -> list[Finding]:
     seen = QueueHistory.__new__(QueueHistory)
     seen.exact, seen._witness = False, Witness()
     seen.histories = {history.last.key: history}
-    return [found for rule in all_rules() for found in rule.check(seen)]
+    evidence: Any = SimpleNamespace(queues=seen)
+    return [found for rule in all_rules() if rule.needs == ("queues",) for found in rule.check(evidence)]
 
 
 def test_sampled_refusals_count_for_the_queue_that_was_full():

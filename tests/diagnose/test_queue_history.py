@@ -87,7 +87,7 @@ def test_a_later_listener_at_the_address_leaves_the_history_of_the_one_before(la
     one = replace(YOUNG, **later | {"cookie": later["cookie"] and 1, "since_ns": 1})
     found = seen([one], [replace(one, refused=REFUSED)], [replace(one, **later)], [replace(one, **later)])
     assert numbers(found) == [144, 0]
-    assert found.live() == "2 listeners, 144 refusals"
+    assert found.counts() == {"listeners": 2, "refusals": 144}
 
 
 def test_a_cookie_that_a_socket_gets_late_makes_no_other_listener() -> None:
@@ -98,7 +98,7 @@ def test_a_cookie_that_a_socket_gets_late_makes_no_other_listener() -> None:
 def test_of_listeners_that_are_gone_only_those_with_something_to_report_are_kept() -> None:
     found = seen(*([replace(YOUNG, cookie=n)] for n in range(50)))
     assert len(found.histories) <= 3
-    assert found.live() == "50 listeners, 0 refusals"
+    assert found.counts() == {"listeners": 50, "refusals": 0}
 
 
 def test_the_last_refusals_of_a_listener_are_in_its_events() -> None:

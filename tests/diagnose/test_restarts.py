@@ -25,7 +25,8 @@ def test_each_namespace_has_its_own_numbers(run_tool: type[RunningTool]) -> None
                 outcome = scenario.settle(lab)
                 refused[outcome.listener.pid] = outcome.counters["TcpExtListenOverflows"]
     assert tool.done is not None
-    found = {row["facts"]["pids"][0]: row for row in tool.done.rows if row.get("rule") == "accept_queue"}
+    summary = tool.done.rows[-1]["summary"]
+    found = {row["facts"]["pids"][0]: row for row in summary["findings"] if row["rule"] == "accept_queue"}
     assert found.keys() >= refused.keys()
     for pid, number in refused.items():
         assert 0 < found[pid]["facts"]["count"] <= number

@@ -44,7 +44,9 @@ class Run:
 
     @cached_property
     def rows(self) -> list[Row]:
-        return [record for record in self._records if record.keys() not in ({"stats"}, {"summary"})]
+        return [
+            record for record in self._records if record.keys() not in ({"stats"}, {"summary"}, {"began"}, {"ended"})
+        ]
 
     @cached_property
     def summary(self) -> dict[str, Any]:

@@ -237,6 +237,7 @@ struct sock { /* include/net/sock.h */
 	int sk_err;
 	int sk_err_soft;
 	__u8 sk_shutdown;
+	__u8 sk_userlocks : 4;
 	__u16 sk_protocol;
 	unsigned long sk_lingertime;
 	struct socket *sk_socket;
@@ -294,8 +295,13 @@ struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	struct timer_list icsk_retransmit_timer; /* until 6.18 */
 	__u32 icsk_rto;
 	__u8 icsk_ca_state : 5;
+	__u8 icsk_retransmits;
 	__u8 icsk_pending;
 	__u8 icsk_backoff;
+	__u8 icsk_probes_out;
+	struct {
+		__u32 lrcvtime; /* when data was received, in jiffies */
+	} icsk_ack;
 };
 
 struct tcp_rack { /* include/linux/tcp.h, as struct tcp_sock.rack */
@@ -334,6 +340,13 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 write_seq;
 	__u32 snd_nxt;
 	__u32 snd_una;
+	__u32 snd_wnd;
+	__u32 mss_cache;
+	__u32 lsndtime;   /* when data was sent, in jiffies */
+	__u32 rcv_tstamp; /* when an ACK was received, in jiffies */
+	__u32 dsack_dups;
+	__u32 reord_seen;
+	__u8 nonagle : 4;
 	__u32 srtt_us;
 	struct minmax rtt_min;
 	__u32 total_retrans;

@@ -1,45 +1,53 @@
 """Watch, then say what is wrong, why, and what helps. It never changes the system.
 
-A rule is one module in `rules/` with a variable `rule`. It names the source of its observations (`QueueHistory`, ...).
-The engine opens each source once, polls it while it watches, and asks the rules at the end.
+A rule is one module in `rules/` with a variable `rule`. It names the evidence that it needs (`evidence.py`). The engine
+(`watching.py`) gathers each piece of evidence once, asks the rules each second, and tells a finding when it is certain.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
 from tcpscope.diagnose import rules
-from tcpscope.run import Run
-from tcpscope.session import Stats
+
+if TYPE_CHECKING:
+    from tcpscope.diagnose.evidence import Evidence
+    from tcpscope.diagnose.sockets import Mark
 
 SEVERITIES = ("critical", "warning", "info")
 
 
 class Remedy(msgspec.Struct, frozen=True):
-    """One thing that helps: `what` to do, the `command` if there is one, and the value it changes."""
+    """One thing that helps: `what` to do, the `command` if there is one, the value it changes, and its `risk`."""
 
     what: str
     command: str | None = None
     name: str | None = None
     present: str | int | None = None
     proposed: str | int | None = None
+    risk: str | None = None
 
 
 class Finding(msgspec.Struct, frozen=True):
     """Something that is wrong.
 
     rule      name of the rule that found it
-    severity  critical (connections fail), warning (they are slow, or may fail soon), info
+    severity  critical (connections fail or stall), warning (they are slow, or may fail soon), info
     title     one line: what, and whose
     observed  what was seen, a line each; every number was counted or read
     why       the mechanism, in two sentences or so
     remedies  what helps, the best first
-    facts     the numbers again, for programs
+    facts     the numbers again, for programs. `count` orders findings of one severity
+    who       the process that can act, as `processes.Process.name` says it; None: none is known
+    look      command lines, without `tcpscope`, that show more
+    about     what it is about, from `peer()`, `listener()` and so on: the same thing found twice has the same `about`,
+              and one finding explains another only if they share an element
+    first_s, last_s  when it was seen first and last, in seconds of the monotonic clock; None: before the watch, and now
     """
 
     rule: str
@@ -49,38 +57,57 @@ class Finding(msgspec.Struct, frozen=True):
     why: str
     remedies: list[Remedy]
     facts: dict[str, Any]
+    who: str | None = None
+    look: tuple[str, ...] = ()
+    about: frozenset[tuple[Any, ...]] = frozenset()
+    first_s: float | None = None
+    last_s: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Tells whether a later finding is the same one, with newer numbers."""
+        return (self.rule, self.about or self.title)
 
 
-class Source(Protocol):
-    """A run, and what was learnt from its batches. The engine opens it with the request's filter, polls it about five
-    times a second, and ends it."""
+def peer(netns: int, raddr: str) -> tuple[Any, ...]:
+    """A remote address, for `Finding.about`."""
+    return ("peer", netns, raddr)
 
-    run: Run
 
-    def poll(self) -> None:
-        """Take what is new."""
+def service(netns: int, raddr: str, rport: int | None) -> tuple[Any, ...]:
+    """A remote address and port."""
+    return ("service", netns, raddr, rport)
 
-    def end(self) -> None:
-        """Stop watching and take the last of it."""
 
-    def live(self) -> str:
-        """What has been seen so far, in a few words."""
+def listener(netns: int, lport: int) -> tuple[Any, ...]:
+    """The listeners of a local port."""
+    return ("listener", netns, lport)
 
-    def counts(self) -> dict[str, int]:
-        """The same numbers, by name."""
 
-    def blind_spots(self) -> list[str]:
-        """What it cannot see on this kernel, and what it does instead."""
+def process(pid: int) -> tuple[Any, ...]:
+    """A process."""
+    return ("process", pid)
 
 
 class Rule:
-    """Looks at what its source has seen. `check` yields findings."""
+    """Looks at the evidence. `check` yields what is certain by now, each time it is called, with all numbers anew.
+
+    needs     names of evidence; the rule is not asked where this kernel has not all of it
+    marks     what it wants to know of each connection in each look: diagnose/sockets.py. The names are the rule's own
+    explains  rules whose findings about the same thing are only its symptoms. They are not told
+    unseen    what it cannot see on this kernel, a line each
+    """
 
     name = ""
-    source: type[Any]
+    needs: ClassVar[tuple[str, ...]] = ()
+    marks: ClassVar[Mapping[str, Mark]] = {}
+    explains: ClassVar[tuple[str, ...]] = ()
 
-    def check(self, seen: Any) -> Iterator[Finding]:
+    def check(self, seen: Evidence) -> Iterator[Finding]:
         raise NotImplementedError
+
+    def unseen(self, seen: Evidence) -> Iterator[str]:
+        yield from ()
 
 
 def all_rules() -> list[Rule]:
@@ -94,10 +121,17 @@ def all_rules() -> list[Rule]:
 
 
 def ordered(findings: Iterable[Finding]) -> list[Finding]:
-    """Most severe first, then the one with the most refusals."""
+    """Most severe first, then those with the largest count: of connections that failed or stalled."""
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), -(f.facts.get("count") or 0), f.title))
 
 
-def account(sources: Iterable[Source]) -> Stats:
-    """The loss contract over all probes."""
-    return sum((source.run.account() for source in sources), Stats())
+def causes(findings: Iterable[Finding], rules: Iterable[Rule]) -> list[Finding]:
+    """The findings that no other one explains. A finding explains those of the rules that its own rule names, if both
+    are about the same thing."""
+    found = list(findings)
+    explains = {rule.name: frozenset(rule.explains) for rule in rules}
+
+    def is_symptom(finding: Finding) -> bool:
+        return any(finding.rule in explains[other.rule] and finding.about & other.about for other in found)
+
+    return [finding for finding in found if not is_symptom(finding)]

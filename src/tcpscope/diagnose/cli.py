@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 import time
 from typing import Any, BinaryIO
 
@@ -11,8 +10,10 @@ import click
 import msgspec
 
 from tcpscope.cli import COMMON, DURATION, FILTERS, FILTERS_TITLE, FORMAT, OUTPUT_TITLE, Command, changed, filter_of
-from tcpscope.diagnose import Finding, Source, account, all_rules, ordered
-from tcpscope.diagnose.connecting import Connecting
+from tcpscope.diagnose import Finding, all_rules, text
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.watching import News, Watch
+from tcpscope.errors import ReachedError
 from tcpscope.kernel import pidns
 from tcpscope.output import cut, open_sink, printable, printable_json, screen
 from tcpscope.request import Request
@@ -22,110 +23,149 @@ from tcpscope.writing import Output
 
 _POLL_SECONDS = 0.2
 _DEFAULT_SECONDS = 30.0
-_WIDEST = 100
 
 
 def _run(**values: Any) -> None:
-    request = Request(filter=filter_of(values), **{k: v for k, v in values.items() if v is not None})
-    request.duration = values["duration"] or _DEFAULT_SECONDS
+    request = Request(filter=filter_of(values), **{k: v for k, v in values.items() if v is not None and k in _KNOWN})
+    request.options = {name: values[name] for name in ("watch", "exit_code")}
+    goes_on = values["watch"]
+    request.duration = values["duration"] or (None if goes_on else _DEFAULT_SECONDS)
     stream = sys.stdout.buffer
-    rules = all_rules()
     with Stop(request.duration, descriptor(stream)) as stop:
         Output.stop = stop
-        sources: dict[type[Any], Source] = {}
+        evidence = Evidence(request, all_rules())
+        teller = (_Records if request.output == "json" else _Text)(stream, evidence)
         try:
-            kinds: list[type[Any]] = [Connecting, *(rule.source for rule in rules)]
-            for kind in dict.fromkeys(kinds):
-                sources[kind] = kind(request)
-            begin([session for source in sources.values() for session in source.run.sessions], stop)
-            started = time.monotonic()
-            _watch(list(sources.values()), stop, request)
-            watched = time.monotonic() - started
-            findings = ordered(found for rule in rules for found in rule.check(sources[rule.source]))
-            if request.output == "json":
-                stream.write(printable_json(msgspec.json.Encoder().encode_lines(findings)))
-                summary = _summary(findings, [rule.name for rule in rules], list(sources.values()), watched)
-                open_sink(request.output, (), stream).record("summary", summary)
-            else:
-                _print(stream, findings, list(sources.values()), watched)
-            stats = account(sources.values())
+            begin([session for run in evidence.runs for session in run.sessions], stop)
+            watch = Watch(evidence, goes_on)
+            _watch(watch, evidence, teller, stop, request)
+            findings = watch.findings()
+            teller.end(findings)
+            stats = evidence.account()
         finally:
-            for source in sources.values():
-                source.run.close()
+            evidence.close()
         finish(request, stats, open_sink(request.output, (), stream), stream)
+    worst = [finding for finding in findings if finding.severity != "info"]
+    if values["exit_code"] and worst:
+        raise ReachedError(f"{len(worst)} finding{'s' * (len(worst) != 1)}; the first: {worst[0].title}")
 
 
-def _watch(sources: list[Source], stop: Stop, request: Request) -> None:
+_KNOWN = ("output", "duration", "stats", "strict", "verbose", "debug")
+
+
+def _watch(watch: Watch, evidence: Evidence, teller: _Text | _Records, stop: Stop, request: Request) -> None:
     """Until the time is over or a stop is asked for, with a live line on a terminal."""
     live = screen.understands_escapes(sys.stderr)
-    print(f"tcpscope: watching for {request.duration:g} s; Ctrl-C ends it sooner", file=sys.stderr)
+    how_long = "" if request.duration is None else f" for {request.duration:g} s"
+    sooner = "" if request.duration is None else " sooner"
+    print(f"tcpscope: watching{how_long}; Ctrl-C ends it{sooner}", file=sys.stderr)
     started = time.monotonic()
     while not stop:
-        for source in sources:
-            source.poll()
+        for news in watch.poll():
+            if live:
+                clear_interrupt()
+            teller.tell(news)
         if live:
-            text = f"{time.monotonic() - started:4.0f} s  " + "; ".join(source.live() for source in sources)
-            line = cut(printable(text), screen.size_of(sys.stderr).columns - 1)
+            words = f"{time.monotonic() - started:4.0f} s  {text.watched(evidence)}"
+            line = cut(printable(words), screen.size_of(sys.stderr).columns - 1)
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
         stop.wait(_POLL_SECONDS)
     clear_interrupt()
-    for source in sources:
-        source.end()
+    for news in watch.end():
+        teller.tell(news)
 
 
-def _summary(findings: list[Finding], rules: list[str], sources: list[Source], watched: float) -> dict[str, Any]:
-    """The last record: what was watched, and what could not be judged. Without findings it is the only one."""
-    counts = {name: n for source in sources for name, n in source.counts().items()}
-    about = {"findings": len(findings), "watched_s": round(watched, 3), "rules": rules}
-    return about | counts | {"notes": _notes(sources)}
+class _Text:
+    """Findings for a reader: each when it is certain, and the last line."""
+
+    def __init__(self, stream: BinaryIO, evidence: Evidence) -> None:
+        self._stream, self._evidence = stream, evidence
+        self._numbers: dict[tuple[Any, ...], int] = {}
+        self._shown: dict[tuple[Any, ...], Finding] = {}
+
+    def tell(self, news: News) -> None:
+        finding = news.known.finding
+        after_s = news.known.began_s - self._evidence.began_s
+        number = self._numbers.setdefault(finding.key, len(self._numbers) + 1)
+        width = text.width_of(self._stream)
+        if news.what == "ended":
+            ended_s = news.known.last_s - self._evidence.began_s
+            self._write([f"{number}. has ended, after {text.span(ended_s - after_s)}: {finding.title}", ""])
+            return
+        self._shown[finding.key] = finding
+        self._write([*text.finding(number, finding, after_s, width), ""], finding.severity == "critical")
+
+    def end(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            before = self._shown.get(finding.key)
+            if before and before.observed != finding.observed:
+                number = self._numbers[finding.key]
+                self._write([f"{number}. at the end: {'; '.join(finding.observed[:2])}"])
+        last = [text.nothing_found(self._evidence)] if not self._numbers else []
+        order = [str(self._numbers[finding.key]) for finding in findings]
+        if len(order) > 1:
+            last.append(f"The most severe first: {', '.join(order)}.")
+        last.append(f"Watched for {text.span(self._evidence.watched_s)}: {text.watched(self._evidence)}.")
+        last += [f"Note: {note}." for note in _notes(self._evidence)]
+        self._write([line for each in last for line in screen.filled(each, self._stream).split("\n")])
+
+    def _write(self, lines: list[str], alarming: bool = False) -> None:
+        whole = "\n".join(map(printable, lines)) + "\n"
+        if alarming and screen.has_colours(self._stream):
+            whole = whole.replace("[critical]", screen.red("[critical]"), 1)
+        self._stream.write(whole.encode())
+        self._stream.flush()
 
 
-def _notes(sources: list[Source]) -> list[str]:
-    blind = [spot for source in sources for spot in source.blind_spots()]
+class _Records:
+    """Findings for a program: a record when one begins or ends, and a summary with all of them at the end."""
+
+    def __init__(self, stream: BinaryIO, evidence: Evidence) -> None:
+        self._stream, self._evidence = stream, evidence
+
+    def tell(self, news: News) -> None:
+        known = news.known
+        at_s = known.began_s if news.what == "began" else known.last_s
+        self._write({news.what: _values(known.finding) | {"at_s": round(at_s - self._evidence.began_s, 1)}})
+
+    def end(self, findings: list[Finding]) -> None:
+        evidence = self._evidence
+        summary = {
+            "watched_s": round(evidence.watched_s, 3),
+            "findings": [_values(finding) for finding in findings],
+            "rules": [rule.name for rule in evidence.rules],
+            "not_checked": [rule.name for rule in evidence.left_out],
+            **text.counts(evidence),
+            "notes": _notes(evidence),
+        }
+        self._write({"summary": summary})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._stream.write(printable_json(msgspec.json.encode(record) + b"\n"))
+        self._stream.flush()
+
+
+_ENGINE = ("about", "first_s", "last_s")
+
+
+def _values(finding: Finding) -> dict[str, Any]:
+    values: dict[str, Any] = msgspec.to_builtins(finding, builtin_types=(frozenset,))
+    return {name: value for name, value in values.items() if name not in _ENGINE}
+
+
+def _notes(evidence: Evidence) -> list[str]:
+    blind = list(dict.fromkeys(evidence.blind_spots()))
     return [pidns.NOTE, *blind] if pidns.inner() else blind
 
 
-def _print(stream: BinaryIO, findings: list[Finding], sources: list[Source], watched: float) -> None:
-    write = stream.write
-    width = min(_WIDEST, screen.width_of(stream) or _WIDEST)
-    for number, finding in enumerate(findings, 1):
-        text = "\n".join([*map(printable, _text(number, finding, width)), "", ""])
-        if finding.severity == "critical" and screen.has_colours(stream):
-            text = text.replace("[critical]", screen.red("[critical]"), 1)
-        write(text.encode())
-    last = []
-    if not findings:
-        listeners = any(source.counts().get("listeners") for source in sources)
-        last.append(_NOTHING_FOUND if listeners else _NO_LISTENER)
-    last.append(f"Watched for {watched:.{int(watched < 10)}f} s: {'; '.join(source.live() for source in sources)}.")
-    last += [f"Note: {note}." for note in _notes(sources)]
-    for line in last:
-        write(f"{screen.filled(line, stream)}\n".encode())
-
-
-_NOTHING_FOUND = "No full accept queue or SYN queue and no refused handshake found. Nothing else is checked yet."
-_NO_LISTENER = "There is no listener that matches, so no queue was checked. Nothing else is checked yet."
-
-
-def _text(number: int, finding: Finding, width: int) -> list[str]:
-    lines = textwrap.wrap(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
-    for line in finding.observed:
-        lines += textwrap.wrap(line, width, initial_indent="   - ", subsequent_indent="     ")
-    lines += textwrap.wrap(finding.why, width, initial_indent="   Why: ", subsequent_indent="        ")
-    for remedy in finding.remedies:
-        values = ""
-        if remedy.name is not None:
-            proposed = f", proposed {remedy.proposed}" if remedy.proposed is not None else ""
-            values = f" [{remedy.name}: now {remedy.present}{proposed}]"
-        text = remedy.what + values
-        lines += textwrap.wrap(text, width, initial_indent="   Helps: ", subsequent_indent="          ")
-        if remedy.command:
-            lines.append(f"          # {remedy.command}")
-    return lines
-
-
-_NO_PEERS = "a listener has no remote end, and one overflow refuses many peers"
-_PEERS = [option for option in FILTERS if option.name in ("rport", "raddr")]
+_OWN = [
+    click.Option(
+        ["--watch"],
+        is_flag=True,
+        help="Go on until Ctrl-C, and say when a finding ends. Rules look at the last minute.",
+    ),
+    click.Option(["--exit-code"], is_flag=True, help="End with status 6 if there is a critical finding or a warning."),
+]
 _COMMON = [
     changed(FORMAT, type=click.Choice(["table", "json"])),
     changed(
@@ -135,16 +175,17 @@ _COMMON = [
 ]
 diagnose = Command(
     "diagnose",
-    {FILTERS_TITLE: [option for option in FILTERS if option not in _PEERS], OUTPUT_TITLE: _COMMON},
-    {flag: _NO_PEERS for option in _PEERS for flag in option.opts},
+    {"Options": _OWN, FILTERS_TITLE: FILTERS, OUTPUT_TITLE: _COMMON},
     examples={
-        "diagnose -d 10": "what is wrong, after ten seconds",
+        "diagnose": "what is wrong, in half a minute",
+        "diagnose --watch": "until Ctrl-C; says when a fault begins and when it ends",
+        "diagnose -p 4711": "with the connections of one process",
         "diagnose -L 443 -o json": "with one port, for a program",
     },
     callback=_run,
-    help="Watch this machine's connections for a while, then say what is wrong, why, and what helps.\n\n"
-    "So far it finds full accept queues, full SYN queues and other refused handshakes. A finding names the listener, "
-    "its owner, its limit and where the limit comes from, and proposes a change. diagnose itself changes nothing.\n\n"
+    help="Watch this machine's connections for a while, and say what is wrong, why, and what helps.\n\n"
+    "A finding is printed when it is certain. It names the fault, the process that can act, what was counted, and a "
+    "command that helps, where there is one. diagnose itself changes nothing.\n\n"
     "On kernels before 6.11 whose functions cannot be hooked, refusals and SYN cookies are sampled.",
-    short_help="Watch this machine's connections, then say what is wrong, why, and what helps.",
+    short_help="Watch this machine's connections, and say what is wrong, why, and what helps.",
 )

@@ -68,6 +68,7 @@ class History:
     accept_burst, syn_burst  clients that the accept queue and the SYN queue refused
     began       time of the first snapshot, and `ended` of the last, in seconds of the monotonic clock
     gone        it was not in the last snapshot
+    first_s, last_s  when something was refused, or the accept queue was full, first and last: the times of snapshots
     """
 
     first: Listener
@@ -84,6 +85,24 @@ class History:
     began: float = 0.0
     ended: float = 0.0
     gone: bool = False
+    first_s: float | None = None
+    last_s: float | None = None
+    _told: tuple[int, int] = (0, 0)
+
+    def happened(self, now_s: float) -> None:
+        """After each snapshot and its events: note whether something was refused since, or the queue was full."""
+        told = self.full_seen, sum((self.last.refused or self.sampled).values())
+        if told != self._told:
+            self._told, self.last_s = told, now_s
+            self.first_s = self.first_s or now_s
+
+    def begin_anew(self) -> None:
+        """Count from now on."""
+        self.first, self.began = self.last, self.ended
+        self.full_seen = self.looks = self.longest_accept_queue = self.longest_syn_queue = 0
+        self.sampled, self.peers, self.events = Counter(), Counter(), Counter()
+        self.accept_burst, self.syn_burst = Burst(), Burst()
+        self.first_s, self.last_s, self._told = None, None, (0, 0)
 
     @property
     def drops(self) -> int:
@@ -159,15 +178,23 @@ class QueueHistory:
         """The look comes first: an event of a listener without a history belongs to nothing."""
         self._look()
         self._drain(self.run.poll())
+        self._note_times()
 
     def end(self) -> None:
         self._look(fresh=True)
         self._drain(self.run.poll())
         self._drain(self.run.end())
+        self._note_times()
 
-    def live(self) -> str:
-        number, refusals = self.counts().values()
-        return f"{number} listener{'' if number == 1 else 's'}, {refusals} refusals"
+    def _note_times(self) -> None:
+        for history in self.histories.values():
+            history.happened(history.ended)
+
+    def forget(self, before_s: float) -> None:
+        """Count anew for listeners at which nothing has happened since."""
+        for history in self.histories.values():
+            if history.last_s is not None and history.last_s < before_s:
+                history.begin_anew()
 
     def counts(self) -> dict[str, int]:
         refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, ...]]())

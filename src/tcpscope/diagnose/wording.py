@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tcpscope.diagnose import Remedy
+from tcpscope.diagnose import Remedy, listener, processes
 from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.kernel import netns, pidns
 from tcpscope.listeners import Listener
@@ -113,24 +113,36 @@ def seconds(us: int) -> str:
     return f"{us // 1000} ms" if us < 1_000_000 else f"{us / 1e6:.1f} s"
 
 
+def of(history: History) -> dict[str, Any]:
+    """What a finding about a listener has beside its text: `who`, `look`, `about`, and its times."""
+    own = history.last
+    return {
+        "who": processes.read(own.owner.pid, own.owner.comm).name if own.owner and not pidns.inner() else None,
+        "look": (f"queue -L {own.lport}", f"queue --events -L {own.lport}"),
+        "about": frozenset({listener(own.netns, own.lport), ("socket", own.key)}),
+        "first_s": history.first_s,
+        "last_s": history.last_s,
+    }
+
+
 def facts(history: History, **numbers: Any) -> dict[str, Any]:
     """What programs want to know of every finding about a listener."""
-    listener = history.last
+    own = history.last
     return numbers | {
-        "netns": listener.netns,
-        "laddr": listener.laddr,
-        "lport": listener.lport,
-        "cookie": listener.cookie,
-        "pids": [holder.pid for holder in listener.holders],
-        "comm": listener.owner.comm if listener.owner else None,
+        "netns": own.netns,
+        "laddr": own.laddr,
+        "lport": own.lport,
+        "cookie": own.cookie,
+        "pids": [holder.pid for holder in own.holders],
+        "comm": own.owner.comm if own.owner else None,
         "accept_queue": history.longest_accept_queue,
         "syn_queue": history.longest_syn_queue,
-        "accept_limit": listener.accept_limit,
-        "limit_from": listener.limit_from,
-        "somaxconn": listener.somaxconn,
-        "max_syn_backlog": listener.max_syn_backlog,
-        "syncookies": listener.syncookies,
-        "abort_on_overflow": listener.abort_on_overflow,
+        "accept_limit": own.accept_limit,
+        "limit_from": own.limit_from,
+        "somaxconn": own.somaxconn,
+        "max_syn_backlog": own.max_syn_backlog,
+        "syncookies": own.syncookies,
+        "abort_on_overflow": own.abort_on_overflow,
         "accepts": history.accepts,
         "drops": history.drops,
         "full_seen": history.full_seen,

@@ -82,7 +82,6 @@ def test_nothing_is_found_where_nothing_is_wrong(script: Script) -> Test:
     assert run.change("ListenDrops") == 0
     assert findings(seen, run) == []
     summary = seen.run(DIAGNOSE).summary
-    assert summary["findings"] == len(seen.run(DIAGNOSE).rows)
     assert summary["listeners"] >= 1
     assert {"accept_queue", "syn_queue"} <= set(summary["rules"])
     assert any("sampled" in note for note in summary["notes"]) != is_exact(seen)

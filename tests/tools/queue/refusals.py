@@ -24,7 +24,7 @@ SAMPLED = Watch(
     "queue", "--events", "--port", PORTS, lacks=(*FUNCTIONS, "consume_skb", "kfree_skb"), every_kernel=False
 )
 TABLE = Watch("queue", "-i", "0.5", "--port", PORTS)
-DIAGNOSE = Watch("diagnose", "-d", "86400", "--port", PORTS)
+DIAGNOSE = Watch("diagnose", "-d", "86400")
 
 FAMILIES = ("4", "6", "mapped")
 BACKLOG = 5
@@ -235,7 +235,8 @@ def _content(row: dict[str, Any]) -> str:
 
 def findings(seen: Seen, run: Run) -> Rows:
     """What `diagnose` found about the server's host, of whatever rule."""
-    return [row for row in seen.run(DIAGNOSE).rows if row["facts"]["netns"] == run.host.inode]
+    found: Rows = seen.run(DIAGNOSE).summary["findings"]
+    return [finding for finding in found if finding["facts"]["netns"] == run.host.inode]
 
 
 def is_exact(seen: Seen) -> bool:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import msgspec
 
 from tcpscope.diagnose import Finding, Remedy, Rule
+from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import (
     counters_agree,
     facts,
     next_power,
+    of,
     peers,
     program,
     raise_limit,
@@ -31,13 +33,13 @@ WHY_RESET = " With tcp_abort_on_overflow=1 the kernel sends such a client a RST 
 
 
 class AcceptQueue(Rule):
-    source = QueueHistory
+    needs = ("queues",)
 
-    def check(self, seen: QueueHistory) -> Iterator[Finding]:
-        for history in seen.histories.values():
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        for history in seen.queues.histories.values():
             unsure = history.count("UNKNOWN") if history.full_seen else 0
             if history.count("ACCEPT_QUEUE_FULL") or unsure:
-                yield self._finding(seen, history, unsure)
+                yield self._finding(seen.queues, history, unsure)
             elif history.full_seen:
                 yield self._full(history)
 
@@ -68,6 +70,7 @@ class AcceptQueue(Rule):
             observed=observed,
             why=_why(listener) + (WHY_RESET if listener.abort_on_overflow else ""),
             remedies=list(_remedies(history)),
+            **of(history),
             facts=facts(
                 history,
                 clients_in_burst=None if unsure else history.accept_burst.most,
@@ -91,6 +94,7 @@ class AcceptQueue(Rule):
             ],
             why=_why(listener),
             remedies=list(_remedies(history)),
+            **of(history),
             facts=facts(history, count=0),
         )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule
+from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History, QueueHistory
-from tcpscope.diagnose.wording import counters_agree, facts, in_namespace, peers, whose
+from tcpscope.diagnose.wording import counters_agree, facts, in_namespace, of, peers, whose
 
 WHY = (
     "The kernel also refuses a handshake if it has no route to the client or no memory, or if a security module forbids"
@@ -20,15 +21,15 @@ WHY_UNSURE = (
 
 
 class OtherRefusals(Rule):
-    source = QueueHistory
+    needs = ("queues",)
 
-    def check(self, seen: QueueHistory) -> Iterator[Finding]:
-        for history in seen.histories.values():
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        for history in seen.queues.histories.values():
             other = history.count("OTHER")
             # Otherwise a rule about one of the queues counts them.
             unsure = 0 if history.full_seen or history.last.syncookies == 0 else history.count("UNKNOWN")
             if other or unsure:
-                yield self._finding(seen, history, other, unsure)
+                yield self._finding(seen.queues, history, other, unsure)
 
     def _finding(self, seen: QueueHistory, history: History, other: int, unsure: int) -> Finding:
         listener = history.last
@@ -49,6 +50,7 @@ class OtherRefusals(Rule):
             ],
             why=" ".join(why),
             remedies=list(_remedies(history)) if other else [],
+            **of(history),
             facts=facts(history, count=None if unsure else other),
         )
 

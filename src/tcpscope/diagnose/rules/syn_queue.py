@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule
+from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import (
     counters_agree,
     facts,
     in_namespace,
     next_power,
+    of,
     peers,
     raise_limit,
     whose,
@@ -35,10 +37,10 @@ CAUSES = "Either this is a flood of SYNs whose senders never answer, or final AC
 
 
 class SynQueue(Rule):
-    source = QueueHistory
+    needs = ("queues",)
 
-    def check(self, seen: QueueHistory) -> Iterator[Finding]:
-        for history in seen.histories.values():
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        for history in seen.queues.histories.values():
             full = history.count("SYN_QUEUE_FULL")
             reserved = history.count("SYN_QUEUE_RESERVED")
             cookies = history.count("COOKIE_SENT")
@@ -47,7 +49,7 @@ class SynQueue(Rule):
             unsure = history.count("UNKNOWN") if possible else 0
             always = history.last.syncookies == 2  # cookies for every SYN: no sign of an overflow
             if full + reserved + unsure or (cookies and not always):
-                yield self._finding(seen, history, full, reserved, unsure, cookies)
+                yield self._finding(seen.queues, history, full, reserved, unsure, cookies)
 
     def _finding(
         self, seen: QueueHistory, history: History, full: int, reserved: int, unsure: int, cookies: int
@@ -79,6 +81,7 @@ class SynQueue(Rule):
             observed=observed,
             why=why + CAUSES,
             remedies=list(_remedies(history, full, reserved + unsure, cookies)),
+            **of(history),
             facts=facts(
                 history,
                 count=None if unsure else dropped + cookies,

@@ -1,0 +1,68 @@
+"""Local ports in use, as `ports` shows them: a snapshot each second."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from tcpscope.request import Request
+from tcpscope.run import Batch
+from tcpscope.tool import find
+
+_INTERVAL_SECONDS = 1.0
+_POOLS_AT_MOST = 1024
+
+
+class Pools:
+    """A source.
+
+    now     the rows of the last snapshot: the columns of `ports`
+    first   key of a pool -> its row when it was first seen
+    failed  key of a pool -> errno -> calls that found no port, since the beginning
+    """
+
+    def __init__(self, request: Request) -> None:
+        tool = find("ports")
+        options = {option.name: option.taken(option.unset) for option in tool.options}
+        asked = Request(
+            filter=request.filter,
+            output="json",
+            interval=_INTERVAL_SECONDS,
+            time="none",
+            debug=request.debug,
+            options=options,
+        )
+        self.run = tool.open(asked)
+        self.now: list[Any] = []
+        self.first: dict[tuple[Any, ...], Any] = {}
+        self.failed: dict[tuple[Any, ...], Counter[tuple[str, int, str]]] = {}
+        self._round = -1
+
+    def poll(self) -> None:
+        self._take(self.run.poll())
+
+    def end(self) -> None:
+        self._take(self.run.end())
+
+    def forget(self, before_s: float) -> None:
+        """Nothing: a snapshot has no past."""
+
+    @staticmethod
+    def key(row: Any) -> tuple[Any, ...]:
+        return (row.netns, row.family, row.laddr, row.raddr, row.rport)
+
+    def _take(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            if batch.kind != "snapshot":
+                continue
+            if batch.round != self._round:
+                self.now, self._round = [], batch.round
+            self.now += batch.rows
+            for row in batch.rows:
+                if len(self.first) < _POOLS_AT_MOST:
+                    self.first.setdefault(self.key(row), row)
+                if row.failed and len(self.failed) < _POOLS_AT_MOST:
+                    self.failed.setdefault(self.key(row), Counter())[row.errno, row.failed_pid, row.failed_comm] += (
+                        row.failed
+                    )

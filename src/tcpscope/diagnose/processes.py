@@ -1,0 +1,73 @@
+"""What /proc says of a process now: what it waits for, and which unit or container it belongs to."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNIT = re.compile(r"([^/]+\.(?:service|scope|socket))(?:/|$)")
+_CONTAINER = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+_STATES = {"D": "uninterruptible sleep", "T": "stopped", "t": "stopped by a tracer", "Z": "zombie"}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process. `comm` is its name. What cannot be read is None.
+
+    state        the letter of /proc/PID/stat: R, S, D, T, ...
+    wchan        kernel function in which it sleeps; None without CAP_SYS_PTRACE
+    unit         its systemd unit
+    container    the first twelve digits of its container's id
+    open_files   RLIMIT_NOFILE, the soft limit; None: no limit
+    """
+
+    pid: int
+    comm: str
+    state: str | None = None
+    wchan: str | None = None
+    unit: str | None = None
+    container: str | None = None
+    open_files: int | None = None
+
+    @property
+    def name(self) -> str:
+        """`nginx (PID 4711, nginx.service)`."""
+        where = f"container {self.container}" if self.container else self.unit
+        return f"{self.comm} (PID {self.pid}{f', {where}' if where else ''})"
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.state in ("T", "t")
+
+    @property
+    def does(self) -> str | None:
+        """`is stopped`, if it is in a state in which it cannot work."""
+        return f"is in state {self.state} ({_STATES[self.state]})" if self.state in _STATES else None
+
+
+def read(pid: int, comm: str | None = None) -> Process:
+    """The process as it is now. Of one that has gone, or of another PID namespace, only what is given is known."""
+    folder = Path("/proc", str(pid))
+    try:
+        stat = (folder / "stat").read_text(errors="replace")
+    except OSError:
+        return Process(pid, comm or "?")
+    name, _, rest = stat.partition("(")[2].rpartition(")")
+    if comm is not None and comm != name and comm[:15] != name[:15]:
+        return Process(pid, comm)  # another process has this number now, or in this namespace
+    unit = container = wchan = limit = None
+    with suppress(OSError):
+        wchan = (folder / "wchan").read_text().strip("0\n") or None
+    with suppress(OSError):
+        for line in (folder / "cgroup").read_text(errors="replace").splitlines():
+            path = line.rpartition(":")[2]
+            units, found = _UNIT.findall(path), _CONTAINER.search(path)
+            unit = units[-1] if units else unit
+            container = found[1] if found else container
+    with suppress(OSError, ValueError, IndexError):
+        for line in (folder / "limits").read_text().splitlines():
+            if line.startswith("Max open files"):
+                limit = int(line.split()[3])
+    return Process(pid, name, rest.split()[0], wchan, unit, container, limit)

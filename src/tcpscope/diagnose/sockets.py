@@ -1,0 +1,147 @@
+"""The connections that wait for something or move data, as their sockets are: a look at all of them each second.
+
+A look finds each connection that waits: for an ACK, for room to send, for its application to read or to close, for the
+remote end's FIN, for accept(), for the answer to a SYN that was sent again. It also finds some that only move data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tcpscope.kernel.spec import Spec
+from tcpscope.request import Request
+from tcpscope.run import Streaming
+from tcpscope.schema import Clock
+from tcpscope.session import Session, closed_on_error
+
+Mark = Callable[[Any, Any], Any]
+"""What a rule wants to know of a connection: a function of its row now and its row in the look before, or None."""
+
+_PAUSE_SECONDS = 1.0
+_SHARE = 30  # looks take at most this part of one processor
+_MOVING_AT_MOST = 2000
+_RING_BYTES = 16 << 20
+
+
+@dataclass
+class Track:
+    """One connection: its rows in the looks in which it was found. Columns: `struct health` of bpf/health.bpf.c.
+
+    first, before, last  its first row, the last but one (None if there is only one), and the last
+    first_s, last_s      when these looks were, in seconds of the monotonic clock
+    looks                in how many looks it was
+    """
+
+    first: Any
+    last: Any
+    first_s: float
+    last_s: float
+    before: Any = None
+    looks: int = 1
+    _since: dict[str, float] = field(default_factory=dict)
+    _times: Counter[str] = field(default_factory=Counter)
+
+    def held_s(self, mark: str) -> float:
+        """For how long this mark has been there in each look; 0: not in the last one."""
+        return self.last_s - self._since[mark] if mark in self._since else 0.0
+
+    def holds(self, mark: str) -> bool:
+        """Whether the mark was there in the last look."""
+        return mark in self._since
+
+    def share(self, mark: str) -> float:
+        """In which part of its looks the mark was there."""
+        return self._times[mark] / self.looks
+
+    def grown(self, column: str) -> int:
+        """By how much a number has grown since the first look that found it."""
+        return int(getattr(self.last, column)) - int(getattr(self.first, column))
+
+    @property
+    def watched_s(self) -> float:
+        """From its first to its last look."""
+        return self.last_s - self.first_s
+
+    def _look(self, row: Any, now_s: float, marks: Mapping[str, Mark]) -> None:
+        if row is not self.first:
+            self.before, self.last, self.last_s = self.last, row, now_s
+            self.looks += 1
+        for name, mark in marks.items():
+            if mark(row, self.before):
+                self._since.setdefault(name, now_s)
+                self._times[name] += 1
+            else:
+                self._since.pop(name, None)
+
+
+class Sockets:
+    """A source. `marks`: what its readers want to know of each connection in each look."""
+
+    def __init__(self, request: Request, marks: Mapping[str, Mark]) -> None:
+        session = Session(
+            "health",
+            "health",
+            request.filter,
+            constants={"moving_at_most": _MOVING_AT_MOST, "moving_us": round(1.5e6 * _PAUSE_SECONDS)},
+            ring_bytes=_RING_BYTES,
+            debug=request.debug,
+        )
+        with closed_on_error(session):
+            layout = session.spec.layout("health", internal=True).named(session.kernel.enumerators)
+            self.run = Streaming(session, layout.decoder(Clock("none")))
+            session.kernel.release()
+            self._session, self._marks = session, marks
+            self._looked_at = session.loaded.memory("looked_at").cast("Q")
+            self._moving = session.loaded.memory("moving").cast("Q")
+            self.tracks: dict[tuple[int, int], Track] = {}
+            self.looks = self.connections = 0
+            self._last_s = self._next_s = 0.0
+
+    def poll(self) -> None:
+        if time.monotonic() >= self._next_s:
+            self._look()
+
+    def end(self) -> None:
+        """The state at the end is that of the last look: connections end while the watch does."""
+        for _ in self.run.end():
+            pass
+
+    def forget(self, before_s: float) -> None:
+        """Nothing: what is not in the last look is forgotten."""
+
+    @property
+    def now(self) -> Iterator[Track]:
+        """The connections of the last look."""
+        return iter(self.tracks.values())
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        self._looked_at[0] = self._moving[0] = 0
+        self._session.loaded.run("look")
+        rows = self._rows()
+        now_s = time.monotonic()
+        found: dict[tuple[int, int], Track] = {}
+        for row in rows:
+            key = row.socket, row.opened_ns
+            track = self.tracks.get(key) or Track(row, row, now_s, now_s)
+            track._look(row, now_s, self._marks)
+            found[key] = track
+        self.tracks = found
+        self.looks += 1
+        self.connections = self._looked_at[0]
+        self._next_s = began + max(_PAUSE_SECONDS, _SHARE * (time.monotonic() - began))
+
+    def _rows(self) -> list[Any]:
+        found: list[Any] = []
+        while new := [row for batch in self.run.poll() for row in batch.rows]:
+            found += new
+        return found
+
+
+def columns() -> tuple[str, ...]:
+    """The columns of a connection."""
+    return tuple(field.name for field in Spec.of("health").layout("health", internal=True).fields)

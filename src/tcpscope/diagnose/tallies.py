@@ -1,0 +1,131 @@
+"""How often something happened, by group: the counts of a tool's --count, kept for the time that the rules look at."""
+
+from __future__ import annotations
+
+import time
+from collections import deque, namedtuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tcpscope.request import Request
+from tcpscope.run import Batch
+from tcpscope.tool import find
+
+INTERVAL_SECONDS = 1.0
+_PARTS_AT_MOST = 600
+
+
+@dataclass
+class Tally:
+    """How often it happened, and the sum of a number that each has.
+
+    first_s, last_s  when it happened first and last: the ends of these intervals, in seconds of the monotonic clock
+    """
+
+    count: int = 0
+    sum: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    _parts: deque[tuple[float, int, int]] = field(default_factory=deque)
+
+    def add(self, now_s: float, count: int, number: int = 0) -> None:
+        self.first_s = self.first_s or now_s
+        self.last_s = max(self.last_s, now_s)
+        self.count += count
+        self.sum += number
+        if len(self._parts) == _PARTS_AT_MOST:  # the two oldest become one
+            (_, c, s), (at, more, number) = self._parts.popleft(), self._parts.popleft()
+            self._parts.appendleft((at, c + more, s + number))
+        self._parts.append((now_s, count, number))
+
+    def forget(self, before_s: float) -> None:
+        """Leave out what is older."""
+        while self._parts and self._parts[0][0] < before_s:
+            _, count, number = self._parts.popleft()
+            self.count -= count
+            self.sum -= number
+        if self._parts:
+            self.first_s = self._parts[0][0]
+
+    def since(self, after_s: float) -> int:
+        """The count of the intervals that ended after this time."""
+        return sum(count for at, count, _ in self._parts if at > after_s)
+
+    def merge(self, other: Tally) -> None:
+        self.count += other.count
+        self.sum += other.sum
+        self.first_s = min(self.first_s or other.first_s, other.first_s)
+        self.last_s = max(self.last_s, other.last_s)
+        self._parts.extend(other._parts)
+
+
+class Groups:
+    """A source: the groups of a tool with --count, by the columns `by`. A group is a named tuple of them.
+
+    `number` is the column that the tool sums.
+    """
+
+    def __init__(
+        self, request: Request, tool: str, by: Sequence[str], number: str | None = None, **options: Any
+    ) -> None:
+        found = find(tool)
+        defaults = {option.name: option.taken(option.unset) for option in found.options}
+        asked = Request(
+            filter=request.filter,
+            output="json",
+            interval=INTERVAL_SECONDS,
+            time="none",
+            debug=request.debug,
+            options=defaults | {"count": True, "by": ",".join(by)} | options,
+        )
+        self.run = found.open(asked)
+        self.tallies: dict[Any, Tally] = {}
+        self._group, self._by, self._number = namedtuple("Group", by), tuple(by), number
+
+    def poll(self) -> None:
+        self._take(self.run.poll())
+
+    def end(self) -> None:
+        self._take(self.run.end())
+
+    def forget(self, before_s: float) -> None:
+        """Leave out what happened before this time."""
+        for group, tally in list(self.tallies.items()):
+            tally.forget(before_s)
+            if not tally.count:
+                del self.tallies[group]
+
+    def _take(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            if batch.kind != "interval":
+                continue
+            now_s = time.monotonic()
+            for row in batch.rows:
+                group = self._group(*(getattr(row, name) for name in self._by))
+                number = getattr(row, self._number) if self._number else 0
+                self.tallies.setdefault(group, Tally()).add(now_s, row.count, number or 0)
+
+    def where(self, **values: Any) -> Iterator[tuple[Any, Tally]]:
+        """The groups with these values in their columns; a set of values: one of them."""
+        for group, tally in self.tallies.items():
+            if all(_is(getattr(group, name), value) for name, value in values.items()):
+                yield group, tally
+
+    def total(self, **values: Any) -> Tally:
+        """One tally of the groups with these values."""
+        total = Tally()
+        for _, tally in self.where(**values):
+            total.merge(tally)
+        return total
+
+    def together(self, *names: str, **values: Any) -> Mapping[tuple[Any, ...], Tally]:
+        """The groups with these values, by these columns only."""
+        found: dict[tuple[Any, ...], Tally] = {}
+        for group, tally in self.where(**values):
+            found.setdefault(tuple(getattr(group, name) for name in names), Tally()).merge(tally)
+        return found
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, set | frozenset) else value == wanted

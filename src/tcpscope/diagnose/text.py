@@ -1,0 +1,104 @@
+"""Findings, and what was watched, as text for a reader."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from tcpscope.diagnose import Finding
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.output import screen
+
+_WIDEST = 100
+_FAILED_BY_ITSELF = frozenset({"ESTABLISHED", "GAVE_UP", "KILLED"})
+
+
+def width_of(stream: BinaryIO) -> int:
+    return min(_WIDEST, screen.width_of(stream) or _WIDEST)
+
+
+def span(seconds: float) -> str:
+    """`3.2 s`, `45 s`, `12 min`."""
+    if seconds >= 600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.{int(seconds < 10)}f} s"
+
+
+def finding(number: int, finding: Finding, after_s: float, width: int) -> list[str]:
+    """The lines of a finding."""
+    lines = textwrap.wrap(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
+    for line in finding.observed:
+        lines += textwrap.wrap(line, width, initial_indent="   - ", subsequent_indent="     ")
+    lines.append(f"   - certain {span(max(after_s, 0.0))} after the beginning of the watch")
+    lines += _titled("Who", finding.who, width) if finding.who else []
+    lines += _titled("Why", finding.why, width)
+    for remedy in finding.remedies:
+        values = ""
+        if remedy.name is not None:
+            proposed = f", proposed {remedy.proposed}" if remedy.proposed is not None else ""
+            values = f" [{remedy.name}: now {remedy.present}{proposed}]"
+        lines += _titled("Helps", remedy.what + values, width)
+        if remedy.command:
+            lines.append(f"          # {remedy.command}")
+        if remedy.risk:
+            lines += _titled("Risk", remedy.risk, width, 7)
+    for command in finding.look:
+        lines.append(f"   Look:  tcpscope {command}")
+    return lines
+
+
+def _titled(title: str, text: str, width: int, indent: int = 3) -> list[str]:
+    begin = f"{' ' * indent}{title}:".ljust(indent + 7)
+    return textwrap.wrap(text, width, initial_indent=begin, subsequent_indent=" " * len(begin))
+
+
+def watched(evidence: Evidence) -> str:
+    """What was seen, in a few words: for the live line and the last line."""
+    seen = counts(evidence)
+
+    def words() -> Iterator[str]:
+        if seen["connects"] is not None:
+            yield f"{seen['connects']} connects, {seen['connects_failed']} failed"
+        if seen["connections"] is not None:
+            yield f"{seen['connections']} connections"
+        if seen["listeners"] is not None:
+            yield f"{_number(seen['listeners'], 'listener')}, {_number(seen['refusals'], 'refusal')}"
+        for name, noun in (("retransmissions", "retransmission"), ("resets", "RST"), ("drops", "discarded packet")):
+            if seen[name]:
+                yield _number(seen[name], noun)
+
+    return "; ".join(words())
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def counts(evidence: Evidence) -> dict[str, Any]:
+    """The same numbers, by name; None: not watched."""
+    found: dict[str, Any] = dict.fromkeys(
+        ("connects", "connects_failed", "connections", "listeners", "refusals", "retransmissions", "resets", "drops")
+    )
+    if attempts := getattr(evidence, "attempts", None):
+        found["connects"] = attempts.total().count
+        found["connects_failed"] = sum(
+            tally.count for group, tally in attempts.tallies.items() if group.outcome not in _FAILED_BY_ITSELF
+        )
+    if sockets := getattr(evidence, "sockets", None):
+        found["connections"] = sockets.connections
+    if queues := getattr(evidence, "queues", None):
+        found |= queues.counts()
+    if retrans := getattr(evidence, "retrans", None):
+        found["retransmissions"] = sum(
+            tally.sum for group, tally in retrans.tallies.items() if group.kind != "SPURIOUS" and group.errno == "none"
+        )
+    for name in ("resets", "drops"):
+        if groups := getattr(evidence, name, None):
+            found[name] = groups.total().count
+    return found
+
+
+def nothing_found(evidence: Evidence) -> str:
+    rules = ", ".join(rule.name for rule in evidence.rules)
+    return f"Nothing found. Checked: {rules}."

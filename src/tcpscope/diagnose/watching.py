@@ -1,0 +1,102 @@
+"""The engine: gathers the evidence, asks the rules each second, and tells what is certain and what has ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tcpscope.diagnose import Finding, causes, ordered
+from tcpscope.diagnose.evidence import Evidence
+
+CHECK_SECONDS = 1.0
+SETTLE_SECONDS = 2.0
+"""A finding is told when it has been found for this time: its cause may become certain a moment later."""
+
+WINDOW_SECONDS = 60.0
+"""With --watch a rule looks at the last minute."""
+
+QUIET_SECONDS = 15.0
+"""With --watch a finding has ended when no rule has found it, or nothing more has happened, for this time."""
+
+
+@dataclass
+class Known:
+    """A finding that was found, and whether it was told.
+
+    began_s, seen_s  when it was found first and last, in seconds of the monotonic clock
+    """
+
+    finding: Finding
+    began_s: float
+    seen_s: float
+    told: bool = False
+
+    @property
+    def last_s(self) -> float:
+        """When it was last seen: when a rule found it, or when what it counts happened."""
+        last = self.finding.last_s
+        return self.seen_s if last is None else min(last, self.seen_s)
+
+
+@dataclass(frozen=True)
+class News:
+    """A finding has become certain, or has ended."""
+
+    what: Literal["began", "ended"]
+    known: Known
+
+
+class Watch:
+    """One watch, from its first check to its end. `windowed`: the rules look at the last minute only."""
+
+    def __init__(self, evidence: Evidence, windowed: bool = False) -> None:
+        self._evidence, self._windowed = evidence, windowed
+        self.known: dict[tuple[object, ...], Known] = {}
+        self._next_s = 0.0
+
+    def poll(self) -> Iterator[News]:
+        """Take what is new, five times a second; each second, ask the rules."""
+        self._evidence.poll()
+        if time.monotonic() >= self._next_s:
+            self._next_s = time.monotonic() + CHECK_SECONDS
+            yield from self.check()
+
+    def check(self, settle_s: float = SETTLE_SECONDS) -> Iterator[News]:
+        """Ask the rules now."""
+        now = time.monotonic()
+        if self._windowed:
+            self._evidence.forget(now - WINDOW_SECONDS)
+        current = {finding.key: finding for finding in self._found()}
+        for key, finding in current.items():
+            known = self.known.setdefault(key, Known(finding, now, now))
+            known.finding, known.seen_s = finding, now
+        for key, known in list(self.known.items()):
+            if key not in current and not known.told:
+                del self.known[key]  # explained by another one since, or not so after all
+            elif not known.told and now - known.began_s >= settle_s:
+                known.told = True
+                yield News("began", known)
+            elif self._windowed and known.told and now - known.last_s >= QUIET_SECONDS:
+                del self.known[key]
+                yield News("ended", known)
+
+    def end(self) -> Iterator[News]:
+        """Stop the evidence, and tell the rest."""
+        self._evidence.end()
+        yield from self.check(settle_s=0.0)
+
+    def findings(self) -> list[Finding]:
+        """All that were told and have not ended, with their last numbers, in order."""
+        return ordered(self._causes(known.finding for known in self.known.values() if known.told))
+
+    def _found(self) -> list[Finding]:
+        now = time.monotonic()
+        found = (finding for rule in self._evidence.rules for finding in rule.check(self._evidence))
+        if self._windowed:
+            found = (each for each in found if each.last_s is None or now - each.last_s < QUIET_SECONDS)
+        return self._causes(found)
+
+    def _causes(self, found: Iterable[Finding]) -> list[Finding]:
+        return causes(found, self._evidence.rules)
