@@ -53,13 +53,19 @@ def test_its_connections_and_those_of_its_children(closed: int, run_tool: type[R
     assert cgroups(tool.pid) == []
 
 
+UNIGNORED = ("env", "--default-signal=HUP,INT,QUIT,TERM")
+"""Who starts the tests in the background of a shell has some of them ignored."""
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGQUIT, 131)]
 )
 def test_a_signal_is_for_the_command(number: int, status: int, run_tool: type[RunningTool], tmp_path: Path) -> None:
     pid = tmp_path / "pid"
-    with run_tool(*ROWS, "--", "sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600") as tool:
+    with run_tool(
+        *ROWS, "--", "sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600", prefix=UNIGNORED
+    ) as tool:
         until(pid.exists, "the command")
         os.kill(tool.pid, number)
         assert tool.wait().status == status

@@ -35,6 +35,8 @@ EVENTS = (
     "tcp_retransmit_skb",
 )
 """The tracepoints of the tools that a softirq passes, as far as they tell the ports."""
+DISCARD = "kfree_skb"
+"""It tells no ports. So what happens there may belong to any scenario of that time."""
 CLONE_NEWNS = 0x20000
 NAME = "tcpscope-ftrace-"
 """Of mounts and of ring buffers; the number of their process follows."""
@@ -42,6 +44,7 @@ BUFFER_KIB = 65536
 """For each processor: 600,000 events, those of other programs that use these ports among them."""
 
 _LINE = re.compile(r"\s*(.+)-(\d+)\s+\[\d+\]\s+(\S+)\s+(\d+)\.(\d+): (\w+):(.*)")
+_IP = "protocol == 0x0800 || protocol == 0x86dd"
 _PORT = re.compile(r"\b[sd]port=(\d+)|(?:src|dest)=\S+:(\d+)\b")
 
 
@@ -129,9 +132,9 @@ def _sweep(folder: Path) -> None:
 def _switch(ftrace: Path, value: str) -> None:
     low, _, high = PORTS.partition("-")
     within = " || ".join(f"({port} >= {low} && {port} <= {high})" for port in ("sport", "dport"))
-    for event in EVENTS:
+    for event, only in (*((event, within) for event in EVENTS), (DISCARD, _IP)):
         (folder,) = ftrace.glob(f"events/*/{event}")
-        (folder / "filter").write_text(within)
+        (folder / "filter").write_text(only)
         (folder / "enable").write_text(value)
 
 

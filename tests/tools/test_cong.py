@@ -25,6 +25,7 @@ from tcpscope.session import Session
 from tcpscope.tools import cong
 from tests.conftest import RunningTool, until
 from tests.lacks import is_refused
+from tests.played_again import seen
 from tests.record import Call, Script, Seen, Socket, Test, Watch, recorded
 from tests.tools.pair import exchange, pair, without_timers
 
@@ -399,6 +400,12 @@ def ends_us(row: Row) -> int:
 
 @pytest.fixture
 def connection(lab: Lab) -> Iterator[socket.socket]:
+    with connected(lab) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def connected(lab: Lab) -> Iterator[socket.socket]:
     """A connection of the lab's client."""
     if is_refused("congestion", Kernel()):
         pytest.skip("this kernel has no tracepoint tcp_cong_state_set")
@@ -471,28 +478,30 @@ def watching(lab: Lab, skip: tuple[str, ...] = ()) -> Iterator[tuple[Session, li
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("skip", [(), SECOND_ALONE, FIRST_ALONE], ids=["both", "second alone", "first alone"])
-def test_each_change_once(lab: Lab, connection: socket.socket, skip: tuple[str, ...]) -> None:
+@seen
+def test_each_change_once(lab: Lab, skip: tuple[str, ...]) -> None:
     """Without the first copy of a program everything is as if it had been skipped each time."""
-    with watching(lab, skip) as (session, events):
+    with connected(lab) as connection, watching(lab, skip) as (session, events):
         lose(lab, connection)
         recover(lab, connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         connection.close()
-    seen = [(event.ca_state, event.next_state, event.visit_us is None) for event in events]
+    changes = [(event.ca_state, event.next_state, event.visit_us is None) for event in events]
     # The first visit began before the probe. What one copy alone has interrupted itself in is in no event.
     skipped = sum(missed for *_, missed in session.loaded.program_info().values()) if skip else 0
-    assert skipped or seen == [("Open", "Loss", True), ("Loss", "Open", False), ("Open", None, False)]
+    assert skipped or changes == [("Open", "Loss", True), ("Loss", "Open", False), ("Open", None, False)]
     rescued = session.counters()["rescued"]
-    assert (skip == SECOND_ALONE) <= (rescued >= len(seen))
+    assert (skip == SECOND_ALONE) <= (rescued >= len(changes))
     assert (skip == FIRST_ALONE) <= (rescued == 0)
     assert skip or session.account().missed == 0
 
 
 @pytest.mark.kernel
-def test_a_missed_change(lab: Lab, connection: socket.socket) -> None:
+@seen
+def test_a_missed_change(lab: Lab) -> None:
     """No program saw the change to Loss. The next one tells, and not how long it was in Loss."""
     programs = ("change", "change_again")
-    with watching(lab) as (session, events):
+    with connected(lab) as connection, watching(lab) as (session, events):
         lose(lab, connection)
         recover(lab, connection)
         session.loaded.detach(*programs)
@@ -500,8 +509,8 @@ def test_a_missed_change(lab: Lab, connection: socket.socket) -> None:
         for program in programs:
             session.loaded.attach(program)
         recover(lab, connection)
-    seen = [(event.ca_state, event.next_state, event.visit_us is None) for event in events]
-    assert seen == [("Open", "Loss", True), ("Loss", "Open", False), ("Loss", "Open", True)]
+    changes = [(event.ca_state, event.next_state, event.visit_us is None) for event in events]
+    assert changes == [("Open", "Loss", True), ("Loss", "Open", False), ("Loss", "Open", True)]
     assert session.account().missed == 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tcpscope.ports import Owner, Pools
 from tcpscope.schema import Layout
 from tests.conftest import RunningTool
 from tests.lacks import functions_cannot_be_hooked
+from tests.played_again import seen
 from tests.puppets import Puppet
 
 Row = dict[str, Any]
@@ -186,22 +186,6 @@ def test_a_mix_of_opens_and_closes(lab: Lab, run_tool: type[RunningTool], number
 
 PORT = 7001
 RANGE = (40_000, 40_099)
-
-
-def seen(test: Callable[[Lab, type[RunningTool]], None]) -> Callable[[Lab, type[RunningTool]], None]:
-    """Once more, if it fails on a kernel that may run no program in some tasks (tests/record/unseen.py)."""
-
-    @wraps(test)
-    def again(lab: Lab, run_tool: type[RunningTool]) -> None:
-        try:
-            test(lab, run_tool)
-        except (AssertionError, pytest.fail.Exception):
-            if not functions_cannot_be_hooked():
-                raise
-            with Lab() as other:
-                test(other, run_tool)
-
-    return again
 
 
 class Scene:
