@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+PROC = Path("/proc")
 _UNIT = re.compile(r"([^/]+\.(?:service|scope|socket))(?:/|$)")
 _CONTAINER = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _STATES = {"D": "uninterruptible sleep", "T": "stopped", "t": "stopped by a tracer", "Z": "zombie"}
@@ -49,7 +50,7 @@ class Process:
 
 def read(pid: int, comm: str | None = None) -> Process:
     """The process as it is now. Of one that has gone, or of another PID namespace, only what is given is known."""
-    folder = Path("/proc", str(pid))
+    folder = PROC / str(pid)
     try:
         stat = (folder / "stat").read_text(errors="replace")
     except OSError:

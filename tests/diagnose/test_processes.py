@@ -1,0 +1,62 @@
+"""What /proc says of a process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tcpscope.diagnose import processes
+from tests.conftest import until
+
+
+def test_this_process() -> None:
+    own = processes.read(os.getpid())
+    assert (own.pid, own.comm) == (os.getpid(), Path("/proc/self/comm").read_text().strip())
+    assert own.state == "R"
+    assert own.does is None
+    assert own.open_files == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_a_stopped_one() -> None:
+    with subprocess.Popen(["sleep", "600"]) as child:
+        try:
+            child.send_signal(signal.SIGSTOP)
+            until(lambda: processes.read(child.pid).is_stopped, "the stop")
+            assert processes.read(child.pid).does == "is in state T (stopped)"
+        finally:
+            child.kill()
+
+
+def test_one_that_is_gone_has_the_name_that_is_given() -> None:
+    with subprocess.Popen(["true"]) as child:
+        pass
+    assert processes.read(child.pid, "nginx").name == f"nginx (PID {child.pid})"
+
+
+def test_another_one_under_the_number_is_not_described() -> None:
+    found = processes.read(os.getpid(), "someone-else")
+    assert (found.comm, found.state) == ("someone-else", None)
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "name"),
+    [
+        ("0::/system.slice/nginx.service", "nginx (PID 7, nginx.service)"),
+        ("0::/user.slice/user-0.slice/session-3.scope", "nginx (PID 7, session-3.scope)"),
+        (f"0::/system.slice/docker-{'ab12' * 16}.scope", f"nginx (PID 7, container {'ab12' * 3})"),
+        (f"0::/kubepods.slice/pod1/{'0f' * 32}", f"nginx (PID 7, container {'0f' * 6})"),
+        ("0::/", "nginx (PID 7)"),
+    ],
+)
+def test_the_unit_or_container(cgroup: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "7"
+    folder.mkdir()
+    (folder / "stat").write_text("7 (nginx) S 1 7 7 0")
+    (folder / "cgroup").write_text(f"{cgroup}\n")
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    assert processes.read(7).name == name

@@ -1,0 +1,60 @@
+"""Counts by group, for the time that the rules look at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tcpscope.diagnose.tallies import Groups, Tally
+
+
+def groups(**tallies: Tally) -> Groups:
+    made: Any = Groups.__new__(Groups)
+    from collections import namedtuple
+
+    group = namedtuple("group", ("raddr", "outcome"))
+    made.tallies = {group(*name.split("_")): tally for name, tally in tallies.items()}
+    return made  # type: ignore[no-any-return]
+
+
+def tally(*parts: tuple[float, int, int]) -> Tally:
+    made = Tally()
+    for part in parts:
+        made.add(*part)
+    return made
+
+
+def test_a_tally_forgets_what_is_older() -> None:
+    found = tally((10.0, 2, 20), (20.0, 3, 30), (30.0, 4, 40))
+    assert (found.count, found.sum, found.first_s, found.last_s) == (9, 90, 10.0, 30.0)
+    assert found.since(20.0) == 4
+    found.forget(20.0)
+    assert (found.count, found.sum, found.first_s, found.last_s) == (7, 70, 20.0, 30.0)
+
+
+def test_a_tally_of_many_intervals_keeps_its_sum() -> None:
+    found = tally(*((float(second), 1, 2) for second in range(5000)))
+    assert (found.count, found.sum) == (5000, 10_000)
+    found.forget(5000.0)
+    assert (found.count, found.sum) == (0, 0)
+
+
+def test_groups_are_chosen_and_put_together() -> None:
+    found = groups(
+        a_OK=tally((1.0, 1, 0)), a_REFUSED=tally((2.0, 2, 0)), b_REFUSED=tally((3.0, 4, 0)), b_DEAD=tally((9.0, 8, 0))
+    )
+    assert found.total().count == 15
+    assert found.total(outcome="REFUSED").count == 6
+    assert found.total(outcome={"REFUSED", "DEAD"}, raddr="b").count == 12
+    together = found.together("raddr")
+    assert {key: (each.count, each.first_s, each.last_s) for key, each in together.items()} == {
+        ("a",): (3, 1.0, 2.0),
+        ("b",): (12, 3.0, 9.0),
+    }
+    assert together is not found.together("raddr")
+    assert found.total(outcome="REFUSED").count == 6  # putting together changes nothing
+
+
+def test_groups_that_are_quiet_are_forgotten() -> None:
+    found = groups(a_OK=tally((1.0, 1, 0)), b_OK=tally((5.0, 1, 0)))
+    found.forget(3.0)
+    assert [group.raddr for group in found.tallies] == ["b"]
