@@ -11,6 +11,7 @@
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
 #include "output.bpf.h"
+#include "activity.bpf.h"
 #include "connection.bpf.h"
 #include "overflow.bpf.h"
 #include "queues.bpf.h"
@@ -205,6 +206,62 @@ int seed(struct bpf_iter__task_file *ctx)
 }
 
 #include "refused.bpf.h"
+
+static __noinline int thrown_away(void *ctx, struct sk_buff *skb, struct sock *listener)
+{
+	struct net *net = BPF_CORE_READ(listener, __sk_common.skc_net.net);
+	struct look grown = {};
+	struct in_hand *packet;
+	__u32 zero = 0;
+
+	listening_explain(listener);
+	if (!look_again(net, true, &grown) || !grown.mib.drops)
+		return 0;
+	packet = bpf_map_lookup_elem(&in_hand, &zero);
+	if (!packet)
+		return 0;
+	count_missed(&grown.mib);
+	packet->sk = listener;
+	packet->skb = skb;
+	packet->req = NULL;
+	packet->reset = grown.resets;
+	packet->fast_open = packet->unnamed = false;
+	return refusal(ctx, skb, STEP_ACK, cause_of(&grown.mib, STEP_ACK, listener));
+}
+
+/*
+ * The listener of a packet that is thrown away, NULL if it has none. From the context by address: before 6.13 the verifier
+ * takes the argument for a pointer that is never NULL, and would remove the test.
+ */
+static __always_inline struct sock *listener_of(unsigned long long *ctx)
+{
+	struct sock *sk = NULL;
+
+	bpf_probe_read_kernel(&sk, sizeof(sk), &ctx[RX_SK]);
+	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
+		return NULL;
+	return BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP ? sk : NULL;
+}
+
+HAS_RX_SK
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(ack4_exit__free, struct sk_buff *skb)
+{
+	struct sock *listener = listener_of(ctx);
+
+	return listener ? thrown_away(ctx, skb, listener) : 0;
+}
+
+AGAIN
+UNLESS_FUNCTIONS
+HAS_RX_SK
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(ack4_exit_again__free, struct sk_buff *skb)
+{
+	struct sock *listener = listener_of(ctx);
+
+	return listener ? thrown_away(ctx, skb, listener) : 0;
+}
 
 /* Writes every listener of the table into `found`. */
 FOR_EACH_CONNECTION(look, look_entry)

@@ -17,7 +17,7 @@ const volatile __u32 mib_embryonic_rsts;
 const volatile __u32 mib_fast_open_fails;
 
 struct mib {
-	__u64 overflows, drops, cookies, full;
+	__u64 overflows, drops, cookies, full, fast_open_fails;
 };
 
 /* The functions that refuse a handshake. Each may call those below it, for the same packet. */
@@ -38,7 +38,7 @@ struct in_hand {
 	struct request_sock *req;
 	struct mib before;
 	__u32 function;
-	bool fast_open; /* FUNCTION_SYN has tried to make a child */
+	bool fast_open; /* TCP Fast Open has failed to make the child at the SYN */
 	bool reset;     /* the kernel has sent a RST; only where tracepoints alone show refusals */
 	__u64 consumed; /* address of the packet at which the first copy has looked, for the second (refused.bpf.h) */
 	bool unnamed;   /* `sk` is one of several listeners of the address, and it is not known which has refused */
@@ -57,6 +57,7 @@ static __always_inline void mib_read_at(const char *counters, struct mib *mib)
 	bpf_probe_read_kernel(&mib->drops, 8, counters + mib_listen_drops * 8);
 	bpf_probe_read_kernel(&mib->cookies, 8, counters + mib_reqq_full_cookies * 8);
 	bpf_probe_read_kernel(&mib->full, 8, counters + mib_reqq_full_drop * 8);
+	bpf_probe_read_kernel(&mib->fast_open_fails, 8, counters + mib_fast_open_fails * 8);
 }
 
 static __noinline int mib_read(struct in_hand *mine, struct mib *mib)

@@ -3,8 +3,10 @@
 #ifndef TCPSCOPE_OVERFLOW_BPF_H
 #define TCPSCOPE_OVERFLOW_BPF_H
 
+#include "activity.bpf.h"
 #include "connection.bpf.h"
 #include "event.bpf.h"
+#include "handshake.bpf.h"
 #include "lengths.bpf.h"
 #include "mib.bpf.h"
 #include "queues.bpf.h"
@@ -85,17 +87,21 @@ static __always_inline enum answer answer_to(struct in_hand *packet, int step, i
 	return ANSWER_NONE;
 }
 
-static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int cause)
+static __noinline int refusal(void *ctx, struct sk_buff *skb, int step, int cause)
 {
-	struct connection *connection = packet->unnamed ? NULL : connection_find(packet->sk);
-	struct activity *activity = packet->unnamed ? NULL : activity_of(packet->sk);
+	__u32 zero = 0;
+	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
+	struct connection *connection;
+	struct activity *activity;
 	/* Without a lower bound: for both at once the compiler compares a difference, of which 6.12's verifier infers nothing. */
 	__u32 row = step, column = cause;
 	struct identity id = {};
 	struct overflow *event;
 
-	if (sampled())
+	if (!packet || sampled())
 		return 0;
+	connection = packet->unnamed ? NULL : connection_find(packet->sk);
+	activity = packet->unnamed ? NULL : activity_of(packet->sk);
 	if (activity && row < STEPS && column < CAUSES)
 		__sync_fetch_and_add(&activity->refused[row][column], 1);
 	if (want_lengths)
@@ -103,7 +109,7 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	if (!send_events)
 		return 0;
 	identity_read(packet->sk, &id);
-	peer_read(packet->skb, &id);
+	peer_read(skb, &id);
 	id.cookie = packet->unnamed ? 0 : cookie_if_any(packet->sk);
 	event = event_begin(sizeof(*event), bpf_ktime_get_ns(), &id, connection_owner(connection));
 	if (!event)
@@ -124,61 +130,13 @@ static __noinline int refusal(void *ctx, struct in_hand *packet, int step, int c
 	return 0;
 }
 
-/* A function is entered. If the function that handles the packet calls another one, the outermost one counts. */
-static __always_inline void handshake_enter(enum function function, struct sock *sk, struct sk_buff *skb,
-					    struct request_sock *req)
+static __always_inline int handshake_exit(void *ctx, enum function function)
 {
 	__u32 zero = 0;
 	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
+	int cause = handshake_cause(function);
 
-	if (!packet)
-		return;
-	if (packet->function && packet->function < function && packet->sk == sk && packet->skb == skb) {
-		packet->fast_open = packet->function == FUNCTION_SYN;
-		return;
-	}
-	packet->sk = sk;
-	packet->skb = skb;
-	packet->req = req;
-	packet->function = function;
-	packet->fast_open = false;
-	mib_read(packet, &packet->before);
-}
-
-/* Without cookies tcp_conn_request() reserves the last quarter of tcp_max_syn_backlog for known peers. */
-static __always_inline bool reserved_quarter(struct sock *sk)
-{
-	struct queues queues = {};
-
-	queues_read(sk, &queues);
-	return !queues.syncookies &&
-	       (int)(queues.max_syn_backlog - queues.syn_queue) < (int)(queues.max_syn_backlog >> 2);
-}
-
-/*
- * A function returns. Only the outermost function reports. If the program at its entry was skipped, another function is
- * there, or none. If this program is skipped, the packet stays there until the next one comes.
- */
-static __always_inline void handshake_exit(void *ctx, enum function function)
-{
-	enum step step = function == FUNCTION_SYN ? STEP_SYN : STEP_ACK;
-	__u32 zero = 0;
-	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
-	struct mib before, now = {};
-
-	if (!packet || packet->function != function)
-		return;
-	before = packet->before;
-	mib_read(packet, &now);
-	if (now.drops != before.drops)
-		refusal(ctx, packet, step,
-			now.overflows != before.overflows                  ? CAUSE_ACCEPT_QUEUE_FULL
-			: now.full != before.full                          ? CAUSE_SYN_QUEUE_FULL
-			: step == STEP_SYN && reserved_quarter(packet->sk) ? CAUSE_SYN_QUEUE_RESERVED
-									   : CAUSE_OTHER);
-	else if (now.cookies != before.cookies)
-		refusal(ctx, packet, step, CAUSE_COOKIE_SENT);
-	packet->function = FUNCTION_NONE;
+	return packet && cause ? refusal(ctx, packet->skb, step_of(function), cause) : 0;
 }
 
 #endif

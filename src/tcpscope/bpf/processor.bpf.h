@@ -1,9 +1,16 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* Where one CPU's copy of the kernel's per-CPU data is. */
+/* How many CPUs there are, and where one CPU's copy of the kernel's per-CPU data is. */
 #ifndef TCPSCOPE_PROCESSOR_BPF_H
 #define TCPSCOPE_PROCESSOR_BPF_H
 
 #include "kernel.bpf.h"
+
+/*
+ * User space sets it before loading, and the verifier walks through as many turns of the loop. 0: the mask of possible CPUs
+ * has gaps, which x86 never makes (prefill_possible_map(), topology_init_possible_cpus()). For a CPU in a gap the look-up
+ * returns something that is no copy of a CPU. So the counters cannot be read there.
+ */
+const volatile __u32 possible_cpus;
 
 /*
  * The offset from a per-CPU pointer to the copy of one CPU: the CPU of this element of a per-CPU array of ours. The BTF of 5.10

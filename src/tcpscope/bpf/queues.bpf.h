@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only */
-/* The two queues of a listener, what limits them, and what it has accepted and refused. */
+/* The two queues of a listener, what limits them, and why they refuse a handshake. */
 #ifndef TCPSCOPE_QUEUES_BPF_H
 #define TCPSCOPE_QUEUES_BPF_H
 
@@ -53,54 +53,6 @@ static __noinline int queues_read(struct sock *sk, struct queues *queues)
 	queues->syncookies = READ_ANY_WIDTH(ipv4, sysctl_tcp_syncookies);
 	queues->abort_on_overflow = READ_ANY_WIDTH(ipv4, sysctl_tcp_abort_on_overflow);
 	return 0;
-}
-
-/* What a listener has accepted and refused. Inserted at the first of either, deleted at tcp_destroy_sock. */
-struct activity {
-	__u64 accepts;
-	__u64 last_accept_ns;
-	__u32 accepter; /* PID of the process that called accept() last */
-	__u32 padding;
-	__u64 refused[STEPS][CAUSES];
-	__u64 unnamed[CAUSES]; /* refused by this listener or by another one of its address */
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 8192);
-	__type(key, __u64); /* address of the struct sock */
-	__type(value, struct activity);
-} activities SEC(".maps");
-
-static const struct activity new_activity;
-
-static __always_inline struct activity *activity_of(struct sock *sk)
-{
-	__u64 key = (__u64)sk;
-	struct activity *found = bpf_map_lookup_elem(&activities, &key);
-
-	if (found)
-		return found;
-	table_put(&activities, &key, &new_activity, BPF_NOEXIST);
-	found = bpf_map_lookup_elem(&activities, &key);
-	if (!found)
-		COUNT(table_full);
-	return found;
-}
-
-/* accept() returned `child`. */
-static __always_inline void accepted_from(struct sock *listener, struct sock *child)
-{
-	struct activity *activity;
-
-	if (!listener || !child)
-		return;
-	activity = activity_of(listener);
-	if (!activity)
-		return;
-	__sync_fetch_and_add(&activity->accepts, 1);
-	activity->accepter = bpf_get_current_pid_tgid() >> 32;
-	activity->last_accept_ns = bpf_ktime_get_ns();
 }
 
 #endif

@@ -20,8 +20,8 @@
 
 #include "connection.bpf.h"
 #include "extension.bpf.h"
+#include "handshake.bpf.h"
 #include "mib.bpf.h"
-#include "overflow.bpf.h"
 #include "queues.bpf.h"
 #include "search.bpf.h"
 
@@ -34,8 +34,7 @@
 /* The counters of one CPU in one namespace, at this CPU's last look. */
 struct look {
 	struct mib mib;
-	__u64 resets;          /* EmbryonicRsts */
-	__u64 fast_open_fails; /* TCPFastOpenPassiveFail */
+	__u64 resets; /* EmbryonicRsts */
 	bool begun;
 	__u32 listeners; /* of the namespace, in `listening`; in the copy of CPU 0 */
 };
@@ -63,7 +62,6 @@ static __noinline int look_read(struct net *net, __u64 cpu_offset, struct look *
 
 	mib_read_at(counters, &look->mib);
 	bpf_probe_read_kernel(&look->resets, 8, counters + mib_embryonic_rsts * 8);
-	bpf_probe_read_kernel(&look->fast_open_fails, 8, counters + mib_fast_open_fails * 8);
 	look->begun = true;
 	return 0;
 }
@@ -107,23 +105,10 @@ static __noinline int look_again(struct net *net, bool at_listener, struct look 
 	}
 	before = *last;
 	look_read(net, cpu_offset(&in_hand, mine), last);
-	grown->mib.overflows = last->mib.overflows - before.mib.overflows;
-	grown->mib.drops = last->mib.drops - before.mib.drops;
-	grown->mib.cookies = last->mib.cookies - before.mib.cookies;
-	grown->mib.full = last->mib.full - before.mib.full;
+	grown->mib = last->mib;
+	mib_subtract(&grown->mib, &before.mib);
 	grown->resets = last->resets - before.resets;
-	grown->fast_open_fails = last->fast_open_fails - before.fast_open_fails;
 	return before.begun;
-}
-
-static __always_inline enum cause cause_of(const struct mib *grown, enum step step, struct sock *sk)
-{
-	if (!grown->drops)
-		return grown->cookies ? CAUSE_COOKIE_SENT : CAUSE_UNKNOWN;
-	return grown->overflows                           ? CAUSE_ACCEPT_QUEUE_FULL
-	       : grown->full                              ? CAUSE_SYN_QUEUE_FULL
-	       : step == STEP_SYN && reserved_quarter(sk) ? CAUSE_SYN_QUEUE_RESERVED
-							  : CAUSE_OTHER;
 }
 
 /* Refusals of packets for which no program has run. */
@@ -228,8 +213,11 @@ static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)
 	return 0;
 }
 
-/* A packet without a socket and with a route is consumed: a SYN that a listener has handled, an ICMP message, or others. */
-static __noinline int consumed(void *ctx, struct sk_buff *skb)
+/*
+ * A packet without a socket and with a route is consumed: a SYN that a listener has handled, an ICMP message, or others. Returns
+ * why the SYN was refused; CAUSE_UNKNOWN: it was not.
+ */
+static __noinline int consumed(struct sk_buff *skb)
 {
 	struct freed freed = {};
 	struct look grown = {};
@@ -240,13 +228,13 @@ static __noinline int consumed(void *ctx, struct sk_buff *skb)
 	packet = bpf_map_lookup_elem(&in_hand, &zero);
 	search = bpf_map_lookup_elem(&searches, &zero);
 	if (!packet || !search)
-		return 0;
+		return CAUSE_UNKNOWN;
 	packet->consumed = (__u64)skb;
 	freed_read(skb, &freed);
 	if (!freed.net || !(freed.syn || freed.icmp_error) || !look_again(freed.net, freed.syn, &grown))
-		return 0;
+		return CAUSE_UNKNOWN;
 	if (!freed.syn || !freed.unicast || !(grown.mib.drops || grown.mib.cookies))
-		return 0;
+		return CAUSE_UNKNOWN;
 	count_missed(&grown.mib);
 	__builtin_memset(search, 0, sizeof(*search));
 	search->net = freed.net;
@@ -256,64 +244,32 @@ static __noinline int consumed(void *ctx, struct sk_buff *skb)
 	search->cause = cause_of(&grown.mib, STEP_ACK, NULL); /* not yet whether it is the reserved quarter */
 	if (!listener_of_syn(search, packet)) {
 		COUNT(missed);
-		return 0;
+		return CAUSE_UNKNOWN;
 	}
 	search->cause = cause_of(&grown.mib, STEP_SYN, packet->sk);
 	packet->skb = skb;
 	packet->req = NULL;
 	packet->reset = false;
-	packet->fast_open = grown.fast_open_fails;
-	refusal(ctx, packet, STEP_SYN, search->cause);
-	if (packet->unnamed) {
+	packet->fast_open = grown.mib.fast_open_fails;
+	if (packet->unnamed)
 		listeners_mark(search);
-	} else if (grown.mib.drops) {
+	else if (grown.mib.drops)
 		listening_explain(packet->sk);
-	}
-	return 0;
+	return search->cause;
 }
 
-static __noinline int thrown_away(void *ctx, struct sk_buff *skb, struct sock *listener)
+static __always_inline int syn_consumed(void *ctx, struct sk_buff *skb)
 {
-	struct net *net = BPF_CORE_READ(listener, __sk_common.skc_net.net);
-	struct look grown = {};
-	struct in_hand *packet;
-	__u32 zero = 0;
+	int cause = consumed(skb);
 
-	listening_explain(listener);
-	if (!look_again(net, true, &grown) || !grown.mib.drops)
-		return 0;
-	packet = bpf_map_lookup_elem(&in_hand, &zero);
-	if (!packet)
-		return 0;
-	count_missed(&grown.mib);
-	packet->sk = listener;
-	packet->skb = skb;
-	packet->req = NULL;
-	packet->reset = grown.resets;
-	packet->fast_open = packet->unnamed = false;
-	refusal(ctx, packet, STEP_ACK, cause_of(&grown.mib, STEP_ACK, listener));
-	return 0;
-}
-
-/*
- * The listener of a packet that is thrown away, NULL if it has none. From the context by address: before 6.13 the verifier
- * takes the argument for a pointer that is never NULL, and would remove the test.
- */
-static __always_inline struct sock *listener_of(unsigned long long *ctx)
-{
-	struct sock *sk = NULL;
-
-	bpf_probe_read_kernel(&sk, sizeof(sk), &ctx[RX_SK]);
-	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
-		return NULL;
-	return BPF_CORE_READ(sk, sk_protocol) == IPPROTO_TCP ? sk : NULL;
+	return cause ? refusal(ctx, skb, STEP_SYN, cause) : 0;
 }
 
 HAS_RX_SK
 SEC("tp_btf/consume_skb")
 int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit__consume, struct sk_buff *skb)
 {
-	return consumed(ctx, skb);
+	return syn_consumed(ctx, skb);
 }
 
 /* The second copy, for a packet at which the first one has not looked. */
@@ -327,29 +283,9 @@ int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit_again__consume, st
 	struct in_hand *packet = bpf_map_lookup_elem(&in_hand, &zero);
 
 	if (!packet || packet->consumed != (__u64)skb)
-		return consumed(ctx, skb);
+		return syn_consumed(ctx, skb);
 	packet->consumed = 0;
 	return 0;
-}
-
-HAS_RX_SK
-SEC("tp_btf/kfree_skb")
-int TRACEPOINT_PROG(ack4_exit__free, struct sk_buff *skb)
-{
-	struct sock *listener = listener_of(ctx);
-
-	return listener ? thrown_away(ctx, skb, listener) : 0;
-}
-
-AGAIN
-UNLESS_FUNCTIONS
-HAS_RX_SK
-SEC("tp_btf/kfree_skb")
-int TRACEPOINT_PROG(ack4_exit_again__free, struct sk_buff *skb)
-{
-	struct sock *listener = listener_of(ctx);
-
-	return listener ? thrown_away(ctx, skb, listener) : 0;
 }
 
 OPTIONAL("refusals one by one, with peer and step; they are sampled instead")

@@ -51,7 +51,7 @@ struct search {
 	__u16 port;
 	bool v6, any;
 	__u8 cause;
-	bool mark; /* count the refusal at each of them */
+	bool mark; /* none is searched, refused_perhaps() is called for each */
 };
 
 /* In a map: the verifier would follow each value on the stack through each turn of the loop. */
@@ -137,16 +137,14 @@ static __always_inline bool could_refuse(const struct search *search, struct soc
 	return !entry || entry->drops != (__u32)BPF_CORE_READ(sk, sk_drops.counter);
 }
 
+/* The object's: one of several listeners has refused the SYN for this cause, perhaps this one. */
+static __always_inline void refused_perhaps(struct sock *sk, __u64 cause);
+
 /* One that matches. With `mark` it is not known which one has refused. */
 static __always_inline void candidate(struct search *search, struct sock *sk)
 {
 	if (search->mark) {
-		struct activity *activity = activity_of(sk);
-		__u64 cause = search->cause;
-
-		barrier_var(cause); /* the compiler would compare one load of it, and use another */
-		if (activity && cause < CAUSES)
-			__sync_fetch_and_add(&activity->unnamed[cause], 1);
+		refused_perhaps(sk, search->cause);
 		listening_explain(sk);
 		return;
 	}
@@ -224,7 +222,7 @@ static __noinline int listener_of_syn(struct search *search, struct in_hand *pac
 	return packet->sk != NULL;
 }
 
-/* Counts the refusal at each of them. */
+/* The refusal may be that of each of them. */
 static __noinline int listeners_mark(struct search *search)
 {
 	search->mark = true;

@@ -3,10 +3,12 @@
 #ifndef TCPSCOPE_SNAPSHOT_BPF_H
 #define TCPSCOPE_SNAPSHOT_BPF_H
 
+#include "activity.bpf.h"
 #include "connection.bpf.h"
 #include "lengths.bpf.h"
 #include "mib.bpf.h"
 #include "overflow.bpf.h"
+#include "processor.bpf.h"
 #include "queues.bpf.h"
 
 #define MAX_LISTENERS 8192 /* listeners.py sizes `connections` alike */
@@ -53,13 +55,6 @@ struct listener_holder {
 };
 
 const struct listener_holder *listener_holder_anchor __attribute__((unused));
-
-/*
- * User space sets it before loading, and the verifier walks through as many turns of the loop. 0: the mask of possible CPUs
- * has gaps, which x86 never makes (prefill_possible_map(), topology_init_possible_cpus()). For a CPU in a gap the look-up
- * returns something that is no copy of a CPU. So the counters cannot be read there.
- */
-const volatile __u32 possible_cpus;
 
 /*
  * The namespace's counters, summed over all CPUs. The kernel counts the cause before the drop. So the drops are read first:
