@@ -30,6 +30,7 @@ OF_QDISCS = {
     0x30003: "QDISC_DROP_MAX",
 }
 SPEC = Spec.of("drops")
+DERIVED = SPEC.layout("drop").field("reason").derived or {}
 SYMBOLS = Symbols(
     [
         "1000 t skb_queue_purge",
@@ -89,6 +90,32 @@ def test_reasons_that_are_refused(text: str, message: str) -> None:
 def test_a_kernel_without_reasons() -> None:
     with pytest.raises(UnsupportedError, match=r"gives no reasons; Linux does since 5\.17"):
         Wanted.of("NO_SOCKET", {})
+    with pytest.raises(UnsupportedError):
+        Wanted.of("DERIVED:*,!NO_SOCKET", {}, derived=DERIVED)
+    assert Wanted.of("!derived:syn*", {}, derived=DERIVED) == (2, (0x7FFF0002, 0x7FFF0004, 0x7FFF0005), False)
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        (None, {*DERIVED}),
+        ("DERIVED:*", {*DERIVED}),
+        ("derived:syn_queue_*,TCP_CSUM", {0x7FFF0002, 0x7FFF0004}),
+        ("*QUEUE_FULL", {0x7FFF0001, 0x7FFF0002}),
+        ("!NO_SOCKET", {*DERIVED}),
+        ("!DERIVED:SYN_*", {0x7FFF0001}),
+        ("TCP_*", set()),
+    ],
+)
+def test_reasons_that_are_derived(text: str | None, taken: set[int]) -> None:
+    """The programs that see a refused SYN are attached only if one of its reasons is asked for."""
+    wanted = Wanted.of(text, ENUM, OF_QDISCS, DERIVED)
+    assert {number for number in DERIVED if wanted.takes(number)} == taken
+
+
+def test_a_derived_reason_without_its_first_part() -> None:
+    with pytest.raises(UsageError, match="did you mean 'DERIVED:SYN_QUEUE_FULL'"):
+        Wanted.of("SYN_QUEUE_FULL", ENUM, OF_QDISCS, DERIVED)
 
 
 def test_facts_by_number() -> None:
@@ -114,7 +141,13 @@ def test_every_counter_is_one_of_the_events() -> None:
     labels = SPEC.layout("drop").field("counter").labels or {}
     named = {name for fact in FACTS.values() for name in (fact.counter, fact.ipv4) if name}
     assert named <= set(labels.values())
-    by_program = {"TcpExtListenOverflows", "TcpExtTCPDeferAcceptDrop", "TcpExtTCPOFODrop", "TcpExtTCPRcvQDrop"}
+    by_program = {
+        "TcpExtListenOverflows",
+        "TcpExtTCPDeferAcceptDrop",
+        "TcpExtTCPOFODrop",
+        "TcpExtTCPRcvQDrop",
+        "TcpExtTCPReqQFullDrop",
+    }
     counted = {entry["counter"] for entry in facts_of({}, counters=())["watched"]}
     assert 0 not in counted and len(counted) == len(facts_of({})["watched"]) == 8
     assert set(labels.values()) - named == {"NONE", *by_program}

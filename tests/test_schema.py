@@ -326,13 +326,20 @@ def test_a_reason_of_a_subsystem() -> None:
     layout = Spec.of("drops").layout("drop").select(["reason", "location"]).named(lambda enum: enums.get(enum, {}))
     by_name = {"reason": 0, "location": 0xFFFF}
     found = []
-    for reason in (2, 3, 2 << 16 | 7, 5 << 16 | 7, 0xFFFFFFFF):
+    for reason in (2, 3, 2 << 16 | 7, 5 << 16 | 7, 0x7FFF0002, 0xFFFFFFFF):
         record = bytearray(layout.size)
         for field in layout.fields:
             value = reason if field.name == "reason" else by_name[field.name]
             record[field.offset : field.offset + field.size] = value.to_bytes(field.size, "little")
         found += layout.decoder(frame=lambda address: f"at {address:#x}").rows(bytes(record))
-    assert [row.reason for row in found] == ["NOT_SPECIFIED", "3", "OPENVSWITCH:7", "5:7", None]
+    assert [row.reason for row in found] == [
+        "NOT_SPECIFIED",
+        "3",
+        "OPENVSWITCH:7",
+        "5:7",
+        "DERIVED:SYN_QUEUE_FULL",
+        None,
+    ]
     assert {row.location for row in found} == {"at 0xffff"}
 
 

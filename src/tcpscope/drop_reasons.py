@@ -14,6 +14,7 @@ from tcpscope.errors import UnsupportedError, UsageError, did_you_mean
 from tcpscope.kernel.spec import Spec
 from tcpscope.kernel.symbols import Symbols
 from tcpscope.request import names_in
+from tcpscope.schema import DERIVED
 
 ENUM, PREFIX = "skb_drop_reason", "SKB_DROP_REASON_"
 QDISC_ENUM = "qdisc_drop_reason"
@@ -169,14 +170,21 @@ class Wanted(NamedTuple):
     named: bool = False
 
     @classmethod
-    def of(cls, text: str | None, enumerators: Mapping[int, str], of_qdiscs: Mapping[int, str] | None = None) -> Wanted:
-        """UsageError for a name that the kernel does not have, UnsupportedError if it has no reasons at all.
+    def of(
+        cls,
+        text: str | None,
+        enumerators: Mapping[int, str],
+        of_qdiscs: Mapping[int, str] | None = None,
+        derived: Mapping[int, str] | None = None,
+    ) -> Wanted:
+        """UsageError for a name that there is not. UnsupportedError for one of the kernel's, if it has no reasons.
 
-        `of_qdiscs` are the names of `QDISC_ENUM`. QDISC_DROP stands for all of them.
+        `of_qdiscs` are the names of `QDISC_ENUM`. QDISC_DROP stands for all of them. `derived` are names of ours.
         """
         if text is None:
             return cls(_ALL)
-        if not enumerators:
+        patterns = names_in(text)
+        if not enumerators and not all(pattern.lstrip("!").upper().startswith(DERIVED) for pattern in patterns):
             raise UnsupportedError(f"--reason {text}", "this kernel gives no reasons; Linux does since 5.17")
         known = {
             name.removeprefix(PREFIX): number
@@ -188,8 +196,7 @@ class Wanted(NamedTuple):
             for number, name in (of_qdiscs or {}).items()
             if name.startswith(f"{_QDISC_REASON}_") and name not in (f"{_QDISC_REASON}_UNSPEC", f"{_QDISC_REASON}_MAX")
         }
-        known |= detailed
-        patterns = names_in(text)
+        known |= detailed | {name: number for number, name in (derived or {}).items()}
         if not patterns:
             raise UsageError("--reason is empty", "give names of reasons, separated by commas")
         excluded = _matching(known, (pattern[1:] for pattern in patterns if pattern.startswith("!")))
@@ -202,6 +209,10 @@ class Wanted(NamedTuple):
         if not named - excluded:
             raise UsageError(f"--reason {text}", "nothing is left of these reasons")
         return cls(_ONLY, tuple(sorted(named - excluded)), True)
+
+    def takes(self, number: int) -> bool:
+        """Whether it asks for this reason."""
+        return self.mode == _ALL or (number in self.numbers) == (self.mode == _ONLY)
 
     @property
     def keys(self) -> list[bytes]:

@@ -78,6 +78,7 @@ class Counter(StrEnum):
     TcpExtTCPOFODrop = "TcpExtTCPOFODrop"
     TcpExtTCPOFOMerge = "TcpExtTCPOFOMerge"
     TcpExtTCPRcvQDrop = "TcpExtTCPRcvQDrop"
+    TcpExtTCPReqQFullDrop = "TcpExtTCPReqQFullDrop"
     TcpExtTCPSYNChallenge = "TcpExtTCPSYNChallenge"
     TcpExtTCPZeroWindowDrop = "TcpExtTCPZeroWindowDrop"
     TcpExtTSEcrRejected = "TcpExtTSEcrRejected"
@@ -451,11 +452,11 @@ class Drop(msgspec.Struct, frozen=True):
     cgroup: int | None
     """cgroup v2 id of that process"""
 
-    location: str
+    location: str | None
     """kernel function that discarded it, and the offset in it"""
 
     reason: str | None
-    """why, in the kernel's words; Linux before 5.17 gives no reason"""
+    """why, in the kernel's words, since Linux 5.17; DERIVED: the kernel gives no reason"""
 
     packet_bytes: int | None
     """length of the IP packet"""

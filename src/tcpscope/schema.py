@@ -6,6 +6,7 @@ The C struct is the only description of an event. Its fields have tags (see `bpf
     unit:TEXT      us, ns, bytes, ...; the field's name ends with it, too
     kind:TEXT      how to read the bytes: address, comm, time, stack, errno, function, tcp_flags
     named_by:TEXT  an enum of the running kernel, whose enumerators name the value, and a prefix that is left out
+    derived_by:TEXT  an enum of the object: values for which the kernel has no name, shown as DERIVED:NAME
     subsystems:TEXT  the same for the upper half of a value, whose lower half then has no name
     may_lack:NAME  on a struct in the struct: of this field of it, zero means "not known" here
     unknown:TEXT   zero or max (all bits set): the value that means "not known"; it becomes None
@@ -36,6 +37,8 @@ from tcpscope.kernel import btf as B
 from tcpscope.kernel.clock import monotonic_ns
 
 Row = msgspec.Struct
+DERIVED = "DERIVED:"
+"""Before a name that is not the kernel's."""
 
 _FORMATS = {
     (1, False): "B",
@@ -66,6 +69,7 @@ class Field(msgspec.Struct, frozen=True):
     enum: str = ""
     named_by: str = ""
     and_by: str = ""
+    derived: dict[int, str] | None = None
     subsystems: str = ""
     subsystem_labels: dict[int, str] | None = None
 
@@ -125,7 +129,7 @@ def _named(field: Field, enumerators: Callable[[str], Mapping[int, str]]) -> Fie
         return {value: name.removeprefix(prefix) for value, name in enumerators(enum).items()}
 
     subsystems = names(field.subsystems) if field.subsystems else None
-    others = names(field.and_by) if field.and_by else {}
+    others = (names(field.and_by) if field.and_by else {}) | (field.derived or {})
     return msgspec.structs.replace(field, labels=others | names(field.named_by), subsystem_labels=subsystems)
 
 
@@ -173,8 +177,15 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int, lacking: Collection[str] = 
             enum=enum,
             named_by=tags.get("named_by", ""),
             and_by=tags.get("and_by", ""),
+            derived=_derived(btf, tags["derived_by"]) if "derived_by" in tags else None,
             subsystems=tags.get("subsystems", ""),
         )
+
+
+def _derived(btf: B.Btf, enum: str) -> dict[int, str]:
+    found = btf.find(enum, B.Kind.ENUM)
+    assert found is not None
+    return {value: f"{DERIVED}{name}" for value, name in labels_of(btf.enumerators(found)).items()}
 
 
 def labels_of(enumerators: dict[int, str]) -> dict[int, str]:

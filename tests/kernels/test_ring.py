@@ -91,7 +91,7 @@ def test_what_a_tool_does_not_know_is_told(here: bytes) -> None:
 def test_a_counter_without_a_number_is_told(here: bytes, enumerator: str) -> None:
     unknown = ring.judge(renamed(here, enumerator)).unknown
     told = [f"single refusals: the kernel's BTF does not number {enumerator}"]
-    assert unknown == {"queue": told, "synbl": told}
+    assert unknown == {"drop": told, "queue": told, "synbl": told}
 
 
 def test_a_lesser_way_is_told(here: bytes) -> None:

@@ -16,14 +16,17 @@ from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import DEVICE, Lab
 from tcpscope.lab.packets import raw_socket, syn
 from tests.conftest import RunningTool
+from tests.lacks import FUNCTIONS
 from tests.record import PORTS, Call, Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, NOBODYS_MAC, SOL_SOCKET
 from tests.tools.pair import pair
-from tests.tools.queue.refusals import BACKLOG, Run
+from tests.tools.queue.refusals import BACKLOG, FAMILIES, SMALL_BACKLOG, Run, has_rx_sk, values
 
 DROPS = Watch("drop", "--port", PORTS)
 ALL = Watch("drop", "--all", "--port", PORTS)
 COUNTED = Watch("drop", "--count", "--by", "netns,reason,kind,counter", "--port", PORTS, every_kernel=False)
+TRACED = Watch("drop", "--port", PORTS, lacks=FUNCTIONS)
+"""By tracepoints alone."""
 PORT = 8910
 TCP_DEFER_ACCEPT = 9
 SO_SNDBUF, SO_RCVBUF = 7, 8
@@ -306,18 +309,157 @@ def test_segments_that_do_not_fit_a_handshake(script: Script) -> Test:
         assert rows[0]["reason"] == "TCP_OVERWINDOW"
 
 
-@pytest.mark.parametrize("cookies", [0, 1])
-@recorded(DROPS, ALL)
-def test_syns_that_a_full_syn_queue_refuses(script: Script, cookies: int) -> Test:
-    """The kernel takes the packet as handled, with or without a cookie: it is no discard."""
-    script.server.sysctl("tcp_syncookies", cookies)
-    run = Run(script, backlog=3, port=PORT)
+def refusals(seen: Seen, run: Run, watch: Watch = DROPS) -> Rows:
+    """What the listener has refused: as many packets as the counters say. Tracepoints alone show the SYNs, too."""
+    rows = [row for row in seen.rows(watch, run.host, lport=run.port) if row["kind"] == "REFUSED"]
+    counters = Counter(row["counter"] for row in rows)
+    assert counters["TcpExtListenOverflows"] == run.change("ListenOverflows")
+    assert counters["TcpExtTCPReqQFullDrop"] == run.change("TCPReqQFullDrop")
+    assert len(rows) == counters.total() - counters[None] == run.change("ListenDrops")
+    if has_rx_sk(seen.machine.kernel):
+        traced = seen.rows(TRACED, run.host, lport=run.port, flags="SYN", kind="REFUSED")
+        assert contents(traced) == contents(syns(rows))
+    return rows
+
+
+def contents(rows: Rows) -> list[str]:
+    return sorted(repr(row | {"time": None}) for row in rows)
+
+
+def syns(rows: Rows) -> Rows:
+    """Those that are SYNs: each has the listener's owner, and no function."""
+    found = [row for row in rows if row["flags"] == "SYN"]
+    for row in found:
+        assert (row["kind"], row["direction"], row["state"]) == ("REFUSED", "RECEIVED", "LISTEN")
+        assert (row["location"], row["device"], row["stack"]) == (None, None, None)
+    return found
+
+
+def check_ends(rows: Rows, run: Run) -> None:
+    """The local end is where the SYN went, also if the listener has all addresses."""
+    here, port = run.target
+    for row in rows:
+        assert (row["laddr"], row["lport"], row["family"]) == (here, port, int(run.kind))
+        assert (row["pid"], row["comm"], row["uid"]) == (run.owner.pid, run.owner.comm, 0)
+
+
+def needs_syns(seen: Seen) -> None:
+    if not seen.machine.hook("drops", "syn_exit"):
+        pytest.skip("this kernel refuses fentry, and its kfree_skb has no rx_sk")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(DROPS, TRACED)
+def test_syns_that_a_full_syn_queue_refuses(script: Script, family: str) -> Test:
+    script.server.sysctl("tcp_syncookies", 0)
+    script.server.sysctl("tcp_max_syn_backlog", 256)
+    run = Run(script, family, SMALL_BACKLOG, PORT)
+    run.flood(40)
+    requests = run.requests()
+    run.end()
+    seen = yield
+    needs_syns(seen)
+    rows = refusals(seen, run)
+    assert len(rows) == 40 - requests.ret == run.change("TCPReqQFullDrop")
+    assert rows == syns(rows)
+    assert values(rows, "reason", "counter") == {("DERIVED:SYN_QUEUE_FULL", "TcpExtTCPReqQFullDrop")}
+    assert values(rows, "packet_bytes") == {44 if run.kind == "4" else 64}  # with the option MSS
+    assert len(values(rows, "raddr")) == len(rows)
+    assert values(rows, "rport") == {10_000}
+    check_ends(rows, run)
+
+
+@recorded(DROPS, TRACED)
+def test_the_last_quarter_of_the_syn_queue(script: Script) -> Test:
+    """No counter has it but ListenDrops."""
+    script.server.sysctl("tcp_syncookies", 0)
+    script.server.sysctl("tcp_max_syn_backlog", 16)
+    run = Run(script, backlog=64, port=PORT)
     run.flood(40)
     run.end()
     seen = yield
-    assert run.change("SyncookiesSent" if cookies else "TCPReqQFullDrop") >= 30
-    assert seen.rows(DROPS, script.server) == []
-    assert [row for row in seen.rows(ALL, script.server) if row["flags"] == "SYN"] == []
+    needs_syns(seen)
+    rows = refusals(seen, run)
+    assert len(rows) == 40 - 13 == run.change("ListenDrops")
+    assert values(rows, "reason", "counter") == {("DERIVED:SYN_QUEUE_RESERVED", "TcpExtListenDrops")}
+
+
+@pytest.mark.parametrize("cookies", [1, 2])
+@recorded(ALL)
+def test_syns_that_are_answered_with_a_cookie(script: Script, cookies: int) -> Test:
+    """The queue is full, or it is always so: nothing is discarded."""
+    script.server.sysctl("tcp_syncookies", cookies)
+    run = Run(script, backlog=SMALL_BACKLOG, port=PORT)
+    run.flood(40)
+    run.end()
+    seen = yield
+    assert run.change("SyncookiesSent") >= 30
+    assert seen.rows(ALL, script.server, flags="SYN") == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(DROPS, TRACED)
+def test_syns_that_a_full_accept_queue_refuses(script: Script, family: str) -> Test:
+    run = Run(script, family, port=PORT)
+    refused = run.overflow_at_syn(3)
+    run.end()
+    seen = yield
+    needs_syns(seen)
+    rows = refusals(seen, run)
+    assert len(rows) == run.change("ListenOverflows") >= 3
+    assert rows == syns(rows)
+    assert values(rows, "reason", "counter") == {("DERIVED:ACCEPT_QUEUE_FULL", "TcpExtListenOverflows")}
+    assert values(rows, "rport") == run.ports(*refused)
+    check_ends(rows, run)
+
+
+OF_SYNS = Watch("drop", "--reason", "DERIVED:*", "--port", PORTS, every_kernel=False)
+NOT_OF_SYNS = Watch("drop", "--reason", "!derived:accept*", "--port", PORTS, every_kernel=False)
+BY_COUNTER = Watch("drop", "--count", "--by", "netns,reason,kind,counter,comm", "--port", PORTS, every_kernel=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@recorded(DROPS, TRACED)
+def test_refusals_of_both_steps(script: Script, family: str) -> Test:
+    """Final ACKs, which are sent again, and then SYNs. Each packet has one row."""
+    run = Run(script, family, port=PORT)
+    run.overflow_at_ack(4)
+    before = run.overflows()
+    late = run.start(3)
+    run.until_overflows(before, 3)
+    run.end()
+    seen = yield
+    needs_syns(seen)
+    rows = refusals(seen, run)
+    assert values(syns(rows), "rport") == run.ports(*late)
+    acks = [row for row in rows if row["flags"] != "SYN"]
+    assert len(values(acks, "rport")) == 4
+    assert not values(acks, "rport") & run.ports(*late)
+    assert {str(row["reason"]).startswith("DERIVED:") for row in acks} == {False}
+    assert len(acks) + len(syns(rows)) == run.change("ListenOverflows")
+    check_ends(rows, run)
+
+
+@recorded(DROPS, TRACED, OF_SYNS, NOT_OF_SYNS, BY_COUNTER)
+def test_chosen_and_counted_refusals(script: Script) -> Test:
+    """Each run shows or counts its own. A derived reason is none of the kernel's: Linux before 5.17 has it, too."""
+    run = Run(script, port=PORT)
+    run.overflow_at_ack(2)
+    before = run.overflows()
+    run.start(3)
+    run.until_overflows(before, 3)
+    run.end()
+    seen = yield
+    needs_syns(seen)
+    rows = refusals(seen, run)
+    acks = [row for row in rows if row["flags"] != "SYN"]
+    assert contents(seen.rows(OF_SYNS, script.server)) == contents(syns(rows)) != []
+    assert contents(seen.rows(NOT_OF_SYNS, script.server)) == contents(acks) != []
+    names = ("reason", "kind", "counter", "comm")
+    counted = {tuple(row[name] for name in names): row["count"] for row in seen.rows(BY_COUNTER, script.server)}
+    assert counted == Counter(tuple(row[name] for name in names) for row in rows)
+    of_syns = counted["DERIVED:ACCEPT_QUEUE_FULL", "REFUSED", "TcpExtListenOverflows", run.owner.comm]
+    assert of_syns == len(syns(rows)) >= 3
 
 
 @recorded(DROPS)

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* A packet of TCP that the kernel discards: why, where, and whose it is. */
+/* A packet of TCP that the kernel discards: why, where, and whose it is. A SYN that a listener refuses is one, too. */
 #define HAS_GROUPS
 #define COUNTED_BYTES(size) 144 /* of struct drop, without the stack */
 #include "socket_event.bpf.h"
 #include "packet.bpf.h"
 #include "handled.bpf.h"
+#include "handshake.bpf.h"
 
 #define STACK_DEPTH 24
 #define REASONS 256
@@ -42,18 +43,34 @@ enum counter {
 	COUNTER_TcpExtTCPOFODrop,
 	COUNTER_TcpExtTCPOFOMerge,
 	COUNTER_TcpExtTCPRcvQDrop,
+	COUNTER_TcpExtTCPReqQFullDrop,
 	COUNTER_TcpExtTCPSYNChallenge,
 	COUNTER_TcpExtTCPZeroWindowDrop,
 	COUNTER_TcpExtTSEcrRejected,
 	COUNTER_TcpInCsumErrors,
 } __attribute__((packed));
 
+/*
+ * Why a listener refuses a SYN. The kernel has no reason for it, so these are ours: their upper half is the number of no subsystem.
+ */
+#define DERIVED 0x7fff0000
+
+enum derived_reason {
+	DERIVED_ACCEPT_QUEUE_FULL = DERIVED + CAUSE_ACCEPT_QUEUE_FULL,
+	DERIVED_SYN_QUEUE_FULL = DERIVED + CAUSE_SYN_QUEUE_FULL,
+	DERIVED_SYN_QUEUE_RESERVED = DERIVED + CAUSE_SYN_QUEUE_RESERVED,
+	DERIVED_SYN_REFUSED = DERIVED + CAUSE_OTHER,
+};
+const enum derived_reason derived_reasons __attribute__((unused)); /* or the BTF would not have it */
+
 struct drop {
 	struct event event MAY_LACK("netns");
-	__u64 location WIDTH(24) KIND("function") DOC("kernel function that discarded it, and the offset in it");
+	__u64 location WIDTH(24) KIND("function") UNKNOWN_IS("zero")
+	DOC("kernel function that discarded it, and the offset in it");
 	__u32 reason WIDTH(19) NAMED_BY("skb_drop_reason", "SKB_DROP_REASON_") AND_BY("qdisc_drop_reason", "")
-		SUBSYSTEMS("skb_drop_reason_subsys", "SKB_DROP_REASON_SUBSYS_") UNKNOWN_IS("max")
-		DOC("why, in the kernel's words; Linux before 5.17 gives no reason");
+		SUBSYSTEMS("skb_drop_reason_subsys", "SKB_DROP_REASON_SUBSYS_") DERIVED_BY("derived_reason")
+			UNKNOWN_IS("max")
+			DOC("why, in the kernel's words, since Linux 5.17; DERIVED: the kernel gives no reason");
 	__u32 packet_bytes TITLE("LEN") WIDTH(5) UNIT("bytes") UNKNOWN_IS("zero") DOC("length of the IP packet");
 	__u16 flags KIND("tcp_flags") WIDTH(7) UNKNOWN_IS("max") DOC("TCP flags");
 	enum discard_kind kind UNKNOWN_IS("zero")
@@ -400,6 +417,15 @@ static __always_inline __u32 netns_of(struct sk_buff *skb, struct sock *sk, stru
 	return route ? netns_of_device(BPF_CORE_READ(route, dev)) : 0;
 }
 
+static __always_inline void ends_read(const struct packet *packet, bool out, struct identity *id)
+{
+	id->family = packet->family;
+	id->lport = out ? packet->sport : packet->dport;
+	id->rport = out ? packet->dport : packet->sport;
+	__builtin_memcpy(id->laddr, out ? packet->saddr : packet->daddr, 16);
+	__builtin_memcpy(id->raddr, out ? packet->daddr : packet->saddr, 16);
+}
+
 /* Both ends, by the direction. A packet without an IP header has a socket that sends it. */
 static __always_inline void identify(struct discard *discard, struct sock *receiver, struct sock *owner)
 {
@@ -408,13 +434,7 @@ static __always_inline void identify(struct discard *discard, struct sock *recei
 	struct sock *sk = receiver ?: owner;
 
 	if (packet->family) {
-		bool out = discard->direction == DIRECTION_SENT;
-
-		id->family = packet->family;
-		id->lport = out ? packet->sport : packet->dport;
-		id->rport = out ? packet->dport : packet->sport;
-		__builtin_memcpy(id->laddr, out ? packet->saddr : packet->daddr, 16);
-		__builtin_memcpy(id->raddr, out ? packet->daddr : packet->saddr, 16);
+		ends_read(packet, discard->direction == DIRECTION_SENT, id);
 		if (sk && !is_of(sk, id->lport))
 			sk = NULL;
 	} else if (sk) {
@@ -437,6 +457,36 @@ static __always_inline const struct owner *owner_of(const struct discard *discar
 	return connection_owner(connection_find(sk));
 }
 
+static __always_inline int discard_send(void *ctx, const struct discard *discard, __u64 location,
+					struct net_device *device)
+{
+	__u8 room[COUNTED_BYTES(0)] __attribute__((aligned(8)));
+	struct drop *event;
+
+	event = event_begin_in(room, sizeof(*event), IS_GROUPING ? 0 : bpf_ktime_get_ns(), &discard->id,
+			       want_owner ? owner_of(discard) : NULL);
+	if (!event)
+		return 0;
+	event->location = location;
+	event->reason = discard->reason;
+	event->packet_bytes = discard->packet.bytes;
+	event->flags = discard->packet.flags;
+	event->kind = discard->kind;
+	event->counter = discard->counter;
+	event->state = discard->state;
+	event->direction = discard->direction;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	__builtin_memset(event->device, 0, sizeof(event->device));
+	if (device)
+		BPF_CORE_READ_STR_INTO(&event->device, device, name);
+	if (!IS_GROUPING) {
+		__builtin_memset(event->stack, 0, sizeof(event->stack));
+		if (send_stacks)
+			bpf_get_stack(ctx, event->stack, sizeof(event->stack), 0);
+	}
+	return event_submit(event);
+}
+
 /* Is it a full socket? Others get no cookie. */
 static __always_inline bool is_full(struct sock *sk)
 {
@@ -456,8 +506,6 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	__u16 protocol = skb->protocol;
 	struct fact fact = fact_of(reason, protocol == bpf_htons(ETH_P_IPV6));
 	struct discard discard = {.reason = reason, .kind = fact.kind, .counter = fact.counter};
-	struct drop *event;
-	__u8 room[COUNTED_BYTES(0)] __attribute__((aligned(8)));
 	struct net_device *device = NULL;
 	struct sock *owner = skb->sk;
 
@@ -499,28 +547,104 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 		discard.id.netns = netns_of(skb, receiver ?: owner, device);
 		discard.id.cookie = discard.sk ? cookie : 0;
 	}
-	event = event_begin_in(room, sizeof(*event), IS_GROUPING ? 0 : bpf_ktime_get_ns(), &discard.id,
-			       want_owner ? owner_of(&discard) : NULL);
-	if (!event)
+	return discard_send(ctx, &discard, location, device);
+}
+
+static __always_inline enum counter counter_of_refusal(int cause)
+{
+	return cause == CAUSE_ACCEPT_QUEUE_FULL ? COUNTER_TcpExtListenOverflows
+	       : cause == CAUSE_SYN_QUEUE_FULL  ? COUNTER_TcpExtTCPReqQFullDrop
+						: COUNTER_TcpExtListenDrops;
+}
+
+/*
+ * A listener refuses a SYN: the kernel counts it, and consumes the packet as one that is answered. kfree_skb shows a final ACK that
+ * is refused. A cookie is an answer, and so is the SYN-ACK that follows if TCP Fast Open fails.
+ */
+static __noinline int refusal(void *ctx, struct sk_buff *skb, int step, int cause)
+{
+	struct discard discard = {
+		.reason = DERIVED + cause,
+		.kind = KIND_REFUSED,
+		.counter = counter_of_refusal(cause),
+		.state = STATE_LISTEN,
+		.direction = DIRECTION_RECEIVED,
+	};
+	__u32 zero = 0;
+	struct in_hand *hand = bpf_map_lookup_elem(&in_hand, &zero);
+
+	if (!hand || step != STEP_SYN || cause == CAUSE_COOKIE_SENT || hand->fast_open ||
+	    !reason_wanted(discard.reason))
 		return 0;
-	event->location = location;
-	event->reason = reason;
-	event->packet_bytes = discard.packet.bytes;
-	event->flags = discard.packet.flags;
-	event->kind = discard.kind;
-	event->counter = discard.counter;
-	event->state = discard.state;
-	event->direction = discard.direction;
-	__builtin_memset(event->padding, 0, sizeof(event->padding));
-	__builtin_memset(event->device, 0, sizeof(event->device));
-	if (device)
-		BPF_CORE_READ_STR_INTO(&event->device, device, name);
-	if (!IS_GROUPING) {
-		__builtin_memset(event->stack, 0, sizeof(event->stack));
-		if (send_stacks)
-			bpf_get_stack(ctx, event->stack, sizeof(event->stack), 0);
+	if (packet_read(skb, &discard.packet) != OF_TCP) {
+		COUNT(missed);
+		return 0;
 	}
-	return event_submit(event);
+	ends_read(&discard.packet, false, &discard.id);
+	discard.sk = hand->unnamed ? NULL : hand->sk;
+	if (want_owner) {
+		discard.id.netns = netns_of(skb, hand->sk, NULL);
+		discard.id.cookie = discard.sk ? cookie_if_any(discard.sk) : 0;
+	}
+	return discard_send(ctx, &discard, 0, NULL);
+}
+
+/* Only `queue` counts at each of them. */
+static __always_inline void refused_perhaps(struct sock *sk, __u64 cause)
+{
+}
+
+#define WITHOUT_REFUSALS "SYNs that a listener refuses"
+
+UNLESS("syn_exit__consume")
+OPTIONAL(WITHOUT_REFUSALS)
+SEC("fentry/tcp_conn_request")
+int FUNCTION_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
+{
+	handshake_enter(FUNCTION_SYN, sk, skb, NULL);
+	return 0;
+}
+
+OPTIONAL(WITHOUT_REFUSALS)
+SEC("fexit/tcp_conn_request")
+int FUNCTION_PROG(syn_exit__fexit, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
+{
+	int cause = handshake_cause(FUNCTION_SYN);
+
+	if (!cause)
+		return 0;
+	COOKIE_OF(sk);
+	return refusal(ctx, skb, STEP_SYN, cause);
+}
+
+#include "refused.bpf.h"
+
+/*
+ * By tracepoints alone: a listener discards a packet. If it has refused a final ACK, the counters have grown by that, and the next
+ * SYN is not to be taken for refused. The program is no second one at kfree_skb, which a flood passes.
+ */
+static __noinline int discarded_at_listener(struct sock *listener)
+{
+	struct net *net = BPF_CORE_READ(listener, __sk_common.skc_net.net);
+	__u64 cookie = BPF_CORE_READ(net, net_cookie), drops;
+	__u32 zero = 0;
+	struct in_hand *mine = bpf_map_lookup_elem(&in_hand, &zero);
+	struct look *last = bpf_map_lookup_elem(&looks, &cookie);
+
+	listening_explain(listener);
+	if (!mine || !last)
+		return 0;
+	drops = last->mib.drops;
+	look_read(net, cpu_offset(&in_hand, mine), last);
+	count_missed(last->mib.drops - drops);
+	return 0;
+}
+
+const volatile bool hooked_begins;
+
+static __always_inline bool is_listener(struct sock *sk)
+{
+	return hooked_begins && sk && BPF_CORE_READ(sk, __sk_common.skc_state) == STATE_LISTEN;
 }
 
 struct Qdisc;
@@ -547,6 +671,8 @@ int TRACEPOINT_PROG(drop__reason, struct sk_buff *skb, void *location, __u32 rea
 	struct sock *owner = skb->sk;
 	__u64 cookie = 0;
 
+	if (is_listener(receiver))
+		discarded_at_listener(receiver);
 	if (!receiver)
 		cookie = owner ? cookie_if_any(owner) : 0;
 	else if (is_full(receiver))
@@ -588,7 +714,11 @@ SEC("tp_btf/kfree_skb")
 NEEDS("SKB_DROP_REASON_NOT_SPECIFIED")
 int TRACEPOINT_PROG(drop__note, struct sk_buff *skb, void *location)
 {
-	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), DROP_RECEIVER(ctx), NULL);
+	struct sock *receiver = DROP_RECEIVER(ctx);
+
+	if (is_listener(receiver))
+		discarded_at_listener(receiver);
+	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), receiver, NULL);
 }
 
 /* Without reasons (before 5.17). tcp_drop() calls kfree_skb() in some kernels, in others a function without a tracepoint. */

@@ -19,8 +19,10 @@
 #include "recursion.bpf.h"
 #include "visit.bpf.h"
 
+#define WITHOUT_REFUSALS "refusals one by one, with peer and step; they are sampled instead"
+
 UNLESS("syn_exit__consume")
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 SEC("fentry/tcp_conn_request")
 int FUNCTION_PROG(syn_enter__fentry, void *rsk_ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
 {
@@ -35,7 +37,7 @@ int BPF_KPROBE(syn_enter__kprobe, void *rsk_ops, void *af_ops, struct sock *sk, 
 	return 0;
 }
 
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 SEC("fexit/tcp_conn_request")
 int FUNCTION_PROG(syn_exit__fexit)
 {
@@ -51,7 +53,7 @@ int syn_exit__kretprobe(void *ctx)
 }
 
 UNLESS("ack4_exit__free")
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 SEC("fentry/tcp_v4_syn_recv_sock")
 int FUNCTION_PROG(ack4_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
@@ -66,7 +68,7 @@ int BPF_KPROBE(ack4_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 	return 0;
 }
 
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 SEC("fexit/tcp_v4_syn_recv_sock")
 int FUNCTION_PROG(ack4_exit__fexit)
 {
@@ -82,7 +84,7 @@ int ack4_exit__kretprobe(void *ctx)
 }
 
 UNLESS("ack4_exit__free")
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 SEC("fentry/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(ack6_enter__fentry, struct sock *sk, struct sk_buff *skb, struct request_sock *req)
 {
@@ -98,7 +100,7 @@ int BPF_KPROBE(ack6_enter__kprobe, struct sock *sk, struct sk_buff *skb, struct 
 }
 
 UNLESS("ack4_exit__free")
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 SEC("fexit/tcp_v6_syn_recv_sock")
 int FUNCTION_PROG(ack6_exit__fexit)
 {
@@ -220,7 +222,7 @@ static __noinline int thrown_away(void *ctx, struct sk_buff *skb, struct sock *l
 	packet = bpf_map_lookup_elem(&in_hand, &zero);
 	if (!packet)
 		return 0;
-	count_missed(&grown.mib);
+	count_missed(grown.mib.drops);
 	packet->sk = listener;
 	packet->skb = skb;
 	packet->req = NULL;

@@ -27,6 +27,8 @@ char LICENSE[] = "Dual BSD/GPL";
 #define AND_BY(enum, prefix) __attribute__((btf_decl_tag("and_by:" enum " " prefix)))
 /* On a struct in a struct: of this field of it, zero means "not known" here. */
 #define MAY_LACK(field) __attribute__((btf_decl_tag("may_lack:" field)))
+/* After NAMED_BY: an enum of the object, whose enumerators name values that the kernel has no name for. DERIVED: stands before them. */
+#define DERIVED_BY(enum) __attribute__((btf_decl_tag("derived_by:" enum)))
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
 /*

@@ -112,12 +112,10 @@ static __noinline int look_again(struct net *net, bool at_listener, struct look 
 }
 
 /* Refusals of packets for which no program has run. */
-static __always_inline void count_missed(const struct mib *grown)
+static __always_inline void count_missed(__u64 refusals)
 {
-	__u64 refused = grown->drops ?: grown->cookies;
-
-	if (refused > 1)
-		__sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].missed, refused - 1);
+	if (refusals > 1)
+		__sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].missed, refusals - 1);
 }
 
 /* A socket begins to listen, or is found listening at the start. */
@@ -235,7 +233,7 @@ static __noinline int consumed(struct sk_buff *skb)
 		return CAUSE_UNKNOWN;
 	if (!freed.syn || !freed.unicast || !(grown.mib.drops || grown.mib.cookies))
 		return CAUSE_UNKNOWN;
-	count_missed(&grown.mib);
+	count_missed(grown.mib.drops ?: grown.mib.cookies);
 	__builtin_memset(search, 0, sizeof(*search));
 	search->net = freed.net;
 	search->port = freed.port;
@@ -288,7 +286,7 @@ int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit_again__consume, st
 	return 0;
 }
 
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 UNLESS_FUNCTIONS
 HAS_RX_SK
 SEC("tp_btf/inet_sock_set_state")
@@ -299,7 +297,7 @@ int TRACEPOINT_PROG_IF(new_state == STATE_LISTEN, begins, struct sock *sk, int o
 	return 0;
 }
 
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 UNLESS_FUNCTIONS
 HAS_RX_SK
 ROLE("forgets")
@@ -337,7 +335,7 @@ static long older_entry(struct bpf_map *table, const __u64 *key, struct connecti
  * After the seed, which stands before it: the listeners that it has found. Only after the second seed: between the two, the
  * programs are attached one after the other.
  */
-OPTIONAL("refusals one by one, with peer and step; they are sampled instead")
+OPTIONAL(WITHOUT_REFUSALS)
 UNLESS_FUNCTIONS
 HAS_RX_SK
 ROLE("seeds")

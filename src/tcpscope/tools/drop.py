@@ -4,9 +4,11 @@ One row per discarded packet: both ends, the reason in the kernel's words, the k
 counts it, and whether anything is lost. The owner is that of the socket which was to receive the packet, or which sent
 it. --stack adds the kernel stack.
 
+A SYN that a listener refuses is a row, too. The kernel has no reason for it: the tool derives one, such as
+DERIVED:SYN_QUEUE_FULL. `tcpscope queue` shows how full the queues are.
+
 Without --all there are no rows of what belongs to normal life: packets for a connection in TIME_WAIT, data that was not
-read before close(), data that came twice, a bare ACK under TCP_DEFER_ACCEPT. A SYN that a listener refuses has no row
-either: `tcpscope queue --events` shows it.
+read before close(), data that came twice, a bare ACK under TCP_DEFER_ACCEPT.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from tcpscope import drop_reasons, groups
+from tcpscope import drop_reasons, groups, listeners
 from tcpscope.drop_reasons import Wanted
 from tcpscope.filters import Filter
 from tcpscope.kernel.compiled_filter import asks_owner
@@ -56,6 +58,7 @@ _WHY = {
     "raddr",
     "laddr",
 }
+_OF_REFUSED_SYNS = ("syn_enter", "syn_exit", "syn_exit_again", "begins", "ends", "ends_again", "older")
 
 
 class Drop(Stacked):
@@ -102,7 +105,11 @@ class Drop(Stacked):
     def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
         kernel = Kernel()
         enumerators = kernel.enumerators(drop_reasons.ENUM)
-        wanted = Wanted.of(request.options["reason"], enumerators, kernel.enumerators(drop_reasons.QDISC_ENUM))
+        derived = self.layout.field("reason").derived or {}
+        of_qdiscs = kernel.enumerators(drop_reasons.QDISC_ENUM)
+        wanted = Wanted.of(request.options["reason"], enumerators, of_qdiscs, derived)
+        counters = {name: kernel.enumerator(enumerator) for name, enumerator in listeners.MIB.items()}
+        sees_syns = any(map(wanted.takes, derived)) and None not in counters.values()
         facts = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, kernel_symbols(), kernel.enumerator)
         constants = facts | {
             "want_owner": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
@@ -110,6 +117,7 @@ class Drop(Stacked):
             "wanted_reasons": wanted.mode,
             "send_stacks": bool(request.options["stack"]),
             "rate_per_s": request.rate or 0,
+            **{name: number or 0 for name, number in counters.items()},
         }
         counting = groups.counting(self.layout, by, number)
         return Session(
@@ -120,6 +128,7 @@ class Drop(Stacked):
             entries=counting.entries,
             key_bytes=counting.key_bytes,
             keys={"reasons": wanted.keys},
+            skip=() if sees_syns else _OF_REFUSED_SYNS,
             ring_bytes=request.buffer or self.ring_bytes(request),
             kernel=kernel,
             debug=request.debug,

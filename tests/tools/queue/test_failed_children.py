@@ -50,7 +50,7 @@ def children(tmp_path: Path) -> Iterator[memoryview]:
 @pytest.mark.every_kernel
 @pytest.mark.parametrize("family", ["4", "6", "mapped"])
 def test_fast_open(lab: Lab, run_tool: type[RunningTool], children: memoryview, family: str) -> None:
-    """tcp_conn_request() fails to make the child and continues without it. That is one refusal, at the SYN."""
+    """tcp_conn_request() fails to make the child and continues without it. One refusal, at the SYN, and no drop."""
     lab.server.sysctl("tcp_fastopen", ENABLED)
     lab.client.sysctl("tcp_fastopen", WITHOUT_COOKIE)
     kind = socket.AF_INET6 if family == "6" else socket.AF_INET
@@ -61,7 +61,8 @@ def test_fast_open(lab: Lab, run_tool: type[RunningTool], children: memoryview, 
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 16)
     listener.listen(BACKLOG)
     client = lab.client.socket(kind)
-    with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
+    watched = "--netns", str(lab.server.inode)
+    with run_tool("queue", "--events", *watched) as tool, run_tool("drop", *watched) as drops:
         before = lab.server.counters()
         children[0] = 1
         client.sendto(b"early", MSG_FASTOPEN, (lab.server.address(kind), 8000))
@@ -70,8 +71,9 @@ def test_fast_open(lab: Lab, run_tool: type[RunningTool], children: memoryview, 
             lab.flush()
             rows = tool.wait_for(bool)
             after = lab.server.counters()
-            rows = tool.stop().rows
+            rows, dropped = tool.stop().rows, drops.stop().rows
     names = ("TcpExtListenDrops", "TcpExtTCPFastOpenPassiveFail")
     assert (children[0], [after[name] - before[name] for name in names]) == (0, [1, 1])
     found = [(row["cause"], row["step"], row["answer"], row["rport"]) for row in rows]
     assert found == [("OTHER", "SYN", None, peer[1])]
+    assert dropped == []

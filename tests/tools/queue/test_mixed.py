@@ -1,4 +1,4 @@
-"""`queue --events` under load, with two processors: 2,000 handshakes, of both steps, with four listeners."""
+"""`queue --events` and `drop` under load, with two processors: 2,000 handshakes, of both steps, with four listeners."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def test_each_refusal_of_each_listener(lab: Lab, run_tool: type[RunningTool], sy
         "roomy": listening(lab, v4, 8002, 4096, shared=True),
     }
     cookies = {cookie_of(made): name for name, made in listeners.items()}
-    with run_tool("queue", "--events", "--netns", str(lab.server.inode)) as tool:
+    watched = "--netns", str(lab.server.inode)
+    with run_tool("queue", "--events", *watched) as tool, run_tool("drop", *watched) as drops:
         before = lab.server.counters()
         clients = []
         for address, port in ((v4, 8000), (v6, 8001)):
@@ -97,14 +98,14 @@ def test_each_refusal_of_each_listener(lab: Lab, run_tool: type[RunningTool], sy
         for port in (8001, 8002):
             clients += connects(lab, v4, port, HANDSHAKES)
         lab.flush()
-        number, drops = until(lambda: drops_of(lab), "drops that stand still")
+        number, of_listeners = until(lambda: drops_of(lab), "drops that stand still")
         for made in clients:
             made.close()
         lab.flush(), lab.flush()  # a RST leaves at once, and nothing is sent after it
         after = lab.server.counters()
         refused = after["TcpExtListenDrops"] - before["TcpExtListenDrops"]
         tool.wait_for(lambda rows: sum(row["cause"] != "COOKIE_SENT" for row in rows) >= refused)
-        done = tool.stop()
+        done, dropped = tool.stop(), drops.stop()
     causes = Counter(row["cause"] for row in done.rows)
     for cause, counter in CAUSES.items():
         assert causes[cause] == after[counter] - before[counter], cause
@@ -132,5 +133,19 @@ def test_each_refusal_of_each_listener(lab: Lab, run_tool: type[RunningTool], sy
     counted = Counter[int]()
     for row in refusals[: number - before["TcpExtListenDrops"]]:
         counted[row["lport"]] += 1 + (row["step"] == "ACK" and syncookies != 2)
-    assert {port: sum(found) for port, found in drops.items()} == counted
-    assert drops[8002][0] == 0  # of the roomy one
+    assert {port: sum(found) for port, found in of_listeners.items()} == counted
+    assert of_listeners[8002][0] == 0  # of the roomy one
+    assert dropped.stats is not None
+    assert dropped.stats["missed"] == 0
+    found = [row for row in dropped.rows if row["kind"] == "REFUSED" and row["state"] == "LISTEN"]
+    packets = (
+        Counter((step, row["lport"], row["rport"]) for step, row in rows)
+        for rows in (
+            [(row["step"], row) for row in refusals],
+            [("SYN" if row["flags"] == "SYN" else "ACK", row) for row in found],
+        )
+    )
+    assert next(packets) == next(packets)
+    assert Counter(row["cookie"] for row in found if row["flags"] == "SYN") == Counter(
+        row["cookie"] for row in refusals if row["step"] == "SYN"
+    )
