@@ -316,6 +316,8 @@ def refusals(seen: Seen, run: Run, watch: Watch = DROPS) -> Rows:
     assert counters["TcpExtListenOverflows"] == run.change("ListenOverflows")
     assert counters["TcpExtTCPReqQFullDrop"] == run.change("TCPReqQFullDrop")
     assert len(rows) == counters.total() - counters[None] == run.change("ListenDrops")
+    if seen.machine.kernel.enumerator("BPF_FUNC_check_mtu") is not None:  # before 5.12 a program cannot ask for it
+        assert all(row["cookie"] for row in syns(rows))
     if has_rx_sk(seen.machine.kernel):
         traced = seen.rows(TRACED, run.host, lport=run.port, flags="SYN", kind="REFUSED")
         assert contents(traced) == contents(syns(rows))

@@ -292,8 +292,10 @@ HAS_RX_SK
 SEC("tp_btf/inet_sock_set_state")
 int TRACEPOINT_PROG_IF(new_state == STATE_LISTEN, begins, struct sock *sk, int old_state, int new_state)
 {
-	if (sk->sk_protocol == IPPROTO_TCP)
+	if (sk->sk_protocol == IPPROTO_TCP) {
+		COOKIE_OF(sk); /* later only its address is known */
 		listening_begin(sk);
+	}
 	return 0;
 }
 
