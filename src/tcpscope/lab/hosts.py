@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 DEVICE = "veth0"
 TC_H_ROOT = 0xFFFFFFFF
+NETEM_PACKETS = 100_000  # as many as are on their way at most: it drops what comes in above
 COUNTER_FILES = ("snmp", "netstat", "snmp6")
 
 _numbers = itertools.count(1)
@@ -131,7 +132,8 @@ class Host:
         def replace(link: Any) -> None:
             index = socket.if_nametoindex(DEVICE)
             if delay_ms or loss_percent:
-                link.tc("replace", "netem", index, "1:", delay=int(delay_ms * 1000), loss=loss_percent)
+                netem = {"delay": int(delay_ms * 1000), "loss": loss_percent, "limit": NETEM_PACKETS}
+                link.tc("replace", "netem", index, "1:", **netem)
             else:
                 link.tc("del", index=index, parent=TC_H_ROOT)
 
@@ -143,6 +145,13 @@ class Host:
                     "this kernel cannot delay or lose packets",
                     "it has no netem (CONFIG_NET_SCH_NETEM, module sch_netem)",
                 ) from error
+
+    def one_segment_at_a_time(self) -> None:
+        """Hand each segment that this host sends to the link by itself. A veth carries many as one packet otherwise."""
+        self.run(
+            self._netlink,
+            lambda link: link.link("set", index=socket.if_nametoindex(DEVICE), gso_max_segs=1),
+        )
 
     def hold(self) -> None:
         """Hold what this host sends to its peer until `release()`. No packet is lost, and they stay in order.

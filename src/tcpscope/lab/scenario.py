@@ -205,9 +205,17 @@ class Scenario:
         target = socket.AF_INET6 if family == "6" else socket.AF_INET
         if with_client:
             self.client = Program(lab.client, "client", family=target, address=lab.server.address(target), port=PORT)
-        found = self.server.hear("listening")
+        self.listens(lab, address, backlog)
         if with_client:
             self.client.hear("ready")
+        does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
+        where = endpoint(address, PORT)
+        self.step("server", f"listen(fd, {backlog}) on {where}, {does[closes]} (lab-server, pid {self.server.pid})")
+        return self.server
+
+    def listens(self, lab: Lab, address: str, backlog: int) -> None:
+        """Wait until `server` says that it listens."""
+        found = self.server.hear("listening")
         self._listener = Listener(
             address=address,
             port=found["port"],
@@ -221,10 +229,6 @@ class Scenario:
             send_q=0,
         )
         self._look_at_listener(lab)
-        does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
-        where = endpoint(address, PORT)
-        self.step("server", f"listen(fd, {backlog}) on {where}, {does[closes]} (lab-server, pid {self.server.pid})")
-        return self.server
 
     def connect(self, number: int) -> None:
         """Let the client start `number` connects at once. `connected()` waits for them."""
