@@ -190,6 +190,36 @@ static void answers_all(struct actor *a, int count, char **w, struct reply *r)
 	outcome(r, got);
 }
 
+#define PAGE 4000 /* bytes that answer gives */
+
+/* ask SLOT NUMBER: so many times a byte, and a page for an answer. Returned is how many bytes came. */
+static void asks(struct actor *a, int count, char **w, struct reply *r)
+{
+	long long got = 0;
+
+	r->begin = now_ns();
+	for (int i = 0; i < atoi(w[1]); i++) {
+		if (send(*slot(a, w[0]), bytes, 1, MSG_NOSIGNAL) != 1 ||
+		    recv(*slot(a, w[0]), bytes, PAGE, MSG_WAITALL) != PAGE) {
+			outcome(r, -1);
+			return;
+		}
+		got += PAGE;
+	}
+	outcome(r, got);
+}
+
+/* answer SLOT: each byte, up to the end. Returned is how many bytes were sent. */
+static void answers(struct actor *a, int count, char **w, struct reply *r)
+{
+	long long sent = 0;
+
+	r->begin = now_ns();
+	while (recv(*slot(a, w[0]), bytes, 1, 0) == 1 && send(*slot(a, w[0]), bytes, PAGE, MSG_NOSIGNAL) == PAGE)
+		sent += PAGE;
+	outcome(r, sent);
+}
+
 const struct entry byte_commands[] = {
 	{"sendmsg", sends_message},
 	{"write_all", writes},
@@ -199,6 +229,8 @@ const struct entry byte_commands[] = {
 	{"splice_out", splices_out},
 	{"peek_and_read", peeks},
 	{"readv", reads_vector},
+	{"ask", asks},
+	{"answer", answers},
 	{"ask_all", asks_all},
 	{"answer_all", answers_all},
 	{},
