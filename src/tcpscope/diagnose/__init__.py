@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -48,6 +49,7 @@ class Finding(msgspec.Struct, frozen=True):
     about     what it is about, from `peer()`, `listener()` and so on: the same thing found twice has the same `about`,
               and one finding explains another only if they share an element
     first_s, last_s  when it was seen first and last, in seconds of the monotonic clock; None: before the watch, and now
+    subject   what tells it from the rule's other findings, if `about` may grow while it lasts
     """
 
     rule: str
@@ -62,11 +64,12 @@ class Finding(msgspec.Struct, frozen=True):
     about: frozenset[tuple[Any, ...]] = frozenset()
     first_s: float | None = None
     last_s: float | None = None
+    subject: tuple[Any, ...] | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Tells whether a later finding is the same one, with newer numbers."""
-        return (self.rule, self.about or self.title)
+        return (self.rule, self.subject or self.about or self.title)
 
 
 def peer(netns: int, raddr: str) -> tuple[Any, ...]:
@@ -77,6 +80,11 @@ def peer(netns: int, raddr: str) -> tuple[Any, ...]:
 def service(netns: int, raddr: str, rport: int | None) -> tuple[Any, ...]:
     """A remote address and port."""
     return ("service", netns, raddr, rport)
+
+
+def endpoint(netns: int, address: str, port: int | None) -> tuple[Any, ...]:
+    """An address and port as both ends name it, whatever their namespaces are: for what is seen at both ends."""
+    return ("endpoint", netns if ip_address(address).is_loopback else None, address, port)
 
 
 def listener(netns: int, lport: int) -> tuple[Any, ...]:

@@ -145,7 +145,7 @@ class _Records:
         self._stream.flush()
 
 
-_ENGINE = ("about", "first_s", "last_s")
+_ENGINE = ("about", "first_s", "last_s", "subject")
 
 
 def _values(finding: Finding) -> dict[str, Any]:

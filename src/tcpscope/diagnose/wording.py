@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tcpscope.diagnose import Remedy, listener, processes
@@ -57,13 +57,18 @@ def in_namespace(history: History, command: str) -> str | None:
     a listener that is gone, the PIDs and the namespace's inode number may be those of others now.
     """
     listener = history.last
-    if listener.netns == netns.inode_of("/proc/self/ns/net"):
-        return command
-    if history.gone:
+    if history.gone and listener.netns != netns.inode_of("/proc/self/ns/net"):
         return None
-    if listener.inside and not pidns.inner():
-        return f"nsenter -t {min(listener.inside)} -n {command}"
-    seen = netns.visible().namespaces.get(listener.netns)
+    return in_netns(listener.netns, command, listener.inside)
+
+
+def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
+    """The command, to be run in this network namespace, which these processes are in; None: it is not known how."""
+    if inode == netns.inode_of("/proc/self/ns/net"):
+        return command
+    if (first := min(pids, default=None)) and not pidns.inner():
+        return f"nsenter -t {first} -n {command}"
+    seen = netns.visible().namespaces.get(inode)
     return f"nsenter --net={seen.path} {command}" if seen else None
 
 
