@@ -53,6 +53,7 @@ struct health {
 	__u32 acked_seq DOC("up to where the remote end has acknowledged");
 	__u32 sndbuf UNIT("bytes");
 	__u32 rcvbuf UNIT("bytes");
+	__u32 memory UNIT("bytes") DOC("that what is in its buffers takes, with the kernel's own bytes");
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero");
 	__u32 min_rtt_us UNIT("us") UNKNOWN_IS("max");
 	__u32 rto_us UNIT("us");
@@ -61,6 +62,7 @@ struct health {
 	__u32 reord_seen DOC("how often reordering was seen");
 	__u32 data_segs_out;
 	__u32 data_segs_in;
+	__u32 padding2;
 	__u64 sent_bytes UNIT("bytes") DOC("with what was sent again");
 	__u64 retrans_bytes UNIT("bytes");
 	__u64 received_bytes UNIT("bytes");
@@ -175,6 +177,7 @@ static __noinline int settings_read(struct sock *sk, struct health *health)
 	health->rcvbuf_set = locks & RCVBUF_LOCK;
 	health->sndbuf = BPF_CORE_READ(sk, sk_sndbuf);
 	health->rcvbuf = BPF_CORE_READ(sk, sk_rcvbuf);
+	health->memory = BPF_CORE_READ(sk, sk_backlog.rmem_alloc.counter) + BPF_CORE_READ(sk, sk_wmem_queued);
 	return 0;
 }
 
@@ -191,6 +194,7 @@ static __noinline int health_send(struct sock *sk, const struct connection *conn
 	health->role = connection->role;
 	health->accepted = connection->accepted;
 	health->padding[0] = health->padding[1] = 0;
+	health->padding2 = 0;
 	health->socket = (__u64)sk;
 	health->opened_ns = connection->opened_ns;
 	settings_read(sk, health);

@@ -231,6 +231,7 @@ struct sock { /* include/net/sock.h */
 	atomic_t sk_drops;
 	int sk_rcvbuf;
 	int sk_sndbuf;
+	int sk_wmem_queued;
 	__u32 sk_ack_backlog;
 	__u32 sk_max_ack_backlog;
 	kuid_t sk_uid;

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import resource
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from tcpscope.kernel import netns
@@ -16,11 +20,26 @@ _NAMESPACES_AT_MOST = 256
 _FILES = ("net/netstat", "net/snmp")
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What all TCP sockets of the machine take, and tcp_mem: pages."""
+
+    pages: int
+    low: int
+    pressure: int
+    limit: int
+    page_bytes: int = resource.getpagesize()
+
+
 class Counters:
     """A source. Counters have the names of nstat: TcpRetransSegs, TcpExtTCPTimeouts, ...
 
     The namespaces are those that have a process when the watch begins: later there is no privilege to look for more.
+
+    memory  of TCP; None: it cannot be read, as in a network namespace without tcp_mem
     """
+
+    memory: Memory | None = None
 
     def __init__(self, request: Request) -> None:
         self.run = _Nothing(())
@@ -59,6 +78,7 @@ class Counters:
             if found := read(process):
                 self._last[inode] = found
                 self._first.setdefault(inode, found)
+        self.memory = memory()
         self._next_s = began + max(_PAUSE_SECONDS, _SHARE * (time.monotonic() - began))
 
 
@@ -94,3 +114,13 @@ def read(process: Path) -> dict[str, int]:
     except OSError:
         return {}
     return found
+
+
+def memory() -> Memory | None:
+    """Of all network namespaces together: TCP has one account."""
+    with suppress(OSError, ValueError):
+        pages = re.search(r"^TCP:.* mem (\d+)", Path("/proc/self/net/sockstat").read_text(), re.M)
+        limits = Path("/proc/sys/net/ipv4/tcp_mem").read_text().split()
+        if pages and len(limits) == 3:
+            return Memory(int(pages[1]), *map(int, limits))
+    return None
