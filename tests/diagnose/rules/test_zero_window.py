@@ -1,0 +1,133 @@
+"""A window that stays closed: both ends here, a reader that pauses only, a reader that hangs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tcpscope.diagnose import Finding, processes
+from tcpscope.diagnose.rules.zero_window import BACKOFF, STALLED_SECONDS, rule
+from tests.diagnose.rules.connections import connection, findings, track
+from tests.record import Script, Socket, Test, recorded
+from tests.tools.queue.refusals import DIAGNOSE
+
+PORT = 8300
+STALL_US = 9_000_000
+FULL = "TcpExtTCPToZeroWindowAdv"
+
+
+def upload(script: Script) -> tuple[Socket, Socket]:
+    """A client that has filled the receive buffer of a server, and its server's end."""
+    listener = script.server.process("api-server").listener(PORT)
+    client = script.client.process("uploader").socket()
+    client.connect(script.server.ipv4, PORT)
+    served = listener.accept()
+    before = script.server.counter(FULL)
+    client.blocking(False)
+    client.send_all(16 << 20, may_fail=True)
+    script.server.until_counter(FULL, before + 1)
+    return client, served
+
+
+@recorded(DIAGNOSE)
+def test_a_stopped_reader_is_named(script: Script) -> Test:
+    _, served = upload(script)
+    server = served.process
+    script.server.exec("kill", "-STOP", server.made)
+    script.server.agent.pause(STALL_US)
+    unread = script.server.diag("recv_q", state="ESTABLISHED", lport=PORT)
+    unsent = script.client.diag("send_q", state="ESTABLISHED", rport=PORT)
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, script)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"]) == ("zero_window", "critical")
+    assert (facts["netns"], facts["pid"], facts["comm"]) == (script.server.inode, server.pid, "api-server")
+    assert (facts["unread_bytes"], facts["unsent_bytes"], facts["count"]) == (unread.ret, unsent.ret, 1)
+    assert (facts["full"], facts["state"]) == (1, "T")
+    assert facts["stalled_s"] >= STALLED_SECONDS
+    assert finding["who"].startswith(f"api-server (PID {server.pid}")
+    assert finding["remedies"][0]["command"] == f"kill -CONT {server.pid}"
+
+
+@recorded(DIAGNOSE)
+def test_a_reader_that_hangs_is_named(script: Script) -> Test:
+    _, served = upload(script)
+    script.server.agent.pause(STALL_US)
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, script)
+    assert (finding["rule"], finding["facts"]["pid"]) == ("zero_window", served.process.pid)
+    assert finding["facts"]["state"] not in ("T", None)
+    assert f"-p {served.process.pid}" in finding["remedies"][0]["command"]
+
+
+@recorded(DIAGNOSE)
+def test_a_reader_that_pauses_for_a_second_is_none(script: Script) -> Test:
+    client, served = upload(script)
+    for _ in range(5):
+        script.server.agent.pause(1_500_000)
+        size = served.receive(1 << 20)
+        client.send_all(1 << 20, may_fail=True)
+    script.stay()
+    seen = yield
+    assert size.ret > 0
+    assert findings(seen, script) == []
+
+
+def check(*tracks: Any) -> list[Finding]:
+    evidence: Any = SimpleNamespace(sockets=SimpleNamespace(now=tracks))
+    return list(rule.check(evidence))
+
+
+def stalled(looks: int, **more: Any) -> Any:
+    sender = {
+        "timer": "ZERO_WINDOW",
+        "unsent": 100_000,
+        "backoff": BACKOFF,
+        "peer_window": 0,
+        "since_sent_us": 60_000_000,
+    }
+    rows = [connection(**sender | {"busy_us": n * 1_000_000, "rwnd_us": n * 1_000_000} | more) for n in range(looks)]
+    return track(rule, rows)
+
+
+def test_a_sender_waits_for_five_seconds() -> None:
+    assert check(stalled(5)) == []
+    (finding,) = check(stalled(6))
+    assert (finding.severity, finding.facts["stalled_s"], finding.facts["unsent_bytes"]) == ("warning", 5.0, 100_000)
+
+
+def test_probes_tell_of_a_stall_that_is_older_than_the_watch() -> None:
+    rto_us = 200_000
+    assert check(stalled(1, backoff=4, rto_us=rto_us)) == []
+    assert check(stalled(1, backoff=5, rto_us=rto_us))[0].facts["stalled_s"] == 6.2  # 0.2 * (2^5 - 1)
+
+
+def test_a_sender_that_was_limited_by_something_else_in_between_does_not_count() -> None:
+    assert check(stalled(9, rwnd_us=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "window", "severity"), [("T", 60_000, "critical"), ("S", 60_000, None), ("S", 0, "critical")]
+)
+def test_unread_data_counts_if_nothing_more_fits_or_the_owner_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, state: str, window: int, severity: str | None
+) -> None:
+    monkeypatch.setattr(processes, "read", lambda pid, comm: processes.Process(pid, comm, state))
+    rows = [connection(unread=5000, own_window=window)] * 7
+    assert [finding.severity for finding in check(track(rule, rows))] == ([severity] if severity else [])
+    assert check(track(rule, rows[:6])) == []
+
+
+def test_two_ends_on_one_machine_are_one_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "read", lambda pid, comm: processes.Process(pid, comm, "S"))
+    sender = stalled(7, netns=1, pid=11, lport=40000, rport=80, acked_seq=500)
+    far = {"netns": 2, "pid": 22, "lport": 80, "rport": 40000, "role": "PASSIVE", "own_window": 0}
+    reader = track(rule, [connection(unread=400, read_seq=100, **far)] * 7)
+    (finding,) = check(sender, reader)
+    assert (finding.facts["netns"], finding.facts["pid"], finding.facts["unsent_bytes"]) == (2, 22, 100_000)
+    other = track(rule, [connection(unread=400, read_seq=101, **far)] * 7)
+    assert len(check(sender, other)) == 2

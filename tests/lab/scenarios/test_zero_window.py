@@ -1,0 +1,22 @@
+"""A server is stopped: diagnose names it, once, and is silent while it reads."""
+
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenarios.zero_window import ZeroWindow
+from tests.conftest import RunningTool
+from tests.lab.scenarios.diagnosed import findings
+
+pytestmark = pytest.mark.kernel
+
+
+def test_the_stopped_server_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = ZeroWindow()
+    (finding,) = findings(lab, run_tool, scenario)
+    assert (finding["rule"], finding["facts"]["pid"]) == ("zero_window", scenario.server.pid)
+    assert finding["facts"]["unread_bytes"] == scenario.unread(lab)
+    assert finding["remedies"][0]["command"] == f"kill -CONT {scenario.server.pid}"
+
+
+def test_a_transfer_that_goes_on_is_no_fault(lab: Lab, run_tool: type[RunningTool]) -> None:
+    assert findings(lab, run_tool, ZeroWindow(stop=0)) == []
