@@ -16,6 +16,7 @@
 #define SO_ZEROCOPY 60
 #endif
 #define ANSWER 3 /* bytes of an answer of answer_all */
+#define HALF 100 /* of a request of halves */
 
 static char bytes[1 << 20];
 
@@ -220,6 +221,29 @@ static void answers(struct actor *a, int count, char **w, struct reply *r)
 	outcome(r, sent);
 }
 
+/* halves SLOT NUMBER: so often, a request in two writes, and its answer. answer_halves is the other end */
+static void asks_in_halves(struct actor *a, int count, char **w, struct reply *r)
+{
+	int fd = *slot(a, w[0]), done = 0;
+
+	r->begin = now_ns();
+	while (done < atoi(w[1]) && send(fd, bytes, HALF, MSG_NOSIGNAL) == HALF &&
+	       send(fd, bytes, HALF, MSG_NOSIGNAL) == HALF && recv(fd, bytes, ANSWER, MSG_WAITALL) == ANSWER)
+		done++;
+	outcome(r, done == atoi(w[1]) ? done : -1);
+}
+
+static void answers_halves(struct actor *a, int count, char **w, struct reply *r)
+{
+	int fd = *slot(a, w[0]), done = 0;
+
+	r->begin = now_ns();
+	while (done < atoi(w[1]) && recv(fd, bytes, 2 * HALF, MSG_WAITALL) == 2 * HALF &&
+	       send(fd, bytes, ANSWER, MSG_NOSIGNAL) == ANSWER)
+		done++;
+	outcome(r, done == atoi(w[1]) ? done : -1);
+}
+
 const struct entry byte_commands[] = {
 	{"sendmsg", sends_message},
 	{"write_all", writes},
@@ -233,5 +257,7 @@ const struct entry byte_commands[] = {
 	{"answer", answers},
 	{"ask_all", asks_all},
 	{"answer_all", answers_all},
+	{"halves", asks_in_halves},
+	{"answer_halves", answers_halves},
 	{},
 };
