@@ -56,6 +56,7 @@ class Pool:
     range           None: not known, or its sockets have several (IP_LOCAL_PORT_RANGE)
     comparable      `bound` has no ports outside of the range
     step_width      ip_local_port_step_width; None: the kernel has no such sysctl
+    tw_reuse        tcp_tw_reuse; None: not known
     opened          connections that were opened since the look before
     search_us       how long connect() looked for a port then, on average; None: no attempt has ended
     failures        errno -> calls that found no port since the look before
@@ -74,6 +75,7 @@ class Pool:
     range: Range | None
     comparable: bool
     step_width: int | None
+    tw_reuse: int | None
     opened: int
     search_us: float | None
     search_max_us: int | None
@@ -221,6 +223,7 @@ class Pools:
             range=self._range(own_range, *whole) if whole and not apart else None,
             comparable=not (own_range and record.kind != _BIND and taken),
             step_width=None if not whole or whole[1].step_width == _UNKNOWN else whole[1].step_width,
+            tw_reuse=whole[1].tw_reuse if whole else None,
             opened=opened,
             search_us=search_ns / searches / 1000 if searches else None,
             search_max_us=most_us if searches else None,

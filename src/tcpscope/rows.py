@@ -789,6 +789,9 @@ class Ports(msgspec.Struct, frozen=True):
     step_width: int | None
     """ip_local_port_step_width; null: the kernel has no such sysctl"""
 
+    tw_reuse: int | None
+    """tcp_tw_reuse: connect() may take a port that is in TIME_WAIT; 2: on the loopback device only"""
+
 
 class Queue(msgspec.Struct, frozen=True):
     """A row of `queue`."""

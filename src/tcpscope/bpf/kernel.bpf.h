@@ -153,6 +153,7 @@ struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
 	struct local_ports ip_local_ports;
 	__u32 sysctl_ip_local_port_step_width;      /* since 7.1 */
 	unsigned long *sysctl_local_reserved_ports; /* a bitmap of all ports */
+	__u8 sysctl_tcp_tw_reuse;
 	__u8 sysctl_tcp_syncookies;
 	__u8 sysctl_tcp_abort_on_overflow;
 	int sysctl_max_syn_backlog;

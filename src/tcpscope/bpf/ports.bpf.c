@@ -75,7 +75,8 @@ struct pool {
 	__u32 step_width; /* the same; -1: the kernel has no such sysctl */
 	bool whole;       /* a socket without a range of its own has come, or one whose range is not known */
 	bool mixed;       /* several ranges, or a port outside of the socket's own */
-	__u8 padding[2];
+	__u8 tw_reuse;    /* as `range`: the sysctl tcp_tw_reuse */
+	__u8 padding;
 	__u64 checked_ns; /* when `reserved` was filled */
 	struct pool_span spans[2];
 };
@@ -347,6 +348,7 @@ static __noinline int range_note(__u64 socket, __u32 place)
 		return 0;
 	pool->range = local_ports_of(net);
 	pool->step_width = port_step_of(net);
+	pool->tw_reuse = READ_ANY_WIDTH(net, ipv4.sysctl_tcp_tw_reuse);
 	if (now_ns - pool->checked_ns < SECOND)
 		return 0;
 	pool->checked_ns = now_ns;

@@ -205,6 +205,13 @@ _COLUMNS = (
         doc="ip_local_port_step_width; null: the kernel has no such sysctl",
         formula=lambda look: look.pool.step_width,
     ),
+    _Of(
+        "tw_reuse",
+        width=5,
+        nullable=True,
+        doc="tcp_tw_reuse: connect() may take a port that is in TIME_WAIT; 2: on the loopback device only",
+        formula=lambda look: look.pool.tw_reuse,
+    ),
 )
 
 
