@@ -43,7 +43,7 @@ class Evidence:
     """All of it. An attribute that no rule needs, or that `lacking` names, must not be read.
 
     queues    listeners, their queues, refusals                        (QueueHistory)
-    attempts  outcomes of connect(): netns, pid, comm, laddr, raddr, rport, outcome, errno         (Groups)
+    attempts  outcomes of connect(): netns, pid, comm, laddr, raddr, rport, outcome, errno, syn_retrans  (Groups)
     retrans   retransmissions: netns, pid, comm, laddr, lport, raddr, rport, kind, errno; sum: segments  (Groups)
     resets    RSTs: netns, pid, comm, laddr, lport, raddr, rport, direction, state, cause           (Groups)
     drops     discarded packets of TCP: netns, pid, comm, laddr, lport, raddr, rport, direction, kind, reason, flags,
@@ -141,7 +141,7 @@ def _groups(tool: str, *by: str, number: str | None = None) -> Callable[[Request
 
 _SOURCES: dict[str, Callable[[Request, Mapping[str, Mark]], Any]] = {
     "queues": _queues,
-    "attempts": _groups("connect", *_OWNER, "laddr", "raddr", "rport", "outcome", "errno"),
+    "attempts": _groups("connect", *_OWNER, "laddr", "raddr", "rport", "outcome", "errno", "syn_retrans"),
     "retrans": _groups("retrans", *_OWNER, *_ENDS, "kind", "errno", number="segs"),
     "resets": _groups("reset", *_OWNER, *_ENDS, "direction", "state", "cause"),
     "drops": _groups("drop", *_OWNER, *_ENDS, "direction", "kind", "reason", "flags", "counter", "location"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
 from collections.abc import Iterable
 from typing import Any
 
+from tcpscope.diagnose.tallies import Tally
 from tcpscope.request import Request
 from tcpscope.run import Batch
 from tcpscope.tool import find
@@ -19,7 +20,9 @@ class Pools:
 
     now     the rows of the last snapshot: the columns of `ports`
     first   key of a pool -> its row when it was first seen
-    failed  key of a pool -> errno -> calls that found no port, since the beginning
+    failed  key of a pool -> (errno, PID, name) -> calls that found no port; the process whose calls failed most in a
+            snapshot stands for all of that snapshot
+    at_failure  key of a pool -> its row in the last snapshot in which calls failed
     """
 
     def __init__(self, request: Request) -> None:
@@ -36,17 +39,29 @@ class Pools:
         self.run = tool.open(asked)
         self.now: list[Any] = []
         self.first: dict[tuple[Any, ...], Any] = {}
-        self.failed: dict[tuple[Any, ...], Counter[tuple[str, int, str]]] = {}
+        self.failed: dict[tuple[Any, ...], dict[tuple[str, int | None, str | None], Tally]] = {}
+        self.at_failure: dict[tuple[Any, ...], Any] = {}
         self._round = -1
 
     def poll(self) -> None:
         self._take(self.run.poll())
 
     def end(self) -> None:
+        """The state at the end is that of the last snapshot: connections end while the watch does."""
+        now = self.now
+        self._take([self.run.look()])  # type: ignore[attr-defined]
+        self.now = now
         self._take(self.run.end())
 
     def forget(self, before_s: float) -> None:
-        """Nothing: a snapshot has no past."""
+        """Leave out calls that failed before this time."""
+        for key, failed in list(self.failed.items()):
+            for call, tally in list(failed.items()):
+                tally.forget(before_s)
+                if not tally.count:
+                    del failed[call]
+            if not failed:
+                del self.failed[key], self.at_failure[key]
 
     @staticmethod
     def key(row: Any) -> tuple[Any, ...]:
@@ -63,6 +78,7 @@ class Pools:
                 if len(self.first) < _POOLS_AT_MOST:
                     self.first.setdefault(self.key(row), row)
                 if row.failed and len(self.failed) < _POOLS_AT_MOST:
-                    self.failed.setdefault(self.key(row), Counter())[row.errno, row.failed_pid, row.failed_comm] += (
-                        row.failed
-                    )
+                    calls = self.failed.setdefault(self.key(row), {})
+                    self.at_failure[self.key(row)] = row
+                    call = (row.errno, row.failed_pid, row.failed_comm)
+                    calls.setdefault(call, Tally()).add(time.monotonic(), row.failed)

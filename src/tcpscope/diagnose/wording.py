@@ -72,6 +72,16 @@ def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
     return f"nsenter --net={seen.path} {command}" if seen else None
 
 
+def is_in(pid: int, inode: int) -> bool:
+    """Whether this process is in this network namespace, as far as that can be seen."""
+    try:
+        return netns.inode_of(f"/proc/{pid}/ns/net") == inode
+    except PermissionError:
+        return True  # few programs change their namespace
+    except OSError:
+        return False
+
+
 def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:
     """How to get a longer queue: raise somaxconn if it is below `proposed`, and the application's backlog.
 

@@ -174,6 +174,18 @@ class Host:
             lambda link: link.route("replace", dst=prefix, gateway=self.address(family), family=family),
         )
 
+    def drop(self, hook: str, port: int) -> None:
+        """Let this host's firewall drop what comes for a port (hook `input`), or what goes to one (`output`)."""
+        chain = f"add chain inet lab {hook} {{ type filter hook {hook} priority 0 ; }}"
+        rules = f"add table inet lab\n{chain}\nadd rule inet lab {hook} tcp dport {port} counter drop\n"
+        try:
+            nft = self.spawn(["nft", "-f", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        except FileNotFoundError:
+            raise UnsupportedError("the lab's firewall needs the program nft", "package nftables") from None
+        _, complaint = nft.communicate(rules)
+        if nft.returncode:
+            raise UnsupportedError("this kernel takes no firewall rule", complaint.strip().splitlines()[-1])
+
     def _netlink(self, action: Callable[[Any], T]) -> T:
         """`action` with an IPRoute of this host. ENOENT and ENODEV become LookupError."""
         from pyroute2 import IPRoute

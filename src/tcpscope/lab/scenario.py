@@ -187,11 +187,12 @@ class Scenario:
         closes: str | None = None,
         pause: float = 0,
         with_client: bool = True,
+        address: str | None = None,
     ) -> Program:
         """Start the server and the client program. `family` is one of FAMILIES; `mapped` is IPv4 to a `::`
-        listener."""
+        listener. `address`: listen at another one than the server's."""
         kind = socket.AF_INET if family == "4" else socket.AF_INET6
-        address = "::" if family == "mapped" else lab.server.address(kind)
+        address = address or ("::" if family == "mapped" else lab.server.address(kind))
         self.server = Program(
             lab.server,
             "server",

@@ -327,7 +327,7 @@ class _InUse(Run):
 
     def poll(self) -> Iterator[Batch]:
         if self.done or self._ticker.due():
-            yield self._look()
+            yield self.look()
 
     def end(self) -> Iterator[Batch]:
         self._session.end()
@@ -337,7 +337,8 @@ class _InUse(Run):
     def pause(self) -> float:
         return self._ticker.remaining
 
-    def _look(self) -> Batch:
+    def look(self) -> Batch:
+        """A snapshot now."""
         self._round += 1
         found = self._pools.look()
         now_ns = monotonic_ns()

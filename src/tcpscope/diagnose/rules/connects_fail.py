@@ -1,0 +1,453 @@
+"""Connects to a service fail: refused, rejected, unreachable, or not answered."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+
+from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, peer, processes, service
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.tallies import Tally
+from tcpscope.diagnose.wording import in_netns, is_in
+from tcpscope.kernel import pidns
+from tcpscope.output import endpoint as text_of
+
+# With faults that were made 41 of 41 and 23 of 23 failed; on a busy server 14 of 2,099, all of one health check.
+LEAST, SHARE = 3, 0.2
+CRITICAL = 5
+CHECKS_PER_S = 1.2
+"""A health check of a service that is down is refused once a second, or less often."""
+
+RESTART_SECONDS = 3.0
+"""A service that answered before and refuses for less than this is restarted."""
+
+_ALIVE_US = 5_000_000
+_PROGRAMS_SHOWN, _PORTS_SHOWN = 3, 5
+_WILDCARDS = ("0.0.0.0", "::")
+
+Host = tuple[int, str]
+"""Network namespace from which it is seen, and its address."""
+
+SILENCE = "no answer"
+_KINDS = {
+    "REFUSED": "refused by a RST",
+    "RESET": "reset",
+    "REJECTED": "rejected by an ICMP message",
+    "UNREACHABLE": "unreachable",
+    "TIMED_OUT": SILENCE,
+    "FAILED": "failed",
+}
+
+
+_ANSWERS = {"refused by a RST", "reset"}
+
+
+def kind_of(attempt: Any) -> str | None:
+    """How an attempt failed; None: it did not, or others tell it better."""
+    if attempt.outcome == "GAVE_UP":  # without a second SYN: another address was faster, or there was no patience
+        return SILENCE if attempt.syn_retrans else None
+    if attempt.outcome == "FAILED" and attempt.errno in (None, "EADDRNOTAVAIL"):
+        return None
+    return _KINDS.get(attempt.outcome)
+
+
+def is_steady(count: int, first_s: float, last_s: float) -> bool:
+    """Whether so many events came one after the other, as those of a health check."""
+    return last_s > first_s and (count - 1) / (last_s - first_s) <= CHECKS_PER_S
+
+
+@dataclass
+class Program:
+    """What the processes of one name got from a service. `waiting`: SYN_SENT, with the SYN sent again."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    errnos: Counter[str] = field(default_factory=Counter)
+    pids: Counter[int | None] = field(default_factory=Counter)
+    laddrs: set[str] = field(default_factory=set)
+    connected: int = 0
+    waiting: int = 0
+    looked_s: float = 0.0
+    waited_s: float = 0.0
+    retransmits: int = 0
+    first_s: float = 0.0
+    last_s: float = 0.0
+    succeeded_since: bool = False
+
+    @property
+    def failed(self) -> int:
+        return self.kinds.total()
+
+    @property
+    def bad(self) -> int:
+        return self.failed + self.waiting
+
+    @property
+    def total(self) -> int:
+        return self.bad + self.connected
+
+    def happened(self, first_s: float, last_s: float) -> None:
+        self.first_s = min(self.first_s or first_s, first_s)
+        self.last_s = max(self.last_s, last_s)
+
+    @property
+    def fails(self) -> bool:
+        return self.bad >= LEAST and self.bad >= SHARE * self.total
+
+    @property
+    def severity(self) -> str | None:
+        """None: it is not certain yet."""
+        if not self.waiting and not self.kinds.keys() - {"refused by a RST"}:
+            if self.connected and self.last_s - self.first_s < RESTART_SECONDS:
+                return "info" if self.succeeded_since else None
+            if is_steady(self.bad, self.first_s, self.last_s):
+                return "info"
+        return "critical" if self.bad >= CRITICAL and not self.connected else "warning"
+
+
+@dataclass
+class Subject:
+    """A service, or a host that does not answer at several ports, and the programs that fail."""
+
+    host: Host
+    ports: list[int]
+    programs: dict[str | None, Program]
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(program, name) for program in self.programs.values())
+
+    @property
+    def bad(self) -> int:
+        return self._sum("bad")
+
+    @property
+    def total(self) -> int:
+        return self._sum("total")
+
+    @property
+    def waiting(self) -> int:
+        return self._sum("waiting")
+
+    @property
+    def kinds(self) -> Counter[str]:
+        return sum((program.kinds for program in self.programs.values()), Counter[str]())
+
+    @property
+    def main(self) -> str:
+        """What most attempts got."""
+        kinds = self.kinds + Counter({SILENCE: self.waiting})
+        return max(kinds, key=lambda kind: kinds[kind])
+
+    @property
+    def errno(self) -> str | None:
+        errnos = sum((program.errnos for program in self.programs.values()), Counter[str]())
+        return max(errnos, key=lambda name: errnos[name], default=None)
+
+    @property
+    def pids(self) -> Counter[int | None]:
+        return sum((program.pids for program in self.programs.values()), Counter[int | None]())
+
+    @property
+    def worst(self) -> str | None:
+        return max(self.programs, key=lambda comm: self.programs[comm].bad)
+
+    @property
+    def name(self) -> str:
+        ports = [str(port) for port in self.ports[:_PORTS_SHOWN]]
+        more = ",..." if len(self.ports) > _PORTS_SHOWN else ""
+        return text_of(self.host[1], ",".join(ports) + more)
+
+
+class ConnectsFail(Rule):
+    needs = ("attempts", "sockets")
+
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        services, alive = _services(seen)
+        silent: dict[Host, list[Subject]] = defaultdict(list)
+        for (netns, raddr, rport), programs in services.items():
+            failing = {comm: program for comm, program in programs.items() if program.fails}
+            if not failing:
+                continue
+            subject = Subject((netns, raddr), [rport], failing)
+            if subject.main == SILENCE:
+                silent[subject.host].append(subject)
+            else:
+                yield from self._finding(seen, services, subject, alive)
+        for host, subjects in silent.items():
+            together: dict[str | None, Program] = {}
+            for subject in subjects:
+                for comm, program in subject.programs.items():
+                    together[comm] = _merged(together[comm], program) if comm in together else program
+            ports = sorted(port for subject in subjects for port in subject.ports)
+            yield from self._finding(seen, services, Subject(host, ports, together), alive)
+
+    def _finding(
+        self,
+        seen: Evidence,
+        services: Mapping[tuple[int, str, int], Any],
+        subject: Subject,
+        alive: Mapping[Host, set[int]],
+    ) -> Iterator[Finding]:
+        severities = {program.severity for program in subject.programs.values()}
+        severity = next((name for name in ("critical", "warning", "info") if name in severities), None)
+        if severity is None:
+            return
+        falls_back = _falls_back(seen, subject)
+        if falls_back:
+            severity = "info"
+        netns, raddr = subject.host
+        others = sorted(alive.get(subject.host, set()) - set(subject.ports))
+        pids = subject.pids
+        worst = subject.programs[subject.worst]
+        main_pid = max(worst.pids, key=lambda pid: worst.pids[pid])
+        inside = [pid for pid in pids if pid and is_in(pid, netns)]
+        about = {service(netns, raddr, port) for port in subject.ports}
+        about |= {endpoint(netns, raddr, port) for port in subject.ports}
+        about |= {listener(own, port) for port in subject.ports for own in _listening(seen, subject, port)}
+        if subject.main == SILENCE and not others:
+            about.add(peer(netns, raddr))
+        yield Finding(
+            rule=self.name,
+            severity=severity,
+            title=_title(subject, others, refused=severity == "info" and not falls_back),
+            observed=list(_observed(subject, others)),
+            why=_why(subject, severity, others, falls_back),
+            remedies=[] if severity == "info" else list(_remedies(subject, others, inside)),
+            facts={
+                "netns": netns,
+                "raddr": raddr,
+                "rports": subject.ports,
+                "comm": subject.worst,
+                "pids": sorted(pid for pid in pids if pid),
+                "attempts": subject.total,
+                "failed": subject._sum("failed"),
+                "waiting": subject.waiting,
+                "kinds": dict(subject.kinds),
+                "errno": subject.errno,
+                "answers": others[:_PORTS_SHOWN],
+                "count": subject.bad,
+            },
+            who=None if main_pid is None or pidns.inner() else processes.read(main_pid, subject.worst).name,
+            look=(f"connect --failed --raddr {raddr} -R {','.join(map(str, subject.ports[:_PORTS_SHOWN]))}",),
+            about=frozenset(about),
+            first_s=min(program.first_s for program in subject.programs.values()),
+            last_s=max(program.last_s for program in subject.programs.values()),
+            subject=("silent", *subject.host) if subject.main == SILENCE else (*subject.host, subject.ports[0]),
+        )
+
+
+def _services(
+    seen: Evidence,
+) -> tuple[dict[tuple[int, str, int], dict[str | None, Program]], dict[Host, set[int]]]:
+    """Services to which something failed, by program; and which ports of hosts answer."""
+    services: dict[tuple[int, str, int], dict[str | None, Program]] = {}
+    answered: list[tuple[Any, Tally]] = []
+    silent: list[tuple[Program, Tally]] = []
+    for group, tally in seen.attempts.tallies.items():
+        kind = kind_of(group)
+        if kind is None:
+            if group.outcome == "ESTABLISHED":
+                answered.append((group, tally))
+            continue
+        if group.raddr is None:
+            continue
+        program = _program(services, group)
+        program.kinds[kind] += tally.count
+        program.errnos[group.errno] += tally.count
+        program.pids[group.pid] += tally.count
+        program.laddrs.add(group.laddr)
+        program.happened(tally.first_s, tally.last_s)
+        if kind == SILENCE:
+            silent.append((program, tally))
+    alive: dict[Host, set[int]] = defaultdict(set)
+    for track in seen.sockets.now:
+        row = track.last
+        if row.state == "SYN_SENT":
+            program = _program(services, row)
+            program.waiting += 1
+            program.pids[row.pid] += 1
+            program.laddrs.add(row.laddr)
+            program.retransmits = max(program.retransmits, row.retransmits)
+            began_s = row.opened_ns / 1e9 if row.opened_ns else track.first_s
+            program.looked_s = track.last_s
+            program.waited_s = max(program.waited_s, track.last_s - began_s)
+            program.happened(began_s, track.last_s)
+        elif row.since_ack_us < _ALIVE_US and row.role == "ACTIVE":
+            alive[row.netns, row.raddr].add(row.rport)
+    if services:
+        hosts = {(netns, raddr) for netns, raddr, _ in services}
+        for group, tally in answered:
+            host = group.netns, group.raddr
+            if host in hosts:
+                alive[host].add(group.rport)
+                if failing := services.get((*host, group.rport), {}).get(group.comm):
+                    failing.connected += tally.count
+                    failing.succeeded_since |= tally.last_s > failing.last_s
+        for program, tally in silent:  # what has ended since the look waited in it
+            if program.waiting:
+                program.waiting = max(0, program.waiting - tally.since(program.looked_s))
+        for (netns, raddr, rport), programs in services.items():
+            if any(each.kinds.keys() & _ANSWERS for each in programs.values()):
+                alive[netns, raddr].add(rport)
+    return services, alive
+
+
+def _program(services: dict[tuple[int, str, int], dict[str | None, Program]], row: Any) -> Program:
+    return services.setdefault((row.netns, row.raddr, row.rport), {}).setdefault(row.comm, Program())
+
+
+def _merged(one: Program, other: Program) -> Program:
+    return Program(
+        kinds=one.kinds + other.kinds,
+        errnos=one.errnos + other.errnos,
+        pids=one.pids + other.pids,
+        laddrs=one.laddrs | other.laddrs,
+        connected=one.connected + other.connected,
+        waiting=one.waiting + other.waiting,
+        waited_s=max(one.waited_s, other.waited_s),
+        retransmits=max(one.retransmits, other.retransmits),
+        first_s=min(one.first_s, other.first_s),
+        last_s=max(one.last_s, other.last_s),
+        succeeded_since=one.succeeded_since and other.succeeded_since,
+    )
+
+
+def _falls_back(seen: Evidence, subject: Subject) -> bool:
+    """Whether each program connects to the same port of an address of the other IP version, as often as it fails here.
+
+    A name has addresses of both versions, and the second one works.
+    """
+    version = ip_address(subject.host[1]).version
+    for comm, program in subject.programs.items():
+        where = seen.attempts.where(netns=subject.host[0], comm=comm, rport=set(subject.ports), outcome="ESTABLISHED")
+        if sum(tally.count for group, tally in where if ip_address(group.raddr).version != version) < program.bad:
+            return False
+    return True
+
+
+def _listening(seen: Evidence, subject: Subject, port: int) -> Iterator[int]:
+    """Network namespaces of this machine in which the service's listener is, if it is here: what its queue refuses are
+    these attempts."""
+    queues = getattr(seen, "queues", None)
+    if queues is None:
+        return
+    netns, raddr = subject.host
+    here = {laddr for program in subject.programs.values() for laddr in program.laddrs}
+    for history in queues.histories.values():
+        own = history.last
+        if own.lport != port or own.laddr not in (raddr, *_WILDCARDS):
+            continue
+        local = raddr in here or ip_address(raddr).is_loopback
+        if local if own.netns == netns else any(address in here for _, address in history.peers):
+            yield own.netns
+
+
+def _title(subject: Subject, others: list[int], refused: bool) -> str:
+    who = subject.worst or "a process"
+    if len(subject.programs) > 1:
+        who += f" and {len(subject.programs) - 1} more programs"
+    how = {
+        "refused by a RST": "connection refused",
+        "rejected by an ICMP message": "rejected by an ICMP message, as of a firewall",
+        "unreachable": "no route to it" if subject.errno == "ENETUNREACH" else "host unreachable",
+        SILENCE: "no answer, though the host answers at other ports" if others else "the host does not answer",
+        "failed": f"connect() fails with {subject.errno}",
+    }.get(subject.main, subject.main)
+    if refused:
+        return f"{who} was refused by {subject.name}, {subject.bad} times"
+    if any(program.connected for program in subject.programs.values()):
+        return f"{who}: {subject.bad} of {subject.total} connects to {subject.name} fail: {how}"
+    return f"{who} cannot connect to {subject.name}: {how}"
+
+
+def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
+    failed = subject._sum("failed")
+    if failed:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in subject.kinds.most_common())
+        yield f"{failed} of {subject.total} connects failed: {kinds}"
+    if subject.waiting:
+        waited_s = max(program.waited_s for program in subject.programs.values())
+        again = max(program.retransmits for program in subject.programs.values())
+        yield (
+            f"{subject.waiting} {'more wait' if failed else f'of {subject.total} connects wait'} for an answer, for up "
+            f"to {waited_s:.1f} s now; SYNs were sent up to {again + 1} times"
+        )
+    if subject.main == SILENCE:
+        address = subject.host[1]
+        if others:
+            ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
+            yield f"other ports of {address} answer: {ports}{', ...' if len(others) > _PORTS_SHOWN else ''}"
+        else:
+            yield f"no connect to {address} was answered in this time, at whatever port"
+    pids = subject.pids
+    if len(pids) > 1:
+        shown = [f"PID {pid} ({number})" for pid, number in pids.most_common(_PROGRAMS_SHOWN) if pid]
+        more = len(pids) - len(shown)
+        yield f"processes: {', '.join(shown)}{f' and {more} more' if more else ''}"
+
+
+def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -> str:
+    address = subject.host[1]
+    if severity == "info" and falls_back:
+        return (
+            "The programs connect to the same port at an address of the other IP version as often. A name has both "
+            "addresses, and only one of them works: each connect comes a little later."
+        )
+    if severity == "info" and any(program.connected for program in subject.programs.values()):
+        return "The service refused for less than three seconds and answers again: it was restarted, probably."
+    if severity == "info":
+        return "A steady pace of one connect in a second or less is that of a health check of a service that is down."
+    if subject.main == "refused by a RST":
+        return (
+            f"A RST answers the SYN: {address} is up, but no process listens at this address and port there. A "
+            "firewall that rejects with a RST looks the same."
+        )
+    if subject.main == "rejected by an ICMP message":
+        return "A firewall or router answers the SYN with an ICMP message. The service has not seen the SYN."
+    if subject.main == "unreachable":
+        if subject.errno == "ENETUNREACH":
+            return "There is no route to this address, here or at a router on the way, so no SYN reaches the host."
+        return (
+            "A router says that the host cannot be reached, or the host on the same network does not answer ARP or "
+            "neighbour discovery: it is down, or the address is wrong."
+        )
+    if subject.main == SILENCE and others:
+        return (
+            "SYNs to this port are not answered, while others of the host are: a firewall drops them, or the queue of "
+            "the listener is full. The kernel sends the SYN again and again; connect() fails after a minute or two."
+        )
+    if subject.main == SILENCE:
+        return (
+            "Neither a SYN-ACK nor a RST nor an ICMP message comes back: the host is down, packets are lost on the way "
+            "there or back, or a firewall drops them. connect() fails only after a minute or two."
+        )
+    return "connect() returns this error before a SYN is sent, or the kernel ends the attempt with it."
+
+
+def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterator[Remedy]:
+    netns, address = subject.host
+    program = subject.worst or "the program"
+    if subject.main == "refused by a RST":
+        yield Remedy(
+            f"Start the service on {address}, or correct address and port in the configuration of {program}. On that "
+            f"host, `ss -ltnp sport = :{subject.ports[0]}` shows whether something listens, and at which address."
+        )
+    elif subject.main == SILENCE and others:
+        yield Remedy(
+            f"Let the firewall of {address}, or one on the way, take TCP port "
+            f"{', '.join(map(str, subject.ports[:_PORTS_SHOWN]))} from this host. On that host, `tcpscope drop` and "
+            "`tcpscope queue --events` show what is discarded."
+        )
+    elif subject.main in (SILENCE, "unreachable"):
+        yield Remedy(
+            f"See whether {address} is up and which way leads there. A timeout for connect() of a few seconds in "
+            f"{program} limits the harm.",
+            command=in_netns(netns, f"ip route get {address}", inside),
+        )
+    elif subject.main == "rejected by an ICMP message":
+        yield Remedy(f"Let the firewall that rejects it take this port from {program}'s host.")
+
+
+rule = ConnectsFail()

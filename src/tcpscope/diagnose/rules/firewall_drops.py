@@ -1,0 +1,163 @@
+"""A firewall of this host drops SYNs: those for a port that listens, or those of a process that connects."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, processes, service
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.tallies import Tally
+from tcpscope.diagnose.wording import in_namespace, in_netns, is_in, of, whose
+from tcpscope.kernel import pidns
+from tcpscope.output import endpoint as text_of
+
+LEAST = 3
+"""SYNs of one peer, or to one service. A scanner sends one."""
+
+MANY = 5
+_FUNCTION = "nf_hook_slow"  # it frees the packet; before 5.17 there is no other sign
+_WILDCARDS = ("0.0.0.0", "::")
+_PEERS_SHOWN = 3
+_WHY = (
+    "A netfilter rule of this network namespace drops these SYNs without an answer. The client's kernel sends the "
+    "SYN again and again, and connect() fails after a minute or two."
+)
+_ALL_RULES = "nft list ruleset"
+_COUNTERS = (
+    "`nft list ruleset` or `iptables-save -c` shows the rules; if a rule has a counter, the one that grows is the one."
+)
+
+
+class FirewallDrops(Rule):
+    needs = ("drops", "queues")
+    explains = ("connects_fail",)
+
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        received: dict[tuple[int, int], list[tuple[Any, Tally]]] = defaultdict(list)
+        sent: dict[tuple[int, str, int], list[tuple[Any, Tally]]] = defaultdict(list)
+        for group, tally in seen.drops.tallies.items():
+            if group.netns is None or not is_syn(group.flags) or not is_of_firewall(group):
+                continue
+            if group.direction == "RECEIVED":
+                received[group.netns, group.lport].append((group, tally))
+            elif group.direction == "SENT":
+                sent[group.netns, group.raddr, group.rport].append((group, tally))
+        if received:
+            for history in seen.queues.histories.values():
+                found = received.get((history.last.netns, history.last.lport))
+                if found and not history.gone:
+                    yield from self._received(history, found)
+        for key, found in sent.items():
+            yield from self._sent(*key, found)
+
+    def _received(self, history: History, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+        own, total = history.last, Tally()
+        peers: Counter[str] = Counter()
+        addresses: set[str] = set()
+        for group, tally in found:
+            if own.laddr in (group.laddr, *_WILDCARDS):
+                peers[group.raddr] += tally.count
+                addresses.add(group.laddr)
+                total.merge(tally)
+        if max(peers.values(), default=0) < LEAST:
+            return
+        shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
+        more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
+        accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
+        common = of(history)
+        yield Finding(
+            rule=self.name,
+            severity="critical" if total.count >= MANY and history.accepts == 0 else "warning",
+            title=f"a firewall of this host drops connections to {own.name}, {whose(history)}",
+            observed=[
+                f"{total.count} SYNs dropped, each time that one is sent again included{accepts}",
+                f"clients: {shown}{more}",
+            ],
+            why=_WHY,
+            remedies=[
+                Remedy(
+                    f"If these clients may connect, let the rule that drops take TCP port {own.lport} from them. "
+                    f"{_COUNTERS}",
+                    command=in_namespace(history, _ALL_RULES),
+                    risk="The rule may be there to keep them out.",
+                )
+            ],
+            facts={
+                "netns": own.netns,
+                "direction": "RECEIVED",
+                "laddr": own.laddr,
+                "lport": own.lport,
+                "pids": [holder.pid for holder in own.holders],
+                "comm": own.owner.comm if own.owner else None,
+                "clients": dict(peers.most_common(_PEERS_SHOWN)),
+                "accepts": history.accepts,
+                "count": total.count,
+            },
+            who=common["who"],
+            look=(f"drop -L {own.lport} --reason 'NETFILTER_*'",),
+            about=common["about"] | {endpoint(own.netns, address, own.lport) for address in addresses},
+            first_s=total.first_s,
+            last_s=total.last_s,
+            subject=("listener", own.key),
+        )
+
+    def _sent(self, netns: int, raddr: str, rport: int, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+        total = Tally()
+        owners: Counter[tuple[int | None, str | None]] = Counter()
+        for group, tally in found:
+            owners[group.pid, group.comm] += tally.count
+            total.merge(tally)
+        if total.count < LEAST:
+            return
+        (pid, comm), number = owners.most_common(1)[0]
+        inside = [each for each, _ in owners if each and is_in(each, netns)]
+        yield Finding(
+            rule=self.name,
+            severity="critical" if total.count >= MANY else "warning",
+            title=f"a firewall of this host drops what {comm or 'a process'} sends to {text_of(raddr, rport)}",
+            observed=[
+                f"{total.count} SYNs of this host dropped, each time that one is sent again included",
+                *([f"{number} of them of {comm} (PID {pid})"] if pid else []),
+            ],
+            why=_WHY,
+            remedies=[
+                Remedy(
+                    f"If {comm or 'the process'} may connect, let the rule that drops take {text_of(raddr, rport)}. "
+                    f"{_COUNTERS}",
+                    command=in_netns(netns, _ALL_RULES, inside),
+                    risk="The rule may be there to keep it in.",
+                )
+            ],
+            facts={
+                "netns": netns,
+                "direction": "SENT",
+                "raddr": raddr,
+                "rport": rport,
+                "pids": sorted(each for each, _ in owners if each),
+                "comm": comm,
+                "count": total.count,
+            },
+            who=None if pid is None or pidns.inner() else processes.read(pid, comm).name,
+            look=(f"drop --raddr {raddr} -R {rport} --reason 'NETFILTER_*'",),
+            about=frozenset({service(netns, raddr, rport), endpoint(netns, raddr, rport)}),
+            first_s=total.first_s,
+            last_s=total.last_s,
+            subject=("service", netns, raddr, rport),
+        )
+
+
+def is_syn(flags: str | None) -> bool:
+    return flags is not None and "SYN" in flags and "ACK" not in flags
+
+
+def is_of_firewall(group: Any) -> bool:
+    """Before 5.17 there is no reason, but the function."""
+    if group.reason is None:
+        return bool(group.location) and group.location.startswith(_FUNCTION)
+    return bool(group.reason == "NETFILTER_DROP")
+
+
+rule = FirewallDrops()
