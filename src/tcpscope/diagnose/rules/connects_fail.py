@@ -10,7 +10,7 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, peer, processes, service
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.tallies import Tally
+from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally
 from tcpscope.diagnose.wording import in_netns, is_in
 from tcpscope.kernel import pidns
 from tcpscope.output import endpoint as text_of
@@ -55,8 +55,8 @@ def kind_of(attempt: Any) -> str | None:
 
 
 def is_steady(count: int, first_s: float, last_s: float) -> bool:
-    """Whether so many events came one after the other, as those of a health check."""
-    return last_s > first_s and (count - 1) / (last_s - first_s) <= CHECKS_PER_S
+    """Whether so many events came one after the other, as those of a health check: the times are ends of intervals."""
+    return (count - 1) / (last_s - first_s + INTERVAL_SECONDS) <= CHECKS_PER_S
 
 
 @dataclass
@@ -206,7 +206,7 @@ class ConnectsFail(Rule):
         about = {service(netns, raddr, port) for port in subject.ports}
         about |= {endpoint(netns, raddr, port) for port in subject.ports}
         about |= {listener(own, port) for port in subject.ports for own in _listening(seen, subject, port)}
-        if subject.main == SILENCE and not others:
+        if subject.main == SILENCE and _answer(subject, others) == "nothing":
             about.add(peer(netns, raddr))
         yield Finding(
             rule=self.name,
@@ -344,6 +344,20 @@ def _listening(seen: Evidence, subject: Subject, port: int) -> Iterator[int]:
             yield own.netns
 
 
+_SILENT = {
+    "itself": "no answer",
+    "others": "no answer, though the host answers at other ports",
+    "nothing": "the host does not answer",
+}
+
+
+def _answer(subject: Subject, others: list[int]) -> str:
+    """What answers, where a connect got no answer."""
+    if any(program.connected for program in subject.programs.values()):
+        return "itself"
+    return "others" if others else "nothing"
+
+
 def _title(subject: Subject, others: list[int], refused: bool) -> str:
     who = subject.worst or "a process"
     if len(subject.programs) > 1:
@@ -352,7 +366,7 @@ def _title(subject: Subject, others: list[int], refused: bool) -> str:
         "refused by a RST": "connection refused",
         "rejected by an ICMP message": "rejected by an ICMP message, as of a firewall",
         "unreachable": "no route to it" if subject.errno == "ENETUNREACH" else "host unreachable",
-        SILENCE: "no answer, though the host answers at other ports" if others else "the host does not answer",
+        SILENCE: _SILENT[_answer(subject, others)],
         "failed": f"connect() fails with {subject.errno}",
     }.get(subject.main, subject.main)
     if refused:
@@ -379,11 +393,11 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
         if others:
             ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
             yield f"other ports of {address} answer: {ports}{', ...' if len(others) > _PORTS_SHOWN else ''}"
-        else:
+        elif _answer(subject, others) == "nothing":
             yield f"no connect to {address} was answered in this time, at whatever port"
     pids = subject.pids
     if len(pids) > 1:
-        shown = [f"PID {pid} ({number})" for pid, number in pids.most_common(_PROGRAMS_SHOWN) if pid]
+        shown = [f"PID {pid}" for pid, _ in pids.most_common(_PROGRAMS_SHOWN) if pid]
         more = len(pids) - len(shown)
         yield f"processes: {', '.join(shown)}{f' and {more} more' if more else ''}"
 
@@ -413,7 +427,13 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
             "A router says that the host cannot be reached, or the host on the same network does not answer ARP or "
             "neighbour discovery: it is down, or the address is wrong."
         )
-    if subject.main == SILENCE and others:
+    answer = _answer(subject, others)
+    if subject.main == SILENCE and answer == "itself":
+        return (
+            "Some SYNs to this port are answered and others are not: the queue of the listener is full at times, "
+            "packets are lost, or one of several hosts behind this address is down."
+        )
+    if subject.main == SILENCE and answer == "others":
         return (
             "SYNs to this port are not answered, while others of the host are: a firewall drops them, or the queue of "
             "the listener is full. The kernel sends the SYN again and again; connect() fails after a minute or two."
@@ -433,6 +453,10 @@ def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterato
         yield Remedy(
             f"Start the service on {address}, or correct address and port in the configuration of {program}. On that "
             f"host, `ss -ltnp sport = :{subject.ports[0]}` shows whether something listens, and at which address."
+        )
+    elif subject.main == SILENCE and _answer(subject, others) == "itself":
+        yield Remedy(
+            f"See on {address} whether the listener's queue overflows, with `tcpscope diagnose -L {subject.ports[0]}`."
         )
     elif subject.main == SILENCE and others:
         yield Remedy(

@@ -1,0 +1,216 @@
+"""Connects that are refused, not answered, or filtered; and those of healthy machines that fail, too."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tcpscope.diagnose.rules.connects_fail import rule
+from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, sockets, times
+from tests.record import Host, Process, Script, Seen, Socket, Test, recorded
+from tests.tools.queue.refusals import DIAGNOSE
+
+CLOSED, FILTERED, OPEN, CHECKED = 9101, 9102, 9103, 9104
+NOBODY = "198.51.100.7"
+
+
+def began(seen: Seen, host: Host) -> list[dict[str, Any]]:
+    """The findings of a host as they were told first."""
+    records = [record["began"] for record in seen.run(DIAGNOSE)._records if record.keys() == {"began"}]
+    return [each for each in records if each["facts"]["netns"] == host.inode]
+
+
+def fail(client: Process, address: str, port: int, number: int) -> None:
+    for _ in range(number):
+        made = client.socket()
+        made.connect(address, port, may_fail=True)
+        made.close()
+
+
+def begin(client: Process, address: str, port: int, number: int) -> list[Socket]:
+    """So many connects that nobody answers."""
+    begun = []
+    for _ in range(number):
+        made = client.socket()
+        made.start(address, port)
+        begun.append(made)
+    return begun
+
+
+@recorded(DIAGNOSE)
+def test_refused(script: Script) -> Test:
+    client = script.client.process("web")
+    before = [host.counters() for host in script.hosts]
+    fail(client, script.server.ipv4, CLOSED, 6)
+    after = [host.counters() for host in script.hosts]
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"], facts["netns"]) == ("connects_fail", "critical", script.client.inode)
+    assert facts["count"] == facts["failed"] == facts["attempts"] == 6
+    assert after[0].counters["TcpAttemptFails"] - before[0].counters["TcpAttemptFails"] == 6
+    assert after[1].counters["TcpOutRsts"] - before[1].counters["TcpOutRsts"] == 6
+    assert facts["kinds"] == {"refused by a RST": 6}
+    assert (facts["raddr"], facts["rports"]) == (script.server.ipv4, [CLOSED])
+    assert (facts["comm"], facts["pids"]) == ("web", [client.pid])
+    assert finding["title"] == f"web cannot connect to {script.server.ipv4}:{CLOSED}: connection refused"
+    assert f"web (PID {client.pid}" in finding["who"]
+    (start,) = finding["remedies"]
+    assert f"sport = :{CLOSED}" in start["what"]
+
+
+@recorded(DIAGNOSE)
+def test_a_dead_host_is_certain_while_the_clients_wait(script: Script) -> Test:
+    script.server.blackhole("198.51.100.0/24")
+    client = script.client.process("web")
+    before = script.client.counter("TcpExtTCPTimeouts")
+    begun = begin(client, NOBODY, CLOSED, 5)
+    script.client.until_counter("TcpExtTCPTimeouts", before + 10)
+    waiting = script.client.diag(state="SYN_SENT")
+    client.pause(4_000_000)  # two looks, and the time after which a finding is told
+    for made in begun:
+        made.close()
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"]) == ("connects_fail", "critical")
+    assert (facts["raddr"], facts["rports"], facts["pids"]) == (NOBODY, [CLOSED], [client.pid])
+    assert facts["count"] == facts["attempts"] == facts["failed"] == waiting.ret == 5
+    assert facts["answers"] == []
+    assert "the host does not answer" in finding["title"]
+    (first,) = began(seen, script.client)
+    assert (first["facts"]["waiting"], first["facts"]["failed"]) == (5, 0)
+    (way,) = finding["remedies"]
+    assert way["command"].endswith(f"ip route get {NOBODY}")
+
+
+@recorded(DIAGNOSE)
+def test_a_filtered_port(script: Script) -> Test:
+    """Nothing listens there, so the rule that drops is nobody's fault."""
+    script.server.exec("nft", "add table inet filter")
+    script.server.exec("nft", "add chain inet filter in { type filter hook input priority 0 ; }")
+    script.server.exec("nft", f"add rule inet filter in tcp dport {FILTERED} drop")
+    script.client.sysctl("tcp_syn_retries", 1)
+    server = script.server.process("server")
+    server.listener(OPEN)
+    client = script.client.process("web")
+    works = client.socket()
+    works.connect(script.server.ipv4, OPEN)
+    begun = begin(client, script.server.ipv4, FILTERED, 5)
+    ends = [made.outcome() for made in begun]
+    script.stay()
+    seen = yield
+    assert len(ends) == 5
+    (finding,) = found(seen, script.client, script.server)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"]) == ("connects_fail", "critical")
+    assert (facts["rports"], facts["answers"]) == ([FILTERED], [OPEN])
+    assert (facts["failed"], facts["waiting"], facts["kinds"]) == (5, 0, {"no answer": 5})
+    assert "the host answers at other ports" in finding["title"]
+
+
+@recorded(DIAGNOSE)
+def test_a_refused_health_check_is_for_information(script: Script) -> Test:
+    client = script.client.process("check")
+    for _ in range(4):
+        fail(client, script.server.ipv4, CHECKED, 1)
+        client.pause(1_000_000)
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    assert (finding["rule"], finding["severity"], finding["facts"]["count"]) == ("connects_fail", "info", 4)
+    assert finding["remedies"] == []
+
+
+def severities(attempts: Any, *rows: Any) -> list[str]:
+    return [finding.severity for finding in check(rule, attempts=groups(attempts), sockets=sockets(*rows))]
+
+
+def waiting(number: int, rport: int = 80) -> list[Any]:
+    row = SimpleNamespace(
+        netns=NETNS,
+        pid=7,
+        comm="client",
+        laddr=HERE,
+        raddr=THERE,
+        rport=rport,
+        state="SYN_SENT",
+        role="ACTIVE",
+        retransmits=1,
+        opened_ns=108 * 10**9,
+        since_ack_us=0,
+    )
+    return [row] * number
+
+
+@pytest.mark.parametrize(
+    ("failed", "connected", "expected"),
+    [
+        (2, 0, []),
+        (3, 0, ["warning"]),
+        (3, 12, ["warning"]),  # a fifth
+        (3, 13, []),
+        (5, 0, ["critical"]),
+        (5, 1, ["warning"]),
+    ],
+)
+def test_three_and_a_fifth(failed: int, connected: int, expected: list[str]) -> None:
+    given = {attempt("TIMED_OUT", "ETIMEDOUT"): times(failed)}
+    assert severities(given | ({attempt("ESTABLISHED"): times(connected)} if connected else {})) == expected
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [((1, 1, 1, 1, 1, 1), ["info"]), ((1, 0, 1, 0, 1), ["info"]), ((2, 2, 2), ["critical"]), ((5,), ["critical"])],
+)
+def test_a_steady_pace_is_a_health_check(counts: tuple[int, ...], expected: list[str]) -> None:
+    assert severities({attempt("REFUSED", "ECONNREFUSED"): times(*counts)}) == expected
+
+
+def test_a_restart_is_for_information() -> None:
+    refused = {attempt("REFUSED", "ECONNREFUSED"): times(0, 20, 20)}
+    assert severities(refused | {attempt("ESTABLISHED"): times(30)}) == []  # it may come back at once
+    assert severities(refused | {attempt("ESTABLISHED"): times(30, 0, 0, 30)}) == ["info"]
+    longer = {attempt("REFUSED", "ECONNREFUSED"): times(0, 20, 20, 20, 20)}
+    assert severities(longer | {attempt("ESTABLISHED"): times(30)}) == ["warning"]
+
+
+def test_another_ip_version_works() -> None:
+    refused = {attempt("REFUSED", "ECONNREFUSED", raddr="::1", laddr="::1"): times(20)}
+    assert severities(refused) == ["critical"]
+    assert severities(refused | {attempt("ESTABLISHED", raddr="127.0.0.1"): times(19)}) == ["critical"]
+    assert severities(refused | {attempt("ESTABLISHED", raddr="127.0.0.1"): times(20)}) == ["info"]
+
+
+def test_processes_of_one_name_count_together() -> None:
+    given = {attempt("TIMED_OUT", "ETIMEDOUT", pid=pid): times(1) for pid in range(100, 106)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert (finding.severity, finding.facts["pids"]) == ("critical", list(range(100, 106)))
+
+
+def test_giving_up_before_the_second_syn_is_no_failure() -> None:
+    assert severities({attempt("GAVE_UP"): times(20)}) == []
+    assert severities({attempt("GAVE_UP", syn_retrans=1): times(20)}) == ["critical"]
+    assert severities({attempt("FAILED", "EADDRNOTAVAIL"): times(20)}) == []  # no_local_ports says it
+
+
+def test_a_socket_that_waited_and_has_ended_counts_once() -> None:
+    (finding,) = check(
+        rule,
+        attempts=groups({attempt("TIMED_OUT", "ETIMEDOUT"): times(4, first_s=111)}),
+        sockets=sockets(*waiting(5)),
+    )
+    assert (finding.facts["failed"], finding.facts["waiting"], finding.facts["count"]) == (4, 1, 5)
+
+
+def test_ports_of_a_host_that_does_not_answer_are_one_finding() -> None:
+    rows = [*waiting(3, 80), *waiting(3, 443)]
+    (finding,) = check(rule, attempts=groups({}), sockets=sockets(*rows))
+    assert (finding.facts["rports"], finding.facts["count"]) == ([80, 443], 6)
+    given = {attempt("ESTABLISHED", rport=22): times(1), attempt("ESTABLISHED", raddr=OTHER): times(1)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets(*rows))
+    assert finding.facts["answers"] == [22]

@@ -1,0 +1,92 @@
+"""SYNs that a firewall of this host drops, at the server and at the client."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+
+from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.rules.firewall_drops import is_syn, rule
+from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, times
+from tests.record import Host, Script, Test, recorded
+from tests.test_sampling import at
+from tests.tools.queue.refusals import DIAGNOSE
+
+RECEIVED, SENT = 9401, 9402
+
+
+def drop(host: Host, hook: str, port: int) -> None:
+    host.exec("nft", "add table inet filter")
+    host.exec("nft", f"add chain inet filter {hook} {{ type filter hook {hook} priority 0 ; }}")
+    host.exec("nft", f"add rule inet filter {hook} tcp dport {port} counter drop")
+
+
+@pytest.mark.parametrize("hook", ["input", "output"])
+@recorded(DIAGNOSE)
+def test_a_firewall(script: Script, hook: str) -> Test:
+    port = RECEIVED if hook == "input" else SENT
+    host = script.server if hook == "input" else script.client
+    server, client = script.server.process("api"), script.client.process("web")
+    script.client.sysctl("tcp_syn_retries", 1)
+    server.listener(port)
+    drop(host, hook, port)
+    made = [client.socket() for _ in range(5)]
+    for each in made:
+        each.start(script.server.ipv4, port)
+    for each in made:
+        each.outcome()
+    script.server.flush()
+    rules = host.exec("nft", "list", "ruleset")
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)  # and not what the client sees of it
+    facts = finding["facts"]
+    assert (finding["rule"], facts["netns"]) == ("firewall_drops", host.inode)
+    assert f"counter packets {facts['count']} bytes" in unquote(rules.data)
+    assert facts["count"] >= 5
+    owner = server if hook == "input" else client
+    assert (facts["comm"], facts["pids"]) == (owner.comm, [owner.pid])
+    assert f"{owner.comm} (PID {owner.pid}" in finding["who"]
+    assert finding["severity"] == "critical"
+    (remedy,) = finding["remedies"]
+    assert remedy["command"] == f"nsenter -t {owner.pid} -n nft list ruleset"
+
+
+def dropped(**columns: Any) -> Any:
+    given = {"netns": NETNS, "pid": None, "comm": None, "laddr": THERE, "lport": 80, "raddr": OTHER, "rport": 40_000}
+    given |= {"direction": "RECEIVED", "flags": "SYN", "reason": "NETFILTER_DROP", "location": "nf_hook_slow+0x8c"}
+    return of(**given | columns)
+
+
+def findings(given: Any, laddr: str = "0.0.0.0", accepts: int | None = 0) -> list[Any]:
+    first = at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=0)
+    history = History(first, at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=accepts))
+    return check(rule, drops=groups(given), queues=SimpleNamespace(histories={1: history}))
+
+
+@pytest.mark.parametrize(
+    ("count", "accepts", "expected"),
+    [(2, 0, []), (3, 0, ["warning"]), (5, 0, ["critical"]), (5, 9, ["warning"]), (5, None, ["warning"])],
+)
+def test_three_of_one_peer(count: int, accepts: int | None, expected: list[str]) -> None:
+    assert [each.severity for each in findings({dropped(): times(count)}, accepts=accepts)] == expected
+
+
+def test_scanners_and_ports_that_do_not_listen_are_no_finding() -> None:
+    assert findings({dropped(raddr=f"198.51.100.{host}"): times(1) for host in range(100)}) == []
+    assert findings({dropped(lport=81): times(20)}) == []
+    assert findings({dropped(): times(20)}, laddr="127.0.0.1") == []
+
+
+def test_before_reasons_the_function_tells() -> None:
+    assert len(findings({dropped(reason=None): times(3)})) == 1
+    assert findings({dropped(reason=None, location="tcp_v4_rcv+0x1"): times(3)}) == []
+    assert findings({dropped(reason="TCP_CSUM"): times(3)}) == []
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("SYN", True), ("SYN|ACK", False), ("RST", False), (None, False)])
+def test_syns(flags: str | None, expected: bool) -> None:
+    assert is_syn(flags) is expected
