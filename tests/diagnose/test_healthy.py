@@ -25,7 +25,8 @@ SECONDS = 1.5
 
 def test_ten_times_in_a_row(lab: Lab, run_tool: type[RunningTool]) -> None:
     """All cases at once on one machine, ten times; each time looked at by another `diagnose`."""
-    scenes = [Healthy(case=case, seconds=SECONDS, port=7000 + 10 * n) for n, case in enumerate(CASES)]
+    ports = {case: 7000 + 10 * n for n, case in enumerate(CASES)} | {"port-scan": 8500}  # it scans 500 on both sides
+    scenes = [Healthy(case=case, seconds=SECONDS, port=port) for case, port in ports.items()]
     for scene in scenes:
         scene.setup(lab)
     hosts = ",".join(str(host.inode) for host in lab.hosts)
