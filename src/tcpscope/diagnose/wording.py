@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tcpscope.diagnose import Remedy, listener, processes
@@ -73,13 +74,15 @@ def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
 
 
 def is_in(pid: int, inode: int) -> bool:
-    """Whether this process is in this network namespace, as far as that can be seen."""
+    """Whether this process is in this network namespace, as far as that can be seen.
+
+    Without privileges it cannot. Few programs change their namespace.
+    """
+    process = Path("/proc", str(pid))
     try:
-        return netns.inode_of(f"/proc/{pid}/ns/net") == inode
-    except PermissionError:
-        return True  # few programs change their namespace
+        return netns.inode_of(process / "ns/net") == inode
     except OSError:
-        return False
+        return process.exists()
 
 
 def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:

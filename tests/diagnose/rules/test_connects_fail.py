@@ -109,7 +109,7 @@ def test_a_filtered_port(script: Script) -> Test:
     facts = finding["facts"]
     assert (finding["rule"], finding["severity"]) == ("connects_fail", "critical")
     assert (facts["rports"], facts["answers"]) == ([FILTERED], [OPEN])
-    assert (facts["failed"], facts["waiting"], facts["kinds"]) == (5, 0, {"no answer": 5})
+    assert (facts["failed"], facts["waiting"], facts["kinds"]) == (5, 0, {"not answered": 5})
     assert "the host answers at other ports" in finding["title"]
 
 

@@ -31,7 +31,7 @@ _WILDCARDS = ("0.0.0.0", "::")
 Host = tuple[int, str]
 """Network namespace from which it is seen, and its address."""
 
-SILENCE = "no answer"
+SILENCE = "not answered"
 _KINDS = {
     "REFUSED": "refused by a RST",
     "RESET": "reset",

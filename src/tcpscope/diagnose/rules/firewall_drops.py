@@ -73,7 +73,7 @@ class FirewallDrops(Rule):
             severity="critical" if total.count >= MANY and history.accepts == 0 else "warning",
             title=f"a firewall of this host drops connections to {own.name}, {whose(history)}",
             observed=[
-                f"{total.count} SYNs dropped, each time that one is sent again included{accepts}",
+                f"{total.count} SYNs dropped, those that were sent again included{accepts}",
                 f"clients: {shown}{more}",
             ],
             why=_WHY,
@@ -119,7 +119,7 @@ class FirewallDrops(Rule):
             severity="critical" if total.count >= MANY else "warning",
             title=f"a firewall of this host drops what {comm or 'a process'} sends to {text_of(raddr, rport)}",
             observed=[
-                f"{total.count} SYNs of this host dropped, each time that one is sent again included",
+                f"{total.count} SYNs of this host dropped, those that were sent again included",
                 *([f"{number} of them of {comm} (PID {pid})"] if pid else []),
             ],
             why=_WHY,

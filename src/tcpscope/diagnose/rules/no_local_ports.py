@@ -22,6 +22,7 @@ LEAST_USED = 16
 
 PROPOSED_FIRST, PROPOSED_LAST = 10_240, 65_535
 _ON_LOOPBACK = 2
+_LONG_SEARCH_US = 1000
 
 _Failures = dict[tuple[str, int | None, str | None], Tally]
 
@@ -148,8 +149,8 @@ def _observed(row: Any, first: Any, failures: _Failures) -> Iterator[str]:
         yield f"{row.comm} (PID {row.pid}) holds {row.held} of them"
     if row.used > first.used:
         yield f"{row.used - first.used} more than in the first snapshot"
-    if row.search_max_us:
-        yield f"connect() looked for a port for up to {row.search_max_us} us in the last second"
+    if (row.search_max_us or 0) >= _LONG_SEARCH_US:
+        yield f"connect() looked for a port for up to {row.search_max_us} us in a second"
 
 
 def _remedies(row: Any, what: str, failed: int, pids: list[int]) -> Iterator[Remedy]:

@@ -18,8 +18,8 @@ class ConnectsFail(Scenario):
     filtered: the server's firewall drops all SYNs for the port, while another port of the server answers.
     dead: the SYNs go to an address that never answers.
 
-    Without an answer the client's kernel sends the SYN again, first after one second. Here it gives up after seven
-    seconds (tcp_syn_retries is 2), with the kernel's default after a minute or two.
+    Without an answer the client's kernel sends the SYN again, first after one second. Here it gives up after a
+    few seconds (tcp_syn_retries is 1), with the kernel's default after a minute or two.
     """
 
     title = "no client can connect to a service: refused, filtered, or a dead host"
@@ -29,7 +29,7 @@ class ConnectsFail(Scenario):
     clients: int = parameter(8, "how many clients connect")
 
     def prepare(self, lab: Lab) -> None:
-        self.sysctl(lab.client, "tcp_syn_retries", 2)
+        self.sysctl(lab.client, "tcp_syn_retries", 1)
         self.listen(lab, 16, closes="second")
         if self.answer == "filtered":
             lab.server.drop("input", CLOSED)

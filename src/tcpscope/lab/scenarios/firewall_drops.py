@@ -11,7 +11,7 @@ from tcpscope.lab.scenario import PORT, Scenario, describe, parameter
 class FirewallDrops(Scenario):
     """A firewall drops all SYNs for a server that listens, at the server (input) or at the client (output).
 
-    The clients' kernel sends each SYN again and again, and gives up after seven seconds (tcp_syn_retries is 2). It
+    The clients' kernel sends each SYN again and again, and gives up after a few seconds (tcp_syn_retries is 1). It
     does not know that a rule of its own host has dropped them.
     """
 
@@ -22,7 +22,7 @@ class FirewallDrops(Scenario):
     clients: int = parameter(5, "how many clients connect")
 
     def prepare(self, lab: Lab) -> None:
-        self.sysctl(lab.client, "tcp_syn_retries", 2)
+        self.sysctl(lab.client, "tcp_syn_retries", 1)
         self.listen(lab, 16, closes="second")
         host = lab.server if self.hook == "input" else lab.client
         host.drop(self.hook, PORT)
