@@ -25,8 +25,11 @@ def groups(given: Mapping[tuple[tuple[str, Any], ...], Tally]) -> Groups:
     """Evidence with these groups: `of(column=value, ...)` -> `times(...)`."""
     made = Groups.__new__(Groups)
     made.tallies = {}
+    names = [name for name, _ in next(iter(given), ())]
+    group = namedtuple("Group", names)
     for columns, tally in given.items():
-        made.tallies[namedtuple("Group", [name for name, _ in columns])(*(value for _, value in columns))] = tally
+        assert [name for name, _ in columns] == names
+        made.tallies[group(*(value for _, value in columns))] = tally
     return made
 
 

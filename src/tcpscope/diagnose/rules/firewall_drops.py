@@ -39,7 +39,7 @@ class FirewallDrops(Rule):
         received: dict[tuple[int, int], list[tuple[Any, Tally]]] = defaultdict(list)
         sent: dict[tuple[int, str, int], list[tuple[Any, Tally]]] = defaultdict(list)
         for group, tally in seen.drops.tallies.items():
-            if group.netns is None or not is_syn(group.flags) or not is_of_firewall(group):
+            if not is_of_firewall(group) or not is_syn(group.flags) or group.netns is None:
                 continue
             if group.direction == "RECEIVED":
                 received[group.netns, group.lport].append((group, tally))
@@ -56,14 +56,14 @@ class FirewallDrops(Rule):
     def _received(self, history: History, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
         own, total = history.last, Tally()
         peers: Counter[str] = Counter()
-        addresses: set[str] = set()
-        for group, tally in found:
-            if own.laddr in (group.laddr, *_WILDCARDS):
-                peers[group.raddr] += tally.count
-                addresses.add(group.laddr)
-                total.merge(tally)
+        here = [(group, tally) for group, tally in found if own.laddr in (group.laddr, *_WILDCARDS)]
+        for group, tally in here:
+            peers[group.raddr] += tally.count
         if max(peers.values(), default=0) < LEAST:
             return
+        for _, tally in here:
+            total.merge(tally)
+        addresses = {group.laddr for group, _ in here}
         shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
         more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
         accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
@@ -109,9 +109,10 @@ class FirewallDrops(Rule):
         owners: Counter[tuple[int | None, str | None]] = Counter()
         for group, tally in found:
             owners[group.pid, group.comm] += tally.count
-            total.merge(tally)
-        if total.count < LEAST:
+        if owners.total() < LEAST:
             return
+        for _, tally in found:
+            total.merge(tally)
         (pid, comm), number = owners.most_common(1)[0]
         inside = [each for each, _ in owners if each and is_in(each, netns)]
         yield Finding(

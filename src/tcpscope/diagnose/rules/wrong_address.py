@@ -30,8 +30,9 @@ class WrongAddress(Rule):
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         refused: dict[tuple[int, int], list[tuple[Any, Tally]]] = defaultdict(list)
-        for group, tally in seen.resets.where(direction="SENT", cause="NO_LISTENER"):
-            refused[group.netns, group.lport].append((group, tally))
+        for group, tally in seen.resets.tallies.items():
+            if group.cause == "NO_LISTENER":
+                refused[group.netns, group.lport].append((group, tally))
         if not refused:
             return
         listening: dict[tuple[int, int], list[History]] = defaultdict(list)
@@ -47,15 +48,16 @@ class WrongAddress(Rule):
         history = min(histories, key=lambda each: each.began)
         addresses = {each.last.laddr for each in histories}
         since = history.began + _STARTS_SECONDS if history.last.since_ns else 0.0
-        peers: dict[tuple[str, str], Tally] = defaultdict(Tally)
+        peers: dict[tuple[str, str], list[Tally]] = defaultdict(list)
         for group, tally in refused:
             if group.laddr not in addresses and tally.last_s > since:
-                peers[group.laddr, group.raddr].merge(tally)
-        wrong = {
-            pair: tally
-            for pair, tally in peers.items()
-            if tally.count >= (LOCAL_LEAST if pair[0] == pair[1] or ip_address(pair[1]).is_loopback else LEAST)
-        }
+                peers[group.laddr, group.raddr].append(tally)
+        wrong: dict[tuple[str, str], Tally] = {}
+        for (laddr, raddr), tallies in peers.items():
+            if sum(tally.count for tally in tallies) >= (LOCAL_LEAST if is_local(laddr, raddr) else LEAST):
+                wrong[laddr, raddr] = total = Tally()
+                for tally in tallies:
+                    total.merge(tally)
         if wrong:
             yield self._finding(history, addresses, wrong)
 
@@ -115,6 +117,11 @@ class WrongAddress(Rule):
             last_s=total.last_s,
             subject=(own.netns, own.lport),
         )
+
+
+def is_local(laddr: str, raddr: str) -> bool:
+    """Whether a client of the same host has come."""
+    return laddr == raddr or ip_address(raddr).is_loopback
 
 
 rule = WrongAddress()
