@@ -59,7 +59,8 @@ def test_a_reader_that_hangs_is_named(script: Script) -> Test:
     script.stay()
     seen = yield
     (finding,) = findings(seen, script)
-    assert (finding["rule"], finding["facts"]["pid"]) == ("zero_window", served.process.pid)
+    assert (finding["rule"], finding["severity"]) == ("zero_window", "warning")
+    assert finding["facts"]["pid"] == served.process.pid
     assert finding["facts"]["state"] not in ("T", None)
     assert f"-p {served.process.pid}" in finding["remedies"][0]["command"]
 
@@ -111,7 +112,8 @@ def test_a_sender_that_was_limited_by_something_else_in_between_does_not_count()
 
 
 @pytest.mark.parametrize(
-    ("state", "window", "severity"), [("T", 60_000, "critical"), ("S", 60_000, None), ("S", 0, "critical")]
+    ("state", "window", "severity"),
+    [("T", 60_000, "critical"), ("S", 60_000, None), ("S", 0, "warning"), ("D", 0, "critical")],
 )
 def test_unread_data_counts_if_nothing_more_fits_or_the_owner_is_stopped(
     monkeypatch: pytest.MonkeyPatch, state: str, window: int, severity: str | None
@@ -131,3 +133,20 @@ def test_two_ends_on_one_machine_are_one_finding(monkeypatch: pytest.MonkeyPatch
     assert (finding.facts["netns"], finding.facts["pid"], finding.facts["unsent_bytes"]) == (2, 22, 100_000)
     other = track(rule, [connection(unread=400, read_seq=101, **far)] * 7)
     assert len(check(sender, other)) == 2
+
+
+def test_a_proxy_that_waits_to_send_is_not_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = {22: "S", 33: "S"}
+    monkeypatch.setattr(processes, "read", lambda pid, comm: processes.Process(pid, comm, states[pid]))
+    upstream = track(rule, [connection(unread=5000, own_window=0, pid=22, lport=40001)] * 7)
+    downstream = stalled(7, pid=22, lport=8080, rport=50000, role="PASSIVE")
+    assert [finding.facts["raddr"] for finding in check(upstream, downstream)] == ["192.0.2.2"]
+    states[22] = "T"  # it does neither
+    assert {finding.severity for finding in check(upstream, downstream)} == {"critical", "warning"}
+
+
+def test_several_connections_of_a_process_that_hangs_are_critical(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "read", lambda pid, comm: processes.Process(pid, comm, "S"))
+    tracks = [track(rule, [connection(unread=5000, own_window=0, lport=n)] * 7) for n in range(3)]
+    assert [finding.severity for finding in check(*tracks[:2])] == ["warning"]
+    assert [finding.severity for finding in check(*tracks)] == ["critical"]

@@ -30,6 +30,7 @@ FAR_US = 1_000
 """The RTT is at most so many times the smallest one, and no less than this: it comes from the length of the path. Where
 packets wait in a queue, or for a processor, a larger buffer only makes them wait longer."""
 
+_SEQUENCES = 1 << 32
 _NEAR = 1 << 24
 _BUFFERS = {"rwnd": "receive buffer", "sndbuf": "send buffer"}
 
@@ -77,24 +78,28 @@ class WindowLimited(Rule):
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         found: dict[tuple[Any, ...], list[_Limit]] = {}
+        by_ends: dict[tuple[Any, ...], list[Track]] = {}
         for track in seen.sockets.now:
             for kind in _BUFFERS:
                 mark = f"{kind}_limited"
                 if not track.holds(mark) or track.share(mark) < SHARE or track.share(mark) * track.looks < LOOKS - 0.5:
                     continue
-                limit = self._limit(kind, track, seen)
+                if not by_ends:
+                    for other in seen.sockets.now:
+                        by_ends.setdefault(_ends(other.last), []).append(other)
+                limit = self._limit(kind, track, by_ends)
                 if limit and limit.is_certain:
                     row = track.last
                     found.setdefault((kind, row.netns, row.pid, row.raddr), []).append(limit)
         for limits in found.values():
             yield self._finding(limits)
 
-    def _limit(self, kind: str, track: Track, seen: Evidence) -> _Limit | None:
+    def _limit(self, kind: str, track: Track, by_ends: dict[tuple[Any, ...], list[Track]]) -> _Limit | None:
         rows = [row for row in (track.first, track.before, track.last) if row]
         if kind == "sndbuf":
             window = max(row.unacked + row.unsent for row in rows)
             return _Limit(kind, track, window) if track.last.sndbuf_set else None
-        receiver = _other_end(track, seen)
+        receiver = _other_end(track, by_ends)
         if receiver and not receiver.last.rcvbuf_set:
             return None  # the kernel sizes its buffer
         return _Limit(kind, track, max(row.peer_window for row in rows), receiver)
@@ -161,16 +166,17 @@ class WindowLimited(Rule):
         )
 
 
-def _other_end(track: Track, seen: Evidence) -> Track | None:
+def _ends(row: Any) -> tuple[Any, ...]:
+    return row.laddr, row.lport, row.raddr, row.rport
+
+
+def _other_end(track: Track, by_ends: dict[tuple[Any, ...], list[Track]]) -> Track | None:
     """The receiver's socket, if it is on this host: the same ends, and nearly the same place in the stream."""
     row = track.last
-    ends = (row.rport, row.lport, row.raddr, row.laddr)
-    for other in seen.sockets.now:
-        at = other.last
-        if (at.lport, at.rport, at.laddr, at.raddr) == ends:
-            ahead = (at.read_seq + at.unread - row.acked_seq) % (1 << 32)
-            if ahead < _NEAR or ahead > (1 << 32) - _NEAR:
-                return other
+    for other in by_ends.get((row.raddr, row.rport, row.laddr, row.lport), ()):
+        ahead = (other.last.read_seq + other.last.unread - row.acked_seq) % _SEQUENCES
+        if ahead < _NEAR or ahead > _SEQUENCES - _NEAR:
+            return other
     return None
 
 

@@ -25,6 +25,9 @@ LIMITED_SHARE = 0.9
 """Part of the time between two looks in which the remote end's window was the reason that nothing was sent. Of a stall
 it was 0.99; the rest is what the timer of the last look does not tell."""
 
+SEVERAL = 3
+"""So many connections of a process that hangs are critical. One or two may be paused on purpose: a player, a pager."""
+
 _RTO_MAX_US = 120e6
 _SEQUENCES = 1 << 32
 _PEERS_SHOWN = 3
@@ -73,6 +76,11 @@ class _Stall:
     readers: list[Track] = field(default_factory=list)
 
     @property
+    def comm(self) -> str | None:
+        """Of the reader."""
+        return self.readers[0].last.comm if self.readers else None
+
+    @property
     def count(self) -> int:
         return max(len(self.senders), len(self.readers))
 
@@ -106,6 +114,11 @@ class ZeroWindow(Rule):
                 stall = stalls.setdefault((reader.last.netns, reader.last.pid), _Stall())
                 stall.senders.append(sender)
                 stall.readers.append(reader)
+        busy = {
+            (track.last.netns, track.last.pid)
+            for track in seen.sockets.now
+            if track.last.unsent and track.last.backoff >= BACKOFF
+        }
         met = {id(reader) for stall in stalls.values() for reader in stall.readers}
         for reader in seen.sockets.now:
             row = reader.last
@@ -113,8 +126,12 @@ class ZeroWindow(Rule):
                 continue
             if _is_full(row) or (row.pid is not None and read(row.pid, row.comm).is_stopped):
                 stalls.setdefault((row.netns, row.pid), _Stall()).readers.append(reader)
-        for stall in stalls.values():
-            yield self._read_here(stall, read) if stall.readers else self._read_elsewhere(stall)
+        for whose, stall in stalls.items():
+            if not stall.readers:
+                yield self._read_elsewhere(stall)
+            # One that waits to send, a proxy, reads nothing meanwhile: what it waits for is the cause.
+            elif whose not in busy or (whose[1] is not None and read(whose[1], stall.comm).is_stopped):
+                yield self._read_here(stall, read)
 
     def _read_here(self, stall: _Stall, read: Any) -> Finding:
         row = stall.readers[0].last
@@ -136,7 +153,7 @@ class ZeroWindow(Rule):
             observed.append(f"{name} is in state {owner.state}{waits}")
         return Finding(
             rule=self.name,
-            severity="critical",
+            severity="critical" if (owner and owner.does) or stall.count >= SEVERAL else "warning",
             title=f"{name} does not read what it receives{': it is stopped' if stopped else ''}",
             observed=observed,
             why=_WHY
