@@ -20,7 +20,7 @@ BACKLOG = 5
 class Steady(Scenario):
     """Base of such a scenario."""
 
-    seconds: float = parameter(8.0, "how long the fault lasts")
+    seconds: float = parameter(8.5, "how long the fault lasts")
     family: str = parameter("4", "IPv4, IPv6, or IPv4 to a listener on ::", FAMILIES)
 
     def start(

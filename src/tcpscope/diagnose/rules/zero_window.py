@@ -64,7 +64,9 @@ def stalled_s(track: Track) -> float:
     """For how long at least a sender has waited for room: as it was seen, or as the probes say, which come after the
     RTO, twice the RTO, and so on."""
     row = track.last
-    waited_us = sum(min(row.rto_us << n, _RTO_MAX_US) for n in range(min(row.backoff, 32)))
+    waited_us = row.rto_us * ((1 << row.backoff) - 1)
+    if waited_us > _RTO_MAX_US:
+        waited_us = sum(min(row.rto_us << n, _RTO_MAX_US) for n in range(row.backoff))
     return max(track.held_s("window_closed"), float(min(waited_us, row.since_sent_us)) / 1e6)
 
 
