@@ -36,7 +36,8 @@ struct health {
 	bool rcvbuf_set DOC("SO_RCVBUF was set");
 	bool has_fin DOC("the remote end has sent its FIN");
 	bool cwnd_limited;
-	__u8 padding[2];
+	bool keepalive DOC("SO_KEEPALIVE is set");
+	__u8 mtu_probing DOC("net.ipv4.tcp_mtu_probing of its namespace");
 	__u32 out_segs DOC("segments that were sent and not acknowledged");
 	__u32 lost_segs;
 	__u32 sacked_segs;
@@ -57,6 +58,8 @@ struct health {
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero");
 	__u32 min_rtt_us UNIT("us") UNKNOWN_IS("max");
 	__u32 rto_us UNIT("us");
+	__u32 keepalive_s UNIT("s") DOC("idle time after which keepalive would probe");
+	__u32 user_timeout_ms UNIT("ms") DOC("TCP_USER_TIMEOUT; 0: it is not set");
 	__u32 total_retrans DOC("segments sent again, since it began");
 	__u32 dsack_dups DOC("segments that the remote end has said to have got twice");
 	__u32 reord_seen DOC("how often reordering was seen");
@@ -162,6 +165,9 @@ static __noinline int times_and_totals_read(struct tcp_sock *tcp, struct health 
 static __noinline int settings_read(struct sock *sk, struct health *health)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
+	struct netns_ipv4 *ipv4 = __builtin_preserve_access_index(&net->ipv4);
+	__u32 idle_jiffies = BPF_CORE_READ(tcp, keepalive_time); /* keepalive_time_when() */
 	__u8 locks = BPF_CORE_READ_BITFIELD_PROBED(sk, sk_userlocks);
 
 	health->ca_state = BPF_CORE_READ_BITFIELD_PROBED((struct inet_connection_sock *)sk, icsk_ca_state);
@@ -173,6 +179,12 @@ static __noinline int settings_read(struct sock *sk, struct health *health)
 	health->has_file = BPF_CORE_READ(sk, sk_socket) != NULL;
 	health->has_fin = fin_received(sk);
 	health->cwnd_limited = BPF_CORE_READ_BITFIELD_PROBED(tcp, is_cwnd_limited);
+	health->keepalive =
+		BPF_CORE_READ(sk, __sk_common.skc_flags) >> bpf_core_enum_value(enum sock_flags, SOCK_KEEPOPEN) & 1;
+	health->keepalive_s =
+		jiffies_us(idle_jiffies ?: (__u32)BPF_CORE_READ(ipv4, sysctl_tcp_keepalive_time)) / 1000000;
+	health->user_timeout_ms = BPF_CORE_READ(tcp, inet_conn.icsk_user_timeout);
+	health->mtu_probing = READ_ANY_WIDTH(ipv4, sysctl_tcp_mtu_probing);
 	health->sndbuf_set = locks & SNDBUF_LOCK;
 	health->rcvbuf_set = locks & RCVBUF_LOCK;
 	health->sndbuf = BPF_CORE_READ(sk, sk_sndbuf);
@@ -193,7 +205,6 @@ static __noinline int health_send(struct sock *sk, const struct connection *conn
 	health->state = state;
 	health->role = connection->role;
 	health->accepted = connection->accepted;
-	health->padding[0] = health->padding[1] = 0;
 	health->padding2 = 0;
 	health->socket = (__u64)sk;
 	health->opened_ns = connection->opened_ns;

@@ -154,6 +154,8 @@ struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
 	__u32 sysctl_ip_local_port_step_width;      /* since 7.1 */
 	unsigned long *sysctl_local_reserved_ports; /* a bitmap of all ports */
 	__u8 sysctl_tcp_tw_reuse;
+	__u8 sysctl_tcp_mtu_probing;
+	int sysctl_tcp_keepalive_time; /* in jiffies */
 	__u8 sysctl_tcp_syncookies;
 	__u8 sysctl_tcp_abort_on_overflow;
 	int sysctl_max_syn_backlog;
@@ -249,6 +251,7 @@ struct sock { /* include/net/sock.h */
 enum sock_flags {
 	SOCK_DEAD,
 	SOCK_DONE,
+	SOCK_KEEPOPEN,
 	SOCK_LINGER,
 };
 
@@ -301,6 +304,7 @@ struct inet_connection_sock { /* include/net/inet_connection_sock.h */
 	__u8 icsk_pending;
 	__u8 icsk_backoff;
 	__u8 icsk_probes_out;
+	__u32 icsk_user_timeout; /* in milliseconds */
 	struct {
 		__u32 lrcvtime; /* when data was received, in jiffies */
 	} icsk_ack;
@@ -358,6 +362,7 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u32 sacked_out;
 	__u32 snd_cwnd;
 	__u32 snd_ssthresh;
+	unsigned int keepalive_time; /* in jiffies; 0: that of the namespace */
 	__u32 undo_marker;
 	struct list_head tsorted_sent_queue;
 	__u32 chrono_start; /* in jiffies, as chrono_stat */

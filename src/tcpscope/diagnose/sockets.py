@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tcpscope.diagnose.tallies import Tally
 from tcpscope.kernel.spec import Spec
 from tcpscope.request import Request
 from tcpscope.run import Streaming
@@ -24,6 +25,7 @@ Mark = Callable[[Any, Any], Any]
 _PAUSE_SECONDS = 1.0
 _SHARE = 30  # looks take at most this part of one processor
 _MOVING_AT_MOST = 2000
+_PEERS_AT_MOST = 4096
 _RING_BYTES = 16 << 20
 
 
@@ -79,7 +81,13 @@ class Track:
 
 
 class Sockets:
-    """A source. `marks`: what its readers want to know of each connection in each look."""
+    """A source. `marks`: what its readers want to know of each connection in each look.
+
+    sent   (netns, raddr) -> segments of data sent, their retransmissions included; sum: segments retransmitted
+    twice  (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
+
+    Summed from look to look, so connections that have ended since are in them, but none that ended before a look.
+    """
 
     def __init__(self, request: Request, marks: Mapping[str, Mark]) -> None:
         session = Session(
@@ -98,8 +106,10 @@ class Sockets:
             self._looked_at = session.loaded.memory("looked_at").cast("Q")
             self._moving = session.loaded.memory("moving").cast("Q")
             self.tracks: dict[tuple[int, int], Track] = {}
+            self.sent: dict[tuple[int, str], Tally] = {}
+            self.twice: dict[tuple[int, str], Tally] = {}
             self.looks = self.connections = 0
-            self._last_s = self._next_s = 0.0
+            self._last_s, self._next_s = time.monotonic(), 0.0
 
     def poll(self) -> None:
         if time.monotonic() >= self._next_s:
@@ -111,7 +121,12 @@ class Sockets:
             pass
 
     def forget(self, before_s: float) -> None:
-        """Nothing: what is not in the last look is forgotten."""
+        """What is not in the last look is forgotten anyway, but for the sums."""
+        for tallies in (self.sent, self.twice):
+            for peer, tally in list(tallies.items()):
+                tally.forget(before_s)
+                if not (tally.count or tally.sum):
+                    del tallies[peer]
 
     @property
     def now(self) -> Iterator[Track]:
@@ -130,10 +145,26 @@ class Sockets:
             track = self.tracks.get(key) or Track(row, row, now_s, now_s)
             track._look(row, now_s, self._marks)
             found[key] = track
+            self._add_up(track, now_s)
         self.tracks = found
         self.looks += 1
+        self._last_s = began
         self.connections = self._looked_at[0]
         self._next_s = began + max(_PAUSE_SECONDS, _SHARE * (time.monotonic() - began))
+
+    def _add_up(self, track: Track, now_s: float) -> None:
+        """What this connection has sent since the look before: all of it, if it is not older."""
+        row, before = track.last, track.before
+        if before is None and row.opened_ns < self._last_s * 1e9:
+            return  # it may have been in an earlier look
+        sent, again, twice, reordered = (
+            getattr(row, name) - (getattr(before, name) if before is not None else 0)
+            for name in ("data_segs_out", "total_retrans", "dsack_dups", "reord_seen")
+        )
+        peer = row.netns, row.raddr
+        for tallies, count, number in ((self.sent, sent, again), (self.twice, twice, reordered)):
+            if (count or number) and (peer in tallies or len(tallies) < _PEERS_AT_MOST):
+                tallies.setdefault(peer, Tally()).add(now_s, count, number)
 
     def _rows(self) -> list[Any]:
         found: list[Any] = []
