@@ -96,9 +96,9 @@ class _Nothing(Run):
 
 def _holders(request: Request) -> Iterator[tuple[int, Path]]:
     """Namespaces, and the folder in /proc of a process in each."""
-    for inode, namespace in netns.visible().namespaces.items():
-        if namespace.path.startswith("/proc/") and request.filter.netns in ((), (inode,)):
-            yield inode, Path(namespace.path).parents[1]
+    for inode, process in netns.processes().items():
+        if not request.filter.netns or inode in request.filter.netns:
+            yield inode, process
 
 
 def read(process: Path) -> dict[str, int]:

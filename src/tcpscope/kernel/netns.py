@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -67,6 +67,15 @@ def visible() -> Visible:
         except OSError:
             continue  # the process is gone
     return Visible({inode: Namespace(inode, path, names.get(inode)) for inode, path in found.items()}, hidden)
+
+
+def processes() -> dict[int, Path]:
+    """Namespaces, as inode, and the folder in /proc of a process in each: of those that can be read."""
+    found: dict[int, Path] = {}
+    for process in _processes():
+        with suppress(OSError):
+            found.setdefault(_inode_in_link(process / "ns/net"), process)
+    return found
 
 
 def exists(inode: int) -> bool | None:
