@@ -1,0 +1,214 @@
+"""What the rules about the way to a remote address say in the same words."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tcpscope.diagnose import peer, processes
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.sockets import Track
+from tcpscope.diagnose.tallies import Tally
+from tcpscope.diagnose.wording import in_netns
+from tcpscope.kernel import pidns
+
+SENDING = frozenset({"ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT1", "CLOSING", "LAST_ACK"})
+"""States in which the remote end has to acknowledge what was sent."""
+
+_SHOWN = 3
+
+Peer = tuple[int, str]
+"""Network namespace, as inode, and remote address."""
+
+
+def by_peer(tracks: Iterable[Track]) -> Mapping[Peer, list[Track]]:
+    """The connections of each remote address, without those that are being opened."""
+    found: dict[Peer, list[Track]] = {}
+    for track in tracks:
+        row = track.last
+        if row.state in SENDING:
+            found.setdefault((row.netns, row.raddr), []).append(track)
+    return found
+
+
+def timeouts(row: Any) -> int:
+    """How many RTOs have run out since the last ACK of new data."""
+    return int(max(row.backoff, row.retransmits))
+
+
+def listed(numbers: Counter[Any], noun: str = "more") -> str:
+    """`5432 (3), 6379 (1) and 2 more`: the most frequent first."""
+    text = ", ".join(f"{value} ({n})" for value, n in numbers.most_common(_SHOWN))
+    rest = len(numbers) - _SHOWN
+    return text + (f" and {rest} {noun}" if rest > 0 else "")
+
+
+def ports(tracks: Iterable[Track]) -> str:
+    """`remote port 5432 (3)`: the services that are reached, or `local port` and those that are given."""
+    remote, local = Counter[int](), Counter[int]()
+    for track in tracks:
+        row = track.last
+        (local if row.role == "PASSIVE" else remote)[row.lport if row.role == "PASSIVE" else row.rport] += 1
+    words = [f"{end} port {listed(found)}" for end, found in (("remote", remote), ("local", local)) if found]
+    return ", ".join(words)
+
+
+Owners = Counter[tuple[int, str]]
+"""PID and name of processes, with the number of their connections or segments."""
+
+
+def owners(tracks: Iterable[Track]) -> Owners:
+    return Counter((track.last.pid, track.last.comm) for track in tracks if track.last.pid is not None)
+
+
+def pids(found: Owners) -> list[int]:
+    """The one with the most first."""
+    return [pid for (pid, _), _ in found.most_common()]
+
+
+def program(found: Owners) -> str:
+    """The name of the one with the most."""
+    return found.most_common(1)[0][0][1] if found else "the application"
+
+
+def who(found: Owners) -> str | None:
+    """`orders (PID 4711, orders.service) and 2 more`: the one with the most."""
+    if not found:
+        return None
+    pid, comm = found.most_common(1)[0][0]
+    name = f"{comm} (PID {pid})" if pidns.inner() else processes.read(pid, comm).name
+    return name + (f" and {len(found) - 1} more" if len(found) > 1 else "")
+
+
+def command(netns: int, found: Owners, text: str) -> str | None:
+    """A command in the network namespace of these processes' sockets; None: it is not known how to enter that."""
+    return in_netns(netns, text, [pid for pid in pids(found) if _is_in(pid, netns)])
+
+
+def _is_in(pid: int, inode: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/ns/net").readlink().name in (f"net:[{inode}]", "")
+    except PermissionError:  # on 5.10 the link is empty
+        return True  # it is not ours to look: few programs leave the namespace of their sockets
+    except OSError:
+        return False
+
+
+def of(where: Peer, found: Owners, *look: str) -> dict[str, Any]:
+    """What a finding about a remote address has beside its text: `who`, `look`, `about`."""
+    return {
+        "who": who(found),
+        "look": tuple(f"{command} --raddr {where[1]}" for command in look),
+        "about": frozenset({peer(*where)}),
+    }
+
+
+def facts(where: Peer, found: Owners, count: int, **numbers: Any) -> dict[str, Any]:
+    """What programs want to know of every finding about a remote address."""
+    return {
+        "netns": where[0],
+        "raddr": where[1],
+        "count": count,
+        "pids": pids(found),
+        "comm": program(found) if found else None,
+    } | numbers
+
+
+def percent(part: int, whole: int) -> str:
+    """`3.2 %`."""
+    share = 100 * part / whole
+    return f"{share:.{int(share < 10)}f} %"
+
+
+def number(count: int, noun: str) -> str:
+    """`1 connection`, `3 connections`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def meanwhile(opened: int, answered: int) -> str:
+    """What shows that an address lives."""
+    found = [f"{number(opened, 'connect')} succeeded"] if opened else []
+    found += [f"{number(answered, 'other connection')} had an answer"] if answered else []
+    return f"meanwhile {' and '.join(found)}"
+
+
+KINDS = {
+    "FAST": "after ACKs that showed a loss (fast)",
+    "RACK_TIMEOUT": "after RACK's reordering timer",
+    "RTO": "after a timeout (RTO)",
+    "SLOW_START": "in slow start after it",
+    "LOSS_PROBE": "as a loss probe of the tail",
+}
+"""Retransmissions of data and FINs."""
+
+
+@dataclass
+class Again:
+    """What was sent again to an address, or could not be: data and FINs only.
+
+    kinds        kind -> segments that were sent again
+    failed       errno -> attempts that were not sent (since 6.17)
+    spurious     segments of which the kernel has found that they had arrived
+    connections  addresses and ports of the connections
+    """
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    spurious: int = 0
+    connections: set[tuple[Any, ...]] = field(default_factory=set)
+    owners: Owners = field(default_factory=Counter)
+    first_s: float = math.inf
+    last_s: float = 0.0
+
+    @property
+    def segs(self) -> int:
+        return self.kinds.total()
+
+    @property
+    def said(self) -> str:
+        """`40 after a timeout (RTO), 3 as a loss probe of the tail`."""
+        return ", ".join(f"{segs:,} {KINDS[kind]}" for kind, segs in self.kinds.most_common())
+
+    def _add(self, group: Any, tally: Tally) -> None:
+        if group.kind == "SPURIOUS":
+            self.spurious += tally.sum
+            return
+        if group.errno == "none":
+            self.kinds[group.kind] += tally.sum
+        else:
+            self.failed[group.errno] += tally.count
+        self.connections.add((group.laddr, group.lport, group.rport))
+        if group.pid is not None:
+            self.owners[group.pid, group.comm] += max(tally.sum, tally.count)
+        self.first_s, self.last_s = min(self.first_s, tally.first_s), max(self.last_s, tally.last_s)
+
+
+def again(seen: Evidence) -> Mapping[Peer, Again]:
+    """What was sent again to each address."""
+    found: dict[Peer, Again] = {}
+    for group, tally in seen.retrans.tallies.items():
+        if group.kind in KINDS or group.kind == "SPURIOUS":
+            found.setdefault((group.netns, group.raddr), Again())._add(group, tally)
+    return found
+
+
+def sent(seen: Evidence, where: Peer, found: Again) -> tuple[int, int, str]:
+    """Segments sent again, of how many, and what these two numbers are of: to tell the share.
+
+    They are of the connections with this address, as they were looked at. Where most of these ended between two
+    looks, they are of the whole namespace: 0, if its counters cannot be read.
+    """
+    tally = seen.sockets.sent.get(where, Tally())
+    if 2 * tally.sum >= found.segs:
+        return tally.sum, tally.count, "segments of data on its connections while these were looked at"
+    whole, out = (seen.counters.grown(where[0], f"Tcp{name}") or 0 for name in ("RetransSegs", "OutSegs"))
+    return whole, out, "segments of this network namespace"
+
+
+def needless(seen: Evidence, where: Peer, found: Again) -> int:
+    """How many had arrived already, as the kernel found out, or as the remote end said (DSACK)."""
+    return min(found.segs, max(found.spurious, seen.sockets.twice.get(where, Tally()).count))

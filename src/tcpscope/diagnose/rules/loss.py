@@ -1,0 +1,77 @@
+"""Segments to an address are lost: they are sent again, and were needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tcpscope.diagnose import Finding, Remedy, Rule, paths
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.paths import Again, Peer
+
+# FIELD.md, fault 14: 204 of 6,302 were lost; a healthy server had none in 78,444. At 1 % a connection of 100 ms gets
+# some
+# 1.4 Mbit/s at most (Mathis and others: 1.2 MSS / (RTT sqrt(p))), with less it is the rule on wide-area paths.
+SHARE = 0.01
+SEGMENTS = 20
+ANSWERED = 0.5  # if more than this is sent again, nothing arrives: that is no loss
+
+WHY = (
+    "The network, or a queue before the remote end, drops packets. TCP takes a loss for congestion and sends more "
+    "slowly; "
+    "what is lost at the end of a message is only sent again after a timeout of 200 ms or more."
+)
+
+
+class Loss(Rule):
+    needs = ("sockets", "retrans", "counters")
+    explains = ("window_limited", "ends_by_timeout")
+
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        for where, again in paths.again(seen).items():
+            needed = again.segs - paths.needless(seen, where, again)
+            if needed < SEGMENTS:
+                continue
+            retransmitted, sent, what = paths.sent(seen, where, again)
+            lost = retransmitted * needed / again.segs
+            if sent and SHARE * sent <= lost and retransmitted < ANSWERED * sent:
+                yield self._finding(where, again, needed, (retransmitted, sent, what))
+
+    def _finding(self, where: Peer, again: Again, needed: int, numbers: tuple[int, int, str]) -> Finding:
+        retransmitted, sent, what = numbers
+        number = paths.number(len(again.connections), "connection")
+        observed = [
+            f"{retransmitted:,} of {sent:,} {what} were sent again ({paths.percent(retransmitted, sent)})",
+            f"sent again to it in all: {again.said}",
+            *([f"{again.segs - needed:,} of these had arrived already"] if needed < again.segs else []),
+            f"{number} had to send something again",
+        ]
+        return Finding(
+            rule=self.name,
+            severity="warning",
+            title=f"{paths.percent(retransmitted, sent)} of the segments to {where[1]} are lost",
+            observed=observed,
+            why=WHY,
+            remedies=[
+                Remedy(
+                    "Find where they are lost: see whether other addresses behind the same link lose as much, look for "
+                    "errors of the device, and for discards by the remote host with 'tcpscope drop' there.",
+                    command=paths.command(where[0], again.owners, "ip -s -s link"),
+                )
+            ],
+            **paths.of(where, again.owners, "retrans", "cong"),
+            first_s=again.first_s,
+            last_s=again.last_s,
+            facts=paths.facts(
+                where,
+                again.owners,
+                len(again.connections),
+                retransmitted=again.segs,
+                needed=needed,
+                sent=sent,
+                share=round(retransmitted / sent, 4),
+                kinds=dict(again.kinds),
+            ),
+        )
+
+
+rule = Loss()

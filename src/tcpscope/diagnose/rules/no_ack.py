@@ -1,0 +1,271 @@
+"""A remote end acknowledges nothing any more: it has gone, or something between has forgotten the connection."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from tcpscope.diagnose import Finding, Remedy, Rule, paths
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.paths import Again, Peer
+from tcpscope.diagnose.sockets import Track
+from tcpscope.diagnose.tallies import INTERVAL_SECONDS
+from tcpscope.diagnose.wording import seconds
+
+# FIELD.md, fault 10: three RTOs, and no ACK for 3 s and ten round trips. A lossy path of 10 % has three losses of one
+# segment in a row once in a thousand, and a peer with a full processor was not silent for longer than 0.3 s.
+TIMEOUTS = 3
+SILENT_US = 3_000_000
+ROUND_TRIPS = 10
+# A connection has been idle if nothing was acknowledged for so long before the data that got no answer. Middleboxes
+# forget after 60 s at the least (RFC 5382: two hours); less is for their settings in a laboratory.
+IDLE_US = 3_000_000
+# One client that vanishes, out of thousands, is a telephone in a tunnel. From so many of one address it is a fault.
+CLIENTS = 3
+USER_TIMEOUT_MS = 30_000  # proposed: RFC 5482 leaves it to the application; 30 s is two in three of its usual deadlines
+
+WHY_GONE = (
+    "No packet of it has come since. Its host or a link is down, or packets are dropped on the way. The kernel sends "
+    "again after twice the time each time, up to net.ipv4.tcp_retries2 times: about a quarter of an hour, in which "
+    "the application waits."
+)
+WHY_CUT = (
+    "The path works: new connections are answered meanwhile. A firewall, NAT or load balancer on the way forgets a "
+    "connection that is idle for longer than its limit, and then drops its packets without a RST."
+)
+WHY_LOST = (
+    "The path works for other connections meanwhile. Something on the way drops the packets of these: one of several "
+    "parallel paths, a firewall that lost its table, or a load balancer whose backend is gone."
+)
+WHY_ONE_WAY = (
+    "Packets of this address still come in, so it is alive. What this host sends to it is lost on the way there, or is "
+    "dropped there before TCP."
+)
+WHY_CLIENTS = (
+    "Their hosts have gone without closing, as a telephone does out of reach, or a machine without power. The kernel "
+    "gives"
+    " up after net.ipv4.tcp_retries2 timeouts."
+)
+
+
+def unanswered(row: Any, before: Any) -> bool:
+    """A timeout has run out, and nothing was acknowledged since."""
+    return bool(row.out_segs and paths.timeouts(row) and row.state in paths.SENDING)
+
+
+def unmoved(row: Any, before: Any) -> bool:
+    """Something waits for its ACK, and nothing was acknowledged since the look before."""
+    return bool(row.out_segs and (before is None or before.acked_seq == row.acked_seq))
+
+
+def stalled_us(track: Track) -> float:
+    """How long the oldest data has waited for its ACK at the least: the timeouts that ran out, or as it was watched."""
+    row = track.last
+    ran_out = row.rto_us * (1 - 2.0**-row.backoff)
+    return float(max(ran_out, track.held_s("unmoved") * 1e6))
+
+
+def is_one_way(track: Track) -> bool:
+    """Packets of the remote end come, and acknowledge nothing new."""
+    return bool(track.last.since_ack_us < max(SILENT_US, ROUND_TRIPS * (track.last.srtt_us or 0)))
+
+
+def is_silent(track: Track, least: int = TIMEOUTS) -> bool:
+    if not track.holds("no_ack") or paths.timeouts(track.last) < least:
+        return False
+    return not is_one_way(track) or track.held_s("no_ack") * 1e6 >= SILENT_US
+
+
+def answered_meanwhile(seen: Evidence, where: Peer, tracks: list[Track], silent: list[Track]) -> tuple[int, int]:
+    """How many other connections with this address had an answer, and how many were opened, since the first stalled."""
+    longest_us = max(map(stalled_us, silent))
+    # An interval may be read a moment after its end. One that ended so long after it stalled began after that, too.
+    whole_s = seen.now_s - longest_us / 1e6 + 2 * INTERVAL_SECONDS
+    others = sum(t.last.since_ack_us < longest_us and not t.holds("no_ack") for t in tracks)
+    opened = sum(
+        tally.since(whole_s)
+        for group, tally in seen.attempts.tallies.items()
+        if group.outcome == "ESTABLISHED" and (group.netns, group.raddr) == where
+    )
+    return others, opened
+
+
+class NoAck(Rule):
+    needs = ("sockets", "attempts", "retrans")
+    marks: ClassVar = {"no_ack": unanswered, "unmoved": unmoved}
+    explains = (
+        "loss",
+        "spurious_retrans",
+        "queue_on_path",
+        "zero_window",
+        "window_limited",
+        "nagle",
+        "orphans",
+        "ends_by_timeout",
+        "connects_fail",
+        "synack_unanswered",
+        "drops",
+    )
+
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        clients: dict[tuple[int, int], list[Track]] = {}
+        for where, tracks in paths.by_peer(seen.sockets.now).items():
+            silent = [track for track in tracks if is_silent(track)]
+            if not silent:
+                continue
+            if len(silent) < CLIENTS and all(track.last.role == "PASSIVE" for track in silent):
+                for track in silent:
+                    clients.setdefault((where[0], track.last.lport), []).append(track)
+            else:
+                yield self._finding(seen, where, tracks, silent)
+        for (netns, lport), silent in clients.items():
+            yield self._clients(netns, lport, silent)
+
+    def _finding(self, seen: Evidence, where: Peer, tracks: list[Track], silent: list[Track]) -> Finding:
+        others, opened = answered_meanwhile(seen, where, tracks, silent)
+        idle_us = [max(0.0, track.last.since_ack_us - stalled_us(track)) for track in silent if not is_one_way(track)]
+        lives = bool(others or opened)
+        one_way = not lives and not idle_us
+        idle = lives and bool(idle_us) and min(idle_us) >= IDLE_US
+        number = paths.number(len(silent), "connection")
+        title = f"{where[1]} does not answer: {number} stalled"
+        why, remedies = WHY_GONE, _when_gone(where, silent)
+        if one_way:
+            title, why = f"nothing that is sent to {where[1]} arrives: {number} stalled", WHY_ONE_WAY
+        elif idle:
+            title = f"{number} to {where[1]} cut while idle; new ones work"
+            why, remedies = WHY_CUT, _when_idle(where, silent, min(idle_us))
+        elif lives:
+            title, why = f"{number} to {where[1]} get no answer; others do", WHY_LOST
+        observed = [*_waits(silent)]
+        if idle:
+            observed.append(f"idle before that: {_span(idle_us)}")
+        if lives:
+            observed.append(paths.meanwhile(opened, others))
+        observed += _sent_again(paths.again(seen).get(where), silent)
+        return Finding(
+            rule=self.name,
+            severity="critical",
+            title=title,
+            observed=observed,
+            why=why,
+            remedies=list(remedies),
+            **paths.of(where, paths.owners(silent), "retrans", "list"),
+            first_s=_since(seen, silent),
+            facts=paths.facts(
+                where,
+                paths.owners(silent),
+                len(silent),
+                case="idle" if idle else "others" if lives else "one_way" if one_way else "gone",
+                stalled_s=round(max(map(stalled_us, silent)) / 1e6, 1),
+                idle_s=round(min(idle_us) / 1e6, 1) if idle_us else None,
+                timeouts=max(paths.timeouts(track.last) for track in silent),
+                unacked_bytes=sum(track.last.unacked for track in silent),
+                opened_meanwhile=opened,
+                answered_meanwhile=others,
+                orphans=_orphans(silent),
+            ),
+        )
+
+    def _clients(self, netns: int, lport: int, silent: list[Track]) -> Finding:
+        addresses = Counter(track.last.raddr for track in silent)
+        number = paths.number(len(addresses), "client")
+        return Finding(
+            rule=self.name,
+            severity="info",
+            title=f"{number} of port {lport} {'does' if len(addresses) == 1 else 'do'} not answer any more",
+            observed=[*_waits(silent), f"clients: {paths.listed(addresses)}"],
+            why=WHY_CLIENTS,
+            remedies=[],
+            who=paths.who(paths.owners(silent)),
+            look=(f"retrans -L {lport}", f"list -L {lport}"),
+            about=frozenset({("clients", netns, lport)}),
+            facts={"netns": netns, "lport": lport, "count": len(silent), "clients": len(addresses), "case": "clients"},
+        )
+
+
+def _since(seen: Evidence, silent: list[Track]) -> float | None:
+    """When the first of them stalled, if that was within the watch."""
+    began_s = seen.now_s - max(map(stalled_us, silent)) / 1e6
+    return began_s if began_s > seen.began_s else None
+
+
+def _orphans(silent: list[Track]) -> int:
+    return sum(not track.last.has_file for track in silent)
+
+
+def _span(us: list[float]) -> str:
+    least, most = round(min(us)), round(max(us))
+    return seconds(least) if most - least < 1_000_000 else f"{seconds(least)} to {seconds(most)}"
+
+
+def _waits(silent: list[Track]) -> Iterator[str]:
+    rows = [track.last for track in silent]
+    longest, most = max(map(stalled_us, silent)), max(map(paths.timeouts, rows))
+    yield (
+        f"{paths.number(len(silent), 'connection')} ({paths.ports(silent)}) without an ACK of what was sent, the "
+        f"longest for {seconds(round(longest))} and {paths.number(most, 'timeout')}; the last packet of any came "
+        f"{seconds(min(row.since_ack_us for row in rows))} ago"
+    )
+    waiting = sum(row.unsent for row in rows)
+    more = f", {waiting:,} more wait to be sent" if waiting else ""
+    yield f"{sum(row.unacked for row in rows):,} bytes are not acknowledged{more}"
+    if orphans := _orphans(silent):
+        yield f"{orphans} of them closed by the application, no process has them any more"
+
+
+def _sent_again(again: Again | None, silent: list[Track]) -> Iterator[str]:
+    """What the kernel did at these timeouts; it may not have been able to send at all."""
+    if again and again.kinds:
+        yield f"sent again to it: {again.said}"
+    if again and again.failed:
+        yield f"could not be sent again by this host: {paths.listed(again.failed)}"
+    elif not any(track.last.total_retrans for track in silent):
+        yield "this host has sent none of it again: its link is down, it has no route, or its own queue does not move"
+
+
+def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
+    yield Remedy(
+        "See whether a route leads to it, and then whether its host is alive.",
+        command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
+    )
+    without = [track for track in silent if not track.last.user_timeout_ms]
+    if without and paths.owners(without):
+        yield Remedy(
+            f"Let {paths.program(paths.owners(without))} set TCP_USER_TIMEOUT: then a write that is not acknowledged "
+            "fails after that "
+            "time, and the application can turn to another server.",
+            name="TCP_USER_TIMEOUT",
+            present="not set",
+            proposed=f"{USER_TIMEOUT_MS} ms",
+            risk="a peer that is silent for as long, and comes back, loses its connections",
+        )
+
+
+def _when_idle(where: Peer, silent: list[Track], idle_us: float) -> Iterator[Remedy]:
+    program, limit_s = paths.program(paths.owners(silent)), max(1, int(idle_us / 2e6))
+    without = [track for track in silent if not track.last.keepalive]
+    if without:
+        yield Remedy(
+            f"Let {program} set SO_KEEPALIVE: {len(without)} of these do not have it. Or let its pool close "
+            "connections "
+            f"that were idle for {limit_s} s.",
+            name="SO_KEEPALIVE",
+            present="not set",
+            proposed="set",
+        )
+    keepalive_s = max(track.last.keepalive_s for track in silent)
+    if keepalive_s > limit_s:
+        yield Remedy(
+            "Let keepalive probe before the connection is forgotten: after half of the shortest idle time that was cut."
+            " New connections and those that begin to be idle take it.",
+            command=paths.command(where[0], paths.owners(silent), f"sysctl -w net.ipv4.tcp_keepalive_time={limit_s}"),
+            name="net.ipv4.tcp_keepalive_time",
+            present=keepalive_s,
+            proposed=limit_s,
+            risk="each idle connection with SO_KEEPALIVE sends one packet in that time",
+        )
+
+
+rule = NoAck()
