@@ -35,6 +35,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DEVICE = "veth0"
+NOBODYS_MAC = "02:00:c0:00:02:ff"
 TC_H_ROOT = 0xFFFFFFFF
 NETEM_PACKETS = 100_000  # as many as are on their way at most: it drops what comes in above
 COUNTER_FILES = ("snmp", "netstat", "snmp6")
@@ -165,6 +166,10 @@ class Host:
         """Send the packets that `hold()` has held back."""
         self.run(self._netlink, lambda link: self._neighbours(link, "replace"))
 
+    def lose(self) -> None:
+        """Lose what this host sends to its peer until `release()`: it goes to a link address that nobody has."""
+        self.run(self._netlink, lambda link: self._neighbours(link, "replace", NOBODYS_MAC))
+
     def blackhole(self, prefix: str) -> None:
         """Route `prefix` from the peer to this host, and drop it here. So its addresses never answer."""
         family = socket.AF_INET6 if ":" in prefix else socket.AF_INET
@@ -207,9 +212,9 @@ class Host:
             lambda link: link.link("set", index=socket.if_nametoindex(DEVICE), state=state),
         )
 
-    def _neighbours(self, link: Any, command: str) -> None:
+    def _neighbours(self, link: Any, command: str, mac: str | None = None) -> None:
         for address, family in ((self.peer.ipv4, socket.AF_INET), (self.peer.ipv6, socket.AF_INET6)):
-            details = {"state": "permanent", "lladdr": self.peer.mac} if command == "replace" else {}
+            details = {"state": "permanent", "lladdr": mac or self.peer.mac} if command == "replace" else {}
             link.neigh(command, dst=address, ifindex=socket.if_nametoindex(DEVICE), family=family, **details)
 
     def _configure(self, link: Any) -> None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenario import parameter
+from tcpscope.lab.streams import Streams, change
+
+FORGOTTEN = (
+    "table inet lab_idle {{ chain in {{ type filter hook prerouting priority -300; tcp sport {{ {} }} drop; }}; }}"
+)
+
+
+@dataclass
+class IdleCut(Streams):
+    """A firewall on the way forgets connections that are idle, and drops their packets.
+
+    A client keeps three connections of its pool idle. After some seconds a firewall before the server forgets them.
+    From then on it drops what comes over them, without a RST. The client finds out when it uses them again, and waits.
+    New connections work.
+    """
+
+    title = "connections are cut while they are idle; new ones work"
+
+    idle: float = parameter(5.0, "seconds for which the connections are idle")
+
+    def prepare(self, lab: Lab) -> None:
+        self.start(lab)
+
+    def act(self, lab: Lab) -> None:
+        self.last(self.idle)
+        ports = self.open(0)
+        change(lab.server, "nft", FORGOTTEN.format(", ".join(map(str, ports))))
+        self.step(
+            "server", f"after {self.idle:g} s its firewall has forgotten the connections, and drops their packets"
+        )
+        self.send(1000)
+        self.step("client", "sends 1000 bytes on each connection")
+        for _ in range(3):
+            self.last(self.seconds / 3)
+            self.open(1)
+        self.step("client", "three new connections work meanwhile")
+        self.last(2)
