@@ -88,6 +88,7 @@ class Counter(StrEnum):
 class Direction(StrEnum):
     SENT = "SENT"
     RECEIVED = "RECEIVED"
+    NONE = "NONE"
 
 
 class DiscardKind(StrEnum):
@@ -918,16 +919,19 @@ class Reset(msgspec.Struct, frozen=True):
     """cgroup v2 id of that process"""
 
     direction: Direction
-    """SENT or RECEIVED"""
+    """SENT or RECEIVED; NONE: it ended without a RST (--timeouts)"""
 
     cause: Cause | None
-    """why this host sent it"""
+    """why this host sent it, or why it ended"""
 
     state: TcpState | None
     """state of the connection before; LISTEN if a listener answers"""
 
     reason: str | None
     """the kernel's own reason, since Linux 6.10"""
+
+    unanswered: bool | None
+    """whether this host had sent data, and received none since; null: not received"""
 
     stack: list[str] | None
     """kernel stack, innermost first"""
@@ -1632,7 +1636,9 @@ def open(
 
 
 @overload
-def open(tool: Literal["reset"], /, *, stack: bool = ..., **asked: Unpack[Asked]) -> Events[Reset]: ...
+def open(
+    tool: Literal["reset"], /, *, stack: bool = ..., timeouts: bool = ..., **asked: Unpack[Asked]
+) -> Events[Reset]: ...
 
 
 @overload
@@ -1641,6 +1647,7 @@ def open(
     /,
     *,
     stack: bool = ...,
+    timeouts: bool = ...,
     count: bool = ...,
     by: str | Sequence[str] | None = ...,
     **asked: Unpack[AskedInPart],

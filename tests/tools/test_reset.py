@@ -15,9 +15,10 @@ from tests.record.script import IPPROTO_TCP, SOL_SOCKET, STATES, TCP_LINGER2
 
 PORT, NOBODYS_PORT = 6741, 6742
 RESET = Watch("reset", "--port", f"{PORT},{NOBODYS_PORT}")
+TIMEOUTS = Watch("reset", "--timeouts", "--port", f"{PORT},{NOBODYS_PORT}")
 COUNTED = Watch("reset", "--count", "--by", "netns,direction,cause", "--port", f"{PORT},{NOBODYS_PORT}")
 STACKS = Watch("reset", "--stack", "--port", f"{PORT}", every_kernel=False)
-SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT = 9, 4, 5, 6
+SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT = 9, 4, 5, 6, 18
 SYN, RST, ACK = 2, 4, 16
 
 Row = dict[str, Any]
@@ -348,6 +349,53 @@ def test_keepalive(script: Script) -> Test:
     (row,) = site.rows(seen, script.client, "SENT")
     assert (row["cause"], row["state"], row["pid"]) == ("KEEPALIVE", "ESTABLISHED", site.client.pid)
     assert row["reason"] == ("TCP_KEEPALIVE_TIMEOUT" if has_reasons(seen) else None)
+
+
+@recorded(RESET, TIMEOUTS)
+def test_an_end_without_a_reset(script: Script) -> Test:
+    """The peer has vanished, and TCP_USER_TIMEOUT ends the retransmissions."""
+    site = Site(script)
+    near, far = site.pair()
+    near.option(IPPROTO_TCP, TCP_USER_TIMEOUT, 500)
+    before = script.client.counter("TcpExtTCPAbortOnTimeout")
+    with script.client.losing():
+        near.send("to nobody")
+        near.until_state("CLOSE")
+    near.close()
+    far.linger(0)
+    far.close()
+    script.client.flush()
+    site.unheard = {script.server: 0, script.client: 1}
+    site.end()
+    seen = yield
+    site.check(seen)
+    (row,) = [row for row in seen.rows(TIMEOUTS, script.client) if row["direction"] == "NONE"]
+    assert (row["cause"], row["state"], row["pid"]) == ("TIMEOUT", "ESTABLISHED", site.client.pid)
+    assert site.counters[script.client].counters["TcpExtTCPAbortOnTimeout"] == before.ret + 1
+    others = [row["cause"] for row in seen.rows(TIMEOUTS) if row["direction"] != "NONE"]
+    assert others == [row["cause"] for row in seen.rows(RESET)]
+
+
+@pytest.mark.parametrize("answered", [False, True], ids=["waits", "answered"])
+@recorded(RESET)
+def test_a_request_that_is_reset(script: Script, answered: bool) -> Test:
+    """The answer comes some jiffies after the request, or not at all."""
+    site = Site(script)
+    near, far = site.pair()
+    near.send("request")
+    far.receive()
+    if answered:
+        site.server.pause(30_000)
+        far.send("answer")
+        near.until_received(6)
+    far.linger(0)
+    far.close()
+    near.until_state("CLOSE")
+    near.close()
+    site.end()
+    seen = yield
+    assert site.received(seen, script.client, "ESTABLISHED")["unanswered"] is not answered
+    assert site.sent(seen, script.server, "LINGER", "ESTABLISHED", "TCP_STATE")["unanswered"] is None
 
 
 @recorded(RESET)

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
-/* A RST that the kernel sends or receives: both ends, the state of the connection, and why. */
+/*
+ * A RST that the kernel sends or receives: both ends, the state of the connection, and why. On request also the end of a
+ * connection whose peer answers no more, for which the kernel sends none.
+ */
 #define HAS_GROUPS
 #include "socket_event.bpf.h"
 
@@ -14,7 +17,7 @@
 #define FLAG_RST 0x04
 #define FLAG_ACK 0x10
 
-enum direction { DIRECTION_SENT, DIRECTION_RECEIVED } __attribute__((packed));
+enum direction { DIRECTION_SENT, DIRECTION_RECEIVED, DIRECTION_NONE } __attribute__((packed));
 
 enum cause {
 	CAUSE_UNKNOWN,
@@ -31,21 +34,25 @@ enum cause {
 	CAUSE_KEEPALIVE,
 	CAUSE_NO_MEMORY,
 	CAUSE_KILLED,
+	CAUSE_TIMEOUT,
 } __attribute__((packed));
 
 struct resets {
 	struct event event;
-	enum direction direction TITLE("DIR") DOC("SENT or RECEIVED");
-	enum cause cause UNKNOWN_IS("zero") WIDTH(16) DOC("why this host sent it");
+	enum direction direction TITLE("DIR") DOC("SENT or RECEIVED; NONE: it ended without a RST (--timeouts)");
+	enum cause cause UNKNOWN_IS("zero") WIDTH(16) DOC("why this host sent it, or why it ended");
 	enum tcp_state state UNKNOWN_IS("zero") DOC("state of the connection before; LISTEN if a listener answers");
 	__u8 reason NAMED_BY("sk_rst_reason", "SK_RST_REASON_") UNKNOWN_IS("max") WIDTH(20)
 	DOC("the kernel's own reason, since Linux 6.10");
-	__u8 padding[4];
+	__u8 unanswered KIND("bool") UNKNOWN_IS("max")
+	DOC("whether this host had sent data, and received none since; null: not received");
+	__u8 padding[3];
 	__u64 stack[STACK_DEPTH] KIND("stack") DOC("kernel stack, innermost first") UNKNOWN_IS("zero");
 };
 const struct resets *resets_anchor __attribute__((unused));
 
 const volatile bool send_stacks;
+const volatile bool send_timeouts;
 
 /* A RST, before the filter. */
 struct reset {
@@ -56,7 +63,8 @@ struct reset {
 	enum cause cause;
 	enum tcp_state state;
 	__u8 reason;
-	__u8 padding[4];
+	__u8 unanswered;
+	__u8 padding[3];
 };
 
 /*
@@ -66,6 +74,7 @@ struct reset {
  */
 struct closed {
 	struct owner owner;
+	__u64 time_ns;
 	enum tcp_state state; /* before */
 	__u8 padding[7];
 };
@@ -100,6 +109,7 @@ static __always_inline void fill(struct resets *event, const struct reset *reset
 	event->cause = reset->cause;
 	event->state = reset->state;
 	event->reason = reset->reason;
+	event->unanswered = reset->unanswered;
 	__builtin_memset(event->padding, 0, sizeof(event->padding));
 }
 
@@ -156,17 +166,48 @@ static __always_inline bool is_full(int state)
 	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV;
 }
 
-static __always_inline int closing(struct sock *sk, int old_state)
+/*
+ * Has a timer of retransmissions, or of probes for a zero window, given up? tcp_write_err() leaves the socket an error: the
+ * soft one if there is one. The keepalive timer calls it, too, when nothing waits to be sent or acknowledged.
+ */
+static __always_inline bool times_out(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+	int error = BPF_CORE_READ(sk, sk_err);
+
+	if (error != ETIMEDOUT && (!error || error != BPF_CORE_READ(sk, sk_err_soft)))
+		return false;
+	return BPF_CORE_READ(tp, write_seq) != BPF_CORE_READ(tp, snd_una);
+}
+
+#define SAME_END_NS 100000000 /* no timeout is so short: TCP_RTO_MIN */
+
+static __always_inline int closing(void *ctx, struct sock *sk, __u64 cookie, int old_state)
 {
 	const struct owner *owner = connection_owner(connection_find(sk));
-	struct closed note = {.state = old_state};
-	struct identity id = {};
+	struct closed note = {.state = old_state, .time_ns = bpf_ktime_get_ns()};
+	const struct closed *told;
+	bool is_new;
+	struct reset reset = {
+		.time_ns = note.time_ns,
+		.direction = DIRECTION_NONE,
+		.cause = CAUSE_TIMEOUT,
+		.state = old_state,
+		.reason = -1,
+		.unanswered = -1,
+	};
 
-	identity_read(sk, &id);
+	identity_read(sk, &reset.id);
 	if (owner)
 		note.owner = *owner;
-	bpf_map_update_elem(&closed_ones, &id, &note, BPF_ANY);
-	return 0;
+	told = bpf_map_lookup_elem(&closed_ones, &reset.id);
+	is_new = !told || note.time_ns - told->time_ns >= SAME_END_NS;
+	bpf_map_update_elem(&closed_ones, &reset.id, &note, BPF_ANY);
+	if (!send_timeouts || !is_new || !was_established(old_state) || !times_out(sk))
+		return 0;
+	reset.id.cookie = cookie;
+	reset.owner = note.owner;
+	return emit(ctx, &reset, NULL);
 }
 
 static __always_inline bool may_reset_later(int old_state, int new_state)
@@ -177,16 +218,16 @@ static __always_inline bool may_reset_later(int old_state, int new_state)
 SEC("tp_btf/inet_sock_set_state")
 int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close, struct sock *sk, int old_state, int new_state)
 {
-	return sk->sk_protocol == IPPROTO_TCP ? closing(sk, old_state) : 0;
+	return sk->sk_protocol == IPPROTO_TCP ? closing(ctx, sk, COOKIE_OF(sk), old_state) : 0;
 }
 
-/* It writes the same note again. */
+/* It writes the same note again, and sees from it what was told. */
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
 int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close_again, struct sock *sk, int old_state,
 		       int new_state)
 {
-	return sk->sk_protocol == IPPROTO_TCP ? closing(sk, old_state) : 0;
+	return sk->sk_protocol == IPPROTO_TCP ? closing(ctx, sk, COOKIE_OF(sk), old_state) : 0;
 }
 
 /* A segment that the kernel answers with a RST. Its destination is the local end. */
@@ -355,6 +396,7 @@ static __always_inline int sent(void *ctx, struct sock *sk, struct sk_buff *skb,
 		.direction = DIRECTION_SENT,
 		.state = state,
 		.reason = reason,
+		.unanswered = -1,
 	};
 	const struct connection *connection = sk ? connection_find(sk) : NULL;
 	const struct closed *closed = NULL;
@@ -488,6 +530,19 @@ static __always_inline bool may_be_data(struct sock *sk, int state)
 	return (state == STATE_FIN_WAIT1 || state == STATE_FIN_WAIT2) && BPF_CORE_READ(sk, sk_shutdown) & RCV_SHUTDOWN;
 }
 
+/*
+ * Has it sent data, and received none since? Both times are in jiffies: in the same one it is not known which came last, and
+ * the answer is no, unless nothing has ever been received.
+ */
+static __always_inline bool is_unanswered(struct tcp_sock *tp)
+{
+	__u32 sent = BPF_CORE_READ(tp, lsndtime), received = BPF_CORE_READ(tp, inet_conn.icsk_ack.lrcvtime);
+
+	if (!BPF_CORE_READ(tp, data_segs_out))
+		return false;
+	return !BPF_CORE_READ(tp, data_segs_in) || (__s32)(sent - received) > 0;
+}
+
 ROLE("delays")
 SEC("tp_btf/tcp_receive_reset")
 int TRACEPOINT_PROG(receive, struct sock *sk)
@@ -499,6 +554,7 @@ int TRACEPOINT_PROG(receive, struct sock *sk)
 		.direction = DIRECTION_RECEIVED,
 		.state = BPF_CORE_READ(sk, __sk_common.skc_state),
 		.reason = -1,
+		.unanswered = is_unanswered((struct tcp_sock *)sk),
 	};
 
 	identity_read(sk, &reset.id);

@@ -12,8 +12,14 @@ tool = Stacked(
     "resets",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "direction", "state", "cause", "reason"),
     important=("direction", "cause", "raddr", "time", "comm", "laddr", "state", "pid", "reason"),
-    options=(Option(("--stack",), "Print the kernel stack of each RST."),),
-    constants=lambda request: {"send_stacks": bool(request.options["stack"])},
+    options=(
+        Option(("--stack",), "Print the kernel stack of each RST."),
+        Option(("--timeouts",), "Show connections too that end without a RST, because nobody has answered."),
+    ),
+    constants=lambda request: {
+        "send_stacks": bool(request.options["stack"]),
+        "send_timeouts": bool(request.options["timeouts"]),
+    },
     examples={
         "reset -L 443": "RSTs of the connections of one port",
         "reset --count -i 10": "by direction and cause, every ten seconds",
