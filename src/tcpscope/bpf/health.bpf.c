@@ -65,7 +65,9 @@ struct health {
 	__u32 reord_seen DOC("how often reordering was seen");
 	__u32 data_segs_out;
 	__u32 data_segs_in;
-	__u32 padding2;
+	__u32 fin_timeout_s UNIT("s") DOC("how long it may wait in FIN_WAIT2 when it is closed; 0: not at all");
+	bool linger2_set DOC("TCP_LINGER2 was set: otherwise that time is net.ipv4.tcp_fin_timeout");
+	__u8 padding2[7];
 	__u64 sent_bytes UNIT("bytes") DOC("with what was sent again");
 	__u64 retrans_bytes UNIT("bytes");
 	__u64 received_bytes UNIT("bytes");
@@ -162,6 +164,18 @@ static __noinline int times_and_totals_read(struct tcp_sock *tcp, struct health 
 	return 0;
 }
 
+/* tcp_fin_time() */
+static __noinline int fin_timeout_read(struct sock *sk, struct health *health)
+{
+	struct net *net = BPF_CORE_READ(sk, __sk_common.skc_net.net);
+	int linger2 = BPF_CORE_READ((struct tcp_sock *)sk, linger2);
+	int jiffies = linger2 ?: BPF_CORE_READ(net, ipv4.sysctl_tcp_fin_timeout);
+
+	health->linger2_set = linger2 != 0;
+	health->fin_timeout_s = jiffies < 0 ? 0 : jiffies_us(jiffies) / 1000000;
+	return 0;
+}
+
 static __noinline int settings_read(struct sock *sk, struct health *health)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
@@ -205,10 +219,11 @@ static __noinline int health_send(struct sock *sk, const struct connection *conn
 	health->state = state;
 	health->role = connection->role;
 	health->accepted = connection->accepted;
-	health->padding2 = 0;
+	__builtin_memset(health->padding2, 0, sizeof(health->padding2));
 	health->socket = (__u64)sk;
 	health->opened_ns = connection->opened_ns;
 	settings_read(sk, health);
+	fin_timeout_read(sk, health);
 	window_and_queues_read((struct tcp_sock *)sk, health);
 	times_and_totals_read((struct tcp_sock *)sk, health);
 	return event_submit(health);

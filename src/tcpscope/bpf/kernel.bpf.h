@@ -158,6 +158,7 @@ struct netns_ipv4 { /* include/net/netns/ipv4.h; widths changed in 5.15 */
 	int sysctl_tcp_keepalive_time; /* in jiffies */
 	__u8 sysctl_tcp_syncookies;
 	__u8 sysctl_tcp_abort_on_overflow;
+	int sysctl_tcp_fin_timeout; /* in jiffies */
 	int sysctl_max_syn_backlog;
 };
 
