@@ -45,7 +45,8 @@ class Evidence:
     queues    listeners, their queues, refusals                        (QueueHistory)
     attempts  outcomes of connect(): netns, pid, comm, laddr, raddr, rport, outcome, errno, syn_retrans  (Groups)
     retrans   retransmissions: netns, pid, comm, laddr, lport, raddr, rport, kind, errno; sum: segments  (Groups)
-    resets    RSTs: netns, pid, comm, laddr, lport, raddr, rport, direction, state, cause           (Groups)
+    resets    RSTs, and timeouts (direction NONE): netns, pid, comm, laddr, lport, raddr, rport, direction, state,
+              cause, unanswered                                                                      (Groups)
     drops     discarded packets of TCP: netns, pid, comm, laddr, lport, raddr, rport, direction, kind, reason, flags,
               counter, location                                                                     (Groups)
     sockets   connections that wait or move                            (Sockets)
@@ -135,15 +136,17 @@ def _queues(request: Request, marks: Mapping[str, Mark]) -> Source:
     return QueueHistory(request)
 
 
-def _groups(tool: str, *by: str, number: str | None = None) -> Callable[[Request, Mapping[str, Mark]], Source]:
-    return lambda request, marks: Groups(request, tool, by, number)
+def _groups(
+    tool: str, *by: str, number: str | None = None, **options: Any
+) -> Callable[[Request, Mapping[str, Mark]], Source]:
+    return lambda request, marks: Groups(request, tool, by, number, **options)
 
 
 _SOURCES: dict[str, Callable[[Request, Mapping[str, Mark]], Any]] = {
     "queues": _queues,
     "attempts": _groups("connect", *_OWNER, "laddr", "raddr", "rport", "outcome", "errno", "syn_retrans"),
     "retrans": _groups("retrans", *_OWNER, *_ENDS, "kind", "errno", number="segs"),
-    "resets": _groups("reset", *_OWNER, *_ENDS, "direction", "state", "cause"),
+    "resets": _groups("reset", *_OWNER, *_ENDS, "direction", "state", "cause", "unanswered", timeouts=True),
     "drops": _groups("drop", *_OWNER, *_ENDS, "direction", "kind", "reason", "flags", "counter", "location"),
     "sockets": Sockets,
     "ports": lambda request, marks: Pools(request),

@@ -7,8 +7,8 @@ remote end's FIN, for accept(), for the answer to a SYN that was sent again. It 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ _SHARE = 30  # looks take at most this part of one processor
 _MOVING_AT_MOST = 2000
 _PEERS_AT_MOST = 4096
 _RING_BYTES = 16 << 20
+_LOOKS_KEPT = 60
 
 
 @dataclass
@@ -54,6 +55,11 @@ class Track:
     def holds(self, mark: str) -> bool:
         """Whether the mark was there in the last look."""
         return mark in self._since
+
+    @property
+    def marks(self) -> Iterable[str]:
+        """Those of the last look."""
+        return self._since
 
     def share(self, mark: str) -> float:
         """In which part of its looks the mark was there."""
@@ -87,6 +93,7 @@ class Sockets:
     twice  (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
 
     Summed from look to look, so connections that have ended since are in them, but none that ended before a look.
+    numbers  (mark, netns, pid) -> (time, connections of this process with the mark) in the last looks, the oldest first
     """
 
     def __init__(self, request: Request, marks: Mapping[str, Mark]) -> None:
@@ -108,6 +115,7 @@ class Sockets:
             self.tracks: dict[tuple[int, int], Track] = {}
             self.sent: dict[tuple[int, str], Tally] = {}
             self.twice: dict[tuple[int, str], Tally] = {}
+            self.numbers: dict[tuple[str, int, int | None], deque[tuple[float, int]]] = {}
             self.looks = self.connections = 0
             self._last_s, self._next_s = time.monotonic(), 0.0
 
@@ -147,6 +155,7 @@ class Sockets:
             found[key] = track
             self._add_up(track, now_s)
         self.tracks = found
+        self._count(now_s)
         self.looks += 1
         self._last_s = began
         self.connections = self._looked_at[0]
@@ -165,6 +174,14 @@ class Sockets:
         for tallies, count, number in ((self.sent, sent, again), (self.twice, twice, reordered)):
             if (count or number) and (peer in tallies or len(tallies) < _PEERS_AT_MOST):
                 tallies.setdefault(peer, Tally()).add(now_s, count, number)
+
+    def _count(self, now_s: float) -> None:
+        before = self.numbers
+        self.numbers = {}
+        marked = Counter((mark, t.last.netns, t.last.pid) for t in self.tracks.values() for mark in t.marks)
+        for key, number in marked.items():
+            self.numbers[key] = before.get(key) or deque(maxlen=_LOOKS_KEPT)
+            self.numbers[key].append((now_s, number))
 
     def _rows(self) -> list[Any]:
         found: list[Any] = []

@@ -93,9 +93,10 @@ def counts(evidence: Evidence) -> dict[str, Any]:
         found["retransmissions"] = sum(
             tally.sum for group, tally in retrans.tallies.items() if group.kind != "SPURIOUS" and group.errno == "none"
         )
-    for name in ("resets", "drops"):
-        if groups := getattr(evidence, name, None):
-            found[name] = groups.total().count
+    if resets := getattr(evidence, "resets", None):
+        found["resets"] = resets.total(direction=frozenset({"SENT", "RECEIVED"})).count
+    if drops := getattr(evidence, "drops", None):
+        found["drops"] = drops.total().count
     return found
 
 
