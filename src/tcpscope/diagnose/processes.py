@@ -84,10 +84,16 @@ def files(pid: int) -> int | None:
 
 
 def inside(netns: int, pids: Iterable[int]) -> list[int]:
-    """Those of these processes that are in this network namespace now: a way to enter it."""
+    """Those of these owners of sockets of a network namespace that are in it now: a way to enter it.
+
+    Without privileges it cannot be seen whether a process has left it. Few do.
+    """
     found = []
     for pid in sorted(pids):
-        with suppress(OSError):
-            if Path(f"/proc/{pid}/ns/net").stat().st_ino == netns:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            try:
+                if Path(f"/proc/{pid}/ns/net").stat().st_ino == netns:
+                    found.append(pid)
+            except PermissionError:
                 found.append(pid)
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque, namedtuple
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from tcpscope.request import Request
@@ -108,8 +109,12 @@ class Groups:
 
     def where(self, **values: Any) -> Iterator[tuple[Any, Tally]]:
         """The groups with these values in their columns; a set of values: one of them."""
+        wanted = [(attrgetter(name), _among(value)) for name, value in values.items()]
         for group, tally in self.tallies.items():
-            if all(_is(getattr(group, name), value) for name, value in values.items()):
+            for column, among in wanted:  # all() would take twice the time: rules ask each second
+                if column(group) not in among:
+                    break
+            else:
                 yield group, tally
 
     def total(self, **values: Any) -> Tally:
@@ -127,5 +132,5 @@ class Groups:
         return found
 
 
-def _is(value: Any, wanted: Any) -> bool:
-    return value in wanted if isinstance(wanted, set | frozenset) else value == wanted
+def _among(wanted: Any) -> Container[Any]:
+    return wanted if isinstance(wanted, set | frozenset) else (wanted,)
