@@ -89,11 +89,11 @@ class Track:
 class Sockets:
     """A source. `marks`: what its readers want to know of each connection in each look.
 
-    sent   (netns, raddr) -> segments of data sent, their retransmissions included; sum: segments retransmitted
-    twice  (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
-
-    Summed from look to look, so connections that have ended since are in them, but none that ended before a look.
+    sent     (netns, raddr) -> segments of data sent, their retransmissions included; sum: segments retransmitted
+    twice    (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
     numbers  (mark, netns, pid) -> (time, connections of this process with the mark) in the last looks, the oldest first
+
+    The first two are summed from look to look: connections that have ended since are in them, none that ended before one.
     """
 
     def __init__(self, request: Request, marks: Mapping[str, Mark]) -> None:
