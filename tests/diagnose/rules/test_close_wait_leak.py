@@ -1,0 +1,155 @@
+"""CLOSE_WAIT that piles up, and half-closed connections that do not."""
+
+from __future__ import annotations
+
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tcpscope.diagnose import processes
+from tcpscope.diagnose.rules import close_wait_leak
+from tcpscope.diagnose.rules.close_wait_leak import LEAST, Growth, rising, rule
+from tcpscope.diagnose.sockets import Track
+from tests.diagnose.rules.endings import NETNS, check, findings
+from tests.record import Script, Test, recorded
+from tests.tools.queue.refusals import DIAGNOSE
+
+PORT = 9503
+MORE = 8
+
+
+def left_open(script: Script) -> Any:
+    """A client that closes, and a server that does not: a function that makes one more such connection."""
+    server, client = script.server.process("leaky"), script.client.process("web")
+    listener = server.listener(PORT)
+
+    def one() -> Any:
+        near = client.socket()
+        near.connect(script.server.ipv4, PORT)
+        far = listener.accept()
+        near.close()
+        far.until_state("CLOSE_WAIT")
+        return far
+
+    return server, one
+
+
+@recorded(DIAGNOSE)
+def test_a_server_that_never_closes(script: Script) -> Test:
+    with script.older():
+        server, one = left_open(script)
+        for _ in range(LEAST):
+            one()
+    server.pause(4_000_000)
+    for _ in range(MORE):
+        server.pause(1_000_000)
+        one()
+    server.pause(4_500_000)
+    left = script.server.diag(state="CLOSE_WAIT", lport=PORT)
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, script)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"]) == ("close_wait_leak", "warning")
+    assert facts["netns"] == script.server.inode
+    assert (facts["pid"], facts["comm"]) == (server.pid, "leaky")
+    assert facts["count"] == left.ret == LEAST + MORE
+    assert facts["old"] >= LEAST
+    assert 3 <= facts["grown"] <= MORE
+    assert facts["per_s"] > 0
+    assert finding["who"].startswith(f"leaky (PID {server.pid}")
+
+
+@recorded(DIAGNOSE)
+def test_half_closed_streams_are_healthy(script: Script) -> Test:
+    """Some are silent for long, and others go on sending. One more than a leak needs, of each kind."""
+    with script.older():
+        server, client = script.server.process("stream"), script.client.process("viewer")
+        listener = server.listener(PORT)
+        streams = []
+        for _ in range(LEAST + 1):
+            near = client.socket()
+            near.connect(script.server.ipv4, PORT)
+            streams.append((near, listener.accept()))
+        for near, _ in streams:
+            near.shutdown()
+    for _ in range(13):
+        for _, far in streams[::2]:
+            far.send("more")
+        server.pause(1_000_000)
+    script.stay()
+    seen = yield
+    assert findings(seen, script) == []
+
+
+def track(**values: Any) -> Track:
+    """A connection that has been left open for 20 s."""
+    row: dict[str, Any] = {
+        "netns": NETNS, "pid": 7, "comm": "leaky", "state": "CLOSE_WAIT", "role": "PASSIVE", "has_file": True,
+        "unsent": 0, "unacked": 0, "since_sent_us": 20_000_000, "since_ack_us": 20_000_000,
+        "lport": 80, "raddr": "192.0.2.1", "rport": 50000,
+    }  # fmt: skip
+    made = SimpleNamespace(**row | values)
+    found = Track(made, made, 100.0, 100.0)
+    found._look(made, 100.0, rule.marks)
+    return found
+
+
+def seen_of(tracks: list[Track], numbers: list[int]) -> Any:
+    looks = deque((100.0 + n, number) for n, number in enumerate(numbers))
+    return SimpleNamespace(sockets=SimpleNamespace(now=tracks, numbers={("close_wait_leak", NETNS, 7): looks}))
+
+
+GROWS = [10, 11, 12, 13]
+
+
+@pytest.fixture(autouse=True)
+def owner(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    values = {"open_files": 1024, "files": 100}
+    read = lambda pid, comm: processes.Process(pid, comm, open_files=values["open_files"])  # noqa: E731
+    monkeypatch.setattr(close_wait_leak.processes, "read", read)
+    monkeypatch.setattr(close_wait_leak.processes, "files", lambda pid: values["files"])
+    return values
+
+
+@pytest.mark.parametrize(
+    ("number", "values", "numbers", "found"),
+    [
+        (10, {}, GROWS, True),
+        (9, {}, GROWS, False),
+        (10, {}, [10, 11, 12, 12], False),  # in two looks there were more
+        (10, {}, [10, 11, 12, 11], False),  # one was closed
+        (10, {}, [10, 11, 12, 13, 13, 13, 13, 13, 13, 13], False),  # that is over
+        (10, {"since_ack_us": 9_000_000}, GROWS, False),
+        (10, {"since_sent_us": 9_000_000}, GROWS, False),  # the application still sends
+        (10, {"unacked": 1}, GROWS, False),
+        (10, {"unsent": 1}, GROWS, False),
+        (10, {"has_file": False}, GROWS, False),  # it waits for accept()
+        (10, {"state": "ESTABLISHED"}, GROWS, False),
+    ],
+)
+def test_thresholds(number: int, values: dict[str, Any], numbers: list[int], found: bool) -> None:
+    tracks = [track(**values) for _ in range(number)]
+    assert len(check(rule, "close_wait_leak", seen_of(tracks, numbers))) == found
+
+
+def test_a_leak_that_has_taken_half_of_the_files(owner: dict[str, Any]) -> None:
+    owner["open_files"] = 20
+    (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], [10, 10]))
+    assert finding.facts["seconds_left"] is None
+
+
+def test_what_is_left_of_the_limit(owner: dict[str, Any]) -> None:
+    owner.update(open_files=1000, files=500)
+    (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
+    assert (finding.facts["per_s"], finding.facts["seconds_left"], finding.severity) == (1.0, 500, "warning")
+    owner["files"] = 900
+    (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
+    assert finding.severity == "critical"
+
+
+def test_rising() -> None:
+    assert rising([]) == rising([(1.0, 5)]) == rising([(1.0, 5), (2.0, 5)]) == Growth()
+    assert rising([(1.0, 5), (2.0, 4), (3.0, 6), (5.0, 6)]) == Growth(1, 2, 3.0, 2.0)

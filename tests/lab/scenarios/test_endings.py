@@ -1,0 +1,54 @@
+"""Connections that end in a wrong way, or not at all: what diagnose says of each scenario, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenarios.close_wait_leak import CloseWaitLeak
+from tcpscope.lab.scenarios.closed_unread import ClosedUnread
+from tcpscope.lab.scenarios.ends_by_timeout import EndsByTimeout
+from tcpscope.lab.scenarios.orphans import Orphans
+from tcpscope.lab.scenarios.reset_in_request import ResetInRequest
+from tests.conftest import RunningTool
+from tests.lab.scenarios.diagnosed import findings
+
+pytestmark = pytest.mark.kernel
+
+
+def test_reset_in_request(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = ResetInRequest()
+    (finding,) = findings(lab, run_tool, scenario)
+    assert (finding["rule"], finding["facts"]["count"]) == ("reset_in_request", 12)
+    assert finding["facts"]["sent_by"] == scenario.server.pid
+
+
+def test_closed_unread(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = ClosedUnread()
+    (finding,) = findings(lab, run_tool, scenario)
+    assert (finding["rule"], finding["facts"]["count"]) == ("closed_unread", 12)
+    assert finding["facts"]["pids"] == [scenario.server.pid]
+
+
+def test_close_wait_leak(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = CloseWaitLeak()
+    (finding,) = findings(lab, run_tool, scenario)
+    assert (finding["rule"], finding["facts"]["pid"]) == ("close_wait_leak", scenario.server.pid)
+    assert finding["facts"]["count"] > 12
+
+
+def test_ends_by_timeout(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = EndsByTimeout()
+    (finding,) = findings(lab, run_tool, scenario)
+    assert (finding["rule"], finding["facts"]["keepalive"], finding["facts"]["timeouts"]) == ("ends_by_timeout", 3, 3)
+    assert {program.pid for program, _ in scenario.ends} == set(finding["facts"]["pids"])
+
+
+def test_orphans(lab: Lab, run_tool: type[RunningTool]) -> None:
+    (finding,) = findings(lab, run_tool, Orphans())
+    assert (finding["rule"], finding["facts"]["count"]) == ("orphans", 20)
+    assert finding["remedies"][0]["proposed"] == 60
+
+
+def test_timewait_sockets_are_no_orphans(lab: Lab, run_tool: type[RunningTool]) -> None:
+    assert findings(lab, run_tool, Orphans(fin_timeout=60)) == []
