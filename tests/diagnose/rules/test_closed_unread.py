@@ -13,7 +13,7 @@ from tests.record import Script, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
 
 PORT = 9502
-ROUNDS, PAUSE_US = 6, 600_000
+ROUNDS, PAUSE_US = 6, 1_500_000
 
 
 def serve(script: Script, *, read: bool, closed: bool = False) -> Any:
