@@ -25,6 +25,7 @@
  *   REPORTED  connect() returns                               -                            NONE
  */
 
+#define HAS_GROUPS
 #include "kernel.bpf.h"
 #include "compat.bpf.h"
 #include "output.bpf.h"
@@ -149,7 +150,7 @@ static __always_inline void gave_up(struct ending *ending, __u32 answer)
 static __noinline int attempt_emit(const struct identity *id, const struct owner *owner, const struct ending *ending)
 {
 	__u64 latency_us = ending->began_ns ? (ending->time_ns - ending->began_ns) / 1000 : -1;
-	struct attempt *event;
+	struct attempt room, *event;
 
 	if ((attempt_failed_only && ending->outcome == OUTCOME_ESTABLISHED) || latency_us < attempt_min_us ||
 	    (attempt_min_us && !ending->began_ns)) {
@@ -157,7 +158,7 @@ static __noinline int attempt_emit(const struct identity *id, const struct owner
 		COUNT(filtered);
 		return 0;
 	}
-	event = event_begin(sizeof(*event), ending->time_ns, id, owner);
+	event = event_begin_in(&room, sizeof(room), ending->time_ns, id, owner);
 	if (!event)
 		return 0;
 	event->outcome = ending->outcome;
@@ -167,8 +168,7 @@ static __noinline int attempt_emit(const struct identity *id, const struct owner
 	event->syn_retrans = ending->syn_retrans;
 	event->padding = event->padding2 = 0;
 	event->latency_us = latency_us;
-	event_submit(event);
-	return 0;
+	return event_submit(event);
 }
 
 /*
