@@ -210,24 +210,51 @@ static __always_inline int closing(void *ctx, struct sock *sk, __u64 cookie, int
 	return emit(ctx, &reset, NULL);
 }
 
+/* A socket in LAST_ACK gets no RST from itself: it has sent and received all. But it may time out. */
 static __always_inline bool may_reset_later(int old_state, int new_state)
 {
-	return new_state == STATE_CLOSE && old_state != STATE_SYN_SENT && old_state != STATE_LISTEN;
+	return new_state == STATE_CLOSE && old_state != STATE_SYN_SENT && old_state != STATE_LISTEN &&
+	       (send_timeouts || old_state != STATE_LAST_ACK);
 }
+
+/* On this CPU, the last socket of which the first copy has written a note. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} noted SEC(".maps");
 
 SEC("tp_btf/inet_sock_set_state")
 int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close, struct sock *sk, int old_state, int new_state)
 {
-	return sk->sk_protocol == IPPROTO_TCP ? closing(ctx, sk, COOKIE_OF(sk), old_state) : 0;
+	__u32 zero = 0;
+	__u64 *last = bpf_map_lookup_elem(&noted, &zero);
+
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	closing(ctx, sk, COOKIE_OF(sk), old_state);
+	if (last)
+		*last = (__u64)sk;
+	return 0;
 }
 
-/* It writes the same note again, and sees from it what was told. */
+/* If a softirq comes between the copies, this one may write the same note again, and sees from it what was told. */
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
 int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close_again, struct sock *sk, int old_state,
 		       int new_state)
 {
-	return sk->sk_protocol == IPPROTO_TCP ? closing(ctx, sk, COOKIE_OF(sk), old_state) : 0;
+	__u32 zero = 0;
+	__u64 *last = bpf_map_lookup_elem(&noted, &zero);
+
+	if (sk->sk_protocol != IPPROTO_TCP)
+		return 0;
+	if (last && *last == (__u64)sk)
+		*last = 0;
+	else
+		closing(ctx, sk, COOKIE_OF(sk), old_state);
+	return 0;
 }
 
 /* A segment that the kernel answers with a RST. Its destination is the local end. */
