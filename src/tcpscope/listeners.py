@@ -13,7 +13,7 @@ from tcpscope.filters import Filter, address_text
 from tcpscope.kernel import pidns
 from tcpscope.kernel.features import Kernel
 from tcpscope.output import endpoint
-from tcpscope.schema import comm_text, counters_of
+from tcpscope.schema import CounterArray, comm_text
 from tcpscope.session import RING_BYTES, Session
 
 UNREAD = 2**64 - 1
@@ -275,7 +275,8 @@ class Snapshots:
         self._decode_holders = spec.layout("listener_holder", internal=True).decoder(raw=True).rows
         self._found = loaded.values("found", LISTENERS_AT_MOST * self._layout.size)
         self._count = loaded.memory("found_count").cast("I")
-        self._enums = spec.labels("step"), spec.labels("cause")
+        causes = spec.labels("cause")
+        self._refused, self._unnamed = CounterArray(spec.labels("step"), causes), CounterArray(causes)
         self._exact = sees_refusals(session)
         self._accepts = loaded.hooks["accept"].program is not None
         self._holders: dict[_Key, _Holders] = {}
@@ -330,8 +331,8 @@ class Snapshots:
     def _listener(self, record: Any) -> Listener:
         held = self._holders.get((record.socket, record.since_ns)) or _Holders.opener(record)
         wanted = record.wanted and held.wanted
-        refused = counters_of(record.refused, *self._enums) if self._exact else None
-        unnamed = {cause: n for (cause,), n in counters_of(record.unnamed, self._enums[1]).items() if n}
+        refused = self._refused.read(record.refused) if self._exact else None
+        unnamed = {cause: n for (cause,), n in self._unnamed.read(record.unnamed).items()}
         return _listener(record, held, refused, unnamed, self._accepts, wanted)
 
 

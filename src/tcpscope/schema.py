@@ -196,17 +196,26 @@ def labels_of(enumerators: dict[int, str]) -> dict[int, str]:
     return {value: name.removeprefix(prefix) for value, name in enumerators.items()}
 
 
-def counters_of(data: bytes, *enums: Mapping[int, str]) -> dict[tuple[str, ...], int]:
-    """Names -> counter, for a C array of 64-bit counters with one index per enum. The enumerator 0 is left out."""
-    sizes = [max(enum) + 1 for enum in enums]
-    counters = struct.unpack(f"<{math.prod(sizes)}Q", data)
-    found = {}
-    for index in itertools.product(*(sorted(set(enum) - {0}) for enum in enums)):
-        at = 0
-        for size, part in zip(sizes, index, strict=True):
-            at = at * size + part
-        found[tuple(enum[part] for enum, part in zip(enums, index, strict=True))] = counters[at]
-    return found
+class CounterArray:
+    """A C array of 64-bit counters with one index per enum. The enumerator 0 is left out."""
+
+    def __init__(self, *enums: Mapping[int, str]) -> None:
+        sizes = [max(enum) + 1 for enum in enums]
+        self._struct = struct.Struct(f"<{math.prod(sizes)}Q")
+        self._places: dict[tuple[str, ...], int] = {}
+        for index in itertools.product(*(sorted(set(enum) - {0}) for enum in enums)):
+            at = 0
+            for size, part in zip(sizes, index, strict=True):
+                at = at * size + part
+            self._places[tuple(enum[part] for enum, part in zip(enums, index, strict=True))] = at
+        self._nothing = bytes(self._struct.size)
+
+    def read(self, data: bytes) -> dict[tuple[str, ...], int]:
+        """Names -> counter; those that are 0 are missing."""
+        if data == self._nothing:
+            return {}
+        counters = self._struct.unpack(data)
+        return {names: counters[at] for names, at in self._places.items() if counters[at]}
 
 
 class _Cache(dict[Any, Any]):

@@ -19,8 +19,14 @@ from tcpscope.session import RING_BYTES, closed_on_error
 
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
 _PEERS = 4096  # distinct remote addresses remembered per listener
+_PAUSE_SECONDS = 0.2
+_SHARE = 100  # looks take at most this part of one processor,
+_PAUSE_AT_MOST_SECONDS = 2.0  # unless the pause between two were longer
 _BURST_LOOKS = 5  # a second: after it a refused client sends its SYN again
 _SLOW_LOOKS = 5  # fewer do not tell a slow server from a burst
+
+
+_NOTHING = Counter[tuple[str, ...]]()
 
 
 @dataclass
@@ -142,6 +148,8 @@ class History:
         """
         if self.last.refused is None:
             return self.sampled
+        if not self.last.refused and not self.events:
+            return _NOTHING
         before = self.first.refused or {}
         counted = Counter({key: n - before.get(key, 0) for key, n in self.last.refused.items()})
         return counted | self.events if self.first.since_ns else counted
@@ -171,14 +179,18 @@ class QueueHistory:
             self._by_address: dict[tuple[int, int, str], list[History]] = {}
             self._witness = Witness()
             self._unnamed = 0
+            self._next_s = 0.0
             self._forgotten = 0  # listeners that are gone and about which there is nothing to report
             self._look()
 
     def poll(self) -> None:
         """The look comes first: an event of a listener without a history belongs to nothing."""
-        self._look()
+        looks = time.monotonic() >= self._next_s
+        if looks:
+            self._look()
         self._drain(self.run.poll())
-        self._note_times()
+        if looks:
+            self._note_times()
 
     def end(self) -> None:
         self._look(fresh=True)
@@ -214,7 +226,18 @@ class QueueHistory:
             notes.append(f"{number} SYNs were answered with a SYN cookie, and it is not known by which listener")
         return notes
 
+    @property
+    def troubled(self) -> list[History]:
+        """The listeners that refused something, or whose accept queue was full."""
+        return [history for history in self.histories.values() if not history.quiet]
+
     def _look(self, fresh: bool = False) -> None:
+        began, spent = time.monotonic(), time.thread_time()
+        self._take(fresh)
+        pause = _SHARE * (time.thread_time() - spent)
+        self._next_s = began + (min(pause, _PAUSE_AT_MOST_SECONDS) if pause > _PAUSE_SECONDS else 0.0)
+
+    def _take(self, fresh: bool) -> None:
         found = self._snapshots.look(all_=not self.exact, fresh=fresh)
         now = time.monotonic()
         self._forget({listener.key for listener in found})

@@ -36,7 +36,7 @@ class AcceptQueue(Rule):
     needs = ("queues",)
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        for history in seen.queues.histories.values():
+        for history in seen.queues.troubled:
             unsure = history.count("UNKNOWN") if history.full_seen else 0
             if history.count("ACCEPT_QUEUE_FULL") or unsure:
                 yield self._finding(seen.queues, history, unsure)

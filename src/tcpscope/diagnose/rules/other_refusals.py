@@ -24,7 +24,7 @@ class OtherRefusals(Rule):
     needs = ("queues",)
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        for history in seen.queues.histories.values():
+        for history in seen.queues.troubled:
             other = history.count("OTHER")
             # Otherwise a rule about one of the queues counts them.
             unsure = 0 if history.full_seen or history.last.syncookies == 0 else history.count("UNKNOWN")

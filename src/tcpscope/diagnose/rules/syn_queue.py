@@ -40,7 +40,7 @@ class SynQueue(Rule):
     needs = ("queues",)
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        for history in seen.queues.histories.values():
+        for history in seen.queues.troubled:
             full = history.count("SYN_QUEUE_FULL")
             reserved = history.count("SYN_QUEUE_RESERVED")
             cookies = history.count("COOKIE_SENT")
