@@ -40,6 +40,7 @@ FIELDS_THAT_MAY_BE_MISSING = {
     ("sock", "tcp_retransmit_timer"): "came in 6.19; read where the other two are missing",
     ("trace_event_raw_kfree_skb", "reason"): "came in 5.17; only asked whether it exists",
     ("trace_event_raw_kfree_skb", "rx_sk"): "came in 6.11; only asked whether it exists",
+    ("mptcp_subflow_context", "resetting"): "missing in 6.16 to 7.1; asked for before it is read",
     ("mptcp_sock", "subflow"): "gone in 6.6; only asked whether it exists",
     ("netns_ipv4", "sysctl_ip_local_port_step_width"): "came in 7.1; asked for before it is read",
     ("inet_sock", "local_port_range"): "came in 6.3; asked for before it is read",

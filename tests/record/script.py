@@ -410,12 +410,14 @@ class Host:
         acknowledged: int = 0,
         flags: int = 2,
         wrong: int = 0,
+        options: bytes = b"",
     ) -> Call:
         """Send a TCP segment without data in whosever name that is; flags: FIN 1, SYN 2, RST 4, ACK 16.
 
-        Its checksum is wrong by `wrong`.
+        Its checksum is wrong by `wrong`. The size of its options is a multiple of four.
         """
-        return self.agent("tcp", source, sport, target, dport, sequence, acknowledged, flags, wrong)
+        words = (options.hex(),) if options else ()
+        return self.agent("tcp", source, sport, target, dport, sequence, acknowledged, flags, wrong, *words)
 
 
 class Process:

@@ -11,7 +11,7 @@ import pytest
 from tcpscope.lab.hosts import Lab
 from tests.conftest import RunningTool, until
 from tests.record import Host, Process, Script, Seen, Socket, Test, Watch, recorded
-from tests.record.script import IPPROTO_TCP, SOL_SOCKET, STATES, TCP_LINGER2
+from tests.record.script import IPPROTO_TCP, POLLIN, SO_LINGER, SOL_SOCKET, STATES, TCP_LINGER2
 
 PORT, NOBODYS_PORT = 6741, 6742
 RESET = Watch("reset", "--port", f"{PORT},{NOBODYS_PORT}")
@@ -20,6 +20,9 @@ COUNTED = Watch("reset", "--count", "--by", "netns,direction,cause", "--port", f
 STACKS = Watch("reset", "--stack", "--port", f"{PORT}", every_kernel=False)
 SO_KEEPALIVE, TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT, TCP_USER_TIMEOUT = 9, 4, 5, 6, 18
 SYN, RST, ACK = 2, 4, 16
+IPPROTO_MPTCP = 262
+MP_JOIN = bytes((30, 12, 1 << 4, 1)) + b"nonenone"
+"""The option of a SYN that asks a connection for a further subflow. Its token is that of none."""
 
 Row = dict[str, Any]
 
@@ -27,10 +30,12 @@ Row = dict[str, Any]
 class Site:
     """A server that listens, and a client. `unheard`: RSTs that arrive at a host and end no connection there."""
 
-    def __init__(self, script: Script, family: str = "4", *, backlog: int = 16) -> None:
+    def __init__(self, script: Script, family: str = "4", *, backlog: int = 16, protocol: int = 0) -> None:
         self.script, self.family = script, family
         self.server, self.client = script.server.process("server"), script.client.process("client")
-        self.listener = self.server.listener(PORT, script.server.address(family), backlog=backlog)
+        address = script.server.address(family)
+        may_fail = protocol != 0
+        self.listener = self.server.listener(PORT, address, backlog=backlog, protocol=protocol, may_fail=may_fail)
         self.unheard = {script.client: 0, script.server: 0}
 
     def connect(self) -> Socket:
@@ -510,6 +515,110 @@ def test_bad_segments(script: Script) -> Test:
     assert row["rport"] == 2001
     row = site.sent(seen, script.client, "BAD_SEGMENT", "SYN_SENT", "TCP_INVALID_ACK_SEQUENCE")
     assert (row["lport"], row["rport"]) == (local.ret, PORT)
+
+
+def no_mptcp(site: Site, seen: Seen) -> bool:
+    made = site.listener.made.ret >= 0
+    assert made == seen.machine.kernel.has_type("mptcp_sock")
+    return not made
+
+
+def mptcp(script: Script) -> Site:
+    """The server listens for MPTCP, where the kernel has it."""
+    for host in script.hosts:
+        host.agent("sysctl", "mptcp/enabled", 1, may_fail=True)
+    return Site(script, protocol=IPPROTO_MPTCP)
+
+
+def mptcp_pair(site: Site) -> tuple[Socket, Socket]:
+    near = site.client.socket(protocol=IPPROTO_MPTCP, may_fail=True)
+    near.connect(site.script.server.ipv4, PORT, may_fail=True)
+    return near, site.listener.accept(may_fail=True)
+
+
+@recorded(RESET)
+def test_mptcp_that_is_closed_with_unread_data(script: Script) -> Test:
+    """The RST of its subflow has the option MP_FASTCLOSE."""
+    site = mptcp(script)
+    near, far = mptcp_pair(site)
+    near.send("never read", may_fail=True)
+    far("poll", POLLIN, -1, may_fail=True)
+    far("close", may_fail=True)
+    near("poll", POLLIN, -1, may_fail=True)
+    near("close", may_fail=True)
+    site.end()
+    seen = yield
+    if no_mptcp(site, seen):
+        pytest.skip("this kernel has no MPTCP")
+    assert site.counters[script.server].counters["MPTcpExtMPFastcloseTx"] == 1
+    site.sent(seen, script.server, "MPTCP", "ESTABLISHED", "TCP_ABORT_ON_CLOSE")
+    site.received(seen, script.client, "ESTABLISHED")
+
+
+@recorded(RESET)
+def test_a_listener_for_mptcp(script: Script) -> Test:
+    """It refuses a subflow of an unknown connection. TCP decides about other segments, and about a TCP client."""
+    site = mptcp(script)
+    client, server = script.client.ipv4, script.server.ipv4
+    script.client.segment(client, 2001, server, PORT, flags=SYN, options=MP_JOIN)
+    script.server.until_counter("TcpOutRsts", 1, "==")
+    script.client.segment(client, 2002, server, PORT, flags=ACK)
+    script.server.until_counter("TcpOutRsts", 2, "==")
+    near = site.connect()
+    far = site.listener.accept(may_fail=True)
+    far.option(SOL_SOCKET, SO_LINGER, (1).to_bytes(4, "little") + bytes(4), may_fail=True)
+    far("close", may_fail=True)
+    near.until_state("CLOSE")
+    near.close()
+    site.unheard[script.client] = 2
+    site.end()
+    seen = yield
+    if no_mptcp(site, seen):
+        pytest.skip("this kernel has no MPTCP")
+    site.check(seen)
+    rows = site.rows(seen, script.server, "SENT")
+    assert [(row["rport"], row["cause"], row["state"]) for row in rows[:2]] == [
+        (2001, "MPTCP", "LISTEN"),
+        (2002, "NO_CONNECTION", "LISTEN"),
+    ]
+    assert [(row["cause"], row["state"]) for row in rows[2:]] == [("LINGER", "ESTABLISHED")]
+    assert {(row["pid"], row["comm"]) for row in rows} == {(site.server.pid, "server")}
+    assert site.counters[script.server].counters["MPTcpExtMPJoinNoTokenFound"] == 1
+    assert rows[0]["reason"] == ("MPTCP_RST_EMPTCP" if has_reasons(seen) else None)
+
+
+@recorded(RESET)
+def test_a_subflow_that_is_not_allowed(script: Script) -> Test:
+    """The client opens it from a second address. The server answers the last ACK of its handshake, or the SYN."""
+    site = mptcp(script)
+    second, device = "192.0.2.101", ("dev", "veth0")
+    script.client.exec("ip", "address", "add", f"{second}/24", *device)
+    script.server.exec("ip", "neighbour", "replace", second, "lladdr", script.client.mac, *device)
+    script.server.exec("ip", "mptcp", "limits", "set", "subflows", 0, may_fail=True)
+    script.client.exec("ip", "mptcp", "limits", "set", "subflows", 1, may_fail=True)
+    script.client.exec("ip", "mptcp", "endpoint", "add", second, *device, "subflow", may_fail=True)
+    near = site.client.socket(protocol=IPPROTO_MPTCP, may_fail=True)
+    connected = near.connect(site.script.server.ipv4, PORT, may_fail=True)
+    far = site.listener.accept(may_fail=True)
+    near.send("more", may_fail=True)
+    far.receive(may_fail=True)
+    script.server.until_counter("TcpOutRsts", connected + 1)  # none without MPTCP
+    for end in (near, far):
+        end.shutdown(may_fail=True)
+    for end in (near, far):
+        end.receive(may_fail=True)
+        end("close", may_fail=True)
+    site.end()
+    seen = yield
+    if no_mptcp(site, seen):
+        pytest.skip("this kernel has no MPTCP")
+    sent, answered = site.rows(seen, script.server, "SENT"), site.rows(seen, script.client, "SENT")
+    assert [(row["cause"], row["state"], row["comm"]) for row in sent] == [("MPTCP", "LISTEN", "server")]
+    assert sent[0]["reason"] == ("MPTCP_RST_EPROHIBIT" if has_reasons(seen) else None)
+    (row,) = site.rows(seen, script.client, "RECEIVED")
+    assert (row["laddr"], row["lport"], row["pid"]) == (second, sent[0]["rport"], site.client.pid)
+    assert {(row["laddr"], row["cause"], row["pid"]) for row in answered} <= {(second, "MPTCP", site.client.pid)}
+    assert [site.counters[host].counters["TcpOutRsts"] for host in script.hosts] == [len(answered), len(sent)]
 
 
 @recorded(RESET)

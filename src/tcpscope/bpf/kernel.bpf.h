@@ -259,6 +259,8 @@ enum sock_flags {
 /* include/net/rstreason.h, since 6.10 */
 enum sk_rst_reason {
 	SK_RST_REASON_INVALID_SYN,
+	SK_RST_REASON_MPTCP_RST_EUNSPEC,    /* the first one of MPTCP */
+	SK_RST_REASON_MPTCP_RST_EMIDDLEBOX, /* the last one */
 };
 
 struct socket { /* include/linux/net.h */
@@ -384,6 +386,9 @@ struct mptcp_sock { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 
 struct mptcp_subflow_context { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 	struct sock *conn;
+	__u32 send_fastclose : 1;
+	__u32 resetting : 1; /* not in 6.16 to 7.1 */
+	__u8 reset_reason : 4;
 };
 
 struct sk_buff {                /* include/linux/skbuff.h */

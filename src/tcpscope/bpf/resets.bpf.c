@@ -12,10 +12,17 @@
 #define HELD_NS 20000000 /* the kernel answers a segment long before that */
 
 /* The header of TCP: include/uapi/linux/tcp.h */
+#define HEADER_BYTES 20
+#define LENGTH_AT 12
 #define FLAGS_AT 13
 #define FLAG_SYN 0x02
 #define FLAG_RST 0x04
 #define FLAG_ACK 0x10
+#define OPTION_END 0
+#define OPTION_NOP 1
+#define OPTION_MPTCP 30
+#define MPTCP_JOIN 1 /* its subtype, RFC 8684 */
+#define MAX_OPTIONS 40
 
 enum direction { DIRECTION_SENT, DIRECTION_RECEIVED, DIRECTION_NONE } __attribute__((packed));
 
@@ -35,6 +42,7 @@ enum cause {
 	CAUSE_NO_MEMORY,
 	CAUSE_KILLED,
 	CAUSE_TIMEOUT,
+	CAUSE_MPTCP,
 } __attribute__((packed));
 
 struct resets {
@@ -160,6 +168,28 @@ static __always_inline bool is_mptcp(struct sock *sk)
 	return bpf_core_field_exists(struct tcp_sock, is_mptcp) && BPF_CORE_READ_BITFIELD_PROBED(tp, is_mptcp);
 }
 
+/*
+ * Does MPTCP end this subflow, not TCP? mptcp_do_fastclose(), mptcp_subflow_reset(), get_mapping_status(). Before 6.10 a
+ * mark tells it, since then the reason, which is that of close() for MP_FASTCLOSE.
+ */
+static __always_inline bool ended_by_mptcp(struct sock *sk, __u8 reason)
+{
+	struct mptcp_subflow_context *context = BPF_CORE_READ((struct tcp_sock *)sk, inet_conn.icsk_ulp_data);
+
+	if (bpf_core_enum_value_exists(enum sk_rst_reason, SK_RST_REASON_MPTCP_RST_EUNSPEC) &&
+	    reason >= bpf_core_enum_value(enum sk_rst_reason, SK_RST_REASON_MPTCP_RST_EUNSPEC) &&
+	    reason <= bpf_core_enum_value(enum sk_rst_reason, SK_RST_REASON_MPTCP_RST_EMIDDLEBOX))
+		return true;
+	if (bpf_core_field_exists(struct mptcp_subflow_context, send_fastclose) &&
+	    BPF_CORE_READ_BITFIELD_PROBED(context, send_fastclose))
+		return true;
+	if (bpf_core_field_exists(struct mptcp_subflow_context, resetting) &&
+	    BPF_CORE_READ_BITFIELD_PROBED(context, resetting))
+		return true;
+	return bpf_core_field_exists(struct mptcp_subflow_context, reset_reason) &&
+	       BPF_CORE_READ_BITFIELD_PROBED(context, reset_reason);
+}
+
 /* Neither a timewait socket nor a request: these are no struct sock. */
 static __always_inline bool is_full(int state)
 {
@@ -261,6 +291,7 @@ int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close_again, struc
 struct segment {
 	struct net *net;
 	struct dst_entry *dst;
+	unsigned char *tcp; /* its header */
 	__u8 flags;
 	__u8 version;
 };
@@ -283,6 +314,7 @@ static __always_inline void segment_read(struct sock *sk, struct sk_buff *skb, s
 	segment->version = version >> 4;
 	segment->net = net;
 	segment->dst = dst;
+	segment->tcp = tcp;
 	id->netns = BPF_CORE_READ(net, ns.inum);
 	id->rport = bpf_ntohs(ports[0]);
 	id->lport = bpf_ntohs(ports[1]);
@@ -321,6 +353,25 @@ static __always_inline bool aborts_on_overflow(struct sock *sk, const struct seg
 	return accept_queue_is_full(sk);
 }
 
+/* Does the segment ask an MPTCP connection for a further subflow, or complete such a handshake? */
+static __noinline bool joins(const unsigned char *tcp)
+{
+	__u8 length = 0, option[3] = {};
+	int at = HEADER_BYTES;
+
+	bpf_probe_read_kernel(&length, sizeof(length), tcp + LENGTH_AT);
+	length = (length >> 4) * 4;
+	for (int i = 0; i < MAX_OPTIONS && at + 2 < length; i++) {
+		bpf_probe_read_kernel(option, sizeof(option), tcp + at);
+		if (option[0] == OPTION_END || (option[0] != OPTION_NOP && option[1] < 2))
+			return false;
+		if (option[0] == OPTION_MPTCP && option[2] >> 4 == MPTCP_JOIN)
+			return true;
+		at += option[0] == OPTION_NOP ? 1 : option[1];
+	}
+	return false;
+}
+
 /*
  * Why the kernel answers a segment with a RST: tcp_v4_rcv(), tcp_timewait_state_process(), tcp_check_req(),
  * tcp_rcv_state_process(). `was` is the state before CLOSE, 0 if it is not known; `data`: tcp_reset() was called for it.
@@ -332,8 +383,10 @@ static __always_inline enum cause cause_of_answer(struct sock *sk, const struct 
 		return (segment->flags & (FLAG_SYN | FLAG_ACK)) == FLAG_SYN ? CAUSE_NO_LISTENER : CAUSE_NO_CONNECTION;
 	if (state == STATE_TIME_WAIT)
 		return segment->flags & FLAG_SYN ? CAUSE_BAD_SEGMENT : CAUSE_DATA_AFTER_CLOSE;
-	if (is_mptcp(sk))
+	if (is_mptcp(sk) && state != STATE_LISTEN)
 		return CAUSE_UNKNOWN;
+	if (is_mptcp(sk) && joins(segment->tcp)) /* subflow_v4_route_req(), subflow_syn_recv_sock() */
+		return CAUSE_MPTCP;
 	if (state == STATE_LISTEN && !(segment->flags & FLAG_ACK))
 		return CAUSE_BAD_SEGMENT; /* a second SYN of a handshake */
 	if (state == STATE_LISTEN)
@@ -360,12 +413,12 @@ static __always_inline bool has_unread_data(struct sock *sk)
  * tcp_disconnect() call it in CLOSE, all others before. tcp_abort() has locked the socket for a process, a timer has not. A
  * process that closes the socket may run a timer that was due meanwhile (tcp_release_cb()): then it is not known.
  */
-static __always_inline enum cause cause_of_active(struct sock *sk, int state, int was)
+static __always_inline enum cause cause_of_active(struct sock *sk, int state, int was, __u8 reason)
 {
 	bool dead = SOCK_FLAG(sk, SOCK_DEAD);
 
 	if (is_mptcp(sk))
-		return CAUSE_UNKNOWN;
+		return ended_by_mptcp(sk, reason) ? CAUSE_MPTCP : CAUSE_UNKNOWN;
 	if (state != STATE_CLOSE) {
 		bool owned = BPF_CORE_READ(sk, sk_lock.owned);
 
@@ -450,7 +503,7 @@ static __always_inline int sent(void *ctx, struct sock *sk, struct sk_buff *skb,
 		reset.cause = cause_of_answer(sk, &segment, state, reset.state,
 					      state == STATE_CLOSE && answers_data(sk, &reset.id), reason);
 	else if (sk)
-		reset.cause = cause_of_active(sk, state, reset.state);
+		reset.cause = cause_of_active(sk, state, reset.state, reason);
 	return emit(ctx, &reset, NULL);
 }
 

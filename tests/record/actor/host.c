@@ -361,15 +361,16 @@ static unsigned short checksum(const void *bytes, size_t size, unsigned int sum)
 }
 
 /*
- * tcp SOURCE SPORT TARGET DPORT SEQUENCE ACKNOWLEDGED FLAGS [WRONG]: sends a segment without data. A SYN carries an MSS. Its
- * checksum is wrong by WRONG.
+ * tcp SOURCE SPORT TARGET DPORT SEQUENCE ACKNOWLEDGED FLAGS [WRONG [OPTIONS]]: sends a segment without data, with these options
+ * in hex, a multiple of four bytes. A SYN without others carries an MSS. Its checksum is wrong by WRONG.
  */
 static void segment(struct actor *a, int count, char **w, struct reply *r)
 {
 	struct sockaddr_storage source, target;
 	bool six = to_address(w[0], "0", &source) == sizeof(struct sockaddr_in6);
-	size_t width = six ? 16 : 4, head = six ? 40 : 20, size = (atoi(w[6]) & 2) ? 24 : 20;
+	size_t width = six ? 16 : 4, head = six ? 40 : 20;
 	unsigned char packet[128] = {}, pseudo[128] = {}, *tcp = packet + head;
+	size_t options = count > 8 ? from_hex(w[8], tcp + 20, 40) : (atoi(w[6]) & 2) ? 4 : 0, size = 20 + options;
 	socklen_t room = to_address(w[2], "0", &target);
 	const void *from = six ? (void *)&((struct sockaddr_in6 *)&source)->sin6_addr
 			       : (void *)&((struct sockaddr_in *)&source)->sin_addr;
@@ -395,7 +396,7 @@ static void segment(struct actor *a, int count, char **w, struct reply *r)
 	tcp[12] = size / 4 << 4;
 	tcp[13] = atoi(w[6]);
 	tcp[14] = tcp[15] = 0xff;
-	if (size == 24)
+	if (options && count <= 8)
 		memcpy(tcp + 20, "\2\4\5\264", 4);
 	memcpy(pseudo, from, width);
 	memcpy(pseudo + width, to, width);
