@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from itertools import accumulate
 from socket import IPPROTO_TCP, TCP_NODELAY
@@ -134,6 +136,7 @@ def test_a_lost_syn(script: Script) -> Test:
 
 
 UNDONE = ("TcpExtTCPFullUndo", "TcpExtTCPPartialUndo", "TcpExtTCPLossUndo")
+BY_DSACK = "TcpExtTCPDSACKUndo"
 
 
 @recorded(RETRANS)
@@ -206,7 +209,9 @@ def check_undone(seen: Seen, rows: list[dict[str, Any]], counted: Counter[str], 
     if not seen.machine.hook("retrans", "undone"):
         assert not seen.machine.kernel.has_typedef("btf_trace_tcp_cong_state_set") and not undone
         return
-    assert len(undone) == sum(counted[name] for name in UNDONE) >= least
+    by_ack = sum(counted[name] for name in UNDONE)
+    assert by_ack <= len(undone) <= by_ack + counted[BY_DSACK]  # those in Recovery
+    assert len(undone) >= least
     for row in undone:
         assert row["ca_state"] in ("Open", "Disorder")
         before = rows[: rows.index(row)]
@@ -251,6 +256,126 @@ def test_reordering(script: Script) -> Test:
     if seen.machine.kernel.has_type("trace_event_raw_tcp_retransmit_skb"):
         assert sum(row["errno"] == "EBUSY" for row in rows) == counted["TcpExtTCPSpuriousRtxHostQueues"]
     check_undone(seen, rows, counted, least=0)
+
+
+class Detour:
+    """What the server receives passes a link within it first. There it waits, or is put into another order.
+
+    The client's host knows nothing of it: it has sent the segment, and may send it again.
+    """
+
+    def __init__(self, script: Script) -> None:
+        self.script, self.address, self.mac = script, script.server.ipv4, "02:00:c0:00:02:77"
+        self.local = "local", self.address, "dev", "veth0", "table", "local"
+        self.ip("link", "add", "out", "type", "veth", "peer", "name", "in", "address", self.mac)
+        for name, value in {
+            "ip_forward": 1,
+            "tcp_early_demux": 0,  # what has found its socket is not forwarded
+            "conf/all/rp_filter": 0,
+            "conf/in/rp_filter": 0,
+            "neigh/out/mcast_solicit": 0,
+            "neigh/out/app_solicit": 10_000,
+        }.items():
+            script.server.sysctl(f"ipv4/{name}", value)
+        for name in ("in", "out"):
+            self.ip("link", "set", name, "up")
+        self.ip("rule", "add", "iif", "in", "lookup", 100)
+        self.ip("route", "add", "local", self.address, "dev", "lo", "table", 100)
+        self.ip("route", "add", self.address, "dev", "out")
+
+    def ip(self, *words: object) -> Call:
+        return self.script.server.exec("ip", *words)
+
+    def close(self) -> None:
+        """From now on what the client sends takes it. Until `release()` it waits there."""
+        self.ip("route", "del", *self.local)
+
+    def open(self) -> None:
+        self.ip("route", "add", *self.local)
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        self.close()
+        yield
+        self.script.server.flush()
+        self.open()
+
+    def release(self) -> None:
+        self.ip("neighbour", "replace", self.address, "lladdr", self.mac, "dev", "out")
+
+
+@pytest.mark.parametrize("stamped", [True, False], ids=["time stamps", "none"])
+@recorded(RETRANS)
+def test_a_segment_that_many_others_overtake(script: Script, stamped: bool) -> Test:
+    """The client sends it again. Then the first one arrives, and at last the second, which the server answers by DSACK.
+
+    With time stamps the ACK of the first one shows it already. Without them the DSACK does, when Recovery is over.
+    """
+    script.client.sysctl("tcp_timestamps", int(stamped))
+    without_timers(script)
+    client, near, far, local = connection(script)
+    detour = Detour(script)
+    before = script.client.counters()
+    with detour.taken():
+        near.send_all(1000)
+    with script.server.held():
+        for _ in range(5):
+            near.send_all(1000)
+        client.pause(5000)  # time stamps count milliseconds
+        script.server.flush()
+        detour.close()
+    near.until_field("retrans", 1)
+    script.server.flush()
+    detour.open()
+    detour.release()
+    far.read(6000)
+    near.until_acknowledged()
+    script.client.until_counter("TcpExtTCPDSACKRecv", 1)
+    over, last = near.until_field("ca_state", 0, "=="), near.info()
+    after = script.client.counters()
+    seen = yield
+    rows = seen.rows(RETRANS, script.client, lport=local.ret)
+    counted = after.counters - before.counters
+    assert over.ret == counted["TcpExtTCPTimeouts"] == counted["TcpExtTCPLossProbes"] == 0
+    assert (rows[0]["kind"], rows[0]["offset"], rows[0]["segs"]) == ("FAST", 100, 1)
+    assert [row["kind"] for row in rows] == ["FAST", "SPURIOUS"][: len(rows)]
+    assert counted["TcpRetransSegs"] == counted["TcpExtTCPDSACKRecv"] == last.info["retrans"] == 1
+    assert (counted["TcpExtTCPFullUndo"], counted[BY_DSACK]) == ((1, 0) if stamped else (0, 1))
+    check_undone(seen, rows, counted, least=int(stamped))
+    assert stamped or len(rows) == 1
+
+
+@recorded(RETRANS)
+def test_many_segments_in_another_order(script: Script) -> Test:
+    """Behind the client's host every fourth packet overtakes those of 30 ms: the kernel takes them for lost."""
+    without_timers(script)
+    _, near, far, local = connection(script)
+    detour = Detour(script)
+    detour.release()
+    script.client.exec("ip", "link", "set", "veth0", "gso_max_segs", 1)
+    netem = "netem", "delay", "30ms", "reorder", "100%", "gap", 4
+    reordering = script.server.exec("tc", "qdisc", "replace", "dev", "out", "root", *netem, may_fail=True)
+    before = script.client.counters()
+    with detour.taken():
+        receiving = far.read(200_000, wait=False)
+        near.send_all(200_000)
+        receiving.join()
+        near.until_acknowledged()
+    over, last = near.until_field("ca_state", 0, "=="), near.info()
+    after = script.client.counters()
+    seen = yield
+    if reordering.ret:
+        assert seen.machine.config["netem"] == "no"
+        pytest.skip("this kernel is built without sch_netem")
+    rows = seen.rows(RETRANS, script.client, lport=local.ret, state="ESTABLISHED")
+    counted = after.counters - before.counters
+    assert over.ret == counted["TcpExtTCPTimeouts"] == counted["TcpExtTCPLossProbes"] == 0
+    again = [row for row in rows if row["kind"] != "SPURIOUS"]
+    assert {row["kind"] for row in again} <= {"FAST", "RACK_TIMEOUT"}
+    assert sum(row["segs"] for row in again) == counted["TcpRetransSegs"] == last.info["retrans"] >= 1
+    assert counted["TcpExtTCPFastRetrans"] == counted["TcpRetransSegs"]
+    assert counted["TcpExtTCPDSACKRecv"] >= 1
+    check_undone(seen, rows, counted)
 
 
 def spurious(seen: Any, script: Script) -> list[dict[str, Any]]:
