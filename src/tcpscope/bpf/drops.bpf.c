@@ -134,14 +134,17 @@ struct {
 /*
  * Before 6.15 kfree_skb does not tell apart what a listener does with a packet, and before 6.11 not who was to receive it.
  * Since 7.1 a queue discipline tells its reason just before. So what knows leaves a note, which is for the next discard of that
- * packet on this CPU. Softirqs do not nest, and a queue discipline runs with softirqs off.
+ * packet on this CPU. Softirqs do not nest, and a queue discipline runs with softirqs off. A connection takes most packets, and
+ * another one may get the address of such a packet: so both ends must be those of the connection. A softirq may interrupt a
+ * process that handles a connection's packet, and leave a note of its own: then the receiver is not known.
  */
 struct note {
 	struct sk_buff *skb;
 	struct sock *sk;
-	__u32 reason;   /* of a queue discipline */
-	bool deferred;  /* TCP_DEFER_ACCEPT */
-	bool in_window; /* of the request */
+	__u32 reason;    /* of a queue discipline */
+	bool deferred;   /* TCP_DEFER_ACCEPT */
+	bool in_window;  /* of the request */
+	bool connection; /* it handles the packet */
 };
 
 struct {
@@ -380,6 +383,23 @@ static __always_inline bool is_of(struct sock *sk, __u16 lport)
 	return port == lport;
 }
 
+/* Are the packet's ends those of the connection that is to receive it? A v4-mapped socket has both kinds of addresses. */
+static __noinline bool is_for(struct sock *sk, const struct packet *packet)
+{
+	const __u64 *from = (const __u64 *)packet->saddr, *to = (const __u64 *)packet->daddr;
+	__u64 here[2], there[2];
+
+	if (packet->flags == NO_FLAGS || bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport)) != packet->sport ||
+	    !is_of(sk, packet->dport))
+		return false;
+	if (packet->family == 4)
+		return BPF_CORE_READ(sk, __sk_common.skc_daddr) == *(__be32 *)&packet->saddr[12] &&
+		       BPF_CORE_READ(sk, __sk_common.skc_rcv_saddr) == *(__be32 *)&packet->daddr[12];
+	BPF_CORE_READ_INTO(&there, sk, __sk_common.skc_v6_daddr);
+	BPF_CORE_READ_INTO(&here, sk, __sk_common.skc_v6_rcv_saddr);
+	return there[0] == from[0] && there[1] == from[1] && here[0] == to[0] && here[1] == to[1];
+}
+
 static __always_inline __u32 netns_of_device(struct net_device *device)
 {
 	return device ? BPF_CORE_READ(device, nd_net.net, ns.inum) : 0;
@@ -523,6 +543,8 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	} else {
 		discard.packet.flags = NO_FLAGS;
 	}
+	if (note && note->connection && !is_for(receiver, &discard.packet))
+		receiver = NULL;
 	discard.direction = skb->skb_iif || receiver ? DIRECTION_RECEIVED : owner ? DIRECTION_SENT : DIRECTION_UNKNOWN;
 	if (note) {
 		discard.noted = true;
@@ -711,6 +733,14 @@ static __always_inline int discarded_with_note(void *ctx, struct sk_buff *skb, _
 }
 
 SEC("tp_btf/kfree_skb")
+NEEDS("sk_skb_reason_drop")
+int TRACEPOINT_PROG(drop__receiver, struct sk_buff *skb, void *location)
+{
+	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), DROP_RECEIVER(ctx), NULL);
+}
+
+/* The same before 6.11: without the receiver, unless a program has noted it. */
+SEC("tp_btf/kfree_skb")
 NEEDS("SKB_DROP_REASON_NOT_SPECIFIED")
 int TRACEPOINT_PROG(drop__note, struct sk_buff *skb, void *location)
 {
@@ -733,7 +763,7 @@ int TRACEPOINT_PROG(drop__handled, struct sk_buff *skb, void *location)
 }
 
 #define WITHOUT_IT "what a connection discards itself: out of the window, no room in the receive buffer"
-#define UNLESS_REASONS UNLESS("drop__reason drop__note")
+#define UNLESS_REASONS UNLESS("drop__reason drop__receiver drop__note")
 
 /* The ends first, so that no packet is taken for handled still while the programs are attached one after the other. */
 OPTIONAL(WITHOUT_IT)
@@ -779,6 +809,32 @@ int FUNCTION_PROG(freed__fentry, struct sk_buff *skb)
 		return 0;
 	bpf_get_stack(ctx, handled->frames, sizeof(handled->frames), 0);
 	return discarded(ctx, skb, handled->frames[CALLER], -1, handled->sk, cookie_if_any(handled->sk), NULL, handled);
+}
+
+#define UNLESS_RECEIVER UNLESS("drop__reason drop__receiver drop__handled")
+
+/* A listener's packets are noted by tcp_check_req(). */
+static __always_inline int note_connection(struct sock *sk, struct sk_buff *skb)
+{
+	if (sk->__sk_common.skc_state != STATE_LISTEN)
+		note(&(struct note){.skb = skb, .sk = sk, .connection = true});
+	return 0;
+}
+
+OPTIONAL("from 5.17 to 6.10: whose a packet is that a connection discards")
+UNLESS_RECEIVER
+SEC("fentry/tcp_rcv_established")
+int FUNCTION_PROG(established__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	return note_connection(sk, skb);
+}
+
+OPTIONAL("from 5.17 to 6.10: whose a packet is that a connection discards")
+UNLESS_RECEIVER
+SEC("fentry/tcp_rcv_state_process")
+int FUNCTION_PROG(other_state__fentry, struct sock *sk, struct sk_buff *skb)
+{
+	return note_connection(sk, skb);
 }
 
 OPTIONAL("before 6.15: what happens to packets in TIME_WAIT")
