@@ -132,6 +132,7 @@ def test_facts_by_number() -> None:
     assert fact(2) == ("UNKNOWN", "NONE")
     assert fact(9) == ("LOST", "TcpExtBeyondWindow")
     assert fact(9, made=facts_of(ENUM, counters=())) == ("LOST", "NONE")
+    assert [made["facts"][0][number]["of_tcp"] for number in (2, 3, 5, 7)] == [False, False, True, False]
     assert made["overflow_has_reason"] is False
     assert facts_of(ENUM | {11: f"{PREFIX}TCP_LISTEN_OVERFLOW"})["overflow_has_reason"] is True
 
@@ -155,7 +156,7 @@ def test_every_counter_is_one_of_the_events() -> None:
 
 def test_without_reasons_the_program_looks_at_the_receiver() -> None:
     facts = facts_of({})["facts"]
-    assert facts[0][0] == facts[1][0] == {"kind": 0, "counter": 0, "rule": 1, "no_device": False}
+    assert facts[0][0] == facts[1][0] == {"kind": 0, "counter": 0, "rule": 1, "no_device": False, "of_tcp": False}
 
 
 def test_places() -> None:

@@ -134,6 +134,7 @@ def constants(
             "counter": counters.get(counter, 0) if not fact.mib or counter_number(fact.mib) is not None else 0,
             "rule": _RULES.index(fact.rule),
             "no_device": fact.queued,
+            "of_tcp": names.get(number, "").startswith("TCP_"),
         }
 
     watched = [

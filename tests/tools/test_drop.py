@@ -1018,3 +1018,21 @@ def test_data_that_begins_at_the_end_of_the_window(lab: Lab, run_tool: type[Runn
     if Kernel().enumerators("skb_drop_reason"):
         assert [row["reason"] for row in rows] == ["TCP_OVERWINDOW", "TCP_INVALID_SEQUENCE"]
     assert {(row["kind"], row["state"], row["pid"]) for row in rows} == {("LOST", "ESTABLISHED", os.getpid())}
+
+
+@pytest.mark.kernel
+def test_a_count_for_which_the_reason_says_all(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """Then the program does not read the packets. Others on this machine may be discarded for the same reason."""
+    packet = segment(lab.client.ipv4, 42111, lab.server.ipv4, PORT, 1, 1, b"data")
+    with run_tool("drop", "--count", "--by", "reason,kind,counter,direction") as tool:
+        with lab.client.run(raw_socket, socket.AF_INET) as raw:
+            for _ in range(50):
+                raw.sendto(packet[:-1] + b"!", (lab.server.ipv4, 0))
+        lab.flush()
+        rows = tool.stop().rows
+    if not Kernel().enumerators("skb_drop_reason"):
+        pytest.skip("this kernel gives no reasons")
+    assert lab.server.counters()["TcpInCsumErrors"] == 50
+    (row,) = [row for row in rows if row["reason"] == "TCP_CSUM"]
+    assert (row["kind"], row["counter"], row["direction"]) == ("LOST", "TcpInCsumErrors", "RECEIVED")
+    assert row["count"] >= 50

@@ -101,6 +101,7 @@ struct fact {
 	__u8 counter;
 	__u8 rule;
 	__u8 no_device; /* the packet was in a queue of the socket: skb->dev was overwritten */
+	__u8 of_tcp;    /* no other packet is discarded for this reason */
 };
 
 /* A function of the kernel, by address, where a discard without a reason is harmless. */
@@ -117,6 +118,7 @@ enum wanted_reasons { REASONS_ALL, REASONS_ONLY, REASONS_WITHOUT };
 
 const volatile bool send_stacks;
 const volatile bool want_harmless;
+const volatile bool want_packet;         /* its headers, or the socket: a flood that is only counted may do without */
 const volatile bool want_owner;          /* owner, namespace or device: a flood that is only counted may do without */
 const volatile bool overflow_has_reason; /* "tcp: add four drop reasons to tcp_check_req()" (6.15) */
 const volatile __u32 wanted_reasons;     /* enum wanted_reasons */
@@ -192,7 +194,13 @@ static __always_inline struct fact fact_of(__u32 reason, bool ipv6)
 	if (reason >= REASONS)
 		return (struct fact){.kind = KIND_LOST};
 	fact = &facts[ipv6][reason];
-	return (struct fact){fact->kind, fact->counter, fact->rule, fact->no_device};
+	return (struct fact){fact->kind, fact->counter, fact->rule, fact->no_device, fact->of_tcp};
+}
+
+/* Then nobody has to look at the packet. */
+static __always_inline bool says_all(const struct fact *fact)
+{
+	return !want_packet && fact->of_tcp && !fact->rule;
 }
 
 /* tcp_rcv_state_process() takes an ACK that follows the peer's FIN, and then discards it as any other. */
@@ -531,7 +539,9 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 
 	if (!reason_wanted(reason) || (fact.kind == KIND_HARMLESS && !want_harmless))
 		return 0;
-	if (protocol == bpf_htons(ETH_P_IP) || protocol == bpf_htons(ETH_P_IPV6)) {
+	if (says_all(&fact))
+		discard.packet.flags = NO_FLAGS;
+	else if (protocol == bpf_htons(ETH_P_IP) || protocol == bpf_htons(ETH_P_IPV6)) {
 		enum of_tcp answer = packet_read(skb, &discard.packet);
 
 		if (answer == OF_TCP_UNKNOWN && (!filter.family || filter.family == 6))
@@ -553,11 +563,13 @@ static __always_inline int discarded(void *ctx, struct sk_buff *skb, __u64 locat
 	}
 	if (owner && !receiver && sent_elsewhere(skb, &fact, owner))
 		owner = NULL;
-	identify(&discard, receiver, owner);
+	if (!says_all(&fact))
+		identify(&discard, receiver, owner);
 	if (handled)
 		handled_look(handled);
 	if (!handled) {
-		judge(&discard, fact.rule, location);
+		if (fact.rule)
+			judge(&discard, fact.rule, location);
 	} else if (!judge_handled(&discard, handled, skb)) {
 		COUNT(missed);
 		return 0;

@@ -45,13 +45,10 @@ _SHOWN = (
     "location",
     "counter",
 )
+_REASON = {"direction", "kind", "reason", "location", "counter"}
 _WHY = {
-    "direction",
+    *_REASON,
     "flags",
-    "kind",
-    "reason",
-    "location",
-    "counter",
     "packet_bytes",
     "lport",
     "rport",
@@ -112,6 +109,7 @@ class Drop(Stacked):
         sees_syns = any(map(wanted.takes, derived)) and None not in counters.values()
         facts = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, kernel_symbols(), kernel.enumerator)
         constants = facts | {
+            "want_packet": not by or not _REASON.issuperset(by) or not request.filter.is_empty,
             "want_owner": not by or not _WHY.issuperset(by) or _asks_whose(request.filter),
             "want_harmless": bool(request.options["all"] or wanted.named),
             "wanted_reasons": wanted.mode,
