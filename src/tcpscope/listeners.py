@@ -81,6 +81,7 @@ class Listener:
                     kernel counts the refusal and the dropped packet
     accepts         accept() calls that returned a connection; None if accept() cannot be hooked
     oldest_wait_us  time since the SYN-ACK of the connection at the head of the accept queue; None if it is empty
+    head            identifies that connection, as long as nothing was accepted; None if the queue is empty
     since_ns        when it called listen(); 0: before the tool
     accepter        PID of the process that called accept() last, as far as that was seen
     parents         PIDs of holders that are the parent of another holder
@@ -119,6 +120,7 @@ class Listener:
     net_cookie: int | None = field(default=None, repr=False)
     counters: NetCounters | None = field(default=None, repr=False)
     wanted: bool = True
+    head: tuple[int, int] | None = field(default=None, repr=False)
 
     @property
     def key(self) -> Key:
@@ -392,4 +394,5 @@ def _listener(
         if record.net_drops == UNREAD
         else NetCounters(record.net_drops, record.net_overflows, record.net_full, record.net_cookies),
         wanted=wanted,
+        head=(record.head, record.oldest_synack_us) if record.head else None,
     )

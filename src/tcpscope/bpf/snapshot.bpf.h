@@ -34,7 +34,8 @@ struct listener {
 	__u64 net_drops;
 	__u64 net_full;
 	__u64 net_cookies;
-	__u64 oldest_synack_us; /* when the SYN-ACK of the connection at the head of the accept queue was sent */
+	__u64 head;             /* address of the request at the head of the accept queue */
+	__u64 oldest_synack_us; /* when its SYN-ACK was sent; 0: not known, after a SYN cookie */
 	__u64 now_ns;
 	__u64 refused[STEPS][CAUSES];
 	__u64 unnamed[CAUSES];
@@ -123,6 +124,7 @@ static __noinline int listener_read(struct sock *sk, const struct connection *co
 		net_counters_read(sk, record);
 	record->now_ns = bpf_ktime_get_ns();
 	oldest = BPF_CORE_READ(icsk, icsk_accept_queue.rskq_accept_head);
+	record->head = (__u64)oldest;
 	if (oldest)
 		record->oldest_synack_us = BPF_CORE_READ((struct tcp_request_sock *)oldest, snt_synack);
 	activity = bpf_map_lookup_elem(&activities, &key);
