@@ -87,6 +87,8 @@ class Evidence:
             self.close()
             raise
         self.began_s = self.now_s = time.monotonic()
+        self.ended = False
+        """Nothing more comes: what is not certain yet will not be."""
 
     @property
     def watched_s(self) -> float:
@@ -105,6 +107,7 @@ class Evidence:
     def end(self) -> None:
         for source in self._sources.values():
             source.end()
+        self.ended = True
         self.now_s = time.monotonic()
 
     def forget(self, before_s: float) -> None:
