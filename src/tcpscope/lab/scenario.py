@@ -188,30 +188,30 @@ class Scenario:
         pause: float = 0,
         with_client: bool = True,
         address: str | None = None,
+        reuse_port: bool = False,
     ) -> Program:
         """Start the server and the client program. `family` is one of FAMILIES; `mapped` is IPv4 to a `::`
-        listener. `address`: listen at another one than the server's."""
+        listener. `address`: listen at another one than the server's. With `reuse_port` others can listen there, too:
+        `another_server()`."""
         kind = socket.AF_INET if family == "4" else socket.AF_INET6
         address = address or ("::" if family == "mapped" else lab.server.address(kind))
-        self.server = Program(
-            lab.server,
-            "server",
-            family=kind,
-            address=address,
-            port=PORT,
-            backlog=backlog,
-            closes=closes,
-            pause=pause,
-        )
+        self._config: dict[str, Any] = {
+            "family": kind,
+            "address": address,
+            "port": PORT,
+            "backlog": backlog,
+            "closes": closes,
+            "pause": pause,
+            "reuse_port": reuse_port,
+        }
+        self.server = Program(lab.server, "server", **self._config)
         target = socket.AF_INET6 if family == "6" else socket.AF_INET
         if with_client:
             self.client = Program(lab.client, "client", family=target, address=lab.server.address(target), port=PORT)
         self.listens(lab, address, backlog)
         if with_client:
             self.client.hear("ready")
-        does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
-        where = endpoint(address, PORT)
-        self.step("server", f"listen(fd, {backlog}) on {where}, {does[closes]} (lab-server, pid {self.server.pid})")
+        self._tell_of(self.server)
         return self.server
 
     def listens(self, lab: Lab, address: str, backlog: int) -> None:
@@ -230,6 +230,20 @@ class Scenario:
             send_q=0,
         )
         self._look_at_listener(lab)
+
+    def another_server(self, lab: Lab) -> Program:
+        """One more program with a socket of its own at the same address."""
+        made = Program(lab.server, "server", **self._config)
+        made.hear("listening")
+        self._tell_of(made)
+        return made
+
+    def _tell_of(self, server: Program) -> None:
+        does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
+        does["unread"] = "accepts, closes"
+        config = self._config
+        where, what = endpoint(str(config["address"]), PORT), does[config["closes"]]
+        self.step("server", f"listen(fd, {config['backlog']}) on {where}, {what} (lab-server, pid {server.pid})")
 
     def connect(self, number: int) -> None:
         """Let the client start `number` connects at once. `connected()` waits for them."""

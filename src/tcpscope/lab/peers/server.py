@@ -3,8 +3,8 @@
     server.py {"family": 2, "address": "192.0.2.2", "port": 8080, "backlog": 5, "closes": null, "pause":
     0.1}
 
-`closes` is `null` (never accept), `"second"` (wait for the peer's end, pause, close) or `"first"` (wait for
-the request, answer, close).
+`closes` is `null` (never accept), `"second"` (wait for the peer's end, pause, close), `"first"` (wait for
+the request, answer, close) or `"unread"` (pause, close). With `reuse_port` others can listen there, too.
 """
 
 import json
@@ -23,6 +23,10 @@ def serve(listener: socket.socket, closes: str, pause: float) -> None:
     while True:
         connection, (_, port, *_) = listener.accept()
         report("accepted", port=port)
+        if closes == "unread":
+            time.sleep(pause)
+            connection.close()
+            continue
         with connection:
             received = len(connection.recv(4096))
             if closes == "first":
@@ -41,6 +45,8 @@ def main() -> None:
     listener = socket.socket(config["family"])
     if config["family"] == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, config["address"] != "::")
+    if config.get("reuse_port"):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     listener.bind((config["address"], config["port"]))
     listener.listen(config["backlog"])
     if config["closes"]:

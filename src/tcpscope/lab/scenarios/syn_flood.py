@@ -35,6 +35,7 @@ class SynFlood(Scenario):
     backlog: int = parameter(5, "argument of the server's listen()")
     syncookies: int = parameter(1, "sysctl tcp_syncookies", (0, 1, 2))
     max_syn_backlog: int = parameter(256, "sysctl tcp_max_syn_backlog")
+    repeats: int = parameter(0, "wait until each SYN-ACK was sent again so often")
     family: str = parameter("4", "IPv4, IPv6, or IPv4 to a listener on ::", FAMILIES)
 
     def prepare(self, lab: Lab) -> None:
@@ -55,6 +56,9 @@ class SynFlood(Scenario):
         until(lambda: lab.server.counters()["TcpInSegs"] >= before + self.syns, "the SYNs to arrive")
         lab.flush()  # a SYN is counted before it is handled
         self.step("client", f"{self.syns} SYNs from {NOBODY[self._kind]}, which never answers")
+        if self.repeats:
+            kept = sum(found.state == "SYN_RECV" for found in lab.server.sockets())
+            until(lambda: lab.server.counters()["TcpRetransSegs"] >= kept * self.repeats, "SYN-ACKs sent again")
 
     def calm(self, lab: Lab) -> bool:
         return True  # what became of a SYN is decided while it is received
