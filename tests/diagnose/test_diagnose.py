@@ -66,7 +66,7 @@ def findings(history: History) -> list[Finding]:
     seen = QueueHistory.__new__(QueueHistory)
     seen.exact, seen._witness = False, Witness()
     seen.histories = {history.last.key: history}
-    evidence: Any = SimpleNamespace(queues=seen)
+    evidence: Any = SimpleNamespace(queues=seen, ended=True)
     return [found for rule in all_rules() if rule.needs == ("queues",) for found in rule.check(evidence)]
 
 

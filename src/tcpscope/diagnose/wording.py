@@ -43,6 +43,80 @@ def peers(history: History, *causes: str) -> Iterator[str]:
         yield f"clients: {top}" + (f" and {more} more addresses" if more > 0 else "")
 
 
+def refusals(seen: QueueHistory, history: History, cause: str = "ACCEPT_QUEUE_FULL") -> Iterator[str]:
+    """How many handshakes were refused for this cause, and at which step; nothing if there were none."""
+    count, unsure = history.count(cause), unsure_refusals(history)
+    if not count and not unsure:
+        return
+    if seen.exact:
+        at_syn, at_ack = (history.count(cause, step=step) for step in ("SYN", "ACK"))
+        yield f"{count} refusals: {at_syn} SYNs, {at_ack} final ACKs; each retransmission counts again"
+    else:
+        yield _sampled(history, count, unsure)
+
+
+def unsure_refusals(history: History) -> int:
+    """Refusals of which it is not certain that the full accept queue was their cause."""
+    return history.count("UNKNOWN") if history.full_seen else 0
+
+
+def refusal_facts(seen: QueueHistory, history: History) -> dict[str, int | None]:
+    """The same numbers for programs; None: not known."""
+    unsure = unsure_refusals(history)
+    steps = {"at_syn": "SYN", "at_ack": "ACK"}
+    return {
+        "refused": None if unsure else history.count("ACCEPT_QUEUE_FULL"),
+        "clients_in_burst": None if unsure else history.accept_burst.most,
+        **{name: history.count("ACCEPT_QUEUE_FULL", step) if seen.exact else None for name, step in steps.items()},
+    }
+
+
+def _sampled(history: History, count: int, unsure: int) -> str:
+    """The number of refusals, and of packets: if it has no other refusals, these tell the step."""
+    refused = f"{count} refusals (sampled)" + (f", and {unsure} for this or another cause" if unsure else "")
+    packets = f"{history.drops} packets dropped"
+    if not unsure and history.count("ACCEPT_QUEUE_FULL", step="SYN") == count:
+        return f"{refused}, all SYNs; {packets}"
+    others = sum(n for (_, cause), n in history.refused.items() if cause not in ("ACCEPT_QUEUE_FULL", "COOKIE_SENT"))
+    if not others and history.drops == count:
+        return f"{refused}; {packets}, one for each, as for SYNs"
+    if not others and history.drops == 2 * count:
+        return f"{refused}; {packets}, two for each, as for final ACKs"
+    return f"{refused}; {packets} (one for a refused SYN, two for a refused final ACK)"
+
+
+def full_share(history: History) -> str:
+    """How long the accept queue was, and how often it was full."""
+    own = history.last
+    return (
+        f"longest accept queue {history.longest_accept_queue}, limit {own.accept_limit}; full in {history.full_seen} "
+        f"of {history.looks} samples"
+    )
+
+
+def accepted(history: History) -> str:
+    if history.accepts is None:
+        return "accepted connections are not known on this kernel"
+    return f"the application accepted {history.accepts}"
+
+
+def other_symptoms(history: History) -> Iterator[str]:
+    """What else a full accept queue does: it keeps handshakes in the SYN queue. Or it comes beside it."""
+    if dropped := history.count("SYN_QUEUE_FULL") + history.count("SYN_QUEUE_RESERVED"):
+        yield f"{dropped} SYNs more dropped because the SYN queue was full: refused handshakes stay in it"
+    if cookies := history.count("COOKIE_SENT"):
+        yield f"{cookies} SYNs answered with a SYN cookie"
+
+
+WORKERS_SHOWN = 8
+
+
+def states_of(pids: Iterable[int]) -> str | None:
+    """A command that shows what the threads of these processes do; None in a PID namespace: PIDs are others there."""
+    shown = ",".join(str(pid) for pid in list(dict.fromkeys(pids))[:WORKERS_SHOWN])
+    return f"ps -L -p {shown} -o pid,tid,stat,pcpu,wchan:32,comm" if shown and not pidns.inner() else None
+
+
 def counters_agree(seen: QueueHistory, listener: Listener, names: tuple[str, ...]) -> Iterator[str]:
     """The kernel's counters of the namespace in the same time: an independent witness."""
     counters = seen.counters(listener)

@@ -11,6 +11,7 @@ SYNS = 64
 def flooded(script: Script, syncookies: int) -> Run:
     with script.older():
         script.server.sysctl("tcp_syncookies", syncookies)
+        script.server.sysctl("tcp_synack_retries", 0)  # no SYN-ACK is sent again: it cannot be known that none answers
         script.server.sysctl("tcp_max_syn_backlog", 256)
         run = Run(script)
     run.flood(SYNS)

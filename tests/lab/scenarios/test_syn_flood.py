@@ -5,7 +5,9 @@ import pytest
 from tcpscope.lab.hosts import Lab
 from tcpscope.lab.scenario import Outcome
 from tcpscope.lab.scenarios.syn_flood import SynFlood
+from tests.conftest import RunningTool
 from tests.lab.families import KERNEL_FAMILIES
+from tests.lab.scenarios.found import diagnosed
 
 SYNS = 300  # more than the flood has addresses
 
@@ -49,6 +51,15 @@ def test_cookies_always(family: str) -> None:
     assert outcome.server_states["SYN_RECV"] == 0
     assert outcome.counters["TcpExtTCPReqQFullDoCookies"] == 20
     assert outcome.counters["TcpExtSyncookiesSent"] == 20
+
+
+@pytest.mark.kernel
+def test_diagnose_names_the_flood_and_not_the_full_queue(lab: Lab, run_tool: type[RunningTool]) -> None:
+    outcome, found = diagnosed(SynFlood(repeats=2), lab, run_tool)
+    (finding,) = found
+    facts = finding["facts"]
+    assert (finding["rule"], facts["kind"], facts["peers"]) == ("synack_unanswered", "flood", 6)
+    assert facts["cookies"] == outcome.counters["TcpExtTCPReqQFullDoCookies"] == 64 - 6
 
 
 @pytest.mark.kernel

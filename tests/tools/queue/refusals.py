@@ -144,6 +144,10 @@ class Run:
             self.peer.segment(source, 10_000, *self.target)
         self.host.flush()
 
+    def accept(self, number: int) -> list[Socket]:
+        """So many are accepted."""
+        return [self.listener.accept() for _ in range(number)]
+
     def finish(self, *clients: Socket) -> None:
         """They send ten bytes and close, as programs do: without a reset."""
         for made in clients:
@@ -234,9 +238,9 @@ def _content(row: dict[str, Any]) -> str:
 
 
 def findings(seen: Seen, run: Run) -> Rows:
-    """What `diagnose` found about the server's host, of whatever rule."""
+    """What `diagnose` found about both hosts, of whatever rule."""
     found: Rows = seen.run(DIAGNOSE).summary["findings"]
-    return [finding for finding in found if finding["facts"]["netns"] == run.host.inode]
+    return [finding for finding in found if finding["facts"]["netns"] in (run.host.inode, run.peer.inode)]
 
 
 def is_exact(seen: Seen) -> bool:

@@ -1,4 +1,7 @@
-"""Accept queue overflow: connections come faster than the application accepts them."""
+"""Accept queue overflow: a burst of connections is more than the accept queue holds.
+
+An application that accepts nothing, or too slowly, has rules of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,22 @@ from tcpscope.diagnose import Finding, Remedy, Rule
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import (
+    accepted,
     counters_agree,
     facts,
+    full_share,
     next_power,
     of,
+    other_symptoms,
     peers,
-    program,
     raise_limit,
+    refusal_facts,
+    refusals,
     seconds,
+    states_of,
+    unsure_refusals,
     whose,
 )
-from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
 
 WHY = (
@@ -28,16 +36,18 @@ WHY = (
     "limit {limit} holds {most} connections. When it is full, the kernel drops new SYNs and ignores final ACKs. A "
     "client whose ACK was ignored believes that it is connected; nobody answers its data, and it retransmits."
 )
-_WORKERS_SHOWN = 8
 WHY_RESET = " With tcp_abort_on_overflow=1 the kernel sends such a client a RST instead."
 
 
 class AcceptQueue(Rule):
     needs = ("queues",)
+    explains = ("backlog_cut", "connects_fail")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         for history in seen.queues.troubled:
-            unsure = history.count("UNKNOWN") if history.full_seen else 0
+            if history.too_slow:
+                continue
+            unsure = unsure_refusals(history)
             if history.count("ACCEPT_QUEUE_FULL") or unsure:
                 yield self._finding(seen.queues, history, unsure)
             elif history.full_seen:
@@ -45,39 +55,23 @@ class AcceptQueue(Rule):
 
     def _finding(self, seen: QueueHistory, history: History, unsure: int) -> Finding:
         listener = history.last
-        count = history.count("ACCEPT_QUEUE_FULL")
-        at_syn = at_ack = None
-        if seen.exact:
-            at_syn, at_ack = (
-                history.count("ACCEPT_QUEUE_FULL", step="SYN"),
-                history.count("ACCEPT_QUEUE_FULL", step="ACK"),
-            )
-            refused = f"{count} refusals: {at_syn} SYNs, {at_ack} final ACKs; each retransmission counts again"
-        else:
-            refused = _sampled(history, count, unsure)
-        observed = [
-            refused,
-            f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
-            f"{history.full_seen} of {history.looks} samples; {_accepts(history)}{_waiting(history)}",
-            listener.about_limit,
-            *peers(history, "ACCEPT_QUEUE_FULL"),
-            *counters_agree(seen, listener, ("ListenOverflows",)),
-        ]
+        numbers = refusal_facts(seen, history)
         return Finding(
             rule=self.name,
             severity="critical",
             title=f"accept queue overflow on {listener.name}, {whose(history)}",
-            observed=observed,
-            why=_why(listener) + (WHY_RESET if listener.abort_on_overflow else ""),
+            observed=[
+                *refusals(seen, history),
+                f"{full_share(history)}; {accepted(history)}{_waiting(history)}",
+                listener.about_limit,
+                *other_symptoms(history),
+                *peers(history, "ACCEPT_QUEUE_FULL"),
+                *counters_agree(seen, listener, ("ListenOverflows",)),
+            ],
+            why=_why(listener),
             remedies=list(_remedies(history)),
             **of(history),
-            facts=facts(
-                history,
-                clients_in_burst=None if unsure else history.accept_burst.most,
-                count=None if unsure else count,
-                at_syn=at_syn,
-                at_ack=at_ack,
-            ),
+            facts=facts(history, count=numbers["refused"], **numbers),
         )
 
     def _full(self, history: History) -> Finding:
@@ -87,9 +81,7 @@ class AcceptQueue(Rule):
             severity="warning",
             title=f"accept queue full on {listener.name}, {whose(history)}",
             observed=[
-                f"longest accept queue {history.longest_accept_queue}, limit {listener.accept_limit}; full in "
-                f"{history.full_seen} of {history.looks} samples, but nothing was refused meanwhile; "
-                f"{_accepts(history)}{_waiting(history)}",
+                f"{full_share(history)}, but nothing was refused meanwhile; {accepted(history)}{_waiting(history)}",
                 listener.about_limit,
             ],
             why=_why(listener),
@@ -100,27 +92,9 @@ class AcceptQueue(Rule):
 
 
 def _why(listener: Listener) -> str:
-    return WHY.format(limit=listener.accept_limit, most=listener.accept_limit + 1)
-
-
-def _sampled(history: History, count: int, unsure: int) -> str:
-    """The number of refusals, and of packets: if it has no other refusals, these tell the step."""
-    refused = f"{count} refusals (sampled)" + (f", and {unsure} for this or another cause" if unsure else "")
-    packets = f"{history.drops} packets dropped"
-    if not unsure and history.count("ACCEPT_QUEUE_FULL", step="SYN") == count:
-        return f"{refused}, all SYNs; {packets}"
-    others = sum(n for (_, cause), n in history.refused.items() if cause not in ("ACCEPT_QUEUE_FULL", "COOKIE_SENT"))
-    if not others and history.drops == count:
-        return f"{refused}; {packets}, one for each, as for SYNs"
-    if not others and history.drops == 2 * count:
-        return f"{refused}; {packets}, two for each, as for final ACKs"
-    return f"{refused}; {packets} (one for a refused SYN, two for a refused final ACK)"
-
-
-def _accepts(history: History) -> str:
-    if history.accepts is None:
-        return "accepted connections are not known on this kernel"
-    return f"the application accepted {history.accepts}"
+    """What an accept queue is, and what a full one does."""
+    text = WHY.format(limit=listener.accept_limit, most=listener.accept_limit + 1)
+    return text + (WHY_RESET if listener.abort_on_overflow else "")
 
 
 def _waiting(history: History) -> str:
@@ -130,23 +104,13 @@ def _waiting(history: History) -> str:
 
 def _remedies(history: History) -> Iterator[Remedy]:
     listener = history.last
-    rate = history.accepts_per_s
-    if history.too_slow and rate:
-        wait = seconds(round(listener.accept_limit / rate * 1e6))
-        yield Remedy(
-            f"Let {program(listener)} accept faster, or give it less to do. It accepts {rate:.1f} a second, so a "
-            f"connection waits {wait} behind {listener.accept_limit} others. In a longer queue it would wait longer.",
-        )
-        return
     workers = list(dict.fromkeys((own.comm, own.pid) for own in listener.workers))
     if history.accepts == 0 and workers and not history.gone:
         names = ", ".join(dict.fromkeys(comm for comm, _ in workers))
-        pids = [str(pid) for _, pid in workers[:_WORKERS_SHOWN]]
-        states = f"ps -L -p {','.join(pids)} -o pid,tid,stat,wchan:32,comm; cat /proc/{pids[0]}/stack"
         yield Remedy(
             f"Find out what {names} waits for: it accepted no connection. Until it accepts, a longer queue only delays "
             "the overflow.",
-            command=None if pidns.inner() else states,  # PIDs are those of the first PID namespace
+            command=states_of(pid for _, pid in workers),
         )
     for remedy in raise_limit(history, next_power(listener.accept_limit + max(history.accept_burst.most, 1))):
         if history.accepts == 0:

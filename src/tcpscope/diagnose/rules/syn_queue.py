@@ -33,11 +33,15 @@ WHY_COOKIE = (
     "When it is full, the kernel answers a SYN with a SYN cookie and does not remember it. The client can still "
     "connect, but loses window scaling and SACK if it sends no TCP timestamps. "
 )
+CAUSE_SECONDS = 5.0
+"""So long after the first refusal synack_unanswered knows whether the SYNs in the queue are ever answered."""
+
 CAUSES = "Either this is a flood of SYNs whose senders never answer, or final ACKs are lost or late."
 
 
 class SynQueue(Rule):
     needs = ("queues",)
+    explains = ("connects_fail",)
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         for history in seen.queues.troubled:
@@ -48,6 +52,11 @@ class SynQueue(Rule):
             possible = not history.full_seen and history.last.syncookies == 0
             unsure = history.count("UNKNOWN") if possible else 0
             always = history.last.syncookies == 2  # cookies for every SYN: no sign of an overflow
+            if history.count("ACCEPT_QUEUE_FULL"):
+                continue  # handshakes that the full accept queue refused fill it: accept_queue and others say so
+            undecided = history.last.syn_queue and not seen.ended
+            if undecided and history.first_s and seen.now_s - history.first_s < CAUSE_SECONDS:
+                continue
             if full + reserved + unsure or (cookies and not always):
                 yield self._finding(seen.queues, history, full, reserved, unsure, cookies)
 
@@ -56,16 +65,8 @@ class SynQueue(Rule):
     ) -> Finding:
         listener = history.last
         dropped = full + reserved + unsure
-        observed = []
-        if dropped:
-            parts = [f"{full} because the queue was full"] if full else []
-            parts += [f"{reserved} because the last quarter is reserved"] if reserved else []
-            if unsure:
-                parts.append(f"{unsure} for a cause that is not certain (queue full, or last quarter reserved)")
-            observed.append(f"{dropped} SYNs dropped: {', '.join(parts)}")
-        if cookies:
-            observed.append(f"{cookies} SYNs answered with a SYN cookie")
-        observed += [
+        observed = [
+            *syns_refused(full, reserved, unsure, cookies),
             f"longest SYN queue {history.longest_syn_queue}, limit {listener.accept_limit}; "
             f"tcp_syncookies={listener.syncookies}, tcp_max_syn_backlog={listener.max_syn_backlog}",
             listener.about_limit,
@@ -92,9 +93,20 @@ class SynQueue(Rule):
         )
 
 
-def _remedies(history: History, full: int, reserved: int, cookies: int) -> Iterator[Remedy]:
-    listener = history.last
-    if listener.syncookies == 0:
+def syns_refused(full: int, reserved: int, unsure: int, cookies: int) -> Iterator[str]:
+    """How many SYNs the SYN queue had no room for, and what became of them."""
+    if dropped := full + reserved + unsure:
+        parts = [f"{full} because the queue was full"] if full else []
+        parts += [f"{reserved} because the last quarter is reserved"] if reserved else []
+        if unsure:
+            parts.append(f"{unsure} for a cause that is not certain (queue full, or last quarter reserved)")
+        yield f"{dropped} SYNs dropped: {', '.join(parts)}"
+    if cookies:
+        yield f"{cookies} SYNs answered with a SYN cookie"
+
+
+def enable_cookies(history: History) -> Iterator[Remedy]:
+    if history.last.syncookies == 0:
         yield Remedy(
             "Enable SYN cookies: when the queue is full, connections lose some TCP options but are made.",
             command=in_namespace(history, "sysctl -w net.ipv4.tcp_syncookies=1"),
@@ -102,6 +114,11 @@ def _remedies(history: History, full: int, reserved: int, cookies: int) -> Itera
             present=0,
             proposed=1,
         )
+
+
+def _remedies(history: History, full: int, reserved: int, cookies: int) -> Iterator[Remedy]:
+    listener = history.last
+    yield from enable_cookies(history)
     proposed = next_power(listener.max_syn_backlog + max(history.syn_burst.most, 1))
     if reserved and proposed > listener.max_syn_backlog:
         yield Remedy(

@@ -1,0 +1,230 @@
+"""Connections wait, and nobody accepts them: the workers hang, the process is stopped, or a service did not start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tcpscope.diagnose import Finding, Remedy, Rule, processes
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.processes import Process
+from tcpscope.diagnose.queue_history import History, Stall
+from tcpscope.diagnose.wording import (
+    WORKERS_SHOWN,
+    counters_agree,
+    facts,
+    full_share,
+    of,
+    other_symptoms,
+    peers,
+    refusal_facts,
+    refusals,
+    seconds,
+    states_of,
+    whose,
+)
+from tcpscope.kernel import pidns
+
+CRITICAL_SECONDS = 5.0
+"""Of waiting. Many clients and load balancers give up after five seconds."""
+
+WHY = (
+    "The kernel completes handshakes by itself, so clients are connected before the application knows of them. They "
+    "get no answer until it calls accept()."
+)
+WHY_ONE = (
+    "The kernel gives each new connection to one of the sockets that share this address (SO_REUSEPORT), by a hash. It "
+    "does not know that the process of that socket hangs, and no other one can accept the connection."
+)
+WHY_FULL = " When the accept queue is full, the kernel drops new SYNs and ignores final ACKs."
+_DOES = {"S": "sleeps", "R": "runs"}
+_FROZEN = ("do_freezer_trap", "__refrigerator")
+_ANY = ("0.0.0.0", "::")
+
+
+class AcceptStalled(Rule):
+    """Thresholds: STALL_SECONDS and STALL_INTERVALS of queue_history.py."""
+
+    needs = ("queues", "sockets")
+    explains = ("accept_queue", "backlog_cut", "connects_fail")
+
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        groups: dict[tuple[int, str, int], list[History]] = {}
+        for history in seen.queues.histories.values():
+            own = history.last
+            groups.setdefault((own.netns, own.laddr, own.lport), []).append(history)
+        for group in groups.values():
+            if found := [(stall, history) for history in group if (stall := history.stalled)]:
+                yield _finding(self.name, seen, group, sorted(found, key=lambda each: -each[0].seconds))
+
+
+def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[Stall, History]]) -> Finding:
+    stall, history = stuck[0]
+    own = history.last
+    goes_on = stall is history.stall and not history.gone
+    stalled = [each for _, each in stuck]
+    others = [each for each in group if each not in stalled and not each.gone]
+    waiting = sum(each.waiting for each, _ in stuck)
+    left, unread = _gave_up(seen, history) if goes_on else (0, 0)
+    wait_s = max(stall.seconds, (stall.wait_us or 0) / 1e6)
+    numbers = [refusal_facts(seen.queues, each) for each in stalled]
+    refused = _sum(numbers, "refused")
+    workers = _workers(stalled) if goes_on else []
+    critical = wait_s >= CRITICAL_SECONDS or left or refused != 0
+    span = seconds(round(wait_s * 1e6))
+    return Finding(
+        rule=rule,
+        severity="critical" if critical else "warning",
+        title=f"connections to {own.name} are not accepted, {_culprit(workers, history)}"
+        if goes_on
+        else f"connections to {own.name} were not accepted for {seconds(round(stall.seconds * 1e6))}, {whose(history)}",
+        observed=[
+            f"{waiting} {'connections wait' if goes_on else 'connections waited'} for accept(), the first for {span}; "
+            f"nothing was accepted for {seconds(round(stall.seconds * 1e6))} of it",
+            *([f"{left} of them were closed by their clients meanwhile; {unread} bytes wait unread"] if left else ()),
+            *(line for each in stalled for line in refusals(seen.queues, each)),
+            *([full_share(history)] if history.full_seen else ()),
+            *_states(workers),
+            *_siblings(others),
+            *other_symptoms(history),
+            *peers(history, "ACCEPT_QUEUE_FULL"),
+            *(counters_agree(seen.queues, own, ("ListenOverflows",)) if refused != 0 else ()),
+        ],
+        why=(WHY_ONE if others else WHY) + (WHY_FULL if refused != 0 else ""),
+        remedies=list(_remedies(history, workers, others, waiting)) if goes_on else [],
+        **of(history)
+        | {
+            "who": ", ".join(each.name for each in workers[:WORKERS_SHOWN]) or of(history)["who"],
+            "look": (f"queue -L {own.lport}", f"accept --count -L {own.lport}", f"list -L {own.lport}"),
+            "about": frozenset().union(*(of(each)["about"] for each in stalled)),
+            "subject": ("address", own.netns, own.laddr, own.lport),
+            "first_s": stall.began_s,
+            "last_s": stall.last_s,
+        },
+        facts=facts(
+            history,
+            count=waiting,
+            waiting=waiting,
+            stalled_s=round(stall.seconds, 1),
+            wait_s=round(wait_s, 1),
+            gave_up=left,
+            **{name: _sum(numbers, name) for name in numbers[0]},
+            stuck_pids=[each.pid for each in workers],
+            states=[each.state for each in workers],
+            wchan=[each.wchan for each in workers],
+            sockets=len(group),
+            stuck_sockets=len(stuck),
+            siblings_accepted=sum(each.accepts or 0 for each in others) if others else None,
+        ),
+    )
+
+
+def _sum(numbers: Sequence[dict[str, int | None]], name: str) -> int | None:
+    each = [one[name] for one in numbers]
+    return None if None in each else sum(one for one in each if one is not None)
+
+
+def _gave_up(seen: Evidence, history: History) -> tuple[int, int]:
+    """How many connections wait for accept() that their clients have closed, and the bytes in them."""
+    own = history.last
+
+    def is_one(row: Any) -> bool:
+        there = row.netns == own.netns and row.lport == own.lport and (row.laddr == own.laddr or own.laddr in _ANY)
+        return there and row.state == "CLOSE_WAIT" and not row.has_file and not row.accepted
+
+    found = [track.last for track in seen.sockets.now if is_one(track.last)]
+    return len(found), sum(row.unread - 1 for row in found)  # the FIN counts
+
+
+def _workers(stuck: Sequence[History]) -> list[Process]:
+    """The processes that should accept, as they are now."""
+    if pidns.inner():
+        return []
+    holders = dict.fromkeys((own.pid, own.comm) for each in stuck for own in each.last.workers or each.last.holders)
+    return [processes.read(pid, comm) for pid, comm in list(holders)[:WORKERS_SHOWN]]
+
+
+def _culprit(workers: Sequence[Process], history: History) -> str:
+    words = whose(history)
+    states = {_state(worker) for worker in workers}
+    if len(states) == 1 and (state := states.pop()):
+        return f"{words} {state}"
+    return words
+
+
+def _state(process: Process) -> str | None:
+    """Why it can do nothing, if its state says so."""
+    return "is in a frozen cgroup" if process.wchan in _FROZEN else process.does
+
+
+def _states(workers: Sequence[Process]) -> Iterator[str]:
+    """What each process does, those in the same state in one line."""
+    groups: dict[str, list[Process]] = {}
+    for each in workers:
+        if each.state is not None:
+            does = _DOES.get(each.state, f"is in state {each.state}")
+            groups.setdefault(_state(each) or does + (f" in {each.wchan}" if each.wchan else ""), []).append(each)
+    if len(groups) == 1 and all(map(_state, workers)):
+        return  # the title says so
+    for words, group in groups.items():
+        yield f"{', '.join(f'{each.comm} (PID {each.pid})' for each in group)} {words}"
+
+
+def _siblings(others: Sequence[History]) -> Iterator[str]:
+    if others:
+        count, accepts = len(others), sum(each.accepts or 0 for each in others)
+        yield (
+            f"{count} other socket{'s' * (count != 1)} of this address accepted {accepts} in this watch; "
+            f"{sum(each.last.accept_queue for each in others)} wait there"
+        )
+
+
+def _remedies(
+    history: History, workers: Sequence[Process], others: Sequence[History], waiting: int
+) -> Iterator[Remedy]:
+    own = history.last
+    if own.holders and not own.workers and own.by_systemd:
+        yield Remedy(
+            "Start the service of this socket: only systemd holds it. See why the unit did not start.",
+            command=f"systemctl list-sockets | grep -w {own.lport}",
+        )
+        return
+    stopped = [each for each in workers if each.state == "T"]
+    frozen = [each for each in workers if each.wchan in _FROZEN]
+    blocked = [each for each in workers if each.state == "D"]
+    if stopped:
+        yield Remedy(
+            f"Let {_names(stopped)} go on: SIGSTOP, or Ctrl-Z in its terminal, has stopped it.",
+            command=f"kill -CONT {' '.join(str(each.pid) for each in stopped)}",
+            risk="Somebody may have stopped it on purpose.",
+        )
+    elif frozen:
+        container = frozen[0].container
+        yield Remedy(
+            f"Let {_names(frozen)} go on: its cgroup is frozen, as a paused container is.",
+            command=f"docker unpause {container}" if container else f"cat /proc/{frozen[0].pid}/cgroup",
+            risk="Somebody may have paused it on purpose.",
+        )
+    elif blocked:
+        yield Remedy(
+            f"See what {_names(blocked)} waits for in the kernel: a disk, a network file system, memory.",
+            command=f"cat /proc/{blocked[0].pid}/stack",
+        )
+    elif workers:
+        yield Remedy(
+            f"Find out what {_names(workers)} waits for instead of calling accept(): a lock, a database, another "
+            "service. A longer queue only delays the overflow.",
+            command=states_of(each.pid for each in workers),
+        )
+    if others and workers and not stopped and not frozen:
+        yield Remedy(
+            f"Restart {_names(workers)}: until it accepts, a part of all new connections waits for it.",
+            risk=f"The {waiting} connections in its queue are reset, unless net.ipv4.tcp_migrate_req is 1.",
+        )
+
+
+def _names(found: Sequence[Process]) -> str:
+    return ", ".join(dict.fromkeys(each.comm for each in found))
+
+
+rule = AcceptStalled()

@@ -1,0 +1,215 @@
+"""SYN-ACKs that a peer never answers: its answers, or these, are lost; or it is a flood of SYNs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tcpscope.diagnose import Finding, Remedy, Rule, listener, processes
+from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.rules.syn_queue import enable_cookies, syns_refused
+from tcpscope.diagnose.tallies import Tally
+from tcpscope.diagnose.wording import counters_agree, in_netns
+from tcpscope.kernel import pidns
+from tcpscope.output import endpoint
+
+TIMEOUTS = 2
+"""So often the SYN-ACK's timer ran out: after a second, and two seconds later. The client sends its SYN again after a
+second, too, and that has the SYN-ACK sent again. So twice is enough only if it was not at the same time."""
+
+APART_SECONDS = 1.5
+"""That is more than the ends of two intervals are apart."""
+
+HANDSHAKES = 5
+"""Unanswered ones of one peer, of which none is completed. In the trial 42."""
+
+FLOOD_PEERS = 5
+"""Peers with one or two handshakes each, if the SYN queue has overflowed; it keeps so few when its limit is small."""
+
+FLOOD_PEERS_ALONE = 50
+"""The same without an overflow: any address of the Internet gets some of these."""
+
+_PEERS_SHOWN = 3
+
+WHY_LOST = (
+    "SYNs of this peer arrive, and its answer to the SYN-ACK does not. Either the SYN-ACK takes a way on which it is "
+    "lost (another route or interface, a firewall that has not seen the SYN), or the peer sends SYNs without wanting "
+    "a connection."
+)
+WHY_FLOOD = (
+    "Many addresses have sent one SYN each, and none answers the SYN-ACK. So the addresses are forged, or the way back "
+    "to all of them is cut. Each such handshake keeps its place in the SYN queue until the SYN-ACK was sent "
+    "tcp_synack_retries times more."
+)
+
+
+@dataclass
+class _Port:
+    """Handshakes at one local port that nobody has completed: remote address -> the tallies of its ports."""
+
+    netns: int
+    lport: int
+    laddr: str
+    pid: int | None
+    comm: str | None
+    peers: dict[str, list[Tally]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return endpoint(self.laddr, self.lport)
+
+
+class SynackUnanswered(Rule):
+    needs = ("retrans", "sockets")
+    explains = ("syn_queue", "connects_fail")
+
+    def check(self, seen: Evidence) -> Iterator[Finding]:
+        ports: dict[tuple[int, int], _Port] = {}
+        for group, tally in seen.retrans.where(kind="SYNACK", errno="none"):
+            if tally.count > TIMEOUTS or (tally.count == TIMEOUTS and tally.last_s - tally.first_s > APART_SECONDS):
+                own = _Port(group.netns, group.lport, group.laddr, group.pid, group.comm)
+                own = ports.setdefault((group.netns, group.lport), own)
+                own.peers.setdefault(group.raddr, []).append(tally)
+        for own in ports.values():
+            history = _history(seen, own)
+            alive = _alive(seen, own, history)
+            if alive is None:
+                continue
+            silent = {raddr: tallies for raddr, tallies in own.peers.items() if raddr not in alive}
+            lost = {raddr: tallies for raddr, tallies in silent.items() if len(tallies) >= HANDSHAKES}
+            single = {raddr: tallies for raddr, tallies in silent.items() if raddr not in lost}
+            overflows = _overflows(history)
+            if lost:
+                yield _finding(self.name, seen, own, history, lost, "lost", "critical")
+            elif overflows and len(single) >= FLOOD_PEERS:
+                severity = "critical" if sum(overflows[:3]) else "warning"
+                yield _finding(self.name, seen, own, history, single, "flood", severity)
+            elif len(single) >= FLOOD_PEERS_ALONE:
+                yield _finding(self.name, seen, own, history, single, "flood", "info")
+
+
+def _history(seen: Evidence, own: _Port) -> History | None:
+    """Of the listener, if listeners are watched: they are not with a filter for peers."""
+    queues = getattr(seen, "queues", None)
+    if queues is None:
+        return None
+    found = [
+        history
+        for history in queues.histories.values()
+        if (history.last.netns, history.last.lport) == (own.netns, own.lport)
+    ]
+    return max(found, key=lambda history: (not history.gone, history.last.laddr == own.laddr), default=None)
+
+
+def _alive(seen: Evidence, own: _Port, history: History | None) -> set[str] | None:
+    """Peers that do answer: they have connections to this port, or a full accept queue has refused their final ACK.
+
+    None: it cannot be told from such refusals.
+    """
+    found = {
+        track.last.raddr
+        for track in seen.sockets.now
+        if track.last.netns == own.netns and track.last.lport == own.lport and track.last.state != "SYN_SENT"
+    }
+    if history and (history.count("ACCEPT_QUEUE_FULL") or history.full_seen):
+        if not seen.queues.exact:
+            return None
+        found |= {raddr for cause, raddr in history.peers if cause == "ACCEPT_QUEUE_FULL"}
+    return found
+
+
+def _overflows(history: History | None) -> tuple[int, int, int, int] | None:
+    """SYNs that the SYN queue had no room for: full, reserved, not certain, answered with a cookie. None: none."""
+    if history is None:
+        return None
+    possible = not history.full_seen and history.last.syncookies == 0
+    found = (
+        history.count("SYN_QUEUE_FULL"),
+        history.count("SYN_QUEUE_RESERVED"),
+        history.count("UNKNOWN") if possible else 0,
+        history.count("COOKIE_SENT") if history.last.syncookies != 2 else 0,
+    )
+    return found if any(found) else None
+
+
+def _finding(
+    rule: str,
+    seen: Evidence,
+    own: _Port,
+    history: History | None,
+    peers: dict[str, list[Tally]],
+    kind: str,
+    severity: str,
+) -> Finding:
+    tallies = [tally for each in peers.values() for tally in each]
+    most = sorted(peers, key=lambda raddr: -len(peers[raddr]))
+    shown = ", ".join(f"{raddr} ({len(peers[raddr])})" for raddr in most[:_PEERS_SHOWN])
+    more = len(peers) - _PEERS_SHOWN
+    overflows = _overflows(history) or (0, 0, 0, 0)
+    full, reserved, unsure, cookies = overflows
+    sent = sum(tally.count for tally in tallies)
+    title = (
+        f"handshakes from {most[0]}{f' and {len(peers) - 1} more' if len(peers) > 1 else ''} to {own.name} are never "
+        "completed"
+        if kind == "lost"
+        else f"SYN flood on {own.name}: {len(peers)} addresses never answer"
+    )
+    owner = processes.read(own.pid, own.comm).name if own.pid and not pidns.inner() else None
+    return Finding(
+        rule=rule,
+        severity=severity,
+        title=title,
+        observed=[
+            f"{len(tallies)} handshakes that nobody completed; their SYN-ACKs were sent {sent} times more",
+            f"peers: {shown}" + (f" and {more} more addresses" if more > 0 else ""),
+            *syns_refused(*overflows),
+            *(
+                counters_agree(seen.queues, history.last, ("TCPReqQFullDrop", "TCPReqQFullDoCookies"))
+                if history and any(overflows)
+                else ()
+            ),
+        ],
+        why=WHY_LOST if kind == "lost" else WHY_FLOOD,
+        remedies=list(_remedies(own, history, most[0], kind, cookies)),
+        facts={
+            "netns": own.netns,
+            "laddr": own.laddr,
+            "lport": own.lport,
+            "pid": own.pid,
+            "comm": own.comm,
+            "count": len(tallies),
+            "kind": kind,
+            "peers": len(peers),
+            "raddr": most[0],
+            "synacks_again": sent,
+            "dropped": None if unsure else full,
+            "reserved": None if unsure else reserved,
+            "cookies": cookies,
+        },
+        who=owner,
+        look=(f"retrans -L {own.lport}", f"synbl -L {own.lport}"),
+        about=frozenset({listener(own.netns, own.lport)}),
+        first_s=min(tally.first_s for tally in tallies),
+        last_s=max(tally.last_s for tally in tallies),
+    )
+
+
+def _remedies(own: _Port, history: History | None, peer: str, kind: str, cookies: int) -> Iterator[Remedy]:
+    inside = history.last.inside if history and not history.gone else ()
+    if kind == "lost":
+        yield Remedy(
+            f"See by which interface the answer to {peer} leaves, and compare it with the one by which its SYNs come.",
+            command=in_netns(own.netns, f"ip route get {peer} from {own.laddr}", inside),
+        )
+        return
+    if history:
+        yield from enable_cookies(history)
+    if cookies:
+        yield Remedy(
+            "Nothing is needed for clients to connect: SYN cookies do not need a place in the queue. To spare the "
+            "work, limit SYNs before they come here.",
+        )
+
+
+rule = SynackUnanswered()

@@ -1,0 +1,154 @@
+"""The rule about listeners that nobody accepts from: who hangs, who waits, how many gave up, and what helps."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tcpscope.diagnose.queue_history import STALL_SECONDS, History
+from tests.record import Script, Test, recorded
+from tests.test_sampling import LISTENER
+from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, PORT, Run, findings, is_exact
+
+STALL_US = 6_000_000
+LATE = 4
+CLIENTS = 16
+
+
+@recorded(DIAGNOSE)
+def test_nobody_accepts_and_clients_are_refused(script: Script) -> Test:
+    """One finding: the overflow is a symptom."""
+    with script.older():
+        run = Run(script)
+        cookie = run.listener.cookie()
+    run.overflow_at_ack(LATE)
+    run.start(2)
+    script.server.flush()
+    run.client.pause(STALL_US)
+    run.end()
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, run)
+    facts, overflows = finding["facts"], run.change("ListenOverflows")
+    assert (finding["rule"], finding["severity"]) == ("accept_stalled", "critical")
+    assert facts["refused"] == overflows
+    assert facts["count"] == facts["waiting"] == BACKLOG + 1
+    assert (facts["pids"], facts["comm"], facts["cookie"]) == ([run.owner.pid], "server", cookie.ret)
+    assert (facts["laddr"], facts["lport"]) == run.target
+    assert (facts["accept_queue"], facts["accept_limit"], facts["limit_from"]) == (6, 5, "listen()")
+    assert facts["accepts"] == 0
+    assert facts["stalled_s"] >= STALL_SECONDS
+    assert str(run.owner.pid) in finding["title"]
+    assert f"TcpExtListenOverflows +{overflows}" in "".join(finding["observed"])
+    if is_exact(seen):
+        assert facts["at_syn"] + facts["at_ack"] == overflows
+        assert facts["at_syn"] >= 2
+        assert facts["at_ack"] >= LATE
+        assert run.peer.ipv4 in "".join(finding["observed"])
+    (remedy,) = finding["remedies"]
+    assert f"-p {run.owner.pid} " in remedy["command"]
+    assert remedy["proposed"] is None
+
+
+@recorded(DIAGNOSE)
+def test_a_stopped_worker_beside_one_that_accepts(script: Script) -> Test:
+    """They share an address by SO_REUSEPORT: the kernel gives each its part."""
+    with script.older():
+        stopped, works = script.server.process("stopped"), script.server.process("works")
+        stopped.listener(PORT, reuse_port=True, backlog=2 * CLIENTS)
+        listener = works.listener(PORT, reuse_port=True, backlog=2 * CLIENTS)
+        listener.blocking(False)
+        stopped.kill(signal.SIGSTOP)
+    client = script.client.process("client")
+    clients = [client.socket() for _ in range(CLIENTS)]
+    for made in clients:
+        made.connect(script.server.ipv4, PORT)
+    script.server.until_sockets(CLIENTS, field="recv_q", state="LISTEN", lport=PORT)
+    accepted = [listener.accept(may_fail=True).accepted for _ in clients]
+    for made in clients:
+        made.close()
+    client.pause(STALL_US)
+    script.stay()
+    seen = yield
+    served = sum(call.errno == "none" for call in accepted)
+    found = [f for f in seen.run(DIAGNOSE).summary["findings"] if f["facts"]["netns"] == script.server.inode]
+    (finding,) = (f for f in found if f["rule"] == "accept_stalled")
+    assert found == [finding]
+    facts = finding["facts"]
+    assert finding["severity"] == "critical"
+    assert (facts["waiting"], facts["siblings_accepted"]) == (CLIENTS - served, served)
+    assert facts["gave_up"] == CLIENTS - served
+    assert (facts["sockets"], facts["stuck_sockets"], facts["stuck_pids"]) == (2, 1, [stopped.pid])
+    assert facts["states"] == ["T"]
+    assert finding["who"].startswith(f"stopped (PID {stopped.pid}")
+    assert finding["remedies"][0]["command"] == f"kill -CONT {stopped.pid}"
+
+
+@recorded(DIAGNOSE)
+def test_a_stall_that_ends_is_told_with_its_time(script: Script) -> Test:
+    with script.older():
+        run = Run(script)
+    run.fill(3)
+    pause = run.owner.pause(STALL_US)
+    run.accept(3)
+    run.end()
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, run)
+    facts = finding["facts"]
+    assert (finding["rule"], facts["waiting"], facts["accepts"], facts["refused"]) == ("accept_stalled", 3, 3, 0)
+    assert "were not accepted for" in finding["title"]
+    assert facts["stalled_s"] >= STALL_SECONDS
+    assert finding["remedies"] == []
+    assert pause.took_us >= STALL_US
+
+
+def watched(looks: Iterator[tuple[float, int, int, int]]) -> History:
+    """Looks: their time, the accept queue's length, what was accepted, and which connection is at its head."""
+    history = History(LISTENER, LISTENER)
+    for now_s, length, accepts, head in looks:
+        own = replace(LISTENER, accept_queue=length, accepts=accepts, head=(head, 0) if length else None)
+        history.look(own, now_s)
+    return history
+
+
+@pytest.mark.parametrize(("looks", "stalled"), [(10, False), (11, True)])
+def test_from_two_seconds_on_it_is_a_stall(looks: int, stalled: bool) -> None:
+    history = watched((0.2 * look, 1, 0, 1) for look in range(looks))
+    assert (history.stalled is not None) == stalled
+
+
+def test_a_connection_that_waits_now_and_then_is_no_stall() -> None:
+    assert watched((0.2 * look, look % 10 != 9, 0, 1) for look in range(100)).stalled is None
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_accepts_and_a_new_head_show_that_it_goes_on(head: int) -> None:
+    """Where accept() is not seen, as through io_uring on some kernels, the head alone shows it."""
+    one_a_second = ((0.2 * look, 3, (1 - head) * (look // 5), head * (look // 5)) for look in range(100))
+    assert watched(one_a_second).stalled is None
+
+
+def test_an_application_that_takes_three_seconds_for_each_is_slow_and_not_stuck() -> None:
+    history = watched((0.2 * look, 5, look // 15, look // 15) for look in range(200))
+    assert history.stalled is None
+    assert history.too_slow
+
+
+def test_a_stall_that_ended_makes_no_slow_server() -> None:
+    """Three connections wait six seconds, and then all are accepted."""
+    waits = ((0.2 * look, 3, 0, 1) for look in range(30))
+    history = watched(look for part in (waits, [(6.0, 2, 1, 2), (6.2, 0, 3, 0)]) for look in part)
+    assert history.stalled is history.ended_stall is not None
+    assert not history.too_slow
+
+
+def test_a_busy_server_that_hangs_is_stuck_and_not_slow() -> None:
+    busy = ((0.2 * look, look % 3, 40 * look, look) for look in range(1, 100))
+    hangs = ((20 + 0.2 * look, 6, 4000, 1000) for look in range(20))
+    history = watched(look for part in (busy, hangs) for look in part)
+    assert history.stalled is history.stall is not None
+    assert not history.too_slow

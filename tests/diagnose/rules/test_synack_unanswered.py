@@ -1,0 +1,121 @@
+"""The rule about SYN-ACKs that nobody answers: lost answers of one peer, and floods of many."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from tcpscope.diagnose.rules import synack_unanswered
+from tcpscope.diagnose.tallies import Tally
+from tests.record import Script, Test, recorded
+from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, Run, findings
+
+SYNS = 64
+HANDSHAKES = 6
+HELD = BACKLOG + 1
+"""The SYN queue holds one more than its limit, which is the backlog."""
+SYN_ACKS = 2
+"""Sent again: after 1 s and 3 s."""
+GROUPS_US = 1_500_000
+"""Then the second time is in a later interval of diagnose than the first."""
+
+
+@recorded(DIAGNOSE)
+def test_answers_of_one_peer_are_lost(script: Script) -> Test:
+    with script.older():
+        run = Run(script, backlog=64)
+    before = script.server.counter("TcpRetransSegs")
+    with script.server.losing():
+        for number in range(HANDSHAKES):
+            script.client.segment(script.client.ipv4, 10_000 + number, *run.target)
+        script.server.until_counter("TcpRetransSegs", before + SYN_ACKS * HANDSHAKES)
+        script.server.sysctl("tcp_synack_retries", 0)  # not once more
+        run.client.pause(GROUPS_US)
+    run.end()
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, run)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"], facts["kind"]) == ("synack_unanswered", "critical", "lost")
+    assert (facts["count"], facts["peers"], facts["raddr"]) == (HANDSHAKES, 1, run.peer.ipv4)
+    assert facts["synacks_again"] == run.after.counters["TcpRetransSegs"] - before.ret
+    assert (facts["laddr"], facts["lport"], facts["pid"]) == (*run.target, run.owner.pid)
+    assert str(run.owner.pid) in finding["who"]
+    (remedy,) = finding["remedies"]
+    assert remedy["command"].endswith(f"ip route get {run.peer.ipv4} from {run.host.ipv4}")
+    assert remedy["command"].startswith(f"nsenter -t {run.owner.pid} -n ")
+
+
+@pytest.mark.parametrize("syncookies", [0, 1])
+@recorded(DIAGNOSE)
+def test_a_flood_explains_the_full_queue(script: Script, syncookies: int) -> Test:
+    with script.older():
+        script.server.sysctl("tcp_syncookies", syncookies)
+        script.server.sysctl("tcp_max_syn_backlog", 256)
+        run = Run(script)
+    before = script.server.counter("TcpRetransSegs")
+    run.flood(SYNS)
+    script.server.until_counter("TcpRetransSegs", before + SYN_ACKS * HELD)
+    script.server.sysctl("tcp_synack_retries", 0)
+    run.client.pause(GROUPS_US)
+    run.end()
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, run)
+    facts = finding["facts"]
+    assert (finding["rule"], facts["kind"]) == ("synack_unanswered", "flood")
+    assert finding["severity"] == ("warning" if syncookies else "critical")
+    assert facts["count"] == facts["peers"] == HELD
+    assert facts["dropped"] == run.change("TCPReqQFullDrop")
+    assert facts["cookies"] == run.change("TCPReqQFullDoCookies")
+    assert facts["dropped"] + facts["cookies"] == SYNS - HELD
+    assert str(run.owner.pid) in finding["who"]
+    assert [remedy["name"] for remedy in finding["remedies"]] == [None if syncookies else "net.ipv4.tcp_syncookies"]
+
+
+class Group(NamedTuple):
+    raddr: str
+    rport: int
+    netns: int = 1
+    pid: int | None = None
+    comm: str | None = None
+    laddr: str = "192.0.2.2"
+    lport: int = 80
+
+
+def kinds(tallies: dict[Group, Tally], *peers: str) -> list[str]:
+    """What is found; `peers` have a connection to the port."""
+    rows = [
+        SimpleNamespace(last=SimpleNamespace(netns=1, lport=80, raddr=raddr, state="ESTABLISHED")) for raddr in peers
+    ]
+    seen: Any = SimpleNamespace(
+        retrans=SimpleNamespace(where=lambda **values: tallies.items()), sockets=SimpleNamespace(now=rows)
+    )
+    return [finding.facts["kind"] for finding in synack_unanswered.rule.check(seen)]
+
+
+def again(*times_s: float) -> Tally:
+    tally = Tally()
+    for now_s in times_s:
+        tally.add(now_s, 1)
+    return tally
+
+
+@pytest.mark.parametrize(("handshakes", "found"), [(4, []), (5, ["lost"])])
+def test_from_five_handshakes_of_a_peer_on(handshakes: int, found: list[str]) -> None:
+    tallies = {Group("192.0.2.1", port): again(1, 3) for port in range(handshakes)}
+    assert kinds(tallies) == found
+    assert kinds(tallies, "192.0.2.1") == []
+
+
+@pytest.mark.parametrize(("times_s", "found"), [((1,), []), ((1, 2), []), ((1, 3), ["lost"]), ((1, 1, 3), ["lost"])])
+def test_two_timeouts_are_needed(times_s: tuple[float, ...], found: list[str]) -> None:
+    """A client whose SYN-ACK is late sends its SYN again, and so has it sent again, too."""
+    assert kinds({Group("192.0.2.1", port): again(*times_s) for port in range(9)}) == found
+
+
+@pytest.mark.parametrize(("peers", "found"), [(49, []), (50, ["flood"])])
+def test_without_an_overflow_a_flood_is_fifty_peers(peers: int, found: list[str]) -> None:
+    assert kinds({Group(f"198.51.100.{host}", 9): again(1, 3) for host in range(peers)}) == found

@@ -1,0 +1,25 @@
+"""A server is stopped: its clients connect, and nobody accepts them."""
+
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenarios.accept_stalled import AcceptStalled
+from tests.conftest import RunningTool
+from tests.lab.scenarios.found import diagnosed
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_is_found(lab: Lab, run_tool: type[RunningTool], workers: int) -> None:
+    scenario = AcceptStalled(workers=workers, clients=16, seconds=4, backlog=32)
+    outcome, found = diagnosed(scenario, lab, run_tool)
+    assert len(outcome.connected) == 16
+    assert outcome.server_states["CLOSE_WAIT"] >= outcome.listener.recv_q
+    (finding,) = found
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"]) == ("accept_stalled", "critical")
+    assert (facts["states"], facts["stuck_pids"]) == (["T"], [scenario.server.pid])
+    assert (facts["sockets"], facts["stuck_sockets"]) == (workers, 1)
+    assert facts["count"] == scenario.waiting(lab) > 0
+    assert finding["remedies"][0]["command"] == f"kill -CONT {scenario.server.pid}"

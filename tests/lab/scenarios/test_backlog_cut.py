@@ -1,0 +1,20 @@
+"""somaxconn cuts a backlog: a burst that nearly fills the queue, and one that is more than it holds."""
+
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenarios.backlog_cut import BacklogCut
+from tests.conftest import RunningTool
+from tests.lab.scenarios.found import diagnosed
+
+pytestmark = pytest.mark.kernel
+
+
+def test_it_is_found(lab: Lab, run_tool: type[RunningTool]) -> None:
+    outcome, found = diagnosed(BacklogCut(), lab, run_tool)
+    assert len(outcome.connected) == 9
+    assert outcome.counters["TcpExtListenOverflows"] == 0
+    (finding,) = found
+    assert (finding["rule"], finding["severity"]) == ("backlog_cut", "info")
+    assert finding["facts"]["accept_limit"] == outcome.listener.send_q == 8
+    assert [remedy["name"] for remedy in finding["remedies"]] == ["net.core.somaxconn", "listen() backlog"]
