@@ -93,7 +93,7 @@ class Sockets:
     twice    (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
     numbers  (mark, netns, pid) -> (time, connections of this process with the mark) in the last looks, the oldest first
 
-    The first two are summed from look to look: connections that have ended since are in them, none that ended before one.
+    The first two are summed from look to look: what has ended since is in them, and nothing that ended before a look.
     """
 
     def __init__(self, request: Request, marks: Mapping[str, Mark]) -> None:
