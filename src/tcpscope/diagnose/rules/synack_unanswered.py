@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, listener, processes
+from tcpscope.diagnose import Finding, Remedy, Rule, listener, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.rules.syn_queue import enable_cookies, syns_refused
@@ -189,10 +190,19 @@ def _finding(
         },
         who=owner,
         look=(f"retrans -L {own.lport}", f"synbl -L {own.lport}"),
-        about=frozenset({listener(own.netns, own.lport)}),
+        about=frozenset({listener(own.netns, own.lport), *_clients(seen, own, peers)}),
         first_s=min(tally.first_s for tally in tallies),
         last_s=max(tally.last_s for tally in tallies),
+        subject=("port", own.netns, own.lport),
     )
+
+
+def _clients(seen: Evidence, own: _Port, peers: Container[str]) -> Iterator[tuple[Any, ...]]:
+    """Of clients on this machine, in whatever namespace: the service to which they cannot connect."""
+    rows = [track.last for track in seen.sockets.now if track.last.state == "SYN_SENT"]
+    for row in (*rows, *(seen.attempts.tallies if hasattr(seen, "attempts") else ())):
+        if row.raddr == own.laddr and row.rport == own.lport and row.laddr in peers:
+            yield service(row.netns, own.laddr, own.lport)
 
 
 def _remedies(own: _Port, history: History | None, peer: str, kind: str, cookies: int) -> Iterator[Remedy]:
