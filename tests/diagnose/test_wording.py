@@ -70,7 +70,7 @@ def test_without_a_way_into_the_namespace_there_is_no_command(monkeypatch: pytes
 
 def findings(module: Any, history: History) -> list[Finding]:
     """What one rule says of one listener."""
-    queues = SimpleNamespace(histories={1: history}, exact=True, counters=lambda listener: {})
+    queues = SimpleNamespace(histories={1: history}, troubled=[history], exact=True, counters=lambda listener: {})
     return list(module.rule.check(SimpleNamespace(queues=queues, ended=True)))
 
 

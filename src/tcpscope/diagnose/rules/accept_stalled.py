@@ -49,13 +49,23 @@ class AcceptStalled(Rule):
     explains = ("accept_queue", "backlog_cut", "connects_fail")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        groups: dict[tuple[int, str, int], list[History]] = {}
+        stuck: dict[_Address, list[tuple[Stall, History]]] = {}
         for history in seen.queues.histories.values():
-            own = history.last
-            groups.setdefault((own.netns, own.laddr, own.lport), []).append(history)
-        for group in groups.values():
-            if found := [(stall, history) for history in group if (stall := history.stalled)]:
-                yield _finding(self.name, seen, group, sorted(found, key=lambda each: -each[0].seconds))
+            if stall := history.stalled:
+                stuck.setdefault(_address(history), []).append((stall, history))
+        groups: dict[_Address, list[History]] = {}
+        for history in seen.queues.histories.values() if stuck else ():
+            groups.setdefault(_address(history), []).append(history)
+        for address, found in stuck.items():
+            yield _finding(self.name, seen, groups[address], sorted(found, key=lambda each: -each[0].seconds))
+
+
+_Address = tuple[int, str, int]
+
+
+def _address(history: History) -> _Address:
+    own = history.last
+    return own.netns, own.laddr, own.lport
 
 
 def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[Stall, History]]) -> Finding:
