@@ -98,9 +98,9 @@ def test_a_filtered_port(script: Script) -> Test:
     server = script.server.process("server")
     server.listener(OPEN)
     client = script.client.process("web")
+    begun = begin(client, script.server.ipv4, FILTERED, 5)
     works = client.socket()
     works.connect(script.server.ipv4, OPEN)
-    begun = begin(client, script.server.ipv4, FILTERED, 5)
     ends = [made.outcome() for made in begun]
     script.stay()
     seen = yield
@@ -176,7 +176,22 @@ def test_a_restart_is_for_information() -> None:
     assert severities(refused | {attempt("ESTABLISHED"): times(30)}) == []  # it may come back at once
     assert severities(refused | {attempt("ESTABLISHED"): times(30, 0, 0, 30)}) == ["info"]
     longer = {attempt("REFUSED", "ECONNREFUSED"): times(0, 20, 20, 20, 20)}
-    assert severities(longer | {attempt("ESTABLISHED"): times(30)}) == ["warning"]
+    assert severities(longer | {attempt("ESTABLISHED"): times(30)}) == ["critical"]
+
+
+def test_what_succeeded_before_does_not_hide_that_nothing_does_now() -> None:
+    ok = {attempt("ESTABLISHED"): times(*[100] * 20)}
+    assert severities(ok | {attempt("REFUSED", "ECONNREFUSED"): times(5, 5, 5, 5, first_s=120)}) == ["critical"]
+    assert severities(ok | {attempt("REFUSED", "ECONNREFUSED"): times(5, 5, 5, 5, first_s=112)}) == []
+    assert severities(ok, *waiting(5)) == []  # since second 108
+    assert severities({attempt("ESTABLISHED"): times(*[100] * 7)}, *waiting(5)) == ["critical"]
+
+
+def test_a_host_that_answered_before_it_died_is_dead() -> None:
+    for answered_s, expected in ((100, []), (109, [22])):
+        given = {attempt("ESTABLISHED", rport=22): times(9, first_s=answered_s)}
+        (finding,) = check(rule, attempts=groups(given), sockets=sockets(*waiting(5)))
+        assert finding.facts["answers"] == expected
 
 
 def test_another_ip_version_works() -> None:
@@ -211,6 +226,7 @@ def test_ports_of_a_host_that_does_not_answer_are_one_finding() -> None:
     rows = [*waiting(3, 80), *waiting(3, 443)]
     (finding,) = check(rule, attempts=groups({}), sockets=sockets(*rows))
     assert (finding.facts["rports"], finding.facts["count"]) == ([80, 443], 6)
-    given = {attempt("ESTABLISHED", rport=22): times(1), attempt("ESTABLISHED", raddr=OTHER): times(1)}
+    since = times(1, first_s=110)
+    given = {attempt("ESTABLISHED", rport=22): since, attempt("ESTABLISHED", raddr=OTHER): since}
     (finding,) = check(rule, attempts=groups(given), sockets=sockets(*rows))
     assert finding.facts["answers"] == [22]

@@ -24,7 +24,6 @@ CHECKS_PER_S = 1.2
 RESTART_SECONDS = 3.0
 """A service that answered before and refuses for less than this is restarted."""
 
-_ALIVE_US = 5_000_000
 _PROGRAMS_SHOWN, _PORTS_SHOWN = 3, 5
 _WILDCARDS = ("0.0.0.0", "::")
 
@@ -61,13 +60,21 @@ def is_steady(count: int, first_s: float, last_s: float) -> bool:
 
 @dataclass
 class Program:
-    """What the processes of one name got from a service. `waiting`: SYN_SENT, with the SYN sent again."""
+    """What the processes of one name got from a service.
+
+    began_s    when the first failing attempt began at the earliest
+    waiting    sockets in SYN_SENT whose SYN was sent again
+    connected  since the first failure; connected_before: until then; connected_later: for certain after it
+    """
 
     kinds: Counter[str] = field(default_factory=Counter)
     errnos: Counter[str] = field(default_factory=Counter)
     pids: Counter[int | None] = field(default_factory=Counter)
     laddrs: set[str] = field(default_factory=set)
+    began_s: float = 0.0
     connected: int = 0
+    connected_before: int = 0
+    connected_later: int = 0
     waiting: int = 0
     looked_s: float = 0.0
     waited_s: float = 0.0
@@ -88,9 +95,23 @@ class Program:
     def total(self) -> int:
         return self.bad + self.connected
 
-    def happened(self, first_s: float, last_s: float) -> None:
+    def happened(self, first_s: float, last_s: float, took_s: float = 0.0) -> None:
+        self.began_s = min(self.began_s or first_s, first_s - took_s)
         self.first_s = min(self.first_s or first_s, first_s)
         self.last_s = max(self.last_s, last_s)
+
+    def succeeded(self, tally: Tally) -> None:
+        """Of the interval in which the failure begins it is not known what came first."""
+        since = tally.since(self.began_s - INTERVAL_SECONDS / 2)
+        self.connected += since
+        self.connected_before += tally.count - since
+        self.connected_later += tally.since(self.first_s + INTERVAL_SECONDS)
+        self.succeeded_since |= tally.last_s > self.last_s
+
+    @property
+    def all_fail(self) -> bool:
+        """Whether nothing succeeds any more."""
+        return not self.connected or (not self.connected_later and self.last_s - self.first_s >= 2 * INTERVAL_SECONDS)
 
     @property
     def fails(self) -> bool:
@@ -100,11 +121,12 @@ class Program:
     def severity(self) -> str | None:
         """None: it is not certain yet."""
         if not self.waiting and not self.kinds.keys() - {"refused by a RST"}:
-            if self.connected and self.last_s - self.first_s < RESTART_SECONDS:
+            before = self.connected or self.connected_before
+            if before and self.last_s - self.first_s < RESTART_SECONDS:
                 return "info" if self.succeeded_since else None
             if is_steady(self.bad, self.first_s, self.last_s):
                 return "info"
-        return "critical" if self.bad >= CRITICAL and not self.connected else "warning"
+        return "critical" if self.bad >= CRITICAL and self.all_fail else "warning"
 
 
 @dataclass
@@ -241,7 +263,7 @@ class ConnectsFail(Rule):
 def _services(
     seen: Evidence,
 ) -> tuple[dict[tuple[int, str, int], dict[str | None, Program]], dict[Host, set[int]]]:
-    """Services to which something failed, by program; and which ports of hosts answer."""
+    """Services to which something failed, by program; and which ports of these hosts have answered since it began."""
     services: dict[tuple[int, str, int], dict[str | None, Program]] = {}
     answered: list[tuple[Any, Tally]] = []
     silent: list[tuple[Program, Tally]] = []
@@ -258,10 +280,11 @@ def _services(
         program.errnos[group.errno] += tally.count
         program.pids[group.pid] += tally.count
         program.laddrs.add(group.laddr)
-        program.happened(tally.first_s, tally.last_s)
+        program.happened(tally.first_s, tally.last_s, _most_s(group.syn_retrans) if kind == SILENCE else 0.0)
         if kind == SILENCE:
             silent.append((program, tally))
     alive: dict[Host, set[int]] = defaultdict(set)
+    acks: list[tuple[Any, float]] = []
     for track in seen.sockets.now:
         row = track.last
         if row.state == "SYN_SENT":
@@ -274,17 +297,23 @@ def _services(
             program.looked_s = track.last_s
             program.waited_s = max(program.waited_s, track.last_s - began_s)
             program.happened(began_s, track.last_s)
-        elif row.since_ack_us < _ALIVE_US and row.role == "ACTIVE":
-            alive[row.netns, row.raddr].add(row.rport)
+        elif row.role == "ACTIVE":
+            acks.append((row, track.last_s - row.since_ack_us / 1e6))
     if services:
-        hosts = {(netns, raddr) for netns, raddr, _ in services}
+        began: dict[Host, float] = {}
+        for (netns, raddr, _), programs in services.items():
+            first_s = min(program.began_s for program in programs.values())
+            began[netns, raddr] = min(began.get((netns, raddr), first_s), first_s)
+        for row, ack_s in acks:
+            if ack_s > began.get((row.netns, row.raddr), ack_s):
+                alive[row.netns, row.raddr].add(row.rport)
         for group, tally in answered:
             host = group.netns, group.raddr
-            if host in hosts:
-                alive[host].add(group.rport)
+            if host in began:
+                if tally.last_s > began[host] - INTERVAL_SECONDS / 2:
+                    alive[host].add(group.rport)
                 if failing := services.get((*host, group.rport), {}).get(group.comm):
-                    failing.connected += tally.count
-                    failing.succeeded_since |= tally.last_s > failing.last_s
+                    failing.succeeded(tally)
         for program, tally in silent:  # what has ended since the look waited in it
             if program.waiting:
                 program.waiting = max(0, program.waiting - tally.since(program.looked_s))
@@ -292,6 +321,11 @@ def _services(
             if any(each.kinds.keys() & _ANSWERS for each in programs.values()):
                 alive[netns, raddr].add(rport)
     return services, alive
+
+
+def _most_s(syn_retrans: int) -> float:
+    """How long an attempt has lasted at most: the time to the next SYN doubles each time, from one second on."""
+    return INTERVAL_SECONDS + 2.0 ** (syn_retrans + 1) - 1
 
 
 def _program(services: dict[tuple[int, str, int], dict[str | None, Program]], row: Any) -> Program:
@@ -305,10 +339,13 @@ def _merged(one: Program, other: Program) -> Program:
         pids=one.pids + other.pids,
         laddrs=one.laddrs | other.laddrs,
         connected=one.connected + other.connected,
+        connected_before=one.connected_before + other.connected_before,
+        connected_later=one.connected_later + other.connected_later,
         waiting=one.waiting + other.waiting,
         waited_s=max(one.waited_s, other.waited_s),
         retransmits=max(one.retransmits, other.retransmits),
         first_s=min(one.first_s, other.first_s),
+        began_s=min(one.began_s, other.began_s),
         last_s=max(one.last_s, other.last_s),
         succeeded_since=one.succeeded_since and other.succeeded_since,
     )
@@ -394,7 +431,7 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
             ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
             yield f"other ports of {address} answer: {ports}{', ...' if len(others) > _PORTS_SHOWN else ''}"
         elif _answer(subject, others) == "nothing":
-            yield f"no connect to {address} was answered in this time, at whatever port"
+            yield f"no connect to {address} was answered since the first of them, at whatever port"
     pids = subject.pids
     if len(pids) > 1:
         shown = [f"PID {pid}" for pid, _ in pids.most_common(_PROGRAMS_SHOWN) if pid]

@@ -39,15 +39,14 @@ class ConnectsFail(Scenario):
             self.step("server", f"nobody answers at {NOBODY}")
 
     def act(self, lab: Lab) -> None:
-        if self.answer == "filtered":
-            self.connect(1)
-            self.connected(1)
-            self.step("client", f"connected to port {PORT}")
         there = {"address": NOBODY if self.answer == "dead" else lab.server.ipv4, "port": CLOSED}
-        self.client = Program(lab.client, "client", family=2, **there)
+        works, self.client = self.client, Program(lab.client, "client", family=2, **there)
         self.client.hear("ready")
-        self._clients.clear()
         self.connect(self.clients)
+        if self.answer == "filtered":
+            works.tell(do="connect", number=1)
+            works.hear("connected")
+            self.step("client", f"connected to port {PORT}")
         clients = self.connected(self.clients)
         self.step("client", f"{len(clients)} connects: {describe(clients)}")
 
