@@ -1,0 +1,231 @@
+"""Thresholds of the rules about the way to an address, over evidence that is made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+
+from tcpscope.diagnose import Finding, Rule, causes
+from tcpscope.diagnose.rules import host_queue_full, loss, mtu_hole, no_ack, queue_on_path, spurious_retrans
+from tcpscope.diagnose.sockets import Track
+from tcpscope.diagnose.tallies import Tally
+
+NETNS, PEER = 7, "192.0.2.2"
+ALL = (host_queue_full, loss, mtu_hole, no_ack, queue_on_path, spurious_retrans)
+ROW = {
+    "netns": NETNS,
+    "raddr": PEER,
+    "laddr": "192.0.2.1",
+    "lport": 40_000,
+    "rport": 5432,
+    "pid": None,
+    "comm": "orders",
+    "role": "ACTIVE",
+    "state": "ESTABLISHED",
+    "has_file": True,
+    "out_segs": 0,
+    "backoff": 0,
+    "retransmits": 0,
+    "retrans_segs": 0,
+    "total_retrans": 0,
+    "srtt_us": 1000,
+    "min_rtt_us": 1000,
+    "rto_us": 200_000,
+    "mss": 1448,
+    "unacked": 0,
+    "unsent": 0,
+    "acked_seq": 0,
+    "since_ack_us": 1000,
+    "sent_bytes": 0,
+    "retrans_bytes": 0,
+    "received_bytes": 0,
+    "data_segs_out": 0,
+    "keepalive": False,
+    "keepalive_s": 7200,
+    "user_timeout_ms": 0,
+    "mtu_probing": 0,
+}
+STALLED = {"out_segs": 1, "backoff": 4, "retransmits": 4, "rto_us": 3_200_000, "unacked": 1000, "since_ack_us": 10**7}
+
+
+class Group(NamedTuple):
+    """One of `retrans`, `drops` and `attempts` at a time."""
+
+    netns: int = NETNS
+    pid: int | None = None
+    comm: str = "orders"
+    laddr: str = "192.0.2.1"
+    lport: int = 40_000
+    raddr: str = PEER
+    rport: int = 5432
+    kind: str = "FAST"
+    errno: str = "none"
+    outcome: str = ""
+    direction: str = "SENT"
+    reason: str | None = None
+    location: str | None = None
+
+
+def track(**columns: Any) -> Track:
+    """In four looks, a second apart."""
+    row = SimpleNamespace(**ROW | columns)
+    made = Track(row, row, 0.0, 0.0)
+    marks = {name: mark for module in ALL for name, mark in module.rule.marks.items()}
+    for second in range(4):
+        made._look(row if second == 0 else SimpleNamespace(**vars(row)), float(second), marks)
+    return made
+
+
+def tallies(*groups: tuple[Group, int]) -> SimpleNamespace:
+    found = {}
+    for group, number in groups:
+        found[group] = Tally()
+        found[group].add(99.5, number, number)
+    return SimpleNamespace(tallies=found)
+
+
+def evidence(
+    *tracks: Track,
+    sent: tuple[int, int] = (0, 0),
+    twice: int = 0,
+    retrans: tuple[tuple[Group, int], ...] = (),
+    attempts: tuple[tuple[Group, int], ...] = (),
+    drops: tuple[tuple[Group, int], ...] = (),
+    counters: dict[str, int] | None = None,
+) -> Any:
+    """`sent`: segments sent and retransmitted by connections that were looked at."""
+    sums: list[dict[tuple[int, str], Tally]] = []
+    for count, number in (sent, (twice, 0)):
+        sums.append({(NETNS, PEER): Tally()})
+        sums[-1][NETNS, PEER].add(99.5, count, number)
+    return SimpleNamespace(
+        now_s=100.0,
+        began_s=0.0,
+        watched_s=100.0,
+        sockets=SimpleNamespace(now=list(tracks), sent=sums[0], twice=sums[1]),
+        retrans=tallies(*retrans),
+        attempts=tallies(*attempts),
+        drops=tallies(*drops),
+        counters=SimpleNamespace(grown=lambda netns, name: (counters or {}).get(name)),
+    )
+
+
+def found(seen: Any) -> list[Finding]:
+    rules: list[Rule] = [module.rule for module in ALL]
+    for module in ALL:
+        module.rule.name = module.__name__.rpartition(".")[2]
+    return causes([each for rule in rules for each in rule.check(seen)], rules)
+
+
+def names(seen: Any) -> list[str]:
+    return [each.rule for each in found(seen)]
+
+
+@pytest.mark.parametrize(
+    ("sent", "again", "rules"),
+    [
+        ((2000, 20), 20, ["loss"]),
+        ((2000, 19), 19, []),
+        ((2001, 20), 20, []),
+        ((20_000, 20), 20, []),  # a path that loses one in a thousand
+        ((100_000, 1000), 1000, ["loss"]),
+        ((39, 20), 20, []),  # half of it: nothing arrives
+    ],
+)
+def test_loss_is_one_in_a_hundred_and_twenty(sent: tuple[int, int], again: int, rules: list[str]) -> None:
+    assert names(evidence(sent=sent, retrans=((Group(), again),))) == rules
+
+
+def test_of_connections_that_were_too_short_the_namespace_tells_the_share() -> None:
+    counters = {"TcpOutSegs": 1000, "TcpRetransSegs": 30}
+    (finding,) = found(evidence(retrans=((Group(), 30),), counters=counters))
+    assert (finding.rule, finding.facts["sent"]) == ("loss", 1000)
+    assert found(evidence(retrans=((Group(), 30),))) == []  # nobody knows of how many
+
+
+@pytest.mark.parametrize(
+    ("again", "needless", "rule"), [(40, 20, "spurious_retrans"), (41, 20, "loss"), (40, 19, "loss")]
+)
+def test_what_was_needless_for_the_most_part_is_no_loss(again: int, needless: int, rule: str) -> None:
+    assert names(evidence(sent=(1000, again), twice=needless, retrans=((Group(), again),))) == [rule]
+    spurious = ((Group(), again), (Group(kind="SPURIOUS"), needless))
+    assert names(evidence(sent=(1000, again), retrans=spurious)) == [rule]
+
+
+def test_an_address_that_is_silent_is_one_finding() -> None:
+    """Its retransmissions are no loss."""
+    seen = evidence(track(**STALLED), sent=(100, 20), retrans=((Group(kind="RTO"), 20),))
+    (finding,) = found(seen)
+    assert (finding.rule, finding.severity, finding.facts["case"]) == ("no_ack", "critical", "gone")
+
+
+def test_packets_still_come_from_an_address_that_gets_none() -> None:
+    (finding,) = found(evidence(track(**STALLED | {"since_ack_us": 100_000})))
+    assert finding.facts["case"] == "one_way"
+
+
+def test_others_are_answered_meanwhile() -> None:
+    assert found(evidence(track(**STALLED), track()))[0].facts["case"] == "idle"
+    busy = STALLED | {"since_ack_us": 4_000_000}
+    assert found(evidence(track(**busy), track()))[0].facts["case"] == "others"
+
+
+def test_clients_that_vanish_are_told_by_port_until_three_of_one_address_do() -> None:
+    client = STALLED | {"role": "PASSIVE", "lport": 443}
+    (finding,) = found(evidence(track(**client), track(**client), track(**client | {"raddr": "192.0.2.9"})))
+    assert (finding.severity, finding.facts["clients"], finding.facts["count"]) == ("info", 2, 3)
+    (finding,) = found(evidence(*(track(**client) for _ in range(3))))
+    assert finding.severity == "critical"
+
+
+FULL = STALLED | {"unacked": 1448}
+
+
+def test_three_connections_with_a_full_segment_while_small_ones_are_answered() -> None:
+    three = [track(**FULL) for _ in range(3)]
+    small = track(sent_bytes=4000, data_segs_out=40)
+    assert names(evidence(*three, small)) == ["mtu_hole"]
+    assert names(evidence(*three)) == ["no_ack"]
+    assert names(evidence(*three[:2], small)) == ["no_ack"]
+    assert names(evidence(*three[:2], track(**STALLED), small)) == ["no_ack"]
+    large = track()
+    large.last.sent_bytes, large.last.data_segs_out = 14_480, 10
+    assert names(evidence(*three, large)) == ["no_ack"]
+
+
+@pytest.mark.parametrize(
+    ("srtt_us", "min_rtt_us", "number", "rules"),
+    [
+        (100_000, 10_000, 3, ["queue_on_path"]),
+        (99_999, 10, 3, []),
+        (199_999, 20_000, 3, []),  # far away, and a little slower than at best
+        (100_000, 10_000, 2, []),
+    ],
+)
+def test_three_slow_connections(srtt_us: int, min_rtt_us: int, number: int, rules: list[str]) -> None:
+    slow = [track(srtt_us=srtt_us, min_rtt_us=min_rtt_us) for _ in range(number)]
+    assert names(evidence(*slow)) == rules
+
+
+QDISC = Group(reason="QDISC_DROP", errno="none", kind="LOST")
+
+
+@pytest.mark.parametrize(("drops", "sent", "rules"), [(20, 2000, ["host_queue_full"]), (19, 100, []), (20, 2001, [])])
+def test_a_queue_that_discards_one_in_a_hundred(drops: int, sent: int, rules: list[str]) -> None:
+    assert names(evidence(drops=((QDISC, drops),), counters={"TcpOutSegs": sent})) == rules
+    received = QDISC._replace(direction="RECEIVED")
+    assert names(evidence(drops=((received, drops),), counters={"TcpOutSegs": sent})) == []
+
+
+def test_without_reasons_the_function_tells() -> None:
+    freed = QDISC._replace(reason=None, location="kfree_skb_list+0x1b")
+    assert names(evidence(drops=((freed, 20),))) == ["host_queue_full"]
+    assert names(evidence(drops=((freed._replace(location="tcp_v4_rcv+0x1"), 20),))) == []
+
+
+def test_a_connection_that_cannot_send_at_all_is_held_up_here() -> None:
+    waits = ((Group(kind="RTO", errno="EBUSY"), 3),)
+    (finding,) = found(evidence(track(**STALLED), retrans=waits))
+    assert (finding.rule, finding.severity, finding.facts["waited"]) == ("host_queue_full", "critical", 3)
