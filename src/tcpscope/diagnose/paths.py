@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ SENDING = frozenset({"ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT1", "CLOSING", "LAST_
 """States in which the remote end has to acknowledge what was sent."""
 
 _SHOWN = 3
+_HERE = "{}"
+_KNOWN_SECONDS = 10
 
 Peer = tuple[int, str]
 """Network namespace, as inode, and remote address."""
@@ -86,7 +90,15 @@ def who(found: Owners) -> str | None:
 
 def command(netns: int, found: Owners, text: str) -> str | None:
     """A command in the network namespace of these processes' sockets; None: it is not known how to enter that."""
-    return in_netns(netns, text, [pid for pid in pids(found) if _is_in(pid, netns)])
+    inside = next((pid for pid in pids(found) if _is_in(pid, netns)), None)
+    entered = in_netns(netns, _HERE, [inside]) if inside else _entered(netns, int(time.monotonic() / _KNOWN_SECONDS))
+    return entered.replace(_HERE, text) if entered else None
+
+
+@lru_cache(maxsize=64)
+def _entered(netns: int, when: int) -> str | None:
+    """Without a process to enter by. All of /proc is read for it, and many findings may ask."""
+    return in_netns(netns, _HERE)
 
 
 def _is_in(pid: int, inode: int) -> bool:
@@ -188,12 +200,21 @@ class Again:
 
 
 def again(seen: Evidence) -> Mapping[Peer, Again]:
-    """What was sent again to each address."""
-    found: dict[Peer, Again] = {}
-    for group, tally in seen.retrans.tallies.items():
-        if group.kind in KINDS or group.kind == "SPURIOUS":
-            found.setdefault((group.netns, group.raddr), Again())._add(group, tally)
-    return found
+    """What was sent again to each address. Several rules ask in the same check: it is added up once."""
+    if _last.get("of") is not seen.retrans.tallies or _last["at_s"] != seen.now_s:
+        found: dict[Peer, Again] = {}
+        for group, tally in seen.retrans.tallies.items():
+            if group.kind in KINDS or group.kind == "SPURIOUS":
+                where = group.netns, group.raddr
+                if (known := found.get(where)) is None:
+                    known = found[where] = Again()
+                known._add(group, tally)
+        _last.update(of=seen.retrans.tallies, at_s=seen.now_s, found=found)
+    result: Mapping[Peer, Again] = _last["found"]
+    return result
+
+
+_last: dict[str, Any] = {}
 
 
 def sent(seen: Evidence, where: Peer, found: Again) -> tuple[int, int, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tcpscope.diagnose import Finding, Remedy, Rule, paths
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Peer
-from tcpscope.diagnose.rules.no_ack import answered_meanwhile, is_silent, stalled_us
+from tcpscope.diagnose.rules.no_ack import Lives, is_silent, stalled_us
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.wording import seconds
 
@@ -40,11 +40,12 @@ class MtuHole(Rule):
     )
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
+        lives = Lives(seen)
         for where, tracks in paths.by_peer(seen.sockets.now).items():
             large = [track for track in tracks if _is_full(track)]
             if len(large) < CONNECTIONS or any(map(_takes_full, tracks)):
                 continue
-            others, opened = answered_meanwhile(seen, where, tracks, large)
+            others, opened = lives.since(where, tracks, large)
             later = _answered_later(large)
             if others or opened or later:
                 yield self._finding(seen, where, large, others, opened, later)

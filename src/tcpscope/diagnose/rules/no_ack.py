@@ -10,7 +10,7 @@ from tcpscope.diagnose import Finding, Remedy, Rule, paths
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Again, Peer
 from tcpscope.diagnose.sockets import Track
-from tcpscope.diagnose.tallies import INTERVAL_SECONDS
+from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally
 from tcpscope.diagnose.wording import seconds
 
 # FIELD.md, fault 10: three RTOs, and no ACK for 3 s and ten round trips. A lossy path of 10 % has three losses of one
@@ -77,18 +77,25 @@ def is_silent(track: Track, least: int = TIMEOUTS) -> bool:
     return not is_one_way(track) or track.held_s("no_ack") * 1e6 >= SILENT_US
 
 
-def answered_meanwhile(seen: Evidence, where: Peer, tracks: list[Track], silent: list[Track]) -> tuple[int, int]:
-    """How many other connections with this address had an answer, and how many were opened, since the first stalled."""
-    longest_us = max(map(stalled_us, silent))
-    # An interval may be read a moment after its end. One that ended so long after it stalled began after that, too.
-    whole_s = seen.now_s - longest_us / 1e6 + 2 * INTERVAL_SECONDS
-    others = sum(t.last.since_ack_us < longest_us and not t.holds("no_ack") for t in tracks)
-    opened = sum(
-        tally.since(whole_s)
-        for group, tally in seen.attempts.tallies.items()
-        if group.outcome == "ESTABLISHED" and (group.netns, group.raddr) == where
-    )
-    return others, opened
+class Lives:
+    """What shows that an address lives: asked for each that stalls, and gathered for the first."""
+
+    def __init__(self, seen: Evidence) -> None:
+        self._seen = seen
+        self._opened: dict[Peer, list[Tally]] | None = None
+
+    def since(self, where: Peer, tracks: list[Track], silent: list[Track]) -> tuple[int, int]:
+        """How many other connections had an answer, and how many were opened, since the first of these stalled."""
+        if self._opened is None:
+            self._opened = {}
+            for group, tally in self._seen.attempts.tallies.items():
+                if group.outcome == "ESTABLISHED":
+                    self._opened.setdefault((group.netns, group.raddr), []).append(tally)
+        longest_us = max(map(stalled_us, silent))
+        others = sum(t.last.since_ack_us < longest_us and not t.holds("no_ack") for t in tracks)
+        # An interval may be read a moment after its end. One that ended so long after it stalled began after that, too.
+        whole_s = self._seen.now_s - longest_us / 1e6 + 2 * INTERVAL_SECONDS
+        return others, sum(tally.since(whole_s) for tally in self._opened.get(where, ()))
 
 
 class NoAck(Rule):
@@ -110,6 +117,7 @@ class NoAck(Rule):
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         clients: dict[tuple[int, int], list[Track]] = {}
+        lives = Lives(seen)
         for where, tracks in paths.by_peer(seen.sockets.now).items():
             silent = [track for track in tracks if is_silent(track)]
             if not silent:
@@ -118,12 +126,12 @@ class NoAck(Rule):
                 for track in silent:
                     clients.setdefault((where[0], track.last.lport), []).append(track)
             else:
-                yield self._finding(seen, where, tracks, silent)
+                yield self._finding(seen, where, silent, lives.since(where, tracks, silent))
         for (netns, lport), silent in clients.items():
             yield self._clients(netns, lport, silent)
 
-    def _finding(self, seen: Evidence, where: Peer, tracks: list[Track], silent: list[Track]) -> Finding:
-        others, opened = answered_meanwhile(seen, where, tracks, silent)
+    def _finding(self, seen: Evidence, where: Peer, silent: list[Track], meanwhile: tuple[int, int]) -> Finding:
+        others, opened = meanwhile
         idle_us = [max(0.0, track.last.since_ack_us - stalled_us(track)) for track in silent if not is_one_way(track)]
         lives = bool(others or opened)
         one_way = not lives and not idle_us
