@@ -142,7 +142,7 @@ class Sockets:
         return iter(self.tracks.values())
 
     def _look(self) -> None:
-        began = time.monotonic()
+        began, spent = time.monotonic(), time.thread_time()
         self._looked_at[0] = self._moving[0] = 0
         self._session.loaded.run("look")
         rows = self._rows()
@@ -159,7 +159,7 @@ class Sockets:
         self.looks += 1
         self._last_s = began
         self.connections = self._looked_at[0]
-        self._next_s = began + max(_PAUSE_SECONDS, _SHARE * (time.monotonic() - began))
+        self._next_s = began + max(_PAUSE_SECONDS, _SHARE * (time.thread_time() - spent))
 
     def _add_up(self, track: Track, now_s: float) -> None:
         """What this connection has sent since the look before: all of it, if it is not older."""

@@ -96,11 +96,12 @@ def test_a_filtered_port(script: Script) -> Test:
     script.server.exec("nft", f"add rule inet filter in tcp dport {FILTERED} drop")
     script.client.sysctl("tcp_syn_retries", 1)
     server = script.server.process("server")
-    server.listener(OPEN)
+    listener = server.listener(OPEN)
     client = script.client.process("web")
     begun = begin(client, script.server.ipv4, FILTERED, 5)
     works = client.socket()
     works.connect(script.server.ipv4, OPEN)
+    listener.accept()
     ends = [made.outcome() for made in begun]
     script.stay()
     seen = yield
@@ -230,3 +231,13 @@ def test_ports_of_a_host_that_does_not_answer_are_one_finding() -> None:
     given = {attempt("ESTABLISHED", rport=22): since, attempt("ESTABLISHED", raddr=OTHER): since}
     (finding,) = check(rule, attempts=groups(given), sockets=sockets(*rows))
     assert finding.facts["answers"] == [22]
+
+
+def test_a_port_scan_is_one_finding_for_information() -> None:
+    def scan(ports: int) -> list[tuple[str, int]]:
+        given = {attempt("REFUSED", "ECONNREFUSED", rport=port): times(5) for port in range(1000, 1000 + ports)}
+        found = check(rule, attempts=groups(given), sockets=sockets())
+        return [(finding.severity, finding.facts["count"]) for finding in found]
+
+    assert scan(9) == [("critical", 5)] * 9
+    assert scan(1000) == [("info", 5000)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from ipaddress import ip_address
 from typing import Any
 
@@ -21,10 +22,14 @@ CRITICAL = 5
 CHECKS_PER_S = 1.2
 """A health check of a service that is down is refused once a second, or less often."""
 
+SCAN_PORTS = 10
+"""A program that is refused at so many ports of one host, and gets through at none of them, looks for open ports."""
+
 RESTART_SECONDS = 3.0
 """A service that answered before and refuses for less than this is restarted."""
 
 _PROGRAMS_SHOWN, _PORTS_SHOWN = 3, 5
+_PORTS_IN_FACTS = 100
 _WILDCARDS = ("0.0.0.0", "::")
 
 Host = tuple[int, str]
@@ -136,6 +141,7 @@ class Subject:
     host: Host
     ports: list[int]
     programs: dict[str | None, Program]
+    scan: bool = False
 
     def _sum(self, name: str) -> int:
         return sum(getattr(program, name) for program in self.programs.values())
@@ -188,8 +194,17 @@ class ConnectsFail(Rule):
     def check(self, seen: Evidence) -> Iterator[Finding]:
         services, alive = _services(seen)
         silent: dict[Host, list[Subject]] = defaultdict(list)
+        scans = _scans(services)
+        for (host, comm), ports in scans.items():
+            whole = reduce(_merged, (services[(*host, port)][comm] for port in ports))
+            if whole.fails:
+                yield from self._finding(seen, services, Subject(host, sorted(ports), {comm: whole}, scan=True), alive)
         for (netns, raddr, rport), programs in services.items():
-            failing = {comm: program for comm, program in programs.items() if program.fails}
+            failing = {
+                comm: program
+                for comm, program in programs.items()
+                if program.fails and ((netns, raddr), comm) not in scans
+            }
             if not failing:
                 continue
             subject = Subject((netns, raddr), [rport], failing)
@@ -216,8 +231,8 @@ class ConnectsFail(Rule):
         severity = next((name for name in ("critical", "warning", "info") if name in severities), None)
         if severity is None:
             return
-        falls_back = _falls_back(seen, subject)
-        if falls_back:
+        falls_back = not subject.scan and _falls_back(seen, subject)
+        if falls_back or subject.scan:
             severity = "info"
         netns, raddr = subject.host
         others = sorted(alive.get(subject.host, set()) - set(subject.ports))
@@ -240,7 +255,7 @@ class ConnectsFail(Rule):
             facts={
                 "netns": netns,
                 "raddr": raddr,
-                "rports": subject.ports,
+                "rports": subject.ports[:_PORTS_IN_FACTS],
                 "comm": subject.worst,
                 "pids": sorted(pid for pid in pids if pid),
                 "attempts": subject.total,
@@ -256,7 +271,7 @@ class ConnectsFail(Rule):
             about=frozenset(about),
             first_s=min(program.first_s for program in subject.programs.values()),
             last_s=max(program.last_s for program in subject.programs.values()),
-            subject=("silent", *subject.host) if subject.main == SILENCE else (*subject.host, subject.ports[0]),
+            subject=_key(subject),
         )
 
 
@@ -326,6 +341,25 @@ def _services(
 def _most_s(syn_retrans: int) -> float:
     """How long an attempt has lasted at most: the time to the next SYN doubles each time, from one second on."""
     return INTERVAL_SECONDS + 2.0 ** (syn_retrans + 1) - 1
+
+
+def _scans(
+    services: Mapping[tuple[int, str, int], Mapping[str | None, Program]],
+) -> dict[tuple[Host, str | None], list[int]]:
+    """Programs that scan a host, and the ports that refused them."""
+    refused: dict[tuple[Host, str | None], list[int]] = defaultdict(list)
+    for (netns, raddr, rport), programs in services.items():
+        for comm, program in programs.items():
+            if not program.connected and not program.waiting and program.kinds.keys() == {"refused by a RST"}:
+                refused[(netns, raddr), comm].append(rport)
+    return {key: ports for key, ports in refused.items() if len(ports) >= SCAN_PORTS}
+
+
+def _key(subject: Subject) -> tuple[Any, ...]:
+    """For `Finding.subject`."""
+    if subject.scan:
+        return ("scan", *subject.host, subject.worst)
+    return ("silent", *subject.host) if subject.main == SILENCE else (*subject.host, subject.ports[0])
 
 
 def _program(services: dict[tuple[int, str, int], dict[str | None, Program]], row: Any) -> Program:
@@ -406,6 +440,8 @@ def _title(subject: Subject, others: list[int], refused: bool) -> str:
         SILENCE: _SILENT[_answer(subject, others)],
         "failed": f"connect() fails with {subject.errno}",
     }.get(subject.main, subject.main)
+    if subject.scan:
+        return f"{who} was refused at {len(subject.ports)} ports of {subject.host[1]}: a port scan, it seems"
     if refused:
         return f"{who} was refused by {subject.name}, {subject.bad} times"
     if any(program.connected for program in subject.programs.values()):
@@ -446,6 +482,8 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
             "The programs connect to the same port at an address of the other IP version as often. A name has both "
             "addresses, and only one of them works: each connect comes a little later."
         )
+    if subject.scan:
+        return "A RST comes back from a port at which nobody listens. Programs that look for services try many ports."
     if severity == "info" and any(program.connected for program in subject.programs.values()):
         return "The service refused for less than three seconds and answers again: it was restarted, probably."
     if severity == "info":

@@ -19,7 +19,10 @@ SEGMENTS = 20
 WAITS = 3  # so many timeouts of one address at which nothing could be sent, and nothing was: the queue stands still
 
 _ERRORS = ("EBUSY", "ENOBUFS")
-_FREED_IN = ("kfree_skb_list", "__dev_queue_xmit", "__dev_xmit_skb")  # discards of a queue where they have no reason
+"""Of timeouts. A loss probe comes after two round trips: on a busy processor its original often still waits."""
+
+_FREED_IN = ("kfree_skb_list", "__dev_queue_xmit", "__dev_xmit_skb")
+"""Functions in which a queue discards, where discards have no reason."""
 
 WHY_FULL = (
     "Each device has a queue (qdisc) for what it cannot send yet. When it is full the kernel discards further "
@@ -85,7 +88,7 @@ class HostQueueFull(Rule):
                 own = found.setdefault(group.netns, _Own())
                 own.add(group, tally, own.discarded)
         for group, tally in seen.retrans.tallies.items():
-            if group.errno in _ERRORS:
+            if group.errno in _ERRORS and group.kind != "LOSS_PROBE":
                 own = found.setdefault(group.netns, _Own())
                 own.add(group, tally, own.waited if group.errno == "EBUSY" else own.refused)
         for netns, own in found.items():
