@@ -172,7 +172,7 @@ def connect(at: int = port) -> socket.socket:
     connection = socket.socket(config["family"])
     try:
         connection.connect((address, at))
-    except ConnectionRefusedError:
+    except ConnectionError:
         connection.close()
         count("refused")
         raise
@@ -286,7 +286,7 @@ def balance(end: float) -> None:
                 for _ in range(10):
                     if select.select([connection], [], [], 0.001)[0] or not ask(connection):
                         break  # the server has closed it
-        except ConnectionRefusedError:
+        except ConnectionError:
             refused[at] = time.monotonic() + ONE_FAILURE
 
 
