@@ -25,6 +25,7 @@ for hook in "$tree"/.venv/lib/python3*/site-packages/tcpscope-editable.pth; do
 	mount --bind /dev/null "$hook"
 done
 
+export TCPSCOPE_GUEST=1 # nobody else uses TCP here
 ip link set lo up
 ulimit -n 65536
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tcpscope.lab.hosts import Lab
+from tcpscope.kernel.features import Kernel
+from tcpscope.lab.hosts import Lab, held
 from tests.conftest import RunningTool, until
 from tests.record import Host, Process, Script, Seen, Socket, Test, Watch, recorded
 from tests.record.script import IPPROTO_TCP, POLLIN, SO_LINGER, SOL_SOCKET, STATES, TCP_LINGER2
@@ -736,6 +740,61 @@ def test_what_is_held_back_comes_while_the_tool_runs(
             near.close()
             tool.wait_for(lambda rows: [row for row in rows if row["direction"] == "RECEIVED"])
             assert tool.process.poll() is None
+
+
+MAX_ORPHANS = Path("/proc/sys/net/ipv4/tcp_max_orphans")
+
+
+@pytest.fixture
+def no_orphans() -> Iterator[Callable[[], int]]:
+    """Call it: from then on each orphaned socket of this machine is one too many, until the test ends."""
+    if not os.environ.get("TCPSCOPE_GUEST"):
+        pytest.skip("tcp_max_orphans is the whole machine's, and others use TCP here")
+    before = MAX_ORPHANS.read_text()
+    yield lambda: MAX_ORPHANS.write_text("-1\n")
+    MAX_ORPHANS.write_text(before)
+
+
+@pytest.mark.kernel
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("when", ["close", "close in FIN_WAIT2", "retransmission"])
+def test_too_many_orphans(lab: Lab, run_tool: type[RunningTool], no_orphans: Callable[[], int], when: str) -> None:
+    """close() leaves a socket that no process holds. The kernel asks then, and when a timer of it expires."""
+    listener, near = (host.socket(socket.AF_INET) for host in lab.hosts[::-1])
+    listener.bind((lab.server.ipv4, PORT))
+    listener.listen()
+    with run_tool("reset", "--netns", f"{lab.server.inode},{lab.client.inode}") as tool:
+        near.connect((lab.server.ipv4, PORT))
+        far, peer = listener.accept()
+        far.setsockopt(socket.IPPROTO_TCP, TCP_LINGER2, 120)  # a full socket, not TIME_WAIT's
+        if when == "close in FIN_WAIT2":
+            far.shutdown(socket.SHUT_WR)
+            until(lambda: state_of(far) == "FIN_WAIT2", "the FIN to be acknowledged")
+            no_orphans()
+            far.close()
+        else:
+            with held(lab.client):  # no ACK
+                if when == "close":
+                    no_orphans()
+                far.send(b"never acknowledged")
+                far.close()
+                no_orphans()
+                until(lambda: lab.server.counters()["TcpExtTCPAbortOnMemory"], "the end of the orphan")
+        until(lambda: state_of(near) == "CLOSE", "the RST")
+        lab.flush()
+        counters = lab.server.counters()
+        rows = tool.stop().rows
+    sent = [row for row in rows if row["direction"] == "SENT"]
+    assert (counters["TcpExtTCPAbortOnMemory"], counters["TcpOutRsts"]) == (1, len(sent))
+    (row,) = [row for row in sent if row["cause"] == "NO_MEMORY"]
+    sent.remove(row)
+    assert {(row["cause"], row["state"]) for row in sent} <= {("NO_CONNECTION", "LISTEN")}  # answers to the held ACKs
+    assert [row["netns"] for row in rows if row["direction"] == "RECEIVED"] == [lab.client.inode]
+    state = "FIN_WAIT2" if when.endswith("FIN_WAIT2") else "FIN_WAIT1"
+    assert (row["state"], row["pid"], row["netns"]) == (state, os.getpid(), lab.server.inode)
+    assert (row["lport"], row["rport"]) == (PORT, peer[1])
+    named = Kernel().enumerator("SK_RST_REASON_NO_SOCKET") is not None
+    assert row["reason"] == ("TCP_ABORT_ON_MEMORY" if named else None)
 
 
 def state_of(made: socket.socket) -> str:
