@@ -43,7 +43,7 @@ def test_a_server_that_listens_at_loopback_only(script: Script) -> Test:
 
 
 @recorded(DIAGNOSE)
-def test_a_port_scan_is_no_finding(script: Script) -> Test:
+def test_a_port_scan_is_no_fault(script: Script) -> Test:
     with script.older():
         server = script.server.process("api")
         server.listener(SCANNED, "127.0.0.1")
@@ -52,7 +52,9 @@ def test_a_port_scan_is_no_finding(script: Script) -> Test:
         fail(client, script.server.ipv4, port, 1)
     script.stay()
     seen = yield
-    assert found(seen, script.client, script.server) == []
+    (finding,) = found(seen, script.client, script.server)
+    assert (finding["rule"], finding["severity"], finding["facts"]["count"]) == ("connects_fail", "info", 12)
+    assert "refused at 12 ports" in finding["title"]
 
 
 def listening(laddr: str, since_ns: int = 0, began: float = 0.0) -> History:

@@ -72,6 +72,8 @@ def test_a_reader_that_pauses_for_a_second_is_none(script: Script) -> Test:
         script.server.agent.pause(1_500_000)
         size = served.receive(1 << 20)
         client.send_all(1 << 20, may_fail=True)
+    served.close()  # or nobody reads until the end of all scenes
+    client.close()
     script.stay()
     seen = yield
     assert size.ret > 0
