@@ -26,8 +26,8 @@ SECONDS = 1.5
 def test_ten_times_in_a_row(lab: Lab, run_tool: type[RunningTool]) -> None:
     """All cases at once on one machine, ten times; each time looked at by another `diagnose`.
 
-    The path that loses segments has a link of its own. There segments go one by one. So would those of the bulk transfer,
-    which are more than a veth takes.
+    The path that loses segments has a link of its own. There segments go one by one. So would those of the bulk
+    transfer, which are more than a veth takes.
     """
     ports = {case: 7000 + 10 * n for n, case in enumerate(CASES)} | {"port-scan": 8500}  # 500 below to 500 above
     with Lab() as path:
