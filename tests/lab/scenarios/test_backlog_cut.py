@@ -1,5 +1,8 @@
 """somaxconn cuts a backlog: a burst that nearly fills the queue, and one that is more than it holds."""
 
+import shlex
+import subprocess
+
 import pytest
 
 from tcpscope.lab.hosts import Lab
@@ -17,4 +20,7 @@ def test_it_is_found(lab: Lab, run_tool: type[RunningTool]) -> None:
     (finding,) = found
     assert (finding["rule"], finding["severity"]) == ("backlog_cut", "info")
     assert finding["facts"]["accept_limit"] == outcome.listener.send_q == 8
-    assert [remedy["name"] for remedy in finding["remedies"]] == ["net.core.somaxconn", "listen() backlog"]
+    somaxconn, backlog = finding["remedies"]
+    assert (somaxconn["name"], backlog["name"]) == ("net.core.somaxconn", "listen() backlog")
+    subprocess.run(shlex.split(somaxconn["command"]), check=True)
+    assert lab.server.sysctl("somaxconn") == str(somaxconn["proposed"])
