@@ -27,9 +27,9 @@ def span(seconds: float) -> str:
 
 def finding(number: int, finding: Finding, after_s: float, width: int) -> list[str]:
     """The lines of a finding."""
-    lines = textwrap.wrap(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
+    lines = _wrapped(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
     for line in finding.observed:
-        lines += textwrap.wrap(line, width, initial_indent="   - ", subsequent_indent="     ")
+        lines += _wrapped(line, width, initial_indent="   - ", subsequent_indent="     ")
     lines.append(f"   - certain {span(max(after_s, 0.0))} after the beginning of the watch")
     lines += _titled("Who", finding.who, width) if finding.who else []
     lines += _titled("Why", finding.why, width)
@@ -48,9 +48,15 @@ def finding(number: int, finding: Finding, after_s: float, width: int) -> list[s
     return lines
 
 
+def _wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
+    """Lines of this width at most; a name with a hyphen is not broken."""
+    indents = {"initial_indent": initial_indent, "subsequent_indent": subsequent_indent}
+    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
+
+
 def _titled(title: str, text: str, width: int, indent: int = 3) -> list[str]:
     begin = f"{' ' * indent}{title}:".ljust(indent + 7)
-    return textwrap.wrap(text, width, initial_indent=begin, subsequent_indent=" " * len(begin))
+    return _wrapped(text, width, initial_indent=begin, subsequent_indent=" " * len(begin))
 
 
 def watched(evidence: Evidence) -> str:
