@@ -539,6 +539,11 @@ def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterato
             f"{', '.join(map(str, subject.ports[:_PORTS_SHOWN]))} from this host. On that host, `tcpscope drop` and "
             "`tcpscope queue --events` show what is discarded."
         )
+    elif subject.main == "unreachable" and subject.errno == "ENETUNREACH":
+        yield Remedy(
+            f"Add a route to {address}, or give {program} an address that this host can reach.",
+            command=in_netns(netns, f"ip {'-6 ' if ':' in address else ''}route show", inside),
+        )
     elif subject.main in (SILENCE, "unreachable"):
         yield Remedy(
             f"See whether {address} is up and which way leads there. A timeout for connect() of a few seconds in "
