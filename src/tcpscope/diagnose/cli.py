@@ -89,8 +89,9 @@ class _Text:
         number = self._numbers.setdefault(finding.key, len(self._numbers) + 1)
         width = text.width_of(self._stream)
         if news.what == "ended":
-            ended_s = news.known.last_s - self._evidence.began_s
-            self._write([f"{number}. has ended, after {text.span(ended_s - after_s)}: {finding.title}", ""])
+            first_s = min(finding.first_s or news.known.began_s, news.known.began_s)
+            lasted_s = max(0.0, news.known.last_s - first_s)
+            self._write([f"{number}. has ended, after {text.span(lasted_s)}: {finding.title}", ""])
             return
         self._shown[finding.key] = finding
         self._write([*text.finding(number, finding, after_s, width), ""], finding.severity == "critical")
