@@ -81,7 +81,7 @@ class _Text:
     def __init__(self, stream: BinaryIO, evidence: Evidence) -> None:
         self._stream, self._evidence = stream, evidence
         self._numbers: dict[tuple[Any, ...], int] = {}
-        self._shown: dict[tuple[Any, ...], Finding] = {}
+        self._shown: dict[tuple[Any, ...], tuple[Finding, float]] = {}
 
     def tell(self, news: News) -> None:
         finding = news.known.finding
@@ -93,14 +93,17 @@ class _Text:
             lasted_s = max(0.0, news.known.last_s - first_s)
             self._write([f"{number}. has ended, after {text.span(lasted_s)}: {finding.title}", ""])
             return
-        self._shown[finding.key] = finding
+        self._shown[finding.key] = finding, after_s
         self._write([*text.finding(number, finding, after_s, width), ""], finding.severity == "critical")
 
     def end(self, findings: list[Finding]) -> None:
         for finding in findings:
-            before = self._shown.get(finding.key)
-            if before and before.observed != finding.observed:
-                number = self._numbers[finding.key]
+            if finding.key not in self._shown:
+                continue
+            (before, after_s), number = self._shown[finding.key], self._numbers[finding.key]
+            if before.why != finding.why:  # it is another case of the fault, as is known now
+                self._write([*text.finding(number, finding, after_s, text.width_of(self._stream)), ""])
+            elif before.observed != finding.observed:
                 self._write([f"{number}. at the end: {'; '.join(finding.observed[:2])}"])
         last = [text.nothing_found(self._evidence)] if not self._numbers else []
         order = [str(self._numbers[finding.key]) for finding in findings]

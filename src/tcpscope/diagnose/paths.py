@@ -131,9 +131,9 @@ def facts(where: Peer, found: Owners, count: int, **numbers: Any) -> dict[str, A
 
 
 def percent(part: int, whole: int) -> str:
-    """`3.2 %`."""
+    """`3.2%`."""
     share = 100 * part / whole
-    return f"{share:.{int(share < 10)}f} %"
+    return f"{share:.{int(share < 10)}f}%"
 
 
 def number(count: int, noun: str) -> str:

@@ -154,6 +154,20 @@ def test_what_was_needless_for_the_most_part_is_no_loss(again: int, needless: in
     assert names(evidence(sent=(1000, again), retrans=spurious)) == [rule]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "case", "severity"),
+    [
+        ({"FAST": 30, "RTO": 10}, "order", "info"),
+        ({"LOSS_PROBE": 31, "RTO": 9}, "delay", "info"),
+        ({"LOSS_PROBE": 30, "RTO": 10}, "delay", "warning"),
+    ],
+)
+def test_needless_timeouts_are_felt(kinds: dict[str, int], case: str, severity: str) -> None:
+    retrans = tuple((Group(kind=kind), segs) for kind, segs in kinds.items())
+    (finding,) = found(evidence(sent=(1000, 40), twice=40, retrans=retrans))
+    assert (finding.rule, finding.facts["case"], finding.severity) == ("spurious_retrans", case, severity)
+
+
 def test_an_address_that_is_silent_is_one_finding() -> None:
     """Its retransmissions are no loss."""
     seen = evidence(track(**STALLED), sent=(100, 20), retrans=((Group(kind="RTO"), 20),))

@@ -11,6 +11,10 @@ from tcpscope.diagnose.rules.loss import SEGMENTS, SHARE
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.kernel.features import Kernel
 
+# Users feel a timeout that ran out in vain: it stops a connection for 200 ms or more. What ACKs or a loss probe made
+# TCP send again costs some bandwidth, and the kernel undoes its reaction. A healthy machine whose two processors were
+# overloaded sent 480 segments again in such a way, since a packet overtook another between them.
+TIMEOUTS = 10
 PART = 0.5  # of what was sent again: with less, losses are the better name for it
 
 WHY_ORDER = (
@@ -48,14 +52,14 @@ class SpuriousRetrans(Rule):
         cause = "come in another order" if reordered else "are late"
         return Finding(
             rule=self.name,
-            severity="warning",
+            severity="info" if reordered or again.kinds["RTO"] < TIMEOUTS else "warning",
             title=f"packets to or from {where[1]} {cause}: {needless:,} needless retransmissions",
             observed=[
                 f"{retransmitted:,} of {sent:,} {what} were sent again ({paths.percent(retransmitted, sent)})",
                 f"sent again to it in all: {again.said}",
                 f"not needed: {again.spurious:,} as the kernel found out, {twice.count:,} as {where[1]} reported "
-                "(DSACK); "
-                f"reordering was seen {paths.number(twice.sum, 'time')}",
+                "(DSACK)",
+                *([f"reordering was seen {paths.number(twice.sum, 'time')}"] if twice.sum else []),
             ],
             why=WHY_ORDER if reordered else WHY_DELAY,
             remedies=[],
