@@ -7,9 +7,8 @@ from tcpscope.lab.scenarios.nagle import Nagle
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
-pytestmark = pytest.mark.kernel
 
-
+@pytest.mark.kernel
 def test_who_writes_in_two_parts_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = Nagle()
     (finding,) = findings(lab, run_tool, scenario)
@@ -17,5 +16,6 @@ def test_who_writes_in_two_parts_is_named(lab: Lab, run_tool: type[RunningTool])
     assert finding["remedies"][0]["name"] == "TCP_NODELAY"
 
 
+@pytest.mark.root
 def test_with_tcp_nodelay_nothing_is_found(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert findings(lab, run_tool, Nagle(nodelay=1)) == []

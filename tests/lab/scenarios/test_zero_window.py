@@ -7,9 +7,8 @@ from tcpscope.lab.scenarios.zero_window import ZeroWindow
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
-pytestmark = pytest.mark.kernel
 
-
+@pytest.mark.kernel
 def test_the_stopped_server_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = ZeroWindow()
     (finding,) = findings(lab, run_tool, scenario)
@@ -18,5 +17,6 @@ def test_the_stopped_server_is_named(lab: Lab, run_tool: type[RunningTool]) -> N
     assert finding["remedies"][0]["command"] == f"kill -CONT {scenario.server.pid}"
 
 
+@pytest.mark.root
 def test_a_transfer_that_goes_on_is_no_fault(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert findings(lab, run_tool, ZeroWindow(stop=0)) == []

@@ -12,8 +12,10 @@ import os
 import socket
 import sys
 import threading
+import time
 
 REQUEST = 200
+PAUSE = 0.005  # between two sends, or requests: so that a slow machine has time for other things
 OPTIONS = {"receive": socket.SO_RCVBUF, "send": socket.SO_SNDBUF}
 
 
@@ -29,6 +31,7 @@ def read(connection: socket.socket) -> None:
 def send(connection: socket.socket) -> None:
     while True:
         connection.sendall(bytes(1 << 16))
+        time.sleep(PAUSE)
 
 
 def ask(connection: socket.socket) -> None:
@@ -37,6 +40,7 @@ def ask(connection: socket.socket) -> None:
         connection.sendall(bytes(REQUEST - REQUEST // 2))
         if not connection.recv(REQUEST):
             return
+        time.sleep(PAUSE)
 
 
 def answer(connection: socket.socket) -> None:
