@@ -50,8 +50,13 @@ def finding(number: int, finding: Finding, after_s: float, width: int) -> list[s
 
 def _wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
     """Lines of this width at most; a name with a hyphen is not broken."""
-    indents = {"initial_indent": initial_indent, "subsequent_indent": subsequent_indent}
-    return textwrap.wrap(text, width, break_on_hyphens=False, **indents)
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+        break_on_hyphens=False,
+    )
 
 
 def _titled(title: str, text: str, width: int, indent: int = 3) -> list[str]:
