@@ -70,9 +70,9 @@ def watched(evidence: Evidence) -> str:
 
     def words() -> Iterator[str]:
         if seen["connects"] is not None:
-            yield f"{seen['connects']} connects, {seen['connects_failed']} failed"
+            yield f"{_number(seen['connects'], 'connect')}, {seen['connects_failed']} failed"
         if seen["connections"] is not None:
-            yield f"{seen['connections']} connections"
+            yield _number(seen["connections"], "connection")
         if seen["listeners"] is not None:
             yield f"{_number(seen['listeners'], 'listener')}, {_number(seen['refusals'], 'refusal')}"
         for name, noun in (("retransmissions", "retransmission"), ("resets", "RST"), ("drops", "discarded packet")):
@@ -112,5 +112,4 @@ def counts(evidence: Evidence) -> dict[str, Any]:
 
 
 def nothing_found(evidence: Evidence) -> str:
-    rules = ", ".join(rule.name for rule in evidence.rules)
-    return f"Nothing found. Checked: {rules}."
+    return f"Nothing found. {len(evidence.rules)} kinds of faults were looked for."
