@@ -38,7 +38,7 @@ class Site:
         self.script, self.family = script, family
         self.server, self.client = script.server.process("server"), script.client.process("client")
         address = script.server.address(family)
-        may_fail = protocol != 0
+        may_fail = self.listener_may_fail = protocol != 0
         self.listener = self.server.listener(PORT, address, backlog=backlog, protocol=protocol, may_fail=may_fail)
         self.unheard = {script.client: 0, script.server: 0}
 
@@ -54,7 +54,7 @@ class Site:
 
     def end(self) -> None:
         """Nothing is left that could send a RST later."""
-        self.listener.close()
+        self.listener("close", may_fail=self.listener_may_fail)
         for host in self.script.hosts:
             host.flush()
         self.counters = {host: host.counters() for host in self.script.hosts}
@@ -568,7 +568,8 @@ def test_a_listener_for_mptcp(script: Script) -> Test:
     script.server.until_counter("TcpOutRsts", 1, "==")
     script.client.segment(client, 2002, server, PORT, flags=ACK)
     script.server.until_counter("TcpOutRsts", 2, "==")
-    near = site.connect()
+    near = site.client.socket()
+    near.connect(server, PORT, may_fail=True)
     far = site.listener.accept(may_fail=True)
     far.option(SOL_SOCKET, SO_LINGER, (1).to_bytes(4, "little") + bytes(4), may_fail=True)
     far("close", may_fail=True)
