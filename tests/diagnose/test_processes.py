@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tcpscope.diagnose import processes
+from tcpscope.filters import cgroup_mount
 from tests.conftest import until
 
 
@@ -30,6 +31,26 @@ def test_a_stopped_one() -> None:
             assert processes.read(child.pid).does == "is in state T (stopped)"
         finally:
             child.kill()
+
+
+@pytest.mark.root
+def test_one_in_a_frozen_cgroup() -> None:
+    cgroup = cgroup_mount() / f"tests.frozen.{os.getpid()}"
+    cgroup.mkdir()
+    try:
+        with subprocess.Popen(["sleep", "600"]) as child:
+            try:
+                (cgroup / "cgroup.procs").write_text(str(child.pid))
+                assert processes.read(child.pid).does is None
+                (cgroup / "cgroup.freeze").write_text("1")
+                until(lambda: processes.read(child.pid).frozen, "the freezer")
+                assert processes.read(child.pid).does == "is in a frozen cgroup"
+            finally:
+                (cgroup / "cgroup.freeze").write_text("0")
+                child.kill()
+    finally:
+        until(lambda: "populated 0" in (cgroup / "cgroup.events").read_text(), "the end of the process")
+        cgroup.rmdir()
 
 
 def test_one_that_is_gone_has_the_name_that_is_given() -> None:

@@ -8,6 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tcpscope.errors import UnsupportedError
+from tcpscope.filters import cgroup_mount
+
 PROC = Path("/proc")
 _UNIT = re.compile(r"([^/]+\.(?:service|scope|socket))(?:/|$)")
 _CONTAINER = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
@@ -23,6 +26,7 @@ class Process:
     unit         its systemd unit
     container    the first twelve digits of its container's id
     open_files   RLIMIT_NOFILE, the soft limit; None: no limit
+    frozen       its cgroup (v2) is frozen, as that of a paused container
     """
 
     pid: int
@@ -32,6 +36,7 @@ class Process:
     unit: str | None = None
     container: str | None = None
     open_files: int | None = None
+    frozen: bool = False
 
     @property
     def name(self) -> str:
@@ -46,6 +51,8 @@ class Process:
     @property
     def does(self) -> str | None:
         """`is stopped`, if it is in a state in which it cannot work."""
+        if self.frozen:
+            return "is in a frozen cgroup"
         return f"is in state {self.state} ({_STATES[self.state]})" if self.state in _STATES else None
 
 
@@ -60,6 +67,7 @@ def read(pid: int, comm: str | None = None) -> Process:
     if comm is not None and comm != name and comm[:15] != name[:15]:
         return Process(pid, comm)  # another process has this number now, or in this namespace
     unit = container = wchan = limit = None
+    frozen = False
     with suppress(OSError):
         wchan = (folder / "wchan").read_text().strip("0\n") or None
     with suppress(OSError):
@@ -68,11 +76,20 @@ def read(pid: int, comm: str | None = None) -> Process:
             units, found = _UNIT.findall(path), _CONTAINER.search(path)
             unit = units[-1] if units else unit
             container = found[1] if found else container
+            if line.startswith("0::"):
+                frozen = _is_frozen(path)
     with suppress(OSError, ValueError, IndexError):
         for line in (folder / "limits").read_text().splitlines():
             if line.startswith("Max open files"):
                 limit = int(line.split()[3])
-    return Process(pid, name, rest.split()[0], wchan, unit, container, limit)
+    return Process(pid, name, rest.split()[0], wchan, unit, container, limit, frozen)
+
+
+def _is_frozen(cgroup: str) -> bool:
+    """Whether a cgroup or one above it is frozen; the state of its processes is S then, as of any that sleeps."""
+    with suppress(OSError, UnsupportedError):
+        return "frozen 1" in (cgroup_mount() / cgroup.lstrip("/") / "cgroup.events").read_text()
+    return False
 
 
 def files(pid: int) -> int | None:

@@ -38,7 +38,6 @@ WHY_ONE = (
 )
 WHY_FULL = " When the accept queue is full, the kernel drops new SYNs and ignores final ACKs."
 _DOES = {"S": "sleeps", "R": "runs"}
-_FROZEN = ("do_freezer_trap", "__refrigerator")
 _ANY = ("0.0.0.0", "::")
 
 
@@ -156,15 +155,10 @@ def _workers(stuck: Sequence[History]) -> list[Process]:
 
 def _culprit(workers: Sequence[Process], history: History) -> str:
     words = whose(history)
-    states = {_state(worker) for worker in workers}
+    states = {worker.does for worker in workers}
     if len(states) == 1 and (state := states.pop()):
         return f"{words} {state}"
     return words
-
-
-def _state(process: Process) -> str | None:
-    """Why it can do nothing, if its state says so."""
-    return "is in a frozen cgroup" if process.wchan in _FROZEN else process.does
 
 
 def _states(workers: Sequence[Process]) -> Iterator[str]:
@@ -173,8 +167,8 @@ def _states(workers: Sequence[Process]) -> Iterator[str]:
     for each in workers:
         if each.state is not None:
             does = _DOES.get(each.state, f"is in state {each.state}")
-            groups.setdefault(_state(each) or does + (f" in {each.wchan}" if each.wchan else ""), []).append(each)
-    if len(groups) == 1 and all(map(_state, workers)):
+            groups.setdefault(each.does or does + (f" in {each.wchan}" if each.wchan else ""), []).append(each)
+    if len(groups) == 1 and all(each.does for each in workers):
         return  # the title says so
     for words, group in groups.items():
         yield f"{', '.join(f'{each.comm} (PID {each.pid})' for each in group)} {words}"
@@ -200,7 +194,7 @@ def _remedies(
         )
         return
     stopped = [each for each in workers if each.state == "T"]
-    frozen = [each for each in workers if each.wchan in _FROZEN]
+    frozen = [each for each in workers if each.frozen]
     blocked = [each for each in workers if each.state == "D"]
     if stopped:
         yield Remedy(
@@ -209,10 +203,11 @@ def _remedies(
             risk="Somebody may have stopped it on purpose.",
         )
     elif frozen:
-        container = frozen[0].container
+        first = frozen[0]
+        thaw = f"systemctl thaw {first.unit}" if first.unit else f"cat /proc/{first.pid}/cgroup"
         yield Remedy(
             f"Let {_names(frozen)} go on: its cgroup is frozen, as a paused container is.",
-            command=f"docker unpause {container}" if container else f"cat /proc/{frozen[0].pid}/cgroup",
+            command=f"docker unpause {first.container}" if first.container else thaw,
             risk="Somebody may have paused it on purpose.",
         )
     elif blocked:
