@@ -11,11 +11,12 @@ import pytest
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.rules.firewall_drops import is_syn, rule
 from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, times
+from tests.diagnose.rules.test_connects_fail import fail
 from tests.record import Host, Script, Test, recorded
 from tests.test_sampling import at
 from tests.tools.queue.refusals import DIAGNOSE
 
-RECEIVED, SENT = 9401, 9402
+RECEIVED, SENT, BOTH = 9401, 9402, 9403
 
 
 def drop(host: Host, hook: str, port: int) -> None:
@@ -53,6 +54,25 @@ def test_a_firewall(script: Script, hook: str) -> Test:
     assert finding["severity"] == "critical"
     (remedy,) = finding["remedies"]
     assert remedy["command"] == f"nsenter -t {owner.pid} -n nft list ruleset"
+
+
+@recorded(DIAGNOSE)
+def test_two_faults_of_one_host_are_two_findings(script: Script) -> Test:
+    client = script.client.process("web")
+    script.client.sysctl("tcp_syn_retries", 1)
+    drop(script.client, "output", BOTH)
+    made = [client.socket() for _ in range(5)]
+    for each in made:
+        each.start(script.server.ipv4, BOTH)
+    fail(client, script.server.ipv4, BOTH + 1, 7)
+    for each in made:
+        each.outcome()
+    script.stay()
+    seen = yield
+    by_rule = {finding["rule"]: finding["facts"] for finding in found(seen, script.client, script.server)}
+    assert by_rule.keys() == {"firewall_drops", "connects_fail"}
+    assert by_rule["firewall_drops"]["rport"] == BOTH
+    assert (by_rule["connects_fail"]["rports"], by_rule["connects_fail"]["count"]) == ([BOTH + 1], 7)
 
 
 def dropped(**columns: Any) -> Any:
