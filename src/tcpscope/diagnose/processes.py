@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,19 +97,3 @@ def files(pid: int) -> int | None:
     with suppress(OSError):
         return folder.stat().st_size or sum(1 for _ in folder.iterdir())
     return None
-
-
-def inside(netns: int, pids: Iterable[int]) -> list[int]:
-    """Those of these owners of sockets of a network namespace that are in it now: a way to enter it.
-
-    Without privileges it cannot be seen whether a process has left it. Few do.
-    """
-    found = []
-    for pid in sorted(pids):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            try:
-                if Path(f"/proc/{pid}/ns/net").stat().st_ino == netns:
-                    found.append(pid)
-            except PermissionError:
-                found.append(pid)
-    return found

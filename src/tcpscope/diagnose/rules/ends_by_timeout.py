@@ -9,7 +9,7 @@ from typing import Any
 from tcpscope.diagnose import Finding, Remedy, Rule, peer, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.tallies import Tally
-from tcpscope.diagnose.wording import in_netns
+from tcpscope.diagnose.wording import in_netns, is_in
 from tcpscope.output import endpoint
 
 LEAST = 3
@@ -76,7 +76,7 @@ class EndsByTimeout(Rule):
             remedies=[
                 Remedy(
                     f"See whether {raddr} can be reached.",
-                    command=in_netns(netns, f"ping -c 3 {raddr}", processes.inside(netns, pids)),
+                    command=in_netns(netns, f"ping -c 3 {raddr}", [each for each in pids if is_in(each, netns)]),
                 ),
                 Remedy(
                     "If it can, a device between has forgotten the connections: let the application send something, or "

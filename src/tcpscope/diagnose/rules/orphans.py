@@ -9,9 +9,8 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, peer
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.processes import inside
 from tcpscope.diagnose.sockets import Track
-from tcpscope.diagnose.wording import in_netns
+from tcpscope.diagnose.wording import in_netns, is_in
 
 LEAST = 10
 OLD_SECONDS = 5.0
@@ -153,6 +152,7 @@ class Orphans(Rule):
 
 def _remedies(netns: int, raddr: str, how: str, rows: list[Any]) -> Iterator[Remedy]:
     pids = {row.pid for row in rows if row.pid is not None}
+    inside = [pid for pid in pids if is_in(pid, netns)]
     if how == "no FIN":
         there = f"Find out on {raddr} which process keeps these connections: there they are in CLOSE_WAIT."
         comm = rows[0].comm or "the application"
@@ -169,7 +169,7 @@ def _remedies(netns: int, raddr: str, how: str, rows: list[Any]) -> Iterator[Rem
         yield Remedy(
             f"Let the kernel wait for a FIN for {FIN_WAIT2_SECONDS} s at the most: then it keeps a small timewait "
             "socket in place of each of these connections.",
-            command=in_netns(netns, f"sysctl -w net.ipv4.tcp_fin_timeout={FIN_WAIT2_SECONDS}", inside(netns, pids)),
+            command=in_netns(netns, f"sysctl -w net.ipv4.tcp_fin_timeout={FIN_WAIT2_SECONDS}", inside),
             name="net.ipv4.tcp_fin_timeout",
             present=rows[0].fin_timeout_s,
             proposed=FIN_WAIT2_SECONDS,
@@ -184,7 +184,7 @@ def _remedies(netns: int, raddr: str, how: str, rows: list[Any]) -> Iterator[Rem
     else:
         yield Remedy(
             f"See whether {raddr} can be reached.",
-            command=in_netns(netns, f"ping -c 3 {raddr}", inside(netns, pids)),
+            command=in_netns(netns, f"ping -c 3 {raddr}", inside),
         )
 
 
