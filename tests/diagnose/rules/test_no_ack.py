@@ -40,6 +40,27 @@ def test_a_peer_that_has_gone(script: Script) -> Test:
 
 
 @recorded(DIAGNOSE)
+def test_a_link_that_is_down(script: Script) -> Test:
+    """Nothing is sent, so nothing is sent again, and no RTO runs."""
+    made = scene(script)
+    before = script.client.counters()
+    script.client.exec("ip", "link", "set", "dev", "veth0", "down")
+    for near in made.nears:
+        near.send_all(1000)
+    script.client.until_rows(DIAGNOSE, 1, since=0)
+    after = script.client.counters()
+    script.stay()
+    seen = yield
+    finding = only(seen, script, "no_ack", script.client)
+    facts, counted = finding["facts"], after.counters - before.counters
+    assert (finding["severity"], facts["case"], facts["count"]) == ("critical", "here", 3)
+    assert counted["TcpRetransSegs"] == counted["TcpExtTCPTimeouts"] == facts["unacked_bytes"] == 0
+    assert "3,000 bytes wait to be sent, and none was" in finding["observed"]
+    (remedy,) = finding["remedies"]
+    assert remedy["command"] == (f"nsenter -t {made.client.pid} -n sh -c 'ip route get {script.server.ipv4}; ip link'")
+
+
+@recorded(DIAGNOSE)
 def test_orphans_of_a_peer_that_has_gone(script: Script) -> Test:
     """The application has closed them: they wait in FIN_WAIT1 without a process."""
     made = scene(script)
@@ -121,6 +142,10 @@ def row(**columns: Any) -> SimpleNamespace:
             "since_ack_us": 3_000_000,
             "rto_us": 1_600_000,
             "acked_seq": 0,
+            "unsent": 0,
+            "timer": "RTO",
+            "peer_window": 65_536,
+            "mss": 1448,
         }
         | columns
     )
@@ -135,6 +160,8 @@ def row(**columns: Any) -> SimpleNamespace:
         ({"since_ack_us": 2_999_999}, False),
         ({"srtt_us": 400_000}, False),
         ({"out_segs": 0}, False),
+        ({"out_segs": 0, "unsent": 100, "timer": "ZERO_WINDOW"}, True),  # and the window is open
+        ({"out_segs": 0, "unsent": 100, "timer": "ZERO_WINDOW", "peer_window": 99}, False),
         ({"state": "SYN_SENT"}, False),
     ],
 )

@@ -36,6 +36,8 @@ ROW = {
     "mss": 1448,
     "unacked": 0,
     "unsent": 0,
+    "timer": "NONE",
+    "peer_window": 65_536,
     "acked_seq": 0,
     "since_ack_us": 1000,
     "sent_bytes": 0,

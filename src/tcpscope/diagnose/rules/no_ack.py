@@ -38,6 +38,10 @@ WHY_LOST = (
     "The path works for other connections meanwhile. Something on the way drops the packets of these: one of several "
     "parallel paths, a firewall that lost its table, or a load balancer whose backend is gone."
 )
+WHY_HERE = (
+    "What the kernel tried to send has not left this host: it has no route to this address, or the link is down. It "
+    "tries again every half second or more rarely, and the application waits."
+)
 WHY_ONE_WAY = (
     "Packets of this address still come in, so it is alive. What this host sends to it is lost on the way there, or is "
     "dropped there before TCP."
@@ -49,14 +53,23 @@ WHY_CLIENTS = (
 )
 
 
+def cannot_send(row: Any) -> bool:
+    """Nothing is on its way though the window is open: the kernel has tried, and found no route, or no link.
+
+    The timer is that of a closed window then (tcp_check_probe_timer()).
+    """
+    is_open = row.peer_window >= min(row.mss, row.unsent)
+    return bool(not row.out_segs and row.unsent and row.timer == "ZERO_WINDOW" and is_open)
+
+
 def unanswered(row: Any, before: Any) -> bool:
     """A timeout has run out, and nothing was acknowledged since."""
-    return bool(row.out_segs and paths.timeouts(row) and row.state in paths.SENDING)
+    return bool((row.out_segs or cannot_send(row)) and paths.timeouts(row) and row.state in paths.SENDING)
 
 
 def unmoved(row: Any, before: Any) -> bool:
     """Something waits for its ACK, and nothing was acknowledged since the look before."""
-    return bool(row.out_segs and (before is None or before.acked_seq == row.acked_seq))
+    return bool((row.out_segs or cannot_send(row)) and (before is None or before.acked_seq == row.acked_seq))
 
 
 def stalled_us(track: Track) -> float:
@@ -139,7 +152,11 @@ class NoAck(Rule):
         number = paths.number(len(silent), "connection")
         title = f"{where[1]} does not answer: {number} stalled"
         why, remedies = WHY_GONE, _when_gone(where, silent)
-        if one_way:
+        here = all(cannot_send(track.last) for track in silent)
+        if here:
+            title, why = f"this host cannot send to {where[1]}: {number} stalled", WHY_HERE
+            remedies = _when_here(where, silent)
+        elif one_way:
             title, why = f"nothing that is sent to {where[1]} arrives: {number} stalled", WHY_ONE_WAY
         elif idle:
             title = f"{number} to {where[1]} cut while idle; new ones work"
@@ -147,7 +164,7 @@ class NoAck(Rule):
         elif lives:
             title, why = f"{number} to {where[1]} get no answer; others do", WHY_LOST
         observed = [*_waits(silent)]
-        if idle:
+        if idle and not here:
             observed.append(f"idle before that: {_span(idle_us)}")
         if lives:
             observed.append(paths.meanwhile(opened, others))
@@ -165,7 +182,7 @@ class NoAck(Rule):
                 where,
                 paths.owners(silent),
                 len(silent),
-                case="idle" if idle else "others" if lives else "one_way" if one_way else "gone",
+                case="here" if here else "idle" if idle else "others" if lives else "one_way" if one_way else "gone",
                 stalled_s=round(max(map(stalled_us, silent)) / 1e6, 1),
                 idle_s=round(min(idle_us) / 1e6, 1) if idle_us else None,
                 timeouts=max(paths.timeouts(track.last) for track in silent),
@@ -217,6 +234,9 @@ def _waits(silent: list[Track]) -> Iterator[str]:
         f"{seconds(min(row.since_ack_us for row in rows))} ago"
     )
     waiting = sum(row.unsent for row in rows)
+    if all(map(cannot_send, rows)):
+        yield f"{waiting:,} bytes wait to be sent, and none was"
+        return
     more = f", {waiting:,} more wait to be sent" if waiting else ""
     yield f"{sum(row.unacked for row in rows):,} bytes are not acknowledged{more}"
     if orphans := _orphans(silent):
@@ -229,8 +249,15 @@ def _sent_again(again: Again | None, silent: list[Track]) -> Iterator[str]:
         yield f"sent again to it: {again.said}"
     if again and again.failed:
         yield f"could not be sent again by this host: {paths.listed(again.failed)}"
-    elif not any(track.last.total_retrans for track in silent):
+    elif not any(track.last.total_retrans or cannot_send(track.last) for track in silent):
         yield "this host has sent none of it again: its link is down, it has no route, or its own queue does not move"
+
+
+def _when_here(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
+    yield Remedy(
+        "See whether there is a route, and whether its device is up and has a link (state UP, LOWER_UP).",
+        command=paths.command(where[0], paths.owners(silent), f"sh -c 'ip route get {where[1]}; ip link'"),
+    )
 
 
 def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
