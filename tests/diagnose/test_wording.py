@@ -21,6 +21,11 @@ PREFORK = replace(LISTENER, holders=(MASTER, ONE, TWO), parents=frozenset({1, 10
 ELSEWHERE = replace(LISTENER, netns=1, holders=(ONE,))
 
 
+@pytest.fixture(autouse=True)
+def _looks_anew() -> None:
+    wording._namespaces.cache_clear()
+
+
 def of(listener: Listener, *, gone: bool = False) -> History:
     return History(listener, listener, full_seen=1, looks=1, gone=gone)
 

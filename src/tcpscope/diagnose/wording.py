@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +145,14 @@ def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
         return command
     if (first := min(pids, default=None)) and not pidns.inner():
         return f"nsenter -t {first} -n {command}"
-    seen = netns.visible().namespaces.get(inode)
+    seen = _namespaces(int(time.monotonic())).get(inode)
     return f"nsenter --net={seen.path} {command}" if seen else None
+
+
+@lru_cache(maxsize=1)
+def _namespaces(second: int) -> dict[int, netns.Namespace]:
+    """Those that can be seen, looked for once in a second: that walks over all processes."""
+    return netns.visible().namespaces
 
 
 def is_in(pid: int, inode: int) -> bool:
