@@ -228,13 +228,16 @@ def _span(us: list[float]) -> str:
 def _waits(silent: list[Track]) -> Iterator[str]:
     rows = [track.last for track in silent]
     longest, most = max(map(stalled_us, silent)), max(map(paths.timeouts, rows))
+    here = all(map(cannot_send, rows))
+    what = "that could send nothing" if here else "without an ACK of what was sent"
     yield (
-        f"{paths.number(len(silent), 'connection')} ({paths.ports(silent)}) without an ACK of what was sent, the "
-        f"longest for {seconds(round(longest))} and {paths.number(most, 'timeout')}; the last packet of any came "
+        f"{paths.number(len(silent), 'connection')} ({paths.ports(silent)}) {what}, the "
+        f"longest for {seconds(round(longest))} and {paths.number(most, 'attempt' if here else 'timeout')}; the last "
+        "packet of any came "
         f"{seconds(min(row.since_ack_us for row in rows))} ago"
     )
     waiting = sum(row.unsent for row in rows)
-    if all(map(cannot_send, rows)):
+    if here:
         yield f"{waiting:,} bytes wait to be sent, and none was"
         return
     more = f", {waiting:,} more wait to be sent" if waiting else ""
