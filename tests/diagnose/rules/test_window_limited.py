@@ -138,5 +138,24 @@ def test_a_send_buffer_counts_only_if_it_was_set() -> None:
         return track(rule, seconds)
 
     assert check(made(False)) == []
+    full = {"unacked": 20_000, "memory": 30_000, "sndbuf": 40_000, "sndbuf_set": True, "peer_window": 60_000}
+    assert len(check(track(rule, rows(5, rwnd_us=0, **full)))) == 1
+    for other in ({"peer_window": 30_000}, {"cwnd_limited": True}, {"unsent": 1}, {"memory": 20_000}):
+        assert check(track(rule, rows(5, rwnd_us=0, **full | other))) == []
     (finding,) = check(made(True))
     assert (finding.facts["buffer"], finding.remedies[0].present) == ("SO_SNDBUF", 20_000)
+
+
+def test_a_sender_whose_clock_did_not_run() -> None:
+    """What a look showed of SO_SNDBUF 16384 over 50 ms on 6.12, where the application wrote 64 KB at a time."""
+    seen = {"unacked": 65536, "peer_window": 1_091_328, "srtt_us": 50_572, "min_rtt_us": 50_124, "memory": 70_336}
+    (finding,) = check(
+        track(
+            rule,
+            [
+                connection(**seen, sndbuf=32_768, sndbuf_set=True, busy_us=n * 1_004_000, sent_bytes=n * 1_270_290)
+                for n in range(5)
+            ],
+        )
+    )
+    assert (finding.facts["buffer"], finding.facts["rate_bytes_per_s"]) == ("SO_SNDBUF", 1_270_290)

@@ -45,6 +45,23 @@ def _limited(column: str) -> Any:
     return mark
 
 
+def _sndbuf_limited(row: Any, before: Any) -> bool:
+    """The kernel's clock runs only if data was sent while the application waited already, so a sender with large writes
+    may have none. Its buffer is full, all of it is on its way, and neither window nor congestion window is.
+
+    An application that waits goes on when a third of the buffer is free.
+    """
+    if before is None or not row.sndbuf_set or row.busy_us - before.busy_us < BUSY_US:
+        return False
+    is_full = 3 * row.memory >= 2 * row.sndbuf and not row.unsent
+    if is_full and not row.cwnd_limited and 2 * row.unacked <= row.peer_window:
+        return True
+    return bool(_sndbuf_us(row, before))
+
+
+_sndbuf_us = _limited("sndbuf_us")
+
+
 @dataclass
 class _Limit:
     """What a sender is limited by. `receiver` is the other end, if it is on this host."""
@@ -61,7 +78,9 @@ class _Limit:
 
     @property
     def share(self) -> float:
-        return self.sender.grown(f"{self.kind}_us") / max(self.sender.grown("busy_us"), 1)
+        if self.kind == "sndbuf":
+            return self.sender.share("sndbuf_limited")
+        return self.sender.grown("rwnd_us") / max(self.sender.grown("busy_us"), 1)
 
     @property
     def is_certain(self) -> bool:
@@ -74,7 +93,7 @@ class _Limit:
 
 class WindowLimited(Rule):
     needs = ("sockets",)
-    marks = {"rwnd_limited": _limited("rwnd_us"), "sndbuf_limited": _limited("sndbuf_us")}
+    marks = {"rwnd_limited": _limited("rwnd_us"), "sndbuf_limited": _sndbuf_limited}
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         found: dict[tuple[Any, ...], list[_Limit]] = {}
@@ -118,8 +137,9 @@ class WindowLimited(Rule):
             f"{_rate(limit.rate)} from {sender} to {endpoint(row.raddr, row.rport)}; {limit.window} bytes, which the "
             f"{_BUFFERS[kind]} holds, in an RTT of {row.srtt_us / 1000:.1f} ms are "
             f"{_rate(limit.window / row.srtt_us * 1e6)}",
-            f"the {_BUFFERS[kind]} was the limit for {limit.share:.0%} of the busy time in "
-            f"{limit.sender.watched_s:.0f} s",
+            f"the {_BUFFERS[kind]} was the limit "
+            + (f"in {limit.share:.0%} of {limit.sender.looks} looks" if kind == "sndbuf" else "")
+            + (f"for {limit.share:.0%} of the busy time in {limit.sender.watched_s:.0f} s" if kind == "rwnd" else ""),
         ]
         if buffer is not None:
             observed.append(
