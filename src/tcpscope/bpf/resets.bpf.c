@@ -227,6 +227,8 @@ static __always_inline int closing(void *ctx, struct sock *sk, __u64 cookie, int
 		.unanswered = -1,
 	};
 
+	if (old_state == STATE_LAST_ACK && !times_out(sk))
+		return 0;
 	identity_read(sk, &reset.id);
 	if (owner)
 		note.owner = *owner;
