@@ -74,5 +74,5 @@ def _sentence(text: str) -> str:
 
 def _plain(text: str) -> str:
     r"""Text that man(7) prints as it is: no escapes, no hyphens in place of minus signs, no macro at its beginning."""
-    escaped = text.replace("\\", r"\e").replace("-", r"\-")
+    escaped = text.replace("\\", r"\e").replace("-", r"\-").replace("|", r"|\:")
     return rf"\&{escaped}" if escaped.startswith((".", "'")) else escaped

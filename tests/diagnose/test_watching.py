@@ -177,10 +177,26 @@ def test_newer_numbers_are_those_of_the_same_finding(clock: Clock) -> None:
     told(watch)
     clock.now += SETTLE_SECONDS
     told(watch)
-    loss.now = [Finding("loss", "critical", "worse", [], "", [], {"count": 9}, about=frozenset({PEER}))]
+    loss.now = [Finding("loss", "warning", "worse", [], "", [], {"count": 9}, about=frozenset({PEER}))]
     clock.now += 1
     assert told(watch) == []
     assert [each.title for each in watch.findings()] == ["worse"]
+
+
+def test_a_finding_is_told_again_when_it_gets_worse(clock: Clock) -> None:
+    def as_severe(severity: str) -> Finding:
+        return Finding("loss", severity, severity, [], "", [], {"count": 1}, about=frozenset({PEER}))
+
+    loss = Scripted("loss")
+    watch, _ = watch_of(loss)
+    loss.now = [as_severe("info")]
+    told(watch)
+    clock.now += SETTLE_SECONDS
+    assert told(watch) == [("began", "loss")]
+    for severity, expected in (("critical", [("began", "loss")]), ("warning", []), ("critical", [])):
+        loss.now = [as_severe(severity)]
+        clock.now += 1
+        assert told(watch) == expected
 
 
 def test_a_cause_explains_only_what_is_about_the_same() -> None:

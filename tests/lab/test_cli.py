@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from tcpscope.errors import UsageError
 from tcpscope.lab.cli import Interrupts, lab
 from tcpscope.lab.namespaces import NAMES, start_time
-from tcpscope.lab.scenario import names
+from tcpscope.lab.scenario import load, names
 
 RUN = [sys.executable, "-m", "tcpscope", "lab", "run"]
 
@@ -37,7 +37,8 @@ def test_list() -> None:
 @pytest.mark.parametrize("name", names())
 def test_help_is_the_scenarios_own(name: str) -> None:
     text = invoke("run", name, "--help")
-    assert "--family" in text
+    for field in load(name).parameters():
+        assert f"--{field.name.replace('_', '-')}" in text
     assert "--freeze" in text
 
 

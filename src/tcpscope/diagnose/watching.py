@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from tcpscope.diagnose import Finding, causes, ordered
+from tcpscope.diagnose import SEVERITIES, Finding, causes, ordered
 from tcpscope.diagnose.evidence import Evidence
 
 CHECK_SECONDS = 1.0
@@ -23,7 +23,7 @@ QUIET_SECONDS = 15.0
 
 @dataclass
 class Known:
-    """A finding that was found, and whether it was told.
+    """A finding that was found, and as how severe it was told; None: it was not.
 
     began_s, seen_s  when it was found first and last, in seconds of the monotonic clock
     """
@@ -31,7 +31,12 @@ class Known:
     finding: Finding
     began_s: float
     seen_s: float
-    told: bool = False
+    told: str | None = None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether it is more severe now than it was told."""
+        return self.told is not None and SEVERITIES.index(self.finding.severity) < SEVERITIES.index(self.told)
 
     @property
     def last_s(self) -> float:
@@ -75,8 +80,8 @@ class Watch:
         for key, known in list(self.known.items()):
             if key not in current and not known.told:
                 del self.known[key]  # explained by another one since, or not so after all
-            elif not known.told and now - known.began_s >= settle_s:
-                known.told = True
+            elif (not known.told and now - known.began_s >= settle_s) or known.is_worse:
+                known.told = known.finding.severity
                 yield News("began", known)
             elif self._windowed and known.told and now - known.last_s >= QUIET_SECONDS:
                 del self.known[key]

@@ -52,7 +52,7 @@ class Healthy(Scenario):
     )
 
     case: str = parameter("web-server", "what is played", tuple(CASES))
-    seconds: float = parameter(10.0, "for how long")
+    seconds: float = parameter(12.0, "for how long")
     port: int = parameter(PORT, "port of the server")
     family: str = parameter("4", "IPv4, IPv6, or IPv4 to a listener on ::", FAMILIES)
 
