@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from tcpscope.diagnose import tallies
 from tcpscope.diagnose.tallies import Groups, Tally
+from tcpscope.run import Batch
+from tcpscope.session import Stats
 
 
 def groups(**tallies: Tally) -> Groups:
     made: Any = Groups.__new__(Groups)
-    from collections import namedtuple
-
     group = namedtuple("group", ("raddr", "outcome"))
     made.tallies = {group(*name.split("_")): tally for name, tally in tallies.items()}
     return made  # type: ignore[no-any-return]
@@ -36,6 +41,31 @@ def test_a_tally_of_many_intervals_keeps_its_sum() -> None:
     assert (found.count, found.sum) == (5000, 10_000)
     found.forget(5000.0)
     assert (found.count, found.sum) == (0, 0)
+
+
+def test_what_comes_in_one_look_is_one_part() -> None:
+    found = tally(*((float(look), 1, look % 2) for look in range(400) for _ in range(20)))
+    assert (found.count, found.sum) == (8000, 4000)
+    found.forget(340.0)
+    assert (found.count, found.sum, found.first_s) == (1200, 600, 340.0)
+
+
+def test_numbers_of_merged_parts_stay_where_they_were() -> None:
+    found = tally(*((float(second), 1, second) for second in range(700)))
+    assert found.sum == sum(range(700))
+    found.forget(650.0)
+    assert (found.count, found.sum) == (50, sum(range(650, 700)))
+
+
+def test_groups_without_room_count_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tallies, "GROUPS_AT_MOST", 2)
+    found: Any = groups()
+    found.run = SimpleNamespace(stats=Stats(shown=9))
+    found._group, found._by, found._number = namedtuple("group", ("raddr",)), ("raddr",), None
+    rows = [SimpleNamespace(raddr=raddr, count=3) for raddr in ("a", "b", "c")]
+    found._take([Batch("interval", rows)])
+    assert {group.raddr: each.count for group, each in found.tallies.items()} == {"a": 3, "b": 3}
+    assert (found.run.stats.shown, found.run.stats.lost) == (6, 3)
 
 
 def test_groups_are_chosen_and_put_together() -> None:

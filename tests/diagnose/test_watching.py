@@ -137,6 +137,23 @@ def test_a_symptom_that_was_told_before_its_cause_is_not_among_the_findings_of_t
     assert [each.rule for each in watch.findings()] == ["no_ack"]
 
 
+def test_with_watch_a_symptom_that_was_told_does_not_end_because_its_cause_is_found(clock: Clock) -> None:
+    dead, connects = Scripted("no_ack", explains=("connects_fail",)), Scripted("connects_fail")
+    watch, _ = watch_of(dead, connects, windowed=True)
+    heard = []
+    for second in range(60):
+        connects.now = [finding("connects_fail", last_s=clock.now)] if second < 40 else []
+        dead.now = [finding("no_ack", last_s=clock.now)] if 10 <= second < 40 else []
+        heard += [(second, *news) for news in told(watch)]
+        clock.now += 1
+    assert heard == [
+        (2, "began", "connects_fail"),
+        (12, "began", "no_ack"),
+        (54, "ended", "connects_fail"),
+        (54, "ended", "no_ack"),
+    ]
+
+
 def test_with_watch_a_finding_ends_when_nothing_more_happens(clock: Clock) -> None:
     loss = Scripted("loss")
     watch, evidence = watch_of(loss, windowed=True)

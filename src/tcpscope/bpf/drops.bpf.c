@@ -664,13 +664,16 @@ static __noinline int discarded_at_listener(struct sock *listener)
 	__u32 zero = 0;
 	struct in_hand *mine = bpf_map_lookup_elem(&in_hand, &zero);
 	struct look *last = bpf_map_lookup_elem(&looks, &cookie);
+	bool begun;
 
 	listening_explain(listener);
 	if (!mine || !last)
 		return 0;
 	drops = last->mib.drops;
+	begun = last->begun;
 	look_read(net, cpu_offset(&in_hand, mine), last);
-	count_missed(last->mib.drops - drops);
+	if (begun)
+		count_missed(last->mib.drops - drops);
 	return 0;
 }
 
@@ -748,7 +751,11 @@ SEC("tp_btf/kfree_skb")
 NEEDS("sk_skb_reason_drop")
 int TRACEPOINT_PROG(drop__receiver, struct sk_buff *skb, void *location)
 {
-	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), DROP_RECEIVER(ctx), NULL);
+	struct sock *receiver = DROP_RECEIVER(ctx);
+
+	if (is_listener(receiver))
+		discarded_at_listener(receiver);
+	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), receiver, NULL);
 }
 
 /* The same before 6.11: without the receiver, unless a program has noted it. */
@@ -756,11 +763,7 @@ SEC("tp_btf/kfree_skb")
 NEEDS("SKB_DROP_REASON_NOT_SPECIFIED")
 int TRACEPOINT_PROG(drop__note, struct sk_buff *skb, void *location)
 {
-	struct sock *receiver = DROP_RECEIVER(ctx);
-
-	if (is_listener(receiver))
-		discarded_at_listener(receiver);
-	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), receiver, NULL);
+	return discarded_with_note(ctx, skb, (__u64)location, DROP_REASON(ctx), DROP_RECEIVER(ctx), NULL);
 }
 
 /* Without reasons (before 5.17). tcp_drop() calls kfree_skb() in some kernels, in others a function without a tracepoint. */

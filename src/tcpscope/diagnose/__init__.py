@@ -138,8 +138,5 @@ def causes(findings: Iterable[Finding], rules: Iterable[Rule]) -> list[Finding]:
     are about the same thing."""
     found = list(findings)
     explains = {rule.name: frozenset(rule.explains) for rule in rules}
-
-    def is_symptom(finding: Finding) -> bool:
-        return any(finding.rule in explains[other.rule] and finding.about & other.about for other in found)
-
-    return [finding for finding in found if not is_symptom(finding)]
+    explained = {(rule, thing) for each in found for rule in explains[each.rule] for thing in each.about}
+    return [each for each in found if not any((each.rule, thing) in explained for thing in each.about)]

@@ -22,6 +22,7 @@ from tcpscope.stop import Stop
 from tcpscope.writing import Output
 
 _POLL_SECONDS = 0.2
+_LIVE_SECONDS = 1.0
 _DEFAULT_SECONDS = 30.0
 
 
@@ -59,13 +60,14 @@ def _watch(watch: Watch, evidence: Evidence, teller: _Text | _Records, stop: Sto
     how_long = "" if request.duration is None else f" for {request.duration:g} s"
     sooner = "" if request.duration is None else " sooner"
     print(f"tcpscope: watching{how_long}; Ctrl-C ends it{sooner}", file=sys.stderr)
-    started = time.monotonic()
+    started = shown = time.monotonic()
     while not stop:
         for news in watch.poll():
             if live:
                 clear_interrupt()
             teller.tell(news)
-        if live:
+        if live and time.monotonic() >= shown:
+            shown = time.monotonic() + _LIVE_SECONDS
             words = f"{time.monotonic() - started:4.0f} s  {text.watched(evidence)}"
             line = cut(printable(words), screen.size_of(sys.stderr).columns - 1)
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

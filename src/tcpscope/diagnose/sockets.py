@@ -93,6 +93,8 @@ class Sockets:
     twice    (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
     numbers  (mark, netns, pid) -> (time, connections of this process with the mark) in the last looks, the oldest first
 
+    left_out  how many connections at the most found no room in a look
+
     The first two are summed from look to look: what has ended since is in them, and nothing that ended before a look.
     """
 
@@ -117,6 +119,7 @@ class Sockets:
             self.twice: dict[tuple[int, str], Tally] = {}
             self.numbers: dict[tuple[str, int, int | None], deque[tuple[float, int]]] = {}
             self.looks = self.connections = 0
+            self.left_out = self._lost = 0
             self._last_s, self._next_s = time.monotonic(), 0.0
 
     def poll(self) -> None:
@@ -145,6 +148,8 @@ class Sockets:
         began, spent = time.monotonic(), time.thread_time()
         self._looked_at[0] = self._moving[0] = 0
         self._session.loaded.run("look")
+        lost, self._lost = self._lost, self._session.counters()["lost"]
+        self.left_out = max(self.left_out, self._lost - lost)
         rows = self._rows()
         now_s = time.monotonic()
         found: dict[tuple[int, int], Track] = {}

@@ -15,6 +15,8 @@ from tcpscope.tool import find
 
 INTERVAL_SECONDS = 1.0
 _PARTS_AT_MOST = 600
+GROUPS_AT_MOST = 50_000
+"""Of one tool. What is in further ones counts as lost: in a flood each packet may be a group of its own."""
 
 
 @dataclass
@@ -35,9 +37,12 @@ class Tally:
         self.last_s = max(self.last_s, now_s)
         self.count += count
         self.sum += number
-        if len(self._parts) == _PARTS_AT_MOST:  # the two oldest become one
-            (_, c, s), (at, more, number) = self._parts.popleft(), self._parts.popleft()
-            self._parts.appendleft((at, c + more, s + number))
+        if self._parts and self._parts[-1][0] == now_s:
+            _, before, sum_before = self._parts.pop()
+            count, number = count + before, number + sum_before
+        elif len(self._parts) == _PARTS_AT_MOST:  # the two oldest become one
+            (_, oldest, oldest_sum), (at, next_, next_sum) = self._parts.popleft(), self._parts.popleft()
+            self._parts.appendleft((at, oldest + next_, oldest_sum + next_sum))
         self._parts.append((now_s, count, number))
 
     def forget(self, before_s: float) -> None:
@@ -105,7 +110,14 @@ class Groups:
             for row in batch.rows:
                 group = self._group(*(getattr(row, name) for name in self._by))
                 number = getattr(row, self._number) if self._number else 0
-                self.tallies.setdefault(group, Tally()).add(now_s, row.count, number or 0)
+                tally = self.tallies.get(group)
+                if tally is None:
+                    if len(self.tallies) >= GROUPS_AT_MOST:
+                        self.run.stats.shown -= row.count
+                        self.run.stats.lost += row.count
+                        continue
+                    tally = self.tallies[group] = Tally()
+                tally.add(now_s, row.count, number or 0)
 
     def where(self, **values: Any) -> Iterator[tuple[Any, Tally]]:
         """The groups with these values in their columns; a set of values: one of them."""
@@ -116,6 +128,10 @@ class Groups:
                     break
             else:
                 yield group, tally
+
+    def count(self, **values: Any) -> int:
+        """How many there are of the groups with these values."""
+        return sum(tally.count for _, tally in self.where(**values))
 
     def total(self, **values: Any) -> Tally:
         """One tally of the groups with these values."""

@@ -92,7 +92,7 @@ def counts(evidence: Evidence) -> dict[str, Any]:
         ("connects", "connects_failed", "connections", "listeners", "refusals", "retransmissions", "resets", "drops")
     )
     if attempts := getattr(evidence, "attempts", None):
-        found["connects"] = attempts.total().count
+        found["connects"] = attempts.count()
         found["connects_failed"] = sum(
             tally.count for group, tally in attempts.tallies.items() if group.outcome not in _FAILED_BY_ITSELF
         )
@@ -105,9 +105,9 @@ def counts(evidence: Evidence) -> dict[str, Any]:
             tally.sum for group, tally in retrans.tallies.items() if group.kind != "SPURIOUS" and group.errno == "none"
         )
     if resets := getattr(evidence, "resets", None):
-        found["resets"] = resets.total(direction=frozenset({"SENT", "RECEIVED"})).count
+        found["resets"] = resets.count(direction=frozenset({"SENT", "RECEIVED"}))
     if drops := getattr(evidence, "drops", None):
-        found["drops"] = drops.total().count
+        found["drops"] = drops.count()
     return found
 
 

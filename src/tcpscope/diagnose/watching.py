@@ -14,6 +14,8 @@ CHECK_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
 """A finding is told when it has been found for this time: its cause may become certain a moment later."""
 
+_SHARE = 20  # rules take at most this part of one processor
+
 WINDOW_SECONDS = 60.0
 """With --watch a rule looks at the last minute."""
 
@@ -65,18 +67,23 @@ class Watch:
         """Take what is new, five times a second; each second, ask the rules."""
         self._evidence.poll()
         if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + CHECK_SECONDS
+            spent = time.thread_time()
             yield from self.check()
+            self._next_s = time.monotonic() + max(CHECK_SECONDS, _SHARE * (time.thread_time() - spent))
 
     def check(self, settle_s: float = SETTLE_SECONDS) -> Iterator[News]:
         """Ask the rules now."""
         now = time.monotonic()
         if self._windowed:
             self._evidence.forget(now - WINDOW_SECONDS)
-        current = {finding.key: finding for finding in self._found()}
+        found = self._found()
+        current = {finding.key: finding for finding in self._causes(found)}
         for key, finding in current.items():
-            known = self.known.setdefault(key, Known(finding, now, now))
-            known.finding, known.seen_s = finding, now
+            self.known.setdefault(key, Known(finding, now, now))
+        for finding in found:  # what was told goes on, though another one may explain it by now
+            known = self.known.get(finding.key)
+            if known and (known.told or finding.key in current):
+                known.finding, known.seen_s = finding, now
         for key, known in list(self.known.items()):
             if key not in current and not known.told:
                 del self.known[key]  # explained by another one since, or not so after all
@@ -98,10 +105,10 @@ class Watch:
 
     def _found(self) -> list[Finding]:
         now = time.monotonic()
-        found = (finding for rule in self._evidence.rules for finding in rule.check(self._evidence))
+        found = [finding for rule in self._evidence.rules for finding in rule.check(self._evidence)]
         if self._windowed:
-            found = (each for each in found if each.last_s is None or now - each.last_s < QUIET_SECONDS)
-        return self._causes(found)
+            found = [each for each in found if each.last_s is None or now - each.last_s < QUIET_SECONDS]
+        return found
 
     def _causes(self, found: Iterable[Finding]) -> list[Finding]:
         return causes(found, self._evidence.rules)
