@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.lacks import functions_cannot_be_hooked
+from tests.record.recording import MISSED_AT_MOST
+
 FILE = """
 import pytest
 from tests.record import PORTS, Script, Test, Watch, recorded
@@ -134,10 +137,11 @@ def test_a_tool_may_miss_what_was_unseen_and_no_more(folder: Path, tmp_path: Pat
     shutil.copytree(folder / "recording", tmp_path, dirs_exist_ok=True)
     late = {"us": 1e18, "task": "task (1)", "event": "inet_sock_set_state", "ports": [40000, 7000]}
     other = late | {"event": "tcp_probe"}
-    for missed, expected in ((1, 0), (2, 1)):
+    others = MISSED_AT_MOST if functions_cannot_be_hooked() else 0  # of other programs' packets
+    for missed, expected in ((others + 1, 0), (others + 2, 1)):
         with_unseen(tmp_path / "1", missed, late, other)
         status, text = pytest_in(folder, tree, "--recording", str(tmp_path), "-k", "7000")
-        assert (status, "missed 2" in text) == (expected, bool(expected)), text
+        assert (status, f"missed {missed}" in text) == (expected, bool(expected)), text
 
 
 @pytest.mark.root
