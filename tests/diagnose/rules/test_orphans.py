@@ -66,7 +66,7 @@ def track(**values: Any) -> Track:
     row: dict[str, Any] = {
         "netns": NETNS, "pid": 7, "comm": "server", "state": "FIN_WAIT1", "has_file": False, "timer": "RTO",
         "unsent": 0, "unacked": 1, "since_ack_us": 20_000_000, "raddr": "192.0.2.1", "fin_timeout_s": 60,
-        "linger2_set": False,
+        "linger2_set": False, "acked_seq": 1,
     }  # fmt: skip
     made = SimpleNamespace(**row | values)
     found = Track(made, made, 100.0, 100.0)
@@ -102,6 +102,35 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 )
 def test_thresholds(number: int, values: dict[str, Any], waits_for: list[str]) -> None:
     found = check(rule, "orphans", seen_of([track(**values) for _ in range(number)]))
+    assert [finding.facts["waits_for"] for finding in found] == waits_for
+
+
+def looked_at(acked_seqs: list[int], **values: Any) -> Track:
+    """An orphan to which ACKs come, in looks a second apart."""
+    found = track(since_ack_us=100_000, **values)
+    for n, acked_seq in enumerate(acked_seqs, 1):
+        row = SimpleNamespace(**vars(found.last) | {"acked_seq": acked_seq})
+        found._look(row, 100.0 + n, rule.marks)
+    return found
+
+
+DRAINS, STANDS = list(range(2, 10)), [2] * 8
+
+
+@pytest.mark.parametrize(
+    ("acked_seqs", "values", "waits_for"),
+    [
+        (DRAINS, {}, []),
+        (DRAINS, {"timer": "ZERO_WINDOW"}, []),
+        (STANDS, {}, ["no ACK"]),
+        (STANDS, {"timer": "ZERO_WINDOW"}, ["no room"]),
+        (DRAINS, {"state": "FIN_WAIT2"}, ["no FIN"]),
+    ],
+)
+def test_data_that_drains_slowly_is_no_fault(
+    acked_seqs: list[int], values: dict[str, Any], waits_for: list[str]
+) -> None:
+    found = check(rule, "orphans", seen_of([looked_at(acked_seqs, **values) for _ in range(10)]))
     assert [finding.facts["waits_for"] for finding in found] == waits_for
 
 

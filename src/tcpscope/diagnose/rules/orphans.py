@@ -43,8 +43,14 @@ _OBSERVED = {
 }
 
 
-def _is_orphan(row: Any, before: Any) -> bool:
+def _is_orphan(row: Any) -> bool:
     return bool(row.state in _STATES and not row.has_file)
+
+
+def _waits(row: Any, before: Any) -> bool:
+    """Nothing was acknowledged since the look before: otherwise it drains, however slowly."""
+    moved = before is not None and before.acked_seq != row.acked_seq
+    return _is_orphan(row) and (row.state == "FIN_WAIT2" or not moved)
 
 
 def _how(row: Any) -> str:
@@ -61,7 +67,7 @@ def _is_old(track: Track) -> bool:
 
 class Orphans(Rule):
     needs = ("sockets", "resets")
-    marks = {_MARK: _is_orphan}
+    marks = {_MARK: _waits}
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         peers: dict[tuple[int, str, str], list[Track]] = {}
@@ -116,7 +122,7 @@ class Orphans(Rule):
         for group, tally in seen.resets.where(direction="SENT", cause="NO_MEMORY"):
             killed[group.raddr] += tally.count
         count = killed.total()
-        held = Counter(track.last.raddr for track in seen.sockets.now if track.holds(_MARK))
+        held = Counter(track.last.raddr for track in seen.sockets.now if _is_orphan(track.last))
         observed = [
             f"{orphans} orphaned connections on this machine, tcp_max_orphans is {most}",
             f"{count} closed connections were reset by the kernel"
