@@ -146,8 +146,10 @@ def test_near_the_limit(machine: dict[str, Any]) -> None:
     machine["orphans"] = 250
     (finding,) = check(rule, "orphans", seen_of([]))
     assert (finding.severity, finding.facts["count"]) == ("warning", 0)
+    assert finding.title.endswith("the kernel may reset some")
     (finding,) = check(rule, "orphans", seen_of([], killed=3))
     assert (finding.severity, finding.facts["count"]) == ("critical", 3)
+    assert finding.title.endswith("the kernel resets some")
     assert (finding.remedies[0].present, finding.remedies[0].proposed) == (1000, 2000)
     machine["limit"] = None
     assert check(rule, "orphans", seen_of([])) == []

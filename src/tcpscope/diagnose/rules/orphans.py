@@ -134,7 +134,8 @@ class Orphans(Rule):
         yield Finding(
             rule=self.name,
             severity="critical" if count else "warning",
-            title="so many closed connections wait for the remote end that the kernel resets some",
+            title="so many closed connections wait for the remote end that the kernel "
+            + ("resets some" if count else "may reset some"),
             observed=observed,
             why=_WHY
             + "There is a limit for all of them. Above it, and for slow ones from a quarter of it on, the kernel "
