@@ -237,8 +237,16 @@ def test_a_queue_that_discards_one_in_a_hundred(drops: int, sent: int, rules: li
 
 def test_without_reasons_the_function_tells() -> None:
     freed = QDISC._replace(reason=None, location="kfree_skb_list+0x1b")
-    assert names(evidence(drops=((freed, 20),))) == ["host_queue_full"]
-    assert names(evidence(drops=((freed._replace(location="tcp_v4_rcv+0x1"), 20),))) == []
+    counters = {"TcpOutSegs": 2000}
+    assert names(evidence(drops=((freed, 20),), counters=counters)) == ["host_queue_full"]
+    assert names(evidence(drops=((freed._replace(location="tcp_v4_rcv+0x1"), 20),), counters=counters)) == []
+
+
+def test_a_share_of_an_unknown_number_is_not_known() -> None:
+    assert names(evidence(drops=((QDISC, 20),))) == []
+    waits = ((Group(kind="RTO", errno="EBUSY"), 20),)
+    (finding,) = found(evidence(track(**STALLED), retrans=waits))
+    assert (finding.rule, finding.facts["sent"]) == ("host_queue_full", None)
 
 
 def test_a_connection_that_cannot_send_at_all_is_held_up_here() -> None:

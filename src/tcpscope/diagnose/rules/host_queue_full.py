@@ -94,11 +94,11 @@ class HostQueueFull(Rule):
         for netns, own in found.items():
             stands = [track for track in seen.sockets.now if track.last.netns == netns and _stands(track.last, own)]
             lost = max(own.discarded.total(), own.refused.total()) + own.waited.total()
-            sent = seen.counters.grown(netns, "TcpOutSegs") or 0
-            if stands or (lost >= SEGMENTS and lost >= SHARE * sent):
+            sent = seen.counters.grown(netns, "TcpOutSegs")  # None: not known, and so is the share
+            if stands or (sent and lost >= SEGMENTS and lost >= SHARE * sent):
                 yield self._finding(seen, netns, own, len(stands), sent)
 
-    def _finding(self, seen: Evidence, netns: int, own: _Own, stands: int, sent: int) -> Finding:
+    def _finding(self, seen: Evidence, netns: int, own: _Own, stands: int, sent: int | None) -> Finding:
         addresses = own.discarded + own.waited + own.refused
         discarded = max(own.discarded.total(), own.refused.total())
         full = discarded >= own.waited.total()
