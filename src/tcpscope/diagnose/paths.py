@@ -130,7 +130,7 @@ def facts(where: Peer, found: Owners, count: int, **numbers: Any) -> dict[str, A
     } | numbers
 
 
-def percent(part: int, whole: int) -> str:
+def percent(part: float, whole: int) -> str:
     """`3.2%`."""
     share = 100 * part / whole
     return f"{share:.{int(share < 10)}f}%"
@@ -217,17 +217,32 @@ def again(seen: Evidence) -> Mapping[Peer, Again]:
 _last: dict[str, Any] = {}
 
 
-def sent(seen: Evidence, where: Peer, found: Again) -> tuple[int, int, str]:
-    """Segments sent again, of how many, and what these two numbers are of: to tell the share.
+@dataclass(frozen=True)
+class Sent:
+    """Segments sent again, of how many, to tell the share. `of_peer`: of this address alone."""
 
-    They are of the connections with this address, as they were looked at. Where most of these ended between two
-    looks, they are of the whole namespace: 0, if its counters cannot be read.
+    again: int
+    all: int
+    of_peer: bool
+
+    @property
+    def said(self) -> str:
+        """`50 of 1,523 segments of this network namespace were sent again (3.3%)`."""
+        what = "segments of data on its connections while these were looked at"
+        of = what if self.of_peer else "segments of this network namespace"
+        return f"{self.again:,} of {self.all:,} {of} were sent again ({percent(self.again, self.all)})"
+
+
+def sent(seen: Evidence, where: Peer, found: Again) -> Sent:
+    """Of the connections with this address, as they were looked at.
+
+    Where most of these ended between two looks, of the whole namespace: 0, if its counters cannot be read.
     """
     tally = seen.sockets.sent.get(where, Tally())
     if 2 * tally.sum >= found.segs:
-        return tally.sum, tally.count, "segments of data on its connections while these were looked at"
-    whole, out = (seen.counters.grown(where[0], f"Tcp{name}") or 0 for name in ("RetransSegs", "OutSegs"))
-    return whole, out, "segments of this network namespace"
+        return Sent(tally.sum, tally.count, True)
+    again, out = (seen.counters.grown(where[0], f"Tcp{name}") or 0 for name in ("RetransSegs", "OutSegs"))
+    return Sent(again, out, False)
 
 
 def needless(seen: Evidence, where: Peer, found: Again) -> int:

@@ -142,9 +142,16 @@ def test_loss_is_one_in_a_hundred_and_twenty(sent: tuple[int, int], again: int, 
 
 def test_of_connections_that_were_too_short_the_namespace_tells_the_share() -> None:
     counters = {"TcpOutSegs": 1000, "TcpRetransSegs": 30}
-    (finding,) = found(evidence(retrans=((Group(), 30),), counters=counters))
+    (finding,) = found(evidence(retrans=((Group(), 25),), counters=counters))
     assert (finding.rule, finding.facts["sent"]) == ("loss", 1000)
+    assert (finding.title, finding.facts["share"]) == (f"25 segments to {PEER} were lost", None)
     assert found(evidence(retrans=((Group(), 30),))) == []  # nobody knows of how many
+
+
+def test_the_share_is_of_what_was_lost() -> None:
+    (finding,) = found(evidence(sent=(1000, 40), twice=10, retrans=((Group(), 40),)))
+    assert (finding.title, finding.facts["share"]) == (f"3.0% of the segments to {PEER} are lost", 0.03)
+    assert finding.observed[0].endswith("were sent again (4.0%)")
 
 
 @pytest.mark.parametrize(

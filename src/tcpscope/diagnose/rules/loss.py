@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule, paths
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.paths import Again, Peer
+from tcpscope.diagnose.paths import Again, Peer, Sent
 
 # FIELD.md, fault 14: 204 of 6,302 were lost; a healthy server had none in 78,444. At 1 % a connection of 100 ms gets
-# some
-# 1.4 Mbit/s at most (Mathis and others: 1.2 MSS / (RTT sqrt(p))), with less it is the rule on wide-area paths.
+# some 1.4 Mbit/s at most (Mathis and others: 1.2 MSS / (RTT sqrt(p))), with less it is the rule on wide-area paths.
 SHARE = 0.01
 SEGMENTS = 20
 ANSWERED = 0.5  # if more than this is sent again, nothing arrives: that is no loss
@@ -31,16 +30,19 @@ class Loss(Rule):
             needed = again.segs - paths.needless(seen, where, again)
             if needed < SEGMENTS:
                 continue
-            retransmitted, sent, what = paths.sent(seen, where, again)
-            lost = retransmitted * needed / again.segs
-            if sent and SHARE * sent <= lost and retransmitted < ANSWERED * sent:
-                yield self._finding(where, again, needed, (retransmitted, sent, what))
+            sent = paths.sent(seen, where, again)
+            lost = sent.again * needed / again.segs
+            if sent.all and SHARE * sent.all <= lost and sent.again < ANSWERED * sent.all:
+                yield self._finding(where, again, needed, sent)
 
-    def _finding(self, where: Peer, again: Again, needed: int, numbers: tuple[int, int, str]) -> Finding:
-        retransmitted, sent, what = numbers
+    def _finding(self, where: Peer, again: Again, needed: int, sent: Sent) -> Finding:
+        lost = sent.again * needed / again.segs
         number = paths.number(len(again.connections), "connection")
+        title = f"{needed:,} segments to {where[1]} were lost"
+        if sent.of_peer:
+            title = f"{paths.percent(lost, sent.all)} of the segments to {where[1]} are lost"
         observed = [
-            f"{retransmitted:,} of {sent:,} {what} were sent again ({paths.percent(retransmitted, sent)})",
+            sent.said,
             f"sent again to it in all: {again.said}",
             *([f"{again.segs - needed:,} of these had arrived already"] if needed < again.segs else []),
             f"{number} had to send something again",
@@ -48,7 +50,7 @@ class Loss(Rule):
         return Finding(
             rule=self.name,
             severity="warning",
-            title=f"{paths.percent(retransmitted, sent)} of the segments to {where[1]} are lost",
+            title=title,
             observed=observed,
             why=WHY,
             remedies=[
@@ -67,8 +69,8 @@ class Loss(Rule):
                 len(again.connections),
                 retransmitted=again.segs,
                 needed=needed,
-                sent=sent,
-                share=round(retransmitted / sent, 4),
+                sent=sent.all,
+                share=round(lost / sent.all, 4) if sent.of_peer else None,
                 kinds=dict(again.kinds),
             ),
         )

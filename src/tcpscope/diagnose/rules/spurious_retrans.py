@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Rule, paths
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.paths import Again, Peer
+from tcpscope.diagnose.paths import Again, Peer, Sent
 from tcpscope.diagnose.rules.loss import SEGMENTS, SHARE
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.kernel.features import Kernel
@@ -38,14 +38,11 @@ class SpuriousRetrans(Rule):
             needless = paths.needless(seen, where, again)
             if needless < SEGMENTS or needless < PART * again.segs:
                 continue
-            retransmitted, sent, what = paths.sent(seen, where, again)
-            if sent and retransmitted >= SHARE * sent:
-                yield self._finding(seen, where, again, needless, (retransmitted, sent, what))
+            sent = paths.sent(seen, where, again)
+            if sent.all and sent.again >= SHARE * sent.all:
+                yield self._finding(seen, where, again, needless, sent)
 
-    def _finding(
-        self, seen: Evidence, where: Peer, again: Again, needless: int, numbers: tuple[int, int, str]
-    ) -> Finding:
-        retransmitted, sent, what = numbers
+    def _finding(self, seen: Evidence, where: Peer, again: Again, needless: int, sent: Sent) -> Finding:
         twice = seen.sockets.twice.get(where, Tally())
         late = again.kinds["RTO"] + again.kinds["SLOW_START"] + again.kinds["LOSS_PROBE"]
         reordered = 2 * late < again.segs
@@ -55,7 +52,7 @@ class SpuriousRetrans(Rule):
             severity="info" if reordered or again.kinds["RTO"] < TIMEOUTS else "warning",
             title=f"packets to or from {where[1]} {cause}: {needless:,} needless retransmissions",
             observed=[
-                f"{retransmitted:,} of {sent:,} {what} were sent again ({paths.percent(retransmitted, sent)})",
+                sent.said,
                 f"sent again to it in all: {again.said}",
                 f"not needed: {again.spurious:,} as the kernel found out, {twice.count:,} as {where[1]} reported "
                 "(DSACK)",
@@ -75,7 +72,7 @@ class SpuriousRetrans(Rule):
                 dsack=twice.count,
                 reordering_seen=twice.sum,
                 retransmitted=again.segs,
-                sent=sent,
+                sent=sent.all,
                 case="order" if reordered else "delay",
                 kinds=dict(again.kinds),
             ),
