@@ -145,6 +145,7 @@ def test_what_is_left_of_the_limit(owner: dict[str, Any]) -> None:
     owner.update(open_files=1000, files=500)
     (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
     assert (finding.facts["per_s"], finding.facts["seconds_left"], finding.severity) == (1.0, 500, "warning")
+    assert "3 more in 3.0 s, 1.0 a second, and the number did not fall" in finding.observed
     owner["files"] = 900
     (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
     assert finding.severity == "critical"

@@ -104,7 +104,7 @@ class CloseWaitLeak(Rule):
         observed = [
             f"{len(tracks)} connections in CLOSE_WAIT, {old} of them for {OLD_SECONDS:g} s or longer; nothing is being "
             "sent on them",
-            f"{grown} more in {span(growth.seconds)}, {rate:.1f} a second, and none was closed"
+            f"{grown} more in {span(growth.seconds)}, {rate:.1f} a second, and the number did not fall"
             if grown
             else "no more came",
             f"of {_most(ends)}; remote addresses: {_most(peers)}",
