@@ -64,6 +64,20 @@ def test_another_one_under_the_number_is_not_described() -> None:
     assert (found.comm, found.state) == ("someone-else", None)
 
 
+def test_an_inner_pid_namespace_has_others_under_these_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes.pidns, "inner", lambda: 4026532999)
+    assert processes.read(os.getpid()) == processes.Process(os.getpid(), "?")
+    own = Path("/proc/self/comm").read_text().strip()
+    assert processes.read(os.getpid(), own) == processes.Process(os.getpid(), own)
+    assert processes.files(os.getpid()) is None
+
+
+def test_nobody_has_no_limit_of_open_files() -> None:
+    unlimited = resource.RLIM_INFINITY
+    with pytest.raises((ValueError, PermissionError)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (unlimited, unlimited))
+
+
 @pytest.mark.parametrize(
     ("cgroup", "name"),
     [

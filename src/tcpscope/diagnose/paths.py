@@ -16,7 +16,6 @@ from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import in_netns
-from tcpscope.kernel import pidns
 
 SENDING = frozenset({"ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT1", "CLOSING", "LAST_ACK"})
 """States in which the remote end has to acknowledge what was sent."""
@@ -84,7 +83,7 @@ def who(found: Owners) -> str | None:
     if not found:
         return None
     pid, comm = found.most_common(1)[0][0]
-    name = f"{comm} (PID {pid})" if pidns.inner() else processes.read(pid, comm).name
+    name = processes.read(pid, comm).name
     return name + (f" and {len(found) - 1} more" if len(found) > 1 else "")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tcpscope.errors import UnsupportedError
 from tcpscope.filters import cgroup_mount
+from tcpscope.kernel import pidns
 
 PROC = Path("/proc")
 _UNIT = re.compile(r"([^/]+\.(?:service|scope|socket))(?:/|$)")
@@ -24,7 +25,7 @@ class Process:
     wchan        kernel function in which it sleeps; None without CAP_SYS_PTRACE
     unit         its systemd unit
     container    the first twelve digits of its container's id
-    open_files   RLIMIT_NOFILE, the soft limit; None: no limit
+    open_files   RLIMIT_NOFILE, the soft limit. There is always one: fs.nr_open at the most
     frozen       its cgroup (v2) is frozen, as that of a paused container
     """
 
@@ -56,7 +57,12 @@ class Process:
 
 
 def read(pid: int, comm: str | None = None) -> Process:
-    """The process as it is now. Of one that has gone, or of another PID namespace, only what is given is known."""
+    """The process as it is now. Of one that has gone only what is given is known.
+
+    So it is in an inner PID namespace: PIDs are those of the first one, and /proc has others under these numbers.
+    """
+    if pidns.inner():
+        return Process(pid, comm or "?")
     folder = PROC / str(pid)
     try:
         stat = (folder / "stat").read_text(errors="replace")
@@ -93,7 +99,9 @@ def _is_frozen(cgroup: str) -> bool:
 
 def files(pid: int) -> int | None:
     """How many files it has open; None: it cannot be read. Since 6.2 it needs no privilege."""
-    folder = Path("/proc", str(pid), "fd")
+    if pidns.inner():
+        return None
+    folder = PROC / str(pid) / "fd"
     with suppress(OSError):
         return folder.stat().st_size or sum(1 for _ in folder.iterdir())
     return None

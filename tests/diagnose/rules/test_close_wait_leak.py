@@ -107,7 +107,7 @@ GROWS = [10, 11, 12, 13]
 
 @pytest.fixture(autouse=True)
 def owner(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    values = {"open_files": 1024, "files": 100}
+    values: dict[str, Any] = {"open_files": 1024, "files": 100}
     read = lambda pid, comm: processes.Process(pid, comm, open_files=values["open_files"])  # noqa: E731
     monkeypatch.setattr(close_wait_leak.processes, "read", read)
     monkeypatch.setattr(close_wait_leak.processes, "files", lambda pid: values["files"])
@@ -149,6 +149,13 @@ def test_what_is_left_of_the_limit(owner: dict[str, Any]) -> None:
     owner["files"] = 900
     (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
     assert finding.severity == "critical"
+
+
+def test_a_limit_that_cannot_be_read(owner: dict[str, Any]) -> None:
+    owner.update(open_files=None, files=500)
+    (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
+    assert "it has 500 files open; its limit (RLIMIT_NOFILE) cannot be read" in finding.observed
+    assert [remedy.name for remedy in finding.remedies] == [None]
 
 
 def test_rising() -> None:

@@ -11,7 +11,6 @@ from tcpscope.diagnose import Finding, Remedy, Rule, process, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.text import span
-from tcpscope.kernel import pidns
 from tcpscope.output import endpoint
 
 LEAST = 10
@@ -90,7 +89,7 @@ class CloseWaitLeak(Rule):
                 yield self._finding(netns, owner, tracks, old, growth)
 
     def _finding(self, netns: int, owner: processes.Process, tracks: list[Track], old: int, growth: Growth) -> Finding:
-        limit, files = owner.open_files, None if pidns.inner() else processes.files(owner.pid)
+        limit, files = owner.open_files, processes.files(owner.pid)
         used = files or len(tracks)
         rate, grown = growth.per_s, growth.number
         left_s = max(limit - used, 0) / rate if limit and rate else None
@@ -162,7 +161,7 @@ def _most(found: Counter[str]) -> str:
 def _files(files: int | None, limit: int | None, left_s: float | None) -> str:
     has = "how many files it has open cannot be read" if files is None else f"it has {files} files open"
     if limit is None:
-        return f"{has}, without a limit"
+        return f"{has}; its limit (RLIMIT_NOFILE) cannot be read"
     until = f"; at this rate they are used up in {'' if files else 'at most '}{span(left_s)}" if left_s else ""
     return f"{has}, of {limit} (RLIMIT_NOFILE){until}"
 
@@ -173,12 +172,12 @@ def _remedies(owner: processes.Process, used: int) -> Iterator[Remedy]:
         "leaves it out, or a connection is never given back to its pool.",
     )
     limit = owner.open_files
-    if limit is None:
+    if limit is None:  # it has gone, or is in another PID namespace: no command would find it
         return
     yield Remedy(
         f"Until then, restart {owner.unit or owner.comm} before it has no file descriptors left. "
         "A higher limit gains time.",
-        command=None if pidns.inner() else f"prlimit --pid {owner.pid} --nofile={_raised(limit, used)}:",
+        command=f"prlimit --pid {owner.pid} --nofile={_raised(limit, used)}:",
         name="RLIMIT_NOFILE",
         present=limit,
         proposed=_raised(limit, used),
