@@ -151,6 +151,15 @@ def test_what_is_left_of_the_limit(owner: dict[str, Any]) -> None:
     assert finding.severity == "critical"
 
 
+@pytest.mark.parametrize(("limit", "proposed", "named"), [(512, 1024, False), (1024, 2048, True)])
+def test_more_than_select_can_take(owner: dict[str, Any], limit: int, proposed: int, named: bool) -> None:
+    owner["open_files"] = limit
+    (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
+    remedy = finding.remedies[1]
+    assert remedy.proposed == proposed
+    assert ("select()" in (remedy.risk or "")) == named
+
+
 def test_a_limit_that_cannot_be_read(owner: dict[str, Any]) -> None:
     owner.update(open_files=None, files=500)
     (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))

@@ -30,6 +30,9 @@ FULL_SHARE = 0.9
 HELD_SHARE = 0.5
 """Of its limit: a leak that has stopped growing, because nobody connects any more."""
 
+FD_SETSIZE = 1024
+"""Of the C library: descriptors from here on do not fit into the fd_set of select()."""
+
 _PASSING_SECONDS = 2.0
 _SHOWN = 3
 _MARK = "close_wait_leak"
@@ -37,6 +40,11 @@ _WHY = (
     "The remote end has sent its FIN: it will send nothing more. The kernel waits in CLOSE_WAIT until the application "
     "calls close(), without any time limit, so a connection that the program forgets takes a file descriptor until "
     "the program ends."
+)
+
+_RISK_SELECT = (
+    f" A program that uses select() writes beyond its fd_set with a descriptor of {FD_SETSIZE} or more: it crashes, or "
+    "its data is damaged."
 )
 
 
@@ -181,7 +189,8 @@ def _remedies(owner: processes.Process, used: int) -> Iterator[Remedy]:
         name="RLIMIT_NOFILE",
         present=limit,
         proposed=_raised(limit, used),
-        risk="The leak goes on: it takes memory of the kernel for each connection. Above the hard limit it fails.",
+        risk="The leak goes on: it takes memory of the kernel for each connection. Above the hard limit it fails."
+        + (_RISK_SELECT if _raised(limit, used) > FD_SETSIZE else ""),
     )
 
 
