@@ -66,8 +66,8 @@ GROUP = {
 }  # fmt: skip
 
 
-def check(*groups: tuple[dict[str, Any], int]) -> list[Finding]:
-    """What is found of these groups, with so many packets each."""
+def check(*groups: tuple[dict[str, Any], int], came: int | None = None) -> list[Finding]:
+    """What is found of these groups, with so many packets each; `came`: segments, as the kernel counts them."""
     tallies = []
     for values, count in groups:
         tally = Tally()
@@ -77,7 +77,8 @@ def check(*groups: tuple[dict[str, Any], int]) -> list[Finding]:
     def where(**wanted: Any) -> list[tuple[Any, Tally]]:
         return [(g, t) for g, t in tallies if all(getattr(g, name) == value for name, value in wanted.items())]
 
-    evidence: Any = SimpleNamespace(drops=SimpleNamespace(where=where))
+    counters = SimpleNamespace(grown=lambda netns, name: {(1, "TcpInSegs"): came}.get((netns, name)))
+    evidence: Any = SimpleNamespace(drops=SimpleNamespace(where=where), counters=counters)
     return list(rule.check(evidence))
 
 
@@ -88,6 +89,14 @@ def test_packets_of_one_reason_count_together() -> None:
     assert finding.facts["count"] == AT_LEAST
     assert check(({}, half), ({"reason": "IP_CSUM"}, AT_LEAST - half)) == []
     assert check(({}, half), ({"netns": 2}, AT_LEAST - half)) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "came", "found"),
+    [(10, 100_000, 1), (10, 100_001, 0), (999, 10_000_000, 0), (1000, 10_000_000, 1), (10, None, 1), (9, 10, 0)],
+)
+def test_one_in_ten_thousand(count: int, came: int | None, found: int) -> None:
+    assert len(check(({}, count), came=came)) == found
 
 
 @pytest.mark.parametrize(
@@ -124,7 +133,15 @@ def test_counters_are_those_that_drop_knows() -> None:
 
 def test_a_command_is_for_the_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drops.wording, "in_netns", lambda inode, command, pids: f"nsenter-{inode} {command}")
-    (finding,) = check(({"reason": "CPU_BACKLOG"}, AT_LEAST))
-    assert finding.remedies[0].command == (
-        "nsenter-1 sysctl net.core.netdev_max_backlog; nsenter-1 cat /proc/net/softnet_stat"
-    )
+    found = check(*(({"reason": reason}, AT_LEAST) for reason in ("TCP_CSUM", "CPU_BACKLOG", "PROTO_MEM")))
+    assert [finding.remedies[0].command for finding in found] == [
+        "nsenter-1 ip -s -s link",
+        # Only the first network namespace has these settings.
+        "sysctl net.core.netdev_max_backlog; nsenter-1 cat /proc/net/softnet_stat",
+        "nsenter-1 cat /proc/net/sockstat; sysctl net.ipv4.tcp_mem",
+    ]
+
+
+def test_a_looser_check_of_sources_has_a_risk() -> None:
+    (finding,) = check(({"reason": "IP_RPFILTER"}, AT_LEAST))
+    assert "forged" in (finding.remedies[0].risk or "")

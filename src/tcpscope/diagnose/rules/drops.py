@@ -13,6 +13,12 @@ from tcpscope.diagnose.tallies import Tally
 AT_LEAST = 10
 """Packets of one reason in one network namespace. No alarm on a single one: a wire damages one now and then."""
 
+SHARE = 1 / 10_000
+"""Of the segments that came to the network namespace (TcpInSegs): a busy host has a few damaged ones each minute."""
+
+_OF_FIRST = ("net.core.netdev_max_backlog", "net.ipv4.tcp_mem")
+"""Settings that only the first network namespace has, and that hold for all."""
+
 _PEERS_SHOWN = 3
 _PLACES_SHOWN = 2
 
@@ -23,6 +29,7 @@ class _Meaning(NamedTuple):
     what, why  for the title, and behind it
     helps      what to do; `command` belongs to it
     counter    tells it where the kernel gives no reason
+    risk       of the command
     """
 
     what: str
@@ -30,6 +37,7 @@ class _Meaning(NamedTuple):
     helps: str
     command: str | None = None
     counter: str | None = None
+    risk: str | None = None
 
 
 _CSUM = (
@@ -115,6 +123,8 @@ MEANINGS = {
         "rp_filter=1 allows a packet only from the device through which its source is reached.",
         "If the paths to and fro may differ, check only that the source is reached at all.",
         "sysctl -w net.ipv4.conf.all.rp_filter=2",
+        risk="It is for all devices of this network namespace, and takes packets with a forged source, if any route "
+        "leads there. net.ipv4.conf.DEVICE.rp_filter is for one; the higher of the two counts.",
     ),
     "SOCKET_FILTER": _Meaning(
         "segments that a filter on the socket refuses",
@@ -175,7 +185,7 @@ _BY_COUNTER = {meaning.counter: reason for reason, meaning in MEANINGS.items() i
 
 
 class Drops(Rule):
-    needs = ("drops",)
+    needs = ("drops", "counters")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         found: dict[tuple[Any, ...], list[tuple[Any, Tally]]] = {}
@@ -184,7 +194,8 @@ class Drops(Rule):
             if reason in MEANINGS and group.netns is not None:
                 found.setdefault((group.netns, reason), []).append((group, tally))
         for (netns, reason), groups in found.items():
-            if sum(tally.count for _, tally in groups) >= AT_LEAST:
+            came = seen.counters.grown(netns, "TcpInSegs") or 0
+            if sum(tally.count for _, tally in groups) >= max(AT_LEAST, SHARE * came):
                 yield self._finding(netns, reason, groups)
 
     def unseen(self, seen: Evidence) -> Iterator[str]:
@@ -224,7 +235,13 @@ class Drops(Rule):
             title=f"the kernel discards {meaning.what} ({reason})",
             observed=observed,
             why=meaning.why,
-            remedies=[Remedy(meaning.helps, command=_command(netns, [pid for pid, _ in owners], meaning.command))],
+            remedies=[
+                Remedy(
+                    meaning.helps,
+                    command=_command(netns, [pid for pid, _ in owners], meaning.command),
+                    risk=meaning.risk,
+                )
+            ],
             who=owner.name if owner else None,
             look=(f"drop --reason {reason} --netns {netns}", f"drop --reason {reason} --netns {netns} --stack -n 5"),
             about=frozenset(
@@ -253,7 +270,7 @@ def _command(netns: int, pids: list[int], command: str | None) -> str | None:
     """For that namespace; None: it is not known how to enter it."""
     if command is None:
         return None
-    parts = [wording.in_netns(netns, part, pids) for part in command.split("; ")]
+    parts = [part if part.endswith(_OF_FIRST) else wording.in_netns(netns, part, pids) for part in command.split("; ")]
     return None if None in parts else "; ".join(map(str, parts))
 
 
