@@ -228,8 +228,31 @@ def test_three_connections_with_a_full_segment_while_small_ones_are_answered() -
     ],
 )
 def test_three_slow_connections(srtt_us: int, min_rtt_us: int, number: int, rules: list[str]) -> None:
-    slow = [track(srtt_us=srtt_us, min_rtt_us=min_rtt_us) for _ in range(number)]
+    slow = [track(srtt_us=srtt_us, min_rtt_us=min_rtt_us, unacked=2 * 1448) for _ in range(number)]
     assert names(evidence(*slow)) == rules
+
+
+@pytest.mark.parametrize(
+    ("columns", "moved", "rules"),
+    [
+        ({}, {}, []),
+        ({"unacked": 100}, {"sent_bytes": 300}, []),  # ACKs of small segments may come late
+        ({"unacked": 2 * 1448}, {}, ["queue_on_path"]),
+        ({}, {"sent_bytes": 10 * 1448}, ["queue_on_path"]),
+        ({}, {"received_bytes": 10 * 1448}, ["queue_on_path"]),
+        ({"srtt_us": 1000, "unacked": 100_000}, {"sent_bytes": 10**7}, []),  # no queue stands in its way
+        ({"srtt_us": 1000}, {"received_bytes": 10**7}, ["queue_on_path"]),  # its last round trip may be old
+    ],
+)
+def test_slow_round_trips_are_a_queue_beside_somebody_who_fills_it(
+    columns: dict[str, int], moved: dict[str, int], rules: list[str]
+) -> None:
+    """Three connections with small pushes, to a stack that delays its ACKs, and another one."""
+    late = {"srtt_us": 150_000, "min_rtt_us": 200}
+    other = track(**late | columns)
+    marks = {name: mark for module in ALL for name, mark in module.rule.marks.items()}
+    other._look(SimpleNamespace(**vars(other.last) | moved), 4.0, marks)
+    assert names(evidence(*(track(**late, unacked=100) for _ in range(3)), other)) == rules
 
 
 QDISC = Group(reason="QDISC_DROP", errno="none", kind="LOST")

@@ -17,6 +17,10 @@ from tcpscope.diagnose.wording import seconds
 SLOW_US = 100_000
 TIMES = 10
 CONNECTIONS = 3
+# Who gets one small segment may acknowledge it up to 500 ms later, and should not with two full ones (RFC 5681,
+# 4.2). So slow round trips are a queue only beside a connection with two full segments on their way, or with ten moved
+# since the look before.
+FULL_SEGS, MOVED_SEGS = 2, 10
 ANSWERED_US = 3_000_000  # an older round-trip time says nothing of now
 BULK = 0.5  # a connection with this part of what is sent, or received, is the one that fills the queue
 
@@ -31,15 +35,25 @@ def is_slow(row: Any, before: Any) -> bool:
     return bool((row.srtt_us or 0) >= SLOW_US and row.since_ack_us < ANSWERED_US and row.state in paths.SENDING)
 
 
+def fills(row: Any, before: Any) -> bool:
+    """It sends much, and its round trips take long; or it receives much."""
+    sent, received = (
+        getattr(row, name) - getattr(before, name) if before is not None else 0
+        for name in ("sent_bytes", "received_bytes")
+    )
+    sends = row.unacked >= FULL_SEGS * row.mss or sent >= MOVED_SEGS * row.mss
+    return bool((sends and is_slow(row, before)) or received >= MOVED_SEGS * row.mss)
+
+
 class QueueOnPath(Rule):
     needs = ("sockets",)
-    marks: ClassVar = {"queue_on_path": is_slow}
+    marks: ClassVar = {"queue_on_path": is_slow, "fills_a_queue": fills}
     explains = ("spurious_retrans", "loss")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         for where, tracks in paths.by_peer(seen.sockets.now).items():
             slow = [track for track in tracks if track.holds("queue_on_path")]
-            if len(slow) < CONNECTIONS:
+            if len(slow) < CONNECTIONS or not any(track.holds("fills_a_queue") for track in tracks):
                 continue
             least_us = min((t.last.min_rtt_us for t in tracks if t.last.min_rtt_us is not None), default=None)
             slow = [track for track in slow if least_us is not None and track.last.srtt_us >= TIMES * least_us]
