@@ -189,10 +189,27 @@ def test_packets_still_come_from_an_address_that_gets_none() -> None:
     assert finding.facts["case"] == "one_way"
 
 
-def test_others_are_answered_meanwhile() -> None:
-    assert found(evidence(track(**STALLED), track()))[0].facts["case"] == "idle"
-    busy = STALLED | {"since_ack_us": 4_000_000}
-    assert found(evidence(track(**busy), track()))[0].facts["case"] == "others"
+@pytest.mark.parametrize(
+    ("since_ack_s", "case", "remedies", "said"),
+    [
+        (4, "others", ["TCP_USER_TIMEOUT"], []),
+        (10, "others", ["TCP_USER_TIMEOUT"], ["they were idle before that for 7.0 s"]),
+        (62.9, "others", ["TCP_USER_TIMEOUT"], ["they were idle before that for 59.9 s"]),
+        (63, "idle", ["SO_KEEPALIVE", "net.ipv4.tcp_keepalive_time"], ["they were idle before that for 60.0 s"]),
+    ],
+)
+def test_others_are_answered_meanwhile(since_ack_s: float, case: str, remedies: list[str], said: list[str]) -> None:
+    stalled = STALLED | {"since_ack_us": round(since_ack_s * 1e6), "pid": 0x7FFFFFFF}
+    (finding,) = found(evidence(track(**stalled), track()))
+    assert finding.facts["case"] == case
+    assert [remedy.name for remedy in finding.remedies if remedy.name] == remedies
+    assert [line for line in finding.observed if "idle" in line] == said
+
+
+def test_keepalive_after_half_of_the_idle_time() -> None:
+    (finding,) = found(evidence(track(**STALLED | {"since_ack_us": 103_000_000}), track()))
+    remedy = finding.remedies[1]
+    assert (remedy.name, remedy.present, remedy.proposed) == ("net.ipv4.tcp_keepalive_time", 7200, 50)
 
 
 def test_clients_that_vanish_are_told_by_port_until_three_of_one_address_do() -> None:

@@ -18,9 +18,11 @@ from tcpscope.diagnose.wording import seconds
 TIMEOUTS = 3
 SILENT_US = 3_000_000
 ROUND_TRIPS = 10
-# A connection has been idle if nothing was acknowledged for so long before the data that got no answer. Middleboxes
-# forget after 60 s at the least (RFC 5382: two hours); less is for their settings in a laboratory.
-IDLE_US = 3_000_000
+# Nothing was acknowledged for so long before the data that got no answer. Middleboxes forget after 60 s at the least
+# (RFC 5382: two hours). After a shorter pause another cause is as likely, as a backend that has gone.
+IDLE_US = 60_000_000
+PAUSE_US = 3_000_000  # from here on it is told
+KEEPALIVE_LEAST_S = 15  # proposed: less costs more packets than it helps
 # One client that vanishes, out of thousands, is a telephone in a tunnel. From so many of one address it is a fault.
 CLIENTS = 3
 USER_TIMEOUT_MS = 30_000  # proposed: RFC 5482 leaves it to the application; 30 s is two in three of its usual deadlines
@@ -148,7 +150,8 @@ class NoAck(Rule):
         idle_us = [max(0.0, track.last.since_ack_us - stalled_us(track)) for track in silent if not is_one_way(track)]
         lives = bool(others or opened)
         one_way = not lives and not idle_us
-        idle = lives and bool(idle_us) and min(idle_us) >= IDLE_US
+        paused = lives and bool(idle_us) and min(idle_us) >= PAUSE_US
+        idle = paused and min(idle_us) >= IDLE_US
         number = paths.number(len(silent), "connection")
         title = f"{where[1]} does not answer: {number} stalled"
         why, remedies = WHY_GONE, _when_gone(where, silent)
@@ -164,8 +167,8 @@ class NoAck(Rule):
         elif lives:
             title, why = f"{number} to {where[1]} get no answer; others do", WHY_LOST
         observed = [*_waits(silent)]
-        if idle and not here:
-            observed.append(f"idle before that: {_span(idle_us)}")
+        if paused and not here:
+            observed.append(f"they were idle before that for {_span(idle_us)}")
         if lives:
             observed.append(paths.meanwhile(opened, others))
         observed += _sent_again(paths.again(seen).get(where), silent)
@@ -282,7 +285,7 @@ def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
 
 
 def _when_idle(where: Peer, silent: list[Track], idle_us: float) -> Iterator[Remedy]:
-    program, limit_s = paths.program(paths.owners(silent)), max(1, int(idle_us / 2e6))
+    program, limit_s = paths.program(paths.owners(silent)), max(KEEPALIVE_LEAST_S, int(idle_us / 2e6))
     without = [track for track in silent if not track.last.keepalive]
     if without:
         yield Remedy(

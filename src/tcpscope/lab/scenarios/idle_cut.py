@@ -18,6 +18,9 @@ class IdleCut(Streams):
     A client keeps three connections of its pool idle. After some seconds a firewall before the server forgets them.
     From then on it drops what comes over them, without a RST. The client finds out when it uses them again, and waits.
     New connections work.
+
+    Real firewalls forget after 60 s at the least. So `diagnose` says "cut while idle" from there on (--idle 65), and
+    after less that others have an answer.
     """
 
     title = "connections are cut while they are idle; new ones work"
