@@ -88,5 +88,7 @@ def test_a_listener_that_came_later_was_only_restarted() -> None:
     assert severities(20, listens=THERE) == []
 
 
-def test_ipv6_loopback_before_ipv4_is_for_information() -> None:
-    assert severities(20, laddr="::1", raddr="::1") == ["info"]
+@pytest.mark.parametrize("listens", ["127.0.0.1", "0.0.0.0"])
+def test_ipv6_loopback_before_ipv4_is_for_information(listens: str) -> None:
+    assert severities(20, listens=listens, laddr="::1", raddr="::1") == ["info"]
+    assert severities(20, listens=listens, laddr="2001:db8::2", raddr="2001:db8::1") == ["critical"]

@@ -21,6 +21,9 @@ LEAST, LOCAL_LEAST = 10, 3
 _STARTS_SECONDS = 1.0
 """A listener that is younger has not been there when a SYN came."""
 
+_ANY = ("0.0.0.0", "::")
+"""A listener there listens at the loopback address of its IP version too."""
+
 _PEERS_SHOWN = 3
 
 
@@ -72,7 +75,7 @@ class WrongAddress(Rule):
             total.merge(tally)
         wanted = came.most_common(1)[0][0]
         is_check = all(is_steady(tally.count, tally.first_s, tally.last_s) for tally in wrong.values())
-        both_loopback = all(ip_address(address).is_loopback for address in {*came, *addresses})
+        both_loopback = all(map(_is_loopback, came)) and all(a in _ANY or _is_loopback(a) for a in addresses)
         common = of(history)
         shown = [f"{address} ({number})" for address, number in clients.most_common(_PEERS_SHOWN)]
         more = f" and {len(clients) - _PEERS_SHOWN} more addresses" if len(clients) > _PEERS_SHOWN else ""
@@ -117,6 +120,10 @@ class WrongAddress(Rule):
             last_s=total.last_s,
             subject=(own.netns, own.lport),
         )
+
+
+def _is_loopback(address: str) -> bool:
+    return ip_address(address).is_loopback
 
 
 def is_local(laddr: str, raddr: str) -> bool:
