@@ -114,6 +114,7 @@ def test_a_receiver_on_this_host_whose_buffer_the_kernel_sizes(set_: bool, numbe
     receiver = track(rule, [connection(rcvbuf_set=set_, rcvbuf=40_000, **ends)] * 4)
     found = check(track(rule, rows(4)), receiver)
     assert [finding.facts["pid"] for finding in found] == [22] * number
+    assert all("or twice net.core.rmem_max if that is less" in finding.observed[2] for finding in found)
 
 
 def test_a_send_buffer_counts_only_if_it_was_set() -> None:
@@ -132,6 +133,7 @@ def test_a_send_buffer_counts_only_if_it_was_set() -> None:
         assert check(track(rule, rows(5, rwnd_us=0, **full | other))) == []
     (finding,) = check(made(True))
     assert (finding.facts["buffer"], finding.remedies[0].present) == ("SO_SNDBUF", 20_000)
+    assert "or twice net.core.wmem_max if that is less" in finding.observed[2]
 
 
 def test_a_sender_whose_clock_did_not_run() -> None:

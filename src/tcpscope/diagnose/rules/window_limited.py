@@ -142,8 +142,10 @@ class WindowLimited(Rule):
             + (f"for {limit.share:.0%} of the busy time in {limit.sender.watched_s:.0f} s" if kind == "rwnd" else ""),
         ]
         if buffer is not None:
+            most = "net.core.wmem_max" if kind == "sndbuf" else "net.core.rmem_max"
             observed.append(
-                f"the application has set {option}: the kernel's value is {buffer}, twice what was asked for"
+                f"the application has set {option}: the kernel's value is {buffer}, twice what was asked for, or twice "
+                f"{most} if that is less"
             )
         if len(limits) > 1:
             observed.append(f"{len(limits)} connections to this peer; the numbers are those of the busiest")
