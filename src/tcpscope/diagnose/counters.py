@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import time
@@ -18,6 +19,8 @@ _PAUSE_SECONDS = 1.0
 _SHARE = 100  # readings take at most this part of one processor
 _NAMESPACES_AT_MOST = 256
 _FILES = ("net/netstat", "net/snmp")
+_FILES_SHARE = 4  # they take at most this part of the files that this process may open
+_BYTES = 1 << 16  # of such a file: they have about 1 and 4 kB
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Counters:
     """A source. Counters have the names of nstat: TcpRetransSegs, TcpExtTCPTimeouts, ...
 
     The namespaces are those that have a process when the watch begins: later there is no privilege to look for more.
+    Their files stay open. So a later process under the same number is not asked, which may be in another namespace.
+    An open file keeps its namespace: when all processes that were in it are gone, it is let go.
 
     memory  of TCP; None: it cannot be read, as in a network namespace without tcp_mem
     """
@@ -42,9 +47,10 @@ class Counters:
     memory: Memory | None = None
 
     def __init__(self, request: Request) -> None:
-        self.run = _Nothing(())
-        self._holders = dict(list(_holders(request))[:_NAMESPACES_AT_MOST])
+        self._open = dict(_opened(request))
+        self.run = _Files(self._open)
         self._first: dict[int, dict[str, int]] = {}
+        self._middle: dict[int, tuple[float, dict[str, int]]] = {}
         self._last: dict[int, dict[str, int]] = {}
         self._next_s = 0.0
         self._read()
@@ -57,10 +63,15 @@ class Counters:
         self._read()
 
     def forget(self, before_s: float) -> None:
-        """Nothing."""
+        """Let the counters begin at a reading before this time, and not long before."""
+        for inode, (read_s, values) in list(self._middle.items()):
+            if read_s < before_s and inode in self._last:
+                self._first[inode], self._middle[inode] = values, (time.monotonic(), self._last[inode])
 
     def grown(self, inode: int, name: str) -> int | None:
-        """By how much a counter of a namespace has grown since the watch began; None: it cannot be read."""
+        """By how much a counter of a namespace has grown since the watch began, or in the time that the rules look at,
+        which is one minute to two. None: it cannot be read.
+        """
         first, last = self._first.get(inode, {}), self._last.get(inode, {})
         return last[name] - first[name] if name in first and name in last else None
 
@@ -74,18 +85,66 @@ class Counters:
 
     def _read(self) -> None:
         began = time.monotonic()
-        for inode, process in self._holders.items():
-            if found := read(process):
+        for inode, files in list(self._open.items()):
+            if found := files.read():
                 self._last[inode] = found
                 self._first.setdefault(inode, found)
+                self._middle.setdefault(inode, (began, found))
+            else:
+                files.close()
+                del self._open[inode]
+                self._last.pop(inode, None)
         self.memory = memory()
         self._next_s = began + max(_PAUSE_SECONDS, _SHARE * (time.monotonic() - began))
 
 
-class _Nothing(Run):
-    """Counters need no probe."""
+class _Open:
+    """The files with the counters of one network namespace. `processes`: the folders in /proc of those that are in it.
+
+    Raises OSError if a file cannot be opened.
+    """
+
+    def __init__(self, processes: list[Path]) -> None:
+        self._processes = processes[::-1]
+        self._files: list[int] = []
+        try:
+            for name in _FILES:
+                self._files.append(os.open(processes[0] / name, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            self.close()
+            raise
+
+    def read(self) -> dict[str, int]:
+        """All counters; empty if they cannot be read, or its processes are gone."""
+        while self._processes and not self._processes[-1].exists():
+            self._processes.pop()
+        if not self._processes:
+            return {}
+        found: dict[str, int] = {}
+        try:
+            for file in self._files:
+                lines = os.pread(file, _BYTES, 0).decode().splitlines()
+                for titles, values in zip(lines[::2], lines[1::2], strict=False):
+                    prefix, names = titles.split(":", 1)
+                    for title, value in zip(names.split(), values.split(":", 1)[1].split(), strict=False):
+                        found[prefix + title] = int(value)
+        except OSError:
+            return {}
+        return found
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+
+
+class _Files(Run):
+    """Counters need no probe, but open files."""
 
     accounts = False
+
+    def __init__(self, opened: dict[int, _Open]) -> None:
+        super().__init__(())
+        self._open = opened
 
     def poll(self) -> Iterator[Batch]:
         yield from ()
@@ -93,27 +152,27 @@ class _Nothing(Run):
     def end(self) -> Iterator[Batch]:
         yield from ()
 
+    def close(self) -> None:
+        super().close()
+        while self._open:
+            self._open.popitem()[1].close()
 
-def _holders(request: Request) -> Iterator[tuple[int, Path]]:
-    """Namespaces, and the folder in /proc of a process in each."""
-    for inode, process in netns.processes().items():
+
+def _opened(request: Request) -> Iterator[tuple[int, _Open]]:
+    """Namespaces and their files, as far as files may be opened."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _NAMESPACES_AT_MOST
+    if limit != resource.RLIM_INFINITY:
+        most = min(most, limit // _FILES_SHARE // len(_FILES))
+    number = 0
+    for inode, processes in netns.processes().items():
+        if number == most:
+            return
         if not request.filter.netns or inode in request.filter.netns:
-            yield inode, process
-
-
-def read(process: Path) -> dict[str, int]:
-    """All counters of the network namespace of a process, by its folder in /proc; empty if they cannot be read."""
-    found: dict[str, int] = {}
-    try:
-        for name in _FILES:
-            lines = (process / name).read_text().splitlines()
-            for titles, values in zip(lines[::2], lines[1::2], strict=False):
-                prefix, names = titles.split(":", 1)
-                for title, value in zip(names.split(), values.split(":", 1)[1].split(), strict=False):
-                    found[prefix + title] = int(value)
-    except OSError:
-        return {}
-    return found
+            with suppress(OSError):
+                files = _Open(processes)
+                number += 1
+                yield inode, files
 
 
 def memory() -> Memory | None:

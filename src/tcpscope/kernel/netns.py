@@ -69,12 +69,12 @@ def visible() -> Visible:
     return Visible({inode: Namespace(inode, path, names.get(inode)) for inode, path in found.items()}, hidden)
 
 
-def processes() -> dict[int, Path]:
-    """Namespaces, as inode, and the folder in /proc of a process in each: of those that can be read."""
-    found: dict[int, Path] = {}
+def processes() -> dict[int, list[Path]]:
+    """Namespaces, as inode, and the folders in /proc of the processes in each: of those that can be read."""
+    found: dict[int, list[Path]] = {}
     for process in _processes():
         with suppress(OSError):
-            found.setdefault(_inode_in_link(process / "ns/net"), process)
+            found.setdefault(_inode_in_link(process / "ns/net"), []).append(process)
     return found
 
 
