@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tcpscope.diagnose import Finding, Remedy, wording
+from tcpscope.diagnose import Finding, Remedy, paths, wording
 from tcpscope.diagnose.queue_history import Burst, History
 from tcpscope.diagnose.rules import accept_queue, accept_slow, syn_queue
 from tcpscope.kernel import netns, pidns
@@ -64,6 +68,29 @@ def test_a_command_enters_the_namespace_by_a_process_that_is_in_it(monkeypatch: 
     monkeypatch.setattr(netns, "visible", lambda: Visible({1: Namespace(1, "/run/netns/blue", "blue")}, 0))
     assert wording.in_namespace(of(replace(ELSEWHERE, inside=frozenset({11}))), "true") == "nsenter -t 11 -n true"
     assert wording.in_namespace(of(ELSEWHERE), "true") == "nsenter --net=/run/netns/blue true"
+
+
+def test_without_privileges_the_name_tells_whether_the_number_is_that_of_another_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own, name = os.getpid(), Path("/proc/self/comm").read_text().strip()
+    inode = netns.inode_of("/proc/self/ns/net")
+    assert wording.is_in(own, inode, "someone-else")
+    assert not wording.is_in(own, inode + 1, name)
+
+    def refuse(path: Any) -> int:
+        if str(path) == "/proc/self/ns/net":
+            return inode
+        raise PermissionError(errno.EACCES, "not permitted", str(path))
+
+    monkeypatch.setattr(netns, "inode_of", refuse)
+    assert wording.is_in(own, inode, name)
+    assert not wording.is_in(own, inode, "someone-else")
+    assert not wording.is_in(own, inode, None)
+    assert not wording.is_in(0x7FFFFFFF, inode, name)
+    monkeypatch.setattr(netns, "visible", lambda: Visible({}, 0))
+    assert paths.command(1, Counter({(own, "someone-else"): 1}), "true") is None
+    assert paths.command(1, Counter({(own, name): 1}), "true") == f"nsenter -t {own} -n true"
 
 
 def test_without_a_way_into_the_namespace_there_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from tcpscope.diagnose import peer, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.tallies import Tally
-from tcpscope.diagnose.wording import in_netns
+from tcpscope.diagnose.wording import in_netns, is_in
 
 SENDING = frozenset({"ESTABLISHED", "CLOSE_WAIT", "FIN_WAIT1", "CLOSING", "LAST_ACK"})
 """States in which the remote end has to acknowledge what was sent."""
@@ -89,7 +88,7 @@ def who(found: Owners) -> str | None:
 
 def command(netns: int, found: Owners, text: str) -> str | None:
     """A command in the network namespace of these processes' sockets; None: it is not known how to enter that."""
-    inside = next((pid for pid in pids(found) if _is_in(pid, netns)), None)
+    inside = next((pid for (pid, comm), _ in found.most_common() if is_in(pid, netns, comm)), None)
     entered = in_netns(netns, _HERE, [inside]) if inside else _entered(netns, int(time.monotonic() / _KNOWN_SECONDS))
     return entered.replace(_HERE, text) if entered else None
 
@@ -98,15 +97,6 @@ def command(netns: int, found: Owners, text: str) -> str | None:
 def _entered(netns: int, when: int) -> str | None:
     """Without a process to enter by. All of /proc is read for it, and many findings may ask."""
     return in_netns(netns, _HERE)
-
-
-def _is_in(pid: int, inode: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/ns/net").readlink().name in (f"net:[{inode}]", "")
-    except PermissionError:  # on 5.10 the link is empty
-        return True  # it is not ours to look: few programs leave the namespace of their sockets
-    except OSError:
-        return False
 
 
 def of(where: Peer, found: Owners, *look: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tcpscope.kernel import netns, pidns
 from tcpscope.listeners import Listener
 
 _LEAST, _MOST = 128, 65535
+_COMM = 15  # bytes that the kernel keeps of a name
 _PEERS_SHOWN = 3
 
 
@@ -155,16 +157,22 @@ def _namespaces(second: int) -> dict[int, netns.Namespace]:
     return netns.visible().namespaces
 
 
-def is_in(pid: int, inode: int) -> bool:
-    """Whether this process is in this network namespace, as far as that can be seen.
+def is_in(pid: int, inode: int, comm: str | None = "") -> bool:
+    """Whether this process is in this network namespace.
 
-    Without privileges it cannot. Few programs change their namespace.
+    Without privileges that cannot be seen. Few programs change their namespace, but the number may be that of another
+    process by now: its name must be `comm`; "": any. In a PID namespace PIDs are those of others.
     """
     process = Path("/proc", str(pid))
     try:
-        return netns.inode_of(process / "ns/net") == inode
+        return not pidns.inner() and netns.inode_of(process / "ns/net") == inode
+    except PermissionError:
+        with suppress(OSError):
+            name = (process / "comm").read_text(errors="replace").rstrip("\n")
+            return comm is not None and comm[:_COMM] in ("", name)
     except OSError:
-        return process.exists()
+        pass
+    return False
 
 
 def raise_limit(history: History, proposed: int) -> Iterator[Remedy]:

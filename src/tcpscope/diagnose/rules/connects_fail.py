@@ -239,7 +239,8 @@ class ConnectsFail(Rule):
         pids = subject.pids
         worst = subject.programs[subject.worst]
         main_pid = max(worst.pids, key=lambda pid: worst.pids[pid])
-        inside = [pid for pid in pids if pid and is_in(pid, netns)]
+        named = [(pid, comm) for comm, program in subject.programs.items() for pid in program.pids]
+        inside = [pid for pid, comm in named if pid and is_in(pid, netns, comm)]
         about = {service(netns, raddr, port) for port in subject.ports}
         about |= {endpoint(netns, raddr, port) for port in subject.ports}
         about |= {listener(own, port) for port in subject.ports for own in _listening(seen, subject, port)}

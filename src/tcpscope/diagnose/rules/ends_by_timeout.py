@@ -57,6 +57,7 @@ class EndsByTimeout(Rule):
             closed += tally.count if group.state in _CLOSED else 0
         (pid, comm), _ = owners.most_common(1)[0]
         pids = [number for (number, _), _ in owners.most_common() if number is not None]
+        inside = [number for number, name in owners if number is not None and is_in(number, netns, name)]
         probes, timeouts = causes["KEEPALIVE"], causes["TIMEOUT"]
         observed = [
             f"{total.count} connections ended: {timeouts} by timeout of retransmissions or of probes of the window, "
@@ -76,7 +77,7 @@ class EndsByTimeout(Rule):
             remedies=[
                 Remedy(
                     f"See whether {raddr} can be reached.",
-                    command=in_netns(netns, f"ping -c 3 {raddr}", [each for each in pids if is_in(each, netns)]),
+                    command=in_netns(netns, f"ping -c 3 {raddr}", inside),
                 ),
                 Remedy(
                     "If it can, a device between has forgotten the connections: let the application send something, or "

@@ -114,7 +114,7 @@ class FirewallDrops(Rule):
         for _, tally in found:
             total.merge(tally)
         (pid, comm), number = owners.most_common(1)[0]
-        inside = [each for each, _ in owners if each and is_in(each, netns)]
+        inside = [each for each, name in owners if each and is_in(each, netns, name)]
         yield Finding(
             rule=self.name,
             severity="critical" if total.count >= MANY else "warning",

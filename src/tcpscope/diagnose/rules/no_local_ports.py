@@ -25,6 +25,7 @@ _ON_LOOPBACK = 2
 _LONG_SEARCH_US = 1000
 
 _Failures = dict[tuple[str, int | None, str | None], Tally]
+_Owners = dict[int | None, str | None]
 
 
 class NoLocalPorts(Rule):
@@ -55,7 +56,7 @@ class NoLocalPorts(Rule):
             + f": {_TITLES[what].format(comm=comm or '?')}",
             observed=list(_observed(row, first, failures)),
             why=_WHY[what],
-            remedies=list(_remedies(row, what, failed, [each for each in (pid, failing_pid) if each])),
+            remedies=list(_remedies(row, what, failed, {pid: comm, failing_pid: failing_comm})),
             facts={
                 "netns": row.netns,
                 "laddr": row.laddr,
@@ -153,8 +154,8 @@ def _observed(row: Any, first: Any, failures: _Failures) -> Iterator[str]:
         yield f"connect() looked for a port for up to {row.search_max_us} us in a second"
 
 
-def _remedies(row: Any, what: str, failed: int, pids: list[int]) -> Iterator[Remedy]:
-    inside = [pid for pid in pids if is_in(pid, row.netns)]
+def _remedies(row: Any, what: str, failed: int, owners: _Owners) -> Iterator[Remedy]:
+    inside = [pid for pid, comm in owners.items() if pid and is_in(pid, row.netns, comm)]
     if what == "open":
         yield Remedy(
             f"Limit and close the connections of {row.comm or 'the program'}: a pool of a fixed size, one connection "
