@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from tcpscope.diagnose import processes
+from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.rules import accept_stalled
 from tcpscope.filters import cgroup_mount
 from tests.conftest import until
+from tests.test_sampling import LISTENER
 
 
 def test_this_process() -> None:
@@ -95,3 +98,35 @@ def test_the_unit_or_container(cgroup: str, name: str, tmp_path: Path, monkeypat
     (folder / "cgroup").write_text(f"{cgroup}\n")
     monkeypatch.setattr(processes, "PROC", tmp_path)
     assert processes.read(7).name == name
+
+
+A, B = "ab12" * 16, "0f" * 32
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "command"),
+    [
+        (f"/system.slice/docker-{A}.scope", "docker unpause ab12ab12ab12"),
+        (f"/docker/{A}", "docker unpause ab12ab12ab12"),
+        (f"/docker/{A}/kubepods.slice/cri-containerd-{B}.scope", "docker unpause ab12ab12ab12"),
+        (f"/machine.slice/libpod-{A}.scope", "cat /proc/7/cgroup"),
+        (f"/machine.slice/libpod-{A}.scope/docker/{B}", "cat /proc/7/cgroup"),
+        (f"/kubepods.slice/cri-containerd-{A}.scope", "cat /proc/7/cgroup"),
+        ("/system.slice/nginx.service", "systemctl thaw -- nginx.service"),
+        ("/a/x; reboot #.service", "systemctl thaw -- 'x; reboot #.service'"),
+        ("/a/--host=there.service", "systemctl thaw -- --host=there.service"),
+        ("/a", "cat /proc/7/cgroup"),
+    ],
+)
+def test_what_lets_a_frozen_one_go_on(
+    cgroup: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "7"
+    folder.mkdir()
+    (folder / "stat").write_text("7 (nginx) S 1 7 7 0")
+    (folder / "cgroup").write_text(f"0::{cgroup}\n")
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    monkeypatch.setattr(processes, "_is_frozen", lambda path: path == cgroup)
+    history = History(LISTENER, LISTENER)
+    (remedy,) = accept_stalled._remedies(history, [processes.read(7)], [], 1)
+    assert remedy.command == command

@@ -93,6 +93,11 @@ def test_without_privileges_the_name_tells_whether_the_number_is_that_of_another
     assert paths.command(1, Counter({(own, name): 1}), "true") == f"nsenter -t {own} -n true"
 
 
+def test_a_name_of_a_namespace_is_one_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(netns, "visible", lambda: Visible({1: Namespace(1, "/run/netns/a b;reboot", "a b;reboot")}, 0))
+    assert wording.in_namespace(of(ELSEWHERE), "true") == "nsenter --net='/run/netns/a b;reboot' true"
+
+
 def test_without_a_way_into_the_namespace_there_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(netns, "visible", lambda: Visible({}, 0))
     assert wording.in_namespace(of(ELSEWHERE), "true") is None

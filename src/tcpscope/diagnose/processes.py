@@ -14,6 +14,7 @@ from tcpscope.kernel import pidns
 PROC = Path("/proc")
 _UNIT = re.compile(r"([^/]+\.(?:service|scope|socket))(?:/|$)")
 _CONTAINER = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+_DOCKER = re.compile(r"/docker[-/]([0-9a-f]{12})[0-9a-f]{52}(?:\.scope)?(?:/|$)")
 _STATES = {"D": "uninterruptible sleep", "T": "stopped", "t": "stopped by a tracer", "Z": "zombie"}
 
 
@@ -25,6 +26,7 @@ class Process:
     wchan        kernel function in which it sleeps; None without CAP_SYS_PTRACE
     unit         its systemd unit
     container    the first twelve digits of its container's id
+    by_docker    that is one of Docker's
     open_files   RLIMIT_NOFILE, the soft limit. There is always one: fs.nr_open at the most
     frozen       its cgroup (v2) is frozen, as that of a paused container
     """
@@ -37,6 +39,7 @@ class Process:
     container: str | None = None
     open_files: int | None = None
     frozen: bool = False
+    by_docker: bool = False
 
     @property
     def name(self) -> str:
@@ -72,7 +75,7 @@ def read(pid: int, comm: str | None = None) -> Process:
     if comm is not None and comm != name and comm[:15] != name[:15]:
         return Process(pid, comm)  # another process has this number now, or in this namespace
     unit = container = wchan = limit = None
-    frozen = False
+    frozen = by_docker = False
     with suppress(OSError):
         wchan = (folder / "wchan").read_text().strip("0\n") or None
     with suppress(OSError):
@@ -81,13 +84,15 @@ def read(pid: int, comm: str | None = None) -> Process:
             units, found = _UNIT.findall(path), _CONTAINER.search(path)
             unit = units[-1] if units else unit
             container = found[1] if found else container
+            if found:
+                by_docker = found[1] in _DOCKER.findall(path)
             if line.startswith("0::"):
                 frozen = _is_frozen(path)
     with suppress(OSError, ValueError, IndexError):
         for line in (folder / "limits").read_text().splitlines():
             if line.startswith("Max open files"):
                 limit = int(line.split()[3])
-    return Process(pid, name, rest.split()[0], wchan, unit, container, limit, frozen)
+    return Process(pid, name, rest.split()[0], wchan, unit, container, limit, frozen, by_docker)
 
 
 def _is_frozen(cgroup: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tcpscope.diagnose import Remedy, listener, processes
@@ -148,7 +149,7 @@ def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
     if (first := min(pids, default=None)) and not pidns.inner():
         return f"nsenter -t {first} -n {command}"
     seen = _namespaces(int(time.monotonic())).get(inode)
-    return f"nsenter --net={seen.path} {command}" if seen else None
+    return f"nsenter --net={quote(seen.path)} {command}" if seen else None
 
 
 @lru_cache(maxsize=1)

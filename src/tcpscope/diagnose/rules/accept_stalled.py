@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from shlex import quote
 from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, processes
@@ -203,11 +204,9 @@ def _remedies(
             risk="Somebody may have stopped it on purpose.",
         )
     elif frozen:
-        first = frozen[0]
-        thaw = f"systemctl thaw {first.unit}" if first.unit else f"cat /proc/{first.pid}/cgroup"
         yield Remedy(
             f"Let {_names(frozen)} go on: its cgroup is frozen, as a paused container is.",
-            command=f"docker unpause {first.container}" if first.container else thaw,
+            command=_thaw(frozen[0]),
             risk="Somebody may have paused it on purpose.",
         )
     elif blocked:
@@ -226,6 +225,18 @@ def _remedies(
             f"Restart {_names(workers)}: until it accepts, a part of all new connections waits for it.",
             risk=f"The {waiting} connections in its queue are reset, unless net.ipv4.tcp_migrate_req is 1.",
         )
+
+
+def _thaw(frozen: Process) -> str:
+    """The command of what has frozen it; if that is not known, one that shows its cgroup.
+
+    Whoever makes a cgroup chooses its name.
+    """
+    if frozen.by_docker:
+        return f"docker unpause {frozen.container}"
+    if frozen.unit and not frozen.container:
+        return f"systemctl thaw -- {quote(frozen.unit)}"
+    return f"cat /proc/{frozen.pid}/cgroup"
 
 
 def _names(found: Sequence[Process]) -> str:
