@@ -93,6 +93,8 @@ class Sockets:
     twice    (netns, raddr) -> segments that the remote end had got twice; sum: how often reordering was seen
     numbers  (mark, netns, pid) -> (time, connections of this process with the mark) in the last looks, the oldest first
 
+    served   (netns, lport) -> remote address -> when the last connection that it made to this port began, of those that
+             a look has found and whose begin was seen, in seconds of the monotonic clock
     left_out  how many connections at the most found no room in a look
 
     The first two are summed from look to look: what has ended since is in them, and nothing that ended before a look.
@@ -118,6 +120,8 @@ class Sockets:
             self.sent: dict[tuple[int, str], Tally] = {}
             self.twice: dict[tuple[int, str], Tally] = {}
             self.numbers: dict[tuple[str, int, int | None], deque[tuple[float, int]]] = {}
+            self.served: dict[tuple[int, int], dict[str, float]] = {}
+            self._served = 0
             self.looks = self.connections = 0
             self.left_out = self._lost = 0
             self._last_s, self._next_s = time.monotonic(), 0.0
@@ -138,6 +142,12 @@ class Sockets:
                 tally.forget(before_s)
                 if not (tally.count or tally.sum):
                     del tallies[peer]
+        for port, peers in list(self.served.items()):
+            for raddr in [raddr for raddr, at_s in peers.items() if at_s < before_s]:
+                del peers[raddr]
+                self._served -= 1
+            if not peers:
+                del self.served[port]
 
     @property
     def now(self) -> Iterator[Track]:
@@ -159,6 +169,8 @@ class Sockets:
             track._look(row, now_s, self._marks)
             found[key] = track
             self._add_up(track, now_s)
+            if track.looks == 1 and row.role == "PASSIVE" and row.opened_ns and row.state != "SYN_RECV":
+                self._serve(row)
         self.tracks = found
         self._count(now_s)
         self.looks += 1
@@ -179,6 +191,15 @@ class Sockets:
         for tallies, count, number in ((self.sent, sent, again), (self.twice, twice, reordered)):
             if (count or number) and (peer in tallies or len(tallies) < _PEERS_AT_MOST):
                 tallies.setdefault(peer, Tally()).add(now_s, count, number)
+
+    def _serve(self, row: Any) -> None:
+        peers = self.served.get((row.netns, row.lport), {})
+        if row.raddr not in peers:
+            if self._served == _PEERS_AT_MOST:
+                return
+            self._served += 1
+            peers = self.served.setdefault((row.netns, row.lport), peers)
+        peers[row.raddr] = max(row.opened_ns / 1e9, peers.get(row.raddr, 0.0))
 
     def _count(self, now_s: float) -> None:
         before = self.numbers

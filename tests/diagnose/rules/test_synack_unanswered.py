@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
+from tcpscope.diagnose import Finding
+from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.rules import synack_unanswered
 from tcpscope.diagnose.tallies import Tally
 from tests.record import Script, Test, recorded
+from tests.test_sampling import at
 from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, Run, findings
 
 SYNS = 64
@@ -85,15 +89,25 @@ class Group(NamedTuple):
     lport: int = 80
 
 
-def kinds(tallies: dict[Group, Tally], *peers: str) -> list[str]:
-    """What is found; `peers` have a connection to the port."""
+def findings_of(
+    tallies: dict[Group, Tally], *peers: str, accepts: int | None = None, served: dict[str, float] | None = None
+) -> list[Finding]:
+    """What is found; `peers` have a connection to the port, and `served` when they had one."""
     rows = [
         SimpleNamespace(last=SimpleNamespace(netns=1, lport=80, raddr=raddr, state="ESTABLISHED")) for raddr in peers
     ]
+    first = at(0, 0, 0, 0, laddr="192.0.2.2", lport=80, netns=1, accepts=None if accepts is None else 1000)
+    history = History(first, replace(first, accepts=None if accepts is None else 1000 + accepts))
     seen: Any = SimpleNamespace(
-        retrans=SimpleNamespace(where=lambda **values: tallies.items()), sockets=SimpleNamespace(now=rows)
+        retrans=SimpleNamespace(where=lambda **values: tallies.items()),
+        sockets=SimpleNamespace(now=rows, served={(1, 80): served or {}}),
+        queues=SimpleNamespace(histories={1: history}, exact=True),
     )
-    return [finding.facts["kind"] for finding in synack_unanswered.rule.check(seen)]
+    return list(synack_unanswered.rule.check(seen))
+
+
+def kinds(tallies: dict[Group, Tally], *peers: str) -> list[str]:
+    return [finding.facts["kind"] for finding in findings_of(tallies, *peers)]
 
 
 def again(*times_s: float) -> Tally:
@@ -119,3 +133,21 @@ def test_two_timeouts_are_needed(times_s: tuple[float, ...], found: list[str]) -
 @pytest.mark.parametrize(("peers", "found"), [(49, []), (50, ["flood"])])
 def test_without_an_overflow_a_flood_is_fifty_peers(peers: int, found: list[str]) -> None:
     assert kinds({Group(f"198.51.100.{host}", 9): again(1, 3) for host in range(peers)}) == found
+
+
+@pytest.mark.parametrize(("accepts", "severity"), [(None, "critical"), (0, "critical"), (1, "warning"), (9, "warning")])
+def test_while_others_are_accepted_it_may_be_one_host_of_many(accepts: int | None, severity: str) -> None:
+    """One broken phone behind the address of an office, whose other requests are short or idle: no look shows them."""
+    tallies = {Group("192.0.2.1", port): again(1, 3) for port in range(5)}
+    (finding,) = findings_of(tallies, accepts=accepts)
+    assert (finding.severity, finding.facts["accepts"]) == (severity, accepts)
+    some = "some handshakes from 192.0.2.1 to 192.0.2.2:80 are not completed"
+    assert finding.title == (some if accepts else "handshakes from 192.0.2.1 to 192.0.2.2:80 are never completed")
+    assert (f"the application accepted {accepts} connections meanwhile" in finding.observed) == bool(accepts)
+    assert ("several hosts share this address" in finding.why) == bool(accepts)
+
+
+@pytest.mark.parametrize(("made_s", "found"), [(0.5, 1), (1.0, 0), (9.0, 0)])
+def test_a_peer_that_had_a_connection_meanwhile(made_s: float, found: int) -> None:
+    tallies = {Group("192.0.2.1", port): again(1, 3) for port in range(5)}
+    assert len(findings_of(tallies, accepts=7, served={"192.0.2.1": made_s, "192.0.2.9": 9.0})) == found

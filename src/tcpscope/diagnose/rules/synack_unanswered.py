@@ -38,6 +38,10 @@ WHY_LOST = (
     "lost (another route or interface, a firewall that has not seen the SYN), or the peer sends SYNs without wanting "
     "a connection."
 )
+WHY_SOME = (
+    " Connections were accepted meanwhile, and it is not known of whom: if several hosts share this address, it may be "
+    "one of them."
+)
 WHY_FLOOD = (
     "Many addresses have sent one SYN each, and none answers the SYN-ACK. So the addresses are forged, or the way back "
     "to all of them is cut. Each such handshake keeps its place in the SYN queue until the SYN-ACK was sent "
@@ -77,12 +81,18 @@ class SynackUnanswered(Rule):
             alive = _alive(seen, own, history)
             if alive is None:
                 continue
-            silent = {raddr: tallies for raddr, tallies in own.peers.items() if raddr not in alive}
+            served = seen.sockets.served.get((own.netns, own.lport), {})
+            silent = {
+                raddr: tallies
+                for raddr, tallies in own.peers.items()
+                if raddr not in alive and served.get(raddr, 0.0) < min(tally.first_s for tally in tallies)
+            }
             lost = {raddr: tallies for raddr, tallies in silent.items() if len(tallies) >= HANDSHAKES}
             single = {raddr: tallies for raddr, tallies in silent.items() if raddr not in lost}
             overflows = _overflows(history)
             if lost:
-                yield _finding(self.name, seen, own, history, lost, "lost", "critical")
+                severity = "warning" if history and history.accepts else "critical"
+                yield _finding(self.name, seen, own, history, lost, "lost", severity)
             elif overflows and len(single) >= FLOOD_PEERS:
                 severity = "critical" if sum(overflows[:3]) else "warning"
                 yield _finding(self.name, seen, own, history, single, "flood", severity)
@@ -150,9 +160,11 @@ def _finding(
     overflows = _overflows(history) or (0, 0, 0, 0)
     full, reserved, unsure, cookies = overflows
     sent = sum(tally.count for tally in tallies)
+    accepts = history.accepts if history else None
+    whom = f"{most[0]} and {len(peers) - 1} more" if len(peers) > 1 else most[0]
+    some, never = ("some ", "not") if accepts else ("", "never")
     title = (
-        f"handshakes from {most[0]}{f' and {len(peers) - 1} more' if len(peers) > 1 else ''} to {own.name} are never "
-        "completed"
+        f"{some}handshakes from {whom} to {own.name} are {never} completed"
         if kind == "lost"
         else f"SYN flood on {own.name}: {len(peers)} addresses never answer"
     )
@@ -164,6 +176,7 @@ def _finding(
         observed=[
             f"{len(tallies)} handshakes that nobody completed; their SYN-ACKs were sent {sent} times more",
             f"peers: {shown}" + (f" and {more} more addresses" if more > 0 else ""),
+            *([f"the application accepted {accepts} connections meanwhile"] if kind == "lost" and accepts else ()),
             *syns_refused(*overflows),
             *(
                 counters_agree(seen.queues, history.last, ("TCPReqQFullDrop", "TCPReqQFullDoCookies"))
@@ -171,7 +184,7 @@ def _finding(
                 else ()
             ),
         ],
-        why=WHY_LOST if kind == "lost" else WHY_FLOOD,
+        why=WHY_FLOOD if kind == "flood" else WHY_LOST + (WHY_SOME if accepts else ""),
         remedies=list(_remedies(own, history, most[0], kind, cookies)),
         facts={
             "netns": own.netns,
@@ -184,6 +197,7 @@ def _finding(
             "peers": len(peers),
             "raddr": most[0],
             "synacks_again": sent,
+            "accepts": accepts,
             "dropped": None if unsure else full,
             "reserved": None if unsure else reserved,
             "cookies": cookies,
