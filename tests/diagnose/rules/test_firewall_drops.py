@@ -8,9 +8,10 @@ from urllib.parse import unquote
 
 import pytest
 
+from tcpscope.diagnose import addresses
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.rules.firewall_drops import is_syn, rule
-from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, times
+from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, sockets, times
 from tests.diagnose.rules.test_connects_fail import fail
 from tests.record import Host, Script, Test, recorded
 from tests.test_sampling import at
@@ -81,10 +82,12 @@ def dropped(**columns: Any) -> Any:
     return of(**given | columns)
 
 
-def findings(given: Any, laddr: str = "0.0.0.0", accepts: int | None = 0) -> list[Any]:
+def findings(given: Any, laddr: str = "0.0.0.0", accepts: int | None = 0, seen_at: str | None = THERE) -> list[Any]:
+    """`seen_at`: there a connection of the listener was seen. The addresses of NETNS cannot be read."""
     first = at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=0)
     history = History(first, at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=accepts))
-    return check(rule, drops=groups(given), queues=SimpleNamespace(histories={1: history}))
+    rows = [SimpleNamespace(netns=NETNS, lport=80, laddr=seen_at)] if seen_at else []
+    return check(rule, drops=groups(given), queues=SimpleNamespace(histories={1: history}), sockets=sockets(*rows))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +102,33 @@ def test_scanners_and_ports_that_do_not_listen_are_no_finding() -> None:
     assert findings({dropped(raddr=f"198.51.100.{host}"): times(1) for host in range(100)}) == []
     assert findings({dropped(lport=81): times(20)}) == []
     assert findings({dropped(): times(20)}, laddr="127.0.0.1") == []
+
+
+@pytest.mark.parametrize(
+    ("listens", "laddr", "number"),
+    [
+        ("0.0.0.0", THERE, 1),
+        ("::", THERE, 1),
+        ("0.0.0.0", "203.0.113.5", 0),  # forwarded to another host
+        ("::", "203.0.113.5", 0),
+        ("203.0.113.5", "203.0.113.5", 1),
+        ("0.0.0.0", "2001:db8::2", 0),
+        ("::", "2001:db8::2", 1),
+        ("::", "2001:db8::3", 0),
+    ],
+)
+def test_a_listener_at_all_addresses_has_those_of_its_namespace(
+    listens: str, laddr: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "is_local", lambda address, own: address in (THERE, "2001:db8::2"))
+    assert len(findings({dropped(laddr=laddr): times(9)}, laddr=listens, seen_at=None)) == number
+
+
+def test_addresses_that_are_not_known_are_those_of_connections() -> None:
+    assert len(findings({dropped(): times(9)})) == 1
+    assert findings({dropped(): times(9)}, seen_at=None) == []
+    assert findings({dropped(): times(9)}, seen_at=OTHER) == []
+    assert len(findings({dropped(): times(9)}, laddr=THERE, seen_at=None)) == 1
 
 
 def test_before_reasons_the_function_tells() -> None:

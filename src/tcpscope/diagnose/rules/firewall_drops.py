@@ -6,12 +6,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, addresses, endpoint, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import in_namespace, in_netns, is_in, of, whose
 from tcpscope.kernel import pidns
+from tcpscope.listeners import Listener
 from tcpscope.output import endpoint as text_of
 
 LEAST = 3
@@ -49,21 +50,25 @@ class FirewallDrops(Rule):
             for history in seen.queues.histories.values():
                 found = received.get((history.last.netns, history.last.lport))
                 if found and not history.gone:
-                    yield from self._received(history, found)
+                    yield from self._received(seen, history, found)
         for key, found in sent.items():
             yield from self._sent(*key, found)
 
-    def _received(self, history: History, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+    def _received(self, seen: Evidence, history: History, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
         own, total = history.last, Tally()
-        peers: Counter[str] = Counter()
-        here = [(group, tally) for group, tally in found if own.laddr in (group.laddr, *_WILDCARDS)]
-        for group, tally in here:
-            peers[group.raddr] += tally.count
+        here = [(group, tally) for group, tally in found if _takes(own.laddr, group.laddr)]
+        if max(_peers(here).values(), default=0) < LEAST:
+            return
+        if own.laddr in _WILDCARDS:
+            # A SYN that this host forwards comes in, too, and may be for the same port of another host.
+            local = {address: _is_local(seen, own, address) for address in {group.laddr for group, _ in here}}
+            here = [(group, tally) for group, tally in here if local[group.laddr]]
+        peers = _peers(here)
         if max(peers.values(), default=0) < LEAST:
             return
         for _, tally in here:
             total.merge(tally)
-        addresses = {group.laddr for group, _ in here}
+        laddrs = {group.laddr for group, _ in here}
         shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
         more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
         accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
@@ -98,7 +103,7 @@ class FirewallDrops(Rule):
             },
             who=common["who"],
             look=(f"drop -L {own.lport} --reason 'NETFILTER_*'",),
-            about=common["about"] | {endpoint(own.netns, address, own.lport) for address in addresses},
+            about=common["about"] | {endpoint(own.netns, address, own.lport) for address in laddrs},
             first_s=total.first_s,
             last_s=total.last_s,
             subject=("listener", own.key),
@@ -148,6 +153,28 @@ class FirewallDrops(Rule):
             last_s=total.last_s,
             subject=("service", netns, raddr, rport),
         )
+
+
+def _peers(found: list[tuple[Any, Tally]]) -> Counter[str]:
+    peers: Counter[str] = Counter()
+    for group, tally in found:
+        peers[group.raddr] += tally.count
+    return peers
+
+
+def _takes(listens: str, laddr: str) -> bool:
+    """Whether a listener there may take connections to this address. One at :: may take those of IPv4."""
+    return listens in (laddr, "::") or (listens == "0.0.0.0" and ":" not in laddr)
+
+
+def _is_local(seen: Evidence, own: Listener, laddr: str) -> bool:
+    """Whether it is an address of this network namespace. If its addresses cannot be read, a connection shows it."""
+    known = addresses.is_local(laddr, own)
+    if known is not None:
+        return known
+    there = (own.netns, own.lport, laddr)
+    rows = (track.last for track in seen.sockets.now) if hasattr(seen, "sockets") else ()
+    return any((row.netns, row.lport, row.laddr) == there for row in rows)
 
 
 def is_syn(flags: str | None) -> bool:
