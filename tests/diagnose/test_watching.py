@@ -133,7 +133,8 @@ def test_a_symptom_that_was_told_before_its_cause_is_not_among_the_findings_of_t
     clock.now += SETTLE_SECONDS
     assert told(watch) == [("began", "loss")]
     dead.now = [finding("no_ack")]
-    assert [(news.what, news.known.finding.rule) for news in watch.end()] == [("began", "no_ack")]
+    heard = [(news.what, news.known.finding.rule) for news in watch.end()]
+    assert heard == [("explained", "loss"), ("began", "no_ack")]
     assert [each.rule for each in watch.findings()] == ["no_ack"]
 
 
@@ -148,6 +149,7 @@ def test_with_watch_a_symptom_that_was_told_does_not_end_because_its_cause_is_fo
         clock.now += 1
     assert heard == [
         (2, "began", "connects_fail"),
+        (10, "explained", "connects_fail"),
         (12, "began", "no_ack"),
         (54, "ended", "connects_fail"),
         (54, "ended", "no_ack"),
@@ -210,7 +212,7 @@ def test_a_finding_is_told_again_when_it_gets_worse(clock: Clock) -> None:
     told(watch)
     clock.now += SETTLE_SECONDS
     assert told(watch) == [("began", "loss")]
-    for severity, expected in (("critical", [("began", "loss")]), ("warning", []), ("critical", [])):
+    for severity, expected in (("critical", [("worse", "loss")]), ("warning", []), ("critical", [])):
         loss.now = [as_severe(severity)]
         clock.now += 1
         assert told(watch) == expected

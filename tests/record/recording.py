@@ -45,7 +45,9 @@ class Run:
     @cached_property
     def rows(self) -> list[Row]:
         return [
-            record for record in self._records if record.keys() not in ({"stats"}, {"summary"}, {"began"}, {"ended"})
+            record
+            for record in self._records
+            if record.keys() not in ({"stats"}, {"summary"}, {"began"}, {"ended"}, {"worse"}, {"explained"})
         ]
 
     @cached_property

@@ -95,7 +95,13 @@ class _Text:
             lasted_s = max(0.0, news.known.last_s - first_s)
             self._write([f"{number}. has ended, after {text.span(lasted_s)}: {finding.title}", ""])
             return
+        if news.what == "explained":
+            self._write([f"{number}. is explained by another finding: {finding.title}", ""])
+            return
         self._shown[finding.key] = finding, after_s
+        if news.what == "worse":
+            self._write([*text.wrapped(f"{number}. is [{finding.severity}] now: {finding.title}", width), ""], True)
+            return
         self._write([*text.finding(number, finding, after_s, width), ""], finding.severity == "critical")
 
     def end(self, findings: list[Finding]) -> None:
@@ -106,7 +112,8 @@ class _Text:
             if before.why != finding.why:  # it is another case of the fault, as is known now
                 self._write([*text.finding(number, finding, after_s, text.width_of(self._stream)), ""])
             elif before.observed != finding.observed:
-                self._write([f"{number}. at the end: {'; '.join(finding.observed[:2])}"])
+                line = f"{number}. at the end: {'; '.join(finding.observed[:2])}"
+                self._write(text.wrapped(line, text.width_of(self._stream)))
         last = [text.nothing_found(self._evidence)] if not self._numbers else []
         order = [str(self._numbers[finding.key]) for finding in findings]
         if len(order) > 1:
@@ -131,7 +138,7 @@ class _Records:
 
     def tell(self, news: News) -> None:
         known = news.known
-        at_s = known.began_s if news.what == "began" else known.last_s
+        at_s = known.last_s if news.what == "ended" else known.began_s
         self._write({news.what: _values(known.finding) | {"at_s": round(at_s - self._evidence.began_s, 1)}})
 
     def end(self, findings: list[Finding]) -> None:

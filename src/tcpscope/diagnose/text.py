@@ -27,9 +27,9 @@ def span(seconds: float) -> str:
 
 def finding(number: int, finding: Finding, after_s: float, width: int) -> list[str]:
     """The lines of a finding."""
-    lines = _wrapped(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
+    lines = wrapped(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
     for line in finding.observed:
-        lines += _wrapped(line, width, initial_indent="   - ", subsequent_indent="     ")
+        lines += wrapped(line, width, initial_indent="   - ", subsequent_indent="     ")
     lines.append(f"   - certain {span(max(after_s, 0.0))} after the beginning of the watch")
     lines += _titled("Who", finding.who, width) if finding.who else []
     lines += _titled("Why", finding.why, width)
@@ -48,7 +48,7 @@ def finding(number: int, finding: Finding, after_s: float, width: int) -> list[s
     return lines
 
 
-def _wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
+def wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
     """Lines of this width at most; a name with a hyphen is not broken."""
     return textwrap.wrap(
         text,
@@ -61,7 +61,7 @@ def _wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent:
 
 def _titled(title: str, text: str, width: int, indent: int = 3) -> list[str]:
     begin = f"{' ' * indent}{title}:".ljust(indent + 7)
-    return _wrapped(text, width, initial_indent=begin, subsequent_indent=" " * len(begin))
+    return wrapped(text, width, initial_indent=begin, subsequent_indent=" " * len(begin))
 
 
 def watched(evidence: Evidence) -> str:
@@ -70,7 +70,8 @@ def watched(evidence: Evidence) -> str:
 
     def words() -> Iterator[str]:
         if seen["connects"] is not None:
-            yield f"{_number(seen['connects'], 'connect')}, {seen['connects_failed']} failed"
+            given_up = f", {seen['connects_given_up']} given up" if seen["connects_given_up"] else ""
+            yield f"{_number(seen['connects'], 'connect')}, {seen['connects_failed']} failed{given_up}"
         if seen["connections"] is not None:
             yield _number(seen["connections"], "connection")
         if seen["listeners"] is not None:
@@ -89,13 +90,24 @@ def _number(count: int, noun: str) -> str:
 def counts(evidence: Evidence) -> dict[str, Any]:
     """The same numbers, by name; None: not watched."""
     found: dict[str, Any] = dict.fromkeys(
-        ("connects", "connects_failed", "connections", "listeners", "refusals", "retransmissions", "resets", "drops")
+        (
+            "connects",
+            "connects_failed",
+            "connects_given_up",
+            "connections",
+            "listeners",
+            "refusals",
+            "retransmissions",
+            "resets",
+            "drops",
+        )
     )
     if attempts := getattr(evidence, "attempts", None):
         found["connects"] = attempts.count()
         found["connects_failed"] = sum(
             tally.count for group, tally in attempts.tallies.items() if group.outcome not in _FAILED_BY_ITSELF
         )
+        found["connects_given_up"] = attempts.count(outcome="GAVE_UP")
     if sockets := getattr(evidence, "sockets", None):
         found["connections"] = sockets.connections
     if queues := getattr(evidence, "queues", None):

@@ -27,6 +27,7 @@ QUIET_SECONDS = 15.0
 class Known:
     """A finding that was found, and as how severe it was told; None: it was not.
 
+    explained        it was told that another finding is its cause
     began_s, seen_s  when it was found first and last, in seconds of the monotonic clock
     """
 
@@ -34,6 +35,7 @@ class Known:
     began_s: float
     seen_s: float
     told: str | None = None
+    explained: bool = False
 
     @property
     def is_worse(self) -> bool:
@@ -49,9 +51,9 @@ class Known:
 
 @dataclass(frozen=True)
 class News:
-    """A finding has become certain, or has ended."""
+    """A finding has become certain or has ended, is more severe than it was told, or another one is its cause."""
 
-    what: Literal["began", "ended"]
+    what: Literal["began", "ended", "worse", "explained"]
     known: Known
 
 
@@ -87,9 +89,15 @@ class Watch:
         for key, known in list(self.known.items()):
             if key not in current and not known.told:
                 del self.known[key]  # explained by another one since, or not so after all
-            elif (not known.told and now - known.began_s >= settle_s) or known.is_worse:
+            elif not known.told and now - known.began_s >= settle_s:
                 known.told = known.finding.severity
                 yield News("began", known)
+            elif known.told and not known.explained and key not in current and known.seen_s == now:
+                known.explained = True
+                yield News("explained", known)
+            elif known.is_worse:
+                known.told = known.finding.severity
+                yield News("worse", known)
             elif self._windowed and known.told and now - known.last_s >= QUIET_SECONDS:
                 del self.known[key]
                 yield News("ended", known)

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
+from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.queue_history import STALL_SECONDS, History
+from tcpscope.diagnose.rules import accept_stalled
 from tests.record import Script, Test, recorded
 from tests.test_sampling import LISTENER
 from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, PORT, Run, findings, is_exact
@@ -152,3 +154,14 @@ def test_a_busy_server_that_hangs_is_stuck_and_not_slow() -> None:
     history = watched(look for part in (busy, hangs) for look in part)
     assert history.stalled is history.stall is not None
     assert not history.too_slow
+
+
+@pytest.mark.parametrize(("opened", "limit", "is_full"), [(24, 24, True), (23, 24, False), (None, 24, False)])
+def test_a_process_without_files_left(
+    opened: int | None, limit: int, is_full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accept_stalled.processes, "files", lambda pid: opened)
+    worker = Process(7, "proxy", state="S", open_files=limit)
+    assert accept_stalled.without_files(worker) == is_full
+    said = list(accept_stalled._states([worker]))
+    assert any("all 24 files open" in line for line in said) == is_full

@@ -169,10 +169,18 @@ def _states(workers: Sequence[Process]) -> Iterator[str]:
         if each.state is not None:
             does = _DOES.get(each.state, f"is in state {each.state}")
             groups.setdefault(each.does or does + (f" in {each.wchan}" if each.wchan else ""), []).append(each)
+    for each in filter(without_files, workers):
+        yield f"{each.comm} (PID {each.pid}) has all {each.open_files} files open that it may (RLIMIT_NOFILE)"
     if len(groups) == 1 and all(each.does for each in workers):
         return  # the title says so
     for words, group in groups.items():
         yield f"{', '.join(f'{each.comm} (PID {each.pid})' for each in group)} {words}"
+
+
+def without_files(process: Process) -> bool:
+    """Whether it can open no further file, and so accept no connection."""
+    opened = processes.files(process.pid)
+    return opened is not None and process.open_files is not None and opened >= process.open_files
 
 
 def _siblings(others: Sequence[History]) -> Iterator[str]:
@@ -213,6 +221,16 @@ def _remedies(
         yield Remedy(
             f"See what {_names(blocked)} waits for in the kernel: a disk, a network file system, memory.",
             command=f"cat /proc/{blocked[0].pid}/stack",
+        )
+    elif full := [each for each in workers if without_files(each)]:
+        own_limit = 2 * (full[0].open_files or 0)
+        yield Remedy(
+            f"Let {_names(full)} have more open files, or find out what it leaves open: accept() fails with EMFILE.",
+            command=f"prlimit --pid {full[0].pid} --nofile={own_limit}:",
+            name="RLIMIT_NOFILE",
+            present=full[0].open_files,
+            proposed=own_limit,
+            risk="A program that uses select() cannot have more than 1024." if own_limit > 1024 else None,
         )
     elif workers:
         yield Remedy(

@@ -283,8 +283,11 @@ def _services(
     services: dict[tuple[int, str, int], dict[str | None, Program]] = {}
     answered: list[tuple[Any, Tally]] = []
     silent: list[tuple[Program, Tally]] = []
+    connected = {(g.netns, g.comm, g.rport) for g in seen.attempts.tallies if g.outcome == "ESTABLISHED"}
     for group, tally in seen.attempts.tallies.items():
         kind = kind_of(group)
+        if group.outcome == "GAVE_UP" and (group.netns, group.comm, group.rport) not in connected:
+            kind = SILENCE  # no other address was faster: there is no answer anywhere
         if kind is None:
             if group.outcome == "ESTABLISHED":
                 answered.append((group, tally))

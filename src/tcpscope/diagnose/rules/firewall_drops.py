@@ -23,8 +23,8 @@ _FUNCTION = "nf_hook_slow"  # it frees the packet; before 5.17 there is no other
 _WILDCARDS = ("0.0.0.0", "::")
 _PEERS_SHOWN = 3
 _WHY = (
-    "A netfilter rule of this network namespace drops these SYNs without an answer. The client's kernel sends the "
-    "SYN again and again, and connect() fails after a minute or two."
+    "A netfilter rule of this network namespace drops or rejects these SYNs. After a rejection connect() fails at once."
+    " Without an answer the client's kernel sends the SYN again and again, until it or the application gives up."
 )
 _ALL_RULES = "nft list ruleset"
 _COUNTERS = (

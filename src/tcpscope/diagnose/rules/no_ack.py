@@ -113,6 +113,16 @@ class Lives:
         return others, sum(tally.since(whole_s) for tally in self._opened.get(where, ()))
 
 
+def refused_here(seen: Evidence) -> set[tuple[int, str]]:
+    """Ports of listeners on this machine, and addresses whose handshakes they have refused.
+
+    Where the final ACK was ignored the client believes that it is connected.
+    """
+    queues = getattr(seen, "queues", None)
+    troubled = queues.troubled if queues is not None else ()
+    return {(history.last.lport, address) for history in troubled for _, address in history.peers}
+
+
 class NoAck(Rule):
     needs = ("sockets", "attempts", "retrans")
     marks: ClassVar = {"no_ack": unanswered, "unmoved": unmoved}
@@ -133,8 +143,11 @@ class NoAck(Rule):
     def check(self, seen: Evidence) -> Iterator[Finding]:
         clients: dict[tuple[int, int], list[Track]] = {}
         lives = Lives(seen)
+        refused = refused_here(seen)
         for where, tracks in paths.by_peer(seen.sockets.now).items():
-            silent = [track for track in tracks if is_silent(track)]
+            silent = [
+                track for track in tracks if is_silent(track) and (track.last.rport, track.last.laddr) not in refused
+            ]
             if not silent:
                 continue
             if len(silent) < CLIENTS and all(track.last.role == "PASSIVE" for track in silent):

@@ -158,8 +158,8 @@ class Orphans(Rule):
 
 
 def _remedies(netns: int, raddr: str, how: str, rows: list[Any]) -> Iterator[Remedy]:
-    pids = {row.pid for row in rows if row.pid is not None}
-    inside = [pid for pid in pids if is_in(pid, netns)]
+    owners = {(row.pid, row.comm) for row in rows if row.pid is not None}
+    inside = [pid for pid, comm in owners if is_in(pid, netns, comm)]
     if how == "no FIN":
         there = f"Find out on {raddr} which process keeps these connections: there they are in CLOSE_WAIT."
         comm = rows[0].comm or "the application"

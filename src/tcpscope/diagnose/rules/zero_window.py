@@ -43,6 +43,8 @@ def _window_closed(row: Any, before: Any) -> bool:
         return False
     if before is None or before.timer != "ZERO_WINDOW":
         return True
+    if before.acked_seq != row.acked_seq:  # the reader is slow, but it reads
+        return False
     return bool(row.rwnd_us - before.rwnd_us >= LIMITED_SHARE * (row.busy_us - before.busy_us))
 
 
@@ -129,6 +131,8 @@ class ZeroWindow(Rule):
             if _is_full(row) or (row.pid is not None and read(row.pid, row.comm).is_stopped):
                 stalls.setdefault((row.netns, row.pid), _Stall()).readers.append(reader)
         for whose, stall in stalls.items():
+            if stall.readers and not any(reader.holds("not_read") for reader in stall.readers):
+                continue
             if not stall.readers:
                 yield self._read_elsewhere(stall)
             # One that waits to send, a proxy, reads nothing meanwhile: what it waits for is the cause.
