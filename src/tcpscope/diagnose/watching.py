@@ -14,7 +14,7 @@ CHECK_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
 """A finding is told when it has been found for this time: its cause may become certain a moment later."""
 
-_SHARE = 20  # rules take at most this part of one processor
+_SHARE = 4  # rules take at most this part of one processor: what they look at may be gone a moment later
 
 WINDOW_SECONDS = 60.0
 """With --watch a rule looks at the last minute."""
