@@ -16,7 +16,7 @@ def test_it_is_found(lab: Lab, run_tool: type[RunningTool]) -> None:
     (finding,) = found
     facts = finding["facts"]
     assert (finding["rule"], finding["severity"]) == ("accept_slow", "critical")
-    assert 0 < facts["refused"] <= outcome.counters["TcpExtListenOverflows"] + 1
+    assert 0 < facts["refused"] <= lab.server.counters()["TcpExtListenOverflows"]  # SYNs are sent again until the end
     assert 4 < facts["accepts_per_s"] < 12
     assert facts["pids"] == [outcome.listener.pid]
     assert [remedy["proposed"] for remedy in finding["remedies"]] == [None]
