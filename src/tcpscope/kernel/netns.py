@@ -154,6 +154,8 @@ def named() -> list[Path]:
 def inode_of(path: str | os.PathLike[str]) -> int:
     """The inode number of the network namespace that `path` opens; OSError if it opens anything else."""
     if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a device or a pipe may do something
+        if Path(path).is_symlink() and Path(path).readlink() == Path():  # it leads to the folder that it is in
+            raise _hidden(path)
         raise OSError(errno.EINVAL, "not a network namespace", str(path))
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -175,5 +177,9 @@ def _inode_in_link(path: Path) -> int:
     """
     text = path.readlink().name
     if not text:
-        raise PermissionError(errno.EACCES, "not permitted", str(path))
+        raise _hidden(path)
     return int(text[len("net:[") : -1])
+
+
+def _hidden(path: str | os.PathLike[str]) -> PermissionError:
+    return PermissionError(errno.EACCES, "not permitted", str(path))
