@@ -89,8 +89,11 @@ typedef struct {
 } atomic64_t; /* include/linux/types.h */
 typedef struct {
 	unsigned int val;
-} kuid_t; /* include/linux/uidgid_types.h */
+} kuid_t;         /* include/linux/uidgid_types.h */
+struct spinlock { /* include/linux/spinlock_types.h: which members it has differs */
+};
 typedef struct {
+	struct spinlock slock;
 	int owned; /* by a process */
 } socket_lock_t;   /* include/net/sock.h */
 

@@ -338,11 +338,21 @@ static __always_inline void before_end(struct sock *sk, struct connection *conne
 		connection_ended(sk, connection);
 }
 
+/* Somebody works at the socket: its lock is held, by a process or by a softirq of another processor. */
+static __always_inline bool in_use(struct sock *sk)
+{
+	__u32 lock = 0;
+
+	bpf_probe_read_kernel(&lock, sizeof(lock), __builtin_preserve_access_index(&sk->sk_lock.slock));
+	return lock || BPF_CORE_READ(sk, sk_lock.owned);
+}
+
 /* A look at a connection whose counters have changed, or which was or is busy. */
 static __noinline int look_at(struct sock *sk, struct connection *connection, __u64 sent, __u64 received)
 {
 	struct scratch *scratch = &connection->scratch;
 	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	bool may_be_fin = in_use(sk);
 	struct moved now, told;
 
 	if (state == STATE_CLOSE || state == STATE_LISTEN)
@@ -350,6 +360,9 @@ static __noinline int look_at(struct sock *sk, struct connection *connection, __
 	if (!begun)
 		return count_from_now(sk, connection);
 	moved_read(sk, &now, sent, received);
+	/* The last byte may be a FIN that tcp_fin() is about to tell. The next look knows. */
+	if (may_be_fin && received && now.rx == received)
+		now.rx = --received;
 	/* The socket may be gone, and its place be another's. */
 	if (connection_find(sk) != connection)
 		return 0;
