@@ -113,6 +113,20 @@ def test_reasons_that_are_derived(text: str | None, taken: set[int]) -> None:
     assert {number for number in DERIVED if wanted.takes(number)} == taken
 
 
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (None, (0, ())),
+        ("!DERIVED:*", (0, ())),
+        ("!DERIVED:*,!NO_SOCKET", (2, (3,))),
+        ("NO_SOCKET", (1, (3,))),
+    ],
+)
+def test_reasons_that_no_packet_has_are_not_looked_up(text: str | None, left: tuple[int, tuple[int, ...]]) -> None:
+    """Without an excluded reason no packet is asked for its own."""
+    assert Wanted.of(text, ENUM, OF_QDISCS, DERIVED).without(DERIVED)[:2] == left
+
+
 def test_a_derived_reason_without_its_first_part() -> None:
     with pytest.raises(UsageError, match="did you mean 'DERIVED:SYN_QUEUE_FULL'"):
         Wanted.of("SYN_QUEUE_FULL", ENUM, OF_QDISCS, DERIVED)

@@ -215,6 +215,13 @@ class Wanted(NamedTuple):
         """Whether it asks for this reason."""
         return self.mode == _ALL or (number in self.numbers) == (self.mode == _ONLY)
 
+    def without(self, numbers: Iterable[int]) -> Wanted:
+        """The same, if no packet has one of these reasons: then nobody has to look whether it is an excluded one."""
+        if self.mode != _WITHOUT:
+            return self
+        left = tuple(sorted(set(self.numbers) - set(numbers)))
+        return self._replace(mode=_WITHOUT if left else _ALL, numbers=left)
+
     @property
     def keys(self) -> list[bytes]:
         """The keys of the map `reasons`."""

@@ -48,7 +48,7 @@ class Evidence:
     resets    RSTs, and timeouts (direction NONE): netns, pid, comm, laddr, lport, raddr, rport, direction, state,
               cause, unanswered                                                                      (Groups)
     drops     discarded packets of TCP: netns, pid, comm, laddr, lport, raddr, rport, direction, kind, reason, flags,
-              counter, location                                                                     (Groups)
+              counter, location. Not the SYNs that a listener refuses: those are in `queues`        (Groups)
     sockets   connections that wait or move                            (Sockets)
     ports     local ports in use                                       (Pools)
     counters  the kernel's SNMP counters of each network namespace     (Counters)
@@ -152,7 +152,9 @@ _SOURCES: dict[str, Callable[[Request, Mapping[str, Mark]], Any]] = {
     "attempts": _groups("connect", *_OWNER, "laddr", "raddr", "rport", "outcome", "errno", "syn_retrans"),
     "retrans": _groups("retrans", *_OWNER, *_ENDS, "kind", "errno", number="segs"),
     "resets": _groups("reset", *_OWNER, *_ENDS, "direction", "state", "cause", "unanswered", timeouts=True),
-    "drops": _groups("drop", *_OWNER, *_ENDS, "direction", "kind", "reason", "flags", "counter", "location"),
+    "drops": _groups(
+        "drop", *_OWNER, *_ENDS, "direction", "kind", "reason", "flags", "counter", "location", reason="!DERIVED:*"
+    ),
     "sockets": Sockets,
     "ports": lambda request, marks: Pools(request),
     "counters": lambda request, marks: Counters(request),

@@ -107,6 +107,8 @@ class Drop(Stacked):
         wanted = Wanted.of(request.options["reason"], enumerators, of_qdiscs, derived)
         counters = {name: kernel.enumerator(enumerator) for name, enumerator in listeners.MIB.items()}
         sees_syns = any(map(wanted.takes, derived)) and None not in counters.values()
+        if not sees_syns:
+            wanted = wanted.without(derived)
         facts = drop_reasons.constants(Spec.of(self.probes[0]), enumerators, kernel_symbols(), kernel.enumerator)
         constants = facts | {
             "want_packet": not by or not _REASON.issuperset(by) or not request.filter.is_empty,

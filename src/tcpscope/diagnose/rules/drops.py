@@ -199,8 +199,7 @@ class Drops(Rule):
                 yield self._finding(netns, reason, groups)
 
     def unseen(self, seen: Evidence) -> Iterator[str]:
-        reasons = {group.reason for group in seen.drops.tallies if not str(group.reason).startswith("DERIVED:")}
-        if reasons == {None}:
+        if {group.reason for group in seen.drops.tallies} == {None}:
             yield "drops: this kernel gives no reasons (Linux before 5.17); few of the discarded packets are judged"
 
     def _finding(self, netns: int, reason: str, groups: list[tuple[Any, Tally]]) -> Finding:
