@@ -38,6 +38,9 @@ struct scratch {
 };
 #define HAS_SCRATCH
 
+/* After ESTABLISHED only the first state counts, and the end: what lies between keeps the port all the same. */
+#define FOLLOWED                                                                                                    \
+	(STATE_BIT(SYN_SENT) | STATE_BIT(SYN_RECV) | STATE_BIT(ESTABLISHED) | STATE_BIT(LISTEN) | STATE_BIT(CLOSE))
 #include "follow.bpf.h"
 #include "sockaddr.bpf.h"
 
@@ -256,9 +259,8 @@ full:
 }
 
 /* The place of the socket's owner in a pool; 0: there is no room. */
-static __noinline int holder_place(__u64 socket, __u32 pool)
+static __noinline int holder_place(const struct connection *connection, __u32 pool)
 {
-	const struct connection *connection = connection_find((struct sock *)socket);
 	struct holder_key key = {.pool = pool};
 	struct pool_holder *holder;
 	struct place *known, place;
@@ -267,10 +269,10 @@ static __noinline int holder_place(__u64 socket, __u32 pool)
 
 	if (!pool)
 		return 0;
-	if (connection)
-		owner = connection->opener;
-	key.pid = owner.pid;
-	__builtin_memcpy(key.comm, owner.comm, sizeof(key.comm));
+	if (connection) {
+		key.pid = connection->opener.pid;
+		__builtin_memcpy(key.comm, connection->opener.comm, sizeof(key.comm));
+	}
 	known = bpf_map_lookup_elem(&holder_places, &key);
 	if (known)
 		return known->number;
@@ -279,6 +281,8 @@ static __noinline int holder_place(__u64 socket, __u32 pool)
 	holder = bpf_map_lookup_elem(&holders, &index);
 	if (!holder)
 		goto full;
+	if (connection)
+		owner = connection->opener;
 	holder->owner = owner;
 	holder->wanted = filter_owner(&owner);
 	holder->pool = pool;
@@ -336,12 +340,11 @@ struct {
 } reserved SEC(".maps");
 
 /* Notes the range of the namespace; its reserved ports at most once a second. */
-static __noinline int range_note(__u64 socket, __u32 place)
+static __noinline int range_note(struct net *net, __u32 place)
 {
-	struct net *net = BPF_CORE_READ((struct sock *)socket, __sk_common.skc_net.net);
-	unsigned long *bits = BPF_CORE_READ(net, ipv4.sysctl_local_reserved_ports);
 	__u64 now_ns = bpf_ktime_get_ns();
 	struct pool *pool = pool_find(place);
+	unsigned long *bits;
 	struct ports *ports;
 
 	if (!pool)
@@ -352,6 +355,7 @@ static __noinline int range_note(__u64 socket, __u32 place)
 	if (now_ns - pool->checked_ns < SECOND)
 		return 0;
 	pool->checked_ns = now_ns;
+	bits = BPF_CORE_READ(net, ipv4.sysctl_local_reserved_ports);
 	ports = aggregate_find_or_add(&reserved, &place, &no_ports);
 	if (ports)
 		bpf_probe_read_kernel(ports, sizeof(*ports), bits);
@@ -393,13 +397,13 @@ static __always_inline bool is_local_port(struct sock *sk, __u32 range, __u16 po
 /* The pool of the namespace, up to date. */
 static __noinline int namespace_place(__u64 socket)
 {
-	struct sock *sk = (struct sock *)socket;
+	struct net *net = BPF_CORE_READ((struct sock *)socket, __sk_common.skc_net.net);
 	struct pool_key key = {.kind = POOL_NAMESPACE};
 	__u32 place;
 
-	key.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	key.netns = BPF_CORE_READ(net, ns.inum);
 	place = pool_place(&key);
-	range_note(socket, place);
+	range_note(net, place);
 	return place;
 }
 
@@ -524,10 +528,9 @@ static __always_inline void unpin(struct scratch *mine)
 }
 
 /* bind() has given the socket a port. */
-static __noinline int bound(__u64 socket, __u32 state)
+static __noinline int bound(__u64 socket, struct connection *connection, __u32 state)
 {
 	struct sock *sk = (struct sock *)socket;
-	struct connection *connection = connection_find(sk);
 	__u16 port = BPF_CORE_READ(sk, __sk_common.skc_num);
 	struct pool_key key = {.kind = POOL_BIND};
 	struct identity id = {};
@@ -537,7 +540,7 @@ static __noinline int bound(__u64 socket, __u32 state)
 
 	whole = namespace_place(socket);
 	pool = pool_find(whole);
-	if (!pool || !connection || connection->scratch.port || !is_local_port(sk, pool->range, port))
+	if (!pool || connection->scratch.port || !is_local_port(sk, pool->range, port))
 		return 0;
 	mine = &connection->scratch;
 	mine->port = port;
@@ -550,7 +553,7 @@ static __noinline int bound(__u64 socket, __u32 state)
 	__builtin_memcpy(key.laddr, id.laddr, sizeof(key.laddr));
 	mine->pool = pool_place(&key);
 	own_range_note(sk, mine->pool, port);
-	mine->holder = holder_place(socket, mine->pool);
+	mine->holder = holder_place(connection, mine->pool);
 	mine->state = state;
 	port_count(mine->pool, port, false, true);
 	pool_count(mine->pool, mine->holder, state, 1);
@@ -558,38 +561,30 @@ static __noinline int bound(__u64 socket, __u32 state)
 }
 
 /* connect() has chosen the port, or will do so now. */
-static __noinline int chosen(__u64 socket, __u32 state)
+static __noinline int chosen(__u64 socket, struct connection *connection, __u32 state)
 {
-	struct connection *connection = connection_find((struct sock *)socket);
-	struct scratch *mine;
+	struct scratch *mine = &connection->scratch;
 
-	if (!connection)
-		return 0;
-	mine = &connection->scratch;
 	mine->pool = connect_place(socket);
-	mine->holder = holder_place(socket, mine->pool);
+	mine->holder = holder_place(connection, mine->pool);
 	mine->state = state;
 	pool_count(mine->pool, mine->holder, state, 1);
 	return 0;
 }
 
 /* connect() begins. */
-static __noinline int opens(__u64 socket)
+static __noinline int opens(__u64 socket, struct connection *connection)
 {
 	struct sock *sk = (struct sock *)socket;
-	struct connection *connection = connection_find(sk);
-	struct scratch *mine;
+	struct scratch *mine = &connection->scratch;
 	struct pool *pool;
 
-	if (!connection)
-		return 0;
-	mine = &connection->scratch;
 	unpin(mine);
 	if (!BPF_CORE_READ(sk, __sk_common.skc_num)) {
 		leave(socket, mine, false);
-		chosen(socket, STATE_SYN_SENT);
+		chosen(socket, connection, STATE_SYN_SENT);
 	} else if (!mine->port) {
-		bound(socket, STATE_SYN_SENT);
+		bound(socket, connection, STATE_SYN_SENT);
 	} else {
 		move(mine, STATE_SYN_SENT);
 	}
@@ -633,17 +628,19 @@ static __always_inline void searched(struct sock *sk, const struct scratch *mine
 static __noinline __u64 timewait_of(__u64 socket)
 {
 	struct sock *sk = (struct sock *)socket;
-	struct inet_hashinfo *table = BPF_CORE_READ(sk, __sk_common.skc_net.net, ipv4.tcp_death_row.hashinfo);
 	__u16 port = bpf_ntohs(BPF_CORE_READ((struct inet_sock *)sk, inet_sport));
 	__u64 mine[COMMON_BYTES / 8] = {}, other[COMMON_BYTES / 8] = {};
 	const struct sock_common *own = (const struct sock_common *)mine;
 	const struct sock_common *common = (const struct sock_common *)other;
-	struct inet_ehash_bucket *chain = BPF_CORE_READ(table, ehash);
 	struct hlist_nulls_node *node;
+	struct inet_hashinfo *table;
+	struct inet_ehash_bucket *chain;
 
 	bpf_probe_read_kernel(mine, sizeof(mine), sk);
-	chain = (void *)chain + (BPF_CORE_READ(sk, __sk_common.skc_hash) & BPF_CORE_READ(table, ehash_mask)) *
-					bpf_core_type_size(struct inet_ehash_bucket);
+	table = BPF_CORE_READ(own->skc_net.net, ipv4.tcp_death_row.hashinfo);
+	chain = BPF_CORE_READ(table, ehash);
+	chain = (void *)chain +
+		(own->skc_hash & BPF_CORE_READ(table, ehash_mask)) * bpf_core_type_size(struct inet_ehash_bucket);
 	node = BPF_CORE_READ(chain, chain.first);
 	for (int i = 0; i < CHAIN && !((__u64)node & 1); i++) {
 		__u64 found = (__u64)node - bpf_core_field_offset(struct sock_common, skc_nulls_node);
@@ -744,7 +741,8 @@ static __noinline int timewait_again(__u64 address)
 
 static __always_inline bool matters(int old_state, int new_state)
 {
-	return !is_birth(old_state, new_state);
+	return !is_birth(old_state, new_state) && new_state != STATE_FIN_WAIT2 && new_state != STATE_CLOSING &&
+	       new_state != STATE_LAST_ACK;
 }
 
 static __always_inline bool makes_entry(int old_state, int new_state)
@@ -768,16 +766,12 @@ static __always_inline void fails(struct scratch *mine, __u64 searched_ns)
 }
 
 /* The socket enters CLOSE. */
-static __noinline int closes(__u64 socket, __u32 old_state, __u64 open_ns)
+static __noinline int closes(__u64 socket, struct connection *connection, __u32 old_state, __u64 open_ns)
 {
 	struct sock *sk = (struct sock *)socket;
-	struct connection *connection = connection_find(sk);
-	struct scratch *mine;
+	struct scratch *mine = &connection->scratch;
 	__u64 waiting;
 
-	if (!connection)
-		return 0;
-	mine = &connection->scratch;
 	if (mine->pool && (old_state == STATE_FIN_WAIT2 || old_state == STATE_CLOSING)) {
 		waiting = timewait_of(socket);
 		if (waiting)
@@ -790,7 +784,7 @@ static __noinline int closes(__u64 socket, __u32 old_state, __u64 open_ns)
 		leave(socket, mine, old_state == STATE_LISTEN);
 	} else if (old_state == STATE_LISTEN) {
 		leave(socket, mine, true);
-		bound(socket, STATE_CLOSE);
+		bound(socket, connection, STATE_CLOSE);
 	} else {
 		move(mine, STATE_CLOSE);
 	}
@@ -798,22 +792,14 @@ static __noinline int closes(__u64 socket, __u32 old_state, __u64 open_ns)
 }
 
 /* The socket listens. Its port is one that bind() has taken, but no pool of an address has it. */
-static __noinline int listens(__u64 socket)
+static __noinline int listens(__u64 socket, struct connection *connection)
 {
-	struct connection *connection = connection_find((struct sock *)socket);
-
-	if (!connection)
-		return 0;
 	leave(socket, &connection->scratch, false);
-	return bound(socket, STATE_LISTEN);
+	return bound(socket, connection, STATE_LISTEN);
 }
 
-static __noinline int leaves(__u64 socket)
+static __noinline int leaves(__u64 socket, struct connection *connection)
 {
-	struct connection *connection = connection_find((struct sock *)socket);
-
-	if (!connection)
-		return 0;
 	unpin(&connection->scratch);
 	leave(socket, &connection->scratch, connection->state == STATE_LISTEN);
 	return 0;
@@ -835,18 +821,18 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 	if (change->old_state == STATE_SYN_SENT && !mine.port)
 		searched(sk, &mine, opened_ns);
 	if (change->new_state == STATE_SYN_SENT)
-		return opens(socket);
+		return opens(socket, now.connection);
 	if (change->new_state == STATE_LISTEN)
-		return listens(socket);
+		return listens(socket, now.connection);
 	if (change->new_state == STATE_CLOSE)
-		return closes(socket, change->old_state, change->time_ns - opened_ns);
+		return closes(socket, now.connection, change->old_state, change->time_ns - opened_ns);
 	move(&now.connection->scratch, change->new_state);
 	return 0;
 }
 
 static __always_inline void before_end(struct sock *sk, struct connection *connection)
 {
-	leaves((__u64)sk);
+	leaves((__u64)sk, connection);
 }
 
 /* connect() returns an error to a socket that has sent no SYN. */
@@ -870,20 +856,12 @@ static __noinline int failed(__u64 socket, __u32 error)
 	return 0;
 }
 
+UNLESS("bound4__syscall")
 SEC("fexit/__inet_stream_connect")
 int FUNCTION_PROG(connected__fexit, struct socket *socket, void *address, int size, int flags, int is_sendmsg,
 		  int result)
 {
 	struct sock *sk = result < 0 ? tcp_sock_of_socket(socket) : NULL;
-
-	return sk ? failed((__u64)sk, -result) : 0;
-}
-
-SEC("tp_btf/sys_exit")
-int TRACEPOINT_PROG_IF(result == -EADDRNOTAVAIL && syscall_is_connect(regs), connected__syscall, struct pt_regs *regs,
-		       long result)
-{
-	struct sock *sk = tcp_sock_of_fd(syscall_descriptor(regs));
 
 	return sk ? failed((__u64)sk, -result) : 0;
 }
@@ -902,7 +880,7 @@ static __noinline int bind_failed(__u64 socket, __u32 family, __u64 first, __u64
 	place = pool_place(&key);
 	own_range_note(sk, place, 0);
 	namespace_place(socket);
-	holder = holder_find(holder_place(socket, place));
+	holder = holder_find(holder_place(connection_find(sk), place));
 	if (holder)
 		__sync_fetch_and_add(&holder->failed_binds[epoch & 1], 1);
 	return 0;
@@ -927,7 +905,7 @@ static __noinline int bind_returned(struct sock *sk, const struct socket_address
 		connection->state = STATE_CLOSE;
 	}
 	if (!result)
-		return bound((__u64)sk, STATE_CLOSE);
+		return bound((__u64)sk, connection, STATE_CLOSE);
 	if (to->family == AF_INET)
 		map_v4(laddr, to->v4);
 	else
@@ -947,9 +925,15 @@ int FUNCTION_PROG(bound4__fexit, struct socket *socket, void *address, int size,
 	return bind_returned(sk, &to, size, result);
 }
 
+static __always_inline bool took_or_found_no_port(const struct pt_regs *regs, long result)
+{
+	return result == -EADDRNOTAVAIL ? syscall_is_connect(regs)
+					: (!result || result == -EADDRINUSE) && syscall_is_bind(regs);
+}
+
+/* bind() or connect() returns: one program at the exit of every system call. */
 SEC("tp_btf/sys_exit")
-int TRACEPOINT_PROG_IF((!result || result == -EADDRINUSE) && syscall_is_bind(regs), bound4__syscall,
-		       struct pt_regs *regs, long result)
+int TRACEPOINT_PROG_IF(took_or_found_no_port(regs, result), bound4__syscall, struct pt_regs *regs, long result)
 {
 	struct socket_address to = {};
 	__u64 arguments[3];
@@ -959,6 +943,8 @@ int TRACEPOINT_PROG_IF((!result || result == -EADDRINUSE) && syscall_is_bind(reg
 	sk = tcp_sock_of_fd(arguments[0]);
 	if (!sk)
 		return 0;
+	if (result == -EADDRNOTAVAIL)
+		return failed((__u64)sk, -result);
 	SOCKET_ADDRESS_READ(bpf_probe_read_user, &to, arguments[1], arguments[2]);
 	return bind_returned(sk, &to, arguments[2], result);
 }
@@ -1025,7 +1011,7 @@ static __noinline int found(struct sock *sk, struct connection *connection, __u8
 
 	connection->state = state;
 	connection->role = state == STATE_LISTEN ? ROLE_LISTENER : ROLE_ACTIVE;
-	return chosen_by_connect(bucket) ? chosen((__u64)sk, state) : bound((__u64)sk, state);
+	return chosen_by_connect(bucket) ? chosen((__u64)sk, connection, state) : bound((__u64)sk, connection, state);
 }
 
 /* The sockets that processes have open. Those that are only bound are found here alone. */
