@@ -212,34 +212,45 @@ static __always_inline bool times_out(struct sock *sk)
 
 #define SAME_END_NS 100000000 /* no timeout is so short: TCP_RTO_MIN */
 
-static __always_inline int closing(void *ctx, struct sock *sk, __u64 cookie, int old_state)
+/* It ends without a RST. The note of it tells the second copy: SAME_END_NS. */
+static __noinline int timed_out(void *ctx, const struct identity *id, const struct closed *note, __u64 cookie)
 {
-	const struct owner *owner = connection_owner(connection_find(sk));
-	struct closed note = {.state = old_state, .time_ns = bpf_ktime_get_ns()};
-	const struct closed *told;
-	bool is_new;
+	const struct closed *told = bpf_map_lookup_elem(&closed_ones, id);
 	struct reset reset = {
-		.time_ns = note.time_ns,
+		.time_ns = note->time_ns,
+		.id = *id,
+		.owner = note->owner,
 		.direction = DIRECTION_NONE,
 		.cause = CAUSE_TIMEOUT,
-		.state = old_state,
+		.state = note->state,
 		.reason = -1,
 		.unanswered = -1,
 	};
 
-	if (old_state == STATE_LAST_ACK && !times_out(sk))
-		return 0;
-	identity_read(sk, &reset.id);
-	if (owner)
-		note.owner = *owner;
-	told = bpf_map_lookup_elem(&closed_ones, &reset.id);
-	is_new = !told || note.time_ns - told->time_ns >= SAME_END_NS;
-	bpf_map_update_elem(&closed_ones, &reset.id, &note, BPF_ANY);
-	if (!send_timeouts || !is_new || !was_established(old_state) || !times_out(sk))
+	if (told && note->time_ns - told->time_ns < SAME_END_NS)
 		return 0;
 	reset.id.cookie = cookie;
-	reset.owner = note.owner;
 	return emit(ctx, &reset, NULL);
+}
+
+static __always_inline int closing(void *ctx, struct sock *sk, int old_state)
+{
+	bool in_vain = send_timeouts && was_established(old_state) && times_out(sk);
+	struct closed note = {.state = old_state};
+	struct identity id = {};
+	const struct owner *owner;
+
+	if (old_state == STATE_LAST_ACK && !in_vain)
+		return 0;
+	identity_read(sk, &id);
+	owner = connection_owner(connection_find(sk));
+	if (owner)
+		note.owner = *owner;
+	note.time_ns = bpf_ktime_get_ns();
+	if (in_vain)
+		timed_out(ctx, &id, &note, COOKIE_OF(sk));
+	bpf_map_update_elem(&closed_ones, &id, &note, BPF_ANY);
+	return 0;
 }
 
 /* A socket in LAST_ACK gets no RST from itself: it has sent and received all. But it may time out. */
@@ -265,7 +276,7 @@ int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close, struct sock
 
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
-	closing(ctx, sk, COOKIE_OF(sk), old_state);
+	closing(ctx, sk, old_state);
 	if (last)
 		*last = (__u64)sk;
 	return 0;
@@ -285,7 +296,7 @@ int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close_again, struc
 	if (last && *last == (__u64)sk)
 		*last = 0;
 	else
-		closing(ctx, sk, COOKIE_OF(sk), old_state);
+		closing(ctx, sk, old_state);
 	return 0;
 }
 
