@@ -117,11 +117,14 @@ static __always_inline void fill_state(struct retrans *event, struct tcp_sock *t
 	event->padding = 0;
 }
 
+/* There has been one. Until then the end of a socket costs no look-up. */
+volatile bool episodes_begun;
+
 static __always_inline bool episode_forget(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
-	return !bpf_map_delete_elem(&episodes, &key);
+	return episodes_begun && !bpf_map_delete_elem(&episodes, &key);
 }
 
 static __always_inline bool destroyed(struct sock *sk)
@@ -145,8 +148,8 @@ static __always_inline void episode_add(struct sock *sk, __u8 ca_state, __u32 se
 		episode_forget(sk);
 	else if (episode && episode->undo_marker == undo_marker)
 		episode->segs += segs;
-	else
-		bpf_map_update_elem(&episodes, &key, &begun, BPF_ANY);
+	else if (!bpf_map_update_elem(&episodes, &key, &begun, BPF_ANY))
+		episodes_begun = true;
 }
 
 SEC("tp_btf/tcp_retransmit_skb")
