@@ -45,7 +45,7 @@ class Holder(msgspec.Struct, frozen=True, order=True):
 
 
 _FUNCTIONS = ("syn_enter", "syn_exit", "ack4_enter", "ack4_exit", "ack6_enter", "ack6_exit")
-_TRACEPOINTS = ("syn_exit", "syn_exit_again", "ack4_exit", "ack4_exit_again", "begins", "ends", "ends_again", "older")
+_TRACEPOINTS = ("syn_exit", "syn_exit_again", "ack4_exit", "ack4_exit_again", "older")
 """Hooks that show each refusal, where functions can be hooked and where they cannot."""
 
 _LENGTHS = ("made", "made_again", "made_woken", "made_woken_again")
@@ -258,7 +258,7 @@ def why_sampled(session: Session) -> str | None:
 
 def by_tracepoints(session: Session) -> bool:
     """Whether tracepoints alone show the refusals, because functions cannot be hooked."""
-    return "begins" in session.loaded.hooks
+    return "syn_exit_again" in session.loaded.hooks
 
 
 class Snapshots:

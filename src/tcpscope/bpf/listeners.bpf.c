@@ -21,6 +21,11 @@
 
 #define WITHOUT_REFUSALS "refusals one by one, with peer and step; they are sampled instead"
 
+/* By tracepoints alone: refused.bpf.h, which is included below. */
+#define FOLLOWS_LISTENERS
+static __noinline int listening_begin(struct sock *sk);
+static __noinline int listening_end(struct sock *sk);
+
 UNLESS("syn_exit__consume")
 OPTIONAL(WITHOUT_REFUSALS)
 SEC("fentry/tcp_conn_request")
@@ -149,6 +154,8 @@ static __noinline int state_changed(struct sock *sk, int old_state, int new_stat
 	connection = connection_transition(sk, old_state, new_state);
 	if (connection && new_state == STATE_LISTEN)
 		connection->opened_ns = bpf_ktime_get_ns();
+	if (hooked_syn_exit_again && new_state == STATE_LISTEN)
+		listening_begin(sk);
 	return 0;
 }
 
@@ -178,8 +185,9 @@ static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 	bool was_active = !bpf_map_delete_elem(&activities, &key);
+	bool listened = hooked_syn_exit_again && listening_end(sk);
 
-	return connection_forget(sk) || was_active;
+	return connection_forget(sk) || was_active || listened;
 }
 
 #include "destroy.bpf.h"

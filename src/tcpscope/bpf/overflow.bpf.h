@@ -37,13 +37,13 @@ const struct overflow *overflow_anchor __attribute__((unused));
 const volatile bool send_events;
 const volatile bool send_stacks;
 
-/* Without one of the first three user space samples; `begins` is a hook of the tracepoints that replace the third. */
-const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit, hooked_begins;
+/* Without one of the first three user space samples; the fourth is a hook of the tracepoints that replace the third. */
+const volatile bool hooked_syn_exit, hooked_ack4_exit, hooked_ack6_exit, hooked_syn_exit_again;
 
 /* Does user space make events from snapshots? It needs all listeners of a namespace for that, and its counters. */
 static __always_inline bool sampled(void)
 {
-	return send_events && !(hooked_syn_exit && hooked_ack4_exit && (hooked_ack6_exit || hooked_begins));
+	return send_events && !(hooked_syn_exit && hooked_ack4_exit && (hooked_ack6_exit || hooked_syn_exit_again));
 }
 
 /* The remote end of a handshake. It comes from the packet: at the SYN there is no request yet. */

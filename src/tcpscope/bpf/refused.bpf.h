@@ -286,6 +286,8 @@ int TRACEPOINT_PROG_IF(!skb->sk && skb->_skb_refdst, syn_exit_again__consume, st
 	return 0;
 }
 
+/* An object that follows listeners itself calls listening_begin() and listening_end() in its own programs. */
+#ifndef FOLLOWS_LISTENERS
 OPTIONAL(WITHOUT_REFUSALS)
 UNLESS_FUNCTIONS
 HAS_RX_SK
@@ -321,6 +323,7 @@ int TRACEPOINT_PROG(ends_again, struct sock *sk)
 		COUNT(rescued);
 	return 0;
 }
+#endif
 
 static long older_entry(struct bpf_map *table, const __u64 *key, struct connection *connection, void *unused)
 {
