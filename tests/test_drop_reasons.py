@@ -32,15 +32,14 @@ OF_QDISCS = {
 SPEC = Spec.of("drops")
 DERIVED = SPEC.layout("drop").field("reason").derived or {}
 SYMBOLS = Symbols(
-    [
-        "1000 t skb_queue_purge",
-        "1040 T next",
-        "2000 t raw_rcv",
-        "2010 t raw_rcv",
-        "2020 T next",
-        "3000 T kfree_skb_list",
-        "3010 T last",
-    ]
+    "1000 t skb_queue_purge\n"
+    "1040 T next\n"
+    "2000 t raw_rcv\n"
+    "2010 t raw_rcv\t[module]\n"
+    "2018 d no_function\n"
+    "2020 T next\n"
+    "3000 T kfree_skb_list\n"
+    "3010 T last\n"
 )
 
 

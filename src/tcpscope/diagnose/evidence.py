@@ -14,6 +14,7 @@ from tcpscope.diagnose.queue_history import QueueHistory
 from tcpscope.diagnose.sockets import Mark, Sockets
 from tcpscope.diagnose.tallies import Groups
 from tcpscope.errors import UnsupportedError, UsageError
+from tcpscope.kernel.features import Kernel
 from tcpscope.request import Request
 from tcpscope.run import Run
 from tcpscope.session import Stats
@@ -72,7 +73,9 @@ class Evidence:
         self._sources: dict[str, Source] = {}
         marks = {name: mark for rule in asked for name, mark in rule.marks.items()}
         needed = dict.fromkeys(name for rule in asked for name in rule.needs)
+        kernel = Kernel()
         try:
+            kernel.hold()
             for name in needed:
                 try:
                     self._sources[name] = _SOURCES[name](request, marks)
@@ -86,6 +89,8 @@ class Evidence:
         except BaseException:
             self.close()
             raise
+        finally:
+            kernel.release()
         self.began_s = self.now_s = time.monotonic()
         self.ended = False
         """Nothing more comes: what is not certain yet will not be."""

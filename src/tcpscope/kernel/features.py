@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,28 @@ class Kernel:
             raise UnsupportedError(f"this kernel has no BTF ({BTF})", "it needs CONFIG_DEBUG_INFO_BTF=y")
         self._tried: dict[str, Answer] = {}
 
+    _held: weakref.ref[Any] | None = None
+
     @cached_property
     def btf(self) -> Any:
-        """The kernel's BTF, for functions of `lib`."""
+        """The kernel's BTF, for functions of `lib`: the one that another `Kernel` holds, or it is read."""
+        if btf := Kernel._held and Kernel._held():
+            return btf
         lib.tcpscope_log_start(False)
         btf = lib.tcpscope_btf_load()
         if btf == ffi.NULL:
             what = f"cannot read {BTF}"
             raise exhausted(ffi.errno, what) or UnsupportedError(f"{what}: {os.strerror(ffi.errno)}")
-        return ffi.gc(btf, lib.tcpscope_btf_free)
+        btf = ffi.gc(btf, lib.tcpscope_btf_free)
+        Kernel._held = weakref.ref(btf)
+        return btf
+
+    def hold(self) -> None:
+        """Read the kernel's BTF now: until `release()` no other `Kernel` of this process has to."""
+        _ = self.btf
 
     def release(self) -> None:
-        """Free the kernel's BTF, up to ten megabytes. The next question reads it again."""
+        """Free the kernel's BTF, up to ten megabytes, unless another `Kernel` holds it. The next question needs it."""
         self.__dict__.pop("btf", None)
 
     def parameters(self, function: str) -> int | None:

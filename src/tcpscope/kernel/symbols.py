@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from functools import cache
 from pathlib import Path
 
 _KALLSYMS = Path("/proc/kallsyms")
+_FUNCTION = re.compile(r"^([0-9a-f]+) [tTwW] (\S+)", re.MULTILINE)
 
 
 class Symbols:
     """The kernel's functions, by address. Without CAP_SYSLOG there are none: `len()` is 0.
 
-    lines  those of /proc/kallsyms, instead of reading it
+    text  that of /proc/kallsyms, instead of reading it
     """
 
-    def __init__(self, lines: list[str] | None = None) -> None:
-        found = []
-        for line in lines if lines is not None else _KALLSYMS.read_text().splitlines():
-            address, kind, name, *_ = line.split()
-            if kind in "tTwW" and (value := int(address, 16)):
-                found.append((value, name))
-        found.sort()
+    def __init__(self, text: str | None = None) -> None:
+        lines = _FUNCTION.finditer(_KALLSYMS.read_text() if text is None else text)
+        found = sorted([(value, line[2]) for line in lines if (value := int(line[1], 16))])
         self._addresses = [value for value, _ in found]
         self._names = [name for _, name in found]
 
     def range(self, name: str) -> tuple[int, int] | None:
         """Where a function begins, and where the next one does. None if there is none with this name, or several."""
-        places = [at for at, found in enumerate(self._names) if found == name]
-        if len(places) != 1:
+        if self._names.count(name) != 1:
             return None
-        begin = self._addresses[places[0]]
+        begin = self._addresses[self._names.index(name)]
         end = bisect_right(self._addresses, begin)
         return (begin, self._addresses[end]) if end < len(self) else None
 
