@@ -13,7 +13,7 @@ from tcpscope.filters import Filter
 from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.spec import Program
 from tcpscope.lab.hosts import Lab
-from tcpscope.listeners import Snapshots, open_session
+from tcpscope.listeners import Listener, Snapshots, open_session
 from tcpscope.session import Session
 from tests.lacks import FUNCTIONS, pretend
 from tests.puppets import Puppet
@@ -106,6 +106,28 @@ def test_a_walk_is_made_when_the_one_before_was_cheap_enough(
         for number in range(1, 4):
             snapshots.look()
             assert len(walks) == number
+
+
+def test_an_idle_one_is_the_same_object(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listeners, "WALK_SHARE", 1e9)
+    server, client = Puppet(lab.server, "server"), Puppet(lab.server, "client")
+    server.do(LISTEN, first=FIRST, number=2)
+    with watching(lab) as session:
+        snapshots = Snapshots(session)
+
+        def look(fresh: bool = False) -> list[Listener]:
+            return sorted(snapshots.look(fresh=fresh), key=lambda own: own.lport)
+
+        idle, other = look()
+        assert [own is before for own, before in zip(look(), (idle, other), strict=True)] == [True, True]
+        client.do("made = socket.create_connection(('127.0.0.1', port))", port=FIRST)
+        busy, same = look()
+        assert (busy.accept_queue, same is other) == (1, True)
+        again, _ = look()
+        assert busy.oldest_wait_us is not None  # a time: each look has its own
+        assert again.oldest_wait_us is not None
+        assert again.oldest_wait_us > busy.oldest_wait_us
+        assert look(fresh=True)[1] is not other  # the holders may be others
 
 
 def test_one_that_nobody_holds_is_not_shown(lab: Lab) -> None:

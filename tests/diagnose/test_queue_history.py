@@ -136,6 +136,28 @@ def test_an_event_is_of_the_listener_with_its_cookie() -> None:
     assert events_of(found) == [1, 0]
 
 
+@pytest.mark.parametrize(
+    "looks",
+    [
+        [at(0, 0, 0, 0)] * 3,
+        [at(0, 0, 0, 0), at(5, 0, 0, 0), at(5, 0, 0, 0)],
+        [replace(LISTENER, syn_queue=3)] * 3,
+        [replace(LISTENER, accept_queue=LISTENER.accept_limit + 1, head=(1, 1))] * 3,
+        [replace(LISTENER, accept_queue=1, head=(1, 1)), *[LISTENER] * 30],
+    ],
+)
+def test_the_same_object_again_is_one_look_more(looks: list[Listener]) -> None:
+    """It costs less than an equal one, and comes to the same."""
+    same, equal = (History(looks[0], looks[0], began=0.0) for _ in range(2))
+    for number, listener in enumerate(looks):
+        if number == 1:
+            same.syn_burst.add(("127.0.0.1", 1))
+            equal.syn_burst.add(("127.0.0.1", 1))
+        same.look(listener, number / 5)
+        equal.look(replace(listener), number / 5)
+    assert same == equal
+
+
 @pytest.mark.parametrize(("before", "after"), [(50, 30), (0, 30), (50, 0)])
 def test_a_listener_that_begins_and_ends_between_looks(before: int, after: int) -> None:
     """It refuses `before` its first look, and `after` its last one."""

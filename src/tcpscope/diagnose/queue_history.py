@@ -69,6 +69,11 @@ class Burst:
         """So many refusals in one look, whose clients are not known."""
         self.most = max(self.most, number)
 
+    @property
+    def calm(self) -> bool:
+        """Whether it has nobody."""
+        return not (self._refused or self._clients)
+
     def look(self) -> None:
         """After each snapshot."""
         self._looks += 1
@@ -216,6 +221,10 @@ class History:
 
     def look(self, listener: Listener, now_s: float) -> None:
         """A snapshot."""
+        if listener is self.last and self._is_calm:
+            self.ended, self.gone = now_s, False
+            self.looks += 1
+            return
         self._follow_stall(listener, now_s)
         self._follow_pressure(listener, now_s)
         self.waited_s += (now_s - self.ended) if self._waits and listener.accept_queue else 0.0
@@ -229,6 +238,13 @@ class History:
         self.near_seen += is_near(listener)
         self.longest_syn_queue = max(self.longest_syn_queue, listener.syn_queue)
         self.longest_accept_queue = max(self.longest_accept_queue, listener.accept_queue)
+
+    @property
+    def _is_calm(self) -> bool:
+        """Whether a snapshot in which nothing has changed is one more look, and nothing else."""
+        busy = self.last.accept_queue or self.last.syn_queue or self._waits or self.stall or self.pressure
+        recovers = self.ended_stall and self.ended_stall.recovered_s is None
+        return not busy and not recovers and self.accept_burst.calm and self.syn_burst.calm
 
     def _follow_stall(self, own: Listener, now_s: float) -> None:
         stall, ended = self.stall, self.ended_stall
@@ -495,13 +511,17 @@ class Witness:
         self._before: dict[NamespaceKey, dict[str, int]] = {}
         self._now: dict[NamespaceKey, dict[str, int]] = {}
         self._seen: dict[NamespaceKey, int] = {}  # what its listeners had refused at the last reading
+        self._last: dict[NamespaceKey, list[Listener]] = {}
 
     def look(self, found: Iterable[Listener]) -> None:
         """After a snapshot of the listeners that pass the filter."""
         groups: dict[NamespaceKey, list[Listener]] = {}
         for own in found:
             groups.setdefault(own.namespace, []).append(own)
+        last_groups, self._last = self._last, groups
         for namespace, group in groups.items():
+            if last_groups.get(namespace) == group:
+                continue
             seen = hash(tuple((own.key, own.drops, sum((own.refused or {}).values()), own.counters) for own in group))
             if self._seen.get(namespace) == seen:
                 continue
