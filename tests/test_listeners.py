@@ -127,6 +127,8 @@ def test_an_idle_one_is_the_same_object(lab: Lab, monkeypatch: pytest.MonkeyPatc
         assert busy.oldest_wait_us is not None  # a time: each look has its own
         assert again.oldest_wait_us is not None
         assert again.oldest_wait_us > busy.oldest_wait_us
+        assert look(fresh=True)[1] is other
+        Puppet(lab.server, "another").do(LISTEN, first=FIRST + 2, number=1)
         assert look(fresh=True)[1] is not other  # the holders may be others
 
 

@@ -311,6 +311,7 @@ class Owners:
             constants=compiled_filter.constants(key),
             entries={"events": mmap.PAGESIZE},
             keys={compiled_filter.LISTS: compiled_filter.keys(key)},
+            seed_once=True,
             debug=debug,
         )
         loaded = Loaded(Spec.of("owner"), kernel, setup)

@@ -20,7 +20,7 @@ from tcpscope.session import RING_BYTES, closed_on_error
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
 _PEERS = 4096  # distinct remote addresses remembered per listener
 _PAUSE_SECONDS = 0.2
-_SHARE = 100  # looks take at most this part of one processor,
+_SHARE = 200  # looks take at most this part of one processor,
 _PAUSE_AT_MOST_SECONDS = 2.0  # unless the pause between two were longer
 _BURST_LOOKS = 5  # a second: after it a refused client sends its SYN again
 _SLOW_LOOKS = 8  # fewer do not tell a slow server from a burst

@@ -54,6 +54,7 @@ class Setup:
     stacks     values of stacks, by name, pushed before a program is attached; the last one is the top
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
+    seed_once  do not seed before the hooks are attached: nobody uses the object before `seed_again()`
     debug      print the messages of libbpf and the verifier's log on stderr
     """
 
@@ -64,6 +65,7 @@ class Setup:
     stacks: dict[str, Sequence[bytes]] = field(default_factory=dict)
     skip: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
+    seed_once: bool = False
     debug: bool = False
 
 
@@ -331,7 +333,8 @@ class Loaded:
         early = [name for name in self._programs if chosen[name].type == "iter" or name in forgetting]
         for name in early:
             self.attach(name, chosen[name].over)
-        self.run_role("seeds")
+        if not self._setup.seed_once:
+            self.run_role("seeds")
         for name in self._programs:
             if name not in early:
                 self.attach(name, chosen[name].over)
