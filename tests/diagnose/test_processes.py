@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def test_this_process() -> None:
     assert own.state == "R"
     assert own.does is None
     assert own.open_files == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def test_its_threads() -> None:
+    go = threading.Event()
+    other = threading.Thread(target=go.wait)
+    other.start()
+    try:
+        found = processes.threads(os.getpid())
+        assert found.total() == threading.active_count() >= 2
+        until(lambda: {state for state, _ in processes.threads(os.getpid())} == {"R", "S"}, "the thread that waits")
+    finally:
+        go.set()
+        other.join()
+    assert not processes.threads(0x7FFFFFFF)
 
 
 def test_a_stopped_one() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tcpscope.errors import UnsupportedError
@@ -12,6 +14,7 @@ from tcpscope.filters import cgroup_mount
 from tcpscope.kernel import pidns
 
 PROC = Path("/proc")
+_THREADS_AT_MOST = 1000
 _UNIT = re.compile(r"([^/]+\.(?:service|scope|socket))(?:/|$)")
 _CONTAINER = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 _DOCKER = re.compile(r"/docker[-/]([0-9a-f]{12})[0-9a-f]{52}(?:\.scope)?(?:/|$)")
@@ -110,3 +113,19 @@ def files(pid: int) -> int | None:
     with suppress(OSError):
         return folder.stat().st_size or sum(1 for _ in folder.iterdir())
     return None
+
+
+def threads(pid: int) -> Counter[tuple[str, str | None]]:
+    """State and wchan of its threads, and how many there are of each; empty: they cannot be read."""
+    found: Counter[tuple[str, str | None]] = Counter()
+    if pidns.inner():
+        return found
+    with suppress(OSError):
+        for folder in islice((PROC / str(pid) / "task").iterdir(), _THREADS_AT_MOST):
+            with suppress(OSError):
+                state = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+                wchan = None
+                with suppress(OSError):
+                    wchan = (folder / "wchan").read_text().strip("0\n") or None
+                found[state, wchan] += 1
+    return found

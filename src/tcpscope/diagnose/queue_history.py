@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from tcpscope.sampling import LIMITS, Sampler
 from tcpscope.session import RING_BYTES, closed_on_error
 
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
+_CHANGES_KEPT = 100  # looks in which something had been accepted: 20 s or more
 _PEERS = 4096  # distinct remote addresses remembered per listener
 _PAUSE_SECONDS = 0.2
 _SHARE = 200  # looks take at most this part of one processor,
@@ -211,6 +212,7 @@ class History:
     overload: Pressure | None = None
     _waits: bool = False
     _told: tuple[int, int] = (0, 0)
+    _accepted: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_CHANGES_KEPT))
 
     def happened(self, now_s: float) -> None:
         """After each snapshot and its events: note whether something was refused since, or the queue was full."""
@@ -229,6 +231,8 @@ class History:
         self._follow_pressure(listener, now_s)
         self.waited_s += (now_s - self.ended) if self._waits and listener.accept_queue else 0.0
         self._waits = bool(listener.accept_queue)
+        if listener.accepts is not None and (not self._accepted or self._accepted[-1][1] != listener.accepts):
+            self._accepted.append((now_s, listener.accepts))
         self.last, self.ended, self.gone = listener, now_s, False
         self.accept_burst.look()
         self.syn_burst.look()
@@ -302,6 +306,12 @@ class History:
         if self.first.accepts is None or self.last.accepts is None:
             return None
         return self.last.accepts - self.first.accepts
+
+    def accepted_since(self, after_s: float) -> int:
+        """How many were accepted after this time, at the least."""
+        before = [accepts for at_s, accepts in self._accepted if at_s <= after_s]
+        begin = before[-1] if before else self._accepted[0][1] if self._accepted else 0
+        return self._accepted[-1][1] - begin if self._accepted else 0
 
     @property
     def accepts_per_s(self) -> float | None:

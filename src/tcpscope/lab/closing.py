@@ -13,7 +13,8 @@ from tcpscope.output import endpoint
 
 BACKLOG = 128
 DOES = {
-    "never": "accepts, and never closes",
+    "never": "accepts, and neither reads nor closes",
+    "forget": "reads the request, and never closes",
     "unread": "answers and closes, without reading the request",
     "reset": "reads the request, and closes with a RST",
     "now": "accepts, and closes at once",

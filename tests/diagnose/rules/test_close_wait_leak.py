@@ -29,6 +29,8 @@ def left_open(script: Script) -> Any:
         near = client.socket()
         near.connect(script.server.ipv4, PORT)
         far = listener.accept()
+        near.send("request")
+        far.receive()
         near.close()
         far.until_state("CLOSE_WAIT")
         return far

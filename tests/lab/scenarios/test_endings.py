@@ -10,6 +10,7 @@ from tcpscope.lab.scenarios.closed_unread import ClosedUnread
 from tcpscope.lab.scenarios.ends_by_timeout import EndsByTimeout
 from tcpscope.lab.scenarios.orphans import Orphans
 from tcpscope.lab.scenarios.reset_in_request import ResetInRequest
+from tcpscope.lab.scenarios.worker_hangs import WorkerHangs
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
@@ -35,6 +36,13 @@ def test_close_wait_leak(lab: Lab, run_tool: type[RunningTool]) -> None:
     (finding,) = findings(lab, run_tool, scenario)
     assert (finding["rule"], finding["facts"]["pid"]) == ("close_wait_leak", scenario.server.pid)
     assert finding["facts"]["count"] > 12
+
+
+def test_worker_hangs(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = WorkerHangs()
+    (finding,) = findings(lab, run_tool, scenario)
+    assert (finding["rule"], finding["facts"]["pid"]) == ("worker_hangs", scenario.server.pid)
+    assert finding["facts"]["left"] == scenario.clients
 
 
 def test_ends_by_timeout(lab: Lab, run_tool: type[RunningTool]) -> None:

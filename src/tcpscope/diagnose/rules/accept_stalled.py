@@ -46,7 +46,7 @@ class AcceptStalled(Rule):
     """Thresholds: STALL_SECONDS and STALL_INTERVALS of queue_history.py."""
 
     needs = ("queues", "sockets")
-    explains = ("accept_queue", "backlog_cut", "connects_fail")
+    explains = ("accept_queue", "backlog_cut", "connects_fail", "worker_hangs", "close_wait_leak")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         stuck: dict[_Address, list[tuple[Stall, History]]] = {}

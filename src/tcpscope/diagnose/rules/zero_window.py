@@ -97,7 +97,7 @@ class _Stall:
 class ZeroWindow(Rule):
     needs = ("sockets",)
     marks = {"window_closed": _window_closed, "not_read": _not_read}
-    explains = ("window_limited", "close_wait_leak", "orphans", "drops")
+    explains = ("window_limited", "worker_hangs", "close_wait_leak", "orphans", "drops")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         read = cache(processes.read)

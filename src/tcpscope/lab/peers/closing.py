@@ -2,8 +2,9 @@
 
     closing.py {"family": 2, "address": "192.0.2.2", "port": 8080, "backlog": 128, "does": "never"}
 
-`does` says what the server does with each connection: `"never"` (keep it, and never close), `"unread"` (answer and
-close, without reading the request), `"reset"` (read the request, and close with a RST), `"now"` (close at once).
+`does` says what the server does with each connection: `"never"` (keep it, and neither read nor close), `"forget"` (read
+the request, keep it, and never close), `"unread"` (answer and close, without reading the request), `"reset"` (read the
+request, and close with a RST), `"now"` (close at once).
 
     closing.py {"family": 2, "address": "192.0.2.2", "port": 8080}
 
@@ -30,8 +31,10 @@ def serve(listener: socket.socket, does: str) -> None:
     kept = []
     while True:
         connection, _ = listener.accept()
-        if does == "never":
+        if does in ("never", "forget"):
             kept.append(connection)
+            if does == "forget":
+                connection.recv(4096)
             continue
         with connection:
             if does == "unread":

@@ -13,8 +13,9 @@ from tcpscope.lab.scenario import parameter
 class CloseWaitLeak(Closing):
     """The server forgets its connections: they stay in CLOSE_WAIT, and more and more pile up.
 
-    Clients connect, send a request and close. The server never calls close(). Its kernel keeps each connection in
-    CLOSE_WAIT, which has no time limit, and the process keeps a file descriptor for it, until it has none left.
+    Clients connect, send a request and close. The server reads it, and never calls close(). Its kernel keeps each
+    connection in CLOSE_WAIT, which has no time limit, and the process keeps a file descriptor for it, until it has none
+    left.
     """
 
     title = "the server never closes what its clients have closed: CLOSE_WAIT piles up"
@@ -25,7 +26,7 @@ class CloseWaitLeak(Closing):
     seconds: float = parameter(12.0, "in which time")
 
     def prepare(self, lab: Lab) -> None:
-        self.serve(lab, "never")
+        self.serve(lab, "forget")
         self.request(self.early, closes="first")
         until(lambda: self.left_open(lab) >= self.early, "CLOSE_WAIT")
         self.step("client", f"{self.early} requests, and closed")
