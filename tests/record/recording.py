@@ -57,6 +57,11 @@ class Run:
         return dict(summary)
 
     @cached_property
+    def began(self) -> list[Row]:
+        """What `diagnose` told, with the numbers of that moment."""
+        return [record["began"] for record in self._records if record.keys() == {"began"}]
+
+    @cached_property
     def stats(self) -> dict[str, int] | None:
         return next((record["stats"] for record in self._records[::-1] if record.keys() == {"stats"}), None)
 

@@ -72,6 +72,12 @@ def found(seen: Seen, script: Script) -> list[dict[str, Any]]:
     return [each for each in seen.run(DIAGNOSE).summary["findings"] if each["facts"]["netns"] in netns]
 
 
+def began(seen: Seen, script: Script) -> list[dict[str, Any]]:
+    """All that was told about both hosts, in its order, and what another finding explained later."""
+    netns = {host.inode for host in script.hosts}
+    return [each for each in seen.run(DIAGNOSE).began if each["facts"]["netns"] in netns]
+
+
 def only(seen: Seen, script: Script, rule: str, host: Host) -> dict[str, Any]:
     """What this rule has found about this host. Nothing else was found about either."""
     (finding,) = found(seen, script)

@@ -26,6 +26,7 @@ ROW = {
     "state": "ESTABLISHED",
     "has_file": True,
     "out_segs": 0,
+    "sacked_segs": 0,
     "backoff": 0,
     "retransmits": 0,
     "retrans_segs": 0,
@@ -96,6 +97,7 @@ def evidence(
     attempts: tuple[tuple[Group, int], ...] = (),
     drops: tuple[tuple[Group, int], ...] = (),
     counters: dict[str, int] | None = None,
+    ended: bool = False,
 ) -> Any:
     """`sent`: segments sent and retransmitted by connections that were looked at."""
     sums: list[dict[tuple[int, str], Tally]] = []
@@ -106,6 +108,7 @@ def evidence(
         now_s=100.0,
         began_s=0.0,
         watched_s=100.0,
+        ended=ended,
         sockets=SimpleNamespace(now=list(tracks), sent=sums[0], twice=sums[1]),
         retrans=tallies(*retrans),
         attempts=tallies(*attempts),
@@ -227,12 +230,39 @@ def test_three_connections_with_a_full_segment_while_small_ones_are_answered() -
     three = [track(**FULL) for _ in range(3)]
     small = track(sent_bytes=4000, data_segs_out=40)
     assert names(evidence(*three, small)) == ["mtu_hole"]
-    assert names(evidence(*three)) == ["no_ack"]
+    assert names(evidence(*three)) == []  # as a dead host, or an MTU hole
+    assert names(evidence(*three, ended=True)) == ["no_ack"]
     assert names(evidence(*three[:2], small)) == ["no_ack"]
     assert names(evidence(*three[:2], track(**STALLED), small)) == ["no_ack"]
     large = track()
     large.last.sent_bytes, large.last.data_segs_out = 14_480, 10
     assert names(evidence(*three, large)) == ["no_ack"]
+
+
+def test_a_small_segment_behind_a_full_one_shows_the_hole() -> None:
+    (finding,) = found(evidence(*(track(**FULL | {"out_segs": 2, "sacked_segs": 1}) for _ in range(3))))
+    assert (finding.rule, finding.facts["answered_behind"]) == ("mtu_hole", 3)
+    assert "on 3 of them smaller segments behind it have arrived (SACK)" in finding.observed
+
+
+@pytest.mark.parametrize(
+    ("columns", "only_full"),
+    [
+        ({"rto_us": 10_700_000}, True),  # it has waited for ten seconds
+        ({"rto_us": 10_600_000}, None),
+        ({"unacked": 1447}, False),
+        ({"sent_bytes": 6 * 1448, "data_segs_out": 6}, False),  # five have arrived
+        ({"sent_bytes": 4 * 1448, "data_segs_out": 4}, None),
+    ],
+)
+def test_a_dead_host_that_may_be_a_hole_is_told_later_and_as_one_of_both(
+    columns: dict[str, int], only_full: bool | None
+) -> None:
+    told = found(evidence(*(track(**FULL | columns) for _ in range(3))))
+    assert [(each.rule, each.facts["only_full"]) for each in told] == [("no_ack", only_full)] * (only_full is not None)
+    if only_full:
+        assert "MTU hole" in told[0].why
+        assert "each waits for the ACK of a full segment, and nothing smaller was sent since" in told[0].observed
 
 
 @pytest.mark.parametrize(

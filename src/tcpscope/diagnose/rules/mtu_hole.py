@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from tcpscope.diagnose import Finding, Remedy, Rule, paths
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Peer
-from tcpscope.diagnose.rules.no_ack import Lives, is_silent, stalled_us
+from tcpscope.diagnose.rules.no_ack import FULL, SEGMENTS, Lives, is_full, is_silent, stalled_us
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.wording import seconds
 
 # FIELD.md, fault 11: two timeouts of a full segment, on three connections. One alone may be a lost connection.
 TIMEOUTS = 2
 CONNECTIONS = 3
-FULL = 0.9  # a connection whose segments have on average this part of its MSS shows that the path takes full ones
-SEGMENTS = 4  # so many segments make an average
 
 WHY = (
     "A link on the way takes only smaller packets, and the ICMP message that says so (fragmentation needed, packet too "
@@ -47,15 +45,17 @@ class MtuHole(Rule):
                 continue
             others, opened = lives.since(where, tracks, large)
             later = _answered_later(large)
-            if others or opened or later:
-                yield self._finding(seen, where, large, others, opened, later)
+            behind = sum(track.last.sacked_segs > 0 for track in large)
+            if others or opened or later or behind:
+                yield self._finding(seen, where, large, others, opened, later, behind)
 
     def _finding(
-        self, seen: Evidence, where: Peer, large: list[Track], others: int, opened: int, later: int
+        self, seen: Evidence, where: Peer, large: list[Track], others: int, opened: int, later: int, behind: int
     ) -> Finding:
         rows = [track.last for track in large]
         longest = max(map(stalled_us, large))
         mss = max(row.mss for row in rows)
+        answers = opened + others + later
         return Finding(
             rule=self.name,
             severity="critical",
@@ -65,7 +65,8 @@ class MtuHole(Rule):
                 f"{paths.number(len(large), 'connection')} ({paths.ports(large)}) without an ACK of a segment of "
                 f"{mss:,} bytes, the longest for {seconds(round(longest))} and "
                 f"{paths.number(max(map(paths.timeouts, rows)), 'timeout')}",
-                f"{paths.meanwhile(opened, others + later)}, none with a full segment",
+                *([f"{paths.meanwhile(opened, others + later)}, none with a full segment"] if answers else ()),
+                *([f"on {behind} of them smaller segments behind it have arrived (SACK)"] if behind else ()),
             ],
             why=WHY,
             remedies=list(_remedies(where, large, mss)),
@@ -79,6 +80,7 @@ class MtuHole(Rule):
                 stalled_s=round(longest / 1e6, 1),
                 opened_meanwhile=opened,
                 answered_meanwhile=others + later,
+                answered_behind=behind,
                 mtu_probing=rows[0].mtu_probing,
             ),
         )
@@ -86,7 +88,7 @@ class MtuHole(Rule):
 
 def _is_full(track: Track) -> bool:
     """The oldest segment that has no ACK is as large as it can be, or was until probing began."""
-    return is_silent(track, TIMEOUTS) and track.last.unacked >= track.last.mss
+    return is_silent(track, TIMEOUTS) and is_full(track)
 
 
 def _takes_full(track: Track) -> bool:

@@ -25,6 +25,11 @@ PAUSE_US = 3_000_000  # from here on it is told
 KEEPALIVE_LEAST_S = 15  # proposed: less costs more packets than it helps
 # One client that vanishes, out of thousands, is a telephone in a tunnel. From so many of one address it is a fault.
 CLIENTS = 3
+# Where only full segments wait, a path that loses these alone looks the same (mtu_hole). For so long something smaller
+# may still show that the address lives.
+TELL_US = 10_000_000
+FULL = 0.9  # a connection whose segments have on average this part of its MSS shows that the path takes full ones
+SEGMENTS = 4  # so many segments make an average
 USER_TIMEOUT_MS = 30_000  # proposed: RFC 5482 leaves it to the application; 30 s is two in three of its usual deadlines
 
 WHY_GONE = (
@@ -47,6 +52,10 @@ WHY_HERE = (
 WHY_ONE_WAY = (
     "Packets of this address still come in, so it is alive. What this host sends to it is lost on the way there, or is "
     "dropped there before TCP."
+)
+WHY_FULL = (
+    "No packet of it has come since. But all that was sent meanwhile were full segments: either its host is gone, or a "
+    "link on the way loses large packets only (an MTU hole). What answers something small tells."
 )
 WHY_CLIENTS = (
     "Their hosts have gone without closing, as a telephone does out of reach, or a machine without power. The kernel "
@@ -90,6 +99,19 @@ def is_silent(track: Track, least: int = TIMEOUTS) -> bool:
     if not track.holds("no_ack") or paths.timeouts(track.last) < least:
         return False
     return not is_one_way(track) or track.held_s("no_ack") * 1e6 >= SILENT_US
+
+
+def is_full(track: Track) -> bool:
+    """The oldest segment that has no ACK is as large as it can be."""
+    return bool(track.last.unacked >= track.last.mss)
+
+
+def took_full(track: Track) -> bool:
+    """What had arrived on it before were full segments."""
+    row = track.last
+    arrived = row.sent_bytes - row.retrans_bytes - row.unacked
+    segments = row.data_segs_out - row.total_retrans - row.out_segs
+    return bool(segments >= SEGMENTS and arrived >= FULL * segments * row.mss)
 
 
 class Lives:
@@ -154,12 +176,18 @@ class NoAck(Rule):
             if len(silent) < CLIENTS and all(track.last.role == "PASSIVE" for track in silent):
                 for track in silent:
                     clients.setdefault((where[0], track.last.lport), []).append(track)
-            else:
-                yield self._finding(seen, where, silent, lives.since(where, tracks, silent))
+                continue
+            meanwhile = lives.since(where, tracks, silent)
+            full = not any(meanwhile) and all(is_full(track) and not took_full(track) for track in silent)
+            if full and not seen.ended and max(map(stalled_us, silent)) < TELL_US:
+                continue  # it may be an MTU hole
+            yield self._finding(seen, where, silent, meanwhile, full)
         for (netns, lport), silent in clients.items():
             yield self._clients(netns, lport, silent)
 
-    def _finding(self, seen: Evidence, where: Peer, silent: list[Track], meanwhile: tuple[int, int]) -> Finding:
+    def _finding(
+        self, seen: Evidence, where: Peer, silent: list[Track], meanwhile: tuple[int, int], full: bool
+    ) -> Finding:
         others, opened = meanwhile
         idle_us = [max(0.0, track.last.since_ack_us - stalled_us(track)) for track in silent if not is_one_way(track)]
         lives = bool(others or opened)
@@ -173,6 +201,8 @@ class NoAck(Rule):
         if here:
             title, why = f"this host cannot send to {where[1]}: {number} stalled", WHY_HERE
             remedies = _when_here(where, silent)
+        elif full and not one_way:
+            why, remedies = WHY_FULL, _when_full(where, silent)
         elif one_way:
             title, why = f"nothing that is sent to {where[1]} arrives: {number} stalled", WHY_ONE_WAY
         elif idle:
@@ -185,6 +215,8 @@ class NoAck(Rule):
             observed.append(f"they were idle before that for {_span(idle_us)}")
         if lives:
             observed.append(paths.meanwhile(opened, others))
+        if full and not here:
+            observed.append("each waits for the ACK of a full segment, and nothing smaller was sent since")
         observed += _sent_again(paths.again(seen).get(where), silent)
         return Finding(
             rule=self.name,
@@ -200,6 +232,7 @@ class NoAck(Rule):
                 paths.owners(silent),
                 len(silent),
                 case="here" if here else "idle" if idle else "others" if lives else "one_way" if one_way else "gone",
+                only_full=full and not here,
                 stalled_s=round(max(map(stalled_us, silent)) / 1e6, 1),
                 idle_s=round(min(idle_us) / 1e6, 1) if idle_us else None,
                 timeouts=max(paths.timeouts(track.last) for track in silent),
@@ -296,6 +329,15 @@ def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
             proposed=f"{USER_TIMEOUT_MS} ms",
             risk="a peer that is silent for as long, and comes back, loses its connections",
         )
+
+
+def _when_full(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
+    yield Remedy(
+        "See whether it answers a small packet. If it does, large ones are lost: lower the MTU of the route, or set "
+        "net.ipv4.tcp_mtu_probing to 1.",
+        command=paths.command(where[0], paths.owners(silent), f"ping -c 3 -s 56 {where[1]}"),
+    )
+    yield from _when_gone(where, silent)
 
 
 def _when_idle(where: Peer, silent: list[Track], idle_us: float) -> Iterator[Remedy]:
