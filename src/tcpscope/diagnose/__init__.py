@@ -87,6 +87,11 @@ def endpoint(netns: int, address: str, port: int | None) -> tuple[Any, ...]:
     return ("endpoint", netns if ip_address(address).is_loopback else None, address, port)
 
 
+def between(netns: int, laddr: str, raddr: str) -> tuple[Any, ...]:
+    """Two addresses, for what is seen at both ends of a connection."""
+    return ("between", netns if ip_address(laddr).is_loopback else None, frozenset({laddr, raddr}))
+
+
 def listener(netns: int, lport: int) -> tuple[Any, ...]:
     """The listeners of a local port."""
     return ("listener", netns, lport)

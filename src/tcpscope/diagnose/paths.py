@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from tcpscope.diagnose import peer, processes
+from tcpscope.diagnose import between, peer, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.tallies import Tally
@@ -106,6 +106,11 @@ def of(where: Peer, found: Owners, *look: str) -> dict[str, Any]:
         "look": tuple(f"{command} --raddr {where[1]}" for command in look),
         "about": frozenset({peer(*where)}),
     }
+
+
+def both(where: Peer, laddrs: Iterable[str]) -> frozenset[tuple[Any, ...]]:
+    """For `Finding.about`: this address, and the way to it from these ones, as its other end sees it, too."""
+    return frozenset({peer(*where), *(between(where[0], laddr, where[1]) for laddr in laddrs)})
 
 
 def facts(where: Peer, found: Owners, count: int, **numbers: Any) -> dict[str, Any]:

@@ -10,8 +10,10 @@ import pytest
 
 from tcpscope.diagnose import addresses
 from tcpscope.diagnose.queue_history import History
-from tcpscope.diagnose.rules.firewall_drops import is_syn, rule
+from tcpscope.diagnose.rules.firewall_drops import SEGMENTS, is_syn, rule
 from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, sockets, times
+from tests.diagnose.rules.scenes import PORT as SERVICE
+from tests.diagnose.rules.scenes import only, scene, told
 from tests.diagnose.rules.test_connects_fail import fail
 from tests.record import Host, Script, Test, recorded
 from tests.test_sampling import at
@@ -74,6 +76,54 @@ def test_two_faults_of_one_host_are_two_findings(script: Script) -> Test:
     assert by_rule.keys() == {"firewall_drops", "connects_fail"}
     assert by_rule["firewall_drops"]["rport"] == BOTH
     assert (by_rule["connects_fail"]["rports"], by_rule["connects_fail"]["count"]) == ([BOTH + 1], 7)
+
+
+LATE = "add rule inet filter output tcp sport {} tcp flags & (syn | fin | rst | psh) == 0 counter drop"
+
+
+@recorded(DIAGNOSE)
+def test_acks_that_never_leave(script: Script) -> Test:
+    """The server's firewall drops its ACKs. Its answer acknowledges the request, too: so ACKs seem to be late."""
+    made = scene(script, 6)
+    server = script.server
+    server.exec("nft", "add table inet filter")
+    server.exec("nft", "add chain inet filter output { type filter hook output priority 0 ; }")
+    server.exec("nft", LATE.format(SERVICE))
+    for _ in range(2):
+        for near in made.nears:
+            near.send_all(100)
+        made.until_timeouts(2)
+        for near, far in made.ends:
+            far.read(100)
+            far.send("answer")
+            near.receive()
+    rules = server.exec("nft", "list", "ruleset")
+    told(server)
+    seen = yield
+    finding = only(seen, script, "firewall_drops", server)  # and not what the client takes it for
+    facts = finding["facts"]
+    assert (finding["severity"], facts["direction"], facts["raddr"]) == ("warning", "SENT", script.client.ipv4)
+    assert (facts["pids"], facts["comm"]) == ([made.server.pid], "database")
+    assert f"counter packets {facts['count']} bytes" in unquote(rules.data)
+    assert facts["count"] == facts["acks"] >= SEGMENTS
+
+
+@pytest.mark.parametrize(
+    ("columns", "number", "out", "expected"),
+    [
+        ({}, 20, 2000, 1),
+        ({}, 19, 100, 0),
+        ({}, 20, 2001, 0),
+        ({}, 20, None, 1),
+        ({"flags": "ACK|RST"}, 90, 100, 0),
+        ({"direction": "RECEIVED"}, 90, 100, 0),
+    ],
+)
+def test_twenty_segments_and_one_in_a_hundred(columns: Any, number: int, out: int | None, expected: int) -> None:
+    own = dropped(**{"direction": "SENT", "flags": "ACK"} | columns)
+    counters = SimpleNamespace(grown=lambda netns, name: out)
+    queues = SimpleNamespace(histories={})
+    assert len(check(rule, drops=groups({own: times(number)}), queues=queues, counters=counters)) == expected
 
 
 def dropped(**columns: Any) -> Any:

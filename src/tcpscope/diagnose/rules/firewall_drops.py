@@ -1,4 +1,5 @@
-"""A firewall of this host drops SYNs: those for a port that listens, or those of a process that connects."""
+"""A firewall of this host drops SYNs: those for a port that listens, or those of a process that connects. Or it drops
+ACKs and data that this host sends."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, addresses, endpoint, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, addresses, between, endpoint, paths, peer, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.tallies import Tally
@@ -19,12 +20,21 @@ LEAST = 3
 """SYNs of one peer, or to one service. A scanner sends one."""
 
 MANY = 5
+
+SEGMENTS, SHARE = 20, 0.01
+"""Of other segments to one address, and of all that the network namespace sends: as for losses. A firewall that knows
+connections drops a late segment now and then."""
+
 _FUNCTION = "nf_hook_slow"  # it frees the packet; before 5.17 there is no other sign
 _WILDCARDS = ("0.0.0.0", "::")
 _PEERS_SHOWN = 3
 _WHY = (
     "A netfilter rule of this network namespace drops or rejects these SYNs. After a rejection connect() fails at once."
     " Without an answer the client's kernel sends the SYN again and again, until it or the application gives up."
+)
+_WHY_SEGMENTS = (
+    "A netfilter rule of this network namespace drops them after TCP has sent them. The remote end gets no ACK, or one "
+    "that is late since only a later one arrives: it sends its data again. What this host sends arrives late, or never."
 )
 _ALL_RULES = "nft list ruleset"
 _COUNTERS = (
@@ -34,15 +44,19 @@ _COUNTERS = (
 
 class FirewallDrops(Rule):
     needs = ("drops", "queues")
-    explains = ("connects_fail",)
+    explains = ("connects_fail", "loss", "spurious_retrans", "no_ack", "mtu_hole", "ends_by_timeout")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         received: dict[tuple[int, int], list[tuple[Any, Tally]]] = defaultdict(list)
         sent: dict[tuple[int, str, int], list[tuple[Any, Tally]]] = defaultdict(list)
+        segments: dict[tuple[int, str], list[tuple[Any, Tally]]] = defaultdict(list)
         for group, tally in seen.drops.tallies.items():
-            if not is_of_firewall(group) or not is_syn(group.flags) or group.netns is None:
+            if not is_of_firewall(group) or group.netns is None:
                 continue
-            if group.direction == "RECEIVED":
+            if not is_syn(group.flags):
+                if group.direction == "SENT" and _is_of_connection(group.flags):
+                    segments[group.netns, group.raddr].append((group, tally))
+            elif group.direction == "RECEIVED":
                 received[group.netns, group.lport].append((group, tally))
             elif group.direction == "SENT":
                 sent[group.netns, group.raddr, group.rport].append((group, tally))
@@ -53,6 +67,8 @@ class FirewallDrops(Rule):
                     yield from self._received(seen, history, found)
         for key, found in sent.items():
             yield from self._sent(*key, found)
+        for (netns, raddr), found in segments.items():
+            yield from self._segments(seen, netns, raddr, found)
 
     def _received(self, seen: Evidence, history: History, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
         own, total = history.last, Tally()
@@ -153,6 +169,57 @@ class FirewallDrops(Rule):
             last_s=total.last_s,
             subject=("service", netns, raddr, rport),
         )
+
+    def _segments(self, seen: Evidence, netns: int, raddr: str, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+        total = Tally()
+        owners: Counter[tuple[int, str]] = Counter()
+        for group, tally in found:
+            total.merge(tally)
+            if group.pid is not None:
+                owners[group.pid, group.comm] += tally.count
+        out = seen.counters.grown(netns, "TcpOutSegs") if hasattr(seen, "counters") else None
+        if total.count < SEGMENTS or total.count < SHARE * (out or 0):
+            return
+        acks = sum(tally.count for group, tally in found if group.flags == "ACK")
+        name = f"{paths.program(owners)}'s connections" if owners else "its connections"
+        yield Finding(
+            rule=self.name,
+            severity="warning",
+            title=f"a firewall of this host drops what it sends to {raddr}: {total.count:,} segments",
+            observed=[
+                f"{total.count:,} segments of {name} dropped before they left; {acks:,} of them without a flag but ACK",
+                *([f"{out:,} segments were sent in this network namespace meanwhile"] if out else []),
+            ],
+            why=_WHY_SEGMENTS,
+            remedies=[
+                Remedy(
+                    f"Let the rule that drops take segments of open connections with {raddr}. {_COUNTERS}",
+                    command=paths.command(netns, owners, _ALL_RULES),
+                    risk="The rule may be there on purpose.",
+                )
+            ],
+            facts={
+                "netns": netns,
+                "direction": "SENT",
+                "raddr": raddr,
+                "pids": paths.pids(owners),
+                "comm": paths.program(owners) if owners else None,
+                "acks": acks,
+                "count": total.count,
+            },
+            who=paths.who(owners),
+            look=(f"drop --raddr {raddr} --reason 'NETFILTER_*'",),
+            about=frozenset(
+                {peer(netns, raddr), *(between(netns, group.laddr, raddr) for group, _ in found if group.laddr)}
+            ),
+            first_s=total.first_s,
+            last_s=total.last_s,
+            subject=("segments", netns, raddr),
+        )
+
+
+def _is_of_connection(flags: str | None) -> bool:
+    return flags is not None and "ACK" in flags and "SYN" not in flags and "RST" not in flags
 
 
 def _peers(found: list[tuple[Any, Tally]]) -> Counter[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, paths, peer
+from tcpscope.diagnose import Finding, Remedy, Rule, between, paths, peer
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Owners
 from tcpscope.kernel.features import Kernel
@@ -135,7 +135,13 @@ class HostQueueFull(Rule):
             ],
             who=paths.who(own.owners),
             look=(f"drop --netns {netns}", f"retrans --netns {netns}"),
-            about=frozenset({("queue", netns), *(peer(netns, address) for address in addresses)}),
+            about=frozenset(
+                {
+                    ("queue", netns),
+                    *(peer(netns, address) for address in addresses),
+                    *(between(netns, laddr, raddr) for laddr, _, raddr, _ in own.connections if laddr),
+                }
+            ),
             subject=("queue", netns),
             first_s=own.first_s,
             last_s=None if stands else own.last_s,

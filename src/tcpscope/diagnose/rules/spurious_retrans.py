@@ -24,8 +24,8 @@ WHY_ORDER = (
 )
 WHY_DELAY = (
     "ACKs came later than the timeout of the sender, and then said that all had arrived. Something holds packets back "
-    "for a "
-    "time: a queue on the way, a virtual machine that was paused, a radio link, or a busy remote host."
+    "for a time: a queue on the way, a virtual machine that was paused, a radio link, or a busy remote host. Or ACKs "
+    "are lost on the way back, and a later one says it for all."
 )
 
 
@@ -60,7 +60,8 @@ class SpuriousRetrans(Rule):
             ],
             why=WHY_ORDER if reordered else WHY_DELAY,
             remedies=[],
-            **paths.of(where, again.owners, "retrans", "rtt", "cong"),
+            **paths.of(where, again.owners, "retrans", "rtt", "cong")
+            | {"about": paths.both(where, {laddr for laddr, *_ in again.connections})},
             first_s=again.first_s,
             last_s=again.last_s,
             facts=paths.facts(
