@@ -59,6 +59,7 @@ def seen(*each: list[Listener], exact: bool = True) -> QueueHistory:
     """The histories after these snapshots."""
     made = QueueHistory.__new__(QueueHistory)
     made.exact, made.histories, made._by_address, made._forgotten = exact, {}, {}, 0
+    made._refused_before = 0
     made._witness, made._sampler, made._snapshots = Witness(), Sampler(), Snapshots(*each)  # type: ignore[assignment]
     for _ in each:
         made._look()
@@ -74,6 +75,17 @@ def refusal(listener: Listener, port: int = 1, cause: str = "ACCEPT_QUEUE_FULL")
 
 def numbers(seen: QueueHistory) -> list[int]:
     return [history.count("ACCEPT_QUEUE_FULL") for history in seen.histories.values()]
+
+
+def test_refusals_that_the_rules_look_at_no_more_are_still_counted() -> None:
+    before, after = (at(9, 9, 9, drops, refused={("SYN", "ACCEPT_QUEUE_FULL"): drops}) for drops in (0, 4))
+    watched = seen([before], [after])
+    (history,) = watched.histories.values()
+    history.first_s = history.last_s = 10.0
+    assert watched.counts()["refusals"] == 4
+    watched.forget(20.0)
+    assert numbers(watched) == [0]
+    assert watched.counts()["refusals"] == 4
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tcpscope.diagnose import tallies
+from tcpscope.diagnose import tallies, text
 from tcpscope.diagnose.tallies import Groups, Tally
 from tcpscope.run import Batch
 from tcpscope.session import Stats
@@ -18,6 +18,7 @@ def groups(**tallies: Tally) -> Groups:
     made: Any = Groups.__new__(Groups)
     group = namedtuple("group", ("raddr", "outcome"))
     made.tallies = {group(*name.split("_")): tally for name, tally in tallies.items()}
+    made.ever = {}
     return made  # type: ignore[no-any-return]
 
 
@@ -88,3 +89,19 @@ def test_groups_that_are_quiet_are_forgotten() -> None:
     found = groups(a_OK=tally((1.0, 1, 0)), b_OK=tally((5.0, 1, 0)))
     found.forget(3.0)
     assert [group.raddr for group in found.tallies] == ["b"]
+
+
+def test_what_is_forgotten_is_still_in_the_count_of_the_whole_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: Any = groups()
+    attempts._group, attempts._number = namedtuple("group", ("raddr", "outcome")), None
+    attempts._by = attempts._group._fields
+    now_s = 100.0
+    monkeypatch.setattr(tallies.time, "monotonic", lambda: now_s)
+    for outcome in ("ESTABLISHED", "REFUSED", "GAVE_UP"):
+        attempts._take([Batch("interval", [SimpleNamespace(raddr="a", outcome=outcome, count=3)])])
+        now_s += 100.0
+        attempts.forget(now_s - 60.0)
+    assert attempts.tallies == {}
+    seen: Any = SimpleNamespace(attempts=attempts)
+    counted = text.counts(seen)
+    assert (counted["connects"], counted["connects_failed"], counted["connects_given_up"]) == (9, 3, 3)

@@ -228,3 +228,18 @@ def test_severe_ones_first_then_the_largest() -> None:
     few, many = finding("a"), Finding("b", "warning", "b", [], "", [], {"count": 5})
     grave = Finding("c", "critical", "c", [], "", [], {"count": 1})
     assert ordered([few, many, grave]) == [grave, many, few]
+
+
+def test_how_long_nothing_more_has_happened(clock: Clock) -> None:
+    loss, dead = Scripted("loss"), Scripted("no_ack")
+    watch, _ = watch_of(loss, dead)
+    over, lasts = finding("loss", last_s=clock.now), finding("no_ack", OTHER)
+    loss.now, dead.now = [over], [lasts]
+    told(watch)
+    clock.now += QUIET_SECONDS
+    told(watch)
+    assert [watch.quiet_s(each) for each in (over, lasts)] == [QUIET_SECONDS, None]
+    dead.now = []
+    clock.now += QUIET_SECONDS
+    told(watch)
+    assert [watch.quiet_s(each) for each in (over, lasts)] == [2 * QUIET_SECONDS, QUIET_SECONDS]

@@ -87,9 +87,10 @@ def endpoint(netns: int, address: str, port: int | None) -> tuple[Any, ...]:
     return ("endpoint", netns if ip_address(address).is_loopback else None, address, port)
 
 
-def between(netns: int, laddr: str, raddr: str) -> tuple[Any, ...]:
-    """Two addresses, for what is seen at both ends of a connection."""
-    return ("between", netns if ip_address(laddr).is_loopback else None, frozenset({laddr, raddr}))
+def connection(netns: int, laddr: str, lport: int, raddr: str, rport: int) -> tuple[Any, ...]:
+    """A connection, for what is seen at both of its ends."""
+    ends = frozenset({(laddr, lport), (raddr, rport)})
+    return ("connection", netns if ip_address(laddr).is_loopback else None, ends)
 
 
 def listener(netns: int, lport: int) -> tuple[Any, ...]:

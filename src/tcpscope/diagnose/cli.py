@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import click
@@ -41,7 +42,7 @@ def _run(**values: Any) -> None:
             watch = Watch(evidence, goes_on)
             _watch(watch, evidence, teller, stop, request)
             findings = watch.findings()
-            teller.end(findings)
+            teller.end(findings, watch.quiet_s)
             stats = evidence.account()
         finally:
             evidence.close()
@@ -104,7 +105,7 @@ class _Text:
             return
         self._write([*text.finding(number, finding, after_s, width), ""], finding.severity == "critical")
 
-    def end(self, findings: list[Finding]) -> None:
+    def end(self, findings: list[Finding], quiet_s: Callable[[Finding], float | None]) -> None:
         for finding in findings:
             if finding.key not in self._shown:
                 continue
@@ -114,6 +115,8 @@ class _Text:
             elif before.observed != finding.observed:
                 line = f"{number}. at the end: {'; '.join(finding.observed[:2])}"
                 self._write(text.wrapped(line, text.width_of(self._stream)))
+            if (past_s := quiet_s(finding)) is not None:
+                self._write([f"{number}. is over, it seems: nothing more of it in the last {text.span(past_s)}"])
         last = [text.nothing_found(self._evidence)] if not self._numbers else []
         order = [str(self._numbers[finding.key]) for finding in findings]
         if len(order) > 1:
@@ -141,11 +144,11 @@ class _Records:
         at_s = known.last_s if news.what == "ended" else known.began_s
         self._write({news.what: _values(known.finding) | {"at_s": round(at_s - self._evidence.began_s, 1)}})
 
-    def end(self, findings: list[Finding]) -> None:
+    def end(self, findings: list[Finding], quiet_s: Callable[[Finding], float | None]) -> None:
         evidence = self._evidence
         summary = {
             "watched_s": round(evidence.watched_s, 3),
-            "findings": [_values(finding) for finding in findings],
+            "findings": [_values(finding) | {"quiet_s": _rounded(quiet_s(finding))} for finding in findings],
             "rules": [rule.name for rule in evidence.rules],
             "not_checked": [rule.name for rule in evidence.left_out],
             **text.counts(evidence),
@@ -164,6 +167,10 @@ _ENGINE = ("about", "first_s", "last_s", "subject")
 def _values(finding: Finding) -> dict[str, Any]:
     values: dict[str, Any] = msgspec.to_builtins(finding, builtin_types=(frozenset,))
     return {name: value for name, value in values.items() if name not in _ENGINE}
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _notes(evidence: Evidence) -> list[str]:

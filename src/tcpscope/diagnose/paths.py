@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from tcpscope.diagnose import between, peer, processes
+from tcpscope.diagnose import connection, peer, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.tallies import Tally
@@ -108,9 +108,9 @@ def of(where: Peer, found: Owners, *look: str) -> dict[str, Any]:
     }
 
 
-def both(where: Peer, laddrs: Iterable[str]) -> frozenset[tuple[Any, ...]]:
-    """For `Finding.about`: this address, and the way to it from these ones, as its other end sees it, too."""
-    return frozenset({peer(*where), *(between(where[0], laddr, where[1]) for laddr in laddrs)})
+def both(where: Peer, connections: Iterable[tuple[str, int, str, int]]) -> frozenset[tuple[Any, ...]]:
+    """For `Finding.about`: this address and these connections, which their other ends see, too."""
+    return frozenset({peer(*where), *(connection(where[0], *ends) for ends in connections)})
 
 
 def facts(where: Peer, found: Owners, count: int, **numbers: Any) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class Again:
     kinds: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     spurious: int = 0
-    connections: set[tuple[Any, ...]] = field(default_factory=set)
+    connections: set[tuple[str, int, str, int]] = field(default_factory=set)
     owners: Owners = field(default_factory=Counter)
     first_s: float = math.inf
     last_s: float = 0.0
@@ -187,7 +187,7 @@ class Again:
             self.kinds[group.kind] += tally.sum
         else:
             self.failed[group.errno] += tally.count
-        self.connections.add((group.laddr, group.lport, group.rport))
+        self.connections.add((group.laddr, group.lport, group.raddr, group.rport))
         if group.pid is not None:
             self.owners[group.pid, group.comm] += max(tally.sum, tally.count)
         self.first_s, self.last_s = min(self.first_s, tally.first_s), max(self.last_s, tally.last_s)
@@ -237,6 +237,20 @@ def sent(seen: Evidence, where: Peer, found: Again) -> Sent:
         return Sent(tally.sum, tally.count, True)
     again, out = (seen.counters.grown(where[0], f"Tcp{name}") or 0 for name in ("RetransSegs", "OutSegs"))
     return Sent(again, out, False)
+
+
+def transmitted(seen: Evidence, netns: int, part: int) -> int | None:
+    """How many segments TCP has sent in a network namespace, with those that were sent again or could not be sent.
+
+    TcpOutSegs has only new ones. None: it is not known, or not for all the time in which `part` was counted.
+    """
+    counters = getattr(seen, "counters", None)
+    grown = counters.grown if counters is not None else lambda netns, name: None
+    new = grown(netns, "TcpOutSegs")
+    if new is None:
+        return None
+    sent = new + (grown(netns, "TcpRetransSegs") or 0) + (grown(netns, "TcpExtTCPRetransFail") or 0)
+    return sent if sent >= part else None
 
 
 def needless(seen: Evidence, where: Peer, found: Again) -> int:

@@ -359,6 +359,11 @@ class History:
         return counted | self.events if self.first.since_ns else counted
 
     @property
+    def refusals(self) -> int:
+        """Of whatever cause; a SYN cookie is none."""
+        return sum(n for (_, cause), n in self.refused.items() if cause != "COOKIE_SENT")
+
+    @property
     def quiet(self) -> bool:
         """Whether there is nothing to report."""
         return not (self.full_seen or self.stalled or any(self.refused.values()))
@@ -384,6 +389,7 @@ class QueueHistory:
             self._witness = Witness()
             self._unnamed = 0
             self._next_s = 0.0
+            self._refused_before = 0  # of the time that the rules look at no more
             self._forgotten = 0  # listeners that are gone and about which there is nothing to report
             self._look()
 
@@ -410,15 +416,17 @@ class QueueHistory:
         """Count anew for listeners at which nothing has happened since."""
         for history in self.histories.values():
             if history.last_s is not None and history.last_s < before_s:
+                self._refused_before += history.refusals
                 history.begin_anew()
             if history.ended_stall and history.ended_stall.last_s < before_s:
                 history.ended_stall = None
 
     def counts(self) -> dict[str, int]:
-        refused = sum((history.refused for history in self.histories.values()), Counter[tuple[str, ...]]())
+        """Since the watch began."""
+        refused = sum(history.refusals for history in self.histories.values())
         return {
             "listeners": len(self.histories) + self._forgotten,
-            "refusals": sum(n for (_, cause), n in refused.items() if cause != "COOKIE_SENT"),
+            "refusals": self._refused_before + refused,
         }
 
     def blind_spots(self) -> list[str]:

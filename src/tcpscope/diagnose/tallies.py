@@ -14,6 +14,7 @@ from tcpscope.run import Batch
 from tcpscope.tool import find
 
 INTERVAL_SECONDS = 1.0
+_EVER = ("outcome", "kind", "errno", "direction")
 _PARTS_AT_MOST = 600
 GROUPS_AT_MOST = 50_000
 """Of one tool. What is in further ones counts as lost: in a flood each packet may be a group of its own."""
@@ -66,10 +67,23 @@ class Tally:
         self._parts.extend(other._parts)
 
 
+@dataclass
+class Ever:
+    """The count since the watch began, and the sum, of all groups with these values."""
+
+    outcome: str | None
+    kind: str | None
+    errno: str | None
+    direction: str | None
+    count: int = 0
+    sum: int = 0
+
+
 class Groups:
     """A source: the groups of a tool with --count, by the columns `by`. A group is a named tuple of them.
 
     `number` is the column that the tool sums.
+    `ever` has the counts since the watch began, forgotten ones too, by those of the columns _EVER that there are.
     """
 
     def __init__(
@@ -87,6 +101,7 @@ class Groups:
         )
         self.run = found.open(asked)
         self.tallies: dict[Any, Tally] = {}
+        self.ever: dict[tuple[Any, ...], Ever] = {}
         self._group, self._by, self._number = namedtuple("Group", by), tuple(by), number
 
     def poll(self) -> None:
@@ -118,6 +133,10 @@ class Groups:
                         continue
                     tally = self.tallies[group] = Tally()
                 tally.add(now_s, row.count, number or 0)
+                kind: dict[str, Any] = {name: getattr(group, name, None) for name in _EVER}
+                ever = self.ever.setdefault(tuple(kind.values()), Ever(**kind))
+                ever.count += row.count
+                ever.sum += number or 0
 
     def where(self, **values: Any) -> Iterator[tuple[Any, Tally]]:
         """The groups with these values in their columns; a set of values: one of them."""

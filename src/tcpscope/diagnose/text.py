@@ -88,7 +88,7 @@ def _number(count: int, noun: str) -> str:
 
 
 def counts(evidence: Evidence) -> dict[str, Any]:
-    """The same numbers, by name; None: not watched."""
+    """The same numbers, by name, since the watch began; None: not watched."""
     found: dict[str, Any] = dict.fromkeys(
         (
             "connects",
@@ -103,23 +103,21 @@ def counts(evidence: Evidence) -> dict[str, Any]:
         )
     )
     if attempts := getattr(evidence, "attempts", None):
-        found["connects"] = attempts.count()
-        found["connects_failed"] = sum(
-            tally.count for group, tally in attempts.tallies.items() if group.outcome not in _FAILED_BY_ITSELF
-        )
-        found["connects_given_up"] = attempts.count(outcome="GAVE_UP")
+        ever = attempts.ever.values()
+        found["connects"] = sum(each.count for each in ever)
+        found["connects_failed"] = sum(each.count for each in ever if each.outcome not in _FAILED_BY_ITSELF)
+        found["connects_given_up"] = sum(each.count for each in ever if each.outcome == "GAVE_UP")
     if sockets := getattr(evidence, "sockets", None):
         found["connections"] = sockets.connections
     if queues := getattr(evidence, "queues", None):
         found |= queues.counts()
     if retrans := getattr(evidence, "retrans", None):
-        found["retransmissions"] = sum(
-            tally.sum for group, tally in retrans.tallies.items() if group.kind != "SPURIOUS" and group.errno == "none"
-        )
+        sent = (each for each in retrans.ever.values() if each.kind != "SPURIOUS" and each.errno == "none")
+        found["retransmissions"] = sum(each.sum for each in sent)
     if resets := getattr(evidence, "resets", None):
-        found["resets"] = resets.count(direction=frozenset({"SENT", "RECEIVED"}))
+        found["resets"] = sum(each.count for each in resets.ever.values() if each.direction in ("SENT", "RECEIVED"))
     if drops := getattr(evidence, "drops", None):
-        found["drops"] = drops.count()
+        found["drops"] = sum(each.count for each in drops.ever.values())
     return found
 
 

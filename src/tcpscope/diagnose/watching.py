@@ -111,6 +111,12 @@ class Watch:
         """All that were told and have not ended, with their last numbers, in order."""
         return ordered(self._causes(known.finding for known in self.known.values() if known.told))
 
+    def quiet_s(self, finding: Finding) -> float | None:
+        """For how long nothing more of it has happened; None: it goes on, or that is not certain."""
+        known = self.known.get(finding.key)
+        quiet_s = time.monotonic() - known.last_s if known else 0.0
+        return quiet_s if quiet_s >= QUIET_SECONDS else None
+
     def _found(self) -> list[Finding]:
         now = time.monotonic()
         found = [finding for rule in self._evidence.rules for finding in rule.check(self._evidence)]

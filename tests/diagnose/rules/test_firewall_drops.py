@@ -121,7 +121,7 @@ def test_acks_that_never_leave(script: Script) -> Test:
 )
 def test_twenty_segments_and_one_in_a_hundred(columns: Any, number: int, out: int | None, expected: int) -> None:
     own = dropped(**{"direction": "SENT", "flags": "ACK"} | columns)
-    counters = SimpleNamespace(grown=lambda netns, name: out)
+    counters = SimpleNamespace(grown=lambda netns, name: {"TcpOutSegs": out}.get(name))
     queues = SimpleNamespace(histories={})
     assert len(check(rule, drops=groups({own: times(number)}), queues=queues, counters=counters)) == expected
 
@@ -172,6 +172,13 @@ def test_a_listener_at_all_addresses_has_those_of_its_namespace(
 ) -> None:
     monkeypatch.setattr(addresses, "is_local", lambda address, own: address in (THERE, "2001:db8::2"))
     assert len(findings({dropped(laddr=laddr): times(9)}, laddr=listens, seen_at=None)) == number
+
+
+def test_the_title_has_the_address_that_clients_come_to() -> None:
+    (finding,) = findings({dropped(): times(9)})
+    assert f" drops connections to {THERE}:80, " in finding.title
+    (finding,) = findings({dropped(): times(9), dropped(laddr="2001:db8::2"): times(9)}, laddr="::")
+    assert f" drops connections to {THERE}:80, " in finding.title  # the other is no address of this host
 
 
 def test_addresses_that_are_not_known_are_those_of_connections() -> None:

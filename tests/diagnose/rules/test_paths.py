@@ -312,6 +312,16 @@ def test_a_queue_that_discards_one_in_a_hundred(drops: int, sent: int, rules: li
     assert names(evidence(drops=((received, drops),), counters={"TcpOutSegs": sent})) == []
 
 
+def test_a_part_is_never_more_than_its_whole() -> None:
+    counters = {"TcpOutSegs": 10, "TcpRetransSegs": 4, "TcpExtTCPRetransFail": 6}  # OutSegs has only what is new
+    (finding,) = found(evidence(drops=((QDISC, 20),), counters=counters))
+    assert finding.facts["sent"] == 20
+    waits = ((Group(kind="RTO", errno="EBUSY"), 20),)
+    (finding,) = found(evidence(track(**STALLED), retrans=waits, counters=counters | {"TcpRetransSegs": 3}))
+    assert finding.facts["sent"] is None
+    assert "segments were sent" not in "".join(finding.observed)
+
+
 def test_without_reasons_the_function_tells() -> None:
     freed = QDISC._replace(reason=None, location="kfree_skb_list+0x1b")
     counters = {"TcpOutSegs": 2000}

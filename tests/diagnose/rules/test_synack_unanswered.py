@@ -74,6 +74,8 @@ def test_a_flood_explains_the_full_queue(script: Script, syncookies: int) -> Tes
     assert (finding["rule"], facts["kind"]) == ("synack_unanswered", "flood")
     assert finding["severity"] == ("warning" if syncookies else "critical")
     assert facts["count"] == facts["peers"] == HELD
+    assert 0 < facts["syns_per_s"] <= SYNS
+    assert finding["title"].endswith(f"never answer, {facts['syns_per_s']:.3g} SYNs a second")
     assert facts["dropped"] == run.change("TCPReqQFullDrop")
     assert facts["cookies"] == run.change("TCPReqQFullDoCookies")
     assert facts["dropped"] + facts["cookies"] == SYNS - HELD
@@ -130,6 +132,13 @@ def test_from_five_handshakes_of_a_peer_on(handshakes: int, found: list[str]) ->
 def test_two_timeouts_are_needed(times_s: tuple[float, ...], found: list[str]) -> None:
     """A client whose SYN-ACK is late sends its SYN again, and so has it sent again, too."""
     assert kinds({Group("192.0.2.1", port): again(*times_s) for port in range(9)}) == found
+
+
+def test_the_rate_of_a_flood_is_that_of_its_first_syn_acks() -> None:
+    tallies = {Group(f"192.0.2.{n}", 7): again(10 + n // 10, 12 + n // 10, 16 + n // 10) for n in range(60)}
+    (finding,) = findings_of(tallies)
+    assert finding.facts["syns_per_s"] == 12.0  # sixty in five seconds
+    assert finding.title.endswith("60 addresses never answer, 12 SYNs a second")
 
 
 @pytest.mark.parametrize(("peers", "found"), [(49, []), (50, ["flood"])])

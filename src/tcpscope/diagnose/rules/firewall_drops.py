@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, addresses, between, endpoint, paths, peer, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, addresses, endpoint, paths, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.tallies import Tally
@@ -54,7 +54,7 @@ class FirewallDrops(Rule):
             if not is_of_firewall(group) or group.netns is None:
                 continue
             if not is_syn(group.flags):
-                if group.direction == "SENT" and _is_of_connection(group.flags):
+                if group.direction == "SENT" and group.laddr and _is_of_connection(group.flags):
                     segments[group.netns, group.raddr].append((group, tally))
             elif group.direction == "RECEIVED":
                 received[group.netns, group.lport].append((group, tally))
@@ -88,11 +88,12 @@ class FirewallDrops(Rule):
         shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
         more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
         accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
+        at = text_of(min(laddrs), own.lport) if len(laddrs) == 1 else f"port {own.lport}"  # not 0.0.0.0
         common = of(history)
         yield Finding(
             rule=self.name,
             severity="critical" if total.count >= MANY and history.accepts == 0 else "warning",
-            title=f"a firewall of this host drops connections to {own.name}, {whose(history)}",
+            title=f"a firewall of this host drops connections to {at}, {whose(history)}",
             observed=[
                 f"{total.count} SYNs dropped, those that were sent again included{accepts}",
                 f"clients: {shown}{more}",
@@ -177,7 +178,7 @@ class FirewallDrops(Rule):
             total.merge(tally)
             if group.pid is not None:
                 owners[group.pid, group.comm] += tally.count
-        out = seen.counters.grown(netns, "TcpOutSegs") if hasattr(seen, "counters") else None
+        out = paths.transmitted(seen, netns, total.count)
         if total.count < SEGMENTS or total.count < SHARE * (out or 0):
             return
         acks = sum(tally.count for group, tally in found if group.flags == "ACK")
@@ -209,9 +210,7 @@ class FirewallDrops(Rule):
             },
             who=paths.who(owners),
             look=(f"drop --raddr {raddr} --reason 'NETFILTER_*'",),
-            about=frozenset(
-                {peer(netns, raddr), *(between(netns, group.laddr, raddr) for group, _ in found if group.laddr)}
-            ),
+            about=paths.both((netns, raddr), ((group.laddr, group.lport, raddr, group.rport) for group, _ in found)),
             first_s=total.first_s,
             last_s=total.last_s,
             subject=("segments", netns, raddr),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, between, paths, peer
+from tcpscope.diagnose import Finding, Remedy, Rule, connection, paths, peer
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Owners
 from tcpscope.kernel.features import Kernel
@@ -94,7 +94,7 @@ class HostQueueFull(Rule):
         for netns, own in found.items():
             stands = [track for track in seen.sockets.now if track.last.netns == netns and _stands(track.last, own)]
             lost = max(own.discarded.total(), own.refused.total()) + own.waited.total()
-            sent = seen.counters.grown(netns, "TcpOutSegs")  # None: not known, and so is the share
+            sent = paths.transmitted(seen, netns, lost)  # None: not known, and so is the share
             if stands or (sent and lost >= SEGMENTS and lost >= SHARE * sent):
                 yield self._finding(seen, netns, own, len(stands), sent)
 
@@ -139,7 +139,7 @@ class HostQueueFull(Rule):
                 {
                     ("queue", netns),
                     *(peer(netns, address) for address in addresses),
-                    *(between(netns, laddr, raddr) for laddr, _, raddr, _ in own.connections if laddr),
+                    *(connection(netns, *ends) for ends in own.connections if None not in ends),
                 }
             ),
             subject=("queue", netns),

@@ -60,8 +60,7 @@ class Loss(Rule):
                     command=paths.command(where[0], again.owners, "ip -s -s link"),
                 )
             ],
-            **paths.of(where, again.owners, "retrans", "cong")
-            | {"about": paths.both(where, {laddr for laddr, *_ in again.connections})},
+            **paths.of(where, again.owners, "retrans", "cong") | {"about": paths.both(where, again.connections)},
             first_s=again.first_s,
             last_s=again.last_s,
             facts=paths.facts(

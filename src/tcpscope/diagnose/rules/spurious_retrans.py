@@ -60,8 +60,7 @@ class SpuriousRetrans(Rule):
             ],
             why=WHY_ORDER if reordered else WHY_DELAY,
             remedies=[],
-            **paths.of(where, again.owners, "retrans", "rtt", "cong")
-            | {"about": paths.both(where, {laddr for laddr, *_ in again.connections})},
+            **paths.of(where, again.owners, "retrans", "rtt", "cong") | {"about": paths.both(where, again.connections)},
             first_s=again.first_s,
             last_s=again.last_s,
             facts=paths.facts(

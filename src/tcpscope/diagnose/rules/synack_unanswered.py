@@ -163,10 +163,11 @@ def _finding(
     accepts = history.accepts if history else None
     whom = f"{most[0]} and {len(peers) - 1} more" if len(peers) > 1 else most[0]
     some, never = ("some ", "not") if accepts else ("", "never")
+    rate = _rate(tallies, history, overflows)
     title = (
         f"{some}handshakes from {whom} to {own.name} are {never} completed"
         if kind == "lost"
-        else f"SYN flood on {own.name}: {len(peers)} addresses never answer"
+        else f"SYN flood on {own.name}: {len(peers)} addresses never answer, {rate:.3g} SYNs a second"
     )
     owner = processes.read(own.pid, own.comm).name if own.pid and not pidns.inner() else None
     return Finding(
@@ -197,6 +198,7 @@ def _finding(
             "peers": len(peers),
             "raddr": most[0],
             "synacks_again": sent,
+            "syns_per_s": round(rate, 2) if kind == "flood" else None,
             "accepts": accepts,
             "dropped": None if unsure else full,
             "reserved": None if unsure else reserved,
@@ -209,6 +211,15 @@ def _finding(
         last_s=max(tally.last_s for tally in tallies),
         subject=("port", own.netns, own.lport),
     )
+
+
+def _rate(tallies: list[Tally], history: History | None, overflows: tuple[int, ...]) -> float:
+    """How many of these SYNs came each second: those that were refused, and those that nobody completed."""
+    # The SYN-ACK is sent again a second after the SYN.
+    first_s, last_s = (pick(tally.first_s for tally in tallies) - 1.0 for pick in (min, max))
+    if any(overflows) and history and history.first_s is not None and history.last_s is not None:
+        first_s, last_s = min(first_s, history.first_s), max(last_s, history.last_s)
+    return (len(tallies) + sum(overflows)) / max(last_s - first_s, 1.0)
 
 
 def _clients(seen: Evidence, own: _Port, peers: Container[str]) -> Iterator[tuple[Any, ...]]:
