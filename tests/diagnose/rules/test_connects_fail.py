@@ -114,7 +114,12 @@ def test_a_filtered_port(script: Script) -> Test:
 
 @recorded(DIAGNOSE)
 def test_a_refused_health_check_is_for_information(script: Script) -> Test:
+    """The process has another connection."""
     client = script.client.process("check")
+    listener = script.server.process("server").listener(OPEN)
+    near = client.socket()
+    near.connect(script.server.ipv4, OPEN)
+    listener.accept()
     for _ in range(4):
         fail(client, script.server.ipv4, CHECKED, 1)
         client.pause(1_000_000)
@@ -122,7 +127,25 @@ def test_a_refused_health_check_is_for_information(script: Script) -> Test:
     seen = yield
     (finding,) = found(seen, script.client, script.server)
     assert (finding["rule"], finding["severity"], finding["facts"]["count"]) == ("connects_fail", "info", 4)
-    assert finding["remedies"] == []
+    assert "health check" in finding["why"]
+    assert not finding["facts"]["alone"]
+    (remedy,) = finding["remedies"]
+    assert remedy["what"].startswith("Start the service")
+
+
+@recorded(DIAGNOSE)
+def test_a_process_that_does_nothing_else_tries_again(script: Script) -> Test:
+    client = script.client.process("worker")
+    for _ in range(4):
+        fail(client, script.server.ipv4, CHECKED, 1)
+        client.pause(1_000_000)
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    where = f"{script.server.ipv4}:{CHECKED}"
+    assert finding["title"] == f"worker tries again and again to connect to {where}, and was refused 4 times"
+    assert (finding["severity"], finding["facts"]["alone"]) == ("info", True)
+    assert "needs the service" in finding["why"]
 
 
 def severities(attempts: Any, *rows: Any) -> list[str]:
@@ -168,6 +191,23 @@ def test_three_and_a_fifth(failed: int, connected: int, expected: list[str]) -> 
 )
 def test_a_steady_pace_is_a_health_check(counts: tuple[int, ...], expected: list[str]) -> None:
     assert severities({attempt("REFUSED", "ECONNREFUSED"): times(*counts)}) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "rows", "alone"),
+    [
+        ({}, [], True),
+        ({attempt("ESTABLISHED", rport=81): times(1)}, [], False),
+        ({attempt("REFUSED", "ECONNREFUSED", pid=8): times(1)}, [], False),  # a process for each check
+        ({}, [SimpleNamespace(pid=7, state="ESTABLISHED", role="PASSIVE")], False),
+        ({}, [SimpleNamespace(pid=8, state="ESTABLISHED", role="PASSIVE")], True),
+    ],
+)
+def test_who_does_nothing_else_tries_again_and_is_no_health_check(more: Any, rows: list[Any], alone: bool) -> None:
+    given = {attempt("REFUSED", "ECONNREFUSED"): times(1, 1, 1, 1)} | more
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets(*rows))
+    assert (finding.severity, finding.facts["alone"]) == ("info", alone)
+    assert ("tries again and again" in finding.title) == alone
 
 
 def test_a_restart_is_for_information() -> None:

@@ -32,6 +32,11 @@ _PROGRAMS_SHOWN, _PORTS_SHOWN = 3, 5
 _PORTS_IN_FACTS = 100
 _WILDCARDS = ("0.0.0.0", "::")
 
+WHY_ALONE = (
+    "This process does nothing else with TCP. Most probably it needs the service, cannot work without it, and tries "
+    "again after a pause. A health check that looks at this service only has the same pace; then the service is down."
+)
+
 Host = tuple[int, str]
 """Network namespace from which it is seen, and its address."""
 
@@ -159,6 +164,10 @@ class Subject:
         return self._sum("waiting")
 
     @property
+    def connected(self) -> int:
+        return self._sum("connected")
+
+    @property
     def kinds(self) -> Counter[str]:
         return sum((program.kinds for program in self.programs.values()), Counter[str]())
 
@@ -232,6 +241,8 @@ class ConnectsFail(Rule):
         if severity is None:
             return
         falls_back = not subject.scan and _falls_back(seen, subject)
+        steady = severity == "info" and not falls_back and not subject.scan and not subject.connected
+        alone = steady and _alone(seen, subject)
         if falls_back or subject.scan:
             severity = "info"
         netns, raddr = subject.host
@@ -249,10 +260,11 @@ class ConnectsFail(Rule):
         yield Finding(
             rule=self.name,
             severity=severity,
-            title=_title(subject, others, refused=severity == "info" and not falls_back),
-            observed=list(_observed(subject, others)),
-            why=_why(subject, severity, others, falls_back),
-            remedies=[] if severity == "info" else list(_remedies(subject, others, inside)),
+            title=_title(subject, others, refused=severity == "info" and not falls_back, alone=alone),
+            observed=list(_observed(subject, others))
+            + (["its process has no other connection, and no other connect of it succeeded"] if alone else []),
+            why=WHY_ALONE if alone else _why(subject, severity, others, falls_back),
+            remedies=[] if severity == "info" and not steady else list(_remedies(subject, others, inside)),
             facts={
                 "netns": netns,
                 "raddr": raddr,
@@ -265,6 +277,7 @@ class ConnectsFail(Rule):
                 "kinds": dict(subject.kinds),
                 "errno": subject.errno,
                 "answers": others[:_PORTS_SHOWN],
+                "alone": alone,
                 "count": subject.bad,
             },
             who=None if main_pid is None or pidns.inner() else processes.read(main_pid, subject.worst).name,
@@ -402,6 +415,19 @@ def _falls_back(seen: Evidence, subject: Subject) -> bool:
     return True
 
 
+def _alone(seen: Evidence, subject: Subject) -> bool:
+    """Whether it is one process, and it has no other connection, has opened none, and serves nobody."""
+    if len(subject.pids) != 1:
+        return False
+    (pid,) = subject.pids
+    queues = getattr(seen, "queues", None)
+    return not (
+        seen.attempts.count(pid=pid, outcome="ESTABLISHED")
+        or any(track.last.pid == pid and track.last.state != "SYN_SENT" for track in seen.sockets.now)
+        or any(own.pid == pid for each in (queues.histories.values() if queues else ()) for own in each.last.holders)
+    )
+
+
 def _listening(seen: Evidence, subject: Subject, port: int) -> Iterator[int]:
     """Network namespaces of this machine in which the service's listener is, if it is here: what its queue refuses are
     these attempts."""
@@ -433,7 +459,7 @@ def _answer(subject: Subject, others: list[int]) -> str:
     return "others" if others else "nothing"
 
 
-def _title(subject: Subject, others: list[int], refused: bool) -> str:
+def _title(subject: Subject, others: list[int], refused: bool, alone: bool = False) -> str:
     who = subject.worst or "a process"
     if len(subject.programs) > 1:
         who += f" and {len(subject.programs) - 1} more programs"
@@ -446,6 +472,8 @@ def _title(subject: Subject, others: list[int], refused: bool) -> str:
     }.get(subject.main, subject.main)
     if subject.scan:
         return f"{who} was refused at {len(subject.ports)} ports of {subject.host[1]}: a port scan, it seems"
+    if alone:
+        return f"{who} tries again and again to connect to {subject.name}, and was refused {subject.bad} times"
     if refused:
         return f"{who} was refused by {subject.name}, {subject.bad} times"
     if any(program.connected for program in subject.programs.values()):
@@ -491,7 +519,11 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
     if severity == "info" and any(program.connected for program in subject.programs.values()):
         return "The service refused for less than three seconds and answers again: it was restarted, probably."
     if severity == "info":
-        return "A steady pace of one connect in a second or less is that of a health check of a service that is down."
+        return (
+            "A steady pace of one connect in a second or less is that of a health check of a service that is down: "
+            "these programs have other connections, too, or are started for each check. A program that waits for the service "
+            "may try at the same pace."
+        )
     if subject.main == "refused by a RST":
         return (
             f"A RST answers the SYN: {address} is up, but no process listens at this address and port there. A "
