@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from socket import MSG_NOSIGNAL
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.diagnose.rules.endings import THERE, attempts, check, findings, group
 from tests.record import Script, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
 
-PORT = 9501
+PORT, RACE = 9501, 9502
 ROUNDS, PAUSE_US = 6, 1_500_000
 
 
@@ -43,6 +44,35 @@ def test_a_server_that_resets(script: Script) -> Test:
     assert (facts["sent_by"], facts["cause"], facts["after_fin"]) == (server.pid, "LINGER", 0)
     assert finding["who"].startswith(f"server (PID {server.pid}")
     assert finding["remedies"][0]["what"].startswith(f"Look into server (PID {server.pid})")
+
+
+@recorded(DIAGNOSE)
+def test_a_server_that_closes_at_the_moment_of_the_request(script: Script) -> Test:
+    """It has closed the idle connection. The client does not get ECONNRESET, but reads the end."""
+    server, client = script.server.process("server"), script.client.process("web")
+    listener = server.listener(RACE)
+    reads, writes = [], []
+    for _ in range(ROUNDS):
+        near = client.socket()
+        near.connect(script.server.ipv4, RACE)
+        listener.accept().close()
+        near.until_state("CLOSE_WAIT")
+        near.send("request")
+        near.until_state("CLOSE")
+        reads.append(near.receive(may_fail=True))
+        writes.append(near.send("more", MSG_NOSIGNAL, may_fail=True))
+        near.close()
+        client.pause(600_000)
+    script.stay()
+    seen = yield
+    assert {(call.ret, call.errno) for call in reads} == {(0, "none")}
+    assert {call.errno for call in writes} == {"EPIPE"}
+    (finding,) = findings(seen, script)
+    assert (finding["rule"], finding["facts"]["after_fin"]) == ("reset_in_request", ROUNDS)
+    assert "ECONNRESET" not in finding["why"]
+    assert "a read returns 0 bytes" in finding["why"]
+    assert "EPIPE" in finding["why"]
+    assert "keep-alive" in finding["remedies"][0]["what"]
 
 
 @recorded(DIAGNOSE)

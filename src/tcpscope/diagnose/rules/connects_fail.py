@@ -521,8 +521,8 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
     if severity == "info":
         return (
             "A steady pace of one connect in a second or less is that of a health check of a service that is down: "
-            "these programs have other connections, too, or are started for each check. A program that waits for the service "
-            "may try at the same pace."
+            "these programs have other connections, too, or are started for each check. A program that waits for the "
+            "service may try at the same pace."
         )
     if subject.main == "refused by a RST":
         return (

@@ -52,8 +52,8 @@ _PRESSURE = (
 )
 
 # Left out, because other rules tell them: NETFILTER_DROP, IP_RPFILTER of handshakes, NO_SOCKET, IP_OUTNOROUTES,
-# NEIGH_*, PKT_TOO_BIG, QDISC_*, TCP_LISTEN_OVERFLOW, TCP_ZEROWINDOW. Left out, because a healthy host has them: IP_INADDRERRORS
-# (packets for others), TCP_INVALID_SEQUENCE and its like (segments after a RST).
+# NEIGH_*, PKT_TOO_BIG, QDISC_*, TCP_LISTEN_OVERFLOW, TCP_ZEROWINDOW. Left out, because a healthy host has them:
+# IP_INADDRERRORS (packets for others), TCP_INVALID_SEQUENCE and its like (segments after a RST).
 MEANINGS = {
     "TCP_CSUM": _Meaning(
         "damaged TCP segments",

@@ -31,7 +31,8 @@ _WHY = (
 )
 _WHY_CLOSED = (
     "The remote end had closed the connection before the request reached it: it closes idle connections earlier than "
-    "this host stops using them. The request was lost, and the application gets ECONNRESET."
+    "this host stops using them. The request was lost. Its RST comes after its FIN, so the application is told of "
+    "the end first: a read returns 0 bytes, as if the answer were empty, and a further write fails with EPIPE."
 )
 _CAUSES = {
     "UNREAD_DATA": "it closes connections before it has read the request",
