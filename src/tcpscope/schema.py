@@ -14,6 +14,9 @@ The C struct is the only description of an event. Its fields have tags (see `bpf
     width:NUMBER   width of that column
 
 Nested structs are flattened, so fields that all events share are described once.
+
+`Layout.whole` reads a struct without such tags (`tcpscope run`): all of its fields, arrays as lists, also bit fields
+and unions. Arrays of `char` are text. Of two fields with one name each has the names of its structs before its own.
 """
 
 from __future__ import annotations
@@ -24,14 +27,14 @@ import math
 import os
 import struct
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.errors import BtfError, UsageError, did_you_mean
 from tcpscope.filters import address_text
 from tcpscope.kernel import btf as B
 from tcpscope.kernel.clock import monotonic_ns
@@ -53,7 +56,12 @@ _FORMATS = {
 
 
 class Field(msgspec.Struct, frozen=True):
-    """One column: `name` as in JSON, `offset` and `size` in bytes, `format` as the struct module writes it."""
+    """One column: `name` as in JSON, `offset` and `size` in bytes, `format` as the struct module writes it.
+
+    bits     of a bit field: its first bit after `offset`, and how many it has
+    counts   of an array: for each dimension, the outermost first, how many elements, and the bytes from one to the next
+    element  size of its elements in bytes, whose kind is `kind`
+    """
 
     name: str
     offset: int
@@ -72,12 +80,18 @@ class Field(msgspec.Struct, frozen=True):
     derived: dict[int, str] | None = None
     subsystems: str = ""
     subsystem_labels: dict[int, str] | None = None
+    signed: bool = False
+    bits: tuple[int, int] | None = None
+    counts: tuple[tuple[int, int], ...] = ()
+    element: int = 0
 
     @property
     def type(self) -> Any:
         """The Python type of a value."""
         if self.kind == "stack":
             return list[str] | None
+        if self.counts:
+            return list[Any]
         plain: Any = {"int": int, "bool": bool}.get(self.kind, str)
         return plain if self.unknown is None else plain | None
 
@@ -95,6 +109,20 @@ class Layout(msgspec.Struct, frozen=True):
         outer = btf.struct(name)
         fields = _flatten(btf, outer, 0)
         return cls(name, outer.size, tuple(field for field in fields if field.doc or internal))
+
+    @classmethod
+    def whole(cls, btf: B.Btf, name: str) -> Layout:
+        """The layout of struct `name` with all fields, tagged or not. BtfError if one cannot be read."""
+        outer = btf.struct(name)
+        found = list(_leaves(btf, outer, 0, (), ()))
+        names = Counter(field.name for _, field in found)
+        fields: dict[str, Field] = {}
+        for path, field in found:
+            unique = field.name if names[field.name] == 1 else "_".join((*path, field.name))
+            while unique in fields:
+                unique += "_"
+            fields[unique] = msgspec.structs.replace(field, name=unique)
+        return cls(name, outer.size, tuple(fields.values()))
 
     def field(self, name: str) -> Field:
         """The field called `name`. UsageError if there is none."""
@@ -143,43 +171,125 @@ def _flatten(btf: B.Btf, outer: B.Struct, base: int, lacking: Collection[str] = 
             continue
         if member.name.startswith("padding"):
             continue
-        size = btf.size_of(member.type_id)
-        labels, enum = None, ""
-        kind = tags.get("kind", "")
-        if isinstance(type_, B.Enum):
-            enum = type_.name
-            labels = labels_of(btf.enumerators(type_))
-            kind = "enum"
-        elif "named_by" in tags:
-            kind = "text"
-        elif not kind:
-            kind = "bool" if isinstance(type_, B.Int) and type_.is_bool else "int"
-        signed = isinstance(type_, B.Int) and type_.signed
-        scalar = not isinstance(type_, B.Array)
-        unknown: int | bytes | None = None
-        if member.name in lacking:
-            tags["unknown"] = "zero"
-        if "unknown" in tags:
-            byte = b"\x00" if tags["unknown"] == "zero" else b"\xff"
-            unknown = byte * size if not scalar else int.from_bytes(byte * size, "little", signed=signed)
-        yield Field(
-            name="time" if kind == "time" else member.name,
-            offset=offset,
-            size=size,
-            format=_FORMATS[size, signed] if scalar else f"{size}s",
-            kind=kind,
-            unit=tags.get("unit", ""),
-            doc=tags.get("doc", ""),
-            unknown=unknown,
-            labels=labels,
-            title=tags.get("title", ""),
-            width=int(tags.get("width", 0)),
-            enum=enum,
-            named_by=tags.get("named_by", ""),
-            and_by=tags.get("and_by", ""),
-            derived=_derived(btf, tags["derived_by"]) if "derived_by" in tags else None,
-            subsystems=tags.get("subsystems", ""),
-        )
+        yield _field(btf, member, type_, offset, tags, lacking)
+
+
+def _field(
+    btf: B.Btf, member: B.Member, type_: B.Type, offset: int, tags: dict[str, str], lacking: Collection[str] = ()
+) -> Field:
+    """A member that is no struct, as its tags describe it."""
+    size = btf.size_of(member.type_id)
+    labels, enum = None, ""
+    kind = tags.get("kind", "")
+    if isinstance(type_, B.Enum):
+        enum = type_.name
+        labels = labels_of(btf.enumerators(type_))
+        kind = "enum"
+    elif "named_by" in tags:
+        kind = "text"
+    elif not kind:
+        kind = "bool" if isinstance(type_, B.Int) and type_.is_bool else "int"
+    signed = isinstance(type_, B.Int) and type_.signed
+    scalar = not isinstance(type_, B.Array)
+    unknown: int | bytes | None = None
+    if member.name in lacking:
+        tags["unknown"] = "zero"
+    if "unknown" in tags:
+        byte = b"\x00" if tags["unknown"] == "zero" else b"\xff"
+        unknown = byte * size if not scalar else int.from_bytes(byte * size, "little", signed=signed)
+    return Field(
+        name="time" if kind == "time" else member.name,
+        offset=offset,
+        size=size,
+        format=_FORMATS[size, signed] if scalar else f"{size}s",
+        kind=kind,
+        unit=tags.get("unit", ""),
+        doc=tags.get("doc", ""),
+        unknown=unknown,
+        labels=labels,
+        title=tags.get("title", ""),
+        width=int(tags.get("width", 0)),
+        enum=enum,
+        named_by=tags.get("named_by", ""),
+        and_by=tags.get("and_by", ""),
+        derived=_derived(btf, tags["derived_by"]) if "derived_by" in tags else None,
+        subsystems=tags.get("subsystems", ""),
+        signed=signed,
+    )
+
+
+_BYTES = ("address", "comm", "stack")
+"""Kinds whose value is made of all bytes of an array."""
+
+
+def _leaves(
+    btf: B.Btf, outer: B.Struct, base: int, path: tuple[str, ...], counts: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[tuple[str, ...], Field]]:
+    """All fields of a struct, each with the names of the structs in which it is. `counts`: of arrays of these structs.
+
+    Of a struct in the struct, whose fields have docs, those without one are internal.
+    """
+    tagged = [
+        dict(tag.split(":", 1) for tag in btf.decl_tags(outer.id, index) if ":" in tag)
+        for index in range(len(outer.members))
+    ]
+    documented = bool(path) and any("doc" in tags for tags in tagged)
+    for member, tags in zip(outer.members, tagged, strict=True):
+        type_, own, type_id = btf.resolve(member.type_id), counts, member.type_id
+        while isinstance(type_, B.Array) and not _is_value(btf, type_, tags.get("kind", "")):
+            own = (*own, (type_.count, btf.size_of(type_.type_id)))
+            type_id, type_ = type_.type_id, btf.resolve(type_.type_id)
+        if any(not count for count, _ in own):  # a flexible array: no record has it
+            continue
+        offset = base + member.bit_offset // 8
+        if isinstance(type_, B.Struct):
+            yield from _leaves(btf, type_, offset, (*path, *filter(None, [member.name])), own)
+        elif member.name and not member.name.startswith("padding") and ("doc" in tags or not documented):
+            yield path, _leaf(btf, member, type_id, type_, offset, tags, own)
+
+
+def _is_value(btf: B.Btf, array: B.Array, kind: str) -> bool:
+    """Whether the array is one value: text (`char`), an address. An array of __u8 without a tag holds numbers."""
+    element = btf.resolve(array.type_id)
+    return isinstance(element, B.Int) and (element.name == "char" or kind in _BYTES)
+
+
+def _leaf(
+    btf: B.Btf,
+    member: B.Member,
+    type_id: int,
+    type_: B.Type,
+    offset: int,
+    tags: dict[str, str],
+    counts: tuple[tuple[int, int], ...],
+) -> Field:
+    if isinstance(type_, B.Array) and "kind" not in tags:
+        tags["kind"] = "comm"  # text, up to its first NUL
+    elif type_.kind is B.Kind.PTR and "kind" not in tags:
+        tags["kind"] = "function"  # an address
+    size = btf.size_of(type_id)
+    if tags.get("kind") == "address" and size not in (4, 16):
+        raise BtfError(f"field '{member.name}' is an address of {size} bytes", "an address has 4 or 16")
+    if not isinstance(type_, B.Array) and (isinstance(type_, B.Float) or size not in (1, 2, 4, 8)):
+        raise BtfError(f"field '{member.name}' is a {type_.kind.name} of {size} bytes, which cannot be shown")
+    plain = B.Member(member.name, type_id, member.bit_offset)
+    if isinstance(type_, B.Enum) and not type_.values:
+        type_ = B.Int(0, B.Kind.INT, "", type_.size, 8 * type_.size, False, False, False)
+    field = _field(btf, plain, type_, offset, tags)
+    changed: dict[str, Any] = {}
+    if isinstance(type_, B.Enum) and type_.signed:
+        changed = {"signed": True, "format": _FORMATS[size, True]}
+    if member.bitfield_size:
+        first = member.bit_offset % 8
+        size = (first + member.bitfield_size + 7) // 8
+        changed |= {"bits": (first, member.bitfield_size), "size": size, "format": f"{size}s"}
+    if counts:
+        size = changed.get("size", field.size)
+        length = sum((count - 1) * step for count, step in counts) + size
+        changed |= {"counts": counts, "element": size, "size": length, "format": f"{length}s"}
+    if field.name == "time" and (counts or member.bitfield_size):
+        raise BtfError(f"field '{member.name}' is no single time")
+    return msgspec.structs.replace(field, **changed)
 
 
 def _derived(btf: B.Btf, enum: str) -> dict[int, str]:
@@ -340,35 +450,59 @@ class Decoder:
         self.layout = layout
         self.fields = tuple(fields)
         names: dict[str, Any] = {}
-        expressions = [f"v{i}" if raw else self._expression(i, field, clock, names) for i, field in enumerate(fields)]
+        runs = _runs(fields)
+        place = {i: (f"v{members[0]}", at) for at, _, _, members in runs for i in members}
+        whole = {i for _, _, _, members in runs if len(members) > 1 for i in members}
+        expressions = []
+        for i, field in enumerate(fields):
+            if not raw and (i in whole or field.counts or field.bits):
+                variable, at = place[i]
+                names[f"p{i}"] = self._part(field, field.offset - at, clock)
+                expressions.append(f"p{i}({variable})")
+            else:
+                expressions.append(f"v{i}" if raw else self._expression(i, field, clock, names))
         columns = [(f.name, Any if raw else f.type | float if f.kind == "time" else f.type) for f in fields]
         self.row_type: type[Row] = msgspec.defstruct(layout.name.title().replace("_", ""), columns, gc=False)
-        by_offset = sorted(range(len(fields)), key=lambda i: fields[i].offset)
-        arguments = ", ".join(f"v{i}" for i in by_offset)
+        arguments = ", ".join(f"v{members[0]}" for *_, members in runs)
         source = f"def decode(batch):\n    return [Row({', '.join(expressions)}) for ({arguments},) in unpack(batch)]\n"
-        names |= {"Row": self.row_type, "unpack": struct.Struct(_format(layout.size, fields)).iter_unpack}
+        names |= {"Row": self.row_type, "unpack": struct.Struct(_format(layout.size, runs)).iter_unpack}
         exec(compile(source, f"<decoder of {layout.name}>", "exec"), names)
         self.rows: Callable[[bytes | memoryview], list[Any]] = names["decode"]
 
+    def _part(self, field: Field, at: int, clock: Clock) -> Callable[[bytes], Any]:
+        """Reads a field from bytes, in which it begins at `at`: an array, a bit field, or one of those that overlap."""
+        one = self._element(field, clock)
+
+        def read(data: bytes, at: int, counts: tuple[tuple[int, int], ...]) -> Any:
+            if not counts:
+                return one(data, at)
+            (count, step), inner = counts[0], counts[1:]
+            return [read(data, at + index * step, inner) for index in range(count)]
+
+        return lambda data: read(data, at, field.counts)
+
+    def _element(self, field: Field, clock: Clock) -> Callable[[bytes, int], Any]:
+        size, unknown, signed = field.element or field.size, field.unknown, field.signed
+        others: dict[str, Callable[[Any], Any]] = {"time": clock.read, "bool": bool}
+        convert = self._conversion(field) or others.get(field.kind)
+        is_bytes = field.kind in ("comm", "stack") or (field.kind == "address" and size != 4)
+        first, width = field.bits or (0, 8 * size)
+
+        def one(data: bytes, at: int) -> Any:
+            value: Any = data[at : at + size]
+            if not is_bytes:
+                value = int.from_bytes(value, "little") >> first & (1 << width) - 1
+                if signed and value >> width - 1:
+                    value -= 1 << width
+            if unknown is not None and value == unknown:
+                return None
+            return convert(value) if convert else value
+
+        return one
+
     def _expression(self, i: int, field: Field, clock: Clock, names: dict[str, Any]) -> str:
         value = f"v{i}"
-        convert: Callable[[Any], Any] | None = None
-        if field.kind == "address":
-            convert = address_text
-        elif field.kind == "comm":
-            convert = comm_text
-        elif field.kind == "errno":
-            convert = errno_text
-        elif field.kind == "stack":
-            frame = self._frame
-            convert = lambda v: [frame(a) for a in struct.unpack(f"<{len(v) // 8}Q", v) if a]  # noqa: E731
-        elif field.kind == "function":
-            convert = self._frame
-        elif field.kind == "tcp_flags":
-            convert = tcp_flags_text
-        elif field.labels is not None:
-            labels, subsystems = field.labels, field.subsystem_labels
-            convert = lambda v: labels.get(v) or _without_name(v, subsystems)  # noqa: E731
+        convert = self._conversion(field)
         if convert is not None:
             unknown = field.unknown
             names[f"c{i}"] = _Cache(lambda v: None if v == unknown else convert(v))
@@ -386,11 +520,55 @@ class Decoder:
             return f"{value} or None"
         return f"None if {value} == {field.unknown!r} else {value}"
 
+    def _conversion(self, field: Field) -> Callable[[Any], Any] | None:
+        """What makes the value of the C struct the one of the row; None: it stays, or is a time or a bool."""
+        if field.kind == "address":
+            return address_text if (field.element or field.size) == 16 else _ipv4_text
+        if field.kind == "comm":
+            return comm_text
+        if field.kind == "errno":
+            return errno_text
+        if field.kind == "stack":
+            frame = self._frame
+            return lambda v: [frame(a) for a in struct.unpack(f"<{len(v) // 8}Q", v) if a]
+        if field.kind == "function":
+            return self._frame
+        if field.kind == "tcp_flags":
+            return tcp_flags_text
+        if field.labels is not None:
+            labels, subsystems = field.labels, field.subsystem_labels
+            return lambda v: labels.get(v) or _without_name(v, subsystems)
+        return None
 
-def _format(size: int, fields: Iterable[Field]) -> str:
-    """The struct format that reads only `fields` of a record."""
+
+def _ipv4_text(value: int | bytes) -> str:
+    """An IPv4 address of four bytes, or as a number in the order of the network (__be32)."""
+    data = value.to_bytes(4, "little") if isinstance(value, int) else value
+    return address_text(b"\0" * 10 + b"\xff\xff" + data)
+
+
+_Run = tuple[int, int, str, tuple[int, ...]]
+"""Bytes that are read as one: offset, size, format, and the numbers of the fields in them."""
+
+
+def _runs(fields: Sequence[Field]) -> list[_Run]:
+    """The fields in the order of the record; those that overlap (bit fields, unions) as one run of bytes."""
+    runs: list[_Run] = []
+    for index in sorted(range(len(fields)), key=lambda i: fields[i].offset):
+        field = fields[index]
+        if runs and field.offset < runs[-1][0] + runs[-1][1]:
+            offset, size, _, members = runs.pop()
+            size = max(size, field.offset + field.size - offset)
+            runs.append((offset, size, f"{size}s", (*members, index)))
+        else:
+            runs.append((field.offset, field.size, field.format, (index,)))
+    return runs
+
+
+def _format(size: int, runs: Iterable[_Run]) -> str:
+    """The struct format that reads only these runs of a record."""
     text, at = "<", 0
-    for field in sorted(fields, key=lambda f: f.offset):
-        text += f"{field.offset - at}x{field.format}"
-        at = field.offset + field.size
+    for offset, length, format_, _ in runs:
+        text += f"{offset - at}x{format_}"
+        at = offset + length
     return f"{text}{size - at}x"

@@ -37,7 +37,9 @@ def converter(tool: str, columns: Sequence[Column]) -> Callable[[Any], Any]:
 
 def _conversion(column: Column) -> Callable[[Any], Any] | None:
     if column.kind == "enum":
-        enum: Any = getattr(rows, class_of(column.enum))
+        enum: Any = getattr(rows, class_of(column.enum), None)
+        if enum is None:  # of a tool from another package
+            return None
         members = {member.value: member for member in enum}
         return lambda text: members.get(text, text)  # a kernel may know more of them
     plain: dict[str, Callable[[Any], Any]] = {"address": _address, "time": _time, "errno": _errno}

@@ -45,7 +45,7 @@ class Column(msgspec.Struct, frozen=True):
         width = field.width or max(map(len, labels), default=0)
         return cls(
             field.name,
-            field.kind,
+            "list" if field.counts else field.kind,
             field.unit,
             field.doc,
             field.unknown is not None,
