@@ -60,8 +60,8 @@ VALUES = """
 	.colors = {COLOR_GREEN, COLOR_RED, 77}, .words = {"ab", "cd"},
 	.hops = {{64, {1, {1, 2, 3, 4}}}, {63, {2, {5, 6, 7, 8}}}},
 	.one = 1, .three = 5, .twelve = 0xabc, .minus = -11, .wide = 0x123456789aULL, .wider = 0xfedcba,
-	.field = COLOR_GREEN, .pair = {{5, 17, 1000}, {2, 31, 2000}}, .both = {.number = 0x04030201}, .left = 0x00020001, .nameless = 9,
-	.pointer = (void *)0xffff888012345678ULL, .last = 0xffffffffffffffffULL,
+	.field = COLOR_GREEN, .pair = {{5, 17, 1000}, {2, 31, 2000}}, .both = {.number = 0x04030201},
+	.left = 0x00020001, .nameless = 9, .pointer = (void *)0xffff888012345678ULL, .last = 0xffffffffffffffffULL,
 }
 """
 ROW = {

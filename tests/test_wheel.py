@@ -35,13 +35,28 @@ def test_one_wheel_for_every_python_brings_libbpf_and_libelf(wheel: Path) -> Non
     names = zipfile.ZipFile(wheel).namelist()
     for part in ("tcpscope.libs/libbpf", "tcpscope.libs/libelf", "tcpscope/bpf/transition.bpf.o", "tcpscope/py.typed"):
         assert any(name.startswith(part) for name in names), part
-    assert not any(name.endswith((".c", ".h", "meson.build")) for name in names)
+    assert not any(name.endswith((".c", "meson.build")) for name in names)
+    headers = {name for name in names if name.endswith(".h")}
+    assert headers == {f"tcpscope/bpf/{file.name}" for file in (ROOT / "src/tcpscope/bpf").glob("*.bpf.h")}
 
 
 def test_it_is_small(environment: Path) -> None:
     package = next(environment.parent.glob("lib/python*/site-packages/tcpscope"))
     size = sum(file.stat().st_size for file in package.rglob("*") if file.suffix != ".pyc")
     assert size < 4_000_000
+
+
+def test_its_headers_compile_a_program_of_the_users(environment: Path, tmp_path: Path) -> None:
+    """Without the wheel's own folder of sources: the headers are those that it has installed."""
+    env = {"PATH": f"{environment}:/usr/bin:/bin"}
+    subprocess.run(["tcpscope", "new", "mine"], cwd=tmp_path, env=env, check=True, timeout=60)
+    script = "from pathlib import Path; from tcpscope.own.compiler import HEADERS, compiled; "
+    script += "print(HEADERS, len(compiled(Path('mine.bpf.c'))))"
+    argv = [environment / "python", "-I", "-c", script]
+    done = subprocess.run(argv, cwd=tmp_path, env=env, check=True, timeout=60, capture_output=True, text=True)
+    folder, size = done.stdout.split()
+    assert Path(folder).is_relative_to(environment.parent) and int(size) > 1000
+    assert done.stderr == ""
 
 
 def test_it_traces_without_a_compiler(environment: Path, lab) -> None:

@@ -30,6 +30,8 @@ _OTHERS = {
     "diagnose": ("tcpscope.diagnose.cli", "Watch this machine's connections, then say what is wrong and what helps."),
     "features": ("tcpscope.features_cli", "Show what each tool can do on this kernel, and what is missing."),
     "lab": ("tcpscope.lab.cli", "Make a known fault between two network namespaces, to try the tools on."),
+    "new": ("tcpscope.own.cli", "Write a small BPF program to begin with."),
+    "run": ("tcpscope.own.cli", "Show the events of a BPF program of your own."),
 }
 
 
@@ -289,6 +291,7 @@ class Command(Once):
     hints     an option that it does not have -> what to say to somebody who gives it; for flags of bcc's tools: bcc.py
     examples  command lines, without `tcpscope` -> what they do
     watches   it takes a command to watch, behind --
+    argument  what it takes beside its options
     """
 
     def __init__(
@@ -298,9 +301,13 @@ class Command(Once):
         hints: Mapping[str, str] | None = None,
         examples: Mapping[str, str] | None = None,
         watches: bool = False,
+        argument: click.Argument | None = None,
         **attributes: Any,
     ) -> None:
-        super().__init__(name, params=[option for group in groups.values() for option in group], **attributes)
+        arguments: list[click.Parameter] = [argument] if argument else []
+        options = [option for group in groups.values() for option in group]
+        super().__init__(name, params=[*arguments, *options], **attributes)
+        self.takes_argument = argument is not None
         self.groups, self.hints, self.examples, self.watches = groups, hints or {}, examples or {}, watches
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
@@ -319,7 +326,7 @@ class Command(Once):
         except click.UsageError as error:
             if isinstance(error, click.NoSuchOption):
                 what, hint = f"has no option '{error.option_name}'", self._hint(error.option_name)
-            elif error.message.startswith("Got unexpected extra argument"):
+            elif error.message.startswith("Got unexpected extra argument") and not self.takes_argument:
                 what, hint = "takes no argument", self._hint("ARGUMENT")
             else:
                 raise
@@ -347,8 +354,15 @@ class Command(Once):
                     formatter.write_dl(rows)
 
 
-def command_of(tool: toolbox.Tool) -> click.Command:
-    """The click command of a tool: its own options, and those common options that it has a use for."""
+def command_of(
+    tool: toolbox.Tool,
+    argument: click.Argument | None = None,
+    made: Callable[[dict[str, Any]], toolbox.Tool] | None = None,
+) -> click.Command:
+    """The click command of a tool: its own options, and those common options that it has a use for.
+
+    With an `argument`, `made` takes its value from the values, and gives the tool to show.
+    """
     own = [
         click.Option(
             list(option.flags),
@@ -366,12 +380,13 @@ def command_of(tool: toolbox.Tool) -> click.Command:
 
     def callback(**values: Any) -> int:
         argv = click.get_current_context().meta.get(_ARGV, ())
-        request = request_of(tool, values)
+        shown = made(values) if made else tool
+        request = request_of(shown, values)
         if argv and request.filter.cgroup:
             raise UsageError("--cgroup and a command", "the command has a cgroup of its own")
         if argv and request.output == "screen":
             raise UsageError("-o screen and a command", "both write to the terminal")
-        return show(tool, request, sys.stdout.buffer, argv)
+        return show(shown, request, sys.stdout.buffer, argv)
 
     useless = {
         option
@@ -406,6 +421,7 @@ def command_of(tool: toolbox.Tool) -> click.Command:
         help=f"\b\n{tool.help}",
         short_help=tool.summary,
         watches=not tool.once,
+        argument=argument,
     )
 
 
@@ -493,7 +509,7 @@ def _guarded(run: Callable[[], Any]) -> int:
     except click.ClickException as error:
         return _fail(" ".join(error.format_message().split()), 2)
     except TcpscopeError as error:
-        return _fail(str(error), error.exit_status)
+        return _fail(str(error), error.exit_status, error.details)
     except (BrokenPipeError, _ReaderGoneError):
         # The reader has closed the pipe, which is no error. Python must not flush stdout again at exit.
         _give_up(sys.stdout)
@@ -514,9 +530,11 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"tcpscope: {printable(str(message))}", file=sys.stderr)
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, details: Sequence[str] = ()) -> int:
     try:
         print(f"tcpscope: {printable(message)}", file=sys.stderr)
+        for line in details:
+            print(f"  {printable(line.expandtabs(4))}", file=sys.stderr)
     except OSError:
         _give_up(sys.stderr)
     return status

@@ -3,6 +3,7 @@
     TcpscopeError            1  failed at run time
     ├── UsageError           2  wrong usage: a value, and what is allowed
     ├── UnsupportedError     3  this kernel cannot do it: what is missing
+    │   └── RefusedError     3  the kernel refuses a program: the verifier's log
     ├── NotPermittedError    4  a capability is missing: its name
     ├── LossError            5  events were lost, under --strict
     ├── ReachedError         6  a limit of the command line was reached (--warn)
@@ -10,18 +11,21 @@
     └── MalformedError       1  bytes that are not what they claim to be (BTF, ELF, a batch)
         └── BtfError
 
-An error prints one line: what is wrong, with the value that caused it, then what helps (`hint`).
+An error prints one line: what is wrong, with the value that caused it, then what helps (`hint`). Below it stand
+`details`, if the error is about a text: what a compiler or the verifier says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TcpscopeError(Exception):
     """Base of all known errors. `str(error)` is the line to print, and `hint` its second half."""
 
     exit_status = 1
+
+    details: Sequence[str] = ()
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -42,6 +46,19 @@ class UnsupportedError(TcpscopeError):
     """The running kernel lacks something that the request needs."""
 
     exit_status = 3
+
+
+class RefusedError(UnsupportedError):
+    """The kernel refuses a program that has no other way.
+
+    `log` is the verifier's log, empty if the kernel did not ask the verifier; `said` is libbpf's last message.
+    """
+
+    def __init__(self, message: str, hint: str, program: str, log: str, said: str) -> None:
+        super().__init__(message, hint)
+        self.program = program
+        self.log = log
+        self.said = said
 
 
 class NotPermittedError(TcpscopeError):

@@ -6,6 +6,7 @@ import platform
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,7 +22,7 @@ from tcpscope.kernel.ways import Hook, plan, plan_refusals
 _WIDTH = 80
 
 
-def examine(probe: str, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
+def examine(probe: str | Path, kernel: Kernel) -> tuple[dict[str, Hook], bool | None, str]:
     """The hooks of a probe on this kernel; whether the probe works (None: not known); and why not.
 
     With privileges it attaches the probe for a moment. Without them it answers from the kernel's BTF and files.
@@ -68,7 +69,7 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
             result.append(
                 {
                     "tool": name,
-                    "probe": probe,
+                    "probe": Spec.of(probe).name,
                     "works": works,
                     "why": why or None,
                     "capabilities": needed(tool, kernel),

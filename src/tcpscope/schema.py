@@ -218,6 +218,8 @@ def _field(
     )
 
 
+_USUAL_WIDTHS = {1: 3, 2: 5, 4: 7, 8: 10}
+"""Of numbers of so many bytes in a table, if nobody says it."""
 _BYTES = ("address", "comm", "stack")
 """Kinds whose value is made of all bytes of an array."""
 
@@ -277,8 +279,10 @@ def _leaf(
         type_ = B.Int(0, B.Kind.INT, "", type_.size, 8 * type_.size, False, False, False)
     field = _field(btf, plain, type_, offset, tags)
     changed: dict[str, Any] = {}
+    if field.kind == "int" and not tags.keys() & {"doc", "width"}:
+        changed = {"width": _USUAL_WIDTHS[size]}
     if isinstance(type_, B.Enum) and type_.signed:
-        changed = {"signed": True, "format": _FORMATS[size, True]}
+        changed |= {"signed": True, "format": _FORMATS[size, True]}
     if member.bitfield_size:
         first = member.bit_offset % 8
         size = (first + member.bitfield_size + 7) // 8

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, dr
 from tcpscope.kernel.loaded import Loaded, Setup
 from tcpscope.kernel.ring import Ring
 from tcpscope.kernel.spec import Spec
+from tcpscope.schema import Layout
 
 RING_BYTES, RING_BYTES_AT_MOST = 4 << 20, 1 << 30
 POLL_SECONDS = 0.1
@@ -59,6 +61,10 @@ class Stats:
     def __add__(self, other: Stats) -> Stats:
         return Stats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def record(self) -> dict[str, int | None]:
+        """The account as a record; None is not known."""
+        return asdict(self)
+
     @property
     def lossless(self) -> bool:
         """Whether `lost`, `table_full` and `missed` are zero."""
@@ -83,8 +89,8 @@ class Stats:
 class Session:
     """A probe in the kernel, from its construction until `close()`, or the end of the `with` block.
 
-    probe       name of the object in bpf/
-    event       name of its event struct; None: it sends no events in this run
+    probe       name of the object in bpf/, or an object; it need not have our headers
+    event       its event struct, by name or as a layout; None: it sends no events in this run
     filter      the filter of the run, which the kernel decides
     constants   values of read-only globals of the object, by name
     entries     sizes of maps, by name
@@ -100,8 +106,8 @@ class Session:
 
     def __init__(
         self,
-        probe: str,
-        event: str | None,
+        probe: str | Path | Spec,
+        event: str | Layout | None,
         filter: Filter,
         *,
         constants: dict[str, Any] | None = None,
@@ -115,20 +121,21 @@ class Session:
         kernel: Kernel | None = None,
         debug: bool = False,
     ) -> None:
-        self.spec = Spec.of(probe)
+        self.spec = probe if isinstance(probe, Spec) else Spec.of(probe)
         self.kernel = kernel or Kernel()
         setup = Setup(
-            constants=compiled_filter.constants(filter) | (constants or {}),
+            constants=(compiled_filter.constants(filter) if filters(self.spec) else {}) | (constants or {}),
             entries=dict(entries or {}),
             key_bytes=dict(key_bytes or {}),
-            keys={compiled_filter.LISTS: compiled_filter.keys(filter)} | (keys or {}),
+            keys=({compiled_filter.LISTS: compiled_filter.keys(filter)} if filters(self.spec) else {}) | (keys or {}),
             stacks=stacks or {},
             skip=frozenset(skip),
             debug=debug,
         )
-        setup.entries["events"] = ring_bytes if event else mmap.PAGESIZE
-        if event:
-            setup.constants["wakeup_bytes"] = ring_bytes // 4
+        if self.spec.counts:
+            setup.entries["events"] = ring_bytes if event else mmap.PAGESIZE
+            if event:
+                setup.constants["wakeup_bytes"] = ring_bytes // 4
         self.owners: Owners | None = None
         if self.spec.shared and owners:
             self.owners = Owners.share(filter, self.kernel, debug)
@@ -138,7 +145,8 @@ class Session:
         self._held = ExitStack()
         try:
             self._held.enter_context(netns.held(filter.netns))  # so that the number means no other one later
-            self.layout = self.spec.layout(event).named(self.kernel.enumerators) if event else None
+            layout = self.spec.layout(event) if isinstance(event, str) else event
+            self.layout = layout.named(self.kernel.enumerators) if layout else None
             if self.owners:
                 self._before = self.owners.before()
                 setup.shared = {name: self.owners.loaded.map_fd(name) for name in self.spec.shared}
@@ -150,7 +158,7 @@ class Session:
             self.kernel.release()
         try:
             self._counters = Counters(self.loaded)
-            self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
+            self._ring = Ring(self.loaded.map_fd(self.spec.ring), self.layout.size) if self.layout else None
             self._held_back = self.loaded.memory("holds").cast("Q") if self.holds_back else None
             self.loaded.seed_again()
         except BaseException:
@@ -201,7 +209,7 @@ class Session:
     @property
     def why_full(self) -> list[str]:
         """Why a socket found no place in a table, one line each. Nothing if all did, or if only the seed found none."""
-        objects = [self.loaded, *([self.owners.loaded] if self.owners else [])]
+        objects = [self.loaded, *([self.owners.loaded] if self.owners else [])] if self.spec.counts else []
         errors = dict.fromkeys(int.from_bytes(each.memory("table_error")[:4], sys.byteorder) for each in objects)
         return [f"no place in a table: {_NO_PLACE.get(error) or os.strerror(error)}" for error in errors if error]
 
@@ -231,7 +239,8 @@ class Session:
         First it detaches what makes events pending. Programs that delete entries stay attached until the flush is over:
         for what they find then, nothing counts as missed.
         """
-        self.loaded.memory("ending")[0] = True
+        if self.spec.counts:
+            self.loaded.memory("ending")[0] = True
         if self.spec.role("flushes"):
             self.loaded.detach(*self.spec.role("delays"))
             wait_for_programs()
@@ -264,13 +273,18 @@ class Session:
         return self._counters.read()
 
 
+def filters(spec: Spec) -> bool:
+    """Whether its programs decide the filter (filter.bpf.h)."""
+    return "filter_lport" in spec.variables and compiled_filter.LISTS in spec.maps
+
+
 class Counters:
-    """`struct counters` of output.bpf.h, of a loaded object."""
+    """`struct counters` of output.bpf.h, of a loaded object. Zeros of one that does not count."""
 
     _NAMES = ("seen", "filtered", "lost", "table_full", "rescued", "missed", "limited")
 
     def __init__(self, loaded: Loaded) -> None:
-        self._words = loaded.memory("counters").cast("Q")
+        self._words = loaded.memory("counters").cast("Q") if loaded.spec.counts else memoryview(bytes(64)).cast("Q")
 
     def read(self) -> dict[str, int]:
         """Counter -> its sum over all processors."""
@@ -386,8 +400,9 @@ def drop_privileges(sessions: Sequence[Session], keep: Sequence[str] = ()) -> tu
     """Drop all capabilities but `keep`, and CAP_BPF if this kernel needs it to read maps. Returns those it kept."""
     needed = tuple(keep)
     for session in sessions:
-        key, value = ffi.new("uint32_t *"), ffi.new("char[]", session.spec.section_size(".bss"))
-        if not can_read_maps_without_privilege(session.loaded.map_fd(".bss"), key, value):
+        table, size = (".bss", session.spec.section_size(".bss")) if session.spec.counts else (session.spec.ring, 8)
+        key, value = ffi.new("uint32_t *"), ffi.new("char[]", size)
+        if not can_read_maps_without_privilege(session.loaded.map_fd(table), key, value):
             needed = (*needed, "CAP_BPF")
             break
     drop_capabilities(needed)

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import BinaryIO
 
 from tcpscope.command import Command
@@ -137,7 +137,7 @@ def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: s
     `more` is the option that helps against loss if it is larger.
     """
     if request.stats:
-        sink.record("stats", asdict(stats))
+        sink.record("stats", stats.record())
     stream.flush()
     if request.verbose or request.stats or request.strict or not stats.lossless:
         line = f"tcpscope: {stats.line()}"

@@ -11,6 +11,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tcpscope import groups, tools
@@ -46,7 +47,7 @@ class Tool(ABC):
     summary = ""
     help = ""
     aliases: tuple[str, ...] = ()
-    probes: tuple[str, ...] = ()
+    probes: tuple[str | Path, ...] = ()
     options: tuple[Option, ...] = ()
     shown: tuple[str, ...] = ()
     important: tuple[str, ...] = ()
@@ -81,7 +82,8 @@ class Tool(ABC):
 class Stream(Tool):
     """A tool that prints one row per event.
 
-    probe         the object; its event struct has the same name unless `event` gives another
+    probe         the object: a name in bpf/, or the path of one that another package brings. Its event struct has the
+                  same name unless `event` gives another
     summaries     ways to group its rows
     constants     a function from the request to the object's read-only globals
     """
@@ -90,7 +92,7 @@ class Stream(Tool):
 
     def __init__(
         self,
-        probe: str,
+        probe: str | Path,
         shown: Sequence[str],
         *,
         important: tuple[str, ...] = (),
@@ -103,7 +105,7 @@ class Stream(Tool):
         examples: Mapping[str, str] | None = None,
     ) -> None:
         self.probes = (probe,)
-        self.event = event or probe
+        self.event = event or (probe if isinstance(probe, str) else probe.name.partition(".")[0])
         self.shown = tuple(shown)
         self.important = important
         self.alarming = alarming or {}
@@ -124,9 +126,14 @@ class Stream(Tool):
         return self._asked(request) is None
 
     @property
+    def spec(self) -> Spec:
+        """Its object."""
+        return Spec.of(self.probes[0])
+
+    @property
     def layout(self) -> Layout:
         """The event struct as its object describes it."""
-        return Spec.of(self.probes[0]).layout(self.event)
+        return self.spec.layout(self.event)
 
     def skip(self, request: Request) -> tuple[str, ...]:
         """Hooks that this run does not need."""
@@ -162,7 +169,7 @@ class Stream(Tool):
         if summary := self._asked(request):
             if request.rate is not None:
                 raise UsageError(f"--rate {request.rate}", f"--{summary.option} prints groups, not rows as they come")
-            spec = Spec.of(self.probes[0])
+            spec = self.spec
             if groups.distributes(spec) if summary.of else groups.counts(spec):
                 if request.buffer:
                     raise UsageError("--buffer", f"--{summary.option} counts in the kernel and needs no buffer")
@@ -185,14 +192,16 @@ class Stream(Tool):
 
         `number` is a column to sum, or whose distribution is made.
         """
-        spec = Spec.of(self.probes[0])
+        spec = self.spec
         counts = groups.counts(spec)
         constants, entries, key_bytes = groups.counting(self.layout, by, number) if counts else ({}, {}, {})
         session = Session(
-            self.probes[0],
-            None if by else self.event,
+            spec,
+            None if by else self.layout,
             request.filter,
-            constants=self.constants(request) | {"rate_per_s": request.rate or 0} | constants,
+            constants=self.constants(request)
+            | ({"rate_per_s": request.rate or 0} if "rate_per_s" in spec.variables else {})
+            | constants,
             entries=entries,
             key_bytes=key_bytes,
             skip=self.skip(request),

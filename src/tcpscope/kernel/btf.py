@@ -272,6 +272,10 @@ class Btf:
                 return Type(*head)
         return Ref(*head, third)
 
+    def names(self, kind: Kind) -> Iterator[str]:
+        """The names of all types of this kind."""
+        return (self._text(self._words[self._starts[type_id]]) for type_id in self._ids_of(kind))
+
     def find(self, name: str, kind: Kind) -> Type | None:
         """The first type of this kind with this name; None if there is none."""
         return next(self.find_all(name, kind), None)

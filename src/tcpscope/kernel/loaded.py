@@ -19,13 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tcpscope.errors import NotPermittedError, ResourceError, TcpscopeError, UnsupportedError
+from tcpscope.errors import NotPermittedError, RefusedError, ResourceError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.features import Kernel, has_capability, perf_event_denied, require_capabilities
 from tcpscope.kernel.machine import possible_cpus, sockets_at_most, tcp_sockets
 from tcpscope.kernel.resources import exhausted, failed, help_for
 from tcpscope.kernel.ring import BATCH_BYTES
-from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.spec import HASH, Spec
 from tcpscope.kernel.verifier import verifier_lines, verifier_summary
 from tcpscope.kernel.ways import plan, plan_refusals
 from tcpscope.schema import Layout
@@ -172,13 +172,13 @@ class Loaded:
         return lines
 
     def _last_way(self, program: str, refused: dict[str, str]) -> bool:
-        ways = self.spec.hooks[program.partition("__")[0]]
+        ways = next(ways for ways in self.spec.hooks.values() if program in (way.name for way in ways))
         needed = ways[0].without is None and not ways[0].again
         return needed and all(way.name in refused or way.name == program for way in ways)
 
     def _final(self, refusal: _Refused) -> TcpscopeError:
         what = f"{self.spec.name}: program '{refusal.program}': {refusal.reason}"
-        return UnsupportedError(what, refusal.hint)
+        return RefusedError(what, refusal.hint, refusal.program, refusal.log, refusal.said)
 
     def _load(self) -> None:
         lib.tcpscope_log_start(self._setup.debug)
@@ -268,13 +268,12 @@ class Loaded:
         return bool(lib.bpf_map__autocreate(table) and lib.bpf_map__map_flags(table) & _MMAPABLE)
 
     def _size_tables(self) -> None:
-        table = lib.bpf_object__next_map(self._object, ffi.NULL)
-        while table != ffi.NULL:
-            if lib.bpf_map__max_entries(table) == _PER_SOCKET:
+        for name, type_ in self.spec.maps.items() if self.spec.counts else ():
+            table = self._map(name)
+            if type_ == HASH and lib.bpf_map__max_entries(table) == _PER_SOCKET:
                 self._shrinks = True
                 lib.bpf_map__set_max_entries(table, self._entries)
                 lib.bpf_map__set_map_flags(table, _NO_PREALLOC if self._allocates else 0)
-            table = lib.bpf_object__next_map(self._object, table)
 
     def _write_constants(self) -> None:
         values: dict[str, Any] = {

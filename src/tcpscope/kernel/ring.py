@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
+from tcpscope.errors import MalformedError
 from tcpscope.kernel._libbpf import ffi, lib
 from tcpscope.kernel.resources import failed
 
@@ -36,6 +38,9 @@ class Ring:
         """All records that are in the ring now, in batches. A batch is valid until the next one is asked for."""
         while not self._closed:
             size = lib.tcpscope_ring_drain(self._ring, self._pointer, BATCH_BYTES, self.record_size)
+            if size == -errno.EBADMSG:
+                what = f"the ring buffer has a record that is not of {self.record_size} bytes"
+                raise MalformedError(what, "each must be one whole event")
             if size < 0:
                 raise failed(-size, "the ring buffer cannot be read")
             if size:

@@ -98,6 +98,48 @@ void tcpscope_leave_modules(struct bpf_object *object)
 	bpf_program__set_attach_target(bpf_object__next_program(object, NULL), 0, "no such function");
 }
 
+/* --- the kernel's types in C ------------------------------------------------------------------------------------ */
+
+static void write_text(void *file, const char *format, va_list arguments)
+{
+	vfprintf(file, format, arguments);
+}
+
+int tcpscope_write_types(int fd)
+{
+	struct btf *types = btf__parse(KERNEL_BTF, NULL);
+	struct btf_dump *dump = NULL;
+	FILE *file = NULL;
+	int copy, error = 0;
+
+	if (!types)
+		return -errno;
+	copy = dup(fd);
+	file = copy < 0 ? NULL : fdopen(copy, "w");
+	if (file)
+		dump = btf_dump__new(types, write_text, file, NULL);
+	if (!dump) {
+		error = -errno;
+		goto out;
+	}
+	fprintf(file, "#ifndef __VMLINUX_H__\n#define __VMLINUX_H__\n\n"
+		      "#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)\n\n");
+	for (__u32 id = 1; id < btf__type_cnt(types) && !error; id++)
+		error = btf_dump__dump_type(dump, id);
+	fprintf(file, "#pragma clang attribute pop\n\n#endif\n");
+out:
+	btf_dump__free(dump);
+	if (file) {
+		if ((fflush(file) || ferror(file)) && !error)
+			error = -EIO;
+		fclose(file);
+	} else if (copy >= 0) {
+		close(copy);
+	}
+	btf__free(types);
+	return error;
+}
+
 /* --- ring buffer ------------------------------------------------------------------------------------------------ */
 
 struct tcpscope_ring {

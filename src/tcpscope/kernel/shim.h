@@ -62,6 +62,9 @@ bool tcpscope_btf_has_typedef(const struct tcpscope_btf *btf, const char *name);
 /* Attaches an empty fentry program to `function` and takes it off again; 0, or why the kernel refuses. */
 int tcpscope_try_fentry(const struct tcpscope_btf *btf, const char *function);
 
+/* Writes all types of the kernel in C to a file, as `bpftool btf dump` does: vmlinux.h. 0 or a negative errno. */
+int tcpscope_write_types(int fd);
+
 struct tcpscope_program_info {
 	uint64_t run_time_ns, run_count, missed;
 };

@@ -1,7 +1,8 @@
 """What a BPF object file says of itself. Pure: needs no root and no kernel.
 
 A program called `hook` or `hook__way` is one way to attach the logical hook `hook`. The loader tries the ways in the
-order of the source. The tags on the first way hold for the hook:
+order of the source. Of an object without our header (output.bpf.h) each program is a hook. The tags on the first way
+hold for the hook:
 
     optional:TEXT    the hook may be missing; TEXT says what is not known without it
     unless:PROGRAMS  the loader omits the hook if one of these programs is attached
@@ -21,6 +22,8 @@ from tcpscope.kernel import btf as B
 from tcpscope.kernel import elf
 from tcpscope.schema import Layout, labels_of
 
+HASH, PERF_EVENT_ARRAY, RINGBUF = 1, 4, 27  # BPF_MAP_TYPE_...
+
 
 class Program(msgspec.Struct, frozen=True):
     """One program: `section` is its ELF section, `type/target` (`fexit/inet_csk_accept`).
@@ -32,6 +35,7 @@ class Program(msgspec.Struct, frozen=True):
     again      it is the second copy of a program, and handles what the first was skipped for (recursion.bpf.h)
     arguments  how many arguments the hooked function must have at least
     needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem, or a function; empty: none
+    alone      it is no way of a hook, but a hook
     """
 
     name: str
@@ -43,11 +47,12 @@ class Program(msgspec.Struct, frozen=True):
     again: bool = False
     arguments: int = 0
     needs: str = ""
+    alone: bool = False
 
     @property
     def hook(self) -> str:
         """The logical hook that it is a way of."""
-        return self.name.partition("__")[0]
+        return self.name if self.alone else self.name.partition("__")[0]
 
     @property
     def first(self) -> str:
@@ -88,9 +93,36 @@ class Spec:
 
     @classmethod
     @cache
-    def of(cls, probe: str) -> Spec:
-        """The object that this package ships for `probe`."""
+    def of(cls, probe: str | Path) -> Spec:
+        """The object that this package ships for `probe`, or that of a path."""
+        if isinstance(probe, Path):
+            return cls(probe.name.removesuffix(".o").removesuffix(".bpf"), probe.read_bytes())
         return cls(probe, _shipped(f"{probe}.bpf.o"))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it has our header (output.bpf.h), with the counters of the loss contract."""
+        return self.variables.keys() >= {"counters", "ending", "table_error"}
+
+    @cached_property
+    def maps(self) -> dict[str, int]:
+        """Map -> its type, a number of enum bpf_map_type."""
+        found = {}
+        for symbol in self._symbols:
+            variable = self.btf.find(symbol.name, B.Kind.VAR) if symbol.section == ".maps" else None
+            described = self.btf.resolve(variable.type_id) if isinstance(variable, B.Var) else None
+            for member in described.members if isinstance(described, B.Struct) else ():
+                pointer = self.btf.resolve(member.type_id)
+                number = self.btf.resolve(pointer.type_id) if isinstance(pointer, B.Ref) else None
+                if member.name == "type" and isinstance(number, B.Array):
+                    found[symbol.name] = number.count  # __uint(type, ...) is a pointer to an array of so many
+        return found
+
+    @property
+    def ring(self) -> str:
+        """The map through which events come: its ring buffer. Empty: it has none, or several."""
+        rings = [name for name, type_ in self.maps.items() if type_ == RINGBUF]
+        return rings[0] if len(rings) == 1 else "events" if "events" in rings else ""
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:
@@ -111,6 +143,7 @@ class Spec:
                 "again" in tags,
                 int(tags.get("arguments", 0)),
                 tags.get("needs", ""),
+                not self.counts,
             )
             found.append((function.id, program))
         return tuple(program for _, program in sorted(found, key=lambda entry: entry[0]))

@@ -1,0 +1,154 @@
+"""`tcpscope run`: an object file or a source, through the ordinary outputs, filters and account."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.own.programs import PLAIN, built, tcpscope, written
+
+pytestmark = [pytest.mark.kernel, pytest.mark.root]
+
+BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
+
+
+def connect_once(lab) -> tuple[int, int]:
+    """One connection to the lab's server, opened and closed. Returns its two ports: the server's and the client's."""
+    with lab.server.run(socket.create_server, (lab.server.ipv4, 0)) as listener:
+        port = listener.getsockname()[1]
+        with lab.client.run(socket.create_connection, (lab.server.ipv4, port)) as made:
+            mine = made.getsockname()[1]
+            listener.accept()[0].close()
+    return port, mine
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("plain"), "plain", PLAIN)
+
+
+@pytest.mark.every_kernel
+def test_our_own_probe_shows_what_its_tool_shows(lab, run_tool, tmp_path: Path) -> None:
+    netns = ("--netns", str(lab.client.inode))
+    with (
+        run_tool("run", str(BPF / "transition.bpf.c"), *netns) as own,
+        run_tool("states", *netns) as tool,
+    ):
+        connect_once(lab)
+        closed = lambda rows: any(row["new_state"] == "CLOSE" for row in rows)  # noqa: E731
+        tool.wait_for(closed)
+        own.wait_for(closed)
+    named = {row["cookie"]: row for row in tool.done.rows}
+    assert named
+    assert [row | {"time": None, "in_state_us": None} for row in own.done.rows] == [
+        row | {"time": None, "in_state_us": None} for row in tool.done.rows
+    ]
+    account = own.done.stats
+    assert account["seen"] == account["shown"] + account["filtered"] + account["lost"]
+    assert (account["shown"], account["lost"]) == (len(own.done.rows), 0)
+
+
+def test_an_object_without_our_headers(lab, run_tool, plain: Path) -> None:
+    with run_tool("run", str(plain), "--comm", "pytest,python,python3") as tool:
+        port, mine = connect_once(lab)
+        rows = tool.wait_for(lambda rows: any(row["rport"] == port and row["new"] == 1 for row in rows))
+    (opened,) = [row for row in rows if row["rport"] == port and row["new"] == 1]
+    assert list(opened) == ["pid", "comm", "lport", "rport", "raddr", "family", "old", "new"]
+    assert (opened["lport"], opened["raddr"], opened["family"], opened["old"]) == (mine, lab.server.ipv4, 2, 2)
+    assert opened["pid"] == os.getpid()
+    account = tool.done.stats
+    assert account["seen"] is account["lost"] is account["table_full"] is None
+    assert account["shown"] == len(tool.done.rows)
+    assert "what is lost is not known: 'plain' does not count it" in tool.done.stderr
+
+
+@pytest.mark.parametrize(
+    ("filters", "matches"),
+    [
+        (("--lport", "PORT"), lambda row, port: row["lport"] == port),
+        (("--rport", "PORT", "-4"), lambda row, port: row["rport"] == port),
+        (("--port", "PORT"), lambda row, port: port in (row["lport"], row["rport"])),
+        (("--raddr", "ADDRESS", "--port", "PORT"), lambda row, port: port in (row["lport"], row["rport"])),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_fields_of_the_struct_decide(lab, run_tool, plain: Path, filters, matches) -> None:
+    with lab.server.run(socket.create_server, (lab.server.ipv4, 0)) as listener:
+        port = listener.getsockname()[1]
+        words = [word.replace("PORT", str(port)).replace("ADDRESS", lab.server.ipv4) for word in filters]
+        with run_tool("run", str(plain), *words, "--columns", "lport,rport,new") as tool:
+            connect_once(lab)  # another port
+            with lab.client.run(socket.create_connection, (lab.server.ipv4, port)):
+                listener.accept()[0].close()
+            rows = tool.wait_for(len)
+    assert rows and all(matches(row, port) for row in rows)
+    assert list(rows[0]) == ["lport", "rport", "new"]
+    account = tool.done.stats
+    assert account["filtered"] >= 4  # those of the other connection
+    assert account["shown"] == len(tool.done.rows)
+
+
+@pytest.mark.parametrize("output", ["csv", "table"])
+def test_other_outputs(lab, run_tool, plain: Path, output: str) -> None:
+    with run_tool("run", str(plain), "-o", output, "-n", "1") as tool:
+        connect_once(lab)
+        done = tool.wait()
+    titles, row = done.stdout.splitlines()
+    if output == "csv":
+        assert titles == "pid,comm,lport,rport,raddr,family,old,new"
+        assert len(row.split(",")) == 8
+    else:
+        assert titles.split() == ["PID", "COMM", "LPORT", "RPORT", "RADDR", "FAMILY", "OLD", "NEW"]
+
+
+def test_a_source_in_a_folder_that_cannot_be_written(lab, run_tool, tmp_path: Path) -> None:
+    source = written(tmp_path, "mine", PLAIN)
+    tmp_path.chmod(0o500)
+    with run_tool("run", "mine.bpf.c", "-n", "1", cwd=tmp_path) as tool:
+        connect_once(lab)
+        assert len(tool.wait().rows) == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_records_of_another_size(lab, run_tool, tmp_path: Path) -> None:
+    source = written(
+        tmp_path, "short", PLAIN.replace("sizeof(*e), 0)", "sizeof(*e) - 4, 0)").replace("e->new = new;", "")
+    )
+    with run_tool("run", str(source)) as tool:
+        connect_once(lab)
+        done = tool.wait()
+    assert done.status == 1
+    assert done.stderr.splitlines()[-1] == (
+        "tcpscope: the ring buffer has a record that is not of 40 bytes; each must be one whole event"
+    )
+
+
+def test_explain_names_the_hooks(plain: Path) -> None:
+    said = tcpscope("run", plain, "--explain", status=0).stdout
+    assert "probe plain" in said
+    assert "changed__state tp_btf/inet_sock_set_state" in said
+
+
+def test_a_reader_that_leaves_ends_it(lab, run_tool, plain: Path) -> None:
+    read_end, write_end = os.pipe()
+    try:
+        with run_tool("run", str(plain), stdout=write_end) as tool:
+            os.close(write_end)
+            connect_once(lab)
+            assert os.read(read_end, 1) == b"{"
+            os.close(read_end)
+            connect_once(lab)
+            assert tool.wait().status == 0
+    finally:
+        assert "Traceback" not in tool.stderr
+
+
+def test_json_is_json(lab, run_tool, plain: Path) -> None:
+    with run_tool("run", str(plain), "-o", "json", "-n", "2") as tool:
+        connect_once(lab)
+        done = tool.wait()
+    assert [set(json.loads(line)) >= {"pid", "new"} for line in done.stdout.splitlines()] == [True, True]
