@@ -12,7 +12,7 @@ TEST_PACKAGES := qemu-system-x86 busybox-static kmod zstd lz4 file iproute2 nfta
 	$(shell grep -qs '^ID=ubuntu$$' /etc/os-release && echo linux-tools-generic || echo bpftool)
 
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
-C_FILES = $(shell find src tests bench -name '*.[ch]')
+C_FILES = $(shell find src tests bench docs -name '*.[ch]')
 # The directory too: a probe has come or gone.
 MESON_FILES := meson.build src/tcpscope/bpf $(shell find src -name meson.build)
 

@@ -65,7 +65,7 @@ class Commands(click.Group):
             return super().make_context(*args, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*toolbox.names(), *_OTHERS])
+        return sorted({*toolbox.names(), *_OTHERS})
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name == "help":
@@ -87,12 +87,20 @@ class Commands(click.Group):
             raise UsageError(f"no command '{name}'", hint) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [(name, toolbox.find(name).summary) for name in toolbox.names()]
+        rows = [(name, _summary(name)) for name in toolbox.names() if name not in _OTHERS]
         with formatter.section("Tools"):
             formatter.write_dl(rows)
         with formatter.section("Commands"):
             others = [(name, text) for name, (_, text) in _OTHERS.items()]
             formatter.write_dl(sorted([*others, ("help", "Show the help of a command, such as `tcpscope help life`.")]))
+
+
+def _summary(name: str) -> str:
+    """The summary of a tool. One of another package may be broken, which must not hide the others."""
+    try:
+        return toolbox.find(name).summary
+    except TcpscopeError as error:
+        return f"({error})"
 
 
 def _show_help(words: Sequence[str], man: Path | None) -> None:

@@ -63,7 +63,11 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
     """
     result = []
     for name in toolbox.names():
-        tool = toolbox.find(name)
+        try:
+            tool = toolbox.find(name)
+        except TcpscopeError as error:  # of another package
+            print(f"tcpscope: {error}", file=sys.stderr)
+            continue
         for probe in (*tool.probes, *(other for each in tool.probes for other in Spec.of(each).shared.values())):
             hooks, works, why = examine(probe, kernel)
             result.append(

@@ -1,6 +1,7 @@
 """What a tool is: its columns and options, and a way to start it.
 
 A tool is one module in `tools/` with a variable `tool`. The module's name is its name, the module's docstring its help.
+Another package brings a tool by an entry point in the group `tcpscope.tools`, whose value is such a module.
 Most tools are a `Stream`: they show the rows of one event struct of one probe.
 """
 
@@ -12,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tcpscope import groups, tools
-from tcpscope.errors import UsageError, did_you_mean
+from tcpscope.errors import TcpscopeError, UsageError, did_you_mean
 from tcpscope.kernel.loaded import PRIVILEGES
 from tcpscope.kernel.machine import tcp_sockets
 from tcpscope.kernel.spec import Spec
@@ -26,6 +28,9 @@ from tcpscope.run import Run, Streaming
 from tcpscope.schema import Clock, Layout
 from tcpscope.session import RING_BYTES, RING_BYTES_AT_MOST, Session, closed_on_error
 from tcpscope.summary import Summary
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 
 class Tool(ABC):
@@ -252,26 +257,61 @@ class Stacked(Stream):
         return run
 
 
+GROUP = "tcpscope.tools"
+
+
 def names() -> list[str]:
-    """All tools: the modules of `tools/`."""
-    return sorted(module.name for module in pkgutil.iter_modules(tools.__path__))
+    """All tools: the modules of `tools/`, and those that other packages bring."""
+    return sorted({*_ours(), *_brought()})
 
 
 @cache
 def find(name: str) -> Tool:
     """The tool with this name, or with this bcc name. UsageError if there is none."""
-    known = names()
-    if name in known:
+    ours = _ours()
+    if name in ours:
         return _import(name)
     if name.startswith("tcp"):
-        for candidate in map(_import, known):
+        for candidate in map(_import, ours):
             if name in candidate.aliases:
                 return candidate
+    if name in _brought():
+        return _load(name, _brought()[name])
+    known = names()
     raise UsageError(f"no tool '{name}'", did_you_mean(name, known) or f"there are {', '.join(known)}")
 
 
+def _ours() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(tools.__path__))
+
+
+@cache
+def _brought() -> dict[str, EntryPoint]:
+    """The tools of other packages, by name. None of them can replace one of ours."""
+    from importlib.metadata import entry_points  # takes as long as a small tool to start
+
+    ours = _ours()
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in ours}
+
+
+def _load(name: str, point: EntryPoint) -> Tool:
+    """The tool of an entry point. TcpscopeError, which names its package, if it cannot be imported."""
+    package = point.dist.name if point.dist else point.value
+    try:
+        module = point.load()
+    except Exception as error:
+        raise TcpscopeError(f"the tool '{name}' of the package {package} cannot be imported", repr(error)) from None
+    if not isinstance(getattr(module, "tool", None), Tool):
+        what = f"the tool '{name}' of the package {package} is none"
+        raise TcpscopeError(what, f"the module {point.value} must have a variable `tool`, a tcpscope.tool.Tool")
+    return _named(name, module)
+
+
 def _import(name: str) -> Tool:
-    module = importlib.import_module(f"tcpscope.tools.{name}")
+    return _named(name, importlib.import_module(f"tcpscope.tools.{name}"))
+
+
+def _named(name: str, module: ModuleType) -> Tool:
     tool: Tool = module.tool
     tool.name = name
     tool.help = (module.__doc__ or "").strip()

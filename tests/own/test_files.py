@@ -106,6 +106,17 @@ def test_a_clang_with_a_version_in_its_name(tmp_path: Path, monkeypatch: pytest.
     assert read(path)[0].counts
 
 
+def test_the_compiler_for_packages(tmp_path: Path) -> None:
+    path, made = written(tmp_path, "mine", source("mine")), tmp_path / "mine.bpf.o"
+    argv = [sys.executable, "-m", "tcpscope.own.compiler", path, made]
+    subprocess.run(argv, check=True)
+    assert Spec.of(made).counts
+    path.write_text("int f(void) { return x; }")
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{path}: clang cannot compile it\n") and "Traceback" not in done.stderr
+
+
 def test_warnings_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiler.compiled(written(tmp_path, "it", f"{HEAD}static int f(int a) {{ int b; return a; }}\n{PROGRAM}"))
     assert "unused variable 'b'" in capsys.readouterr().err

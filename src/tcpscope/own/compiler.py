@@ -71,6 +71,14 @@ def flags() -> list[str]:
     ]
 
 
+def main(source: str, made: str) -> None:
+    """Compile a source for a package that brings a tool: python -m tcpscope.own.compiler NAME.bpf.c NAME.bpf.o"""
+    try:
+        Path(made).write_bytes(compiled(Path(source)))
+    except TcpscopeError as error:
+        sys.exit("\n".join([str(error), *error.details]))
+
+
 def _write_vmlinux(path: Path) -> None:
     from tcpscope.kernel._libbpf import lib
 
@@ -79,3 +87,7 @@ def _write_vmlinux(path: Path) -> None:
     with path.open("w") as file:
         if error := -lib.tcpscope_write_types(file.fileno()):
             raise TcpscopeError(f"vmlinux.h cannot be made of {BTF}: {os.strerror(error)}", "put one beside the source")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
