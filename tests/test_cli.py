@@ -373,7 +373,7 @@ def test_an_optional_hook_may_be_missing(monkeypatch: pytest.MonkeyPatch, run: R
     assert (status, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     (memory,) = (line.split()[1] for line in lines if line.startswith("memory "))
-    assert 4.2 < float(memory) < 32  # the buffer alone has 4.2
+    assert 4.2 < float(memory) < 256  # the buffer alone has 4.2; tables are for as many sockets as the machine has
     assert "timewait not attached" in lines
     assert "not known on this kernel: what follows CLOSE" in lines
     assert "filter --cgroup 1: decided in the kernel" in lines

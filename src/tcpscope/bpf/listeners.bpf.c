@@ -25,6 +25,11 @@
 #define FOLLOWS_LISTENERS
 static __noinline int listening_begin(struct sock *sk);
 static __noinline int listening_end(struct sock *sk);
+static __always_inline bool by_tracepoints(void)
+{
+	/* Without the helper (5.19) they are not called, but the object has these functions on every kernel. */
+	return bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_map_lookup_percpu_elem) && hooked_syn_exit_again;
+}
 
 UNLESS("syn_exit__consume")
 OPTIONAL(WITHOUT_REFUSALS)
@@ -154,7 +159,7 @@ static __noinline int state_changed(struct sock *sk, int old_state, int new_stat
 	connection = connection_transition(sk, old_state, new_state);
 	if (connection && new_state == STATE_LISTEN)
 		connection->opened_ns = bpf_ktime_get_ns();
-	if (hooked_syn_exit_again && new_state == STATE_LISTEN)
+	if (by_tracepoints() && new_state == STATE_LISTEN)
 		listening_begin(sk);
 	return 0;
 }
@@ -185,7 +190,7 @@ static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 	bool was_active = !bpf_map_delete_elem(&activities, &key);
-	bool listened = hooked_syn_exit_again && listening_end(sk);
+	bool listened = by_tracepoints() && listening_end(sk);
 
 	return connection_forget(sk) || was_active || listened;
 }
