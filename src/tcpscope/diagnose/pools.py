@@ -1,4 +1,4 @@
-"""Local ports in use, as `ports` shows them: a snapshot each second."""
+"""Local ports in use, as `ports` shows them: a snapshot each second, or less often where there are many pools."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tcpscope.run import Batch
 from tcpscope.tool import find
 
 _INTERVAL_SECONDS = 1.0
+_SHARE = 100  # snapshots take at most this part of one processor; what fails between two is counted in the kernel
 _POOLS_AT_MOST = 1024
 
 
@@ -42,9 +43,14 @@ class Pools:
         self.failed: dict[tuple[Any, ...], dict[tuple[str, int | None, str | None], Tally]] = {}
         self.at_failure: dict[tuple[Any, ...], Any] = {}
         self._round = -1
+        self._next_s = 0.0
 
     def poll(self) -> None:
+        if time.monotonic() < self._next_s:
+            return
+        spent = time.thread_time()
         self._take(self.run.poll())
+        self._next_s = time.monotonic() + _SHARE * (time.thread_time() - spent)
 
     def end(self) -> None:
         """The state at the end is that of the last snapshot: connections end while the watch does."""

@@ -35,9 +35,9 @@ class NoLocalPorts(Rule):
         for key, failures in seen.ports.failed.items():
             row = seen.ports.at_failure[key]
             yield self._finding(row, seen.ports.first.get(key, row), failures)
-        for row in seen.ports.now:
+        for row in filter(_is_short, seen.ports.now):
             key = seen.ports.key(row)
-            if key not in seen.ports.failed and _is_short(row):
+            if key not in seen.ports.failed:
                 yield self._finding(row, seen.ports.first.get(key, row), {})
 
     def _finding(self, row: Any, first: Any, failures: _Failures) -> Finding:

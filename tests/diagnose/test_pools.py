@@ -1,0 +1,41 @@
+"""Snapshots of local ports come each second, or less often where they are costly."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tcpscope.diagnose import pools
+from tcpscope.diagnose.pools import Pools
+
+
+class Time:
+    """Of both clocks; a snapshot takes `cost_s` of them."""
+
+    def __init__(self, cost_s: float) -> None:
+        self.now_s, self.cost_s = 100.0, cost_s
+        self.snapshots = 0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    thread_time = monotonic
+
+    def poll(self) -> list[Any]:
+        self.now_s += self.cost_s
+        self.snapshots += 1
+        return []
+
+
+@pytest.mark.parametrize(("cost_s", "snapshots"), [(0.0, 100), (0.005, 100), (0.1, 10)])
+def test_they_take_a_hundredth_of_a_processor(monkeypatch: pytest.MonkeyPatch, cost_s: float, snapshots: int) -> None:
+    time = Time(cost_s)
+    monkeypatch.setattr(pools, "time", time)
+    source = Pools.__new__(Pools)
+    source.run, source._next_s = SimpleNamespace(poll=time.poll), 0.0  # type: ignore[assignment]
+    while time.now_s < 200.0:
+        source.poll()
+        time.now_s += 1.0
+    assert time.snapshots == pytest.approx(snapshots, abs=1)
