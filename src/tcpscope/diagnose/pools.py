@@ -19,7 +19,7 @@ _POOLS_AT_MOST = 1024
 class Pools:
     """A source.
 
-    now     the rows of the last snapshot: the columns of `ports`
+    now     the rows of the last snapshot, those nearest to their end first: the columns of `ports`
     first   key of a pool -> its row when it was first seen
     failed  key of a pool -> (errno, PID, name) -> calls that found no port; the process whose calls failed most in a
             snapshot stands for all of that snapshot

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from ipaddress import ip_address
+from itertools import takewhile
 from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, process, processes, service
@@ -35,7 +36,8 @@ class NoLocalPorts(Rule):
         for key, failures in seen.ports.failed.items():
             row = seen.ports.at_failure[key]
             yield self._finding(row, seen.ports.first.get(key, row), failures)
-        for row in filter(_is_short, seen.ports.now):
+        nearest = takewhile(lambda row: (row.percent or 0) >= HALF, seen.ports.now)  # to their end: they come first
+        for row in filter(_is_short, nearest):
             key = seen.ports.key(row)
             if key not in seen.ports.failed:
                 yield self._finding(row, seen.ports.first.get(key, row), {})
