@@ -19,7 +19,7 @@ from tcpscope.output import Sink, open_sink, screen
 from tcpscope.request import Request
 from tcpscope.run import Batch, Run, whole
 from tcpscope.schema import Clock
-from tcpscope.session import Session, Stats, announce_ready, drop_privileges
+from tcpscope.session import Session, Stats, announce_ready, drop_privileges, filters
 from tcpscope.stop import Stop
 from tcpscope.tool import Tool
 from tcpscope.writing import Output, lost_by
@@ -178,7 +178,8 @@ def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
         for loaded in (session.loaded, *([session.owners.loaded] if session.owners else [])):
             yield from _explain_object(loaded)
         for option, value in filter.describe():
-            yield f"  filter {f'{option} {value}'.strip()}: decided in the kernel"
+            where = "the kernel" if filters(session.spec) else "user space"
+            yield f"  filter {f'{option} {value}'.strip()}: decided in {where}"
 
 
 def _explain_object(loaded: Loaded) -> Iterator[str]:

@@ -8,10 +8,17 @@ from pathlib import Path
 from tcpscope.own.compiler import compiled
 
 PLAIN = """
-#include "vmlinux.h"
+#include <linux/bpf.h>
+#include <linux/types.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
-#include <bpf/bpf_core_read.h>
+struct sock_common {
+	__u32 skc_daddr;
+	__u16 skc_dport, skc_num, skc_family;
+} __attribute__((preserve_access_index));
+struct sock {
+	struct sock_common __sk_common;
+} __attribute__((preserve_access_index));
 struct event { __u32 pid; char comm[16]; __u16 lport, rport; __u32 raddr ADDRESS; __u8 family; int old, new; };
 struct event *unused __attribute__((unused));
 struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); } rows SEC(".maps");

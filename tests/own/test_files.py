@@ -117,6 +117,17 @@ def test_the_compiler_for_packages(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"{path}: clang cannot compile it\n") and "Traceback" not in done.stderr
 
 
+@pytest.mark.kernel
+def test_vmlinux_h_is_made_of_the_running_kernel(tmp_path: Path) -> None:
+    text = '#include "vmlinux.h"\n#include <bpf/bpf_helpers.h>\nstruct event { struct list_head it; };\n'
+    path = written(tmp_path, "it", f"{text}struct event *keep;\n{ring('events')}\n{PROGRAM}")
+    spec, _ = read(path)
+    assert [field.name for field in Layout.whole(spec.btf, "event").fields] == ["next", "prev"]
+    (tmp_path / "vmlinux.h").write_text("struct list_head { int mine; };\n#include <linux/bpf.h>\n")
+    spec, _ = read(path)
+    assert [field.name for field in Layout.whole(spec.btf, "event").fields] == ["mine"]  # the one beside it
+
+
 def test_warnings_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiler.compiled(written(tmp_path, "it", f"{HEAD}static int f(int a) {{ int b; return a; }}\n{PROGRAM}"))
     assert "unused variable 'b'" in capsys.readouterr().err
@@ -137,6 +148,7 @@ def test_without_privileges(folder: Path) -> None:
         ("int x;", "it: there is no program in it"),
         (f'{ring("events")}SEC("xdp") int it(void *ctx) {{ return 0; }}', "SEC(\"xdp\") of 'it' is not for tracing"),
         (f'{ring("events")}SEC("tp_btff/x") int it(void *ctx) {{ return 0; }}', "of 'it' is not for tracing"),
+        (f"{ring('events')}{PROGRAM.replace('tp_btf', '?tp_btf')}", "it: there is no program in it"),
         (PROGRAM, "it has no ring buffer, so there are no events; output.bpf.h has one"),
         (f"{ring('one')}{ring('two')}{PROGRAM}", "several ring buffers (one, two); call one of them 'events'"),
         (

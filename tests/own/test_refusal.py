@@ -7,16 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from tcpscope.kernel.spec import Program
+from tcpscope.errors import TcpscopeError
+from tcpscope.kernel.spec import Program, Spec
 from tcpscope.kernel.verifier import source_line, verifier_hint
 from tcpscope.own import refusal
+from tcpscope.own.compiler import compiled
+from tcpscope.own.program import OwnProgram
+from tcpscope.request import Request
 from tests.own.programs import tcpscope, written
 
 HEAD = """
-#include "vmlinux.h"
+#include <linux/bpf.h>
+#include <linux/types.h>
 #include <bpf/bpf_helpers.h>
 #include <bpf/bpf_tracing.h>
 #include <bpf/bpf_core_read.h>
+struct sock {
+	__u32 sk_mark;
+} __attribute__((preserve_access_index));
+struct sk_buff {
+	struct sock *sk;
+} __attribute__((preserve_access_index));
+struct freed {
+	__u64 common;
+	struct sk_buff *skbaddr;
+};
 struct event { __u64 a; };
 const struct event *anchor __attribute__((unused));
 struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); } events SEC(".maps");
@@ -26,24 +41,25 @@ struct {
 	__type(key, __u32);
 	__type(value, __u64[8]);
 } table SEC(".maps");
-static void send(__u64 a)
+static __always_inline void send(__u64 a)
 {
 	struct event e = {a};
 	bpf_ringbuf_output(&events, &e, sizeof(e), 0);
 }
 """
-STATE = """
-SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(changed, struct sock *sk, int old, int new)
-"""
 GPL = 'char LICENSE[] SEC("license") = "GPL";'
+
+
+def state(name: str) -> str:
+    return f'\nSEC("tp_btf/inet_sock_set_state")\nint BPF_PROG({name}, struct sock *sk, int old, int new)\n'
+
 
 # The program -> the line that is wrong, and a part of the hint.
 MISTAKES = {
     "direct": (
         """
 SEC("tracepoint/skb/kfree_skb")
-int drop(struct trace_event_raw_kfree_skb *ctx)
+int direct(struct freed *ctx)
 {
 	struct sk_buff *skb = ctx->skbaddr;
 	send((__u64)skb->sk);
@@ -54,7 +70,7 @@ int drop(struct trace_event_raw_kfree_skb *ctx)
         "follow kernel pointers with BPF_CORE_READ",
     ),
     "bound": (
-        f"""{STATE}{{
+        f"""{state("bound")}{{
 	__u32 key = 0;
 	__u64 *row = bpf_map_lookup_elem(&table, &key);
 	if (!row)
@@ -67,7 +83,7 @@ int drop(struct trace_event_raw_kfree_skb *ctx)
         "test it first (if (n >= SIZE) return 0;)",
     ),
     "unchecked": (
-        f"""{STATE}{{
+        f"""{state("unchecked")}{{
 	__u32 key = old;
 	__u64 *row = bpf_map_lookup_elem(&table, &key);
 	send(row[0]);
@@ -78,7 +94,7 @@ int drop(struct trace_event_raw_kfree_skb *ctx)
         "bpf_map_lookup_elem() may return NULL",
     ),
     "reserved": (
-        f"""{STATE}{{
+        f"""{state("reserved")}{{
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	e->a = old;
 	bpf_ringbuf_submit(e, 0);
@@ -89,7 +105,7 @@ int drop(struct trace_event_raw_kfree_skb *ctx)
         "bpf_ringbuf_reserve() may return NULL",
     ),
     "not_submitted": (
-        f"""{STATE}{{
+        f"""{state("not_submitted")}{{
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e)
 		return 0;
@@ -105,19 +121,19 @@ int drop(struct trace_event_raw_kfree_skb *ctx)
     "context": (
         """
 SEC("tp_btf/inet_sock_set_state")
-int BPF_PROG(changed, struct sock *sk, int old, int new, int more)
+int BPF_PROG(context, struct sock *sk, int old, int new, int more)
 {
 	send(more);
 	return 0;
 }
 """,
-        "int BPF_PROG(changed, struct sock *sk, int old, int new, int more)",
+        "int BPF_PROG(context, struct sock *sk, int old, int new, int more)",
         "read the hook's arguments with BPF_PROG()",
     ),
     "helper": (
         """
 SEC("raw_tp/inet_sock_set_state")
-int changed(void *ctx)
+int helper(void *ctx)
 {
 	send(bpf_skb_load_bytes(ctx, 0, 0, 0));
 	return 0;
@@ -127,7 +143,7 @@ int changed(void *ctx)
         "a program of the type raw_tp may not call this helper",
     ),
     "gpl": (
-        f"""{STATE}{{
+        f"""{state("gpl")}{{
 	send(BPF_CORE_READ(sk, sk_mark));
 	return 0;
 }}
@@ -137,7 +153,7 @@ char LICENSE[] SEC("license") = "Proprietary";
         'char LICENSE[] SEC("license") = "GPL";',
     ),
     "loop": (
-        f"""{STATE}{{
+        f"""{state("loop")}{{
 	for (__u32 i = 0;; i++) {{
 		if (bpf_get_prandom_u32() == i)
 			break;
@@ -151,35 +167,76 @@ char LICENSE[] SEC("license") = "Proprietary";
 }
 
 
+def refused(source: Path, spec: Spec, program: str, log: str | None = None) -> TcpscopeError:
+    """What is said of this program of an object, whose others are left out."""
+    own = OwnProgram(spec, source)
+    others = tuple(each.hook for each in spec.programs if each.name != program)
+    own.skip = lambda request: others
+    with pytest.raises(TcpscopeError) as error:
+        own.open(Request(options={"event": None, "log": log}))
+    assert error.value.exit_status == 3
+    return error.value
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Spec]]:
+    """Mistake -> the source that has it, and its object. All but one are in the same."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    texts = [text for text, *_ in MISTAKES.values() if "LICENSE" not in text]
+    all_ = written(folder, "mistakes", HEAD + "".join(texts) + GPL)
+    gpl = written(folder, "gpl", HEAD + MISTAKES["gpl"][0])
+    made = {path: Spec(path.name.partition(".")[0], compiled(path)) for path in (all_, gpl)}
+    return {name: (path, made[path]) for name in MISTAKES for path in (gpl if name == "gpl" else all_,)}
+
+
+@pytest.mark.root
+def test_a_loop_without_an_end(objects: dict[str, tuple[Path, Spec]]) -> None:
+    """Not in an emulator: the verifier walks through a million instructions."""
+    source, spec = objects["loop"]
+    assert MISTAKES["loop"][2] in str(refused(source, spec, "loop"))
+
+
 @pytest.mark.kernel
 @pytest.mark.root
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_common_mistake_has_its_hint(tmp_path: Path, mistake: str) -> None:
-    text, line, hint = MISTAKES[mistake]
-    source = written(tmp_path, mistake, HEAD + text + ("" if "LICENSE" in text else GPL))
-    said = tcpscope("run", source, "-d", "0.1", status=3).stderr.splitlines()
-    assert re.match(rf"tcpscope: {mistake}: program '\w+': refused by the kernel \(.*\); ", said[0])
-    assert hint in said[0]
-    number = next((n for n, each in enumerate(source.read_text().splitlines(), 1) if each.strip() == line), 0)
-    assert said[1].startswith(f"  {mistake}.bpf.c")
+@pytest.mark.parametrize("mistake", sorted(MISTAKES.keys() - {"loop"}))
+def test_a_common_mistake_has_its_hint(objects: dict[str, tuple[Path, Spec]], mistake: str) -> None:
+    _, line, hint = MISTAKES[mistake]
+    source, spec = objects[mistake]
+    error = refused(source, spec, mistake)
+    assert re.match(rf"{spec.name}: program '{mistake}': refused by the kernel \(.*\); ", str(error))
+    assert hint in str(error)
+    place, above, *lines = error.details
     if line:
-        assert said[1] == f"  {mistake}.bpf.c:{number}: {line}"
+        (number,) = [n for n, each in enumerate(source.read_text().splitlines(), 1) if each.strip() == line]
+        assert place == f"{spec.name}.bpf.c:{number}: {line}"
     assert re.fullmatch(
-        r"  the verifier's last lines \(\d+ earlier lines left out; --log FILE writes all of it\):", said[2]
+        r"the verifier's last lines \(\d+ earlier lines left out; --log FILE writes all of it\):", above
     )
-    assert 0 < len(said) - 3 <= 6
+    assert 0 < len(lines) <= 6
 
 
 @pytest.mark.kernel
 @pytest.mark.root
-def test_the_whole_log_goes_to_a_file(tmp_path: Path) -> None:
-    text, line, _ = MISTAKES["bound"]
-    source, log = written(tmp_path, "bound", HEAD + text + GPL), tmp_path / "log"
-    said = tcpscope("run", source, "--log", log, status=3).stderr.splitlines()
-    assert said[-1] == f"  its whole log is in {log}"
-    whole = log.read_text()
-    assert line in whole and len(whole.splitlines()) > len(said)
-    assert said[-2].strip() in whole
+def test_the_whole_log_goes_to_a_file(objects: dict[str, tuple[Path, Spec]], tmp_path: Path) -> None:
+    source, spec = objects["bound"]
+    error = refused(source, spec, "bound", str(tmp_path / "log"))
+    *lines, last = error.details
+    assert last == f"its whole log is in {tmp_path}/log"
+    whole = (tmp_path / "log").read_text()
+    assert MISTAKES["bound"][1] in whole and len(whole.splitlines()) > len(lines)
+    assert lines[-1].strip() in whole
+    assert refused(source, spec, "bound", "/no/where").details[-1] == (
+        "its whole log could not be written to /no/where: No such file or directory"
+    )
+
+
+@pytest.mark.kernel
+@pytest.mark.root
+def test_on_the_command_line(tmp_path: Path) -> None:
+    source = written(tmp_path, "bound", HEAD + MISTAKES["bound"][0] + GPL)
+    first, place, *_ = tcpscope("run", source, "-d", "0.1", status=3).stderr.splitlines()
+    assert first.startswith("tcpscope: bound: program 'bound': refused by the kernel (")
+    assert place.endswith(": send(row[new]);")
 
 
 @pytest.mark.kernel
@@ -187,23 +244,27 @@ def test_the_whole_log_goes_to_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "said"),
     [
-        (
-            "tp_btf/inet_sock_set_stat",
-            "no tracepoint inet_sock_set_stat; did you mean 'inet_sock_set_state'",
-        ),
-        (
-            "fentry/tcp_retransmit_skbs",
-            "no function tcp_retransmit_skbs; did you mean 'tcp_retransmit_skb'",
-        ),
-        ("iter/tcpp", "the kernel has no iterator tcpp; did you mean 'tcp'"),
-        ("tp_btf/no_such_thing_at_all_here", "the kernel has no tracepoint no_such_thing_at_all_here"),
+        ("tp_btf/inet_sock_set_stat", "no tracepoint inet_sock_set_stat; did you mean 'inet_sock_set_state'"),
+        ("fentry/tcp_retransmit_skbs", "no function tcp_retransmit_skbs; did you mean 'tcp_retransmit_skb'"),
+        ("raw_tp/inet_sock_set_stat", "did you mean 'inet_sock_set_state'"),
+        ("iter/no_such_thing_at_all", "the kernel has no iterator no_such_thing_at_all"),
     ],
 )
 def test_no_such_hook(tmp_path: Path, section: str, said: str) -> None:
     text = f'{HEAD}SEC("{section}") int it(void *ctx) {{ send(1); return 0; }}\n{GPL}'
-    error = tcpscope("run", written(tmp_path, "it", text), status=3).stderr
-    assert said in error
-    assert len(error.splitlines()) == 1
+    source = written(tmp_path, "it", text)
+    error = refused(source, Spec("it", compiled(source)), "it")
+    assert said in str(error)
+    assert error.details == ()
+
+
+@pytest.mark.kernel
+@pytest.mark.root
+def test_a_field_that_the_kernel_lacks(tmp_path: Path) -> None:
+    read = "struct sock___own { int nope; } __attribute__((preserve_access_index));"
+    read += f"{state('lacks')}{{ send(BPF_CORE_READ((struct sock___own *)sk, nope)); return 0; }}"
+    source = written(tmp_path, "it", f"{HEAD}{read}\n{GPL}")
+    assert "this kernel lacks a field or a type" in str(refused(source, Spec("it", compiled(source)), "lacks"))
 
 
 @pytest.mark.parametrize(

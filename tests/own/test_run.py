@@ -131,6 +131,17 @@ def test_explain_names_the_hooks(plain: Path) -> None:
     said = tcpscope("run", plain, "--explain", status=0).stdout
     assert "probe plain" in said
     assert "changed__state tp_btf/inet_sock_set_state" in said
+    said = tcpscope("run", plain, "--explain", "--pid", os.getpid(), status=0).stdout
+    assert said.splitlines()[-1] == f"  filter --pid {os.getpid()}: decided in user space"
+
+
+def test_odd_names_and_programs_that_are_not_to_be_loaded(lab, run_tool, tmp_path: Path) -> None:
+    text = PLAIN.replace("__u8 family", "__u8 class").replace("e->family", "e->class")
+    text += '\nSEC("?tp_btf/no_such_hook") int never(void *ctx) { return 0; }\n'
+    with run_tool("run", str(written(tmp_path, "odd name-1", text)), "-n", "1", "--buffer", "64K") as tool:
+        connect_once(lab)
+        (row,) = tool.wait().rows
+    assert row["class"] == 2
 
 
 def test_a_reader_that_leaves_ends_it(lab, run_tool, plain: Path) -> None:

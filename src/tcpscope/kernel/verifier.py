@@ -37,6 +37,10 @@ _HINTS = (
         r"outside of the|out of bounds|invalid zero-sized read|math between|pointer arithmetic|invalid write to stack",
         _BOUNDS,
     ),
+    (
+        r"unknown#195896080|invalid CO-RE relocation",
+        "this kernel lacks a field or a type that is read: ask for it with bpf_core_field_exists() first",
+    ),
     (r"access beyond struct", "a cast does not tell the verifier another type: read such a field with BPF_CORE_READ"),
     (r"Unreleased reference", "on each way to the end, submit what was reserved (bpf_ringbuf_submit) or discard it"),
     (

@@ -115,8 +115,18 @@ class OwnProgram(Stream):
     def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
         if self.spec.counts:
             return super().session(request, by, number)
-        entries = {self.spec.ring: request.buffer} if request.buffer else {}
-        return Session(self.spec, self.layout, request.filter, entries=entries, debug=request.debug)
+        return Session(
+            self.spec,
+            self.layout,
+            request.filter,
+            entries={self.spec.ring: request.buffer} if request.buffer else {},
+            skip=self.skip(request),
+            debug=request.debug,
+        )
+
+    def skip(self, request: Request) -> tuple[str, ...]:
+        """Programs that are not to be loaded: SEC("?...")."""
+        return tuple(program.hook for program in self.spec.programs if program.section.startswith("?"))
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         with closed_on_error(self.session(request)) as session:
@@ -220,7 +230,7 @@ def check_filter(filter: Filter, layout: Layout) -> None:
 
 def check_sections(spec: Spec) -> None:
     """UsageError if there is nothing to attach, or nothing that sends events."""
-    if not spec.programs:
+    if all(program.section.startswith("?") for program in spec.programs):
         raise UsageError(
             f"{spec.name}: there is no program in it", 'a program is a function with SEC("tp_btf/...") or the like'
         )

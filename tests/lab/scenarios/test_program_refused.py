@@ -7,7 +7,7 @@ import pytest
 from tcpscope.lab.hosts import Lab
 from tcpscope.lab.scenarios.program_refused import ProgramRefused
 
-pytestmark = [pytest.mark.kernel, pytest.mark.root]
+pytestmark = pytest.mark.root
 
 
 def told(way: str) -> list[str]:
@@ -17,6 +17,7 @@ def told(way: str) -> list[str]:
     return [step.text for step in scenario.steps]
 
 
+@pytest.mark.kernel
 def test_the_verifier_refuses_a_number_that_is_followed() -> None:
     lines = told("tracepoint")
     assert lines[-1] == "it ends with status 3"
