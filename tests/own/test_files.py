@@ -215,6 +215,21 @@ def test_the_event_of_our_own_probes() -> None:
     assert all(Spec.of(probe).counts for probe in probes())
 
 
+def shown(spec: Spec) -> list[str]:
+    """The columns of a table."""
+    tool_ = OwnProgram(spec)
+    tool_.choose(request := Request(options={"event": None, "log": None}))
+    return list(tool_.chosen(request))
+
+
+def test_a_table_has_what_the_struct_adds_to_ours(folder: Path) -> None:
+    ours = compiled(folder, "mine", source("mine"))
+    ends = ["time", "lport", "rport", "laddr", "raddr", "pid", "comm"]
+    assert shown(ours) == [*ends, "srtt_us", "old_state", "new_state"]
+    text = "enum event { A, B }; struct mine { enum event kind; int cookie, uid; }; struct mine *keep;"
+    assert shown(spec_of(folder, text, "mine")) == ["kind", "cookie", "uid"]
+
+
 def test_filters_that_the_struct_cannot_decide(folder: Path) -> None:
     text = "struct event { int pid; unsigned char comm[16]; int raddr; int lport[2]; int family; }; struct event *keep;"
     layout = Layout.whole(spec_of(folder, text).btf, "event")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -29,3 +30,20 @@ def test_it_runs(lab, run_tool, tmp_path: Path) -> None:
     assert opened["srtt_us"] > 0
     account = tool.done.stats
     assert account["seen"] == account["shown"] + account["filtered"] + account["lost"]
+
+
+def test_what_finds_no_room_is_counted(lab, run_tool, tmp_path: Path) -> None:
+    tcpscope("new", "first", status=0, cwd=tmp_path)
+    words = ("run", str(tmp_path / "first.bpf.c"), "--netns", str(lab.client.inode), "--buffer", "4K")
+    with lab.server.run(socket.create_server, (lab.server.ipv4, 0)) as listener, run_tool(*words) as tool:
+        tool.process.send_signal(signal.SIGSTOP)
+        for _ in range(30):
+            with lab.client.run(socket.create_connection, listener.getsockname()):
+                listener.accept()[0].close()
+        tool.process.send_signal(signal.SIGCONT)
+        tool.wait_for(len)
+    account = tool.done.stats
+    assert account["lost"] > 0
+    assert account["shown"] == len(tool.done.rows)
+    assert account["seen"] == account["shown"] + account["filtered"] + account["lost"]
+    assert f"lost {account['lost']}" in tool.done.stderr

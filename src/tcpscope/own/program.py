@@ -288,7 +288,8 @@ def _anchor(name: str) -> str:
 
 def _is_ours(spec: Spec, struct: B.Struct) -> bool:
     """Whether it begins as the events of event.bpf.h do."""
-    return bool(struct.members) and spec.btf.resolve(struct.members[0].type_id).name == "event"
+    first = spec.btf.resolve(struct.members[0].type_id) if struct.members else None
+    return spec.counts and isinstance(first, B.Struct) and first.name == "event"
 
 
 def _pointed_to(spec: Spec) -> Iterator[B.Struct]:
