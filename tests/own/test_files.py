@@ -238,7 +238,7 @@ def test_filters_that_the_struct_cannot_decide(folder: Path) -> None:
         ({"port": "80"}, "field 'lport' of struct event is no number"),
         ({"raddr": "::1"}, "field 'raddr' of struct event is no address: tag it KIND(\"address\")"),
         ({"comm": "x"}, "field 'comm' of struct event is no text"),
-        ({"cgroup": "1"}, "--cgroup 1; only a program with event.bpf.h"),
+        ({"cgroup": "1"}, "--cgroup and a command behind -- need event.bpf.h; only the kernel"),
     ):
         assert error in said(check_filter, Filter.from_options(**options), layout)
     check_filter(Filter.from_options(pid=os.getpid(), ipv4=True), layout)

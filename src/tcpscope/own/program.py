@@ -214,7 +214,8 @@ def check_filter(filter: Filter, layout: Layout) -> None:
     for option, value in filter.describe():
         what = f"{option} {value}".strip()
         if option == "--cgroup":
-            raise UsageError(what, "only a program with event.bpf.h knows which cgroups are below one")
+            what = "--cgroup and a command behind -- need event.bpf.h"
+            raise UsageError(what, "only the kernel knows which cgroups lie below another")
         name = "family" if option in ("-4", "-6") else option.lstrip("-")
         for needed in ("lport", "rport") if name == "port" else (name,):
             if needed not in fields:
