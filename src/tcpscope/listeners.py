@@ -19,7 +19,7 @@ from tcpscope.session import RING_BYTES, Session
 UNREAD = 2**64 - 1
 LISTENERS_AT_MOST = 8192  # MAX_LISTENERS of the probe, and the size of its map `activities`
 SYSTEMD = "systemd"  # name of the process, of the system's (PID 1) and of a user's
-WALK_SHARE = 200  # walks over all open files take at most this part of one processor
+WALK_SHARE = 100  # walks over all open files take at most this part of one processor
 MIB = {
     "mib_listen_overflows": "LINUX_MIB_LISTENOVERFLOWS",
     "mib_listen_drops": "LINUX_MIB_LISTENDROPS",
@@ -265,7 +265,7 @@ class Snapshots:
     """Takes snapshots of all listeners of the machine.
 
     A look visits the probe's table of listeners. A walk over all open files finds the processes that hold them, and
-    takes much longer. A look includes a walk only as long as walks take less than 0.5 % of one processor.
+    takes much longer. A look includes a walk only as long as walks take less than 1 % of one processor.
     Otherwise it shows the holders of the last walk, and of a newer listener the process that called listen().
 
     Most listeners of a machine with many are idle. One at which nothing has changed since the look before, and of which

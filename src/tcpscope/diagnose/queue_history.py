@@ -21,7 +21,7 @@ COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFu
 _CHANGES_KEPT = 100  # looks in which something had been accepted: 20 s or more
 _PEERS = 4096  # distinct remote addresses remembered per listener
 _PAUSE_SECONDS = 0.2
-_SHARE = 200  # looks take at most this part of one processor,
+_SHARE = 100  # looks take at most this part of one processor,
 _PAUSE_AT_MOST_SECONDS = 2.0  # unless the pause between two were longer
 _BURST_LOOKS = 5  # a second: after it a refused client sends its SYN again
 _SLOW_LOOKS = 8  # fewer do not tell a slow server from a burst
@@ -223,6 +223,8 @@ class History:
 
     def look(self, listener: Listener, now_s: float) -> None:
         """A snapshot."""
+        if listener.accepts is not None and (not self._accepted or self._accepted[-1][1] != listener.accepts):
+            self._accepted.append((now_s, listener.accepts))
         if listener is self.last and self._is_calm:
             self.ended, self.gone = now_s, False
             self.looks += 1
@@ -231,8 +233,6 @@ class History:
         self._follow_pressure(listener, now_s)
         self.waited_s += (now_s - self.ended) if self._waits and listener.accept_queue else 0.0
         self._waits = bool(listener.accept_queue)
-        if listener.accepts is not None and (not self._accepted or self._accepted[-1][1] != listener.accepts):
-            self._accepted.append((now_s, listener.accepts))
         self.last, self.ended, self.gone = listener, now_s, False
         self.accept_burst.look()
         self.syn_burst.look()

@@ -23,7 +23,7 @@ Mark = Callable[[Any, Any], Any]
 """What a rule wants to know of a connection: a function of its row now and its row in the look before, or None."""
 
 _PAUSE_SECONDS = 1.0
-_SHARE = 50  # looks take at most this part of one processor
+_SHARE = 40  # looks take at most this part of one processor
 _MOVING_AT_MOST = 2000
 _PEERS_AT_MOST = 4096
 _RING_BYTES = 16 << 20
