@@ -395,17 +395,20 @@ struct mptcp_subflow_context { /* net/mptcp/protocol.h; with CONFIG_MPTCP */
 };
 
 struct sk_buff {                /* include/linux/skbuff.h */
+	struct sk_buff *next;   /* in a list that is dequeued at once */
 	struct net_device *dev; /* in a union with the links of a tree */
 	struct sock *sk;
 	char cb[48];
 	unsigned long _skb_refdst; /* a struct dst_entry, and a flag in the lowest bit */
 	unsigned int len;
 	int skb_iif;
+	__u16 queue_mapping;
 	__be16 protocol;
 	__u16 transport_header;
 	__u16 network_header;
 	unsigned int tail; /* of the linear part, from `head` */
 	unsigned char *head;
+	unsigned char *data;
 };
 
 struct rtable { /* include/net/route.h */

@@ -18,11 +18,12 @@ enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
 struct packet {
 	__u8 saddr[16], daddr[16];
 	__u16 sport, dport; /* 0: not known */
-	__u32 seq;
-	__u32 bytes; /* from the IP header on; 0: not known */
-	__u16 flags; /* NO_FLAGS: not known */
-	__u8 family; /* 4, 6; 0: no IP header */
-	bool data;   /* something follows the TCP header */
+	__u32 seq, ack;
+	__u32 bytes;   /* from the IP header on; 0: not known */
+	__u16 headers; /* bytes of the IP and TCP headers */
+	__u16 flags;   /* NO_FLAGS: not known */
+	__u8 family;   /* 4, 6; 0: no IP header */
+	bool data;     /* something follows the TCP header */
 };
 
 static __always_inline void tcp_header_parse(const __u8 *header, __u32 before, struct packet *packet)
@@ -30,8 +31,10 @@ static __always_inline void tcp_header_parse(const __u8 *header, __u32 before, s
 	packet->sport = header[0] << 8 | header[1];
 	packet->dport = header[2] << 8 | header[3];
 	packet->seq = bpf_ntohl(*(__u32 *)&header[4]);
+	packet->ack = bpf_ntohl(*(__u32 *)&header[8]);
 	packet->flags = header[13];
-	packet->data = packet->bytes > before + (header[12] >> 4) * 4;
+	packet->headers = before + (header[12] >> 4) * 4;
+	packet->data = packet->bytes > packet->headers;
 }
 
 /* Is it a packet of TCP? Behind too many extension headers, or some that are not there, it is not known. */
