@@ -202,6 +202,28 @@ def test_each_kind_has_its_own_values() -> None:
     ]
 
 
+def test_the_largest_of_each_connection() -> None:
+    """The groups of one connection stand together, and what is not known is not the largest."""
+    what = Summary("summary", "", ("comm", "outcome"), "latency_us", of_one=("comm",))
+    events = [
+        event("web", latency_us=1),
+        event("db", latency_us=7),
+        event("web", "REFUSED", latency_us=900),
+        event("db", "REFUSED", latency_us=3),
+        event("idle", latency_us=NOT_KNOWN),
+    ]
+    found = rows(what, Source(events))
+    assert [(row["comm"], row["outcome"], row["largest"]) for row in found] == [
+        ("db", "ESTABLISHED", True),
+        ("db", "REFUSED", False),
+        ("idle", "ESTABLISHED", False),
+        ("web", "REFUSED", True),
+        ("web", "ESTABLISHED", False),
+    ]
+    assert [row["largest"] for row in rows(what, Source(events), options={"by": "outcome"})] == [True, False]
+    assert "->" not in run(what, Source(events), output="table")
+
+
 def test_drawn_in_a_table() -> None:
     """Below each kind that has values; the column with the numbers is for machines."""
     source = Source([event(latency_us=1), event(latency_us=3), event(outcome="REFUSED", latency_us=NOT_KNOWN)])

@@ -26,6 +26,7 @@ MAX_KINDS = 65536
 
 _TIME = Column("time", "time", doc="when the interval or the run ended")
 _COUNT = Column("count", doc="rows")
+_LARGEST = Column("largest", "bool", doc="of the groups of this connection that with the largest 99th percentile")
 TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
 
 
@@ -37,6 +38,7 @@ class Summary:
     of   column in us whose distribution is shown; None: rows are only counted. An object whose groups are distributions
          makes it in the kernel (groups.py)
     sum  column whose sum is shown; only for objects that count in the kernel
+    of_one  columns that groups of one connection share: they stand together, and the largest is marked, not drawn
 
     The account counts the rows of all groups, also if --max-events prints fewer groups.
     """
@@ -46,6 +48,7 @@ class Summary:
     by: tuple[str, ...]
     of: str | None = None
     sum: str | None = None
+    of_one: tuple[str, ...] = ()
 
     def columns(self, stream: Sequence[Column], request: Request) -> tuple[Column, ...]:
         """All columns of the groups of a stream with these columns."""
@@ -59,13 +62,14 @@ class Summary:
         # The number may be null in all rows of a group.
         distribution = [structs.replace(column, nullable=True) for column in histogram.COLUMNS[1:] if self.of]
         summed = [known[self.sum]] if self.sum and self.sum not in names else []
-        return (_TIME, *(known[name] for name in names), _COUNT, *summed, *distribution, TOTAL)
+        marked = [_LARGEST] if self.of_one else []
+        return (_TIME, *(known[name] for name in names), _COUNT, *summed, *distribution, *marked, TOTAL)
 
     def open(self, request: Request, available: Sequence[Column], events: Callable[[Sequence[str]], Run]) -> Run:
         """A run that yields the groups. `events` opens the stream with the columns that it gets as argument."""
         columns, names = self._chosen(request, available), self._kind(request)
         read = (*names, self.of) if self.of else names
-        return _OfRows(request, columns, names, self.of, events(tuple(dict.fromkeys(read))))
+        return _OfRows(request, columns, names, self.of, events(tuple(dict.fromkeys(read))), self.of_one)
 
     def open_counted(
         self,
@@ -82,11 +86,11 @@ class Summary:
         """
         columns, names = self._chosen(request, available), self._kind(request)
         with closed_on_error(session(names, self.of or self.sum)) as opened:
-            return _OfKernel(request, columns, names, self.of, opened, event, frame)
+            return _OfKernel(request, columns, names, self.of, opened, event, frame, self.of_one)
 
     def _chosen(self, request: Request, available: Sequence[Column]) -> tuple[Column, ...]:
         shown = [column.name for column in available if column.kind != "distribution"]
-        return request.choose(available, shown, drawn=("histogram",) if self.of else ())
+        return request.choose(available, shown, drawn=("histogram",) if self.of and not self.of_one else ())
 
     def _kind(self, request: Request) -> tuple[str, ...]:
         text = request.options.get("by")
@@ -108,10 +112,13 @@ class _Grouping(Run):
         names: Sequence[str],
         of: str | None,
         sessions: Sequence[Session],
+        of_one: Sequence[str] = (),
     ) -> None:
         super().__init__(columns, *sessions)
         self._names, self._of = names, of
-        sums = [column.name for column in columns if column.name not in (*names, "time", "count", "total")]
+        self._marks = bool(of_one)
+        self._of_one = [index for index, name in enumerate(names) if name in of_one]
+        sums = [column.name for column in columns if column.name not in (*names, "time", "count", "largest", "total")]
         which = () if request.interval is None else ("total",)  # an interval and the total look alike without it
         numbers = (*names, *histogram.IMPORTANT) if of else ("count", *sums, *which, *names, "total", "time")
         self.important = tuple(dict.fromkeys(numbers))
@@ -143,15 +150,30 @@ class _Grouping(Run):
     def _ended(self, which: Literal["interval", "total"], groups: _Groups) -> Batch:
         self._round += 1
         when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
-        return Batch(
-            which, [self._make(kind, group, when, which == "total") for kind, group in groups.largest()], self._round
-        )
+        ordered = groups.largest()
+        largest = self._by_connection(ordered) if self._marks else set()
+        rows = [self._make(kind, group, when, which == "total", kind in largest) for kind, group in ordered]
+        return Batch(which, rows, self._round)
 
-    def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool) -> Any:
+    def _by_connection(self, ordered: list[tuple[tuple[Any, ...], _Group]]) -> set[tuple[Any, ...]]:
+        """Put the groups of one connection together, the largest first. Returns the largest ones."""
+
+        def connection(kind: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(kind[index] for index in self._of_one)
+
+        def p99(group: _Group) -> int:
+            return (group.values.percentile(99) or 0) if group.values else 0
+
+        ordered.sort(key=lambda item: (str(connection(item[0])), -p99(item[1])))
+        firsts = {connection(kind): (kind, p99(group)) for kind, group in reversed(ordered)}
+        return {kind for kind, longest in firsts.values() if longest}
+
+    def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool, largest: bool) -> Any:
         values = (
             histogram.figures(group.values) if group.values else {column.name: group.sum for column in self.columns}
         )
-        values |= dict(zip(self._names, kind, strict=True)) | {"time": when, "count": group.count, "total": total}
+        values |= dict(zip(self._names, kind, strict=True)) | {"time": when, "count": group.count}
+        values |= {"largest": largest, "total": total}
         return self._row(*(values[column.name] for column in self.columns))
 
 
@@ -159,9 +181,15 @@ class _OfRows(_Grouping):
     """Groups the rows of another run."""
 
     def __init__(
-        self, request: Request, columns: Sequence[Column], names: Sequence[str], of: str | None, events: Run
+        self,
+        request: Request,
+        columns: Sequence[Column],
+        names: Sequence[str],
+        of: str | None,
+        events: Run,
+        of_one: Sequence[str] = (),
     ) -> None:
-        super().__init__(request, columns, names, of, events.sessions)
+        super().__init__(request, columns, names, of, events.sessions, of_one)
         self._events, self.notes, self.stats = events, events.notes, events.stats
 
     def poll(self) -> Iterator[Batch]:
@@ -212,8 +240,9 @@ class _OfKernel(_Grouping):
         session: Session,
         event: str,
         frame: Callable[[int], str],
+        of_one: Sequence[str] = (),
     ) -> None:
-        super().__init__(request, columns, names, of, [session])
+        super().__init__(request, columns, names, of, [session], of_one)
         self._second = Ticker(1.0)
         self._session, self._counted = session, groups.Counted(session, event, names, frame)
 
