@@ -63,7 +63,7 @@ def test_help_writes_them(tmp_path: Path) -> None:
         (["conn"], {"connect", "connlat"}),
         (["connect", "--fa"], {"--failed"}),
         (["tcplife", "-o", ""], {"table", "json", "csv", "screen"}),
-        (["help", "tra"], {"tracer"}),
+        (["help", "tra"], {"trace", "tracer"}),
     ],
     ids=str,
 )

@@ -48,6 +48,7 @@ WORDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("subnet", "--net", f"{LONG},0.0.0.0/0"): ("NETWORK", "TX_BYTES", "RX_BYTES"),
     ("top",): ("TX_BYTES", "RX_BYTES", "REMOTE"),
     ("synbl",): ("LOCAL", "LIMIT", "SHAKES", "ACCEPT MAX", "ACCEPT FULL"),
+    ("trace",): ("SINCE(ms)", "BEFORE", "HOP"),
     ("tracer",): ("ACTION", "CONNECT", "ACCEPT", "CLOSE", "REMOTE"),
     ("list",): ("STATE", "LOCAL"),
 }

@@ -118,6 +118,22 @@ class FollowedBy(StrEnum):
     FIN_WAIT2 = "FIN_WAIT2"
 
 
+class Hop(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    QUEUE = "QUEUE"
+    ENQUEUE = "ENQUEUE"
+    SEGMENTED = "SEGMENTED"
+    DEQUEUE = "DEQUEUE"
+    START_XMIT = "START_XMIT"
+    XMIT = "XMIT"
+    ACKED = "ACKED"
+    RECEIVE = "RECEIVE"
+    TCP = "TCP"
+    READ = "READ"
+    CONSUMED = "CONSUMED"
+    DROPPED = "DROPPED"
+
+
 class Kind(StrEnum):
     FAST = "FAST"
     SLOW_START = "SLOW_START"
@@ -173,6 +189,12 @@ class TcpState(StrEnum):
     LISTEN = "LISTEN"
     CLOSING = "CLOSING"
     NEW_SYN_RECV = "NEW_SYN_RECV"
+
+
+class Way(StrEnum):
+    UNKNOWN = "UNKNOWN"
+    RECEIVED = "RECEIVED"
+    SENT = "SENT"
 
 
 class Accept(msgspec.Struct, frozen=True):
@@ -1274,6 +1296,88 @@ class Top(msgspec.Struct, frozen=True):
     """share of time: data was under way, and the congestion window was full"""
 
 
+class Trace(msgspec.Struct, frozen=True):
+    """A row of `trace`."""
+
+    time: datetime
+    """when it happened"""
+
+    cookie: int | None
+    """socket cookie, what ss -e prints as sk:"""
+
+    netns: int
+    """network namespace, as inode number"""
+
+    lport: int | None
+    """local port"""
+
+    rport: int | None
+    """remote port"""
+
+    laddr: IPv4Address | IPv6Address
+    """local address"""
+
+    raddr: IPv4Address | IPv6Address | None
+    """remote address"""
+
+    family: int
+    """IP version of the packets: a v4-mapped socket talks IPv4"""
+
+    pid: int | None
+    """process that called connect(), listen() or accept()"""
+
+    uid: int | None
+    """user of that process"""
+
+    comm: str | None
+    """name of that process"""
+
+    cgroup: int | None
+    """cgroup v2 id of that process"""
+
+    packet: int
+    """number of the packet in this run; segments have that of the packet they were cut from"""
+
+    since_us: int | None
+    """since the hop before"""
+
+    seq: int
+    """sequence number of its first byte"""
+
+    ack: int
+    """what it acknowledges"""
+
+    packet_bytes: int | None
+    """length of the IP packet"""
+
+    data_bytes: int
+    """data in it"""
+
+    reason: str | None
+    """of DROPPED: why, in the kernel's words, since Linux 5.17"""
+
+    cpu: int
+    """processor on which the hop was"""
+
+    queue: int | None
+    """transmit queue of the device"""
+
+    flags: str
+    """TCP flags"""
+
+    device: str | None
+    """network device"""
+
+    hop: Hop
+    """where the packet is"""
+
+    before: Hop | None
+    """the hop before"""
+
+    direction: Way | None
+    """RECEIVED, also to be forwarded; SENT by this host"""
+
+
 class Tracer(msgspec.Struct, frozen=True):
     """A row of `tracer`."""
 
@@ -1729,6 +1833,24 @@ def open(tool: Literal["top"], /, *, sort: str | None = ..., **asked: Unpack[Ask
 @overload
 def open(
     tool: Literal["top"], /, *, by: str | Sequence[str] = ..., sort: str | None = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+@overload
+def open(
+    tool: Literal["trace"], /, *, min: str | None = ..., summary: bool = ..., **asked: Unpack[Asked]
+) -> Events[Trace]: ...
+
+
+@overload
+def open(
+    tool: Literal["trace"],
+    /,
+    *,
+    min: str | None = ...,
+    summary: bool = ...,
+    by: str | Sequence[str] | None = ...,
+    **asked: Unpack[AskedInPart],
 ) -> Events[Any]: ...
 
 

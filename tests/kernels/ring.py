@@ -23,6 +23,8 @@ from tests.lacks import REFUSED_WITHOUT, is_refused
 
 ASKS_FIRST = {
     "accept__fexit": "inet_csk_accept() lost two arguments with struct proto_accept_arg (6.10), which it asks for",
+    "discard": "kfree_skb got its reason with a field of its event (5.17), which it asks for",
+    "discard_again": "the same",
     "drop__note": "kfree_skb got its reason and its socket with fields of its event (5.17, 6.11), which it asks for",
     "drop__receiver": "the same",
     "retransmit": "tcp_retransmit_skb got an argument with its own event class (6.17), which it asks for",

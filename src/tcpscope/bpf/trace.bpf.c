@@ -1,0 +1,1096 @@
+// SPDX-License-Identifier: BSD-2-Clause OR GPL-2.0-only
+/*
+ * The packets of chosen connections on their way through the stack: one event at each hop.
+ *
+ * A packet is followed by the address of its skb, and then by its connection. Loopback and veth give the receiver the skb of the
+ * sender. An address is used again, so a packet is the one that was seen before only if its sequence numbers are the same, and the
+ * last hop is one that comes before this one. Changed addresses and ports (NAT) do not matter.
+ *
+ * An skb does not live as long as its data. What the other end has to acknowledge, and what the application has to read, waits
+ * in a queue of the connection: `waiting`. Segments that the kernel cuts from a larger packet are found there by their sequence
+ * number.
+ *
+ * Only tracepoints, which every kernel has. Those of the devices fire with softirqs off, so no softirq interrupts their programs. Of
+ * the others there are two copies (recursion.bpf.h).
+ */
+#define HAS_GROUPS
+#define GROUPS_ARE_DISTRIBUTIONS
+#include "socket_event.bpf.h"
+#include "packet.bpf.h"
+
+#define DEPTH 512   /* packets of one connection that wait, for each direction; a power of two */
+#define AT_ONCE 64  /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
+#define SEARCHED 16 /* of them that may be the packet of which a segment was cut: the newest */
+#define NESTED 4    /* devices that send through each other */
+#define BULK 16     /* packets that leave a queue discipline at once */
+
+enum hop {
+	HOP_UNKNOWN,
+	HOP_QUEUE,
+	HOP_ENQUEUE,
+	HOP_SEGMENTED,
+	HOP_DEQUEUE,
+	HOP_START_XMIT,
+	HOP_XMIT,
+	HOP_ACKED,
+	HOP_RECEIVE,
+	HOP_TCP,
+	HOP_READ,
+	HOP_CONSUMED,
+	HOP_DROPPED,
+} __attribute__((packed));
+
+enum way { WAY_UNKNOWN, WAY_RECEIVED, WAY_SENT } __attribute__((packed));
+
+struct trace {
+	struct event event;
+	__u64 packet WIDTH(6)
+	DOC("number of the packet in this run; segments have that of the packet they were cut from");
+	__u64 since_us TITLE("SINCE(us)") UNIT("us") UNKNOWN_IS("max") DOC("since the hop before");
+	__u32 seq WIDTH(10) DOC("sequence number of its first byte");
+	__u32 ack WIDTH(10) DOC("what it acknowledges");
+	__u32 packet_bytes TITLE("LEN") WIDTH(5) UNIT("bytes") UNKNOWN_IS("zero") DOC("length of the IP packet");
+	__u32 data_bytes TITLE("DATA") WIDTH(5) UNIT("bytes") DOC("data in it");
+	__u32 reason WIDTH(19) NAMED_BY("skb_drop_reason", "SKB_DROP_REASON_") AND_BY("qdisc_drop_reason", "")
+		SUBSYSTEMS("skb_drop_reason_subsys", "SKB_DROP_REASON_SUBSYS_") UNKNOWN_IS("max")
+		DOC("of DROPPED: why, in the kernel's words, since Linux 5.17");
+	__u32 cpu WIDTH(3) DOC("processor on which the hop was");
+	__u16 queue WIDTH(5) UNKNOWN_IS("max") DOC("transmit queue of the device");
+	__u16 flags KIND("tcp_flags") WIDTH(7) DOC("TCP flags");
+	char device[16] KIND("comm") WIDTH(8) UNKNOWN_IS("zero") DOC("network device");
+	enum hop hop DOC("where the packet is");
+	enum hop before UNKNOWN_IS("zero") DOC("the hop before");
+	enum way direction TITLE("DIR") UNKNOWN_IS("zero") DOC("RECEIVED, also to be forwarded; SENT by this host");
+	__u8 padding[1];
+};
+const struct trace *trace_anchor __attribute__((unused));
+
+const volatile __u64 since_min_us; /* hops with a shorter delay are filtered */
+
+const volatile __u32 possible_cpus;
+
+/* How many packets began on this CPU. A counter for all of them would need an atomic operation that returns the number (5.12). */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} begun SEC(".maps");
+
+/* A packet at its last hop. */
+struct piece {
+	__u64 number;
+	__u64 last_ns; /* 0: not known */
+	__u32 seq, end_seq, ack;
+	__u32 bytes;
+	__u16 flags;
+	enum hop hop;
+	enum way direction;
+	__u32 index; /* in the queue of its connection; only if `waits` */
+	bool waits;
+	__u8 padding[7];
+};
+
+/* A packet that is followed by its skb. */
+struct followed {
+	struct piece piece;
+	struct identity id;
+	__u64 skb;
+	__u64 sk;    /* its full socket; 0: not known */
+	__u64 owned; /* the socket whose owner is meant: of a request its listener; 0: not known */
+};
+
+/*
+ * Inserted at the first hop. Deleted when the skb is freed, and when TCP or the application has taken all of it. A packet whose end no
+ * tracepoint shows, such as one of the handshake, stays until its skb's address is used again.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, __u64); /* address of the skb */
+	__type(value, struct followed);
+} packets SEC(".maps");
+
+/* A connection that passes the filter. Inserted when it sends, or when TCP receives for it; deleted at tcp_destroy_sock. */
+struct flow {
+	struct identity id;
+	__u32 first[2], next[2]; /* of its queues, by direction */
+	__u32 taken[2];          /* what was read, and what was acknowledged, at the last look */
+	__u32 ends[2];           /* the end of what was received, and of what was sent */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PER_SOCKET);
+	__type(key, __u64); /* address of the struct sock */
+	__type(value, struct flow);
+} flows SEC(".maps");
+
+struct ends {
+	__u8 laddr[16], raddr[16];
+	__u16 lport, rport;
+	__u32 netns;
+};
+
+/* The sockets of `flows` by both ends, with the same life. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, PER_SOCKET);
+	__type(key, struct ends);
+	__type(value, __u64);
+} sockets SEC(".maps");
+
+enum { OF_READS, OF_ACKS }; /* the queues of a connection */
+
+struct place {
+	__u64 sk;
+	__u32 index;
+	__u32 queue;
+};
+
+struct waiting {
+	struct piece piece; /* as a whole */
+	__u64 skb;
+	__u64 last_ns; /* the last hop of it, or of a segment that was cut from it; 0: none */
+	enum hop hop;
+	__u8 padding[7];
+};
+
+/* Inserted when a connection sends or receives data. Deleted when that is acknowledged or read, and at tcp_destroy_sock. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct place);
+	__type(value, struct waiting);
+} waiting SEC(".maps");
+
+/* What this CPU gives to drivers. After that the skb may be anything. */
+struct sending {
+	__u32 depth;
+	__u32 padding;
+	struct followed packets[NESTED];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sending);
+} sendings SEC(".maps");
+
+static const struct followed not_followed;
+static const struct flow new_flow;
+
+/* A hop. */
+struct at {
+	__u64 now_ns;
+	struct net_device *device;
+	struct sock *sk; /* whose owner is meant; NULL: not known */
+	__u32 reason;
+	__u16 queue;
+	enum hop hop;
+	bool late;    /* it happened before, unseen: the delay is not known */
+	bool inexact; /* it may have */
+};
+
+static __always_inline bool is_after(__u32 sequence, __u32 other)
+{
+	return (__s32)(sequence - other) > 0;
+}
+
+/* The event of a hop. */
+static __noinline int hop_send(const struct piece *piece, const struct identity *id, const struct at *at)
+{
+	__u64 since_us = piece->last_ns && !at->late ? (at->now_ns - piece->last_ns) / 1000 : -1;
+	struct net_device *device =
+		at->device; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
+	struct trace room, *event;
+
+	if (since_min_us && (since_us == (__u64)-1 || since_us < since_min_us)) {
+		COUNT(seen);
+		COUNT(filtered);
+		return 0;
+	}
+	event = event_begin_in(&room, sizeof(room), at->now_ns, id,
+			       at->sk ? connection_owner(connection_find(at->sk)) : NULL);
+	if (!event)
+		return 0;
+	event->packet = piece->number;
+	event->since_us = since_us;
+	event->seq = piece->seq;
+	event->ack = piece->ack;
+	event->packet_bytes = piece->bytes;
+	event->data_bytes = piece->end_seq - piece->seq - !!(piece->flags & TCP_SYN) - !!(piece->flags & TCP_FIN);
+	event->reason = at->reason;
+	event->cpu = bpf_get_smp_processor_id();
+	event->queue = at->queue;
+	event->flags = piece->flags;
+	event->hop = at->hop;
+	event->before = piece->hop;
+	event->direction = piece->direction;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	__builtin_memset(event->device, 0, sizeof(event->device));
+	if (device)
+		BPF_CORE_READ_STR_INTO(&event->device, device, name);
+	return event_submit(event);
+}
+
+static __always_inline struct at at_hop(enum hop hop)
+{
+	return (struct at){.now_ns = bpf_ktime_get_ns(), .reason = -1, .queue = -1, .hop = hop};
+}
+
+static __always_inline struct waiting *waiting_find(struct sock *sk, __u32 queue, __u32 index)
+{
+	struct place place = {.sk = (__u64)sk, .index = index, .queue = queue};
+
+	return bpf_map_lookup_elem(&waiting, &place);
+}
+
+static __always_inline void waiting_delete(struct sock *sk, __u32 queue, __u32 index)
+{
+	struct place place = {.sk = (__u64)sk, .index = index, .queue = queue};
+
+	bpf_map_delete_elem(&waiting, &place);
+}
+
+/* The packet waits for the acknowledgement or the reader. If the queue is full, the oldest one gives way. */
+static __noinline int waiting_add(struct flow *flow, struct followed *followed, __u32 queue)
+{
+	struct waiting new = {.skb = followed->skb};
+	__u32 index, which = queue & 1;
+	struct place place = {.sk = followed->sk, .queue = which};
+
+	if (flow->next[which] - flow->first[which] >= DEPTH) {
+		waiting_delete((struct sock *)followed->sk, which, flow->first[which]++);
+		COUNT(missed);
+	}
+	index = flow->next[which]++;
+	followed->piece.index = index;
+	followed->piece.waits = true;
+	new.piece = followed->piece;
+	place.index = index;
+	if (bpf_map_update_elem(&waiting, &place, &new, BPF_ANY))
+		COUNT(table_full);
+	return 0;
+}
+
+/* The packet has passed this hop. */
+static __noinline int hop_pass(struct followed *followed, const struct at *at)
+{
+	struct waiting *sent;
+
+	hop_send(&followed->piece, &followed->id, at);
+	followed->piece.hop = at->hop;
+	followed->piece.last_ns = at->now_ns;
+	if (!followed->piece.waits || followed->piece.direction != WAY_SENT)
+		return 0;
+	sent = waiting_find((struct sock *)followed->sk, OF_ACKS, followed->piece.index);
+	if (!sent)
+		return 0;
+	sent->hop = at->hop;
+	sent->last_ns = at->now_ns;
+	if (sent->skb == followed->skb) {
+		sent->piece.hop = at->hop;
+		sent->piece.last_ns = at->now_ns;
+	}
+	return 0;
+}
+
+/* One that waits. False: it goes on waiting. A read does not take the sequence number of a FIN. */
+static __noinline bool waiting_end(struct flow *flow, struct sock *sk, __u32 queue, __u32 upto, struct at *at)
+{
+	__u32 which = queue & 1, index = flow->first[which], end_seq;
+	struct waiting *first = waiting_find(sk, which, index);
+	struct followed *followed;
+
+	if (first) {
+		end_seq = first->piece.end_seq - (which == OF_READS && first->piece.flags & TCP_FIN);
+		if (is_after(end_seq, upto))
+			return false;
+		at->late = !is_after(end_seq, flow->taken[which]) || (at->inexact && end_seq != upto);
+		if (first->last_ns) {
+			first->piece.hop = first->hop;
+			first->piece.last_ns = first->last_ns;
+		}
+		hop_send(&first->piece, &flow->id, at);
+		followed = which == OF_READS ? bpf_map_lookup_elem(&packets, &first->skb) : NULL;
+		if (followed && followed->piece.number == first->piece.number &&
+		    followed->piece.seq == first->piece.seq)
+			bpf_map_delete_elem(&packets, &first->skb);
+		waiting_delete(sk, which, index);
+	}
+	flow->first[which]++;
+	return true;
+}
+
+/* An ACK or a read takes packets out of the queue. */
+struct take {
+	struct flow *flow;
+	struct sock *sk;
+	__u32 queue, upto;
+	struct at at;
+};
+
+static __always_inline bool take_next(struct take *take)
+{
+	__u32 which = take->queue & 1;
+
+	return take->flow->first[which] != take->flow->next[which] &&
+	       waiting_end(take->flow, take->sk, which, take->upto, &take->at);
+}
+
+static long take_turn(__u32 index, struct take *take)
+{
+	return !take_next(take);
+}
+
+/*
+ * The bytes before `upto` have been read or acknowledged. Before 5.17 a program takes only so many at once: those behind them have to
+ * wait for its next run, and have no delay then. `inexact`: the bytes before the last ones may have been acknowledged earlier.
+ */
+static __always_inline void waiting_take(struct flow *flow, struct sock *sk, __u32 queue, __u32 upto, bool inexact,
+					 bool loops)
+{
+	struct take take = {.flow = flow, .sk = sk, .queue = queue, .upto = upto};
+
+	take.at = at_hop(queue == OF_ACKS ? HOP_ACKED : HOP_READ);
+	take.at.sk = sk;
+	take.at.inexact = inexact;
+	if (loops)
+		bpf_loop(DEPTH, take_turn, &take, 0);
+	else
+		for (int i = 0; i < AT_ONCE && take_next(&take); i++)
+			;
+	flow->taken[queue & 1] = upto;
+}
+
+static __always_inline struct flow *flow_find(struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	return bpf_map_lookup_elem(&flows, &key);
+}
+
+static __always_inline void ends_of(const struct identity *id, struct ends *ends)
+{
+	__builtin_memcpy(ends->laddr, id->laddr, 16);
+	__builtin_memcpy(ends->raddr, id->raddr, 16);
+	ends->lport = id->lport;
+	ends->rport = id->rport;
+	ends->netns = id->netns;
+}
+
+/* Without a test in the loop, of which the verifier would follow each turn apart. */
+static __always_inline void waiting_clear(struct flow *flow, struct sock *sk, __u32 queue)
+{
+	__u32 first = flow->first[queue];
+
+	if (first == flow->next[queue])
+		return;
+	for (int i = 0; i < DEPTH; i++)
+		waiting_delete(sk, queue, first + i);
+}
+
+/* 1 if there was an entry to delete. */
+static __noinline int destroyed(struct sock *sk)
+{
+	struct flow *flow = flow_find(sk);
+	__u64 key = (__u64)sk, *known;
+	struct ends ends;
+
+	if (!flow)
+		return 0;
+	waiting_clear(flow, sk, OF_READS);
+	waiting_clear(flow, sk, OF_ACKS);
+	ends_of(&flow->id, &ends);
+	known = bpf_map_lookup_elem(&sockets, &ends);
+	if (known && *known == key)
+		bpf_map_delete_elem(&sockets, &ends);
+	bpf_map_delete_elem(&flows, &key);
+	return 1;
+}
+
+static __noinline struct flow *flow_add(struct sock *sk, const struct identity *id)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	__u64 key = (__u64)sk;
+	struct flow *flow;
+	struct ends ends;
+
+	table_put(&flows, &key, &new_flow, BPF_NOEXIST);
+	flow = bpf_map_lookup_elem(&flows, &key);
+	if (!flow) {
+		COUNT(table_full);
+		return NULL;
+	}
+	flow->id = *id;
+	flow->taken[OF_ACKS] = BPF_CORE_READ(tcp, snd_una);
+	flow->taken[OF_READS] = BPF_CORE_READ(tcp, copied_seq);
+	flow->ends[OF_READS] = BPF_CORE_READ(tcp, rcv_nxt);
+	ends_of(id, &ends);
+	bpf_map_update_elem(&sockets, &ends, &key, BPF_ANY);
+	return flow;
+}
+
+/* Is it a connection's own socket? That of the kernel, which sends RSTs and the ACKs of TIME_WAIT, is in CLOSE. */
+static __always_inline bool is_connection(struct sock *sk)
+{
+	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+
+	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV && state != STATE_LISTEN && state != STATE_CLOSE;
+}
+
+/* Does the header say that it is this one? Its ports and addresses may have changed. */
+static __always_inline bool is_same(const struct followed *followed, const struct packet *packet)
+{
+	return packet->flags != NO_FLAGS && followed->piece.seq == packet->seq && followed->piece.ack == packet->ack;
+}
+
+static __always_inline struct followed *followed_find(struct sk_buff *skb)
+{
+	__u64 key = (__u64)skb;
+
+	return bpf_map_lookup_elem(&packets, &key);
+}
+
+static __always_inline void followed_delete(struct sk_buff *skb)
+{
+	__u64 key = (__u64)skb;
+
+	bpf_map_delete_elem(&packets, &key);
+}
+
+/* The packet that an skb is, if it is followed. One comparison for all others. */
+static __noinline struct followed *followed_now(struct sk_buff *skb)
+{
+	struct followed *followed = followed_find(skb);
+	struct packet packet = {};
+
+	if (!followed)
+		return NULL;
+	if (packet_read(skb, &packet) == OF_TCP && is_same(followed, &packet))
+		return followed;
+	followed_delete(skb);
+	return NULL;
+}
+
+/* The length from the IP header on. The header of a packet of more than 64 KB does not say it. */
+static __always_inline __u32 length_of(struct sk_buff *skb, const struct packet *packet)
+{
+	__u64 head, data;
+
+	if (packet->bytes)
+		return packet->bytes;
+	head = (__u64)BPF_CORE_READ(skb, head);
+	data = (__u64)BPF_CORE_READ(skb, data);
+	return skb->len - (head + skb->network_header - data);
+}
+
+static __always_inline void piece_read(struct sk_buff *skb, const struct packet *packet, struct piece *piece)
+{
+	piece->bytes = length_of(skb, packet);
+	piece->seq = packet->seq;
+	piece->ack = packet->ack;
+	piece->flags = packet->flags;
+	piece->end_seq = packet->seq + (piece->bytes > packet->headers ? piece->bytes - packet->headers : 0) +
+			 !!(packet->flags & TCP_SYN) + !!(packet->flags & TCP_FIN);
+}
+
+static __always_inline __u64 next_number(void)
+{
+	__u32 zero = 0;
+	__u64 *mine = bpf_map_lookup_elem(&begun, &zero);
+
+	return mine ? (*mine)++ * possible_cpus + bpf_get_smp_processor_id() + 1 : 0;
+}
+
+/* From now on the packet is followed. NULL: no place. Without a number it is a new packet. */
+static __noinline struct followed *followed_add(struct sk_buff *skb, const struct packet *packet, enum way direction,
+						__u64 number)
+{
+	__u64 key = (__u64)skb;
+	struct followed *followed;
+
+	bpf_map_update_elem(&packets, &key, &not_followed, BPF_ANY);
+	followed = bpf_map_lookup_elem(&packets, &key);
+	if (!followed) {
+		COUNT(table_full);
+		return NULL;
+	}
+	followed->skb = key;
+	piece_read(skb, packet, &followed->piece);
+	followed->piece.direction = direction;
+	followed->piece.number = number ?: next_number();
+	return followed;
+}
+
+static __always_inline void ends_read(const struct packet *packet, bool out, struct identity *id)
+{
+	id->family = packet->family;
+	id->lport = out ? packet->sport : packet->dport;
+	id->rport = out ? packet->dport : packet->sport;
+	__builtin_memcpy(id->laddr, out ? packet->saddr : packet->daddr, 16);
+	__builtin_memcpy(id->raddr, out ? packet->daddr : packet->saddr, 16);
+}
+
+/* The socket in the table of owners: of a request its listener. */
+static __always_inline struct sock *owned_of(struct sock *sk)
+{
+	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
+
+	if (state == STATE_TIME_WAIT)
+		return NULL;
+	return state == STATE_NEW_SYN_RECV ? BPF_CORE_READ(sk, __sk_common.skc_listener) : sk;
+}
+
+static __always_inline bool is_owner_chosen(struct sock *owned)
+{
+	return !filter_wants_owner() || filter_owner(owned ? connection_owner(connection_find(owned)) : NULL);
+}
+
+/* What the filter says, before anything is counted: other traffic is no event. */
+static __always_inline bool is_chosen(const struct identity *id, struct sock *owned)
+{
+	return filter_identity(id) && is_owner_chosen(owned);
+}
+
+/* A packet that this host sends, at the first hop that is seen of it. NULL: not chosen, or no place. */
+static __noinline struct followed *sent_begin(struct sk_buff *skb, const struct packet *packet)
+{
+	struct sock *sk = BPF_CORE_READ(skb, sk), *owned = owned_of(sk);
+	struct followed *followed;
+	struct identity id = {};
+
+	if (is_connection(sk)) { /* the header may have changed (NAT) */
+		identity_read(sk, &id);
+		id.cookie = cookie_if_any(sk);
+	} else {
+		ends_read(packet, true, &id);
+		id.netns = BPF_CORE_READ(sk, __sk_common.skc_net.net, ns.inum);
+	}
+	if (!is_chosen(&id, owned))
+		return NULL;
+	followed = followed_add(skb, packet, WAY_SENT, 0);
+	if (!followed)
+		return NULL;
+	followed->id = id;
+	followed->owned = (__u64)owned;
+	if (!is_connection(sk))
+		return followed;
+	followed->sk = (__u64)sk;
+	if (!flow_find(sk))
+		flow_add(sk, &followed->id);
+	return followed;
+}
+
+/* Anybody who sent a packet of TCP. A received one may have the socket of its sender, in another namespace. */
+static __always_inline bool is_sent_here(struct sk_buff *skb)
+{
+	return skb->sk && !skb->skb_iif;
+}
+
+/* Has something passed that no program has seen? `begins` is where what was seen has to end, or later. */
+static __always_inline void follow_on(struct flow *flow, int which, __u32 begins, __u32 end_seq)
+{
+	if (flow->ends[which] && is_after(begins, flow->ends[which]))
+		COUNT(missed);
+	if (!flow->ends[which] || is_after(end_seq, flow->ends[which]))
+		flow->ends[which] = end_seq;
+}
+
+/* TCP, or who forwards, gives the packet to a device. A device may give it to another one. */
+static __noinline int queued(struct sk_buff *skb)
+{
+	struct sock *sk = BPF_CORE_READ(skb, sk);
+	struct at at = at_hop(HOP_QUEUE);
+	struct packet packet = {};
+	struct followed *followed = followed_find(skb);
+	struct flow *flow;
+
+	if (!followed && !is_sent_here(skb))
+		return 0;
+	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS) {
+		followed_delete(skb);
+		return 0;
+	}
+	if (followed && (!is_same(followed, &packet) ||
+			 (followed->piece.hop != HOP_START_XMIT && followed->piece.hop != HOP_RECEIVE))) {
+		followed_delete(skb);
+		followed = NULL;
+	}
+	at.device = skb->dev;
+	at.queue = skb->queue_mapping;
+	if (followed) {
+		at.sk = (struct sock *)followed->owned;
+		return hop_pass(followed, &at);
+	}
+	if (!is_sent_here(skb))
+		return 0;
+	followed = sent_begin(skb, &packet);
+	if (!followed)
+		return 0;
+	at.sk = owned_of(sk);
+	hop_pass(followed, &at);
+	flow = followed->sk ? flow_find(sk) : NULL;
+	if (flow && followed->piece.end_seq != followed->piece.seq) {
+		follow_on(flow, OF_ACKS, followed->piece.seq, followed->piece.end_seq);
+		waiting_add(flow, followed, OF_ACKS);
+	}
+	return 0;
+}
+
+/* The packet of which the kernel has cut this segment: the newest one with that sequence number, or another copy of it. */
+static __noinline struct waiting *waiting_with(struct flow *flow, struct sock *sk, __u32 seq)
+{
+	struct waiting *newest = NULL;
+
+	for (__u32 i = 1; i <= SEARCHED; i++) {
+		struct waiting *sent;
+
+		if (i > flow->next[OF_ACKS] - flow->first[OF_ACKS])
+			break;
+		sent = waiting_find(sk, OF_ACKS, flow->next[OF_ACKS] - i);
+		if (!sent || is_after(sent->piece.seq, seq) || !is_after(sent->piece.end_seq, seq))
+			continue;
+		if (sent->piece.hop == HOP_SEGMENTED)
+			return sent;
+		if (!newest)
+			newest = sent;
+	}
+	return newest;
+}
+
+/* An skb that no hop has seen: the kernel has cut it from a larger packet. Or it was queued before the tool began. */
+static __noinline struct followed *segment_begin(struct sk_buff *skb)
+{
+	struct sock *sk = BPF_CORE_READ(skb, sk);
+	struct packet packet = {};
+	struct followed *followed;
+	struct waiting *whole;
+	struct flow *flow;
+
+	if (!is_sent_here(skb))
+		return NULL;
+	flow = flow_find(sk);
+	if (!flow || packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS)
+		return NULL;
+	whole = waiting_with(flow, sk, packet.seq);
+	followed = followed_add(skb, &packet, WAY_SENT, whole ? whole->piece.number : 0);
+	if (!followed)
+		return NULL;
+	followed->sk = followed->owned = (__u64)sk;
+	followed->id = flow->id;
+	if (whole) {
+		followed->piece.hop = whole->piece.hop;
+		followed->piece.last_ns = whole->piece.last_ns;
+		followed->piece.index = whole->piece.index;
+		followed->piece.waits = true;
+	} else if (followed->piece.end_seq != followed->piece.seq) {
+		COUNT(missed);
+	}
+	return followed;
+}
+
+/* A hop on the way to the wire. */
+static __noinline struct followed *outward(struct sk_buff *skb, struct net_device *device, enum hop hop)
+{
+	struct followed *followed = followed_now(skb);
+	struct at at;
+
+	if (!followed && hop != HOP_ENQUEUE) /* then the skb may be gone, and its segments are in the queue */
+		followed = segment_begin(skb);
+	if (!followed)
+		return NULL;
+	at = at_hop(hop);
+	at.device = device;
+	at.sk = (struct sock *)followed->owned;
+	at.queue = skb->queue_mapping;
+	hop_pass(followed, &at);
+	return followed;
+}
+
+/* The packet goes to a driver. */
+static __noinline int driven(struct sk_buff *skb, struct net_device *device)
+{
+	struct followed *followed = outward(skb, device, HOP_START_XMIT);
+	struct sending *sending;
+	__u32 zero = 0, depth;
+
+	if (!followed)
+		return 0;
+	sending = bpf_map_lookup_elem(&sendings, &zero);
+	if (!sending)
+		return 0;
+	depth = sending->depth;
+	if (depth >= NESTED) {
+		COUNT(missed);
+		return 0;
+	}
+	sending->packets[depth & (NESTED - 1)] = *followed;
+	sending->depth = depth + 1;
+	return 0;
+}
+
+/* The driver has taken it. The skb may have been freed, or be with its receiver. */
+static __noinline int driver_took(struct sk_buff *skb, struct net_device *device)
+{
+	__u32 zero = 0, depth;
+	struct sending *sending = bpf_map_lookup_elem(&sendings, &zero);
+	struct followed *sent, *followed;
+	struct at at;
+
+	depth = sending ? sending->depth : 0;
+	if (!depth)
+		return 0;
+	sent = &sending->packets[(depth - 1) & (NESTED - 1)];
+	if (sent->skb != (__u64)skb)
+		return 0;
+	sending->depth = depth - 1;
+	at = at_hop(HOP_XMIT);
+	at.device = device;
+	at.sk = (struct sock *)sent->owned;
+	hop_pass(sent, &at);
+	followed = followed_find(skb);
+	if (followed && followed->piece.number == sent->piece.number && followed->piece.seq == sent->piece.seq &&
+	    followed->piece.hop == HOP_START_XMIT) {
+		followed->piece.hop = HOP_XMIT;
+		followed->piece.last_ns = at.now_ns;
+	}
+	return 0;
+}
+
+/* Is a packet that was followed to this hop the one that a device receives now? */
+static __always_inline bool may_arrive(enum hop hop)
+{
+	return hop == HOP_START_XMIT || hop == HOP_XMIT || hop == HOP_RECEIVE;
+}
+
+/* A device receives a packet. It may be one that was sent on this host. It belongs to another connection now. */
+static __noinline int received(struct sk_buff *skb)
+{
+	struct followed *followed = followed_find(skb);
+	struct net_device *device = skb->dev;
+	struct at at = at_hop(HOP_RECEIVE);
+	struct packet packet = {};
+	struct identity id = {};
+	struct ends ends;
+	bool chosen;
+	__u64 *sk;
+
+	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS) {
+		if (followed)
+			followed_delete(skb);
+		return 0;
+	}
+	ends_read(&packet, false, &id);
+	id.netns = BPF_CORE_READ(device, nd_net.net, ns.inum);
+	chosen = filter_identity(&id);
+	if (chosen) {
+		ends_of(&id, &ends);
+		sk = bpf_map_lookup_elem(&sockets, &ends);
+		at.sk = sk ? (struct sock *)*sk : NULL;
+		at.device = device;
+		chosen = is_owner_chosen(at.sk);
+	}
+	if (!chosen) {
+		if (followed)
+			followed_delete(skb);
+		return 0;
+	}
+	if (followed && (!is_same(followed, &packet) || !may_arrive(followed->piece.hop)))
+		followed = NULL;
+	if (!followed)
+		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
+	if (!followed)
+		return 0;
+	if (at.sk)
+		id.cookie = cookie_if_any(at.sk);
+	followed->id = id;
+	followed->sk = followed->owned = (__u64)at.sk;
+	followed->piece.direction = WAY_RECEIVED;
+	followed->piece.waits = false;
+	piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
+	return hop_pass(followed, &at);
+}
+
+#define TCP_SKB_CB(skb) ((const struct tcp_skb_cb *)__builtin_preserve_access_index(&(skb)->cb))
+
+/* A connection that TCP receives for, and that was not seen before. NULL: not chosen. */
+static __noinline struct flow *flow_of(struct sock *sk)
+{
+	struct flow *flow = flow_find(sk);
+	struct identity id = {};
+
+	if (flow)
+		return flow;
+	if (filter.has_lport && !PORT_IN(filter_lport, sk->__sk_common.skc_num))
+		return NULL;
+	if (filter.has_rport && !PORT_IN(filter_rport, bpf_ntohs(sk->__sk_common.skc_dport)))
+		return NULL;
+	identity_read(sk, &id);
+	return is_chosen(&id, sk) ? flow_add(sk, &id) : NULL;
+}
+
+/* While nothing waits, nobody looks at what is read. */
+static __always_inline void unread_add(struct flow *flow, struct followed *followed)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)followed->sk;
+
+	if (flow->first[OF_READS] == flow->next[OF_READS])
+		flow->taken[OF_READS] = BPF_CORE_READ(tcp, copied_seq);
+	waiting_add(flow, followed, OF_READS);
+}
+
+/* TCP takes a segment of an established connection. It is about to handle what it says. */
+static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 cookie, bool loops)
+{
+	__u32 seq = TCP_SKB_CB(skb)->seq, end_seq = TCP_SKB_CB(skb)->end_seq, ack = TCP_SKB_CB(skb)->ack_seq;
+	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	struct followed *followed = followed_now(skb);
+	struct flow *flow = flow_of(sk);
+	struct at at = at_hop(HOP_TCP);
+	struct packet packet = {};
+
+	if (!flow) {
+		if (followed)
+			followed_delete(skb);
+		return 0;
+	}
+	flow->id.cookie = cookie;
+	follow_on(flow, OF_READS, BPF_CORE_READ(tcp, rcv_nxt), end_seq);
+	if (is_after(BPF_CORE_READ(tcp, snd_una), flow->taken[OF_ACKS])) /* by an ACK that no program has seen */
+		flow->taken[OF_ACKS] = BPF_CORE_READ(tcp, snd_una);
+	if (!followed && packet_read(skb, &packet) == OF_TCP && packet.flags != NO_FLAGS)
+		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
+	if (followed) {
+		followed->id = flow->id;
+		followed->sk = followed->owned = (__u64)sk;
+		at.sk = sk;
+		followed->piece.end_seq = end_seq;
+		hop_pass(followed, &at);
+		if (end_seq - seq == !!(followed->piece.flags & TCP_FIN)) /* no data */
+			followed_delete(skb);
+		else if (is_after(end_seq, BPF_CORE_READ(tcp, rcv_nxt)))
+			unread_add(flow, followed);
+	}
+	if (is_after(ack, BPF_CORE_READ(tcp, snd_una)) && !is_after(ack, BPF_CORE_READ(tcp, snd_nxt)))
+		waiting_take(flow, sk, OF_ACKS, ack, false, loops);
+	return 0;
+}
+
+/* A read has moved copied_seq, or not. */
+static __always_inline int taken(struct sock *sk, bool loops)
+{
+	__u32 copied = BPF_CORE_READ((struct tcp_sock *)sk, copied_seq);
+	struct flow *flow = flow_find(sk);
+
+	if (flow && copied != flow->taken[OF_READS])
+		waiting_take(flow, sk, OF_READS, copied, false, loops);
+	return 0;
+}
+
+/* An ACK has changed the state of the connection. It may have been preceded by ACKs that no program saw. */
+static __always_inline int state_changed(struct sock *sk, bool loops)
+{
+	__u32 acked = BPF_CORE_READ((struct tcp_sock *)sk, snd_una);
+	struct flow *flow = flow_find(sk);
+
+	if (flow && is_after(acked, flow->taken[OF_ACKS]))
+		waiting_take(flow, sk, OF_ACKS, acked, true, loops);
+	return 0;
+}
+
+/* The skb is freed. A large packet is freed when its segments have been made. */
+static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
+{
+	struct followed *followed = followed_now(skb);
+	struct at at;
+
+	if (!followed)
+		return 0;
+	if (hop == HOP_CONSUMED && followed->piece.hop < HOP_START_XMIT)
+		hop = HOP_SEGMENTED;
+	at = at_hop(hop);
+	at.sk = (struct sock *)followed->owned;
+	at.reason = reason;
+	hop_pass(followed, &at);
+	if (hop == HOP_DROPPED && followed->piece.waits && followed->piece.direction == WAY_RECEIVED)
+		waiting_delete((struct sock *)followed->sk, OF_READS, followed->piece.index);
+	followed_delete(skb);
+	return 0;
+}
+
+struct Qdisc;
+struct netdev_queue;
+
+SEC("tp_btf/net_dev_queue")
+int TRACEPOINT_PROG(queue, struct sk_buff *skb)
+{
+	return queued(skb);
+}
+
+OPTIONAL("when a queue discipline has taken a packet")
+SEC("tp_btf/qdisc_enqueue")
+int TRACEPOINT_PROG(enqueue, struct Qdisc *qdisc, struct netdev_queue *queue, struct sk_buff *skb)
+{
+	struct followed *followed = followed_find(skb);
+
+	if (followed)
+		outward(skb, skb->dev, HOP_ENQUEUE);
+	return 0;
+}
+
+SEC("tp_btf/qdisc_dequeue")
+int TRACEPOINT_PROG(dequeue, struct Qdisc *qdisc, struct netdev_queue *queue, int count, struct sk_buff *skb)
+{
+	for (int i = 0; i < BULK && skb; i++) {
+		outward(skb, skb->dev, HOP_DEQUEUE);
+		skb = skb->next;
+	}
+	if (skb && followed_find(skb))
+		COUNT(missed);
+	return 0;
+}
+
+SEC("tp_btf/net_dev_start_xmit")
+int TRACEPOINT_PROG(start_xmit, struct sk_buff *skb, struct net_device *device)
+{
+	return driven(skb, device);
+}
+
+SEC("tp_btf/net_dev_xmit")
+int TRACEPOINT_PROG(xmit, struct sk_buff *skb, int result, struct net_device *device)
+{
+	return driver_took(skb, device);
+}
+
+SEC("tp_btf/netif_receive_skb")
+int TRACEPOINT_PROG(receive, struct sk_buff *skb)
+{
+	return received(skb);
+}
+
+/* For the second copy: after the first one the packet is at this hop, or followed no more. */
+static __always_inline bool was_skipped(struct sk_buff *skb)
+{
+	struct followed *followed = followed_find(skb);
+
+	return followed && followed->piece.hop != HOP_TCP;
+}
+
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/tcp_probe")
+int TRACEPOINT_PROG(tcp__loop, struct sock *sk, struct sk_buff *skb)
+{
+	return handled(sk, skb, COOKIE_OF(sk), true);
+}
+
+SEC("tp_btf/tcp_probe")
+int TRACEPOINT_PROG(tcp__turns, struct sock *sk, struct sk_buff *skb)
+{
+	return handled(sk, skb, COOKIE_OF(sk), false);
+}
+
+AGAIN
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/tcp_probe")
+int TRACEPOINT_PROG(tcp_again__loop, struct sock *sk, struct sk_buff *skb)
+{
+	return was_skipped(skb) ? handled(sk, skb, COOKIE_OF(sk), true) : 0;
+}
+
+AGAIN
+SEC("tp_btf/tcp_probe")
+int TRACEPOINT_PROG(tcp_again__turns, struct sock *sk, struct sk_buff *skb)
+{
+	return was_skipped(skb) ? handled(sk, skb, COOKIE_OF(sk), false) : 0;
+}
+
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/tcp_rcv_space_adjust")
+int TRACEPOINT_PROG(read__loop, struct sock *sk)
+{
+	return taken(sk, true);
+}
+
+SEC("tp_btf/tcp_rcv_space_adjust")
+int TRACEPOINT_PROG(read__turns, struct sock *sk)
+{
+	return taken(sk, false);
+}
+
+/* A second look finds nothing new. */
+AGAIN
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/tcp_rcv_space_adjust")
+int TRACEPOINT_PROG(read_again__loop, struct sock *sk)
+{
+	return taken(sk, true);
+}
+
+AGAIN
+SEC("tp_btf/tcp_rcv_space_adjust")
+int TRACEPOINT_PROG(read_again__turns, struct sock *sk)
+{
+	return taken(sk, false);
+}
+
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG(state__loop, struct sock *sk)
+{
+	return state_changed(sk, true);
+}
+
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG(state__turns, struct sock *sk)
+{
+	return state_changed(sk, false);
+}
+
+AGAIN
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG(state_again__loop, struct sock *sk)
+{
+	return state_changed(sk, true);
+}
+
+AGAIN
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG(state_again__turns, struct sock *sk)
+{
+	return state_changed(sk, false);
+}
+
+SEC("tp_btf/consume_skb")
+int TRACEPOINT_PROG(consume, struct sk_buff *skb)
+{
+	return freed(skb, HOP_CONSUMED, -1);
+}
+
+/* After the first copy the packet is followed no more. */
+AGAIN
+SEC("tp_btf/consume_skb")
+int TRACEPOINT_PROG(consume_again, struct sk_buff *skb)
+{
+	return freed(skb, HOP_CONSUMED, -1);
+}
+
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(discard, struct sk_buff *skb)
+{
+	return freed(skb, HOP_DROPPED, DROP_REASON(ctx));
+}
+
+AGAIN
+SEC("tp_btf/kfree_skb")
+int TRACEPOINT_PROG(discard_again, struct sk_buff *skb)
+{
+	return freed(skb, HOP_DROPPED, DROP_REASON(ctx));
+}
+
+#include "destroy.bpf.h"
