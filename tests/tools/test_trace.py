@@ -282,6 +282,7 @@ def test_no_packet_is_lost(lab, run_tool):  # type: ignore[no-untyped-def]
             while data := far.recv(1 << 20):
                 taken += len(data)
         sender.join()
+        near.close()
     assert taken == BYTES
     done = tool.done
     stats = done.stats

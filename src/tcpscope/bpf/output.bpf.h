@@ -97,7 +97,9 @@ struct {
 const volatile __u64 wakeup_bytes = 1 << 20; /* a power of two */
 
 /* Atomic, because a softirq may interrupt the program and count on the same CPU. */
-#define COUNT(what) __sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].what, 1)
+#define COUNT(what) COUNT_MANY(what, 1)
+#define COUNT_MANY(what, number)                                                                   \
+	__sync_fetch_and_add(&counters[bpf_get_smp_processor_id() & (CPU_SLOTS - 1)].what, number)
 
 /* errno of the last insertion into a table of sockets that failed: E2BIG, the table is full; ENOMEM, the kernel had no memory. */
 volatile __u32 table_error;

@@ -387,9 +387,13 @@ static __always_inline void ends_of(const struct identity *id, struct ends *ends
 static __always_inline void waiting_clear(struct flow *flow, struct sock *sk, __u32 queue)
 {
 	__u32 first = flow->first[queue];
+	const struct waiting *oldest = waiting_find(sk, queue, first);
 
 	if (first == flow->next[queue])
 		return;
+	/* Before 5.17 it may have been read or acknowledged together with too many others, and have waited for its turn. */
+	if (oldest && !is_after(oldest->piece.end_seq, flow->taken[queue]))
+		COUNT_MANY(missed, flow->next[queue] - first);
 	for (int i = 0; i < DEPTH; i++)
 		waiting_delete(sk, queue, first + i);
 }
