@@ -1,0 +1,70 @@
+"""Two faults at a time: both are told, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.diagnose.rules.connecting import found
+from tests.diagnose.rules.scenes import scene
+from tests.diagnose.rules.test_mtu_hole import HOLE, MSS
+from tests.record import Script, Seen, Test, recorded
+from tests.tools.queue.refusals import DIAGNOSE
+
+ONE, OTHER = 9431, 9432
+REQUESTS = 6
+
+
+def pair(seen: Seen, script: Script, *rules: str) -> list[dict[str, Any]]:
+    """The facts of what these rules found about both hosts. No rule found anything else, and each of them one thing."""
+    findings = found(seen, *script.hosts)
+    assert sorted(finding["rule"] for finding in findings) == sorted(rules), [each["title"] for each in findings]
+    return [next(each["facts"] for each in findings if each["rule"] == rule) for rule in rules]
+
+
+@recorded(DIAGNOSE)
+def test_an_mtu_hole_and_a_service_that_nobody_accepts_from(script: Script) -> Test:
+    """Between the same hosts. The handshakes with that service show that small packets pass."""
+    made = scene(script)
+    stuck, client = script.server.process("stuck"), script.client.process("web")
+    stuck.listener(ONE)
+    script.server.exec("nft", HOLE)
+    for near in made.nears:
+        near.send_all(MSS)
+    made.until_timeouts(3)
+    for _ in range(3):
+        client.socket().connect(script.server.ipv4, ONE)
+        client.pause(500_000)
+    client.pause(6_000_000)
+    script.stay()
+    seen = yield
+    hole, stalled = pair(seen, script, "mtu_hole", "accept_stalled")
+    assert (hole["count"], hole["netns"]) == (3, script.client.inode)
+    assert (stalled["lport"], stalled["waiting"], stalled["pids"]) == (ONE, 3, [stuck.pid])
+
+
+@recorded(DIAGNOSE)
+def test_requests_that_are_not_read_and_no_local_port(script: Script) -> Test:
+    server, client, proxy = script.server.process("api"), script.client.process("web"), script.client.process("proxy")
+    listener, backend = server.listener(ONE), server.listener(OTHER, backlog=64)
+    for _ in range(REQUESTS):
+        near = client.socket()
+        near.connect(script.server.ipv4, ONE)
+        far = listener.accept()
+        near.send("request")
+        far.until_received(len("request"))
+        far.send("answer")
+        far.close()
+        near.until_state("CLOSE")
+        near.close()
+        client.pause(600_000)
+    script.client.sysctl("ip_local_port_range", "45000 45009")
+    for _ in range(10):
+        proxy.socket().connect(script.server.ipv4, OTHER)
+        backend.accept()
+    failed = [proxy.socket().connect(script.server.ipv4, OTHER, may_fail=True) for _ in range(3)]
+    script.stay()
+    seen = yield
+    assert {call.errno for call in failed} == {"EADDRNOTAVAIL"}
+    unread, ports = pair(seen, script, "closed_unread", "no_local_ports")
+    assert (unread["lport"], unread["count"], unread["pids"]) == (ONE, REQUESTS, [server.pid])
+    assert (ports["rport"], ports["failed"], ports["pid"]) == (OTHER, 3, proxy.pid)
