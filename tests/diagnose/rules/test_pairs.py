@@ -6,11 +6,15 @@ from typing import Any
 
 from tests.diagnose.rules.connecting import found
 from tests.diagnose.rules.scenes import scene
+from tests.diagnose.rules.test_connects_fail import fail
+from tests.diagnose.rules.test_firewall_drops import drop
 from tests.diagnose.rules.test_mtu_hole import HOLE, MSS
 from tests.record import Script, Seen, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
 
-ONE, OTHER = 9431, 9432
+HANGS, MISSING, FILTERED, RESETS, STUCK, UNREAD, BACKEND = range(9431, 9438)
+"""Each scene has ports of its own. All have the same addresses, and a finding explains others at the same ends."""
+
 REQUESTS = 6
 
 
@@ -26,29 +30,29 @@ def test_an_mtu_hole_and_a_service_that_nobody_accepts_from(script: Script) -> T
     """Between the same hosts. The handshakes with that service show that small packets pass."""
     made = scene(script)
     stuck, client = script.server.process("stuck"), script.client.process("web")
-    stuck.listener(ONE)
+    stuck.listener(STUCK)
     script.server.exec("nft", HOLE)
     for near in made.nears:
         near.send_all(MSS)
     made.until_timeouts(3)
     for _ in range(3):
-        client.socket().connect(script.server.ipv4, ONE)
+        client.socket().connect(script.server.ipv4, STUCK)
         client.pause(500_000)
     client.pause(6_000_000)
     script.stay()
     seen = yield
     hole, stalled = pair(seen, script, "mtu_hole", "accept_stalled")
     assert (hole["count"], hole["netns"]) == (3, script.client.inode)
-    assert (stalled["lport"], stalled["waiting"], stalled["pids"]) == (ONE, 3, [stuck.pid])
+    assert (stalled["lport"], stalled["waiting"], stalled["pids"]) == (STUCK, 3, [stuck.pid])
 
 
 @recorded(DIAGNOSE)
 def test_requests_that_are_not_read_and_no_local_port(script: Script) -> Test:
     server, client, proxy = script.server.process("api"), script.client.process("web"), script.client.process("proxy")
-    listener, backend = server.listener(ONE), server.listener(OTHER, backlog=64)
+    listener, backend = server.listener(UNREAD), server.listener(BACKEND, backlog=64)
     for _ in range(REQUESTS):
         near = client.socket()
-        near.connect(script.server.ipv4, ONE)
+        near.connect(script.server.ipv4, UNREAD)
         far = listener.accept()
         near.send("request")
         far.until_received(len("request"))
@@ -59,12 +63,63 @@ def test_requests_that_are_not_read_and_no_local_port(script: Script) -> Test:
         client.pause(600_000)
     script.client.sysctl("ip_local_port_range", "45000 45009")
     for _ in range(10):
-        proxy.socket().connect(script.server.ipv4, OTHER)
+        proxy.socket().connect(script.server.ipv4, BACKEND)
         backend.accept()
-    failed = [proxy.socket().connect(script.server.ipv4, OTHER, may_fail=True) for _ in range(3)]
+    failed = [proxy.socket().connect(script.server.ipv4, BACKEND, may_fail=True) for _ in range(3)]
     script.stay()
     seen = yield
     assert {call.errno for call in failed} == {"EADDRNOTAVAIL"}
     unread, ports = pair(seen, script, "closed_unread", "no_local_ports")
-    assert (unread["lport"], unread["count"], unread["pids"]) == (ONE, REQUESTS, [server.pid])
-    assert (ports["rport"], ports["failed"], ports["pid"]) == (OTHER, 3, proxy.pid)
+    assert (unread["lport"], unread["count"], unread["pids"]) == (UNREAD, REQUESTS, [server.pid])
+    assert (ports["rport"], ports["failed"], ports["pid"]) == (BACKEND, 3, proxy.pid)
+
+
+@recorded(DIAGNOSE)
+def test_a_worker_that_hangs_and_a_service_that_is_not_there(script: Script) -> Test:
+    server, client, batch = script.server.process("api"), script.client.process("web"), script.client.process("batch")
+    listener = server.listener(HANGS)
+    for _ in range(REQUESTS):
+        near = client.socket()
+        near.connect(script.server.ipv4, HANGS)
+        far = listener.accept()
+        near.send("request")
+        near.close()
+        far.until_state("CLOSE_WAIT")
+    fail(batch, script.server.ipv4, MISSING, 7)
+    server.pause(8_000_000)
+    script.stay()
+    seen = yield
+    hangs, fails = pair(seen, script, "worker_hangs", "connects_fail")
+    assert (hangs["pid"], hangs["count"]) == (server.pid, REQUESTS)
+    assert (fails["comm"], fails["rports"], fails["count"]) == ("batch", [MISSING], 7)
+
+
+@recorded(DIAGNOSE)
+def test_a_firewall_and_a_server_that_resets(script: Script) -> Test:
+    """At different ports of one host, and for clients of one host."""
+    server, client, blocked = script.server.process("api"), script.client.process("web"), script.client.process("cron")
+    script.client.sysctl("tcp_syn_retries", 1)
+    listener = server.listener(RESETS)
+    server.listener(FILTERED)
+    drop(script.server, "input", FILTERED)
+    tries = [blocked.socket() for _ in range(5)]
+    for each in tries:
+        each.start(script.server.ipv4, FILTERED)
+    for _ in range(REQUESTS):
+        near = client.socket()
+        near.connect(script.server.ipv4, RESETS)
+        far = listener.accept()
+        near.send("request")
+        far.receive()
+        far.linger(0)
+        far.close()
+        near.until_state("CLOSE")
+        near.close()
+        client.pause(600_000)
+    for each in tries:
+        each.outcome()
+    script.stay()
+    seen = yield
+    firewall, resets = pair(seen, script, "firewall_drops", "reset_in_request")
+    assert (firewall["lport"], firewall["netns"]) == (FILTERED, script.server.inode)
+    assert (resets["rport"], resets["count"], resets["sent_by"]) == (RESETS, REQUESTS, server.pid)

@@ -13,7 +13,7 @@ from tests.diagnose.rules.endings import THERE, attempts, check, findings, group
 from tests.record import Script, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
 
-PORT, RACE = 9501, 9502
+PORT, RACE = 9501, 9507
 ROUNDS, PAUSE_US = 6, 1_500_000
 
 
