@@ -75,6 +75,27 @@ def test_rows_run_side_by_side_and_are_told_in_order(results: Path, capsys: pyte
     assert "5.10: 1 passed in 0.00s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_guests_wait_until_this_machine_has_recorded(recorded: bool) -> None:
+    """Or until its row has ended: it may record nothing."""
+    ready, begun = threading.Event(), threading.Event()
+
+    def here() -> Row:
+        assert not begun.wait(0.5)
+        if recorded:
+            ready.set()
+            assert begun.wait(30)
+        return Row(HOST)
+
+    def there() -> Row:
+        begun.set()
+        return Row("6.1")
+
+    made = matrix._run([Job(HOST, here), Job("6.1", there)], 2, progress.Progress(), ready.is_set)
+    assert [row.name for row in made] == [HOST, "6.1"]
+    assert begun.is_set()
+
+
 def test_an_error_ends_the_other_rows() -> None:
     def wait() -> Row:
         assert guest.stop.wait(30)

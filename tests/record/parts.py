@@ -16,6 +16,8 @@ Item = TypeVar("Item")
 
 TOOLS = 12
 """At most in a part, unless its tests ask for more."""
+RECORDED = "recorded"
+"""Beside a recording of this machine: nothing more will be recorded."""
 SCRIPT = "script"
 
 

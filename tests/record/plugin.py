@@ -184,6 +184,7 @@ def recordings(request: pytest.FixtureRequest) -> list[Recording]:
         tasks = ", ".join(sorted({each.task for part in last for each in part.unseen}))
         said = f"{len(items)} of {total} scenarios, since this kernel ran no program in {tasks}"
         request.config.stash.setdefault(_again, []).append(said)
+    (target / parts.RECORDED).touch()
     return made
 
 
