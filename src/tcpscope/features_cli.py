@@ -65,10 +65,11 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
     for name in toolbox.names():
         try:
             tool = toolbox.find(name)
-        except TcpscopeError as error:  # of another package
-            print(f"tcpscope: {error}", file=sys.stderr)
+            probes = [*tool.probes, *(other for each in tool.probes for other in Spec.of(each).shared.values())]
+        except (TcpscopeError, OSError) as error:  # of another package
+            print(f"tcpscope: {name}: {error}", file=sys.stderr)
             continue
-        for probe in (*tool.probes, *(other for each in tool.probes for other in Spec.of(each).shared.values())):
+        for probe in probes:
             hooks, works, why = examine(probe, kernel)
             result.append(
                 {

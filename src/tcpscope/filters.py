@@ -83,6 +83,11 @@ class Filter:
     laddr: tuple[Network, ...] = ()
     raddr: tuple[Network, ...] = ()
 
+    @property
+    def names_ends(self) -> bool:
+        """Whether it leaves out connections of the same process, by their addresses, ports or family."""
+        return any((self.family, self.lport, self.rport, self.port, self.laddr, self.raddr))
+
     def __post_init__(self) -> None:
         for name in _VALUES:
             value = getattr(self, name)

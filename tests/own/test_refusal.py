@@ -285,6 +285,7 @@ def test_a_field_that_the_kernel_lacks(tmp_path: Path) -> None:
             "/sys/kernel/tracing/events/tcp/tcp_probe",
         ),
         ("R1 !read_ok", "", "initialize it"),
+        ("5: (85) call bpf_ringbuf_reserve#131 ; R0=ringbuf_mem_or_null(id=2)\nR1 type=scalar expected=fp", "", ""),
         ("access beyond struct sock at off 1464 size 4", "tp_btf/tcp_probe", "BPF_CORE_READ"),
         ("something new", "", ""),
     ],

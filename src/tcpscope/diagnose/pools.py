@@ -12,7 +12,8 @@ from tcpscope.run import Batch
 from tcpscope.tool import find
 
 _INTERVAL_SECONDS = 1.0
-_SHARE = 100  # snapshots take at most this part of one processor; what fails between two is counted in the kernel
+_SHARE = 100  # snapshots take at most this part of one processor,
+_PAUSE_AT_MOST_SECONDS = 5.0  # unless the pause between two were longer; what fails meanwhile is counted in the kernel
 _POOLS_AT_MOST = 1024
 
 
@@ -50,7 +51,7 @@ class Pools:
             return
         spent = time.thread_time()
         self._take(self.run.poll())
-        self._next_s = time.monotonic() + _SHARE * (time.thread_time() - spent)
+        self._next_s = time.monotonic() + min(_SHARE * (time.thread_time() - spent), _PAUSE_AT_MOST_SECONDS)
 
     def end(self) -> None:
         """The state at the end is that of the last snapshot: connections end while the watch does."""

@@ -183,7 +183,7 @@ class Loaded:
     def _load(self) -> None:
         lib.tcpscope_log_start(self._setup.debug)
         with _types_file(self.spec.name) as types:
-            name = self.spec.name.encode()
+            name = os.fsencode(self.spec.name)
             self._object = lib.tcpscope_open(self._data, len(self.spec.data), name, self._kernel.btf, types.fileno())
             if self._object == ffi.NULL:
                 error, what = ffi.errno, f"{self.spec.name}: not a BPF object"

@@ -51,6 +51,11 @@ _HINTS = (
 )
 
 
+_INSTRUCTION = re.compile(r"(?!.*(?:195896080|CO-RE))\s*(?:\d+: |; |from \d+ to \d+|R\d+[_=])")
+"""A line with an instruction, its source or the registers: they have words of the hints where nothing is wrong.
+Libbpf has written those that read what the kernel lacks."""
+
+
 def verifier_lines(log: str) -> list[str]:
     """The lines of a verifier's log, the reason last; none if the kernel did not ask the verifier.
 
@@ -68,7 +73,8 @@ def verifier_hint(log: str, section: str = "") -> str:
     """
     type_, _, target = section.partition("/")
     context = _CONTEXT.get(type_, _ARGUMENTS).format(target=target or "CATEGORY/NAME")
-    for line in reversed(verifier_lines(log)[-LINES:]):
+    said = [line for line in verifier_lines(log)[-LINES:] if not _INSTRUCTION.match(line)]
+    for line in reversed(said):
         for pattern, hint in _HINTS:
             if re.search(pattern, line):
                 return hint.replace("{context}", context).replace("{type}", type_ or "its")

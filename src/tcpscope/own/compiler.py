@@ -39,11 +39,12 @@ def compiled(source: Path) -> bytes:
             "on Debian and Ubuntu: apt install clang libbpf-dev; or give an object file (.bpf.o) from another machine",
         )
     with tempfile.TemporaryDirectory(prefix="tcpscope.") as folder:
-        if re.search(rb'^\s*#\s*include\s*["<]vmlinux\.h[">]', source.read_bytes(), re.M):
+        own = (source.parent / "vmlinux.h").exists()
+        if not own and re.search(rb'^\s*#\s*include\s*["<]vmlinux\.h[">]', source.read_bytes(), re.M):
             _write_vmlinux(Path(folder) / "vmlinux.h")
         made = Path(folder) / "made.o"
         done = subprocess.run(
-            [clang, *flags(), "-I", source.parent, "-I", HEADERS, "-I", folder, "-c", source, "-o", made],
+            [clang, *flags(), "-I", source.parent, "-I", HEADERS, "-I", folder, "-c", "-o", made, "--", source],
             capture_output=True,
             text=True,
             errors="replace",

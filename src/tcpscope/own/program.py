@@ -105,8 +105,8 @@ class OwnProgram(Stream):
 
     def _check(self, request: Request) -> None:
         spec = self.spec
-        if request.strict and not spec.counts:
-            raise UsageError("--strict", f"'{spec.name}' does not count what it loses: include {_HEADER}")
+        if request.strict and not counts_events(spec):
+            raise UsageError("--strict", f"'{spec.name}' does not count what it loses: include event.bpf.h")
         if request.rate is not None and "rate_per_s" not in spec.variables:
             raise UsageError(f"--rate {request.rate}", "the program itself keeps to it: include event.bpf.h")
         if not filters(spec):
@@ -148,15 +148,15 @@ class OwnRun(Streaming):
 
     def __init__(self, session: Session, decoder: Decoder, request: Request, wanted: Filter | None) -> None:
         super().__init__(session, decoder, rate=request.rate or 0)
-        self._counts = session.spec.counts
+        self._counts = counts_events(session.spec)
         self._matches: Callable[[Any], bool] | None = None
         if wanted and not wanted.is_empty:
             assert session.layout is not None
-            names = [name for name in _FIELDS if name in {field.name for field in session.layout.fields}]
+            names = needed(wanted)
             self._look = session.layout.select(names).decoder(Clock("none")).rows
             self._matches = lambda row: wanted.matches(_comparable(row, names))
         if not self._counts:
-            self.notes.append(f"what is lost is not known: '{session.spec.name}' does not count it ({_HEADER} would)")
+            self.notes.append(f"what is lost is not known: '{session.spec.name}' does not count it (event.bpf.h would)")
         for program in session.spec.programs:
             if program.type.partition(".")[0] == "iter" and not program.role:
                 self.notes.append(f"the iterator '{program.name}' is not run: ROLE(\"seeds\") runs it at the start")
@@ -195,7 +195,18 @@ class Uncounted(Stats):
         return not self.missed and not self.lost
 
 
-_FIELDS = ("pid", "comm", "uid", "netns", "family", "lport", "rport", "laddr", "raddr")
+def counts_events(spec: Spec) -> bool:
+    """Whether event_begin() of event.bpf.h counts each event. Those of output.bpf.h count what the program says."""
+    return spec.counts and "rate_per_s" in spec.variables
+
+
+def needed(filter: Filter) -> list[str]:
+    """The fields by which it decides."""
+    return list(dict.fromkeys(name for option, _ in filter.describe() for name in _fields_of(option)))
+
+
+def _fields_of(option: str) -> tuple[str, ...]:
+    return {"-4": ("family",), "-6": ("family",), "--port": ("lport", "rport")}.get(option, (option.lstrip("-"),))
 
 
 def _comparable(row: Any, names: Sequence[str]) -> SimpleNamespace:
@@ -204,7 +215,8 @@ def _comparable(row: Any, names: Sequence[str]) -> SimpleNamespace:
     for name in ("laddr", "raddr"):
         if values.get(name) is not None:
             values[name] = address_bytes(values[name])
-    values["family"] = _FAMILIES.get(values.get("family"), values.get("family"))  # type: ignore[arg-type]
+    if "family" in values:
+        values["family"] = _FAMILIES.get(values["family"], values["family"])
     return SimpleNamespace(**values)
 
 
@@ -216,17 +228,16 @@ def check_filter(filter: Filter, layout: Layout) -> None:
         if option == "--cgroup":
             what = "--cgroup and a command behind -- need event.bpf.h"
             raise UsageError(what, "only the kernel knows which cgroups lie below another")
-        name = "family" if option in ("-4", "-6") else option.lstrip("-")
-        for needed in ("lport", "rport") if name == "port" else (name,):
-            if needed not in fields:
-                raise UsageError(what, f"struct {layout.name} has no field '{needed}'")
-            field = fields[needed]
-            kind = {"comm": "comm", "laddr": "address", "raddr": "address"}.get(needed, "int")
+        for name in _fields_of(option):
+            if name not in fields:
+                raise UsageError(what, f"struct {layout.name} has no field '{name}'")
+            field = fields[name]
+            kind = {"comm": "comm", "laddr": "address", "raddr": "address"}.get(name, "int")
             if field.kind != kind or field.counts:
                 wants = {"comm": "is no text", "address": 'is no address: tag it KIND("address")'}.get(
                     kind, "is no number"
                 )
-                raise UsageError(what, f"field '{needed}' of struct {layout.name} {wants}")
+                raise UsageError(what, f"field '{name}' of struct {layout.name} {wants}")
 
 
 def check_sections(spec: Spec) -> None:

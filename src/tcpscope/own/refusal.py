@@ -20,7 +20,9 @@ _NEAR = 3
 
 def explained(error: RefusedError, spec: Spec, source: Path | None, log_to: str | None) -> TcpscopeError:
     """The same error for who wrote the program: the line of the source, the verifier's last lines, one hint."""
-    program = next(each for each in spec.programs if each.name == error.program)
+    program = next((each for each in spec.programs if each.name == error.program), None)
+    if program is None or not error.message.startswith(f"{spec.name}: "):
+        return error  # of another object, which it uses
     lines = verifier_lines(error.log)
     if not lines:
         return UnsupportedError(error.message, near(program) or error.said)
@@ -47,7 +49,7 @@ def explained(error: RefusedError, spec: Spec, source: Path | None, log_to: str 
 
 def _written(log: str, path: str) -> str:
     try:
-        Path(path).write_text(log)
+        Path(path).write_text(log, encoding="utf-8")
     except OSError as error:
         return f"its whole log could not be written to {path}: {error.strerror}"
     return f"its whole log is in {path}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Rule
 from tcpscope.diagnose.tallies import Groups, Tally
+from tcpscope.filters import Filter
 from tests.record import Host, Seen
 from tests.tools.queue.refusals import DIAGNOSE
 
@@ -56,6 +57,6 @@ def sockets(*rows: Any, looked_s: float = 110.0) -> Any:
     return SimpleNamespace(now=tracks)
 
 
-def check(rule: Rule, **evidence: Any) -> list[Finding]:
-    seen: Any = SimpleNamespace(**evidence)
+def check(rule: Rule, filter: Filter = Filter(), **evidence: Any) -> list[Finding]:  # noqa: B008 (it is frozen)
+    seen: Any = SimpleNamespace(request=SimpleNamespace(filter=filter), **evidence)
     return list(rule.check(seen))

@@ -14,6 +14,7 @@ from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.rules import close_wait_leak, worker_hangs
 from tcpscope.diagnose.rules.worker_hangs import LEAST, rule
 from tcpscope.diagnose.sockets import Track
+from tcpscope.filters import Filter
 from tcpscope.listeners import Holder
 from tests.diagnose.rules.connections import connection, findings
 from tests.diagnose.rules.endings import attempts, groups
@@ -78,10 +79,20 @@ def listener(accepted: int, pids: tuple[int, ...] = (4711,)) -> History:
     return history
 
 
-def check(*tracks: Track, connects_s: float | None = None, listens: History | None = None) -> list[Finding]:
+def check(
+    *tracks: Track,
+    connects_s: float | None = None,
+    listens: History | None = None,
+    watched_s: float = 60.0,
+    filter: Filter = Filter(),  # noqa: B008 (it is frozen)
+) -> list[Finding]:
     found = groups((attempts(1, netns=1, pid=4711)[0], 1), seconds=0.0) if connects_s is not None else groups()
     seen: Any = SimpleNamespace(
-        sockets=SimpleNamespace(now=list(tracks)), attempts=found, now_s=100.0 + (connects_s or 0.0)
+        sockets=SimpleNamespace(now=list(tracks)),
+        attempts=found,
+        now_s=100.0 + (connects_s or 0.0),
+        watched_s=watched_s,
+        request=SimpleNamespace(filter=filter),
     )
     if listens:
         seen.queues = SimpleNamespace(histories={1: listens})
@@ -124,6 +135,17 @@ def test_thresholds(number: int, values: dict[str, Any], found: bool) -> None:
 def test_a_process_that_works_on_other_connections_has_forgotten_these(columns: dict[str, Any], found: bool) -> None:
     other = track(**{"state": "ESTABLISHED", "has_fin": False} | columns)
     assert bool(check(*(track() for _ in range(LEAST)), other)) == found
+
+
+def test_a_process_that_nobody_has_asked_meanwhile_may_be_idle() -> None:
+    assert not check(*(track() for _ in range(LEAST)), watched_s=5.0)
+    asks = track(state="ESTABLISHED", has_fin=False, unread=10, since_received_us=1_000_000)
+    assert check(*(track() for _ in range(LEAST)), asks, watched_s=5.0)
+
+
+def test_with_a_filter_of_ends_the_other_connections_are_not_known() -> None:
+    assert not check(*(track() for _ in range(LEAST)), filter=Filter.from_options(raddr="192.0.2.1"))
+    assert check(*(track() for _ in range(LEAST)), filter=Filter(pid=(4711,)))
 
 
 @pytest.mark.parametrize(("ago_s", "found"), [(1.0, False), (6.0, True)])

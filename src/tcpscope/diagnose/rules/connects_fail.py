@@ -417,7 +417,7 @@ def _falls_back(seen: Evidence, subject: Subject) -> bool:
 
 def _alone(seen: Evidence, subject: Subject) -> bool:
     """Whether it is one process, and it has no other connection, has opened none, and serves nobody."""
-    if len(subject.pids) != 1:
+    if len(subject.pids) != 1 or seen.request.filter.names_ends:
         return False
     (pid,) = subject.pids
     queues = getattr(seen, "queues", None)

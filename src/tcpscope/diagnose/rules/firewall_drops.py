@@ -179,7 +179,7 @@ class FirewallDrops(Rule):
             if group.pid is not None:
                 owners[group.pid, group.comm] += tally.count
         out = paths.transmitted(seen, netns, total.count)
-        if total.count < SEGMENTS or total.count < SHARE * (out or 0):
+        if total.count < SEGMENTS or out is None or total.count < SHARE * out:
             return
         acks = sum(tally.count for group, tally in found if group.flags == "ACK")
         name = f"{paths.program(owners)}'s connections" if owners else "its connections"
@@ -189,7 +189,7 @@ class FirewallDrops(Rule):
             title=f"a firewall of this host drops what it sends to {raddr}: {total.count:,} segments",
             observed=[
                 f"{total.count:,} segments of {name} dropped before they left; {acks:,} of them without a flag but ACK",
-                *([f"{out:,} segments were sent in this network namespace meanwhile"] if out else []),
+                f"{out:,} segments were sent in this network namespace meanwhile",
             ],
             why=_WHY_SEGMENTS,
             remedies=[

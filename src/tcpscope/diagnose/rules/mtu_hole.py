@@ -45,7 +45,7 @@ class MtuHole(Rule):
                 continue
             others, opened = lives.since(where, tracks, large)
             later = _answered_later(large)
-            behind = sum(track.last.sacked_segs > 0 for track in large)
+            behind = sum(map(_smaller_arrived, large))
             if others or opened or later or behind:
                 yield self._finding(seen, where, large, others, opened, later, behind)
 
@@ -98,6 +98,15 @@ def _takes_full(track: Track) -> bool:
     sent = track.grown("sent_bytes") - track.grown("retrans_bytes") - track.last.unacked
     segments = track.grown("data_segs_out") - track.grown("total_retrans")
     return segments >= SEGMENTS and sent >= FULL * segments * track.last.mss
+
+
+def _smaller_arrived(track: Track) -> bool:
+    """Segments behind the oldest one have arrived (SACK), and they were smaller: had those without an ACK been full,
+    those that arrived would have half of their size, or less.
+    """
+    row = track.last
+    full = row.out_segs - row.sacked_segs / 2
+    return bool(row.sacked_segs > 0 and row.unacked < full * row.mss)
 
 
 def _answered_later(large: list[Track]) -> int:

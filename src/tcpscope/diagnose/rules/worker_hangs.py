@@ -58,6 +58,8 @@ class WorkerHangs(Rule):
     explains = ("close_wait_leak", "orphans")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
+        if seen.request.filter.names_ends:
+            return  # what the process does on its other connections is not looked at
         owners: dict[tuple[int, int, str], list[Track]] = {}
         for track in seen.sockets.now:
             if track.last.pid is not None:
@@ -65,6 +67,8 @@ class WorkerHangs(Rule):
         for (netns, pid, comm), tracks in owners.items():
             left = [track for track in tracks if _is_old(track)]
             if len(left) < LEAST or any(map(works, tracks)) or _connects(seen, netns, pid):
+                continue
+            if not any(_asks(seen, track) for track in tracks):
                 continue
             if _closes(seen, netns, pid, tracks, left):
                 continue
@@ -136,6 +140,12 @@ class WorkerHangs(Rule):
 
 def _is_old(track: Track) -> bool:
     return track.held_s(_MARK) >= _LOOKED_SECONDS and track.last.since_received_us >= SECONDS * 1e6
+
+
+def _asks(seen: Evidence, track: Track) -> bool:
+    """Whether a client has sent something during the watch that nobody reads. Without it the process may be idle."""
+    row = track.last
+    return bool(row.unread > row.has_fin and row.since_received_us < seen.watched_s * 1e6)
 
 
 def _connects(seen: Evidence, netns: int, pid: int) -> bool:
