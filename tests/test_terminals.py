@@ -287,7 +287,7 @@ def test_no_line_is_longer_than_the_terminal(lab: Lab, columns: int) -> None:
         assert puppets
     for command, _, terminal in running:
         assert max(map(len, terminal.lines)) <= columns, command
-        if command != ("retrans",):
+        if command not in (("retrans",), ("trace",)):  # where a connection was chosen, the hops matter more
             assert LONG in terminal.written, command
         refusals = "ACCEPT/s" if refusals_cannot_be_seen() else "OVERFLOWS"
         for word in (*WORDS[command], *([refusals] if command == ("queue",) else [])):
