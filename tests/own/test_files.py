@@ -117,7 +117,7 @@ def test_the_compiler_for_packages(tmp_path: Path) -> None:
     assert done.stderr.startswith(f"{path}: clang cannot compile it\n") and "Traceback" not in done.stderr
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_vmlinux_h_is_made_of_the_running_kernel(tmp_path: Path) -> None:
     text = '#include "vmlinux.h"\n#include <bpf/bpf_helpers.h>\nstruct event { struct list_head it; };\n'
     path = written(tmp_path, "it", f"{text}struct event *keep;\n{ring('events')}\n{PROGRAM}")

@@ -11,10 +11,10 @@ import pytest
 
 from tests.own.programs import tcpscope
 
-pytestmark = [pytest.mark.kernel, pytest.mark.root]
+pytestmark = pytest.mark.root
 
 
-@pytest.mark.every_kernel
+@pytest.mark.kernel
 def test_it_runs(lab, run_tool, tmp_path: Path) -> None:
     tcpscope("new", "first", status=0, cwd=tmp_path)
     with (

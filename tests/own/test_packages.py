@@ -48,7 +48,6 @@ def test_it_is_a_command_like_ours(installed: dict[str, str]) -> None:
     assert "no command 'rcvspace'" in tcpscope("rcvspace", status=2).stderr  # without the package
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 def test_it_shows_its_events(lab, run_tool, installed: dict[str, str]) -> None:
     env = {"PYTHONPATH": installed["PYTHONPATH"]}
@@ -70,7 +69,6 @@ def test_it_shows_its_events(lab, run_tool, installed: dict[str, str]) -> None:
     assert account["lost"] == 0 and account["seen"] == account["shown"] + account["filtered"]
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 def test_python_has_it_too(installed: dict[str, str]) -> None:
     script = (
@@ -85,7 +83,6 @@ def test_python_has_it_too(installed: dict[str, str]) -> None:
     assert done.stdout.split()[0] == "True", done.stderr
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 def test_features_knows_it(installed: dict[str, str]) -> None:
     found = json.loads(tcpscope("features", "--json", status=0, env=installed).stdout)["tools"]

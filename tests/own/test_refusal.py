@@ -215,7 +215,6 @@ def test_a_common_mistake_has_its_hint(objects: dict[str, tuple[Path, Spec]], mi
     assert 0 < len(lines) <= 6
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 def test_the_whole_log_goes_to_a_file(objects: dict[str, tuple[Path, Spec]], tmp_path: Path) -> None:
     source, spec = objects["bound"]
@@ -230,7 +229,6 @@ def test_the_whole_log_goes_to_a_file(objects: dict[str, tuple[Path, Spec]], tmp
     )
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 def test_on_the_command_line(tmp_path: Path) -> None:
     source = written(tmp_path, "bound", HEAD + MISTAKES["bound"][0] + GPL)
@@ -239,7 +237,6 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert place.endswith(": send(row[new]);")
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 @pytest.mark.parametrize(
     ("section", "said"),
@@ -258,7 +255,6 @@ def test_no_such_hook(tmp_path: Path, section: str, said: str) -> None:
     assert error.details == ()
 
 
-@pytest.mark.kernel
 @pytest.mark.root
 def test_a_field_that_the_kernel_lacks(tmp_path: Path) -> None:
     read = "struct sock___own { int nope; } __attribute__((preserve_access_index));"

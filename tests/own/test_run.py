@@ -11,7 +11,7 @@ import pytest
 
 from tests.own.programs import PLAIN, built, tcpscope, written
 
-pytestmark = [pytest.mark.kernel, pytest.mark.root]
+pytestmark = pytest.mark.root
 
 BPF = Path(__file__).resolve().parents[2] / "src/tcpscope/bpf"
 
@@ -31,6 +31,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(tmp_path_factory.mktemp("plain"), "plain", PLAIN)
 
 
+@pytest.mark.kernel
 @pytest.mark.every_kernel
 def test_our_own_probe_shows_what_its_tool_shows(lab, run_tool, tmp_path: Path) -> None:
     netns = ("--netns", str(lab.client.inode))
@@ -52,6 +53,7 @@ def test_our_own_probe_shows_what_its_tool_shows(lab, run_tool, tmp_path: Path) 
     assert (account["shown"], account["lost"]) == (len(own.done.rows), 0)
 
 
+@pytest.mark.kernel
 def test_an_object_without_our_headers(lab, run_tool, plain: Path) -> None:
     with run_tool("run", str(plain), "--comm", "pytest,python,python3") as tool:
         port, mine = connect_once(lab)

@@ -7,7 +7,7 @@ from tcpscope.lab.scenarios.accept_slow import AcceptSlow
 from tests.conftest import RunningTool
 from tests.lab.scenarios.found import diagnosed
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 
 def test_it_is_found(lab: Lab, run_tool: type[RunningTool]) -> None:

@@ -11,7 +11,7 @@ from tcpscope.lab.scenarios.accept_stalled import AcceptStalled
 from tests.conftest import RunningTool
 from tests.lab.scenarios.found import diagnosed
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 
 @pytest.mark.parametrize("workers", [1, 2])

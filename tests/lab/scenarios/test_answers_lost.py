@@ -7,7 +7,7 @@ from tcpscope.lab.scenarios.answers_lost import AnswersLost
 from tests.conftest import RunningTool
 from tests.lab.scenarios.found import diagnosed
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 
 @pytest.mark.parametrize("family", ["4", "6"])

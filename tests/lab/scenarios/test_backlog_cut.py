@@ -10,7 +10,7 @@ from tcpscope.lab.scenarios.backlog_cut import BacklogCut
 from tests.conftest import RunningTool
 from tests.lab.scenarios.found import diagnosed
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 
 def test_it_is_found(lab: Lab, run_tool: type[RunningTool]) -> None:

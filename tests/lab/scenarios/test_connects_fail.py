@@ -13,7 +13,7 @@ from tests.lab.scenarios.diagnosed import findings
 ERRNOS = {"refused": errno.ECONNREFUSED, "filtered": errno.ETIMEDOUT, "dead": errno.ETIMEDOUT}
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize("answer", ["refused", "filtered", "dead"])
 def test_the_client_is_told_why(lab: Lab, run_tool: type[RunningTool], answer: str) -> None:
     scenario = ConnectsFail(answer=answer)

@@ -14,7 +14,7 @@ from tcpscope.lab.scenarios.worker_hangs import WorkerHangs
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 
 def test_reset_in_request(lab: Lab, run_tool: type[RunningTool]) -> None:

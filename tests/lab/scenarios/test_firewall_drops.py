@@ -9,7 +9,7 @@ from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize("hook", ["input", "output"])
 def test_the_firewall_is_named(lab: Lab, run_tool: type[RunningTool], hook: str) -> None:
     scenario = FirewallDrops(hook=hook, clients=5)

@@ -8,7 +8,7 @@ from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_who_writes_in_two_parts_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = Nagle()
     (finding,) = findings(lab, run_tool, scenario)

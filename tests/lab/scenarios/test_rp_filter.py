@@ -9,7 +9,7 @@ from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_rp_filter_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = RpFilter()
     (finding,) = findings(lab, run_tool, scenario)

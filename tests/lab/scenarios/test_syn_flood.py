@@ -53,7 +53,7 @@ def test_cookies_always(family: str) -> None:
     assert outcome.counters["TcpExtSyncookiesSent"] == 20
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_diagnose_names_the_flood_and_not_the_full_queue(lab: Lab, run_tool: type[RunningTool]) -> None:
     outcome, found = diagnosed(SynFlood(repeats=2), lab, run_tool)
     (finding,) = found

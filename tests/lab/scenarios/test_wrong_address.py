@@ -9,7 +9,7 @@ from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_the_listener_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = WrongAddress()
     (finding,) = findings(lab, run_tool, scenario)

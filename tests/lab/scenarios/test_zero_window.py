@@ -8,7 +8,7 @@ from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_the_stopped_server_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = ZeroWindow()
     (finding,) = findings(lab, run_tool, scenario)
