@@ -270,9 +270,12 @@ class Snapshots:
 
     Most listeners of a machine with many are idle. One at which nothing has changed since the look before, and of which
     no time is told, is the same object.
+
+    walked_s  processor seconds that walks have taken
     """
 
     def __init__(self, session: Session) -> None:
+        self.walked_s = 0.0
         loaded, spec = session.loaded, session.spec
         self._session = session
         self._layout = spec.layout("listener", internal=True)
@@ -355,7 +358,9 @@ class Snapshots:
         )
         if self._holders != before:
             self._idle.clear()
-        self._next_walk = time.monotonic() + WALK_SHARE * (time.thread_time() - began)
+        took_s = time.thread_time() - began
+        self.walked_s += took_s
+        self._next_walk = time.monotonic() + WALK_SHARE * took_s
 
     def _listener(self, record: Any) -> Listener:
         held = self._holders.get((record.socket, record.since_ns)) or _Holders.opener(record)

@@ -29,8 +29,10 @@ class Time:
         return []
 
 
-@pytest.mark.parametrize(("cost_s", "snapshots"), [(0.0, 100), (0.005, 100), (0.1, 10)])
-def test_they_take_a_hundredth_of_a_processor(monkeypatch: pytest.MonkeyPatch, cost_s: float, snapshots: int) -> None:
+@pytest.mark.parametrize(("cost_s", "snapshots"), [(0.0, 100), (0.005, 100), (0.1, 20)])
+def test_they_take_a_hundredth_and_come_every_five_seconds(
+    monkeypatch: pytest.MonkeyPatch, cost_s: float, snapshots: int
+) -> None:
     time = Time(cost_s)
     monkeypatch.setattr(pools, "time", time)
     source = Pools.__new__(Pools)

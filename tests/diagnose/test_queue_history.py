@@ -27,6 +27,8 @@ YOUNG = replace(LISTENER, since_ns=1, refused={})
 class Snapshots:
     """Gives out these snapshots, one at a time."""
 
+    walked_s = 0.0
+
     def __init__(self, *each: list[Listener]) -> None:
         self._each = iter(each)
 

@@ -105,3 +105,23 @@ def test_what_is_forgotten_is_still_in_the_count_of_the_whole_watch(monkeypatch:
     seen: Any = SimpleNamespace(attempts=attempts)
     counted = text.counts(seen)
     assert (counted["connects"], counted["connects_failed"], counted["connects_given_up"]) == (9, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "apart"),
+    [
+        ((3, 4), (100.0, 101.2), False),  # the ends of two intervals, of which one was read late
+        ((3, 5), (100.0, 101.2), True),
+        ((3, 4), (100.0, 101.6), True),
+        ((3, 3), (100.0, 100.0), False),
+    ],
+)
+def test_apart_are_two_times_with_a_whole_interval_between(
+    rounds: tuple[int, int], seconds: tuple[float, float], apart: bool
+) -> None:
+    made = Tally()
+    for round_, at in zip(rounds, seconds, strict=True):
+        made.add(at, 1, round_=round_)
+    assert made.is_apart(1.5) == apart
+    made.forget(100.5)
+    assert not made.is_apart(1.5)

@@ -21,7 +21,7 @@ COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFu
 _CHANGES_KEPT = 100  # looks in which something had been accepted: 20 s or more
 _PEERS = 4096  # distinct remote addresses remembered per listener
 _PAUSE_SECONDS = 0.2
-_SHARE = 100  # looks take at most this part of one processor,
+_SHARE = 100  # looks take at most this part of one processor, and the walks in them as much again,
 _PAUSE_AT_MOST_SECONDS = 2.0  # unless the pause between two were longer
 _BURST_LOOKS = 5  # a second: after it a refused client sends its SYN again
 _SLOW_LOOKS = 8  # fewer do not tell a slow server from a burst
@@ -446,9 +446,9 @@ class QueueHistory:
         return [history for history in self.histories.values() if not history.quiet]
 
     def _look(self, fresh: bool = False) -> None:
-        began, spent = time.monotonic(), time.thread_time()
+        began, spent, walked = time.monotonic(), time.thread_time(), self._snapshots.walked_s
         self._take(fresh)
-        pause = _SHARE * (time.thread_time() - spent)
+        pause = _SHARE * (time.thread_time() - spent - (self._snapshots.walked_s - walked))
         self._next_s = began + (min(pause, _PAUSE_AT_MOST_SECONDS) if pause > _PAUSE_SECONDS else 0.0)
 
     def _take(self, fresh: bool) -> None:

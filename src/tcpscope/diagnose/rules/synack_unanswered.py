@@ -72,7 +72,7 @@ class SynackUnanswered(Rule):
     def check(self, seen: Evidence) -> Iterator[Finding]:
         ports: dict[tuple[int, int], _Port] = {}
         for group, tally in seen.retrans.where(kind="SYNACK", errno="none"):
-            if tally.count > TIMEOUTS or (tally.count == TIMEOUTS and tally.last_s - tally.first_s > APART_SECONDS):
+            if tally.count > TIMEOUTS or (tally.count == TIMEOUTS and tally.is_apart(APART_SECONDS)):
                 own = _Port(group.netns, group.lport, group.laddr, group.pid, group.comm)
                 own = ports.setdefault((group.netns, group.lport), own)
                 own.peers.setdefault(group.raddr, []).append(tally)
