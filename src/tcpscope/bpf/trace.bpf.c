@@ -947,9 +947,21 @@ int TRACEPOINT_PROG(enqueue, struct Qdisc *qdisc, struct netdev_queue *queue, st
 	return 0;
 }
 
+/*
+ * skb is NULL if the queue is empty. Since "bpf: Teach verifier that trusted PTR_TO_BTF_ID pointers are non-NULL" (6.5) the verifier
+ * deletes a test of the pointer, and skb->dev is a load that must not fail. Until "bpf: Augment raw_tp arguments with PTR_MAYBE_NULL"
+ * (6.13, 6.12.6) the kernel would oops. So the address is tested as a number. Later kernels want the test of the pointer, too.
+ */
 SEC("tp_btf/qdisc_dequeue")
 int TRACEPOINT_PROG(dequeue, struct Qdisc *qdisc, struct netdev_queue *queue, int count, struct sk_buff *skb)
 {
+	const __u64 *arguments = ctx; /* the verifier refuses to load from a place that was computed, such as &ctx[3] */
+	__u64 address = 0;
+
+	barrier_var(arguments);
+	bpf_probe_read_kernel(&address, sizeof(address), &arguments[3]);
+	if (!address)
+		return 0;
 	for (int i = 0; i < BULK && skb; i++) {
 		outward(skb, skb->dev, HOP_DEQUEUE);
 		skb = skb->next;
