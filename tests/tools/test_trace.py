@@ -118,6 +118,24 @@ def test_a_reader_that_sleeps(script: Script) -> Test:
 
 
 @recorded(TRACE)
+def test_an_ack_that_no_program_sees(script: Script) -> Test:
+    """After the FIN of the other end: when it came is not known."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    made.far.shutdown()
+    made.near.until_state("CLOSE_WAIT")
+    made.near.send_all(777)
+    made.near.until_acknowledged()
+    made.client.pause(100_000)
+    made.near.close()
+    made.far.read(777)
+    seen = yield
+    rows = seen.rows(TRACE, script.client, data_bytes=777)
+    assert hops(rows) == list(OUT)
+    assert rows[-1]["since_us"] is None
+
+
+@recorded(TRACE)
 def test_a_qdisc_that_delays(script: Script) -> Test:
     """tbf cuts a packet into segments, and lets one of them pass every 120 ms."""
     made = pair(script, PORT)

@@ -310,7 +310,8 @@ static __noinline bool waiting_end(struct flow *flow, struct sock *sk, __u32 que
 		end_seq = first->piece.end_seq - (which == OF_READS && first->piece.flags & TCP_FIN);
 		if (is_after(end_seq, upto))
 			return false;
-		at->late = !is_after(end_seq, flow->taken[which]) || (at->inexact && end_seq != upto);
+		at->late = !is_after(end_seq, flow->taken[which]) ||
+			   (at->inexact && (end_seq != upto || !(first->piece.flags & (TCP_SYN | TCP_FIN))));
 		if (first->last_ns) {
 			first->piece.hop = first->hop;
 			first->piece.last_ns = first->last_ns;
@@ -349,7 +350,7 @@ static long take_turn(__u32 index, struct take *take)
 
 /*
  * The bytes before `upto` have been read or acknowledged. Before 5.17 a program takes only so many at once: those behind them have to
- * wait for its next run, and have no delay then. `inexact`: the bytes before the last ones may have been acknowledged earlier.
+ * wait for its next run, and have no delay then. `inexact`: only the ACK of a SYN or FIN is known to have come now.
  */
 static __always_inline void waiting_take(struct flow *flow, struct sock *sk, __u32 queue, __u32 upto, bool inexact,
 					 bool loops)
