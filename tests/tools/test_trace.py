@@ -99,6 +99,24 @@ def test_the_handshake(script: Script) -> Test:
 
 
 @recorded(TRACE)
+def test_a_socket_that_connects_again(script: Script) -> Test:
+    """It is another connection, also if the first one was refused."""
+    client, server = script.client.process("client"), script.server.process("server")
+    listener = server.listener(7001, script.server.ipv4)
+    near = client.socket()
+    near.bind(script.client.ipv4, PORT)
+    refused = near.connect(script.server.ipv4, 7000, may_fail=True)
+    near.connect(script.server.ipv4, 7001)
+    far = listener.accept()
+    exchange(near, far, 321)
+    seen = yield
+    assert refused.errno == "ECONNREFUSED"
+    rows = seen.rows(TRACE, script.client, data_bytes=321)
+    assert hops(rows) == list(OUT)
+    assert {(row["rport"], row["pid"]) for row in rows} == {(7001, client.pid)}
+
+
+@recorded(TRACE)
 def test_a_reader_that_sleeps(script: Script) -> Test:
     """The packets wait at the socket. The second read takes two of them."""
     made = pair(script, PORT)

@@ -111,7 +111,10 @@ struct {
 	__type(value, struct followed);
 } packets SEC(".maps");
 
-/* A connection that passes the filter. Inserted when it sends, or when TCP receives for it; deleted at tcp_destroy_sock. */
+/*
+ * A connection that passes the filter. Inserted when it sends, or when TCP receives for it. Deleted at tcp_destroy_sock, and when
+ * its socket connects again.
+ */
 struct flow {
 	struct identity id;
 	__u32 first[2], next[2]; /* of its queues, by direction */
@@ -158,7 +161,7 @@ struct waiting {
 	__u8 padding[7];
 };
 
-/* Inserted when a connection sends or receives data. Deleted when that is acknowledged or read, and at tcp_destroy_sock. */
+/* Inserted when a connection sends or receives data. Deleted when that is acknowledged or read, and with its flow. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 32768);
@@ -897,12 +900,19 @@ static __always_inline int taken(struct sock *sk, bool loops)
 	return 0;
 }
 
-/* An ACK has changed the state of the connection. It may have been preceded by ACKs that no program saw. */
-static __always_inline int state_changed(struct sock *sk, bool loops)
+/*
+ * An ACK has changed the state of the connection. It may have been preceded by ACKs that no program saw. A socket may connect again,
+ * after connect() was refused or a disconnect: then it is another connection.
+ */
+static __always_inline int state_changed(struct sock *sk, int state, bool loops)
 {
 	__u32 acked = BPF_CORE_READ((struct tcp_sock *)sk, snd_una);
 	struct flow *flow = flow_find(sk);
 
+	if (flow && state == STATE_SYN_SENT) {
+		destroyed(sk);
+		return 0;
+	}
 	if (flow && is_after(acked, flow->taken[OF_ACKS]))
 		waiting_take(flow, sk, OF_ACKS, acked, true, loops);
 	return 0;
@@ -1057,30 +1067,30 @@ int TRACEPOINT_PROG(read_again__turns, struct sock *sk)
 
 NEEDS("BPF_FUNC_loop")
 SEC("tp_btf/inet_sock_set_state")
-int TRACEPOINT_PROG(state__loop, struct sock *sk)
+int TRACEPOINT_PROG(state__loop, struct sock *sk, int before, int state)
 {
-	return state_changed(sk, true);
+	return state_changed(sk, state, true);
 }
 
 SEC("tp_btf/inet_sock_set_state")
-int TRACEPOINT_PROG(state__turns, struct sock *sk)
+int TRACEPOINT_PROG(state__turns, struct sock *sk, int before, int state)
 {
-	return state_changed(sk, false);
+	return state_changed(sk, state, false);
 }
 
 AGAIN
 NEEDS("BPF_FUNC_loop")
 SEC("tp_btf/inet_sock_set_state")
-int TRACEPOINT_PROG(state_again__loop, struct sock *sk)
+int TRACEPOINT_PROG(state_again__loop, struct sock *sk, int before, int state)
 {
-	return state_changed(sk, true);
+	return state_changed(sk, state, true);
 }
 
 AGAIN
 SEC("tp_btf/inet_sock_set_state")
-int TRACEPOINT_PROG(state_again__turns, struct sock *sk)
+int TRACEPOINT_PROG(state_again__turns, struct sock *sk, int before, int state)
 {
-	return state_changed(sk, false);
+	return state_changed(sk, state, false);
 }
 
 SEC("tp_btf/consume_skb")
