@@ -206,11 +206,13 @@ static __always_inline bool is_after(__u32 sequence, __u32 other)
 /* The event of a hop. */
 static __noinline int hop_send(const struct piece *piece, const struct identity *id, const struct at *at)
 {
-	__u64 since_us = piece->last_ns && !at->late ? (at->now_ns - piece->last_ns) / 1000 : -1;
+	__u64 last_ns = *(const volatile __u64 *)&piece->last_ns, since_us = -1; /* another processor may write it */
 	struct net_device *device =
 		at->device; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
 	struct trace room, *event;
 
+	if (last_ns && !at->late)
+		since_us = at->now_ns > last_ns ? (at->now_ns - last_ns) / 1000 : 0;
 	if (since_min_us && (since_us == (__u64)-1 || since_us < since_min_us)) {
 		COUNT(seen);
 		COUNT(filtered);
