@@ -32,6 +32,7 @@ OUT = ("QUEUE", "START_XMIT", "XMIT", "ACKED")
 IN = ("RECEIVE", "TCP", "READ")
 VETH = "veth0"
 BYTES = 50_000_000
+FIN, ACK = 1, 16
 
 
 def hops(rows: Iterable[dict[str, Any]]) -> list[str]:
@@ -151,6 +152,22 @@ def test_an_ack_that_no_program_sees(script: Script) -> Test:
     rows = seen.rows(TRACE, script.client, data_bytes=777)
     assert hops(rows) == list(OUT)
     assert rows[-1]["since_us"] is None
+
+
+@recorded(TRACE)
+def test_a_fin_that_the_backlog_merges(script: Script) -> Test:
+    """While a process holds the socket, the kernel adds the FIN to the segment before it. It is no byte."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    place, acknowledged = made.near.sequence("send"), made.near.sequence("receive")
+    ends = (script.client.ipv4, made.local, script.server.ipv4, PORT)
+    with made.far.locked():
+        for flags in (ACK, FIN | ACK):
+            script.client.segment(*ends, sequence=place, acknowledged=acknowledged, flags=flags)
+    made.far.until_state("CLOSE_WAIT")
+    seen = yield
+    rows = [row for row in seen.rows(TRACE, script.server, seq=place.ret % (1 << 32)) if row["hop"] == "TCP"]
+    assert [(row["flags"], row["data_bytes"]) for row in rows] == [("FIN|ACK", 0)]
 
 
 @recorded(TRACE)

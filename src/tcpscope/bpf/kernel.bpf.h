@@ -427,6 +427,7 @@ struct tcp_skb_cb { /* include/net/tcp.h, in sk_buff.cb */
 	__u32 end_seq;
 	__u32 ack_seq;
 	__u16 tcp_gso_segs;
+	__u8 tcp_flags; /* of 16 bits since 6.15 */
 };
 
 struct sock_extended_err { /* include/uapi/linux/errqueue.h */

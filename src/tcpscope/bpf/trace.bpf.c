@@ -854,15 +854,20 @@ static __always_inline void unread_add(struct flow *flow, struct followed *follo
 	waiting_add(flow, followed, OF_READS);
 }
 
-/* TCP takes a segment of an established connection. It is about to handle what it says. */
+/*
+ * TCP takes a segment of an established connection. It is about to handle what it says. In the backlog another one, also with a FIN,
+ * may have been merged into it.
+ */
 static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 cookie, bool loops)
 {
-	__u32 seq = TCP_SKB_CB(skb)->seq, end_seq = TCP_SKB_CB(skb)->end_seq, ack = TCP_SKB_CB(skb)->ack_seq;
+	const struct tcp_skb_cb *said = TCP_SKB_CB(skb);
+	__u32 seq = said->seq, end_seq = said->end_seq, ack = said->ack_seq;
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
 	struct followed *followed = followed_now(skb);
 	struct flow *flow = flow_of(sk);
 	struct at at = at_hop(HOP_TCP);
 	struct packet packet = {};
+	__u16 fin = READ_ANY_WIDTH(said, tcp_flags) & TCP_FIN;
 
 	if (!flow) {
 		if (followed)
@@ -880,8 +885,9 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 		followed->sk = followed->owned = (__u64)sk;
 		at.sk = sk;
 		followed->piece.end_seq = end_seq;
+		followed->piece.flags |= fin;
 		hop_pass(followed, &at);
-		if (end_seq - seq == !!(followed->piece.flags & TCP_FIN)) /* no data */
+		if (end_seq - seq == !!fin) /* no data */
 			followed_delete(skb);
 		else if (is_after(end_seq, BPF_CORE_READ(tcp, rcv_nxt)))
 			unread_add(flow, followed);
