@@ -19,6 +19,7 @@ struct packet {
 	__u8 saddr[16], daddr[16];
 	__u16 sport, dport; /* 0: not known */
 	__u32 seq, ack;
+	__u32 at;      /* of the IP header, from skb->head */
 	__u32 bytes;   /* from the IP header on; 0: not known */
 	__u16 headers; /* bytes of the IP and TCP headers */
 	__u16 flags;   /* NO_FLAGS: not known */
@@ -41,19 +42,20 @@ static __always_inline void tcp_header_parse(const __u8 *header, __u32 before, s
 enum of_tcp { OF_TCP_NO, OF_TCP, OF_TCP_UNKNOWN };
 
 /*
- * Reads the headers of a packet. The kernel sets skb->protocol when it receives a packet, and
+ * Reads the headers of a packet, whose IP header is `at` bytes from skb->head. The kernel sets skb->protocol when it receives a packet, and
  * when it has added the IP header to one that it sends. The headers stay at skb->head when it removes them. Those of a
  * later fragment have no TCP header, and it may lie outside of the linear part of the packet. Nobody has tested yet that the IP
  * header is as long as it must be.
  */
-static __noinline enum of_tcp packet_read(struct sk_buff *skb, struct packet *packet)
+static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, struct packet *packet)
 {
 	__u8 headers[HEADERS_BYTES] __attribute__((aligned(8))) = {};
-	__u32 at = skb->network_header, end = skb->tail;
+	__u32 end = skb->tail;
 	__u64 length; /* of 64 bits, of which the verifier of 5.10 follows the bound */
 	struct header header = {};
 
 	packet->flags = NO_FLAGS;
+	packet->at = at;
 	if (at + IPV4_BYTES > end)
 		return OF_TCP_NO;
 	length = end - at;
@@ -96,6 +98,11 @@ static __noinline enum of_tcp packet_read(struct sk_buff *skb, struct packet *pa
 		tcp_header_parse(headers, header.at, packet);
 	}
 	return OF_TCP;
+}
+
+static __always_inline enum of_tcp packet_read(struct sk_buff *skb, struct packet *packet)
+{
+	return packet_read_at(skb, skb->network_header, packet);
 }
 
 #endif

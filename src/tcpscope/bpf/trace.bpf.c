@@ -496,7 +496,7 @@ static __always_inline __u32 length_of(struct sk_buff *skb, const struct packet 
 		return packet->bytes;
 	head = (__u64)BPF_CORE_READ(skb, head);
 	data = (__u64)BPF_CORE_READ(skb, data);
-	return skb->len - (head + skb->network_header - data);
+	return skb->len - (head + packet->at - data);
 }
 
 static __always_inline void piece_read(struct sk_buff *skb, const struct packet *packet, struct piece *piece)
@@ -611,6 +611,15 @@ static __always_inline void follow_on(struct flow *flow, int which, __u32 begins
 		flow->ends[which] = end_seq;
 }
 
+/*
+ * Is a packet that was followed to this hop the one that a device gets now? A packet that a device has received has skb_iif. Without
+ * it the skb is new, at an address whose last packet may have been the same: a keepalive, or a SYN-ACK that is sent again.
+ */
+static __always_inline bool may_be_queued(struct sk_buff *skb, enum hop hop)
+{
+	return hop == HOP_START_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
+}
+
 /* TCP, or who forwards, gives the packet to a device. A device may give it to another one. */
 static __noinline int queued(struct sk_buff *skb)
 {
@@ -626,8 +635,7 @@ static __noinline int queued(struct sk_buff *skb)
 		followed_delete(skb);
 		return 0;
 	}
-	if (followed && (!is_same(followed, &packet) ||
-			 (followed->piece.hop != HOP_START_XMIT && followed->piece.hop != HOP_RECEIVE))) {
+	if (followed && (!is_same(followed, &packet) || !may_be_queued(skb, followed->piece.hop))) {
 		followed_delete(skb);
 		followed = NULL;
 	}
@@ -772,10 +780,16 @@ static __noinline int driver_took(struct sk_buff *skb, struct net_device *device
 	return 0;
 }
 
-/* Is a packet that was followed to this hop the one that a device receives now? */
-static __always_inline bool may_arrive(enum hop hop)
+/* Is a packet that was followed to this hop the one that a device receives now? A second device of this host may (a bridge). */
+static __always_inline bool may_arrive(struct sk_buff *skb, enum hop hop)
 {
-	return hop == HOP_START_XMIT || hop == HOP_XMIT || hop == HOP_RECEIVE;
+	return hop == HOP_START_XMIT || hop == HOP_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
+}
+
+/* Of what a device receives the data begins at the IP header. Unless GRO has looked at it, skb->network_header is not set yet. */
+static __always_inline __u32 data_offset(struct sk_buff *skb)
+{
+	return BPF_CORE_READ(skb, data) - BPF_CORE_READ(skb, head);
 }
 
 /* A device receives a packet. It may be one that was sent on this host. It belongs to another connection now. */
@@ -790,7 +804,7 @@ static __noinline int received(struct sk_buff *skb)
 	bool chosen;
 	__u64 *sk;
 
-	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS) {
+	if (packet_read_at(skb, data_offset(skb), &packet) != OF_TCP || packet.flags == NO_FLAGS) {
 		if (followed)
 			followed_delete(skb);
 		return 0;
@@ -810,7 +824,7 @@ static __noinline int received(struct sk_buff *skb)
 			followed_delete(skb);
 		return 0;
 	}
-	if (followed && (!is_same(followed, &packet) || !may_arrive(followed->piece.hop)))
+	if (followed && (!is_same(followed, &packet) || !may_arrive(skb, followed->piece.hop)))
 		followed = NULL;
 	if (!followed)
 		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
