@@ -117,6 +117,37 @@ def test_a_socket_that_connects_again(script: Script) -> Test:
     assert {(row["rport"], row["pid"]) for row in rows} == {(7001, client.pid)}
 
 
+TUNNEL = """
+ip link add vx0 type vxlan id 7 dstport 4789 remote {peer} dev veth0 &&
+ip addr add {address}/24 dev vx0 && ip link set vx0 up && exit
+ip addr add {address}/24 dev veth0; exit 1
+"""
+
+
+@recorded(TRACE)
+def test_a_tunnel(script: Script) -> Test:
+    """Its device gives the packets to another one, as UDP. Where the kernel lacks vxlan, the addresses are on veth0."""
+    hosts = {script.client: "198.51.100.1", script.server: "198.51.100.2"}
+    made = [
+        host.exec("sh", "-c", TUNNEL.format(peer=host.peer.ipv4, address=address), may_fail=True)
+        for host, address in hosts.items()
+    ]
+    client, server = script.client.process("client"), script.server.process("server")
+    listener = server.listener(PORT, hosts[script.server])
+    near = client.socket()
+    near.connect(hosts[script.server], PORT)
+    far = listener.accept()
+    exchange(near, far)
+    exchange(near, far, 432)
+    seen = yield
+    device = "vx0" if [call.ret for call in made] == [0, 0] else VETH
+    out = seen.rows(TRACE, script.client, data_bytes=432)
+    into = seen.rows(TRACE, script.server, data_bytes=432)
+    assert (hops(out), hops(into)) == (list(OUT), list(IN))
+    assert [row["device"] for row in (*out[:-1], into[0])] == [device] * 4
+    assert [row["before"] for row in out] == [None, *OUT[:-1]]
+
+
 @recorded(TRACE)
 def test_a_reader_that_sleeps(script: Script) -> Test:
     """The packets wait at the socket. The second read takes two of them."""

@@ -23,6 +23,9 @@
 #define SEARCHED 16 /* of them that may be the packet of which a segment was cut: the newest */
 #define NESTED 4    /* devices that send through each other */
 #define BULK 16     /* packets that leave a queue discipline at once */
+#define MORE 64     /* and behind them: these are only counted */
+
+#define NETDEV_TX_BUSY 0x10 /* include/linux/netdevice.h */
 
 enum hop {
 	HOP_UNKNOWN,
@@ -173,6 +176,7 @@ struct {
 struct sending {
 	__u32 depth;
 	__u32 padding;
+	__u64 devices[NESTED];
 	struct followed packets[NESTED];
 };
 
@@ -747,13 +751,17 @@ static __noinline int driven(struct sk_buff *skb, struct net_device *device)
 		COUNT(missed);
 		return 0;
 	}
+	sending->devices[depth & (NESTED - 1)] = (__u64)device;
 	sending->packets[depth & (NESTED - 1)] = *followed;
 	sending->depth = depth + 1;
 	return 0;
 }
 
-/* The driver has taken it. The skb may have been freed, or be with its receiver. */
-static __noinline int driver_took(struct sk_buff *skb, struct net_device *device)
+/*
+ * The driver has taken it, or has no room: then it comes again. The skb may have been freed, or be with its receiver. The device of a
+ * tunnel gives it to another one, which does not see that it is TCP.
+ */
+static __noinline int driver_took(struct sk_buff *skb, struct net_device *device, int result)
 {
 	__u32 zero = 0, depth;
 	struct sending *sending = bpf_map_lookup_elem(&sendings, &zero);
@@ -764,9 +772,11 @@ static __noinline int driver_took(struct sk_buff *skb, struct net_device *device
 	if (!depth)
 		return 0;
 	sent = &sending->packets[(depth - 1) & (NESTED - 1)];
-	if (sent->skb != (__u64)skb)
+	if (sent->skb != (__u64)skb || sending->devices[(depth - 1) & (NESTED - 1)] != (__u64)device)
 		return 0;
 	sending->depth = depth - 1;
+	if (result >= NETDEV_TX_BUSY)
+		return 0;
 	at = at_hop(HOP_XMIT);
 	at.device = device;
 	at.sk = (struct sock *)sent->owned;
@@ -999,8 +1009,11 @@ int TRACEPOINT_PROG(dequeue, struct Qdisc *qdisc, struct netdev_queue *queue, in
 		outward(skb, skb->dev, HOP_DEQUEUE);
 		skb = skb->next;
 	}
-	if (skb && followed_find(skb))
-		COUNT(missed);
+	for (int i = 0; i < MORE && skb; i++) {
+		if (followed_find(skb))
+			COUNT(missed);
+		skb = skb->next;
+	}
 	return 0;
 }
 
@@ -1013,7 +1026,7 @@ int TRACEPOINT_PROG(start_xmit, struct sk_buff *skb, struct net_device *device)
 SEC("tp_btf/net_dev_xmit")
 int TRACEPOINT_PROG(xmit, struct sk_buff *skb, int result, struct net_device *device)
 {
-	return driver_took(skb, device);
+	return driver_took(skb, device, result);
 }
 
 SEC("tp_btf/netif_receive_skb")
