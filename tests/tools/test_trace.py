@@ -210,8 +210,15 @@ def test_a_qdisc_that_delays(script: Script) -> Test:
     made.near.send_all(2896)
     made.far.read(2896)
     made.near.until_acknowledged()
+    made.near.send_all(333)
+    made.far.read(333)
+    made.near.until_acknowledged()
     unshaped(script.client)
     seen = yield
+    small = seen.rows(TRACE, script.client, lport=made.local.ret, data_bytes=333)
+    taken = ["ENQUEUE"] if seen.machine.kernel.has_type("trace_event_raw_qdisc_enqueue") else []
+    assert hops(small)[: 4 + len(taken)] == ["QUEUE", *taken, "DEQUEUE", "START_XMIT", "XMIT"]
+    assert {row["device"] for row in small[: 4 + len(taken)]} == {VETH}
     rows = seen.rows(TRACE, script.client, lport=made.local.ret)
     whole = next(row for row in rows if row["data_bytes"] == 2896)  # its tail may be sent again meanwhile
     packet = [row for row in rows if row["packet"] == whole["packet"]]

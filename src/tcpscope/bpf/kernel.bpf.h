@@ -407,8 +407,17 @@ struct sk_buff {                /* include/linux/skbuff.h */
 	__u16 transport_header;
 	__u16 network_header;
 	unsigned int tail; /* of the linear part, from `head` */
+	unsigned int end;  /* where struct skb_shared_info is, from `head` */
 	unsigned char *head;
 	unsigned char *data;
+};
+
+struct skb_shared_info {         /* include/linux/skbuff.h */
+	unsigned short gso_size; /* of the data in a segment; 0: the packet is not cut */
+};
+
+struct netdev_queue { /* include/linux/netdevice.h */
+	struct net_device *dev;
 };
 
 struct rtable { /* include/net/route.h */

@@ -722,7 +722,7 @@ static __noinline struct followed *outward(struct sk_buff *skb, struct net_devic
 	struct followed *followed = followed_now(skb);
 	struct at at;
 
-	if (!followed && hop != HOP_ENQUEUE) /* then the skb may be gone, and its segments are in the queue */
+	if (!followed)
 		followed = segment_begin(skb);
 	if (!followed)
 		return NULL;
@@ -950,6 +950,14 @@ static __always_inline int state_changed(struct sock *sk, int state, bool loops)
 	return 0;
 }
 
+/* Does the packet have to be cut (GSO)? */
+static __always_inline bool is_large(struct sk_buff *skb)
+{
+	struct skb_shared_info *shared = (struct skb_shared_info *)(skb->head + skb->end);
+
+	return BPF_CORE_READ(shared, gso_size);
+}
+
 /* The skb is freed. A large packet is freed when its segments have been made. */
 static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 {
@@ -958,7 +966,7 @@ static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 
 	if (!followed)
 		return 0;
-	if (hop == HOP_CONSUMED && followed->piece.hop < HOP_START_XMIT)
+	if (hop == HOP_CONSUMED && followed->piece.hop < HOP_START_XMIT && is_large(skb))
 		hop = HOP_SEGMENTED;
 	at = at_hop(hop);
 	at.sk = (struct sock *)followed->owned;
@@ -971,7 +979,6 @@ static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 }
 
 struct Qdisc;
-struct netdev_queue;
 
 SEC("tp_btf/net_dev_queue")
 int TRACEPOINT_PROG(queue, struct sk_buff *skb)
@@ -979,14 +986,21 @@ int TRACEPOINT_PROG(queue, struct sk_buff *skb)
 	return queued(skb);
 }
 
+/* Without a lock, the queue discipline may have given the packet to another processor by now, and the skb may be gone. */
 OPTIONAL("when a queue discipline has taken a packet")
 SEC("tp_btf/qdisc_enqueue")
 int TRACEPOINT_PROG(enqueue, struct Qdisc *qdisc, struct netdev_queue *queue, struct sk_buff *skb)
 {
 	struct followed *followed = followed_find(skb);
+	struct at at;
 
-	if (followed)
-		outward(skb, skb->dev, HOP_ENQUEUE);
+	if (!followed || followed->piece.hop != HOP_QUEUE)
+		return 0;
+	at = at_hop(HOP_ENQUEUE);
+	at.device = BPF_CORE_READ(queue, dev);
+	at.sk = (struct sock *)followed->owned;
+	at.queue = skb->queue_mapping;
+	hop_pass(followed, &at);
 	return 0;
 }
 
