@@ -105,10 +105,11 @@ struct followed {
 
 /*
  * Inserted at the first hop. Deleted when the skb is freed, and when TCP or the application has taken all of it. A packet whose end no
- * tracepoint shows, such as one of the handshake, stays until its skb's address is used again.
+ * tracepoint shows, such as one of the handshake, stays until its skb's address is used again, or until there is no room: then the
+ * entry that was not used for the longest time gives way.
  */
 struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
 	__uint(max_entries, 16384);
 	__type(key, __u64); /* address of the skb */
 	__type(value, struct followed);
@@ -445,7 +446,8 @@ static __noinline struct flow *flow_add(struct sock *sk, const struct identity *
 	flow->taken[OF_READS] = BPF_CORE_READ(tcp, copied_seq);
 	flow->ends[OF_READS] = BPF_CORE_READ(tcp, rcv_nxt);
 	ends_of(id, &ends);
-	bpf_map_update_elem(&sockets, &ends, &key, BPF_ANY);
+	if (bpf_map_update_elem(&sockets, &ends, &key, BPF_ANY))
+		COUNT(table_full);
 	return flow;
 }
 
