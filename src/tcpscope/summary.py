@@ -26,7 +26,9 @@ MAX_KINDS = 65536
 
 _TIME = Column("time", "time", doc="when the interval or the run ended")
 _COUNT = Column("count", doc="rows")
-_LARGEST = Column("largest", "bool", doc="of the groups of this connection that with the largest 99th percentile")
+_LARGEST = Column(
+    "largest", "bool", nullable=True, doc="of the groups of this connection that with the largest 99th percentile"
+)
 TOTAL = Column("total", "bool", doc="over the whole run, not an interval")
 
 
@@ -38,7 +40,8 @@ class Summary:
     of   column in us whose distribution is shown; None: rows are only counted. An object whose groups are distributions
          makes it in the kernel (groups.py)
     sum  column whose sum is shown; only for objects that count in the kernel
-    of_one  columns that groups of one connection share: they stand together, and the largest is marked, not drawn
+    of_one  columns that groups of one connection share: they stand together, and the largest is marked, not drawn.
+            If --by leaves one of them out, a group is not of one connection, and none is marked
 
     The account counts the rows of all groups, also if --max-events prints fewer groups.
     """
@@ -116,7 +119,7 @@ class _Grouping(Run):
     ) -> None:
         super().__init__(columns, *sessions)
         self._names, self._of = names, of
-        self._marks = bool(of_one)
+        self._marks = bool(of_one) and set(of_one) <= set(names)
         self._of_one = [index for index, name in enumerate(names) if name in of_one]
         sums = [column.name for column in columns if column.name not in (*names, "time", "count", "largest", "total")]
         which = () if request.interval is None else ("total",)  # an interval and the total look alike without it
@@ -151,8 +154,11 @@ class _Grouping(Run):
         self._round += 1
         when = None if self._clock.mode == "none" else self._clock.read(monotonic_ns())
         ordered = groups.largest()
-        largest = self._by_connection(ordered) if self._marks else set()
-        rows = [self._make(kind, group, when, which == "total", kind in largest) for kind, group in ordered]
+        largest = self._by_connection(ordered) if self._marks else None
+        rows = [
+            self._make(kind, group, when, which == "total", None if largest is None else kind in largest)
+            for kind, group in ordered
+        ]
         return Batch(which, rows, self._round)
 
     def _by_connection(self, ordered: list[tuple[tuple[Any, ...], _Group]]) -> set[tuple[Any, ...]]:
@@ -168,7 +174,7 @@ class _Grouping(Run):
         firsts = {connection(kind): (kind, p99(group)) for kind, group in reversed(ordered)}
         return {kind for kind, longest in firsts.values() if longest}
 
-    def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool, largest: bool) -> Any:
+    def _make(self, kind: tuple[Any, ...], group: _Group, when: Any, total: bool, largest: bool | None) -> Any:
         values = (
             histogram.figures(group.values) if group.values else {column.name: group.sum for column in self.columns}
         )

@@ -25,9 +25,8 @@ from tests.tools.pair import exchange, pair
 PORT, SLOW_PORT, SUMMED_PORT = 6981, 6982, 6983
 TRACE = Watch("trace", "--port", f"{PORT}")
 SLOW = Watch("trace", "--port", f"{SLOW_PORT}", "--min", "100ms", every_kernel=False)
-SUMMED = Watch(
-    "trace", "--port", f"{SUMMED_PORT}", "--summary", "--by", "netns,direction,hop,lport", every_kernel=False
-)
+BY = "netns,direction,hop,laddr,lport,raddr,rport"
+SUMMED = Watch("trace", "--port", f"{SUMMED_PORT}", "--summary", "--by", BY, every_kernel=False)
 OUT = ("QUEUE", "START_XMIT", "XMIT", "ACKED")
 IN = ("RECEIVE", "TCP", "READ")
 VETH = "veth0"
