@@ -880,6 +880,16 @@ static __always_inline void unread_add(struct flow *flow, struct followed *follo
 	waiting_add(flow, followed, OF_READS);
 }
 
+/* A packet that comes to TCP, and that no hop has seen. Apart, as the stacks of all callers together have 512 bytes. */
+static __noinline struct followed *handled_begin(struct sk_buff *skb)
+{
+	struct packet packet = {};
+
+	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS)
+		return NULL;
+	return followed_add(skb, &packet, WAY_RECEIVED, 0);
+}
+
 /*
  * TCP takes a segment of an established connection. It is about to handle what it says. In the backlog another one, also with a FIN,
  * may have been merged into it.
@@ -892,7 +902,6 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 	struct followed *followed = followed_now(skb);
 	struct flow *flow = flow_of(sk);
 	struct at at = at_hop(HOP_TCP);
-	struct packet packet = {};
 	__u16 fin = READ_ANY_WIDTH(said, tcp_flags) & TCP_FIN;
 
 	if (!flow) {
@@ -904,8 +913,8 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 	follow_on(flow, OF_READS, BPF_CORE_READ(tcp, rcv_nxt), end_seq);
 	if (is_after(BPF_CORE_READ(tcp, snd_una), flow->taken[OF_ACKS])) /* by an ACK that no program has seen */
 		flow->taken[OF_ACKS] = BPF_CORE_READ(tcp, snd_una);
-	if (!followed && packet_read(skb, &packet) == OF_TCP && packet.flags != NO_FLAGS)
-		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
+	if (!followed)
+		followed = handled_begin(skb);
 	if (followed) {
 		followed->id = flow->id;
 		followed->sk = followed->owned = (__u64)sk;
