@@ -798,6 +798,17 @@ static __always_inline bool may_arrive(struct sk_buff *skb, enum hop hop)
 	return hop == HOP_START_XMIT || hop == HOP_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
 }
 
+/* The connection with these ends; 0: not known. Apart, as handled_begin() is. */
+static __noinline __u64 socket_with(const struct identity *id)
+{
+	struct ends ends;
+	__u64 *sk;
+
+	ends_of(id, &ends);
+	sk = bpf_map_lookup_elem(&sockets, &ends);
+	return sk ? *sk : 0;
+}
+
 /* Of what a device receives the data begins at the IP header. Unless GRO has looked at it, skb->network_header is not set yet. */
 static __always_inline __u32 data_offset(struct sk_buff *skb)
 {
@@ -812,9 +823,7 @@ static __noinline int received(struct sk_buff *skb)
 	struct at at = at_hop(HOP_RECEIVE);
 	struct packet packet = {};
 	struct identity id = {};
-	struct ends ends;
 	bool chosen;
-	__u64 *sk;
 
 	if (packet_read_at(skb, data_offset(skb), &packet) != OF_TCP || packet.flags == NO_FLAGS) {
 		if (followed)
@@ -825,9 +834,7 @@ static __noinline int received(struct sk_buff *skb)
 	id.netns = BPF_CORE_READ(device, nd_net.net, ns.inum);
 	chosen = filter_identity(&id);
 	if (chosen) {
-		ends_of(&id, &ends);
-		sk = bpf_map_lookup_elem(&sockets, &ends);
-		at.sk = sk ? (struct sock *)*sk : NULL;
+		at.sk = (struct sock *)socket_with(&id);
 		at.device = device;
 		chosen = is_owner_chosen(at.sk);
 	}
