@@ -51,6 +51,7 @@ OTHER_KINDS = {
     ("net", "net_cookie"): "an atomic64_t before 5.12: not read there",
     ("local_ports", "range"): "an array before 6.8: asked for before it is read",
     ("inet_sock", "local_port_range"): "a pair before 6.8: asked for before it is read",
+    ("tcp_skb_cb", "tcp_flags"): "16 bits since 6.15: read at any width",
 }
 """Fields whose kind or size may differ from ours, and why that does no harm."""
 
