@@ -19,7 +19,6 @@ struct packet {
 	__u8 saddr[16], daddr[16];
 	__u16 sport, dport; /* 0: not known */
 	__u32 seq, ack;
-	__u32 at;      /* of the IP header, from skb->head */
 	__u32 bytes;   /* from the IP header on; 0: not known */
 	__u16 headers; /* bytes of the IP and TCP headers */
 	__u16 flags;   /* NO_FLAGS: not known */
@@ -55,7 +54,6 @@ static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, stru
 	struct header header = {};
 
 	packet->flags = NO_FLAGS;
-	packet->at = at;
 	if (at + IPV4_BYTES > end)
 		return OF_TCP_NO;
 	length = end - at;

@@ -502,7 +502,7 @@ static __always_inline __u32 length_of(struct sk_buff *skb, const struct packet 
 		return packet->bytes;
 	head = (__u64)BPF_CORE_READ(skb, head);
 	data = (__u64)BPF_CORE_READ(skb, data);
-	return skb->len - (head + packet->at - data);
+	return skb->len - (head + skb->network_header - data);
 }
 
 static __always_inline void piece_read(struct sk_buff *skb, const struct packet *packet, struct piece *piece)
