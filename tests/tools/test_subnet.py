@@ -118,7 +118,8 @@ def test_looks_beside_ends(script: Script) -> Test:
     assert asked.ret == served.ret > 0
     assert totals(seen, OFTEN) == {"192.0.2.2": (asked.ret, 6000), "192.0.2.0/24": (6000, asked.ret)}
     stats = seen.run(OFTEN).stats
-    assert stats and stats["lost"] == stats["missed"] == stats["table_full"] == 0
+    assert stats and stats["lost"] == stats["table_full"] == 0
+    assert stats["missed"] <= seen.left_out_at_most
     assert stats["shown"] >= 4000
 
 
