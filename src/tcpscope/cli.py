@@ -299,7 +299,7 @@ class Command(Once):
     hints     an option that it does not have -> what to say to somebody who gives it; for flags of bcc's tools: bcc.py
     examples  command lines, without `tcpscope` -> what they do
     watches   it takes a command to watch, behind --
-    argument  what it takes beside its options
+    argument  its positional argument, such as FILE
     """
 
     def __init__(

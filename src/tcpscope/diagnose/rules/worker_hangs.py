@@ -15,8 +15,8 @@ from tcpscope.diagnose.wording import states_of
 
 LEAST = 5
 SECONDS = 5.0
-"""So many requests nobody has read for so long, and whoever sent them has gone. Many clients give up after five
-seconds; a process that is only slow reads one of them in that time."""
+"""So many clients have sent a request and closed, and the process has read nothing of it for so long. Many clients give
+up after five seconds; a process that is only slow reads one request in that time."""
 
 _LOOKED_SECONDS = 2.0
 """In the looks of this time nothing of it was read."""
