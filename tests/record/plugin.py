@@ -73,6 +73,8 @@ def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., N
             if found.failure:
                 pytest.fail(f"it could not be played: {found.failure}", pytrace=False)
             script.resolve(found)
+            if script.unmet:
+                pytest.fail("; ".join(script.unmet), pytrace=False)
             try:
                 played.send(Seen(recording, script))
             except StopIteration:
@@ -106,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 RECORDINGS = 6
-"""At most of one scenario, where the kernel runs no program at times."""
+"""At most of one scenario: where the kernel runs no program at times, or was not as supposed (Script.suppose)."""
 _chosen = pytest.StashKey[list[pytest.Item]]()
 _again = pytest.StashKey[list[str]]()
 
@@ -133,7 +135,7 @@ def compose(items: list[pytest.Item], folder: Path) -> None:
         watches: dict[Watch, None] = {}
         with (folder / str(number) / parts.SCRIPT).open("w") as file:
             for item in part:
-                script, test = how_of(item).begin(item.callspec.params if hasattr(item, "callspec") else {})
+                script, test = how_of(item).begin(parameters_of(item))
                 test.close()
                 watches |= dict.fromkeys(how_of(item).watches)
                 file.write(f"S {name_of(item)}\n{script.text}")
@@ -147,6 +149,10 @@ def how_of(item: pytest.Item) -> Recorded:
     assert marker is not None
     how: Recorded = marker.args[0]
     return how
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return dict(item.callspec.params) if hasattr(item, "callspec") else {}
 
 
 def built() -> Path:
@@ -167,7 +173,8 @@ def recordings(request: pytest.FixtureRequest) -> list[Recording]:
 
     A kernel without functions to hook may run no program in some of its tasks. What a softirq does that interrupts one
     of them, no tool sees. Whether that happened independent witnesses say (unseen.py), not the tool, and before
-    anything is asserted: a scenario to which it may have happened is played again, and the summary says so.
+    anything is asserted: a scenario to which it may have happened is played again, and the summary says so. So is one
+    in which the machine did not do what the scenario supposes.
     """
     if folder := request.config.getoption("--recording"):
         return read(folder)
@@ -178,19 +185,31 @@ def recordings(request: pytest.FixtureRequest) -> list[Recording]:
     for again in range(RECORDINGS):
         last = record(items, target / f"again-{again}" if again else target)
         made = [*last, *made]
-        items = [item for item in items if any(name_of(item) in _incomplete(item, part) for part in last)]
-        if not items:
+        why = {item: said for item in items if (said := [each for part in last for each in _flaws(item, part)])}
+        if not why:
             break
-        tasks = ", ".join(sorted({each.task for part in last for each in part.unseen}))
-        said = f"{len(items)} of {total} scenarios, since this kernel ran no program in {tasks}"
-        request.config.stash.setdefault(_again, []).append(said)
+        items = list(why)
+        reasons = "; ".join(sorted({said for each in why.values() for said in each}))
+        request.config.stash.setdefault(_again, []).append(f"{len(items)} of {total} scenarios, since {reasons}")
     (target / parts.RECORDED).touch()
     return made
 
 
-def _incomplete(item: pytest.Item, part: Recording) -> set[str]:
-    shows_discards = any(watch.argv[0] == "drop" for watch in how_of(item).watches)
-    return part.incomplete | part.without_discards if shows_discards else part.incomplete
+def _flaws(item: pytest.Item, part: Recording) -> list[str]:
+    """Why its scenario is played again, if it is in this part and that is needed."""
+    name, how = name_of(item), how_of(item)
+    if name not in part.scenarios:
+        return []
+    shows_discards = any(watch.argv[0] == "drop" for watch in how.watches)
+    if name in (part.incomplete | part.without_discards if shows_discards else part.incomplete):
+        tasks = ", ".join(sorted({each.task for each in part.unseen}))
+        return [f"this kernel ran no program in {tasks}"]
+    if part.scenarios[name].failure:
+        return []
+    script, test = how.begin(parameters_of(item))
+    test.close()
+    script.resolve(part.scenarios[name])
+    return script.unmet
 
 
 def record(items: list[pytest.Item], folder: Path) -> list[Recording]:

@@ -182,6 +182,7 @@ class Script:
         self._played: Any = None
         self._processes = 0
         self._tools = False
+        self._premises: list[tuple[Call, int, str]] = []
         self.client = Host(self, "client", 0)
         self.server = Host(self, "server", 1)
         self.client.peer, self.server.peer = self.server, self.client
@@ -240,6 +241,11 @@ class Script:
         self._processes += 1
         return self._processes - 1
 
+    def suppose(self, call: Call, ret: int, what: str) -> None:
+        """That the machine lets a call return this, which no tool has a hand in. What is played here is played again
+        if it did not, as `what` says."""
+        self._premises.append((call, ret, what))
+
     # When it has been played
 
     def resolve(self, played: Any) -> None:
@@ -251,6 +257,11 @@ class Script:
             raise ScriptError("it is asked before the yield what came of a call")
         came: Came = self._played.calls[number]
         return came
+
+    @property
+    def unmet(self) -> list[str]:
+        """Of what was supposed."""
+        return [what for call, ret, what in self._premises if call.ret != ret]
 
     def pid_of(self, process: int) -> int:
         if self._played is None:

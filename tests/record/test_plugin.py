@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.lacks import functions_cannot_be_hooked
+from tests.record.plugin import RECORDINGS
 from tests.record.recording import MISSED_AT_MOST
 
 FILE = """
@@ -185,6 +186,32 @@ def test_it_alone_is_played_again(tmp_path: Path, tree: Path) -> None:
     again = (tmp_path / "recording/again-1/1/script").read_text()
     assert [line for line in again.splitlines() if line.startswith("S ")] == ["S test_file.py::test_refused[7001]"]
     assert not (tmp_path / "recording/again-2").exists()
+
+
+SUPPOSES = """
+from tests.record import PORTS, Script, Test, Watch, recorded
+
+CONNECT = Watch("connect", "--port", PORTS)
+
+@recorded(CONNECT)
+def test_is_always_so(script: Script) -> Test:
+    script.suppose(script.client.counter("TcpRetransSegs"), 0, "something was sent again")
+    yield
+
+@recorded(CONNECT)
+def test_is_never_so(script: Script) -> Test:
+    script.suppose(script.client.counter("TcpRetransSegs"), 1, "nothing was sent again")
+    yield
+"""
+
+
+@pytest.mark.root
+def test_what_was_not_as_supposed_is_played_again(tmp_path: Path, tree: Path) -> None:
+    status, text = pytest_in(tmp_path, tree, text=SUPPOSES)
+    assert status == 1
+    assert "1 passed" in text and "1 failed" in text
+    assert "\nnothing was sent again\n" in text
+    assert text.count("PLAYED AGAIN 1 of 2 scenarios, since nothing was sent again") == RECORDINGS
 
 
 def test_only_the_script_is_written(tmp_path: Path, tree: Path) -> None:

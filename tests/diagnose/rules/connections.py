@@ -45,3 +45,8 @@ def findings(seen: Seen, script: Script) -> list[dict[str, Any]]:
     """All that `diagnose` found about the two hosts, of whatever rule."""
     inodes = {host.inode for host in script.hosts}
     return [each for each in seen.run(DIAGNOSE).summary["findings"] if each["facts"]["netns"] in inodes]
+
+
+def faults(seen: Seen, script: Script) -> list[dict[str, Any]]:
+    """Those above info. A machine with too much to do has packets overtake one another, and that is said."""
+    return [found for found in findings(seen, script) if found["severity"] != "info"]

@@ -9,7 +9,7 @@ import pytest
 
 from tcpscope.diagnose import Finding
 from tcpscope.diagnose.rules.window_limited import rule
-from tests.diagnose.rules.connections import connection, findings, track
+from tests.diagnose.rules.connections import connection, faults, track
 from tests.record import Call, Script, Seen, Socket, Test, recorded
 from tests.record.script import SOL_SOCKET
 from tests.tools.queue.refusals import DIAGNOSE
@@ -43,9 +43,9 @@ def transfer(script: Script, *, rcvbuf: int = 0, number: int = BYTES) -> tuple[S
 
 def only(seen: Seen, script: Script, delays: list[Call]) -> dict[str, Any]:
     if any(call.ret for call in delays):
-        assert findings(seen, script) == []  # the path is short
+        assert faults(seen, script) == []  # the path is short
     skip_without_netem(seen, delays)
-    (finding,) = findings(seen, script)
+    (finding,) = faults(seen, script)
     assert (finding["rule"], finding["severity"]) == ("window_limited", "warning")
     facts = finding["facts"]
     assert (facts["netns"], facts["count"]) == (script.client.inode, 1)
@@ -66,7 +66,7 @@ def test_a_receive_buffer_that_was_set(script: Script) -> Test:
 def test_buffers_that_the_kernel_sizes_are_no_fault(script: Script) -> Test:
     _, _, delays = transfer(script, number=60_000_000)
     seen = yield
-    assert findings(seen, script) == []
+    assert faults(seen, script) == []
     skip_without_netem(seen, delays)
 
 

@@ -157,11 +157,11 @@ class Site:
         for pair in self.pairs:
             if not pair.ended:
                 pair.end(first)
-        self._repeated = [host.counter("TcpRetransSegs") for host in self.script.hosts]
+        for host in self.script.hosts:  # a SYN is sent again after a second, whatever `route` says
+            self.script.suppose(host.counter("TcpRetransSegs"), 0, f"TCP of the {host.role} sent something again")
 
     def watched(self, seen: Seen) -> dict[Socket, Rows]:
         """Of each end the rows of its intervals, as WATCH saw them: they sum to its total, and nobody else has any."""
-        assert [call.ret for call in self._repeated] == [0, 0]
         ports, rows = {pair.port for pair in self.pairs}, rows_of(seen, WATCH)
         assert all((row["lport"] in PORTS) != (row["rport"] in PORTS) for row in rows)
         rows = [row for row in rows if {row["lport"], row["rport"]} & ports]
