@@ -143,6 +143,6 @@ def save(row: summary.Row) -> None:
 def close(made: Sequence[summary.Row], expected: Sequence[str] = ()) -> int:
     lines, good = summary.render(made, expected)
     if expected and (RESULTS / "where.md").exists():
-        lines = [*lines[:-1], "=== what ran where ===", *(RESULTS / "where.md").read_text().splitlines(), lines[-1]]
+        lines = ["=== what ran where ===", *(RESULTS / "where.md").read_text().splitlines(), *lines]
     print("", *lines, sep="\n", flush=True)
     return 0 if good else 1

@@ -9,6 +9,8 @@ from pathlib import Path
 from tests.kernels import HOST
 
 NOTHING = "no tests were collected"
+SHOWN = 200
+"""Characters of the reason of a failure."""
 RAN = ("passed", "failed", "xfailed")
 
 
@@ -139,7 +141,8 @@ def counts_line(row: Row) -> str:
 
 
 def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], bool]:
-    """Return the closing lines, and whether everything is well. The last line is the total of all rows."""
+    """Return the closing lines, and whether everything is well. At their end, which is seen first, are the total of all
+    rows and before it what failed."""
     lines: list[str] = []
     good = True
     for row in rows:
@@ -148,7 +151,6 @@ def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], boo
         lines.append(f"=== {title} ({row.release}{booted}): {counts_line(row)} ===")
         if row.problem:
             lines.append(f"  PROBLEM {row.problem}")
-        lines += [f"  FAILED {test.nodeid} - {test.reason}" for test in row.tests if test.outcome == "failed"]
         reasons = Counter(test.reason for test in row.tests if test.outcome == "skipped")
         lines += [f"  SKIPPED [{number}] {reason}" for reason, number in reasons.most_common()]
         good = good and row.good
@@ -166,6 +168,8 @@ def render(rows: Sequence[Row], expected: Sequence[str]) -> tuple[list[str], boo
     if expected:
         lines += ["=== the slowest tests ===", *slowest(rows)]
         lines += ["=== time of each row ===", *(f"  {row.total_s:6.0f} s  {row.name}" for row in rows)]
+    failed = [(row, test) for row in rows for test in row.tests if test.outcome == "failed"]
+    lines += [f"  FAILED {row.name}: {test.nodeid} - {test.reason[:SHOWN]}" for row, test in failed]
     total = Counter(test.outcome for row in rows for test in row.tests)
     passed = total["passed"] + total["xfailed"]
     lines.append(f"{passed} passed, {total['failed']} failed, {total['skipped']} skipped")
