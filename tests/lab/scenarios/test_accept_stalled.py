@@ -1,4 +1,4 @@
-"""A server is stopped: its clients connect, and nobody accepts them."""
+"""A server is stopped, or has no file descriptors left: its clients connect, and nobody accepts them."""
 
 import shlex
 import subprocess
@@ -28,4 +28,16 @@ def test_it_is_found(lab: Lab, run_tool: type[RunningTool], workers: int) -> Non
     assert facts["count"] == scenario.waiting(lab) > 0
     (command,) = (remedy["command"] for remedy in finding["remedies"])
     subprocess.run(shlex.split(command), check=True)
+    until(lambda: scenario.waiting(lab) == 0, "the server to go on")
+
+
+def test_more_file_descriptors_end_it(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = AcceptStalled(cause="files", clients=8)
+    _, found = diagnosed(scenario, lab, run_tool)
+    (finding,) = found
+    facts, (remedy,) = finding["facts"], finding["remedies"]
+    assert (finding["rule"], facts["stuck_pids"]) == ("accept_stalled", [scenario.server.pid])
+    assert facts["count"] == scenario.waiting(lab) == 8 - 1  # accept() had its descriptor before it waited
+    assert remedy["proposed"] == 2 * remedy["present"]
+    subprocess.run(shlex.split(remedy["command"]), check=True)
     until(lambda: scenario.waiting(lab) == 0, "the server to go on")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tcpscope.lab.hosts import Lab
@@ -53,9 +57,22 @@ def test_ends_by_timeout(lab: Lab, run_tool: type[RunningTool]) -> None:
 
 
 def test_orphans(lab: Lab, run_tool: type[RunningTool]) -> None:
-    (finding,) = findings(lab, run_tool, Orphans())
+    scenario = Orphans()
+    (finding,) = findings(lab, run_tool, scenario)
     assert (finding["rule"], finding["facts"]["count"]) == ("orphans", 20)
-    assert finding["remedies"][0]["proposed"] == 60
+    remedy = finding["remedies"][0]
+    assert (remedy["present"], remedy["proposed"]) == (300, 60)
+    subprocess.run(shlex.split(remedy["command"]), check=True, capture_output=True)
+    assert small_ones(lab) == 0
+    scenario.act(lab)
+    assert small_ones(lab) == 20
+
+
+def small_ones(lab: Lab) -> int:
+    """Timewait sockets of the server, in FIN_WAIT2 or TIME_WAIT."""
+    text = lab.server.run(Path("/proc/thread-self/net/sockstat").read_text)
+    (words,) = (line.split() for line in text.splitlines() if line.startswith("TCP:"))
+    return int(words[words.index("tw") + 1])
 
 
 def test_timewait_sockets_are_no_orphans(lab: Lab, run_tool: type[RunningTool]) -> None:

@@ -1,4 +1,7 @@
-"""The way back is missing: rp_filter is the finding, and not the connects that fail for it."""
+"""The way back is another one: rp_filter is the finding, and not the connects that fail for it."""
+
+import shlex
+import subprocess
 
 import pytest
 
@@ -18,3 +21,6 @@ def test_rp_filter_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert (finding["rule"], facts["netns"], facts["what"]) == ("rp_filter", lab.server.inode, "SYNs")
     assert facts["count"] == outcome.counters["TcpExtIPReversePathFilter"] >= 2 * scenario.clients
     assert facts["ports"] == {str(PORT): facts["count"]}
+    subprocess.run(shlex.split(finding["remedies"][0]["command"]), check=True, capture_output=True)
+    scenario.connect(1)
+    assert [client.errno for client in scenario.connected(1)] == [0]

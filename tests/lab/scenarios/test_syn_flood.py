@@ -1,9 +1,13 @@
 """The SYN queue: what is dropped, what gets a cookie, for each value of tcp_syncookies."""
 
+import shlex
+import socket
+import subprocess
+
 import pytest
 
 from tcpscope.lab.hosts import Lab
-from tcpscope.lab.scenario import Outcome
+from tcpscope.lab.scenario import PORT, Outcome
 from tcpscope.lab.scenarios.syn_flood import SynFlood
 from tests.conftest import RunningTool
 from tests.lab.families import KERNEL_FAMILIES
@@ -60,6 +64,19 @@ def test_diagnose_names_the_flood_and_not_the_full_queue(lab: Lab, run_tool: typ
     facts = finding["facts"]
     assert (finding["rule"], facts["kind"], facts["peers"]) == ("synack_unanswered", "flood", 6)
     assert facts["cookies"] == outcome.counters["TcpExtTCPReqQFullDoCookies"] == 64 - 6
+
+
+@pytest.mark.root
+def test_the_remedy_lets_clients_connect_in_a_flood(lab: Lab, run_tool: type[RunningTool]) -> None:
+    scenario = SynFlood(syncookies=0, repeats=2)
+    _, (finding,) = diagnosed(scenario, lab, run_tool)
+    remedy = finding["remedies"][0]
+    assert (remedy["name"], remedy["present"], remedy["proposed"]) == ("net.ipv4.tcp_syncookies", 0, 1)
+    subprocess.run(shlex.split(remedy["command"]), check=True, capture_output=True)
+    with lab.client.socket(socket.AF_INET) as client:
+        client.settimeout(10)
+        client.connect((lab.server.ipv4, PORT))
+    assert lab.server.counters()["TcpExtSyncookiesRecv"] == 1
 
 
 @pytest.mark.kernel

@@ -21,7 +21,11 @@ def report(what: str, **details: object) -> None:
 
 def serve(listener: socket.socket, closes: str, pause: float) -> None:
     while True:
-        connection, (_, port, *_) = listener.accept()
+        try:
+            connection, (_, port, *_) = listener.accept()
+        except OSError:  # EMFILE: there may be file descriptors again
+            time.sleep(0.1)
+            continue
         report("accepted", port=port)
         if closes == "unread":
             time.sleep(pause)
