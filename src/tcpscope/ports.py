@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from tcpscope.errors import NotPermittedError
 from tcpscope.filters import Filter, address_text
 from tcpscope.kernel import compiled_filter
 from tcpscope.namespaces import numbers, opened
-from tcpscope.schema import comm_text
+from tcpscope.schema import Layout, comm_text
 from tcpscope.session import Session, wait_for_programs
 
 _NAMESPACE, _BIND = 1, 2  # enum pool_kind
@@ -21,6 +22,7 @@ _PLACE = struct.Struct("<I")
 _SOCKETS = struct.Struct("<16i")
 _SPAN = struct.Struct("<QQQ16I")
 _PAIR = struct.Struct("<QQ")
+_NO_SOCKETS, _NO_SPANS = bytes(_SOCKETS.size), bytes(2 * _SPAN.size)
 _UNKNOWN = 2**32 - 1
 _SYN_SENT, _ESTABLISHED, _TIME_WAIT, _CLOSE = 2, 1, 6, 7  # enum tcp_state
 
@@ -122,14 +124,36 @@ def attach(filter: Filter, debug: bool = False) -> Session:
     )
 
 
+class _PoolBrief(NamedTuple):
+    """What a look asks of each pool: these fields of `struct pool`, which are not decoded."""
+
+    netns: int
+    kind: int
+    sockets: bytes
+    bound: int
+    pins: int
+    own: int
+    spans: bytes
+
+
+class _HolderBrief(NamedTuple):
+    """... and of each process that holds ports of one: fields of `struct pool_holder`."""
+
+    pool: int
+    ports: int
+    pins: int
+    failed_connects: bytes
+    failed_binds: bytes
+
+
 class Pools:
     """Takes snapshots of all pools. The caller must hold the session open."""
 
     def __init__(self, session: Session, filter: Filter, notes: list[str]) -> None:
         self._loaded, self._filter = session.loaded, filter
         self._epoch = session.loaded.memory("epoch").cast("I")
-        self._pools = _Places(session, "pools", "pool_places", "pool", "pool_key")
-        self._holders = _Places(session, "holders", "holder_places", "pool_holder", "holder_key")
+        self._pools = _Places(session, "pools", "pool_places", "pool", "pool_key", _PoolBrief)
+        self._holders = _Places(session, "holders", "holder_places", "pool_holder", "holder_key", _HolderBrief)
         self._reserved: dict[int, tuple[int, int]] = {}
         self._asks_owner = compiled_filter.asks_owner(filter)
         self._addresses = Filter(
@@ -153,41 +177,59 @@ class Pools:
                 notes.append("other network namespaces cannot be entered without CAP_SYS_ADMIN")
                 return
 
-    def look(self) -> list[Pool]:
-        """All pools that pass the filter and have a port in use, or failed calls; those nearest to their end first."""
+    def look(self, least: float = 0.0) -> list[Pool]:
+        """All pools that pass the filter and have a port in use, or failed calls; those nearest to their end first.
+
+        least  leave out those that use a smaller share of their range, unless calls have failed
+        """
         ended = self._epoch[0] & 1
         self._epoch[0] += 1
         wait_for_programs()  # one may still add to what has ended
-        places = self._pools.read()
-        holders: dict[int, list[Any]] = defaultdict(list)
-        for record in self._holders.read().values():
-            holders[record.pool].append(record)
+        places, holders = self._pools.read(), self._holders.read()
+        held: dict[int, list[int]] = defaultdict(list)
+        for at, holder in holders.items():
+            held[holder.pool].append(at)
         whole: dict[int, list[tuple[int, Any]]] = defaultdict(list)
-        pools: dict[bytes, list[tuple[int, Any]]] = defaultdict(list)
-        for place, record in places.items():
-            if record.kind == _NAMESPACE:
-                whole[record.netns].append((place, record))
+        pools: dict[bytes, list[int]] = defaultdict(list)
+        for place, pool in places.items():
+            if pool.kind == _NAMESPACE:
+                whole[pool.netns].append((place, self._pools.record(place)))
             else:
-                pools[self._pools.key(place)].append((place, record))
+                pools[self._pools.key(place)].append(place)
+        if least:
+            failing = {holder.pool for holder in holders.values() if _failed(holder, ended)}
+            ports = {netns: least * self._available(spaces) for netns, spaces in whole.items()}
+            pools = {
+                key: same
+                for key, same in pools.items()
+                if any(place in failing for place in same)
+                or _most_used([places[place] for place in same], whole) >= ports.get(places[same[0]].netns, 0)
+            }
         found = [
-            self._pool(same, whole[same[0][1].netns], [each for place, _ in same for each in holders[place]], ended)
+            self._pool(
+                [self._pools.record(place) for place in same],
+                whole[places[same[0]].netns],
+                [self._holders.record(at) for place in same for at in held[place]],
+                ended,
+            )
             for same in pools.values()
         ]
         self._forget(ended)
-        shown = [pool for pool in found if pool is not None]
+        shown = [pool for pool in found if pool is not None and (pool.failures or (pool.share or 0.0) >= least)]
         return sorted(shown, key=lambda pool: (-(pool.share or 0.0), -pool.used, pool.netns, pool.laddr))
 
-    def _pool(
-        self, places: list[tuple[int, Any]], spaces: list[tuple[int, Any]], holders: list[Any], ended: int
-    ) -> Pool | None:
-        """`places` have the same key; `spaces` are those of the namespace. A program may have made another one."""
+    def _available(self, spaces: list[tuple[int, Any]]) -> int:
+        """How many ports the range of a namespace has; 0: not known."""
+        return self._range(0, *max(spaces, key=lambda space: space[1].checked_ns)).available or 0
+
+    def _pool(self, records: list[Any], spaces: list[tuple[int, Any]], holders: list[Any], ended: int) -> Pool | None:
+        """`records` have the same key; `spaces` are those of the namespace. A program may have made another one."""
         opened, searches, search_ns, most_us = 0, 0, 0, 0
-        for place, each in places:
+        for each in records:
             span = _SPAN.unpack_from(each.spans, ended * _SPAN.size)
             opened, searches, search_ns = opened + span[0], searches + span[1], search_ns + span[2]
             most_us = max(most_us, *span[3:])
-            self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
-        record = places[0][1]
+        record = records[0]
         owners: Counter[_Who] = Counter()
         failing: Counter[_Who] = Counter()
         failures: dict[str, int] = {}
@@ -200,17 +242,17 @@ class Pools:
                     failing[who] += failed
         if not self._wants(record, holders):
             return None
-        states = tuple(map(sum, zip(*(_SOCKETS.unpack(each.sockets) for _, each in places), strict=True)))
-        own = sum(each.bound for _, each in places)
+        states = tuple(map(sum, zip(*(_SOCKETS.unpack(each.sockets) for each in records), strict=True)))
+        own = sum(each.bound for each in records)
         taken = sum(each.bound for _, each in spaces) if spaces else own
         used = own if record.kind == _BIND else sum(states) + taken
         if not (failures or opened or sum(states) or (record.kind == _BIND and own)):
             return None
         known = {who: number for who, number in owners.items() if who[0] and number > 0}
         whole = max(spaces, key=lambda space: space[1].checked_ns, default=None)
-        ranges = {each.own for _, each in places if each.own} | {0 for _, each in places if each.whole}
+        ranges = {each.own for each in records if each.own} | {0 for each in records if each.whole}
         own_range = max(ranges, default=0)
-        apart = len(ranges) > 1 or any(each.mixed for _, each in places)
+        apart = len(ranges) > 1 or any(each.mixed for each in records)
         return Pool(
             netns=record.netns,
             family=record.family,
@@ -260,17 +302,21 @@ class Pools:
         return (known[1] >> first & (1 << last - first + 1) - 1).bit_count()
 
     def _forget(self, ended: int) -> None:
-        """Free the places of what counts nothing and did nothing since the look before."""
-        idle = {place for place, record in self._holders.records.items() if _is_idle_holder(record)}
-        for place in self._holders.records.keys() - idle:
-            for name in ("failed_connects", "failed_binds"):
-                self._holders.clear(place, name, ended * 8, 8)
+        """Begin the next span, and free the places of what counts nothing and did nothing since the look before."""
+        holders, pools = self._holders.briefs, self._pools.briefs
+        idle = {place for place, holder in holders.items() if _is_idle_holder(holder)}
+        for place in holders.keys() - idle:
+            if _failed(holders[place], ended):
+                for name in ("failed_connects", "failed_binds"):
+                    self._holders.clear(place, name, ended * 8, 8)
+        for place, pool in pools.items():
+            if pool.spans != _NO_SPANS:
+                self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
         self._holders.free(idle, _is_idle_holder)
-        in_use = {record.pool for place, record in self._holders.records.items() if place not in idle}
-        pools = self._pools.records.items()
-        idle = {place for place, record in pools if place not in in_use and _is_idle_pool(record)}
-        spaces = {record.netns for place, record in pools if place not in idle}
-        idle -= {place for place, record in pools if record.kind == _NAMESPACE and record.netns in spaces}
+        in_use = {holder.pool for place, holder in holders.items() if place not in idle}
+        idle = {place for place, pool in pools.items() if place not in in_use and _is_idle_pool(pool)}
+        spaces = {pool.netns for place, pool in pools.items() if place not in idle}
+        idle -= {place for place in idle if pools[place].kind == _NAMESPACE and pools[place].netns in spaces}
         for place in idle:
             self._reserved.pop(place, None)
             self._loaded.remove("reserved", _PLACE.pack(place))
@@ -292,12 +338,25 @@ def _most(numbers: Mapping[_Who, int]) -> Owner | None:
     return None if who is None else Owner(*who, numbers[who])
 
 
-def _is_idle_holder(record: Any) -> bool:
-    return not (record.ports or record.pins or any(record.failed_connects) or any(record.failed_binds))
+def _most_used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]]) -> float:
+    """How many ports of a pool are in use, or more. One with a range of its own may be at its end with any number."""
+    if any(pool.own for pool in same):
+        return math.inf
+    used: int = sum(pool.bound + sum(_SOCKETS.unpack(pool.sockets)) for pool in same)
+    return used + sum(int(space.bound) for _, space in whole[same[0].netns])
 
 
-def _is_idle_pool(record: Any) -> bool:
-    return not (any(record.sockets) or any(record.spans) or record.bound or record.pins)
+def _failed(holder: _HolderBrief, ended: int) -> int:
+    """Calls of a process that found no port in the span that has ended."""
+    return int(_PAIR.unpack(holder.failed_connects)[ended] + _PAIR.unpack(holder.failed_binds)[ended])
+
+
+def _is_idle_holder(holder: _HolderBrief) -> bool:
+    return not (holder.ports or holder.pins or any(holder.failed_connects) or any(holder.failed_binds))
+
+
+def _is_idle_pool(pool: _PoolBrief) -> bool:
+    return not (pool.bound or pool.pins) and pool.sockets == _NO_SOCKETS and pool.spans == _NO_SPANS
 
 
 class _Places:
@@ -307,7 +366,7 @@ class _Places:
     program runs any more that may have found it. Numbers of places are one more than the index.
     """
 
-    def __init__(self, session: Session, name: str, places: str, layout: str, key: str) -> None:
+    def __init__(self, session: Session, name: str, places: str, layout: str, key: str, brief: Any) -> None:
         self._loaded = session.loaded
         self._name, self._places = name, places
         self._layout = session.spec.layout(layout, internal=True)
@@ -317,16 +376,21 @@ class _Places:
         self._number = session.spec.layout("place", internal=True)
         self._keys: dict[int, bytes] = {}
         self._apart: dict[int, bytes] = {}  # in use, but a program has made another place for the same key since
-        self.records: dict[int, Any] = {}
+        self._brief, self._unpack = brief, _unpacker(self._layout, brief._fields)
+        self.briefs: dict[int, Any] = {}
 
     def read(self) -> dict[int, Any]:
-        """Place -> its struct."""
+        """Place -> the fields that are asked of all of them."""
         found = self._loaded.entries(self._places, self._key_bytes, self._number)
         self._keys = {value.number: key for key, value in found} | self._apart
-        self.records = {place: self._at(place) for place in self._keys}
-        return self.records
+        self.briefs = {place: self._at(place) for place in self._keys}
+        return self.briefs
 
     def _at(self, place: int) -> Any:
+        return self._brief._make(self._unpack(self._memory, (place - 1) * self._layout.size))
+
+    def record(self, place: int) -> Any:
+        """The whole struct. To decode it takes ten times as long."""
         begin = (place - 1) * self._layout.size
         return self._decode(self._memory[begin : begin + self._layout.size])[0]
 
@@ -356,3 +420,12 @@ class _Places:
                 self._apart.pop(place, None)
             else:
                 self._apart[place] = self._keys[place]
+
+
+def _unpacker(layout: Layout, names: Sequence[str]) -> Callable[[memoryview, int], tuple[Any, ...]]:
+    """Reads these fields of a struct, which follow each other in it, from memory at an offset."""
+    form, end = "<", 0
+    for field in map(layout.field, names):
+        form += f"{field.offset - end}x{field.format}"
+        end = field.offset + field.size
+    return struct.Struct(form).unpack_from

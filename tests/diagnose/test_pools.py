@@ -41,3 +41,24 @@ def test_they_take_a_hundredth_and_come_every_five_seconds(
         source.poll()
         time.now_s += 1.0
     assert time.snapshots == pytest.approx(snapshots, abs=1)
+
+
+def test_after_the_first_snapshot_only_pools_that_are_near_their_end() -> None:
+    asked = []
+
+    class InUse:
+        least = 0.0
+
+        def poll(self) -> list[Any]:
+            asked.append(self.least)
+            row = SimpleNamespace(netns=1, family=4, laddr="a", raddr="b", rport=len(asked), used=1, failed=0)
+            return [SimpleNamespace(kind="snapshot", round=len(asked), rows=[row])]
+
+    source = Pools.__new__(Pools)
+    source.run, source._next_s, source._round = InUse(), 0.0, None  # type: ignore[assignment]
+    source.failed = {}
+    for _ in range(2):
+        source._take(source.run.poll())
+    assert asked == [0.0, pools.NEAR]
+    assert [key[-1] for key in source.first] == [1]
+    assert [row.rport for row in source.now] == [2]

@@ -636,3 +636,22 @@ def test_an_unknown_process_whose_calls_fail(monkeypatch: pytest.MonkeyPatch) ->
     (pool,) = pools.look()
     assert pool.failures == {"EADDRNOTAVAIL": 5}
     assert (pool.owner, pool.failing) == (None, Owner(None, None, None, 5))
+
+
+def test_only_those_near_their_end_and_those_whose_calls_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = Tables(monkeypatch)
+    pools = Pools(tables, Filter(), [])  # type: ignore[arg-type]
+    places = {b"namespace": 1, b"near": 2, b"far": 3, b"fails": 4, b"narrow": 5}
+    tables.maps["pool_places"] = {key: place.to_bytes(4, "little") for key, place in places.items()}
+    tables.maps["reserved"][(1).to_bytes(4, "little")] = bytes(65536 // 8)
+    tables.write("pools", "pool", 1, kind=1, netns=1, range=1099 << 16 | 1000, checked_ns=1)
+    for place, established in ((2, 50), (3, 49), (4, 1), (5, 1)):
+        sockets = struct.pack("<2i", 0, established)
+        spans = struct.pack("<Q", 7)
+        tables.write("pools", "pool", place, kind=3, family=4, netns=1, rport=place, sockets=sockets, spans=spans)
+    tables.write("pools", "pool", 5, own=1000 << 16 | 1000)
+    tables.maps["holder_places"][b"holder"] = (1).to_bytes(4, "little")
+    tables.write("holders", "pool_holder", 1, pool=4, ports=1, failed_connects=struct.pack("<2Q", 5, 0))
+    assert [(pool.rport, pool.share) for pool in pools.look(least=0.5)] == [(5, 1.0), (2, 0.5), (4, 0.01)]
+    pools.look()
+    assert [(pool.rport, pool.opened) for pool in pools.look()] == [(5, 0), (2, 0), (3, 0), (4, 0)]

@@ -15,13 +15,16 @@ _INTERVAL_SECONDS = 1.0
 _SHARE = 100  # snapshots take at most this part of one processor,
 _PAUSE_AT_MOST_SECONDS = 5.0  # unless the pause between two were longer; what fails meanwhile is counted in the kernel
 _POOLS_AT_MOST = 1024
+NEAR = 0.5
+"""From here on connect() has tried every second port in vain, and looks through the others, too."""
 
 
 class Pools:
     """A source.
 
-    now     the rows of the last snapshot, those nearest to their end first: the columns of `ports`
-    first   key of a pool -> its row when it was first seen
+    now     rows of the last snapshot, those nearest to their end first: the columns of `ports`. After the first one
+            only those near to it, and those whose calls have failed
+    first   key of a pool -> its row in the first snapshot
     failed  key of a pool -> (errno, PID, name) -> calls that found no port; the process whose calls failed most in a
             snapshot stands for all of that snapshot
     at_failure  key of a pool -> its row in the last snapshot in which calls failed
@@ -43,7 +46,7 @@ class Pools:
         self.first: dict[tuple[Any, ...], Any] = {}
         self.failed: dict[tuple[Any, ...], dict[tuple[str, int | None, str | None], Tally]] = {}
         self.at_failure: dict[tuple[Any, ...], Any] = {}
-        self._round = -1
+        self._round: int | None = None
         self._next_s = 0.0
 
     def poll(self) -> None:
@@ -78,12 +81,13 @@ class Pools:
         for batch in batches:
             if batch.kind != "snapshot":
                 continue
+            if self._round is None:
+                self.first = {self.key(row): row for row in batch.rows}
+                self.run.least = NEAR  # type: ignore[attr-defined]
             if batch.round != self._round:
                 self.now, self._round = [], batch.round
             self.now += batch.rows
             for row in batch.rows:
-                if len(self.first) < _POOLS_AT_MOST:
-                    self.first.setdefault(self.key(row), row)
                 if row.failed and len(self.failed) < _POOLS_AT_MOST:
                     calls = self.failed.setdefault(self.key(row), {})
                     self.at_failure[self.key(row)] = row

@@ -10,13 +10,13 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, process, processes, service
 from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.pools import NEAR
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import in_netns, is_in
 from tcpscope.kernel import pidns
 from tcpscope.output import endpoint
 
-HALF = 50.0
-"""From here on connect() has tried every second port in vain, and looks through the others, too."""
+HALF = 100 * NEAR
 
 LEAST_USED = 16
 """A socket with a narrow IP_LOCAL_PORT_RANGE fills it at once, as it was told to."""
@@ -35,12 +35,12 @@ class NoLocalPorts(Rule):
     def check(self, seen: Evidence) -> Iterator[Finding]:
         for key, failures in seen.ports.failed.items():
             row = seen.ports.at_failure[key]
-            yield self._finding(row, seen.ports.first.get(key, row), failures)
+            yield self._finding(row, seen.ports.first.get(key), failures)
         nearest = takewhile(lambda row: (row.percent or 0) >= HALF, seen.ports.now)  # to their end: they come first
         for row in filter(_is_short, nearest):
             key = seen.ports.key(row)
             if key not in seen.ports.failed:
-                yield self._finding(row, seen.ports.first.get(key, row), {})
+                yield self._finding(row, seen.ports.first.get(key), {})
 
     def _finding(self, row: Any, first: Any, failures: _Failures) -> Finding:
         failed = sum(tally.count for tally in failures.values())
@@ -150,8 +150,8 @@ def _observed(row: Any, first: Any, failures: _Failures) -> Iterator[str]:
     yield f"{row.used}{of} local ports{places} are in use: {', '.join(states)}"
     if row.held:
         yield f"{row.comm} (PID {row.pid}) holds {row.held} of them"
-    if row.used > first.used:
-        yield f"{row.used - first.used} more than in the first snapshot"
+    if (more := row.used - (first.used if first else 0)) > 0:
+        yield f"{more} more than in the first snapshot"
     if (row.search_max_us or 0) >= _LONG_SEARCH_US:
         yield f"connect() looked for a port for up to {row.search_max_us} us in a second"
 
