@@ -335,7 +335,8 @@ class Snapshots:
         parents: dict[_Key, set[int]] = defaultdict(set)
         inside: dict[_Key, set[int]] = defaultdict(set)
         wanted = set()
-        for piece in self._session.loaded.iterate("seed"):
+        seeded, self._session.seeded = self._session.seeded, None  # just now, with others
+        for piece in [seeded.output] if seeded else self._session.loaded.iterate("seed"):
             for row in self._decode_holders(piece):
                 key = row.socket, row.since_ns
                 holders[key].add(Holder(row.pid, comm_text(row.comm), row.uid, row.fd))
@@ -345,7 +346,7 @@ class Snapshots:
                 if row.wanted:
                     wanted.add(key)
         known = set(holders)
-        if not pidns.inner():
+        if not pidns.inner() and not seeded:
             known |= {(record.socket, record.since_ns) for record in records}
         before, self._holders = (
             self._holders,
@@ -358,7 +359,7 @@ class Snapshots:
         )
         if self._holders != before:
             self._idle.clear()
-        took_s = time.thread_time() - began
+        took_s = seeded.took_s if seeded else time.thread_time() - began
         self.walked_s += took_s
         self._next_walk = time.monotonic() + WALK_SHARE * took_s
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from tcpscope.errors import NotPermittedError
 from tcpscope.filters import Filter, address_text
 from tcpscope.kernel import compiled_filter
+from tcpscope.kernel.walk import Walk
 from tcpscope.namespaces import numbers, opened
 from tcpscope.schema import Layout, comm_text
 from tcpscope.session import Session, wait_for_programs
@@ -159,12 +160,11 @@ class Pools:
         self._addresses = Filter(
             netns=filter.netns, family=filter.family, rport=filter.rport, laddr=filter.laddr, raddr=filter.raddr
         )
-        self._find(notes)
+        Walk.look(self._loaded, "held", lambda walked: self._find(notes))
 
     def _find(self, notes: list[str]) -> None:
-        """The first picture. Sockets with a process first, so that they have an owner."""
+        """The rest of the first picture. Sockets with a process come first, so that they have an owner."""
         wanted = self._filter.netns
-        self._loaded.run("held")
         for descriptor in opened(wanted, notes):
             try:
                 for _ in self._loaded.iterate("existing", descriptor):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -23,12 +24,14 @@ from tcpscope.kernel.features import Kernel, can_read_maps_without_privilege, dr
 from tcpscope.kernel.loaded import Loaded, Setup
 from tcpscope.kernel.ring import Ring
 from tcpscope.kernel.spec import Spec
+from tcpscope.kernel.walk import Walk, Walked
 from tcpscope.schema import Layout
 
 RING_BYTES, RING_BYTES_AT_MOST = 4 << 20, 1 << 30
 POLL_SECONDS = 0.1
 _GRACE_SECONDS = 0.05  # longer than any program runs
 READY_FD = "TCPSCOPE_READY_FD"
+_SEED = "seed"  # the iterator over open files, of those with the role "seeds"
 _NO_PLACE = {
     errno.E2BIG: "it holds as many sockets as it has room for",
     errno.ENOMEM: "the kernel had no memory for an entry at that moment",
@@ -130,6 +133,7 @@ class Session:
             keys=({compiled_filter.LISTS: compiled_filter.keys(filter)} if filters(self.spec) else {}) | (keys or {}),
             stacks=stacks or {},
             skip=frozenset(skip),
+            seed_once=Walk.is_shared(),
             debug=debug,
         )
         if self.spec.counts:
@@ -160,7 +164,8 @@ class Session:
             self._counters = Counters(self.loaded)
             self._ring = Ring(self.loaded.map_fd(self.spec.ring), self.layout.size) if self.layout else None
             self._held_back = self.loaded.memory("holds").cast("Q") if self.holds_back else None
-            self.loaded.seed_again()
+            if _SEED in self.spec.role("seeds"):
+                Walk.look(self.loaded, _SEED, partial(self._seeded, Walk.is_shared()))
         except BaseException:
             self.close()
             raise
@@ -186,6 +191,15 @@ class Session:
             self._released = True
             self._owned = self._of_owners()
             self.owners.release()
+
+    seeded: Walked | None = None
+    """What the seed has written, if it was run with that of others."""
+
+    def _seeded(self, shared: bool, walked: Walked) -> None:
+        self.seeded = walked if shared else None
+        self.loaded.seed_counts(True)
+        self.loaded.run_role("seeds", but=_SEED)
+        self.loaded.seed_counts(False)
 
     _ring: Ring | None = None
     _held_back: memoryview | None = None
@@ -306,6 +320,9 @@ class Owners:
         self._key = key
         self._users = 0
         self._counters = Counters(loaded)
+        self._seeded = 0
+
+    def _note_seeded(self, walked: Walked) -> None:
         self._seeded = self._counters.read()["table_full"]
 
     @classmethod
@@ -330,8 +347,9 @@ class Owners:
         )
         loaded = Loaded(Spec.of("owner"), kernel, setup)
         try:
-            loaded.seed_again()
-            return cls(key, loaded)
+            found = cls(key, loaded)
+            Walk.look(loaded, _SEED, found._note_seeded)
+            return found
         except BaseException:
             loaded.close()
             raise

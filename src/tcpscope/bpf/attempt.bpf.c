@@ -423,21 +423,25 @@ static long flush_entry(struct bpf_map *table, const __u64 *key, struct connecti
 ROLE("flushes")
 FOR_EACH_CONNECTION(flush, flush_entry)
 
+static __always_inline void attempt_seed(struct task_struct *task, struct file *file)
+{
+	struct connection *connection = connection_seed(task, file, STATE_SYN_SENT);
+
+	if (connection && connection->role == ROLE_ACTIVE && !connection->scratch.stage) {
+		connection->scratch.stage = STAGE_OPEN;
+		connection->scratch.stale_soft_error =
+			BPF_CORE_READ(tcp_sock_of_file(file), sk_err_soft); /* perhaps an earlier attempt's */
+	}
+}
+
 ROLE("seeds")
 SEC("iter/task_file")
 int seed(struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
-	struct connection *connection;
 
-	if (!task || !file)
-		return 0;
-	connection = connection_seed(task, file, STATE_SYN_SENT);
-	if (connection && connection->role == ROLE_ACTIVE && !connection->scratch.stage) {
-		connection->scratch.stage = STAGE_OPEN;
-		connection->scratch.stale_soft_error =
-			BPF_CORE_READ(tcp_sock_of_file(file), sk_err_soft); /* perhaps an earlier attempt's */
-	}
-	return 0;
+	if (task && file)
+		attempt_seed(task, file);
+	return walk_on(ctx);
 }

@@ -197,6 +197,17 @@ static __noinline int destroyed(struct sock *sk)
 
 #include "destroy.bpf.h"
 
+static __always_inline void listener_seed(struct bpf_iter__task_file *ctx, struct task_struct *task, struct file *file)
+{
+	struct sock *sk = tcp_sock_of_file(file);
+
+	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
+		return;
+	connection_seed(task, file, STATE_LISTEN);
+	cookie_give(file, STATE_LISTEN);
+	holder_write(ctx->meta->seq, task, sk, ctx->fd);
+}
+
 /*
  * Seeds the listeners that are older than the tool, and writes a record for each process that holds a listener, in all
  * network namespaces.
@@ -207,17 +218,10 @@ int seed(struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
-	struct sock *sk;
 
-	if (!task || !file)
-		return 0;
-	sk = tcp_sock_of_file(file);
-	if (!sk || BPF_CORE_READ(sk, __sk_common.skc_state) != STATE_LISTEN)
-		return 0;
-	connection_seed(task, file, STATE_LISTEN);
-	cookie_give(file, STATE_LISTEN);
-	holder_write(ctx->meta->seq, task, sk, ctx->fd);
-	return 0;
+	if (task && file)
+		listener_seed(ctx, task, file);
+	return walk_on(ctx);
 }
 
 #include "refused.bpf.h"

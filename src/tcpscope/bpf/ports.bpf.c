@@ -1014,29 +1014,34 @@ static __noinline int found(struct sock *sk, struct connection *connection, __u8
 	return chosen_by_connect(bucket) ? chosen((__u64)sk, connection, state) : bound((__u64)sk, connection, state);
 }
 
+static __always_inline void held_by(struct task_struct *task, struct file *file)
+{
+	struct sock *sk = tcp_sock_of_file(file);
+	struct connection *connection;
+	__u8 state;
+
+	if (!sk)
+		return;
+	state = BPF_CORE_READ(sk, __sk_common.skc_state);
+	if (connection_find(sk) || !counts(sk, state))
+		return;
+	connection = connection_find_or_add(sk);
+	if (!connection)
+		return;
+	owner_of_task(task, &connection->opener);
+	found(sk, connection, state);
+}
+
 /* The sockets that processes have open. Those that are only bound are found here alone. */
 SEC("iter/task_file")
 int held(struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
 	struct file *file = ctx->file;
-	struct connection *connection;
-	struct sock *sk;
-	__u8 state;
 
-	if (!task || !file)
-		return 0;
-	sk = tcp_sock_of_file(file);
-	if (!sk)
-		return 0;
-	state = BPF_CORE_READ(sk, __sk_common.skc_state);
-	if (connection_find(sk) || !counts(sk, state))
-		return 0;
-	connection = connection_find_or_add(sk);
-	if (!connection)
-		return 0;
-	owner_of_task(task, &connection->opener);
-	return found(sk, connection, state);
+	if (task && file)
+		held_by(task, file);
+	return walk_on(ctx);
 }
 
 /* Of the others: sockets that no process has open any more. */

@@ -15,6 +15,7 @@ from tcpscope.diagnose.sockets import Mark, Sockets
 from tcpscope.diagnose.tallies import Groups
 from tcpscope.errors import UnsupportedError, UsageError
 from tcpscope.kernel.features import Kernel
+from tcpscope.kernel.walk import Walk
 from tcpscope.request import Request
 from tcpscope.run import Run
 from tcpscope.session import Stats
@@ -76,13 +77,14 @@ class Evidence:
         kernel = Kernel()
         try:
             kernel.hold()
-            for name in needed:
-                try:
-                    self._sources[name] = _SOURCES[name](request, marks)
-                except (UnsupportedError, UsageError) as error:
-                    self.lacking[name] = str(error)
-                else:
-                    setattr(self, name, self._sources[name])
+            with Walk():
+                for name in needed:
+                    try:
+                        self._sources[name] = _SOURCES[name](request, marks)
+                    except (UnsupportedError, UsageError) as error:
+                        self.lacking[name] = str(error)
+                    else:
+                        setattr(self, name, self._sources[name])
             self.rules = [rule for rule in asked if not self.lacking.keys() & set(rule.needs)]
             """Those that have what they need."""
             self.left_out = [rule for rule in asked if rule not in self.rules]

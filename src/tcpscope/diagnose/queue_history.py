@@ -11,6 +11,7 @@ from typing import Any
 
 from tcpscope import listeners
 from tcpscope.kernel import netns, pidns
+from tcpscope.kernel.walk import Walk
 from tcpscope.listeners import LISTENERS_AT_MOST, Key, Listener, NamespaceKey, Snapshots
 from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
@@ -391,7 +392,7 @@ class QueueHistory:
             self._next_s = 0.0
             self._refused_before = 0  # of the time that the rules look at no more
             self._forgotten = 0  # listeners that are gone and about which there is nothing to report
-            self._look()
+            Walk.after(self._look)
 
     def poll(self) -> None:
         """The look comes first: an event of a listener without a history belongs to nothing."""

@@ -40,6 +40,7 @@ _LEAST_ENTRIES = 1024
 _CLOCK_MONOTONIC_COARSE = 6  # it ticks with the jiffies: hrtimer_get_res() returns KTIME_LOW_RES
 _NO_PREALLOC, _MMAPABLE = 1, 1 << 10  # BPF_F_NO_PREALLOC, BPF_F_MMAPABLE
 _NOEXIST = 1  # BPF_NOEXIST
+_NEXT_WALKER = "next_walker"  # connection.bpf.h
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Setup:
     stacks     values of stacks, by name, pushed before a program is attached; the last one is the top
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
-    seed_once  do not seed before the hooks are attached: nobody uses the object before `seed_again()`
+    seed_once  do not seed before the hooks are attached: nobody uses the object before it is seeded after that
     debug      print the messages of libbpf and the verifier's log on stderr
     """
 
@@ -421,18 +422,33 @@ class Loaded:
         for _ in self.iterate(hook):
             pass
 
-    def run_role(self, role: str) -> None:
-        """Run the iterators that have this role."""
+    def run_role(self, role: str, but: str = "") -> None:
+        """Run the iterators that have this role, but for one hook."""
         for hook in self.hooks.values():
-            if hook.program and hook.program.name in self.spec.role(role):
+            if hook.program and hook.program.name in self.spec.role(role) and hook.name != but:
                 self.run(hook.name)
 
-    def seed_again(self) -> None:
-        """Run the seed again, for sockets that were made while hooks were attached. It counts those without a place."""
-        counts = self.memory("seed_counts") if "seed_counts" in self.spec.variables else bytearray(1)
-        counts[0] = 1
-        self.run_role("seeds")
-        counts[0] = 0
+    def seed_counts(self, counts: bool) -> None:
+        """Whether the seed counts the sockets without a place: when it runs the last time, with all hooks attached."""
+        if "seed_counts" in self.spec.variables:
+            self.memory("seed_counts")[0] = counts
+
+    def walk_on(self, other: Loaded, hook: str) -> bool:
+        """Let `hook` of another object see each open file that an iterator of this one sees. False: it cannot."""
+        program = other.hooks[hook].program
+        if _NEXT_WALKER not in self.spec.maps or program is None:
+            return False
+        descriptor = ffi.new("int *", lib.bpf_program__fd(other._programs[program.name]))
+        return bool(lib.bpf_map_update_elem(self.map_fd(_NEXT_WALKER), ffi.new("uint32_t *"), descriptor, 0) == 0)
+
+    def walk_alone(self) -> None:
+        """From now on no other object sees what an iterator of this one sees."""
+        if _NEXT_WALKER in self.spec.maps:
+            lib.bpf_map_delete_elem(self.map_fd(_NEXT_WALKER), ffi.new("uint32_t *"))
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._object != ffi.NULL)
 
     def program_info(self) -> dict[str, tuple[int, int, int]]:
         """Program -> run time in ns, runs (both 0 unless kernel.bpf_stats_enabled), skipped runs.
