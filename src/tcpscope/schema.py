@@ -268,7 +268,7 @@ def _leaf(
     if isinstance(type_, B.Array) and "kind" not in tags:
         tags["kind"] = "comm"  # text, up to its first NUL
     elif type_.kind is B.Kind.PTR and "kind" not in tags:
-        tags["kind"] = "function"  # an address
+        tags["kind"] = "pointer"
     size = btf.size_of(type_id)
     if tags.get("kind") == "address" and size not in (4, 16):
         raise BtfError(f"field '{member.name}' is an address of {size} bytes", "an address has 4 or 16")
@@ -537,6 +537,8 @@ class Decoder:
             return lambda v: [frame(a) for a in struct.unpack(f"<{len(v) // 8}Q", v) if a]
         if field.kind == "function":
             return self._frame
+        if field.kind == "pointer":
+            return hex
         if field.kind == "tcp_flags":
             return tcp_flags_text
         if field.labels is not None:

@@ -13,6 +13,7 @@ from tcpscope.errors import RefusedError, UnsupportedError, UsageError, did_you_
 from tcpscope.filters import Filter, address_bytes
 from tcpscope.kernel import btf as B
 from tcpscope.kernel.spec import PERF_EVENT_ARRAY, RINGBUF, Spec
+from tcpscope.kernel.symbols import kernel_symbols
 from tcpscope.own import refusal
 from tcpscope.request import Option, Request
 from tcpscope.run import Batch, Run, Streaming
@@ -92,6 +93,11 @@ class OwnProgram(Stream):
         common = self.spec.btf.size_of(first.type_id) if _is_ours(self.spec, self.spec.btf.struct(self.event)) else 0
         return tuple(field.name for field in self.layout.fields if field.offset >= common)
 
+    def frame(self, request: Request) -> Callable[[int], str]:
+        """With names of functions, if the struct has some: KIND("function"), KIND("stack")."""
+        named = any(field.kind in ("function", "stack") for field in self.layout.fields)
+        return kernel_symbols().name if named else hex
+
     def open(self, request: Request) -> Run:
         check_sections(self.spec)
         self.choose(request)
@@ -131,7 +137,7 @@ class OwnProgram(Stream):
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         with closed_on_error(self.session(request)) as session:
             assert session.layout is not None
-            decoder = session.layout.select(names).decoder(clock)
+            decoder = session.layout.select(names).decoder(clock, frame=self.frame(request))
             run = OwnRun(session, decoder, request, None if filters(self.spec) else request.filter)
             run.important = tuple(dict.fromkeys((*self._added, *_IMPORTANT)))
             return run
@@ -157,9 +163,9 @@ class OwnRun(Streaming):
             self._matches = lambda row: wanted.matches(_comparable(row, names))
         if not self._counts:
             self.notes.append(f"what is lost is not known: '{session.spec.name}' does not count it (event.bpf.h would)")
-        for program in session.spec.programs:
-            if program.type.partition(".")[0] == "iter" and not program.role:
-                self.notes.append(f"the iterator '{program.name}' is not run: ROLE(\"seeds\") runs it at the start")
+        for name, (first, *_) in session.spec.hooks.items():
+            if first.type.partition(".")[0] == "iter" and not first.role and name in session.loaded.hooks:
+                self.notes.append(f"the iterator '{name}' is not run: ROLE(\"seeds\") runs it at the start")
 
     def _batch(self, records: memoryview) -> Batch:
         rows = self._decode(records)
