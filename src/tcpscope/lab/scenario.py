@@ -62,15 +62,20 @@ class Listener:
     send_q: int
 
 
+NOBODY_LISTENS = Listener("", 0, 0, 0, "", 0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Client:
-    """One connection, as its application saw it: the errno of connect(), and of the calls after it."""
+    """One connection, as its application saw it: the errno of connect() and of the calls after it, and how long
+    connect() and the end took."""
 
     number: int
     local_port: int
     errno: int
     connect_seconds: float
     finish_errno: int | None = None
+    finish_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class Scenario:
         self.steps: list[Step] = []
         self.on_step: Callable[[Step], None] = lambda step: None
         self._clients: dict[int, Client] = {}
+        self._listener = NOBODY_LISTENS
 
     @classmethod
     def name(cls) -> str:
@@ -240,7 +246,7 @@ class Scenario:
 
     def _tell_of(self, server: Program) -> None:
         does = {None: "never accepts", "first": "accepts, closes first", "second": "accepts, closes second"}
-        does["unread"] = "accepts, closes"
+        does |= {"unread": "accepts, closes", "half": "accepts, shuts down first"}
         config = self._config
         where, what = endpoint(str(config["address"]), PORT), does[config["closes"]]
         self.step("server", f"listen(fd, {config['backlog']}) on {where}, {what} (lab-server, pid {server.pid})")
@@ -265,7 +271,9 @@ class Scenario:
         for _ in range(number):
             found = self.client.hear("finished")
             client = self._clients[found["number"]]
-            self._clients[client.number] = dataclasses.replace(client, finish_errno=found["errno"])
+            self._clients[client.number] = dataclasses.replace(
+                client, finish_errno=found["errno"], finish_seconds=found["seconds"]
+            )
 
     def waiting(self, lab: Lab) -> int:
         """How many connections wait for accept()."""

@@ -2,10 +2,11 @@
 
     client.py {"family": 2, "address": "192.0.2.2", "port": 8080}
 
-    {"do": "connect", "number": 10}                                 ten at once {"do": "finish", "send": 10,
-    "closes": "first", "pause": 0.1}   what is connected sends ten bytes and closes
+    {"do": "connect", "number": 10}      ten at once
+    {"do": "finish", "send": 10, "closes": "first", "pause": 0.1}   what is connected sends ten bytes and closes
 
-`closes` is `"first"`, or `"second"`: wait for the server's end, pause, close.
+`closes` is `"first"`, `"half"`: shutdown(), wait for the server's end, close; or `"second"`: wait for the server's end,
+pause, close. A connection reports how long the end took, from close() or shutdown() on.
 """
 
 import json
@@ -39,16 +40,21 @@ def connect(number: int, family: int, address: str, port: int) -> None:
 
 def finish(number: int, connection: socket.socket, send: int, closes: str, pause: float) -> None:
     error = 0
+    began = time.monotonic()
     with connection:
         try:
             connection.sendall(b"x" * send)
-            if closes == "second":
+            began = time.monotonic()
+            if closes == "half":
+                connection.shutdown(socket.SHUT_WR)
+            if closes != "first":
                 while connection.recv(4096):
                     pass
+            if closes == "second":
                 time.sleep(pause)
         except OSError as failure:
             error = failure.errno or 0
-    report("finished", number=number, errno=error)
+    report("finished", number=number, errno=error, seconds=time.monotonic() - began)
 
 
 def main() -> None:

@@ -4,7 +4,8 @@
     0.1}
 
 `closes` is `null` (never accept), `"second"` (wait for the peer's end, pause, close), `"first"` (wait for
-the request, answer, close) or `"unread"` (pause, close). With `reuse_port` others can listen there, too.
+the request, answer, close), `"half"` (the same, but with shutdown(), and it waits for the peer's end) or `"unread"`
+(pause, close). With `reuse_port` others can listen there, too.
 """
 
 import json
@@ -33,11 +34,14 @@ def serve(listener: socket.socket, closes: str, pause: float) -> None:
             continue
         with connection:
             received = len(connection.recv(4096))
-            if closes == "first":
+            if closes in ("first", "half"):
                 connection.sendall(b"answer")
-            else:
+            if closes == "half":
+                connection.shutdown(socket.SHUT_WR)
+            if closes != "first":
                 while chunk := connection.recv(4096):
                     received += len(chunk)
+            if closes == "second":
                 time.sleep(pause)
         report("closed", port=port, received=received)
 

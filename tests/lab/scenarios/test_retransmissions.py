@@ -1,0 +1,48 @@
+"""Experiment G: what is sent again, told apart. ESTABLISHED: the way lost it. SYN_SENT: no listener took it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tcpscope.lab.hosts import Lab
+from tcpscope.lab.scenario import Outcome, Scenario
+from tcpscope.lab.scenarios.accept_overflow_serial import AcceptOverflowSerial
+from tcpscope.lab.scenarios.lossy_path import LossyPath
+from tests.conftest import RunningTool
+
+pytestmark = pytest.mark.kernel
+
+
+def sent_again(lab: Lab, run_tool: type[RunningTool], scenario: Scenario) -> tuple[list[dict], Outcome]:
+    """The rows of the client, and the outcome at the end."""
+    scenario.setup(lab)
+    with run_tool("retrans", "--netns", str(lab.client.inode)) as tool:
+        scenario.fault(lab)
+        outcome = scenario.settle(lab, freeze=True)
+    assert tool.done and tool.done.stats and tool.done.stats["lost"] == 0
+    assert {row["pid"] for row in tool.done.rows} == {scenario.client.pid}
+    return tool.done.rows, outcome
+
+
+def test_loss_on_the_way(lab: Lab, run_tool: type[RunningTool]) -> None:
+    rows, outcome = sent_again(lab, run_tool, LossyPath(seconds=3, one_in=10))
+    counters = outcome.client_counters
+    kinds: Counter[str] = Counter()
+    for row in rows:
+        if row["errno"] == "none" and row["kind"] != "SPURIOUS":
+            kinds[row["kind"]] += row["segs"]
+    assert {row["state"] for row in rows} == {"ESTABLISHED"}
+    assert kinds.total() == counters["TcpRetransSegs"] > 10
+    assert kinds["FAST"] > 0
+    assert kinds["LOSS_PROBE"] <= counters["TcpExtTCPLossProbes"]  # a probe may send new data
+    assert kinds["SYN"] == counters["TcpExtTCPSynRetrans"] == 0
+    assert len({row["lport"] for row in rows}) == 3
+
+
+def test_a_full_queue(lab: Lab, run_tool: type[RunningTool]) -> None:
+    rows, outcome = sent_again(lab, run_tool, AcceptOverflowSerial())
+    refused = {client.local_port for client in outcome.failed}
+    found = Counter((row["state"], row["kind"]) for row in rows if row["lport"] in refused)
+    assert found == {("SYN_SENT", "SYN"): outcome.client_counters["TcpExtTCPSynRetrans"]} and found.total() == 2
