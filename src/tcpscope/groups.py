@@ -30,11 +30,13 @@ def distributes(spec: Spec) -> bool:
 
 @dataclass(frozen=True)
 class Group:
-    """What was counted: a row with the columns of the group, how many events, and the sum of a number of theirs, or its
-    distribution."""
+    """What was counted: a row with the columns of the group, how many events, the times of the first and the last one,
+    and the sum of a number of theirs, or its distribution."""
 
     row: Any
     count: int
+    first_ns: int
+    last_ns: int
     sum: int
     values: Histogram | None
 
@@ -107,4 +109,5 @@ class Counted:
             for at, word in enumerate(self._words):
                 event[word * _WORD : (word + 1) * _WORD] = key[at * _WORD : (at + 1) * _WORD]
             values = distribution(group) if self._distributes else None
-            yield Group(self._decode(bytes(event))[0], group.count, group.sum, values)
+            row = self._decode(bytes(event))[0]
+            yield Group(row, group.count, group.first_ns, group.last_ns, group.sum, values)

@@ -31,12 +31,14 @@ class Batch:
     interval  each row is a group, over the last interval
     total     each row is a group, over the whole run
 
-    A snapshot, interval or total may come in several batches. They have the same `round`.
+    A snapshot, interval or total may come in several batches. They have the same `round`. `times_ns` are those of the
+    first and the last event of each group that the kernel counts; (0, 0) of others.
     """
 
     kind: Literal["event", "snapshot", "interval", "total"]
     rows: Sequence[Any]
     round: int = 0
+    times_ns: Sequence[tuple[int, int]] = ()
 
 
 _AT_ONCE = 64
@@ -150,7 +152,8 @@ def whole(batches: Iterator[Batch]) -> Iterator[Batch]:
     held: Batch | None = None
     for batch in batches:
         if held and (batch.kind, batch.round) == (held.kind, held.round):
-            held = Batch(held.kind, [*held.rows, *batch.rows], held.round)
+            times_ns = [*held.times_ns, *batch.times_ns]
+            held = Batch(held.kind, [*held.rows, *batch.rows], held.round, times_ns)
             continue
         if held:
             yield held
@@ -179,7 +182,7 @@ class _Limit:
         if self._run.counted:
             self._run.stats.shown -= len(batch.rows) - len(rows)
             self._run.stats.filtered += len(batch.rows) - len(rows)
-        return Batch(batch.kind, rows, batch.round)
+        return Batch(batch.kind, rows, batch.round, batch.times_ns[: len(rows)])
 
 
 class Streaming(Run):

@@ -159,7 +159,7 @@ class _Grouping(Run):
             self._make(kind, group, when, which == "total", None if largest is None else kind in largest)
             for kind, group in ordered
         ]
-        return Batch(which, rows, self._round)
+        return Batch(which, rows, self._round, [(group.first_ns, group.last_ns) for _, group in ordered])
 
     def _by_connection(self, ordered: list[tuple[tuple[Any, ...], _Group]]) -> set[tuple[Any, ...]]:
         """Put the groups of one connection together, the largest first. Returns the largest ones."""
@@ -284,6 +284,8 @@ class _Group:
     count: int = 0
     values: Histogram | None = None
     sum: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
 
 
 class _Groups:
@@ -325,6 +327,8 @@ class _Groups:
         group = self._groups[kind]
         group.count += counted.count
         group.sum += counted.sum
+        group.first_ns = min(group.first_ns or counted.first_ns, counted.first_ns)
+        group.last_ns = max(group.last_ns, counted.last_ns)
         if counted.values:
             group.values = group.values + counted.values if group.values else counted.values
         return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+import time
 from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +13,9 @@ import pytest
 
 from tcpscope.diagnose import tallies, text
 from tcpscope.diagnose.tallies import Groups, Tally
+from tcpscope.filters import Filter
+from tcpscope.lab.hosts import Lab
+from tcpscope.request import Request
 from tcpscope.run import Batch
 from tcpscope.session import Stats
 
@@ -64,7 +70,7 @@ def test_groups_without_room_count_as_lost(monkeypatch: pytest.MonkeyPatch) -> N
     found.run = SimpleNamespace(stats=Stats(shown=9))
     found._group, found._by, found._number = namedtuple("group", ("raddr",)), ("raddr",), None
     rows = [SimpleNamespace(raddr=raddr, count=3) for raddr in ("a", "b", "c")]
-    found._take([Batch("interval", rows)])
+    found._take([Batch("interval", rows, times_ns=[(0, 0)] * 3)])
     assert {group.raddr: each.count for group, each in found.tallies.items()} == {"a": 3, "b": 3}
     assert (found.run.stats.shown, found.run.stats.lost) == (6, 3)
 
@@ -98,7 +104,7 @@ def test_what_is_forgotten_is_still_in_the_count_of_the_whole_watch(monkeypatch:
     now_s = 100.0
     monkeypatch.setattr(tallies.time, "monotonic", lambda: now_s)
     for outcome in ("ESTABLISHED", "REFUSED", "GAVE_UP"):
-        attempts._take([Batch("interval", [SimpleNamespace(raddr="a", outcome=outcome, count=3)])])
+        attempts._take([Batch("interval", [SimpleNamespace(raddr="a", outcome=outcome, count=3)], times_ns=[(0, 0)])])
         now_s += 100.0
         attempts.forget(now_s - 60.0)
     assert attempts.tallies == {}
@@ -108,20 +114,38 @@ def test_what_is_forgotten_is_still_in_the_count_of_the_whole_watch(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "seconds", "apart"),
+    ("intervals", "apart"),
     [
-        ((3, 4), (100.0, 101.2), False),  # the ends of two intervals, of which one was read late
-        ((3, 5), (100.0, 101.2), True),
-        ((3, 4), (100.0, 101.6), True),
-        ((3, 3), (100.0, 100.0), False),
+        ([(1.0, 1.0), (2.2, 2.2)], False),
+        ([(1.0, 1.0), (2.6, 2.6)], True),
+        ([(1.0, 2.6)], True),  # of two intervals that were read as one
+        ([(1.0, 1.0)], False),
     ],
 )
-def test_apart_are_two_times_with_a_whole_interval_between(
-    rounds: tuple[int, int], seconds: tuple[float, float], apart: bool
-) -> None:
+def test_how_far_two_times_are_apart_says_the_kernel(intervals: list[tuple[float, float]], apart: bool) -> None:
     made = Tally()
-    for round_, at in zip(rounds, seconds, strict=True):
-        made.add(at, 1, round_=round_)
+    for number, (first_s, last_s) in enumerate(intervals):
+        made.add(100.0 + number, 1, between_ns=(int(first_s * 1e9), int(last_s * 1e9)))
     assert made.is_apart(1.5) == apart
-    made.forget(100.5)
+    made.add(200.0, 1, between_ns=(int(9e9), int(9e9)))
+    made.forget(200.0)
     assert not made.is_apart(1.5)
+
+
+@pytest.mark.root
+def test_the_times_are_those_of_the_kernel(lab: Lab) -> None:
+    found = Groups(Request(filter=Filter(netns=(lab.client.inode,))), "connect", ("rport",))
+
+    def refused() -> tuple[int, int]:
+        with lab.client.socket(socket.AF_INET) as client:
+            began_ns = time.monotonic_ns()
+            assert client.connect_ex((lab.server.ipv4, 8080)) == errno.ECONNREFUSED
+            return began_ns, time.monotonic_ns()
+
+    with found.run:
+        times = refused(), refused(), refused()
+        found.end()
+    (tally,) = found.tallies.values()
+    assert tally.count == 3
+    for (began_ns, ended_ns), at_ns in zip((times[0], times[-1]), tally.between_ns, strict=True):
+        assert began_ns <= at_ns <= ended_ns

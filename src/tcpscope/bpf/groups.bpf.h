@@ -31,6 +31,7 @@ struct group_key {
 struct group {
 	__u64 count; /* events */
 	__u64 sum;   /* of a number that they have */
+	__u64 first_ns, last_ns;
 #ifdef GROUPS_ARE_DISTRIBUTIONS
 	struct distribution numbers; /* of those events in which it is known: not all its bits are set */
 #endif
@@ -63,6 +64,7 @@ static __always_inline void group_add_number(struct group *group, __u64 number)
 static __always_inline void group_add(__u64 *event)
 {
 	__u64 number = group_sum.mask ? (event[group_sum.word] & group_sum.mask) >> group_sum.shift : 0;
+	__u64 time_ns = event[0];
 	struct group *group;
 
 #pragma unroll
@@ -72,6 +74,10 @@ static __always_inline void group_add(__u64 *event)
 	if (!group)
 		return;
 	__sync_fetch_and_add(&group->count, 1);
+	if (!group->first_ns || time_ns < group->first_ns)
+		group->first_ns = time_ns;
+	if (time_ns > group->last_ns)
+		group->last_ns = time_ns;
 	if (group_sum.mask)
 		group_add_number(group, number);
 }

@@ -25,18 +25,19 @@ class Tally:
     """How often it happened, and the sum of a number that each has.
 
     first_s, last_s  when it happened first and last: the ends of these intervals, in seconds of the monotonic clock
-    rounds           the numbers of these intervals; the same twice, if the first is not known any more
+    between_ns       the kernel's times of the first and the last; the same twice, if the first is not known any more
     """
 
     count: int = 0
     sum: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
-    rounds: tuple[int, int] = (0, 0)
+    between_ns: tuple[int, int] = (0, 0)
     _parts: deque[tuple[float, int, int]] = field(default_factory=deque)
 
-    def add(self, now_s: float, count: int, number: int = 0, round_: int = 0) -> None:
-        self.rounds = (self.rounds[0] if self._parts else round_, round_)
+    def add(self, now_s: float, count: int, number: int = 0, between_ns: tuple[int, int] = (0, 0)) -> None:
+        first_ns, last_ns = between_ns
+        self.between_ns = (self.between_ns[0] if self._parts else first_ns, last_ns)
         self.first_s = self.first_s or now_s
         self.last_s = max(self.last_s, now_s)
         self.count += count
@@ -52,7 +53,7 @@ class Tally:
     def forget(self, before_s: float) -> None:
         """Leave out what is older."""
         while self._parts and self._parts[0][0] < before_s:
-            self.rounds = (self.rounds[1], self.rounds[1])
+            self.between_ns = (self.between_ns[1],) * 2
             _, count, number = self._parts.popleft()
             self.count -= count
             self.sum -= number
@@ -60,17 +61,17 @@ class Tally:
             self.first_s = self._parts[0][0]
 
     def is_apart(self, least_s: float) -> bool:
-        """Whether so much time, or a whole interval, lies between the first time and the last. On a busy machine the
-        ends of intervals are read late.
-        """
-        return self.last_s - self.first_s > least_s or self.rounds[1] - self.rounds[0] > 1
+        """Whether so much time lies between the first and the last, as the kernel saw them. What it has counted is read
+        late on a busy machine."""
+        first_ns, last_ns = self.between_ns
+        return last_ns - first_ns > least_s * 1e9
 
     def since(self, after_s: float) -> int:
         """The count of the intervals that ended after this time."""
         return sum(count for at, count, _ in self._parts if at > after_s)
 
     def merge(self, other: Tally) -> None:
-        self.rounds = (0, 0)
+        self.between_ns = (0, 0)
         self.count += other.count
         self.sum += other.sum
         self.first_s = min(self.first_s or other.first_s, other.first_s)
@@ -133,7 +134,7 @@ class Groups:
             if batch.kind != "interval":
                 continue
             now_s = time.monotonic()
-            for row in batch.rows:
+            for row, between_ns in zip(batch.rows, batch.times_ns, strict=True):
                 group = self._group(*(getattr(row, name) for name in self._by))
                 number = getattr(row, self._number) if self._number else 0
                 tally = self.tallies.get(group)
@@ -143,7 +144,7 @@ class Groups:
                         self.run.stats.lost += row.count
                         continue
                     tally = self.tallies[group] = Tally()
-                tally.add(now_s, row.count, number or 0, batch.round)
+                tally.add(now_s, row.count, number or 0, between_ns)
                 kind: dict[str, Any] = {name: getattr(group, name, None) for name in _EVER}
                 ever = self.ever.setdefault(tuple(kind.values()), Ever(**kind))
                 ever.count += row.count

@@ -20,7 +20,7 @@ TIMEOUTS = 2
 second, too, and that has the SYN-ACK sent again. So twice is enough only if it was not at the same time."""
 
 APART_SECONDS = 1.5
-"""That is more than the ends of two intervals are apart."""
+"""Two SYN-ACKs for one SYN, and one more after a second, are no two timeouts."""
 
 HANDSHAKES = 5
 """Unanswered ones of one peer, of which none is completed. In the trial 42."""
