@@ -125,7 +125,7 @@ ip addr add {address}/24 dev veth0; exit 1
 
 @recorded(TRACE)
 def test_a_tunnel(script: Script) -> Test:
-    """Its device gives the packets to another one, as UDP. Where the kernel lacks vxlan, the addresses are on veth0."""
+    """Its device gives the packets to another one, in UDP. Where the kernel lacks vxlan, the addresses are on veth0."""
     hosts = {script.client: "198.51.100.1", script.server: "198.51.100.2"}
     made = [
         host.exec("sh", "-c", TUNNEL.format(peer=host.peer.ipv4, address=address), may_fail=True)
@@ -139,12 +139,22 @@ def test_a_tunnel(script: Script) -> Test:
     exchange(near, far)
     exchange(near, far, 432)
     seen = yield
-    device = "vx0" if [call.ret for call in made] == [0, 0] else VETH
     out = seen.rows(TRACE, script.client, data_bytes=432)
     into = seen.rows(TRACE, script.server, data_bytes=432)
-    assert (hops(out), hops(into)) == (list(OUT), list(IN))
-    assert [row["device"] for row in (*out[:-1], into[0])] == [device] * 4
-    assert [row["before"] for row in out] == [None, *OUT[:-1]]
+    assert len({row["packet"] for row in (*out, *into)}) == 1
+    if [call.ret for call in made] != [0, 0]:
+        assert (hops(out), hops(into)) == (list(OUT), list(IN))
+        return
+    places = [(row["hop"], row["device"]) for row in out]
+    assert places[:2] == [("QUEUE", "vx0"), ("START_XMIT", "vx0")]
+    assert places[2:5] == [(hop, VETH) for hop in OUT[:3]]
+    assert places[5:] == [("XMIT", "vx0"), ("ACKED", None)]
+    assert [(row["hop"], row["device"]) for row in into] == [
+        ("RECEIVE", VETH),
+        ("RECEIVE", "vx0"),
+        ("TCP", None),
+        ("READ", None),
+    ]
 
 
 @recorded(TRACE)

@@ -404,6 +404,8 @@ struct sk_buff {                /* include/linux/skbuff.h */
 	int skb_iif;
 	__u16 queue_mapping;
 	__be16 protocol;
+	__u16 inner_transport_header; /* those of a packet in a tunnel, from `head` */
+	__u16 inner_network_header;
 	__u16 transport_header;
 	__u16 network_header;
 	unsigned int tail; /* of the linear part, from `head` */

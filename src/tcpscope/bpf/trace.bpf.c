@@ -91,7 +91,8 @@ struct piece {
 	enum way direction;
 	__u32 index; /* in the queue of its connection; only if `waits` */
 	bool waits;
-	__u8 padding[7];
+	bool hidden; /* in a tunnel: its device has put another header before its own */
+	__u8 padding[6];
 };
 
 /* A packet that is followed by its skb. */
@@ -479,6 +480,18 @@ static __always_inline void followed_delete(struct sk_buff *skb)
 	bpf_map_delete_elem(&packets, &key);
 }
 
+/*
+ * Does the header behind that of a tunnel say that it is this one? Without a header of TCP anywhere it is encrypted, or the skb is
+ * another one: that shows at the next header.
+ */
+static __noinline bool is_inside(struct sk_buff *skb, const struct followed *followed)
+{
+	__u32 numbers[2] = {};
+
+	bpf_probe_read_kernel(numbers, sizeof(numbers), skb->head + BPF_CORE_READ(skb, inner_transport_header) + 4);
+	return bpf_ntohl(numbers[0]) == followed->piece.seq && bpf_ntohl(numbers[1]) == followed->piece.ack;
+}
+
 /* The packet that an skb is, if it is followed. One comparison for all others. */
 static __noinline struct followed *followed_now(struct sk_buff *skb)
 {
@@ -487,7 +500,9 @@ static __noinline struct followed *followed_now(struct sk_buff *skb)
 
 	if (!followed)
 		return NULL;
-	if (packet_read(skb, &packet) == OF_TCP && is_same(followed, &packet))
+	if (packet_read(skb, &packet) != OF_TCP)
+		return is_inside(skb, followed) ? followed : NULL;
+	if (is_same(followed, &packet))
 		return followed;
 	followed_delete(skb);
 	return NULL;
@@ -634,14 +649,16 @@ static __noinline int queued(struct sk_buff *skb)
 	struct packet packet = {};
 	struct followed *followed = followed_find(skb);
 	struct flow *flow;
+	bool hidden = false;
 
 	if (!followed && !is_sent_here(skb))
 		return 0;
 	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS) {
-		followed_delete(skb);
-		return 0;
+		if (!followed || !is_inside(skb, followed))
+			return 0;
+		hidden = true;
 	}
-	if (followed && (!is_same(followed, &packet) || !may_be_queued(skb, followed->piece.hop))) {
+	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_be_queued(skb, followed->piece.hop))) {
 		followed_delete(skb);
 		followed = NULL;
 	}
@@ -649,9 +666,10 @@ static __noinline int queued(struct sk_buff *skb)
 	at.queue = skb->queue_mapping;
 	if (followed) {
 		at.sk = (struct sock *)followed->owned;
+		followed->piece.hidden = hidden;
 		return hop_pass(followed, &at);
 	}
-	if (!is_sent_here(skb))
+	if (hidden || !is_sent_here(skb))
 		return 0;
 	followed = sent_begin(skb, &packet);
 	if (!followed)
@@ -699,7 +717,10 @@ static __noinline struct followed *segment_begin(struct sk_buff *skb)
 	if (!is_sent_here(skb))
 		return NULL;
 	flow = flow_find(sk);
-	if (!flow || packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS)
+	if (!flow || (packet_read(skb, &packet) != OF_TCP &&
+		      packet_read_at(skb, BPF_CORE_READ(skb, inner_network_header), &packet) != OF_TCP))
+		return NULL;
+	if (packet.flags == NO_FLAGS)
 		return NULL;
 	whole = waiting_with(flow, sk, packet.seq);
 	followed = followed_add(skb, &packet, WAY_SENT, whole ? whole->piece.number : 0);
@@ -792,10 +813,14 @@ static __noinline int driver_took(struct sk_buff *skb, struct net_device *device
 	return 0;
 }
 
-/* Is a packet that was followed to this hop the one that a device receives now? A second device of this host may (a bridge). */
-static __always_inline bool may_arrive(struct sk_buff *skb, enum hop hop)
+/*
+ * Is a packet that was followed to this hop the one that a device receives now? A second device of this host may: a bridge, or the
+ * device of a tunnel.
+ */
+static __always_inline bool may_arrive(struct sk_buff *skb, const struct piece *piece)
 {
-	return hop == HOP_START_XMIT || hop == HOP_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
+	return piece->hop == HOP_START_XMIT || piece->hop == HOP_XMIT ||
+	       (piece->hop == HOP_RECEIVE && (skb->skb_iif || piece->hidden));
 }
 
 /* The connection with these ends; 0: not known. Apart, as handled_begin() is. */
@@ -815,6 +840,18 @@ static __always_inline __u32 data_offset(struct sk_buff *skb)
 	return BPF_CORE_READ(skb, data) - BPF_CORE_READ(skb, head);
 }
 
+/* The ends of a packet that a device receives in a tunnel. */
+static __always_inline void ends_inside(const struct followed *followed, struct identity *id)
+{
+	bool sent = followed->piece.direction == WAY_SENT;
+
+	id->family = followed->id.family;
+	id->lport = sent ? followed->id.rport : followed->id.lport;
+	id->rport = sent ? followed->id.lport : followed->id.rport;
+	__builtin_memcpy(id->laddr, sent ? followed->id.raddr : followed->id.laddr, 16);
+	__builtin_memcpy(id->raddr, sent ? followed->id.laddr : followed->id.raddr, 16);
+}
+
 /* A device receives a packet. It may be one that was sent on this host. It belongs to another connection now. */
 static __noinline int received(struct sk_buff *skb)
 {
@@ -823,14 +860,16 @@ static __noinline int received(struct sk_buff *skb)
 	struct at at = at_hop(HOP_RECEIVE);
 	struct packet packet = {};
 	struct identity id = {};
-	bool chosen;
+	bool chosen, hidden = false;
 
 	if (packet_read_at(skb, data_offset(skb), &packet) != OF_TCP || packet.flags == NO_FLAGS) {
-		if (followed)
-			followed_delete(skb);
-		return 0;
+		if (!followed || !is_inside(skb, followed))
+			return 0;
+		hidden = true;
+		ends_inside(followed, &id);
+	} else {
+		ends_read(&packet, false, &id);
 	}
-	ends_read(&packet, false, &id);
 	id.netns = BPF_CORE_READ(device, nd_net.net, ns.inum);
 	chosen = filter_identity(&id);
 	if (chosen) {
@@ -843,9 +882,9 @@ static __noinline int received(struct sk_buff *skb)
 			followed_delete(skb);
 		return 0;
 	}
-	if (followed && (!is_same(followed, &packet) || !may_arrive(skb, followed->piece.hop)))
+	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece)))
 		followed = NULL;
-	if (!followed)
+	if (!followed && !hidden)
 		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
 	if (!followed)
 		return 0;
@@ -855,7 +894,9 @@ static __noinline int received(struct sk_buff *skb)
 	followed->sk = followed->owned = (__u64)at.sk;
 	followed->piece.direction = WAY_RECEIVED;
 	followed->piece.waits = false;
-	piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
+	followed->piece.hidden = hidden;
+	if (!hidden)
+		piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
 	return hop_pass(followed, &at);
 }
 
@@ -979,13 +1020,21 @@ static __always_inline bool is_large(struct sk_buff *skb)
 /* The skb is freed. A large packet is freed when its segments have been made. */
 static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 {
-	struct followed *followed = followed_now(skb);
+	struct followed *followed = followed_find(skb);
 	struct at at;
 
 	if (!followed)
 		return 0;
-	if (hop == HOP_CONSUMED && followed->piece.hop < HOP_START_XMIT && is_large(skb))
+	followed = followed_now(skb);
+	if (!followed) {
+		followed_delete(skb);
+		return 0;
+	}
+	if (hop == HOP_CONSUMED && followed->piece.hop < HOP_START_XMIT && is_large(skb)) {
 		hop = HOP_SEGMENTED;
+		if (!followed->piece.waits) /* nobody knows the segments of what is forwarded */
+			COUNT(missed);
+	}
 	at = at_hop(hop);
 	at.sk = (struct sock *)followed->owned;
 	at.reason = reason;

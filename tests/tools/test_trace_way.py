@@ -1,0 +1,410 @@
+"""`trace` behind routers, NAT, bridges and tunnels: a packet keeps its number, whatever happens to its headers."""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import subprocess
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from tcpscope.lab.namespaces import Namespace
+from tests.lacks import built_without
+from tests.tools.test_trace import covered
+
+pytestmark = pytest.mark.kernel
+
+PORT, OUTSIDE = 6991, 6992
+CLIENT, SERVER = "198.51.100.2", "203.0.113.2"
+OUT = ("QUEUE", "START_XMIT", "XMIT")
+DEVICES = (*OUT, "RECEIVE")
+SIZES = (1, 700, 1400, 20_000, 60_000)
+CONNECTIONS = 4
+ATTEMPTS = 5  # a kernel may run no program in some tasks; then the devices have counted more than there are rows
+Rows = list[dict[str, Any]]
+
+
+class Way:
+    """A client, a middle and a server, in namespaces of their own. Pairs of veth join them: `c`-`to_c`, and `to_s`-`s`."""
+
+    def __init__(self, held: ExitStack) -> None:
+        self.client, self.middle, self.server = self.all = tuple(
+            held.enter_context(_closing(Namespace(f"way-{role}"))) for role in ("client", "middle", "server")
+        )
+        self.names = {self.client.inode: "client", self.middle.inode: "middle", self.server.inode: "server"}
+        for end, name in ((self.client, "c"), (self.server, "s")):
+            self.run(self.middle, f"ip link add to_{name} type veth peer name {name} netns {end.name}")
+            held.callback(self.run, self.middle, f"ip link del to_{name}")
+        self.devices = [(self.client, "c"), (self.middle, "to_c"), (self.middle, "to_s"), (self.server, "s")]
+        for space, device in (*self.devices, (self.client, "lo"), (self.server, "lo")):
+            self.up(space, device)
+
+    @staticmethod
+    def run(space: Namespace, script: str) -> str:
+        command = ["ip", "netns", "exec", space.name, "sh", "-ec", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{script}: {done.stderr}"
+        return done.stdout
+
+    def up(self, space: Namespace, device: str) -> None:
+        """Without IPv6, which would send packets by itself."""
+        self.run(space, f"sysctl -qw net.ipv6.conf.{device}.disable_ipv6=1; ip link set {device} up")
+
+    def neighbour(self, space: Namespace, device: str, address: str, there: Namespace, its: str) -> None:
+        """Known for good: ARP would be packets, too."""
+        link = self.run(there, f"cat /sys/class/net/{its}/address").strip()
+        self.run(space, f"ip neigh replace {address} lladdr {link} dev {device} nud permanent")
+
+    def routed(self) -> None:
+        """The middle is a router."""
+        for end, name, address, router in (
+            (self.client, "c", CLIENT, f"{CLIENT}54"),
+            (self.server, "s", SERVER, f"{SERVER}54"),
+        ):
+            self.run(self.middle, f"ip addr add {router}/24 dev to_{name}; sysctl -qw net.ipv4.ip_forward=1")
+            self.run(end, f"ip addr add {address}/24 dev {name}; ip route add default via {router}")
+            self.neighbour(end, name, router, self.middle, f"to_{name}")
+            self.neighbour(self.middle, f"to_{name}", address, end, name)
+
+    def bridged(self) -> None:
+        """The middle is a bridge, and both ends are in one network."""
+        self.run(
+            self.middle,
+            "ip link add br0 type bridge mcast_snooping 0; ip link set to_c master br0; ip link set to_s master br0",
+        )
+        self.up(self.middle, "br0")
+        self.run(self.client, f"ip addr add {CLIENT}/24 dev c; ip route add {SERVER} dev c")
+        self.run(self.server, f"ip addr add {SERVER}/24 dev s; ip route add {CLIENT} dev s")
+        self.neighbour(self.client, "c", SERVER, self.server, "s")
+        self.neighbour(self.server, "s", CLIENT, self.client, "c")
+
+    def tunnel(self, kind: str) -> None:
+        """Between the ends, through the router."""
+        self.routed()
+        for end, here, there, number in ((self.client, CLIENT, SERVER, 1), (self.server, SERVER, CLIENT, 2)):
+            if kind != "wireguard":
+                kind_of = f"type {kind} local {here} remote {there}" + (" id 7 dstport 4789" if kind == "vxlan" else "")
+                self.run(end, f"ip link add t0 {kind_of}")
+            else:
+                self.run(end, "ip link add t0 type wireguard")
+            self.up(end, "t0")
+            self.run(end, f"ip addr add 192.0.2.{number}/24 dev t0; ip link set t0 mtu 1400")
+        if kind == "vxlan":
+            self.neighbour(self.client, "t0", "192.0.2.2", self.server, "t0")
+            self.neighbour(self.server, "t0", "192.0.2.1", self.client, "t0")
+        if kind == "wireguard":
+            keys = [self.keyed(end) for end in (self.client, self.server)]
+            self.peered(self.client, keys[1], SERVER)
+            self.peered(self.server, keys[0], CLIENT)
+
+    def keyed(self, end: Namespace) -> str:
+        """Give it a private key; the kernel tells the public one."""
+        from pyroute2 import WireGuard
+
+        def key() -> str:
+            with WireGuard() as guard:
+                guard.set("t0", private_key=base64.b64encode(os.urandom(32)).decode(), listen_port=51820)
+                return str(guard.info("t0")[0].get_attr("WGDEVICE_A_PUBLIC_KEY").decode())
+
+        return end.run(key)
+
+    def peered(self, end: Namespace, key: str, there: str) -> None:
+        from pyroute2 import WireGuard
+
+        def peer() -> None:
+            with WireGuard() as guard:
+                one = {"public_key": key, "endpoint_addr": there, "endpoint_port": 51820, "allowed_ips": ["0.0.0.0/0"]}
+                guard.set("t0", peer=one)
+
+        end.run(peer)
+
+    def nat(self, space: Namespace, *rules: str) -> None:
+        """Rules such as `postrouting meta l4proto tcp masquerade`."""
+        lines = ["add table ip way"]
+        for chain, priority in (("prerouting", -100), ("output", -100), ("postrouting", 100)):
+            lines.append(f"add chain ip way {chain} {{ type nat hook {chain} priority {priority} ; }}")
+        lines += [f"add rule ip way {rule}" for rule in rules]
+        self.run(space, "nft -f - <<END\n" + "\n".join(lines) + "\nEND")
+
+    def counted(self) -> dict[tuple[int, str, str], int]:
+        """What the devices have counted: XMIT and RECEIVE of each."""
+        return {
+            (space.inode, device, hop): int(
+                self.run(space, f"cat /sys/class/net/{device}/statistics/{counter}_packets")
+            )
+            for space, device in self.devices
+            for hop, counter in (("XMIT", "tx"), ("RECEIVE", "rx"))
+        }
+
+
+@contextmanager
+def _closing(space: Namespace) -> Iterator[Namespace]:
+    try:
+        yield space
+    finally:
+        space.close()
+
+
+@pytest.fixture
+def way() -> Iterator[Way]:
+    with ExitStack() as held:
+        yield Way(held)
+
+
+def talk(way: Way, address: str, port: int, *, at: str = SERVER, sizes: tuple[int, ...] = SIZES) -> list[int]:
+    """Some connections at a time, each of which sends these sizes and gets them back. Returns the clients' ports."""
+    with ExitStack() as held:
+        listener = held.enter_context(way.server.run(socket.socket))
+        listener.bind((at, PORT))
+        listener.listen()
+        clients = [held.enter_context(way.client.run(socket.socket)) for _ in range(CONNECTIONS)]
+        for client in clients:
+            client.settimeout(10)
+            client.connect((address, port))
+        ends = [held.enter_context(listener.accept()[0]) for _ in clients]
+        ports = [client.getsockname()[1] for client in clients]
+
+        def echo(end: socket.socket) -> None:
+            while data := end.recv(1 << 16):
+                end.sendall(data)
+            end.shutdown(socket.SHUT_WR)
+
+        def ask(client: socket.socket) -> None:
+            for size in sizes:
+                client.sendall(os.urandom(size))
+                while size:
+                    size -= len(client.recv(size))
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+
+        threads = [threading.Thread(target=echo, args=[end]) for end in ends]
+        threads += [threading.Thread(target=ask, args=[client]) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return ports
+
+
+def by_number(rows: Rows) -> dict[int, Rows]:
+    found: dict[int, Rows] = defaultdict(list)
+    for row in rows:
+        found[row["packet"]].append(row)
+    return found
+
+
+def way_of(text: str) -> list[tuple[str, ...]]:
+    """Host, hop and device of the rows of a packet. `c:c`: OUT at device c of the client; `s:>s`: RECEIVE at the server."""
+    found: list[tuple[str, ...]] = []
+    for word in text.split():
+        host, _, device = word.partition(":")
+        name = {"c": "client", "m": "middle", "s": "server"}[host]
+        if device.startswith(">"):
+            found.append((name, "RECEIVE", device[1:]))
+        else:
+            found += [(name, hop, device) for hop in OUT]
+    return found
+
+
+def inside(outer: list[tuple[str, ...]], *hosts: str) -> list[tuple[str, ...]]:
+    """The same in a tunnel `t0` between two hosts: its device is around that of its first host."""
+    first, last = hosts
+    head = [place for place in outer if place[0] == first]
+    return [
+        *((first, hop, "t0") for hop in OUT[:2]),
+        *head,
+        (first, "XMIT", "t0"),
+        *outer[len(head) :],
+        (last, "RECEIVE", "t0"),
+    ]
+
+
+def end(way: Way, row: dict[str, Any]) -> tuple[str, int]:
+    """The host of a row, and the port of the client there."""
+    return way.names[row["netns"]], row["rport"] if row["lport"] in (PORT, OUTSIDE) else row["lport"]
+
+
+def check(way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tuple[str, int, str]) -> None:
+    """Each packet has one number on its whole way, and one way. All bytes are acknowledged and read under it."""
+    address, port, at = where
+    for _ in range(ATTEMPTS):
+        before = way.counted()
+        with run_tool("trace", "--port", f"{PORT},{OUTSIDE}", "--buffer", "64M") as tool:
+            ports = talk(way, address, port, at=at)
+            after = way.counted()
+        done = tool.done
+        seen = Counter((row["netns"], row["device"], row["hop"]) for row in done.rows)
+        unseen = {place: count - before[place] - seen[place] for place, count in after.items()}
+        if not done.stats["missed"] and not any(unseen.values()):
+            break
+    assert (done.stats["missed"], done.stats["lost"], {*unseen.values()}) == (0, 0, {0}), unseen
+    owners: dict[tuple[str, int], set[int]] = defaultdict(
+        set
+    )  # host and the client's port there -> of which connections
+    for number, rows in sorted(by_number(done.rows).items()):
+        places = [(way.names[row["netns"]], row["hop"], row["device"]) for row in rows if row["hop"] in DEVICES]
+        assert places in (there, back), (number, rows)
+        assert len({(row["seq"], row["ack"]) for row in rows}) == 1, rows
+        here = {end(way, row) for row in rows}
+        mine = {port for port in ports if ("client", port) in here} or set().union(*(owners[one] for one in here))
+        assert len(mine) == 1, rows
+        for one in here:
+            owners[one] |= mine
+    assert {port for port in ports if owners["client", port] == {port}} == set(ports)
+    assert all(len(mine) == 1 for mine in owners.values()), owners
+    for name, hop in (("client", "ACKED"), ("client", "READ"), ("server", "ACKED"), ("server", "READ")):
+        own: dict[int, Rows] = defaultdict(list)
+        for row in done.rows:
+            if way.names[row["netns"]] == name and row["hop"] == hop and row["data_bytes"]:
+                own[min(owners[end(way, row)])].append(row)
+        assert sorted(own) == sorted(ports), (name, hop)
+        for rows in own.values():
+            assert covered(rows, rows[0]["seq"]) == sum(SIZES), (name, hop)
+
+
+THERE, BACK = way_of("c:c m:>to_c m:to_s s:>s"), way_of("s:s m:>to_s m:to_c c:>c")
+
+
+def test_a_router(way: Way, run_tool: Any) -> None:
+    way.routed()
+    check(way, run_tool, THERE, BACK, (SERVER, PORT, SERVER))
+
+
+def test_a_bridge(way: Way, run_tool: Any) -> None:
+    way.bridged()
+    check(way, run_tool, THERE, BACK, (SERVER, PORT, SERVER))
+
+
+ROUTER = f"{CLIENT}54"
+DNAT = f"tcp dport {OUTSIDE} dnat to {SERVER}:{PORT}"
+NATS = {
+    "dnat of the router": ("middle", [f"prerouting {DNAT}"], ROUTER, OUTSIDE),
+    "snat of the router": (
+        "middle",
+        [f"postrouting oifname to_s meta l4proto tcp snat to {SERVER}54:20000-29999 random"],
+        SERVER,
+        PORT,
+    ),
+    "masquerade": (
+        "middle",
+        ["postrouting oifname to_s meta l4proto tcp masquerade to :20000-29999 random"],
+        SERVER,
+        PORT,
+    ),
+    "both": (
+        "middle",
+        [f"prerouting {DNAT}", "postrouting oifname to_s meta l4proto tcp masquerade to :20000-29999 random"],
+        ROUTER,
+        OUTSIDE,
+    ),
+    "dnat of the client": ("client", [f"output {DNAT}"], "192.0.2.99", OUTSIDE),
+    "masquerade of the client": (
+        "client",
+        ["postrouting meta l4proto tcp masquerade to :20000-29999 random"],
+        SERVER,
+        PORT,
+    ),
+    "redirect of the server": ("server", [f"prerouting tcp dport {OUTSIDE} redirect to :{PORT}"], SERVER, OUTSIDE),
+}
+
+
+@pytest.mark.parametrize("name", NATS)
+def test_nat(way: Way, run_tool: Any, name: str) -> None:
+    host, rules, address, port = NATS[name]
+    way.routed()
+    way.nat(getattr(way, host), *rules)
+    check(way, run_tool, THERE, BACK, (address, port, SERVER))
+
+
+TUNNELS = {
+    "ipip": ("NET_IPIP", "ipip.ko"),
+    "gre": ("NET_IPGRE", "ip_gre.ko"),
+    "vxlan": ("VXLAN", "vxlan.ko"),
+    "wireguard": ("WIREGUARD", "wireguard.ko"),
+}
+
+
+def skip_without(kind: str) -> None:
+    option, module = TUNNELS[kind]
+    if built_without(option, module):
+        pytest.skip(f"this kernel has no tunnels of the kind {kind} (CONFIG_{option})")
+
+
+@pytest.mark.parametrize("kind", ["ipip", "gre", "vxlan"])
+def test_a_tunnel(way: Way, run_tool: Any, kind: str) -> None:
+    """Behind its device the packet has another header before its own."""
+    skip_without(kind)
+    way.tunnel(kind)
+    there, back = inside(THERE, "client", "server"), inside(BACK, "server", "client")
+    check(way, run_tool, there, back, ("192.0.2.2", PORT, "192.0.2.2"))
+
+
+def test_an_encrypted_tunnel(way: Way, run_tool: Any) -> None:
+    """Between its devices nobody can read the header. The packet has its number again when it is decrypted."""
+    skip_without("wireguard")
+    way.tunnel("wireguard")
+    sizes = (1, 700, 1000)
+    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+        talk(way, "192.0.2.2", PORT, at="192.0.2.2", sizes=sizes)
+    for size in sizes:
+        rows = [row for row in tool.done.rows if row["data_bytes"] == size and row["device"]]
+        assert {row["device"] for row in rows} == {"t0"}
+        sent, received = (
+            {(row["packet"], row["seq"]) for row in rows if row["hop"] == hop and row["netns"] == space.inode}
+            for hop, space in (("START_XMIT", way.client), ("RECEIVE", way.server))
+        )
+        assert received
+        assert received <= sent
+
+
+def test_ports_that_nat_has_yet_to_change(way: Way, run_tool: Any) -> None:
+    """They do not match the filter at RECEIVE: the packet begins at TCP."""
+    way.routed()
+    way.nat(way.server, f"prerouting tcp dport {OUTSIDE} redirect to :{PORT}")
+    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+        talk(way, SERVER, OUTSIDE)
+    assert {row["netns"] for row in tool.done.rows} == {way.server.inode}
+    received = {row["hop"]: row["before"] for row in tool.done.rows if row["direction"] == "RECEIVED"}
+    assert received.keys() >= {"TCP", "READ"}
+    assert (received["TCP"], received["READ"]) == (None, "TCP")
+
+
+def test_a_queue_of_the_router(way: Way, run_tool: Any) -> None:
+    """tbf lets 1000 bytes pass every 80 ms. The packets wait under the number that the client's TCP gave them."""
+    way.routed()
+    way.run(way.middle, "tc qdisc replace dev to_s root tbf rate 100kbit burst 1600 latency 10s")
+    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+        talk(way, SERVER, PORT, sizes=(1000,))
+    waited = [row for row in tool.done.rows if row["hop"] == "DEQUEUE" and row["data_bytes"] == 1000]
+    assert {(row["netns"], row["device"], row["direction"]) for row in waited} == {
+        (way.middle.inode, "to_s", "RECEIVED")
+    }
+    assert max(row["since_us"] for row in waited) >= (CONNECTIONS * 1000 - 1600) * 8 / 100_000 * 1_000_000
+    for row in waited:
+        places = [
+            (way.names[other["netns"]], other["hop"])
+            for other in tool.done.rows
+            if other["packet"] == row["packet"] and other["device"]
+        ]
+        assert places[: len(OUT)] == [("client", hop) for hop in OUT]
+        assert [place for place in places if place[0] == "middle"][-3:] == [
+            ("middle", hop) for hop in ("DEQUEUE", "START_XMIT", "XMIT")
+        ]
+        assert places[-1] == ("server", "RECEIVE")
+
+
+def test_a_router_that_cuts(way: Way, run_tool: Any) -> None:
+    """Nobody knows the segments of a forwarded packet: they are counted."""
+    way.routed()
+    way.run(way.middle, "tc qdisc replace dev to_s root tbf rate 100mbit burst 1600 latency 10s")
+    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+        talk(way, SERVER, PORT, sizes=(20_000,))
+    cut = [row for row in tool.done.rows if row["hop"] == "SEGMENTED" and row["netns"] == way.middle.inode]
+    assert cut
+    assert tool.done.stats["missed"] >= len(cut)
