@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tcpscope.diagnose.rules.connects_fail import rule
-from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, sockets, times
+from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
+from tests.diagnose.rules.scenes import told
 from tests.record import Host, Process, Script, Seen, Socket, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
 
@@ -110,6 +111,33 @@ def test_a_filtered_port(script: Script) -> Test:
     assert (facts["rports"], facts["answers"]) == ([FILTERED], [OPEN])
     assert (facts["failed"], facts["waiting"], facts["kinds"]) == (5, 0, {"not answered": 5})
     assert "the host answers at other ports" in finding["title"]
+
+
+@recorded(DIAGNOSE)
+def test_a_host_without_link_address(script: Script) -> Test:
+    """One of two servers is gone, and the client gives up before its second SYN. The other one answers."""
+    gone = "192.0.2.77"
+    script.client.sysctl("ipv4/neigh/veth0/app_solicit", 1)  # after one question: a second
+    listener = script.server.process("server").listener(OPEN)
+    client = script.client.process("pool")
+    for _ in range(5):
+        works = client.socket()
+        works.connect(script.server.ipv4, OPEN)
+        listener.accept().close()
+        works.close()
+        (fails,) = begin(client, gone, OPEN, 1)
+        client.pause(300_000)
+        fails.close()
+    told(script.client)
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    facts = finding["facts"]
+    assert (finding["rule"], facts["raddr"], facts["rports"]) == ("connects_fail", gone, [OPEN])
+    assert finding["title"] == f"pool cannot connect to {gone}:{OPEN}: nobody answers ARP for it"
+    assert 3 <= facts["unresolved"] <= facts["count"] == facts["attempts"] == 5
+    assert facts["pids"] == [client.pid]
+    (remedy,) = finding["remedies"]
+    assert remedy["command"].endswith(f"sh -c 'ip route get {gone}; ip neigh'")
 
 
 @recorded(DIAGNOSE)
@@ -252,6 +280,65 @@ def test_giving_up_before_the_second_syn_is_no_failure_if_another_address_answer
     assert severities({attempt("GAVE_UP"): times(20)}) == ["critical"]
     assert severities({attempt("GAVE_UP", syn_retrans=1): times(20)}) == ["critical"]
     assert severities({attempt("FAILED", "EADDRNOTAVAIL"): times(20)}) == []  # no_local_ports says it
+
+
+def discarded(number: int, **columns: Any) -> Any:
+    """SYNs that waited for a link address."""
+    given: dict[str, Any] = {
+        "netns": NETNS, "raddr": THERE, "direction": "SENT", "flags": "SYN", "reason": "NEIGH_FAILED",
+        "location": "neigh_invalidate+0x7e",
+    }  # fmt: skip
+    return groups({of(**given | columns): times(number)})
+
+
+@pytest.mark.parametrize(
+    ("drops", "found"),
+    [
+        (discarded(3), True),
+        (discarded(2), False),  # a neighbour may answer late
+        (discarded(3, reason=None), True),
+        (discarded(3, reason=None, location="kfree_skb_list+0x1"), False),
+        (discarded(3, reason="QDISC_DROP"), False),
+        (discarded(3, raddr=OTHER), False),
+        (discarded(3, flags="ACK"), False),
+        (discarded(3, direction="RECEIVED"), False),
+    ],
+)
+def test_giving_up_is_a_failure_if_no_syn_has_left(drops: Any, found: bool) -> None:
+    given = {attempt("GAVE_UP"): times(5), attempt("ESTABLISHED", raddr=OTHER): times(20)}
+    findings = check(rule, attempts=groups(given), sockets=sockets(), drops=drops)
+    assert [(each.severity, each.facts["unresolved"]) for each in findings] == [("critical", 3)] * found
+
+
+def test_unreachable_for_want_of_a_link_address() -> None:
+    given = {attempt("UNREACHABLE", "EHOSTUNREACH"): times(5)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets(), drops=discarded(5))
+    assert finding.title.endswith("nobody answers ARP for it")
+    answers = given | {attempt("ESTABLISHED", rport=22): times(0, 1)}
+    (finding,) = check(rule, attempts=groups(answers), sockets=sockets(), drops=discarded(5))
+    assert finding.title.endswith("host unreachable")
+
+
+def test_a_loopback_address_is_that_of_its_namespace() -> None:
+    def listens(netns: int, lport: int = 80, gone: bool = False) -> Any:
+        owner = SimpleNamespace(comm="postgres", pid=9)
+        own = SimpleNamespace(netns=netns, lport=lport, laddr="127.0.0.1", name=f"127.0.0.1:{lport}", owner=owner)
+        return SimpleNamespace(last=SimpleNamespace(**vars(own), holders=()), gone=gone, peers={})
+
+    refused = {attempt("REFUSED", "ECONNREFUSED", laddr="127.0.0.1", raddr="127.0.0.1"): times(5)}
+    for history, pids in (
+        (listens(NETNS + 1), [9]),
+        (listens(NETNS + 1, 81), []),
+        (listens(NETNS + 1, gone=True), []),
+    ):
+        queues = SimpleNamespace(histories={0: history})
+        (finding,) = check(rule, attempts=groups(refused), sockets=sockets(), queues=queues)
+        assert finding.facts["listens_elsewhere"] == pids
+        assert len(finding.remedies) == 1 + len(pids)
+    elsewhere = {attempt("REFUSED", "ECONNREFUSED"): times(5)}
+    queues = SimpleNamespace(histories={0: listens(NETNS + 1)})
+    (finding,) = check(rule, attempts=groups(elsewhere), sockets=sockets(), queues=queues)
+    assert finding.facts["listens_elsewhere"] == []
 
 
 def test_a_socket_that_waited_and_has_ended_counts_once() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, peer, processes, service
 from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.rules.firewall_drops import is_syn
 from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally
 from tcpscope.diagnose.wording import in_netns, is_in
 from tcpscope.kernel import pidns
+from tcpscope.listeners import Listener
 from tcpscope.output import endpoint as text_of
 
 # With faults that were made 41 of 41 and 23 of 23 failed; on a busy server 14 of 2,099, all of one health check.
@@ -37,6 +39,11 @@ WHY_ALONE = (
     "again after a pause. A health check that looks at this service only has the same pace; then the service is down."
 )
 
+WHY_LOOPBACK = (
+    " Each network namespace, as that of each container, has a loopback address of its own: what listens in another "
+    "one is not reached."
+)
+
 Host = tuple[int, str]
 """Network namespace from which it is seen, and its address."""
 
@@ -50,6 +57,9 @@ _KINDS = {
     "FAILED": "failed",
 }
 
+
+_UNRESOLVED_IN = ("neigh_invalidate", "arp_error_report", "ndisc_error_report")
+"""Functions that discard what waits for a link address, where discards have no reason."""
 
 _ANSWERS = {"refused by a RST", "reset"}
 
@@ -141,12 +151,18 @@ class Program:
 
 @dataclass
 class Subject:
-    """A service, or a host that does not answer at several ports, and the programs that fail."""
+    """A service, or a host that does not answer at several ports, and the programs that fail.
+
+    unresolved  SYNs to it that were discarded here, since no next hop has given its link address
+    elsewhere   who listens at this port in other network namespaces, if it is a loopback address
+    """
 
     host: Host
     ports: list[int]
     programs: dict[str | None, Program]
     scan: bool = False
+    unresolved: int = 0
+    elsewhere: list[Listener] = field(default_factory=list)
 
     def _sum(self, name: str) -> int:
         return sum(getattr(program, name) for program in self.programs.values())
@@ -201,7 +217,8 @@ class ConnectsFail(Rule):
     needs = ("attempts", "sockets")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        services, alive = _services(seen)
+        unresolved = _unresolved(seen)
+        services, alive = _services(seen, unresolved)
         silent: dict[Host, list[Subject]] = defaultdict(list)
         scans = _scans(services)
         for (host, comm), ports in scans.items():
@@ -217,6 +234,8 @@ class ConnectsFail(Rule):
             if not failing:
                 continue
             subject = Subject((netns, raddr), [rport], failing)
+            subject.unresolved = _kept_here(subject, unresolved, alive)
+            subject.elsewhere = list(_elsewhere(seen, subject))
             if subject.main == SILENCE:
                 silent[subject.host].append(subject)
             else:
@@ -227,7 +246,9 @@ class ConnectsFail(Rule):
                 for comm, program in subject.programs.items():
                     together[comm] = _merged(together[comm], program) if comm in together else program
             ports = sorted(port for subject in subjects for port in subject.ports)
-            yield from self._finding(seen, services, Subject(host, ports, together), alive)
+            whole_host = Subject(host, ports, together)
+            whole_host.unresolved = _kept_here(whole_host, unresolved, alive)
+            yield from self._finding(seen, services, whole_host, alive)
 
     def _finding(
         self,
@@ -278,6 +299,8 @@ class ConnectsFail(Rule):
                 "errno": subject.errno,
                 "answers": others[:_PORTS_SHOWN],
                 "alone": alone,
+                "unresolved": subject.unresolved,
+                "listens_elsewhere": [own.owner.pid for own in subject.elsewhere if own.owner],
                 "count": subject.bad,
             },
             who=None if main_pid is None or pidns.inner() else processes.read(main_pid, subject.worst).name,
@@ -289,8 +312,42 @@ class ConnectsFail(Rule):
         )
 
 
+def _unresolved(seen: Evidence) -> Counter[Host]:
+    """How many SYNs the kernel has discarded since nobody gave the link address of their next hop, by destination.
+
+    One now and then is none: a neighbour may answer late.
+    """
+    drops, found = getattr(seen, "drops", None), Counter[Host]()
+    for group, tally in drops.tallies.items() if drops else ():
+        if group.direction != "SENT" or group.netns is None or not is_syn(group.flags):
+            continue
+        if group.reason == "NEIGH_FAILED" if group.reason else str(group.location).startswith(_UNRESOLVED_IN):
+            found[group.netns, group.raddr] += tally.count
+    return Counter({host: number for host, number in found.items() if number >= LEAST})
+
+
+def _kept_here(subject: Subject, unresolved: Mapping[Host, int], alive: Mapping[Host, set[int]]) -> int:
+    """How many of its SYNs did not leave for want of a link address; 0 also if the host has answered meanwhile."""
+    if subject.connected or alive.get(subject.host) or subject.main not in (SILENCE, "unreachable"):
+        return 0
+    return unresolved.get(subject.host, 0)
+
+
+def _elsewhere(seen: Evidence, subject: Subject) -> Iterator[Listener]:
+    """Who listens at this port in other network namespaces: each has a loopback address of its own."""
+    netns, raddr = subject.host
+    queues = getattr(seen, "queues", None)
+    if queues is None or subject.main != "refused by a RST" or not ip_address(raddr).is_loopback:
+        return
+    for history in queues.histories.values():
+        own = history.last
+        if own.netns != netns and own.lport in subject.ports and own.owner and not history.gone:
+            yield own
+
+
 def _services(
     seen: Evidence,
+    unresolved: Mapping[Host, int],
 ) -> tuple[dict[tuple[int, str, int], dict[str | None, Program]], dict[Host, set[int]]]:
     """Services to which something failed, by program; and which ports of these hosts have answered since it began."""
     services: dict[tuple[int, str, int], dict[str | None, Program]] = {}
@@ -299,8 +356,10 @@ def _services(
     connected = {(g.netns, g.comm, g.rport) for g in seen.attempts.tallies if g.outcome == "ESTABLISHED"}
     for group, tally in seen.attempts.tallies.items():
         kind = kind_of(group)
-        if group.outcome == "GAVE_UP" and (group.netns, group.comm, group.rport) not in connected:
-            kind = SILENCE  # no other address was faster: there is no answer anywhere
+        if group.outcome == "GAVE_UP" and (
+            (group.netns, group.comm, group.rport) not in connected or (group.netns, group.raddr) in unresolved
+        ):
+            kind = SILENCE  # no other address was faster: there is no answer anywhere. Or no SYN has left
         if kind is None:
             if group.outcome == "ESTABLISHED":
                 answered.append((group, tally))
@@ -463,13 +522,14 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
     who = subject.worst or "a process"
     if len(subject.programs) > 1:
         who += f" and {len(subject.programs) - 1} more programs"
-    how = {
+    known = {
         "refused by a RST": "connection refused",
         "rejected by an ICMP message": "rejected by an ICMP message, as of a firewall",
         "unreachable": "no route to it" if subject.errno == "ENETUNREACH" else "host unreachable",
         SILENCE: _SILENT[_answer(subject, others)],
         "failed": f"connect() fails with {subject.errno}",
-    }.get(subject.main, subject.main)
+    }
+    how = f"nobody answers {_asked(subject)} for it" if subject.unresolved else known.get(subject.main, subject.main)
     if subject.scan:
         return f"{who} was refused at {len(subject.ports)} ports of {subject.host[1]}: a port scan, it seems"
     if alone:
@@ -479,6 +539,11 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
     if any(program.connected for program in subject.programs.values()):
         return f"{who}: {subject.bad} of {subject.total} connects to {subject.name} fail: {how}"
     return f"{who} cannot connect to {subject.name}: {how}"
+
+
+def _asked(subject: Subject) -> str:
+    """How link addresses are asked for."""
+    return "neighbour discovery" if ":" in subject.host[1] else "ARP"
 
 
 def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
@@ -493,7 +558,12 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
             f"{subject.waiting} {'more wait' if failed else f'of {subject.total} connects wait'} for an answer, for up "
             f"to {waited_s:.1f} s now; SYNs were sent up to {again + 1} times"
         )
-    if subject.main == SILENCE:
+    if subject.unresolved:
+        yield f"{subject.unresolved} SYNs to it were discarded here: no next hop gave its link address"
+    for own in subject.elsewhere[:_PROGRAMS_SHOWN]:
+        owner = f"{own.owner.comm} (PID {own.owner.pid})" if own.owner else "a process"
+        yield f"{owner} listens at {own.name} in another network namespace"
+    if subject.main == SILENCE and not subject.unresolved:
         address = subject.host[1]
         if others:
             ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
@@ -524,19 +594,26 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
             "these programs have other connections, too, or are started for each check. A program that waits for the "
             "service may try at the same pace."
         )
+    if subject.unresolved:
+        return (
+            "Before a packet leaves, the kernel asks for the link address of the next hop: of the host itself, if it "
+            "is on the same network, else of the router. Nobody answers, so no SYN has left: that host is down, has "
+            "another address, or is on another network (VLAN). connect() fails after about three seconds."
+        )
     if subject.main == "refused by a RST":
         return (
             f"A RST answers the SYN: {address} is up, but no process listens at this address and port there. A "
             "firewall that rejects with a RST looks the same."
-        )
+        ) + (WHY_LOOPBACK if subject.elsewhere else "")
     if subject.main == "rejected by an ICMP message":
         return "A firewall or router answers the SYN with an ICMP message. The service has not seen the SYN."
     if subject.main == "unreachable":
         if subject.errno == "ENETUNREACH":
             return "There is no route to this address, here or at a router on the way, so no SYN reaches the host."
         return (
-            "A router says that the host cannot be reached, or the host on the same network does not answer ARP or "
-            "neighbour discovery: it is down, or the address is wrong."
+            "A router or a firewall says so with an ICMP message (host unreachable, administratively prohibited), or "
+            "the host on the same network does not answer ARP or neighbour discovery: it is down, or the address is "
+            "wrong."
         )
     answer = _answer(subject, others)
     if subject.main == SILENCE and answer == "itself":
@@ -560,11 +637,24 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
 def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterator[Remedy]:
     netns, address = subject.host
     program = subject.worst or "the program"
-    if subject.main == "refused by a RST":
+    if subject.unresolved:
+        yield Remedy(
+            f"See which next hop is asked for and does not answer (FAILED). If {address} is gone, take it out of the "
+            f"configuration of {program}.",
+            command=in_netns(netns, f"sh -c 'ip route get {address}; ip neigh'", inside),
+        )
+    elif subject.main == "refused by a RST":
         yield Remedy(
             f"Start the service on {address}, or correct address and port in the configuration of {program}. On that "
             f"host, `ss -ltnp sport = :{subject.ports[0]}` shows whether something listens, and at which address."
         )
+        for own in subject.elsewhere[:1]:
+            owner = own.owner.comm if own.owner else "that process"
+            yield Remedy(
+                f"If {owner} in the other network namespace is what {program} needs, let {program} connect to an "
+                f"address of that namespace"
+                + (f", and let {owner} listen there." if ip_address(own.laddr).is_loopback else ".")
+            )
     elif subject.main == SILENCE and _answer(subject, others) == "itself":
         yield Remedy(
             f"See on {address} whether the listener's queue overflows, with `tcpscope diagnose -L {subject.ports[0]}`."
@@ -582,8 +672,9 @@ def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterato
         )
     elif subject.main in (SILENCE, "unreachable"):
         yield Remedy(
-            f"See whether {address} is up and which way leads there. A timeout for connect() of a few seconds in "
-            f"{program} limits the harm.",
+            f"See whether {address} is up and which way leads there"
+            + (", and whether a firewall on the way rejects it" if subject.main == "unreachable" else "")
+            + f". A timeout for connect() of a few seconds in {program} limits the harm.",
             command=in_netns(netns, f"ip route get {address}", inside),
         )
     elif subject.main == "rejected by an ICMP message":
