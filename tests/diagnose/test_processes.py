@@ -41,6 +41,20 @@ def test_its_threads() -> None:
     assert not processes.threads(0x7FFFFFFF)
 
 
+def test_its_children() -> None:
+    with subprocess.Popen(["sleep", "600"]) as child:
+        try:
+            until(lambda: (child.pid, "sleep") in _children(), "the name")
+        finally:
+            child.kill()
+    assert child.pid not in {pid for pid, _ in _children()}
+    assert processes.children(0x7FFFFFFF) is None
+
+
+def _children() -> list[tuple[int, str]]:
+    return [(each.pid, each.comm) for each in processes.children(os.getpid()) or []]
+
+
 def test_a_stopped_one() -> None:
     with subprocess.Popen(["sleep", "600"]) as child:
         try:

@@ -115,6 +115,22 @@ def files(pid: int) -> int | None:
     return None
 
 
+def children(pid: int) -> list[Process] | None:
+    """The processes that it has forked and that still live; None: they cannot be read."""
+    if pidns.inner():
+        return None
+    found: list[Process] = []
+    try:
+        for folder in islice((PROC / str(pid) / "task").iterdir(), _THREADS_AT_MOST):
+            for child in (folder / "children").read_text().split():
+                with suppress(OSError):
+                    name = (PROC / child / "comm").read_text(errors="replace").rstrip("\n")
+                    found.append(Process(int(child), name))
+    except OSError:
+        return None
+    return found
+
+
 def threads(pid: int) -> Counter[tuple[str, str | None]]:
     """State and wchan of its threads, and how many there are of each; empty: they cannot be read."""
     found: Counter[tuple[str, str | None]] = Counter()

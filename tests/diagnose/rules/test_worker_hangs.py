@@ -170,6 +170,12 @@ def test_a_process_that_closes_what_it_has_accepted_works(
     assert bool(check(*left, listens=listener(accepted, pids))) == found
 
 
+@pytest.mark.parametrize(("files", "found"), [(LEAST, True), (LEAST - 1, False), (None, True)])
+def test_a_process_that_cannot_have_them(monkeypatch: pytest.MonkeyPatch, files: int | None, found: bool) -> None:
+    monkeypatch.setattr(worker_hangs.processes, "files", lambda pid: files)
+    assert bool(check(*(track() for _ in range(LEAST)))) == found
+
+
 def test_a_process_that_waits_for_events_has_forgotten_them(states: Counter[Any]) -> None:
     del states["S", "futex_wait_queue"]
     assert not check(*(track() for _ in range(LEAST)))

@@ -35,11 +35,17 @@ FD_SETSIZE = 1024
 
 _PASSING_SECONDS = 2.0
 _SHOWN = 3
+_CHILDREN_IN_FACTS = 100
 _MARK = "close_wait_leak"
 _WHY = (
     "The remote end has sent its FIN: it will send nothing more. The kernel waits in CLOSE_WAIT until the application "
     "calls close(), without any time limit, so a connection that the program forgets takes a file descriptor until "
     "the program ends."
+)
+
+_WHY_OTHERS = (
+    " A connection stays open until the last process that has it closes it. A child has all connections that its "
+    "parent had at fork(), and keeps them over exec() if they lack FD_CLOEXEC; a process can also pass them on."
 )
 
 _RISK_SELECT = (
@@ -92,9 +98,61 @@ class CloseWaitLeak(Rule):
                 continue
             growth = rising(seen.sockets.numbers.get((_MARK, netns, pid), ()))
             owner = processes.read(pid, comm)
+            grows = growth.steps >= GROWN and growth.quiet_s <= RECENT_SECONDS
             held = bool(owner.open_files) and len(tracks) >= HELD_SHARE * (owner.open_files or 0)
-            if (growth.steps >= GROWN and growth.quiet_s <= RECENT_SECONDS) or held:
+            files = processes.files(pid)
+            if files is not None and files < len(tracks):  # it cannot have all of them
+                if grows:
+                    yield self._of_others(netns, owner, tracks, old, growth, files)
+            elif grows or held:
                 yield self._finding(netns, owner, tracks, old, growth)
+
+    def _of_others(
+        self, netns: int, owner: processes.Process, tracks: list[Track], old: int, growth: Growth, files: int
+    ) -> Finding:
+        """The owner has opened them and has not got them any more: other processes keep them open."""
+        whose, observed = _seen(tracks, old, growth)
+        name = f"{owner.comm} (PID {owner.pid})"
+        children = processes.children(owner.pid) or []
+        names = Counter(child.comm for child in children)
+        port, side = ("lport", "-L") if whose == "clients" else ("rport", "-R")
+        ports = sorted({getattr(track.last, port) for track in tracks})[:_SHOWN]
+        return Finding(
+            rule=self.name,
+            severity="warning",
+            title=f"{len(tracks)} connections of {name} that its {whose} have closed are kept open by other processes",
+            observed=[
+                *observed,
+                f"{name} has {files} files open: it has closed most of them, or all",
+                *([f"its children: {_most(names)}"] if names else []),
+            ],
+            why=_WHY + _WHY_OTHERS,
+            remedies=[
+                Remedy(
+                    f"Find the processes that have them. Let each child of {owner.comm} close what it does not need, "
+                    f"or let {owner.comm} set FD_CLOEXEC (SOCK_CLOEXEC at accept4() or socket()). shutdown() before "
+                    "close() ends a connection at once, whoever has it.",
+                )
+            ],
+            who=owner.name,
+            look=(f"list {side} {','.join(map(str, ports))}",),
+            about=frozenset({process(owner.pid)}),
+            first_s=max(track.last_s for track in tracks) - max(track.held_s(_MARK) for track in tracks),
+            facts={
+                "netns": netns,
+                "count": len(tracks),
+                "old": old,
+                "grown": growth.number,
+                "per_s": round(growth.per_s, 2),
+                "pid": owner.pid,
+                "comm": owner.comm,
+                "open_files": files,
+                "open_files_limit": owner.open_files,
+                "seconds_left": None,
+                "kept_by_others": True,
+                "children": [child.pid for child in children[:_CHILDREN_IN_FACTS]],
+            },
+        )
 
     def _finding(self, netns: int, owner: processes.Process, tracks: list[Track], old: int, growth: Growth) -> Finding:
         limit, files = owner.open_files, processes.files(owner.pid)
@@ -102,21 +160,8 @@ class CloseWaitLeak(Rule):
         rate, grown = growth.per_s, growth.number
         left_s = max(limit - used, 0) / rate if limit and rate else None
         full = bool(limit) and used >= FULL_SHARE * (limit or 0)
-        rows = [track.last for track in tracks]
-        # Of a service many connections have the same remote port, of clients the same local one.
-        served = len({row.lport for row in rows}) <= len({row.rport for row in rows})
-        whose = "clients" if served else "servers"
-        ends = Counter(f"port {row.lport}" if served else endpoint(row.raddr, row.rport) for row in rows)
-        peers = Counter(row.raddr for row in rows)
-        observed = [
-            f"{len(tracks)} connections in CLOSE_WAIT, {old} of them for {OLD_SECONDS:g} s or longer; nothing is being "
-            "sent on them",
-            f"{grown} more in {span(growth.seconds)}, {rate:.1f} a second, and the number did not fall"
-            if grown
-            else "no more came",
-            f"of {_most(ends)}; remote addresses: {_most(peers)}",
-            _files(files, limit, left_s),
-        ]
+        whose, observed = _seen(tracks, old, growth)
+        observed.append(_files(files, limit, left_s))
         name = f"{owner.comm} (PID {owner.pid})"
         now_s = max(track.last_s for track in tracks)
         return Finding(
@@ -141,8 +186,26 @@ class CloseWaitLeak(Rule):
                 "open_files": files,
                 "open_files_limit": limit,
                 "seconds_left": None if left_s is None else round(left_s),
+                "kept_by_others": False,
             },
         )
+
+
+def _seen(tracks: list[Track], old: int, growth: Growth) -> tuple[str, list[str]]:
+    """Whose ends are closed, `clients` or `servers`; and what was observed."""
+    rows = [track.last for track in tracks]
+    # Of a service many connections have the same remote port, of clients the same local one.
+    served = len({row.lport for row in rows}) <= len({row.rport for row in rows})
+    ends = Counter(f"port {row.lport}" if served else endpoint(row.raddr, row.rport) for row in rows)
+    peers = Counter(row.raddr for row in rows)
+    return "clients" if served else "servers", [
+        f"{len(tracks)} connections in CLOSE_WAIT, {old} of them for {OLD_SECONDS:g} s or longer; nothing is being "
+        "sent on them",
+        f"{growth.number} more in {span(growth.seconds)}, {growth.per_s:.1f} a second, and the number did not fall"
+        if growth.number
+        else "no more came",
+        f"of {_most(ends)}; remote addresses: {_most(peers)}",
+    ]
 
 
 def rising(numbers: Iterable[tuple[float, int]]) -> Growth:

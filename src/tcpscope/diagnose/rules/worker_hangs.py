@@ -72,6 +72,9 @@ class WorkerHangs(Rule):
                 continue
             if _closes(seen, netns, pid, tracks, left):
                 continue
+            files = processes.files(pid)
+            if files is not None and files < len(left):
+                continue  # its children have them, and it need not read
             states = processes.threads(pid)
             if states and all(wchan in WAITS_FOR_EVENTS for _, wchan in states):
                 continue
