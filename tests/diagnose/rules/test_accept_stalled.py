@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.queue_history import STALL_SECONDS, History
 from tcpscope.diagnose.rules import accept_stalled
-from tests.record import Script, Test, recorded
+from tests.record import Script, Seen, Test, recorded
 from tests.test_sampling import LISTENER
 from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, PORT, Run, findings, is_exact
 
 STALL_US = 6_000_000
+FULL = "TcpExtTCPToZeroWindowAdv"
 LATE = 4
 CLIENTS = 16
 
@@ -106,6 +110,81 @@ def test_a_stall_that_ends_is_told_with_its_time(script: Script) -> Test:
     assert facts["stalled_s"] >= STALL_SECONDS
     assert finding["remedies"] == []
     assert pause.took_us >= STALL_US
+
+
+def stall(script: Script) -> None:
+    """Nobody accepts three clients."""
+    client = script.client.process("client")
+    for _ in range(3):
+        client.socket().connect(script.server.ipv4, PORT)
+    client.pause(STALL_US)
+    script.stay()
+
+
+def stalled(seen: Seen, script: Script) -> dict[str, Any]:
+    found = seen.run(DIAGNOSE).summary["findings"]
+    (finding,) = (f for f in found if f["rule"] == "accept_stalled" and f["facts"]["netns"] == script.server.inode)
+    return cast("dict[str, Any]", finding)
+
+
+@recorded(DIAGNOSE)
+def test_the_only_thread_waits_for_a_client_that_does_not_read(script: Script) -> Test:
+    server = script.server.process("reports")
+    listener = server.listener(PORT)
+    reader = script.client.process("reader").socket()
+    reader.connect(script.server.ipv4, PORT)
+    served = listener.accept()
+    before = script.client.counter(FULL)
+    served.send_all(16 << 20, may_fail=True, wait=False)
+    script.client.until_counter(FULL, before + 1)
+    stall(script)
+    seen = yield
+    finding = stalled(seen, script)
+    facts = finding["facts"]
+    assert (facts["waits_in"], facts["waits_for"]) == ("send()", script.client.ipv4)
+    assert facts["stuck_pids"] == [server.pid]
+    (remedy,) = finding["remedies"]
+    assert f"reports waits in send() for {script.client.ipv4}" in remedy["what"]
+
+
+@recorded(DIAGNOSE)
+def test_the_only_thread_waits_for_connect(script: Script) -> Test:
+    script.client.blackhole("198.51.100.0/24")
+    server = script.server.process("front")
+    server.listener(PORT)
+    server.socket().start("198.51.100.7", 5432)
+    stall(script)
+    seen = yield
+    facts = stalled(seen, script)["facts"]
+    assert (facts["waits_in"], facts["waits_for"]) == ("connect()", "198.51.100.7:5432")
+
+
+@pytest.mark.parametrize(
+    ("row", "state", "threads", "children", "found"),
+    [
+        ({}, "S", 1, [], True),
+        ({}, "S", 1, None, True),  # they cannot be read
+        ({}, "S", 1, [Process(8, "child")], False),  # the connection may be the child's
+        ({}, "S", 2, [], False),
+        ({}, "R", 1, [], False),
+        ({"memory": 666}, "S", 1, [], False),  # there is room
+        ({"timer": "RETRANSMIT"}, "S", 1, [], False),
+        ({"pid": 8}, "S", 1, [], False),
+        ({"has_file": False}, "S", 1, [], False),
+    ],
+)
+def test_what_holds_up_an_only_thread(
+    monkeypatch: pytest.MonkeyPatch, row: dict[str, Any], state: str, threads: int, children: Any, found: bool
+) -> None:
+    monkeypatch.setattr(accept_stalled.processes, "threads", lambda pid: Counter({("S", None): threads}))
+    monkeypatch.setattr(accept_stalled.processes, "children", lambda pid: children)
+    full: dict[str, Any] = {
+        "pid": 7, "has_file": True, "state": "ESTABLISHED", "timer": "ZERO_WINDOW", "unsent": 1, "memory": 667,
+        "sndbuf": 1000, "role": "PASSIVE", "raddr": "192.0.2.1", "rport": 50000,
+    }  # fmt: skip
+    track = SimpleNamespace(last=SimpleNamespace(**full | row))
+    seen: Any = SimpleNamespace(sockets=SimpleNamespace(now=[track]))
+    assert (accept_stalled._wait(seen, Process(7, "reports", state)) is not None) == found
 
 
 def watched(looks: Iterator[tuple[float, int, int, int]]) -> History:

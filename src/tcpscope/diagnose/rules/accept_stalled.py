@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
@@ -25,9 +26,14 @@ from tcpscope.diagnose.wording import (
     whose,
 )
 from tcpscope.kernel import pidns
+from tcpscope.output import endpoint
 
 CRITICAL_SECONDS = 5.0
 """Of waiting. Many clients and load balancers give up after five seconds."""
+
+WAKES_AT = 2 / 3
+"""Of the send buffer: so much of it at most is in use when the kernel wakes up who waits for room in it
+(sk_stream_is_writeable)."""
 
 WHY = (
     "The kernel completes handshakes by itself, so clients are connected before the application knows of them. They "
@@ -40,6 +46,35 @@ WHY_ONE = (
 WHY_FULL = " When the accept queue is full, the kernel drops new SYNs and ignores final ACKs."
 _DOES = {"S": "sleeps", "R": "runs"}
 _ANY = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class _Wait:
+    """A connection for which the only thread of a process waits, most probably.
+
+    how  `send()` to a remote end that does not read, `connect()` to one that does not answer
+    """
+
+    worker: Process
+    how: str
+    whom: str
+
+    @property
+    def observed(self) -> str:
+        what = "has a full send buffer, and the remote end does not read"
+        if self.how == "connect()":
+            what = "waits for an answer to connect()"
+        return f"its only thread sleeps, and its connection to {self.whom} {what}"
+
+    @property
+    def remedy(self) -> Remedy:
+        name = self.worker.comm
+        options = "SO_SNDTIMEO, TCP_USER_TIMEOUT" if self.how == "send()" else "of a second or two"
+        return Remedy(
+            f"Most probably {name} waits in {self.how} for {self.whom}, and serves nobody else meanwhile. Give that "
+            f"call a timeout ({options}), or let {name} have a thread for each client, or sockets that do not block.",
+            command=states_of([self.worker.pid]),
+        )
 
 
 class AcceptStalled(Rule):
@@ -80,6 +115,7 @@ def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[
     numbers = [refusal_facts(seen.queues, each) for each in stalled]
     refused = _sum(numbers, "refused")
     workers = _workers(stalled) if goes_on else []
+    wait = next(filter(None, (_wait(seen, worker) for worker in workers)), None)
     critical = wait_s >= CRITICAL_SECONDS or left or refused != 0
     span = seconds(round(wait_s * 1e6))
     return Finding(
@@ -95,13 +131,14 @@ def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[
             *(line for each in stalled for line in refusals(seen.queues, each)),
             *([full_share(history)] if history.full_seen else ()),
             *_states(workers),
+            *([wait.observed] if wait else ()),
             *_siblings(others),
             *other_symptoms(history),
             *peers(history, "ACCEPT_QUEUE_FULL"),
             *(counters_agree(seen.queues, own, ("ListenOverflows",)) if refused != 0 else ()),
         ],
         why=(WHY_ONE if others else WHY) + (WHY_FULL if refused != 0 else ""),
-        remedies=list(_remedies(history, workers, others, waiting)) if goes_on else [],
+        remedies=list(_remedies(history, workers, others, waiting, wait)) if goes_on else [],
         **of(history)
         | {
             "who": ", ".join(each.name for each in workers[:WORKERS_SHOWN]) or of(history)["who"],
@@ -122,6 +159,8 @@ def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[
             stuck_pids=[each.pid for each in workers],
             states=[each.state for each in workers],
             wchan=[each.wchan for each in workers],
+            waits_in=wait.how if wait else None,
+            waits_for=wait.whom if wait else None,
             sockets=len(group),
             stuck_sockets=len(stuck),
             siblings_accepted=sum(each.accepts or 0 for each in others) if others else None,
@@ -152,6 +191,24 @@ def _workers(stuck: Sequence[History]) -> list[Process]:
         return []
     holders = dict.fromkeys((own.pid, own.comm) for each in stuck for own in each.last.workers or each.last.holders)
     return [processes.read(pid, comm) for pid, comm in list(holders)[:WORKERS_SHOWN]]
+
+
+def _wait(seen: Evidence, worker: Process) -> _Wait | None:
+    """What its only thread waits for, if one of its connections can hold it up.
+
+    What its children have may be theirs. An event loop would accept, though one connection waits.
+    """
+    if worker.state != "S" or processes.children(worker.pid) or processes.threads(worker.pid).total() != 1:
+        return None
+    for track in seen.sockets.now:
+        row = track.last
+        if row.pid != worker.pid or not row.has_file:
+            continue
+        if row.state == "SYN_SENT":
+            return _Wait(worker, "connect()", endpoint(row.raddr, row.rport))
+        if row.timer == "ZERO_WINDOW" and row.unsent and row.memory > WAKES_AT * row.sndbuf:
+            return _Wait(worker, "send()", row.raddr if row.role == "PASSIVE" else endpoint(row.raddr, row.rport))
+    return None
 
 
 def _culprit(workers: Sequence[Process], history: History) -> str:
@@ -193,7 +250,7 @@ def _siblings(others: Sequence[History]) -> Iterator[str]:
 
 
 def _remedies(
-    history: History, workers: Sequence[Process], others: Sequence[History], waiting: int
+    history: History, workers: Sequence[Process], others: Sequence[History], waiting: int, wait: _Wait | None
 ) -> Iterator[Remedy]:
     own = history.last
     if own.holders and not own.workers and own.by_systemd:
@@ -232,6 +289,8 @@ def _remedies(
             proposed=own_limit,
             risk="A program that uses select() cannot have more than 1024." if own_limit > 1024 else None,
         )
+    elif wait:
+        yield wait.remedy
     elif workers:
         yield Remedy(
             f"Find out what {_names(workers)} waits for instead of calling accept(): a lock, a database, another "
