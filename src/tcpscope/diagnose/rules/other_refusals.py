@@ -9,6 +9,9 @@ from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import counters_agree, facts, in_namespace, of, peers, whose
 
+CRITICAL = 5
+"""So many, and nothing was accepted meanwhile."""
+
 WHY = (
     "The kernel also refuses a handshake if it has no route to the client or no memory, or if a security module forbids"
     " it."
@@ -33,14 +36,16 @@ class OtherRefusals(Rule):
 
     def _finding(self, seen: QueueHistory, history: History, other: int, unsure: int) -> Finding:
         listener = history.last
+        all_fail = other >= CRITICAL and history.accepts == 0
         observed = [f"{other} refusals, and no queue was full"] if other else []
+        observed += ["the application accepted nothing meanwhile"] if all_fail else []
         observed += [f"{unsure} refusals for a cause that is not certain"] if unsure else []
         why = [WHY + ("" if seen.exact else WHY_SAMPLED)] if other else []
         why += [WHY_UNSURE] if unsure else []
         return Finding(
             rule=self.name,
-            severity="warning",
-            title=f"handshakes refused on {listener.name}, {whose(history)}",
+            severity="critical" if all_fail else "warning",
+            title=f"{'all ' if all_fail else ''}handshakes refused on {listener.name}, {whose(history)}",
             observed=[
                 *observed,
                 f"longest accept queue {history.longest_accept_queue}, longest SYN queue {history.longest_syn_queue}, "
