@@ -23,7 +23,7 @@ _PLACE = struct.Struct("<I")
 _SOCKETS = struct.Struct("<16i")
 _SPAN = struct.Struct("<QQQ16I")
 _PAIR = struct.Struct("<QQ")
-_NO_SOCKETS, _NO_SPANS = bytes(_SOCKETS.size), bytes(2 * _SPAN.size)
+_NO_SOCKETS, _NO_SPANS, _NO_PAIR = bytes(_SOCKETS.size), bytes(2 * _SPAN.size), bytes(_PAIR.size)
 _UNKNOWN = 2**32 - 1
 _SYN_SENT, _ESTABLISHED, _TIME_WAIT, _CLOSE = 2, 1, 6, 7  # enum tcp_state
 
@@ -126,7 +126,7 @@ def attach(filter: Filter, debug: bool = False) -> Session:
 
 
 class _PoolBrief(NamedTuple):
-    """What a look asks of each pool: these fields of `struct pool`, which are not decoded."""
+    """What a look asks of each pool: these fields of `struct pool`, and the number of its sockets and bound ports."""
 
     netns: int
     kind: int
@@ -135,6 +135,11 @@ class _PoolBrief(NamedTuple):
     pins: int
     own: int
     spans: bytes
+    used: int
+
+    @classmethod
+    def of(cls, fields: tuple[Any, ...]) -> _PoolBrief:
+        return cls._make((*fields, fields[3] + sum(_SOCKETS.unpack(fields[2]))))
 
 
 class _HolderBrief(NamedTuple):
@@ -146,6 +151,14 @@ class _HolderBrief(NamedTuple):
     failed_connects: bytes
     failed_binds: bytes
 
+    @classmethod
+    def of(cls, fields: tuple[Any, ...]) -> _HolderBrief:
+        return cls._make(fields)
+
+    @property
+    def fails(self) -> bool:
+        return self.failed_connects != _NO_PAIR or self.failed_binds != _NO_PAIR
+
 
 class Pools:
     """Takes snapshots of all pools. The caller must hold the session open."""
@@ -153,13 +166,16 @@ class Pools:
     def __init__(self, session: Session, filter: Filter, notes: list[str]) -> None:
         self._loaded, self._filter = session.loaded, filter
         self._epoch = session.loaded.memory("epoch").cast("I")
-        self._pools = _Places(session, "pools", "pool_places", "pool", "pool_key", _PoolBrief)
-        self._holders = _Places(session, "holders", "holder_places", "pool_holder", "holder_key", _HolderBrief)
+        self._pools = _Places(session, "pools", "pool_places", "pool", "pool_key", _PoolBrief, _PoolBrief._fields[:-1])
+        self._holders = _Places(
+            session, "holders", "holder_places", "pool_holder", "holder_key", _HolderBrief, _HolderBrief._fields
+        )
         self._reserved: dict[int, tuple[int, int]] = {}
         self._asks_owner = compiled_filter.asks_owner(filter)
         self._addresses = Filter(
             netns=filter.netns, family=filter.family, rport=filter.rport, laddr=filter.laddr, raddr=filter.raddr
         )
+        self._still: tuple[float, list[Pool]] | None = None
         Walk.look(self._loaded, "held", lambda walked: self._find(notes))
 
     def _find(self, notes: list[str]) -> None:
@@ -185,7 +201,10 @@ class Pools:
         ended = self._epoch[0] & 1
         self._epoch[0] += 1
         wait_for_programs()  # one may still add to what has ended
-        places, holders = self._pools.read(), self._holders.read()
+        changed = [each.read() for each in (self._pools, self._holders)]
+        if self._still and self._still[0] == least and not any(changed):
+            return self._still[1]
+        places, holders = self._pools.briefs, self._holders.briefs
         held: dict[int, list[int]] = defaultdict(list)
         for at, holder in holders.items():
             held[holder.pool].append(at)
@@ -197,7 +216,7 @@ class Pools:
             else:
                 pools[self._pools.key(place)].append(place)
         if least:
-            failing = {holder.pool for holder in holders.values() if _failed(holder, ended)}
+            failing = {holder.pool for holder in holders.values() if holder.fails}
             ports = {netns: least * self._available(spaces) for netns, spaces in whole.items()}
             pools = {
                 key: same
@@ -214,9 +233,11 @@ class Pools:
             )
             for same in pools.values()
         ]
-        self._forget(ended)
+        nothing_done = self._forget(ended)
         shown = [pool for pool in found if pool is not None and (pool.failures or (pool.share or 0.0) >= least)]
-        return sorted(shown, key=lambda pool: (-(pool.share or 0.0), -pool.used, pool.netns, pool.laddr))
+        shown.sort(key=lambda pool: (-(pool.share or 0.0), -pool.used, pool.netns, pool.laddr))
+        self._still = (least, shown) if nothing_done else None
+        return shown
 
     def _available(self, spaces: list[tuple[int, Any]]) -> int:
         """How many ports the range of a namespace has; 0: not known."""
@@ -301,26 +322,31 @@ class Pools:
             self._reserved[place] = known = checked_ns, int.from_bytes(data, "little")
         return (known[1] >> first & (1 << last - first + 1) - 1).bit_count()
 
-    def _forget(self, ended: int) -> None:
-        """Begin the next span, and free the places of what counts nothing and did nothing since the look before."""
+    def _forget(self, ended: int) -> bool:
+        """Begin the next span, and free the places of what counts nothing and did nothing since the look before.
+
+        Whether there was nothing to do.
+        """
         holders, pools = self._holders.briefs, self._pools.briefs
-        idle = {place for place, holder in holders.items() if _is_idle_holder(holder)}
-        for place in holders.keys() - idle:
-            if _failed(holders[place], ended):
-                for name in ("failed_connects", "failed_binds"):
-                    self._holders.clear(place, name, ended * 8, 8)
-        for place, pool in pools.items():
-            if pool.spans != _NO_SPANS:
-                self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
-        self._holders.free(idle, _is_idle_holder)
-        in_use = {holder.pool for place, holder in holders.items() if place not in idle}
+        idle_holders = {place for place, holder in holders.items() if _is_idle_holder(holder)}
+        failing = [place for place, holder in holders.items() if holder.fails]
+        busy = [place for place, pool in pools.items() if pool.spans != _NO_SPANS]
+        for place in failing:
+            for name in ("failed_connects", "failed_binds"):
+                self._holders.clear(place, name, ended * _PAIR.size // 2, _PAIR.size // 2)
+        for place in busy:
+            self._pools.clear(place, "spans", ended * _SPAN.size, _SPAN.size)
+        self._holders.free(idle_holders, _is_idle_holder)
+        in_use = {holder.pool for place, holder in holders.items() if place not in idle_holders}
         idle = {place for place, pool in pools.items() if place not in in_use and _is_idle_pool(pool)}
-        spaces = {pool.netns for place, pool in pools.items() if place not in idle}
-        idle -= {place for place in idle if pools[place].kind == _NAMESPACE and pools[place].netns in spaces}
+        if idle:
+            spaces = {pool.netns for place, pool in pools.items() if place not in idle}
+            idle -= {place for place in idle if pools[place].kind == _NAMESPACE and pools[place].netns in spaces}
         for place in idle:
             self._reserved.pop(place, None)
             self._loaded.remove("reserved", _PLACE.pack(place))
         self._pools.free(idle, _is_idle_pool)
+        return not (idle or idle_holders or failing or busy)
 
 
 _Who = tuple[int | None, str | None, int | None]
@@ -342,17 +368,11 @@ def _most_used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]
     """How many ports of a pool are in use, or more. One with a range of its own may be at its end with any number."""
     if any(pool.own for pool in same):
         return math.inf
-    used: int = sum(pool.bound + sum(_SOCKETS.unpack(pool.sockets)) for pool in same)
-    return used + sum(int(space.bound) for _, space in whole[same[0].netns])
-
-
-def _failed(holder: _HolderBrief, ended: int) -> int:
-    """Calls of a process that found no port in the span that has ended."""
-    return int(_PAIR.unpack(holder.failed_connects)[ended] + _PAIR.unpack(holder.failed_binds)[ended])
+    return sum(pool.used for pool in same) + sum(int(space.bound) for _, space in whole[same[0].netns])
 
 
 def _is_idle_holder(holder: _HolderBrief) -> bool:
-    return not (holder.ports or holder.pins or any(holder.failed_connects) or any(holder.failed_binds))
+    return not (holder.ports or holder.pins or holder.fails)
 
 
 def _is_idle_pool(pool: _PoolBrief) -> bool:
@@ -366,7 +386,9 @@ class _Places:
     program runs any more that may have found it. Numbers of places are one more than the index.
     """
 
-    def __init__(self, session: Session, name: str, places: str, layout: str, key: str, brief: Any) -> None:
+    def __init__(
+        self, session: Session, name: str, places: str, layout: str, key: str, brief: Any, fields: Sequence[str]
+    ) -> None:
         self._loaded = session.loaded
         self._name, self._places = name, places
         self._layout = session.spec.layout(layout, internal=True)
@@ -376,18 +398,29 @@ class _Places:
         self._number = session.spec.layout("place", internal=True)
         self._keys: dict[int, bytes] = {}
         self._apart: dict[int, bytes] = {}  # in use, but a program has made another place for the same key since
-        self._brief, self._unpack = brief, _unpacker(self._layout, brief._fields)
+        self._brief, self._unpack = brief, _unpacker(self._layout, fields)
+        self._before = self._read = b""
         self.briefs: dict[int, Any] = {}
-
-    def read(self) -> dict[int, Any]:
         """Place -> the fields that are asked of all of them."""
+
+    def read(self) -> bool:
+        """Whether anything has changed since. A program that takes a place writes to the array before and after."""
+        before, size = bytes(self._memory), self._layout.size
+        if before == self._before:
+            return False
         found = self._loaded.entries(self._places, self._key_bytes, self._number)
         self._keys = {value.number: key for key, value in found} | self._apart
-        self.briefs = {place: self._at(place) for place in self._keys}
-        return self.briefs
+        now, read = bytes(self._memory), self._read
+        known, self.briefs = self.briefs, {}
+        for place in self._keys:
+            begin = (place - 1) * size
+            same = known.get(place) if now[begin : begin + size] == read[begin : begin + size] else None
+            self.briefs[place] = same or self._at(place, now)
+        self._before, self._read = before, now
+        return True
 
-    def _at(self, place: int) -> Any:
-        return self._brief._make(self._unpack(self._memory, (place - 1) * self._layout.size))
+    def _at(self, place: int, memory: bytes | memoryview) -> Any:
+        return self._brief.of(self._unpack(memory, (place - 1) * self._layout.size))
 
     def record(self, place: int) -> Any:
         """The whole struct. To decode it takes ten times as long."""
@@ -404,14 +437,15 @@ class _Places:
 
     def free(self, places: set[int], is_idle: Callable[[Any], bool]) -> None:
         """Free these places, if they are still idle."""
-        places = {place for place in places if is_idle(self._at(place))}
+        places = {place for place in places if is_idle(self._at(place, self._memory))}
         if not places:
             return
+        self._before = b""
         for place in places - self._apart.keys():
             self._loaded.remove(self._places, self._keys[place])
         wait_for_programs()
         for place in places:
-            if is_idle(self._at(place)):
+            if is_idle(self._at(place, self._memory)):
                 self._apart.pop(place, None)
                 begin = (place - 1) * self._layout.size
                 self._memory[begin : begin + self._layout.size] = bytes(self._layout.size)
@@ -422,7 +456,7 @@ class _Places:
                 self._apart[place] = self._keys[place]
 
 
-def _unpacker(layout: Layout, names: Sequence[str]) -> Callable[[memoryview, int], tuple[Any, ...]]:
+def _unpacker(layout: Layout, names: Sequence[str]) -> Callable[[bytes | memoryview, int], tuple[Any, ...]]:
     """Reads these fields of a struct, which follow each other in it, from memory at an offset."""
     form, end = "<", 0
     for field in map(layout.field, names):

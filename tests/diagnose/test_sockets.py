@@ -43,3 +43,40 @@ def test_their_number_is_bounded(found: Sockets, monkeypatch: pytest.MonkeyPatch
     found.forget(10.0)
     found._serve(row("192.0.2.9", 21))
     assert found.served == {(1, 80): {"192.0.2.0": 20.0, "192.0.2.9": 21.0}}
+
+
+class Time:
+    """Of both clocks; a look takes `cost_s` of them."""
+
+    def __init__(self, cost_s: float) -> None:
+        self.now_s, self.cost_s = 100.0, cost_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    thread_time = monotonic
+
+    def run(self, hook: str) -> None:
+        self.now_s += self.cost_s
+
+
+@pytest.mark.parametrize(("cost_s", "looks", "told"), [(0.01, 100, None), (0.05, 40, None), (0.25, 8, "every 13 s")])
+def test_looks_take_a_fiftieth_and_rare_ones_are_told(
+    found: Sockets, monkeypatch: pytest.MonkeyPatch, cost_s: float, looks: int, told: str | None
+) -> None:
+    time = Time(cost_s)
+    monkeypatch.setattr(sockets, "time", time)
+    loaded = SimpleNamespace(run=time.run)
+    found._session = SimpleNamespace(loaded=loaded, counters=lambda: {"lost": 0})  # type: ignore[assignment]
+    found.run = SimpleNamespace(poll=list)  # type: ignore[assignment]
+    found._looked_at, found._moving = [200_000], [0]  # type: ignore[assignment]
+    found.tracks, found.numbers = {}, {}
+    found.looks = found.left_out = found._lost = found.connections = 0
+    found._first_s = found._last_s = found._next_s = 0.0
+    while time.now_s < 200.0:
+        found.poll()
+        time.now_s += 0.2
+    assert found.looks == pytest.approx(looks, abs=2 + looks // 5)
+    notes = list(found.blind_spots())
+    assert len(notes) == bool(told)
+    assert all(told in note for note in notes if told)

@@ -573,7 +573,13 @@ class Tables:
     def push(self, name: str, value: bytes) -> None:
         pass
 
-    def run(self, hook: str) -> None:
+    def iterate(self, hook: str) -> list[bytes]:
+        return []
+
+    def seed_counts(self, counts: bool) -> None:
+        pass
+
+    def walk_alone(self) -> None:
         pass
 
     def write(self, name: str, layout: str, place: int, **fields: int | bytes) -> None:

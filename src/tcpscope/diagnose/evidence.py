@@ -132,8 +132,8 @@ class Evidence:
             yield f"not checked ({without}): {why}"
         for rule in self.rules:
             yield from rule.unseen(self)
-        if (sockets := self._sources.get("sockets")) and isinstance(sockets, Sockets) and sockets.left_out:
-            yield f"a look had no room for {sockets.left_out} connections: numbers of connections are the least"
+        if (sockets := self._sources.get("sockets")) and isinstance(sockets, Sockets):
+            yield from sockets.blind_spots()
         if (queues := self._sources.get("queues")) and isinstance(queues, QueueHistory):
             yield from queues.blind_spots()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from pathlib import Path
 from typing import Any
 
@@ -216,20 +217,20 @@ class History:
     _accepted: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_CHANGES_KEPT))
 
     def happened(self, now_s: float) -> None:
-        """After each snapshot and its events: note whether something was refused since, or the queue was full."""
+        """After a snapshot and its events: note whether something was refused since, or the queue was full."""
         told = self.near_seen, sum((self.last.refused or self.sampled).values())
         if told != self._told:
             self._told, self.last_s = told, now_s
             self.first_s = self.first_s or now_s
 
-    def look(self, listener: Listener, now_s: float) -> None:
-        """A snapshot."""
+    def look(self, listener: Listener, now_s: float) -> bool:
+        """A snapshot. Whether it is more than one in which nothing has changed."""
         if listener.accepts is not None and (not self._accepted or self._accepted[-1][1] != listener.accepts):
             self._accepted.append((now_s, listener.accepts))
         if listener is self.last and self._is_calm:
             self.ended, self.gone = now_s, False
             self.looks += 1
-            return
+            return False
         self._follow_stall(listener, now_s)
         self._follow_pressure(listener, now_s)
         self.waited_s += (now_s - self.ended) if self._waits and listener.accept_queue else 0.0
@@ -243,6 +244,7 @@ class History:
         self.near_seen += is_near(listener)
         self.longest_syn_queue = max(self.longest_syn_queue, listener.syn_queue)
         self.longest_accept_queue = max(self.longest_accept_queue, listener.accept_queue)
+        return True
 
     @property
     def _is_calm(self) -> bool:
@@ -389,19 +391,21 @@ class QueueHistory:
             self._by_address: dict[tuple[int, int, str], list[History]] = {}
             self._witness = Witness()
             self._unnamed = 0
-            self._next_s = 0.0
             self._refused_before = 0  # of the time that the rules look at no more
             self._forgotten = 0  # listeners that are gone and about which there is nothing to report
             Walk.after(self._look)
 
     def poll(self) -> None:
         """The look comes first: an event of a listener without a history belongs to nothing."""
-        looks = time.monotonic() >= self._next_s
+        began, spent, walked = time.monotonic(), time.thread_time(), self._snapshots.walked_s
+        looks = began >= self._next_s
         if looks:
             self._look()
         self._drain(self.run.poll())
         if looks:
             self._note_times()
+            pause = _SHARE * (time.thread_time() - spent - (self._snapshots.walked_s - walked))
+            self._next_s = began + (min(pause, _PAUSE_AT_MOST_SECONDS) if pause > _PAUSE_SECONDS else 0.0)
 
     def end(self) -> None:
         self._look(fresh=True)
@@ -410,8 +414,10 @@ class QueueHistory:
         self._note_times()
 
     def _note_times(self) -> None:
-        for history in self.histories.values():
+        """Of the listeners at which a look has found a change."""
+        for history in self._changed:
             history.happened(history.ended)
+        self._changed = ()
 
     def forget(self, before_s: float) -> None:
         """Count anew for listeners at which nothing has happened since."""
@@ -446,37 +452,53 @@ class QueueHistory:
         """The listeners that refused something, or whose accept queue was full."""
         return [history for history in self.histories.values() if not history.quiet]
 
-    def _look(self, fresh: bool = False) -> None:
-        began, spent, walked = time.monotonic(), time.thread_time(), self._snapshots.walked_s
-        self._take(fresh)
-        pause = _SHARE * (time.thread_time() - spent - (self._snapshots.walked_s - walked))
-        self._next_s = began + (min(pause, _PAUSE_AT_MOST_SECONDS) if pause > _PAUSE_SECONDS else 0.0)
+    _matched: Sequence[tuple[Listener, History]] = ()  # of the last look: those that pass the filter
+    _changed: Sequence[History] = ()  # their times are not noted yet
+    _found: Sequence[Listener] = ()
+    _next_s = 0.0
 
-    def _take(self, fresh: bool) -> None:
+    def _look(self, fresh: bool = False) -> None:
         found = self._snapshots.look(all_=not self.exact, fresh=fresh)
         now = time.monotonic()
-        self._forget({listener.key for listener in found})
-        for listener in found:
-            if not listener.wanted:
-                continue
-            history = self.histories.get(listener.key)
-            if history is None:
-                first = _unborn(listener) if listener.since_ns else listener
-                history = self.histories[listener.key] = History(first, listener, began=now)
-            history.look(listener, now)
-        self._witness.look(own for own in found if own.wanted)
-        self._by_address.clear()
-        for history in self.histories.values():
-            own = history.last
-            self._by_address.setdefault((own.netns, own.lport, own.laddr), []).append(history)
+        same = len(found) == len(self._found) and all(map(is_, found, self._found))
+        if not same or len(self.histories) != len(self._matched):
+            self._match(found, now)
+        changed = [history for listener, history in self._matched if history.look(listener, now)]
+        if not same:
+            self._index()
         if not self.exact:
             for sample in self._sampler.look(found):
                 if sample.listener.wanted:
                     step, cause = sample.step or "UNKNOWN", sample.cause or "UNKNOWN"
                     history = self.histories[sample.listener.key]
                     history.sampled[step, cause] += sample.count
+                    changed.append(history)
                     if burst := history.burst(cause):
                         burst.add_sampled(sample.count)
+        self._changed = [*self._changed, *changed]
+
+    def _match(self, found: Sequence[Listener], now: float) -> None:
+        """Find the histories of these listeners."""
+        keys = [listener.key for listener in found]
+        self._forget(set(keys))
+        matched = []
+        for key, listener in zip(keys, found, strict=True):
+            if not listener.wanted:
+                continue
+            history = self.histories.get(key)
+            if history is None:
+                first = _unborn(listener) if listener.since_ns else listener
+                history = self.histories[key] = History(first, listener, began=now)
+            matched.append((listener, history))
+        self._found, self._matched = found, matched
+        self._witness.look(own for own, _ in matched)
+
+    def _index(self) -> None:
+        """By address, for events that have no cookie of their listener."""
+        self._by_address.clear()
+        for history in self.histories.values():
+            own = history.last
+            self._by_address.setdefault((own.netns, own.lport, own.laddr), []).append(history)
 
     def _drain(self, batches: Iterable[Batch]) -> None:
         for batch in batches:

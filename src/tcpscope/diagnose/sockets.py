@@ -23,11 +23,12 @@ Mark = Callable[[Any, Any], Any]
 """What a rule wants to know of a connection: a function of its row now and its row in the look before, or None."""
 
 _PAUSE_SECONDS = 1.0
-_SHARE = 40  # looks take at most this part of one processor
+_SHARE = 50  # looks take at most this part of one processor
 _MOVING_AT_MOST = 2000
 _PEERS_AT_MOST = 4096
 _RING_BYTES = 16 << 20
 _LOOKS_KEPT = 60
+_RARE_SECONDS = 3.0  # a rule that needs three looks needs ten seconds then
 
 
 @dataclass
@@ -125,6 +126,7 @@ class Sockets:
             self.looks = self.connections = 0
             self.left_out = self._lost = 0
             self._last_s, self._next_s = time.monotonic(), 0.0
+            self._first_s = 0.0
 
     def poll(self) -> None:
         if time.monotonic() >= self._next_s:
@@ -154,6 +156,16 @@ class Sockets:
         """The connections of the last look."""
         return iter(self.tracks.values())
 
+    def blind_spots(self) -> Iterator[str]:
+        """What the looks could not see, a line each."""
+        if self.left_out:
+            yield f"a look had no room for {self.left_out} connections: numbers of connections are the least"
+        if self.looks > 1 and (apart_s := (self._last_s - self._first_s) / (self.looks - 1)) >= _RARE_SECONDS:
+            yield (
+                f"{self.connections:,} connections were looked at only every {apart_s:.0f} s, for a look takes long: "
+                "what lasted less may be missed, and what is certain after several looks comes later"
+            )
+
     def _look(self) -> None:
         began, spent = time.monotonic(), time.thread_time()
         self._looked_at[0] = self._moving[0] = 0
@@ -173,6 +185,7 @@ class Sockets:
                 self._serve(row)
         self.tracks = found
         self._count(now_s)
+        self._first_s = self._first_s or began
         self.looks += 1
         self._last_s = began
         self.connections = self._looked_at[0]
