@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tcpscope import ports
 from tcpscope.filters import Filter
 from tcpscope.lab.hosts import Lab, held
 from tcpscope.session import Session
@@ -72,6 +73,37 @@ def test_the_end_was_not_seen(lab: Lab, event: str) -> None:
             until(lambda: missed(session) == 2 * CONNECTIONS, "the end of both ends of each connection")
         session.end()
         assert session.account().missed == 2 * CONNECTIONS
+
+
+@pytest.mark.parametrize(("first", "state"), [("clients", 4), ("children", 8)], ids=["FIN_WAIT1", "CLOSE_WAIT"])
+def test_the_end_of_a_local_port_was_not_seen(lab: Lab, first: str, state: int) -> None:
+    """From FIN_WAIT1 and CLOSE_WAIT on `ports` handles the end alone."""
+    puppet = Puppet(lab.client)
+    with ports.attach(Filter(netns=lab.client.inode)) as session:
+        puppet.do(CONNECT, count=CONNECTIONS)
+        puppet.do(f"for each in {first}: each.shutdown(socket.SHUT_WR)")
+        until(lambda: puppet.ask(ARE_SHUT_DOWN), "the FINs and their acknowledgements")
+        entry = session.spec.layout("connection", internal=True).select(["state"])
+        states = [found.state for _, found in session.loaded.entries("connections", 8, entry)]
+        assert states.count(state) == CONNECTIONS
+        assert missed(session) == 0
+        with unseen(session):
+            puppet.do(CLOSE, count=CONNECTIONS)
+            until(lambda: missed(session) == CONNECTIONS, "the end of the ends that have a port of their own")
+        session.end()
+        assert session.account().missed == CONNECTIONS
+
+
+def test_the_end_of_a_local_port_was_seen(lab: Lab) -> None:
+    puppet = Puppet(lab.client)
+    with ports.attach(Filter(netns=lab.client.inode)) as session:
+        puppet.do(CONNECT, count=CONNECTIONS)
+        puppet.do(SHUT_DOWN)
+        puppet.do(CLOSE, count=CONNECTIONS)
+        puppet.do("listener.close()")
+        until(lambda: left(session, lab.client) == 0, "the ends of all sockets")
+        session.end()
+        assert session.account().missed == 0
 
 
 def test_what_comes_next_does_not_say_how_long(lab: Lab) -> None:

@@ -832,6 +832,7 @@ static __always_inline int state_changed(struct sock *sk, const struct change *c
 
 static __always_inline void before_end(struct sock *sk, struct connection *connection)
 {
+	missed_close(sk, connection); /* it may wait in TIME_WAIT now, and count in no pool */
 	leaves((__u64)sk, connection);
 }
 
