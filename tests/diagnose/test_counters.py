@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +77,79 @@ def test_a_process_that_leaves_the_namespace_is_not_followed(moving: Moving) -> 
     assert read.grown(moving.first, "TcpOutSegs") == 0
     read.run.close()
     assert files() == before
+
+
+def comm(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def test_a_namespace_that_begins_later_is_read_by_a_process_with_a_socket_there() -> None:
+    before = files()
+    read = Counters(Request(filter=Filter()))
+    opened, moving = files(), Moving()
+    try:
+        pid = moving.process.pid
+        opened += 2  # those of the process
+        assert moving.first not in read.namespaces
+        read.meet([(moving.first + 1, pid, comm(pid))])  # it is in another one
+        assert files() == opened
+        read.meet([(moving.first, pid, comm(pid))])
+        read.meet([(moving.first, pid, comm(pid))])
+        read._read()
+        assert files() == opened + 2
+        assert read.now(moving.first, "IpDefaultTTL") == TTL
+        assert read.grown(moving.first, "IpDefaultTTL") == TTL  # it was zero before, as counters are
+        assert list(read.blind_spots()) == []
+    finally:
+        moving.end()
+    read._read()
+    assert read.grown(moving.first, "IpDefaultTTL") is None
+    read.run.close()
+    assert files() == before
+
+
+@pytest.mark.parametrize("how", ["a process", "a mount", "hidden"])
+def test_of_a_namespace_that_may_be_older_it_is_not_known_what_was_before(
+    moving: Moving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    own, pid = Filter(), moving.process.pid
+    seen = netns.visible()
+    if how != "a process":
+        others = {inode: each for inode, each in seen.namespaces.items() if inode != moving.first}
+        seen = netns.Visible(others, hidden_processes=0)
+    hidden = [Path("/proc", str(pid))] if how == "hidden" else []
+    if how == "a mount":
+        mounts = tmp_path / "mountinfo"
+        mounts.write_text(f"22 42 0:4 net:[{moving.first}] /run/docker/netns/1 rw shared:4 - nsfs nsfs rw\n")
+        monkeypatch.setattr(counters, "_MOUNTINFO", mounts)
+    with monkeypatch.context() as patched:
+        patched.setattr(netns, "visible", lambda: seen)
+        patched.setattr(netns, "processes", dict)
+        patched.setattr(netns, "hidden", lambda: hidden)
+        read = Counters(Request(filter=own))
+    read.meet([(moving.first, pid, comm(pid))])
+    read._read()
+    assert read.now(moving.first, "IpDefaultTTL") == TTL
+    assert read.grown(moving.first, "IpDefaultTTL") is None
+    assert [str(moving.first) in note for note in read.blind_spots()] == [True]
+    read.forget(time.monotonic())  # what the rules look at begins after the first reading
+    read._read()
+    assert read.grown(moving.first, "IpDefaultTTL") == 0
+    assert list(read.blind_spots()) == []
+    read.run.close()
+
+
+def test_a_process_that_may_not_be_seen_is_not_asked_of_a_namespace_that_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has a socket there, and has left it."""
+    own = netns.inode_of("/proc/self/ns/net")
+    read = Counters(Request(filter=Filter()))
+    monkeypatch.setattr(counters, "is_in", lambda pid, inode, comm: True)
+    read.meet([(own + 1, os.getpid(), "python3")])
+    read._read()
+    assert own + 1 not in read.namespaces
+    read.run.close()
 
 
 def test_when_its_processes_are_gone_a_namespace_is_let_go(moving: Moving) -> None:

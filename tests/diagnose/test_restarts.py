@@ -6,6 +6,7 @@ import pytest
 
 from tcpscope.lab.hosts import Lab
 from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
+from tcpscope.lab.scenarios.full_device_queue import FullDeviceQueue
 from tests.conftest import RunningTool
 
 pytestmark = pytest.mark.kernel
@@ -32,3 +33,15 @@ def test_each_namespace_has_its_own_numbers(run_tool: type[RunningTool]) -> None
     for pid, number in refused.items():
         assert 0 < found[pid]["facts"]["refused"] <= number
         assert "+-" not in "".join(found[pid]["observed"])
+
+
+def test_counters_of_a_namespace_that_begins_later(run_tool: type[RunningTool]) -> None:
+    """Without them it would not be known of how many segments these were discarded, and nothing found."""
+    with run_tool("diagnose", "--comm", "lab-client", "-d", "600") as tool, Lab() as lab:
+        scenario = FullDeviceQueue()
+        scenario.run(lab)
+    assert tool.done is not None
+    own = lab.client.inode
+    found = [each for each in tool.done.rows[-1]["summary"]["findings"] if each["facts"]["netns"] == own]
+    assert [each["rule"] for each in found] == ["host_queue_full"]
+    assert found[0]["facts"]["sent"] >= found[0]["facts"]["discarded"]

@@ -20,6 +20,7 @@ from tcpscope.request import Request
 from tcpscope.run import Run
 from tcpscope.session import Stats
 
+_MEET_SECONDS = 1.0
 _OWNER = ("netns", "pid", "comm")
 _ENDS = ("laddr", "lport", "raddr", "rport")
 
@@ -94,6 +95,7 @@ class Evidence:
         finally:
             kernel.release()
         self.began_s = self.now_s = time.monotonic()
+        self._met_s = 0.0
         self.ended = False
         """Nothing more comes: what is not certain yet will not be."""
 
@@ -110,6 +112,24 @@ class Evidence:
         self.now_s = time.monotonic()
         for source in self._sources.values():
             source.poll()
+        if self.now_s >= self._met_s + _MEET_SECONDS:
+            self._met_s = self.now_s
+            self._meet()
+
+    def _meet(self) -> None:
+        """Tell the counters in which network namespaces there are sockets, and whose."""
+        counters, sockets, queues = (self._sources.get(name) for name in ("counters", "sockets", "queues"))
+        if not isinstance(counters, Counters):
+            return
+        known, found = set(counters.namespaces), set[tuple[int, int, str]]()
+        if isinstance(sockets, Sockets):
+            rows = (track.last for track in sockets.now)
+            found |= {(row.netns, row.pid, row.comm) for row in rows if row.netns not in known and row.pid is not None}
+        if isinstance(queues, QueueHistory):
+            for own in (history.last for history in queues.histories.values() if not history.gone):
+                if own.netns not in known:
+                    found |= {(own.netns, holder.pid, holder.comm) for holder in own.holders}
+        counters.meet(found)
 
     def end(self) -> None:
         for source in self._sources.values():
@@ -134,6 +154,8 @@ class Evidence:
             yield from rule.unseen(self)
         if (sockets := self._sources.get("sockets")) and isinstance(sockets, Sockets):
             yield from sockets.blind_spots()
+        if (counters := self._sources.get("counters")) and isinstance(counters, Counters):
+            yield from counters.blind_spots()
         if (queues := self._sources.get("queues")) and isinstance(queues, QueueHistory):
             yield from queues.blind_spots()
 

@@ -78,6 +78,19 @@ def processes() -> dict[int, list[Path]]:
     return found
 
 
+def hidden() -> list[Path]:
+    """The folders in /proc of the processes whose namespace may not be read."""
+    found = []
+    for process in _processes():
+        try:
+            _inode_in_link(process / "ns/net")
+        except PermissionError:
+            found.append(process)
+        except OSError:
+            continue  # the process is gone
+    return found
+
+
 def exists(inode: int) -> bool | None:
     """Whether a network namespace with this inode exists. None: not all possible holders can be read."""
     seen = visible()
