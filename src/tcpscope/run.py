@@ -41,7 +41,7 @@ class Batch:
     times_ns: Sequence[tuple[int, int]] = ()
 
 
-_AT_ONCE = 64
+AT_ONCE = 64
 """Most batches of a stream in one poll. Events may come faster than they are read, and a poll must end."""
 
 NOTHING = Batch("event", ())
@@ -203,7 +203,7 @@ class Streaming(Run):
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
-        yield from map(self._batch, itertools.islice(self._session.batches(), _AT_ONCE))
+        yield from map(self._batch, itertools.islice(self._session.batches(), AT_ONCE))
         self._over.say(self._session.counters)
 
     def end(self) -> Iterator[Batch]:

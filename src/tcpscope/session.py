@@ -93,7 +93,7 @@ class Session:
     """A probe in the kernel, from its construction until `close()`, or the end of the `with` block.
 
     probe       name of the object in bpf/, or an object; it need not have our headers
-    event       its event struct, by name or as a layout; None: it sends no events in this run
+    event       its event struct, by name or as a layout; None: it sends no events in this run, or the caller reads them
     filter      the filter of the run, which the kernel decides
     constants   values of read-only globals of the object, by name
     entries     sizes of maps, by name
@@ -162,7 +162,7 @@ class Session:
             self.kernel.release()
         try:
             self._counters = Counters(self.loaded)
-            self._ring = Ring(self.loaded.map_fd(self.spec.ring), self.layout.size) if self.layout else None
+            self._ring = Ring(self.loaded.map_fd("events"), self.layout.size) if self.layout else None
             self._held_back = self.loaded.memory("holds").cast("Q") if self.holds_back else None
             if _SEED in self.spec.role("seeds"):
                 Walk.look(self.loaded, _SEED, partial(self._seeded, Walk.is_shared()))
@@ -418,7 +418,8 @@ def drop_privileges(sessions: Sequence[Session], keep: Sequence[str] = ()) -> tu
     """Drop all capabilities but `keep`, and CAP_BPF if this kernel needs it to read maps. Returns those it kept."""
     needed = tuple(keep)
     for session in sessions:
-        table, size = (".bss", session.spec.section_size(".bss")) if session.spec.counts else (session.spec.ring, 8)
+        spec = session.spec
+        table, size = (".bss", spec.section_size(".bss")) if spec.counts else (next(iter(spec.channels)), 8)
         key, value = ffi.new("uint32_t *"), ffi.new("char[]", size)
         if not can_read_maps_without_privilege(session.loaded.map_fd(table), key, value):
             needed = (*needed, "CAP_BPF")

@@ -15,7 +15,7 @@ from tcpscope.filters import Filter
 from tcpscope.kernel.spec import Spec, probes
 from tcpscope.own import compiler
 from tcpscope.own.cli import read
-from tcpscope.own.program import OwnProgram, check_filter, check_sections, event_of
+from tcpscope.own.program import OwnProgram, Union, check_filter, check_sections, event_of, events_of
 from tcpscope.own.template import checked, source
 from tcpscope.request import Request
 from tcpscope.schema import Layout
@@ -149,22 +149,59 @@ def test_without_privileges(folder: Path) -> None:
         (f'{ring("events")}SEC("xdp") int it(void *ctx) {{ return 0; }}', "SEC(\"xdp\") of 'it' is not for tracing"),
         (f'{ring("events")}SEC("tp_btff/x") int it(void *ctx) {{ return 0; }}', "of 'it' is not for tracing"),
         (f"{ring('events')}{PROGRAM.replace('tp_btf', '?tp_btf')}", "it: there is no program in it"),
-        (PROGRAM, "it has no ring buffer, so there are no events; output.bpf.h has one"),
-        (f"{ring('one')}{ring('two')}{PROGRAM}", "several ring buffers (one, two); call one of them 'events'"),
-        (
-            f'struct {{ __uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); }} old SEC(".maps");{PROGRAM}',
-            "its events come through a perf event array; use a ring buffer",
-        ),
+        (PROGRAM, "no ring buffer and no perf event array, so there are no events; output.bpf.h has one"),
     ],
 )
 def test_an_object_that_sends_no_events(folder: Path, text: str, error: str) -> None:
     assert error in said(check_sections, spec_of(folder, text))
 
 
-def test_a_ring_buffer_of_any_name(folder: Path) -> None:
-    assert spec_of(folder, ring("mine") + PROGRAM).ring == "mine"
-    assert spec_of(folder, ring("mine") + ring("events") + PROGRAM).ring == "events"
-    check_sections(spec_of(folder, ring("mine") + PROGRAM))
+PERF = 'struct { __uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); VALUE } old SEC(".maps");'
+STRUCTS = "struct a { int x; }; struct b { int x; };"
+
+
+def test_the_maps_through_which_events_come(folder: Path) -> None:
+    value = "__type(value, struct a);"
+    for text, channels in (
+        (ring("mine"), {"mine": ""}),
+        (ring("mine") + ring("events"), {"mine": "", "events": ""}),
+        (PERF.replace("VALUE", "__uint(value_size, 4);"), {"old": ""}),
+        (PERF.replace("VALUE", "__type(value, int);"), {"old": ""}),
+        (PERF.replace("VALUE", value) + ring("mine"), {"old": "a", "mine": ""}),
+        (ring("mine").replace("}", f"{value} }}"), {"mine": "a"}),
+    ):
+        spec = spec_of(folder, STRUCTS + text + PROGRAM)
+        assert spec.channels == channels
+        check_sections(spec)
+    assert Spec.of("transition").channels == {"events": ""}
+
+
+def test_which_struct_a_map_has(folder: Path) -> None:
+    a, b = (PERF.replace("old", f"m{each}").replace("VALUE", f"__type(value, struct {each});") for each in "ab")
+    assert events_of(spec_of(folder, STRUCTS + a + PROGRAM), None) == {"ma": "a"}
+    both = spec_of(folder, STRUCTS + a + b + PROGRAM)
+    assert events_of(both, None) == {"ma": "a", "mb": "b"}
+    assert events_of(both, "b") == {"mb": "b"}
+    assert "--event c: no map of 'it' has such events; there are a, b" in said(events_of, both, "c")
+    unknown = spec_of(folder, STRUCTS + a + ring("mine") + PROGRAM)
+    assert said(events_of, unknown, None) == (
+        "it: of several maps with events (ma, mine), which struct has mine?; "
+        "say it in the map: __type(value, struct NAME)"
+    )
+
+
+def test_fields_of_one_name_that_are_not_alike(folder: Path) -> None:
+    text = "struct a { int x, y; }; struct b { char x[4]; int y, z; };"
+    a, b = (PERF.replace("old", f"m{each}").replace("VALUE", f"__type(value, struct {each});") for each in "ab")
+    spec = spec_of(folder, text + a + b + PROGRAM)
+    union = Union([Layout.whole(spec.btf, name) for name in "ab"])
+    assert [(column.name, column.nullable) for column in union.columns] == [
+        ("struct", False),
+        ("x", True),
+        ("y", False),
+        ("b_x", True),
+        ("z", True),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ def refused_and_killed(lab: Lab) -> None:
 
 
 def lost_on_the_way(lab: Lab) -> None:
-    """One segment in ten is lost."""
+    """One segment in ten is lost, until all have arrived."""
     LossyPath(seconds=1, one_in=10).run(lab)
+    until(lambda: not any(found.send_q for found in lab.client.sockets()), "everything to arrive")
 
 
 def asked_and_answered(lab: Lab) -> None:

@@ -32,6 +32,7 @@ int bpf_map__reuse_fd(struct bpf_map *map, int fd);
 int bpf_map__set_map_flags(struct bpf_map *map, uint32_t flags);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t max_entries);
 int bpf_map__set_key_size(struct bpf_map *map, uint32_t size);
+int bpf_map__set_value_size(struct bpf_map *map, uint32_t size);
 void *bpf_map__initial_value(struct bpf_map *map, size_t *size);
 
 int bpf_map_lookup_elem(int fd, const void *key, void *value);

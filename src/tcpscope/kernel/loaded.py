@@ -25,7 +25,7 @@ from tcpscope.kernel.features import Kernel, has_capability, perf_event_denied, 
 from tcpscope.kernel.machine import possible_cpus, sockets_at_most, tcp_sockets
 from tcpscope.kernel.resources import exhausted, failed, help_for
 from tcpscope.kernel.ring import BATCH_BYTES
-from tcpscope.kernel.spec import HASH, Spec
+from tcpscope.kernel.spec import HASH, RINGBUF, Spec
 from tcpscope.kernel.verifier import verifier_lines, verifier_summary
 from tcpscope.kernel.ways import plan, plan_refusals
 from tcpscope.schema import Layout
@@ -208,6 +208,10 @@ class Loaded:
         sizes = {name: len(keys) for name, keys in self._setup.keys.items() if keys}
         for name, entries in (self._setup.entries | sizes).items():
             lib.bpf_map__set_max_entries(self._map(name), entries)
+        for name, struct in self.spec.channels.items():
+            if struct:  # the type says what the events are; the kernel wants the size of the map's own values
+                size = 0 if self.spec.maps[name] == RINGBUF else 4
+                lib.bpf_map__set_value_size(self._map(name), size)
         for name, size in self._setup.key_bytes.items():
             lib.bpf_map__set_key_size(self._map(name), size)
         for name, descriptor in self._setup.shared.items():

@@ -1,9 +1,10 @@
-"""Reads a ring buffer of the kernel."""
+"""Reads what programs send: from a ring buffer of the kernel, or from a perf event array."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import Any
 
 from tcpscope.errors import MalformedError
 from tcpscope.kernel._libbpf import ffi, lib
@@ -14,36 +15,73 @@ BATCH_BYTES = 256 << 10
 
 
 class Ring:
-    """Reads a ring buffer map whose records are all `record_size` bytes. `fd` is for poll(). Raises OSError."""
+    """Reads a ring buffer map whose records are all `record_size` bytes. `fd` is for poll(). Raises OSError.
+
+    lost    events for which there was no room, as far as the kernel knows; None: it does not count them
+    counts  whether it knows of all of them
+    """
+
+    what = "ring buffer"
+    counts = False
 
     def __init__(self, map_fd: int, record_size: int) -> None:
-        ring = lib.tcpscope_ring_new(map_fd)
-        if ring == ffi.NULL:
-            raise failed(ffi.errno, "the ring buffer cannot be mapped")
-        self._ring = ffi.gc(ring, lib.tcpscope_ring_free)
+        self._start(lib.tcpscope_ring_new(map_fd), lib.tcpscope_ring_free, lib.tcpscope_ring_drain, record_size)
+        self.fd: int = lib.tcpscope_ring_fd(self._reader)
+
+    def _start(self, reader: Any, free: Any, drain: Any, record_size: int) -> None:
+        if reader == ffi.NULL:
+            raise failed(ffi.errno, f"the {self.what} cannot be mapped")
+        self._reader = ffi.gc(reader, free)
+        self._drain = drain
         self._closed = False
-        self.fd: int = lib.tcpscope_ring_fd(ring)
         self.record_size = record_size
         self._buffer = bytearray(BATCH_BYTES)
         self._view = memoryview(self._buffer)
         self._pointer = ffi.from_buffer(self._buffer)
 
+    @property
+    def lost(self) -> int | None:
+        return None
+
     def close(self) -> None:
         """Give back the buffer's memory. There are no more batches. May be called twice."""
         if not self._closed:
             self._closed = True
-            ffi.release(self._ring)
+            ffi.release(self._reader)
 
     def batches(self) -> Iterator[memoryview]:
-        """All records that are in the ring now, in batches. A batch is valid until the next one is asked for."""
+        """All records that are there now, in batches. A batch is valid until the next one is asked for."""
         while not self._closed:
-            size = lib.tcpscope_ring_drain(self._ring, self._pointer, BATCH_BYTES, self.record_size)
+            size = self._drain(self._reader, self._pointer, BATCH_BYTES, self.record_size)
             if size == -errno.EBADMSG:
-                what = f"the ring buffer has a record that is not of {self.record_size} bytes"
+                what = f"the {self.what} has a record that is not of {self.record_size} bytes"
                 raise MalformedError(what, "each must be one whole event")
             if size < 0:
-                raise failed(-size, "the ring buffer cannot be read")
+                raise failed(-size, f"the {self.what} cannot be read")
             if size:
                 yield self._view[:size]
             if size + self.record_size <= BATCH_BYTES:
                 return
+
+
+class PerfArray(Ring):
+    """The same of a perf event array, with a buffer of `size` bytes for each processor."""
+
+    what = "perf event array"
+
+    def __init__(self, map_fd: int, record_size: int, size: int) -> None:
+        self._start(lib.tcpscope_perf_new(map_fd, size), lib.tcpscope_perf_free, lib.tcpscope_perf_drain, record_size)
+        self.fd: int = lib.tcpscope_perf_fd(self._reader)
+        self.counts = lib.tcpscope_perf_counts(self._reader)
+
+    _lost = 0
+
+    @property
+    def lost(self) -> int:
+        if not self._closed:
+            self._lost = lib.tcpscope_perf_lost(self._reader)
+        return self._lost
+
+    def close(self) -> None:
+        _ = self.lost
+        super().close()

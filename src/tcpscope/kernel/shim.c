@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <linux/capability.h>
 #include <linux/membarrier.h>
+#include <linux/perf_event.h>
 #include <linux/sockios.h>
 #include <sched.h>
 #include <stdio.h>
@@ -203,6 +204,132 @@ long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, 
 	if (error < 0 && error != -ENOBUFS)
 		return error;
 	return ring->to - (char *)buffer;
+}
+
+/* --- perf event array ------------------------------------------------------------------------------------------- */
+
+struct tcpscope_perf {
+	struct perf_buffer *buffer;
+	size_t next; /* the processor whose events are read first */
+	char *to, *end;
+	size_t record_size;
+	uint64_t lost; /* that events of their own have told */
+	bool counts, full;
+	int error;
+};
+
+struct sample {
+	struct perf_event_header header;
+	uint32_t size;
+	char data[];
+};
+
+struct lost {
+	struct perf_event_header header;
+	uint64_t id, lost;
+};
+
+/* libbpf has consumed the record when this returns, whatever it returns. The kernel fills a record up to 8 bytes. */
+static enum bpf_perf_event_ret perf_copy(void *context, int cpu, struct perf_event_header *header)
+{
+	const struct sample *sample = (void *)header;
+	struct tcpscope_perf *perf = context;
+
+	if (header->type == PERF_RECORD_LOST)
+		perf->lost += ((struct lost *)header)->lost;
+	if (header->type != PERF_RECORD_SAMPLE)
+		return LIBBPF_PERF_EVENT_CONT;
+	if (sample->size < perf->record_size || sample->size - perf->record_size >= 8) {
+		perf->error = -EBADMSG;
+		return LIBBPF_PERF_EVENT_ERROR;
+	}
+	memcpy(perf->to, sample->data, perf->record_size);
+	perf->to += perf->record_size;
+	perf->full = (size_t)(perf->end - perf->to) < perf->record_size;
+	return perf->full ? LIBBPF_PERF_EVENT_DONE : LIBBPF_PERF_EVENT_CONT;
+}
+
+struct tcpscope_perf *tcpscope_perf_new(int map_fd, size_t bytes)
+{
+	const uint64_t format_lost = 1 << 4; /* PERF_FORMAT_LOST, "perf: Add PERF_FORMAT_LOST" (6.0) */
+	struct perf_event_attr attr = {
+		.type = PERF_TYPE_SOFTWARE,
+		.size = sizeof(attr),
+		.config = PERF_COUNT_SW_BPF_OUTPUT,
+		.sample_period = 1,
+		.sample_type = PERF_SAMPLE_RAW,
+		.read_format = format_lost,
+		.watermark = 1,
+		.wakeup_watermark = bytes / 4,
+	};
+	struct tcpscope_perf *perf = calloc(1, sizeof(*perf));
+	size_t pages = bytes / sysconf(_SC_PAGESIZE);
+	int error;
+
+	if (!perf)
+		return NULL;
+	perf->counts = true;
+	perf->buffer = perf_buffer__new_raw(map_fd, pages, &attr, perf_copy, perf, NULL);
+	if (!perf->buffer && errno == EINVAL) {
+		perf->counts = false;
+		attr.read_format = 0;
+		perf->buffer = perf_buffer__new_raw(map_fd, pages, &attr, perf_copy, perf, NULL);
+	}
+	if (!perf->buffer) {
+		error = errno;
+		free(perf);
+		errno = error;
+		return NULL;
+	}
+	return perf;
+}
+
+void tcpscope_perf_free(struct tcpscope_perf *perf)
+{
+	if (!perf)
+		return;
+	perf_buffer__free(perf->buffer);
+	free(perf);
+}
+
+int tcpscope_perf_fd(const struct tcpscope_perf *perf)
+{
+	return perf_buffer__epoll_fd(perf->buffer);
+}
+
+bool tcpscope_perf_counts(const struct tcpscope_perf *perf)
+{
+	return perf->counts;
+}
+
+uint64_t tcpscope_perf_lost(const struct tcpscope_perf *perf)
+{
+	uint64_t sum = 0, answer[2];
+
+	if (!perf->counts)
+		return perf->lost;
+	for (size_t i = 0; i < perf_buffer__buffer_cnt(perf->buffer); i++)
+		if (read(perf_buffer__buffer_fd(perf->buffer, i), answer, sizeof(answer)) == sizeof(answer))
+			sum += answer[1];
+	return sum;
+}
+
+long tcpscope_perf_drain(struct tcpscope_perf *perf, void *buffer, size_t size, size_t record_size)
+{
+	size_t count = perf_buffer__buffer_cnt(perf->buffer), first = perf->next;
+
+	if (size < record_size)
+		return -EINVAL;
+	perf->to = buffer;
+	perf->end = perf->to + size;
+	perf->record_size = record_size;
+	perf->full = false;
+	perf->error = 0;
+	for (size_t i = 0; i < count && !perf->full && !perf->error; i++) {
+		perf->next = (first + i) % count;
+		perf_buffer__consume_buffer(perf->buffer, perf->next);
+	}
+	return perf->error ? perf->error : perf->to - (char *)buffer;
 }
 
 /* --- iterators, maps, programs ---------------------------------------------------------------------------------- */

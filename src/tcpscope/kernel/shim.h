@@ -43,6 +43,17 @@ int tcpscope_ring_fd(const struct tcpscope_ring *ring);
 /* Copies whole records of `record_size` into the buffer until it is full or the ring is empty; returns bytes. */
 long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size);
 
+/* A reader of a perf event array, with a buffer of `bytes`, a power of two, for each processor. */
+struct tcpscope_perf;
+struct tcpscope_perf *tcpscope_perf_new(int map_fd, size_t bytes);
+void tcpscope_perf_free(struct tcpscope_perf *perf);
+int tcpscope_perf_fd(const struct tcpscope_perf *perf);
+/* As tcpscope_ring_drain, one processor after the other; each one's events are in their order. */
+long tcpscope_perf_drain(struct tcpscope_perf *perf, void *buffer, size_t size, size_t record_size);
+/* Events for which there was no room; without `counts` those that a later event of their processor has told. */
+uint64_t tcpscope_perf_lost(const struct tcpscope_perf *perf);
+bool tcpscope_perf_counts(const struct tcpscope_perf *perf);
+
 /* Attaches an iterator program to the entries of a map; NULL and errno. */
 struct bpf_link *tcpscope_attach_to_map(struct bpf_program *program, int map_fd);
 

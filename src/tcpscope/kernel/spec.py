@@ -23,6 +23,7 @@ from tcpscope.kernel import elf
 from tcpscope.schema import Layout, labels_of
 
 HASH, PERF_EVENT_ARRAY, RINGBUF = 1, 4, 27  # BPF_MAP_TYPE_...
+_OUTPUT = (PERF_EVENT_ARRAY, RINGBUF)
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -105,24 +106,38 @@ class Spec:
         return self.variables.keys() >= {"counters", "ending", "table_error"}
 
     @cached_property
-    def maps(self) -> dict[str, int]:
-        """Map -> its type, a number of enum bpf_map_type."""
+    def _maps(self) -> dict[str, dict[str, B.Type]]:
+        """Map -> the members of its description: name -> type to which the member points."""
         found = {}
         for symbol in self._symbols:
             variable = self.btf.find(symbol.name, B.Kind.VAR) if symbol.section == ".maps" else None
             described = self.btf.resolve(variable.type_id) if isinstance(variable, B.Var) else None
-            for member in described.members if isinstance(described, B.Struct) else ():
-                pointer = self.btf.resolve(member.type_id)
-                number = self.btf.resolve(pointer.type_id) if isinstance(pointer, B.Ref) else None
-                if member.name == "type" and isinstance(number, B.Array):
-                    found[symbol.name] = number.count  # __uint(type, ...) is a pointer to an array of so many
+            if isinstance(described, B.Struct):
+                pointers = {member.name: self.btf.resolve(member.type_id) for member in described.members}
+                found[symbol.name] = {
+                    name: self.btf.resolve(pointer.type_id)
+                    for name, pointer in pointers.items()
+                    if isinstance(pointer, B.Ref)
+                }
         return found
 
-    @property
-    def ring(self) -> str:
-        """The map through which events come: its ring buffer. Empty: it has none, or several."""
-        rings = [name for name, type_ in self.maps.items() if type_ == RINGBUF]
-        return rings[0] if len(rings) == 1 else "events" if "events" in rings else ""
+    @cached_property
+    def maps(self) -> dict[str, int]:
+        """Map -> its type, a number of enum bpf_map_type."""
+        numbers = {name: members.get("type") for name, members in self._maps.items()}
+        # __uint(type, ...) is a pointer to an array of so many
+        return {name: number.count for name, number in numbers.items() if isinstance(number, B.Array)}
+
+    @cached_property
+    def channels(self) -> dict[str, str]:
+        """The maps through which events come -> the struct that `__type(value, struct ...)` gives them; empty: none.
+
+        Of an object with our header that is the ring buffer `events` alone.
+        """
+        if self.counts:
+            return {"events": ""}
+        values = {name: self._maps[name].get("value") for name, type_ in self.maps.items() if type_ in _OUTPUT}
+        return {name: value.name if isinstance(value, B.Struct) else "" for name, value in values.items()}
 
     @cached_property
     def programs(self) -> tuple[Program, ...]:

@@ -1,23 +1,29 @@
-"""A user's own program as a tool: the events of its ring buffer, by the BTF of their struct."""
+"""A user's own program as a tool: the events of its ring buffers and perf event arrays, by the BTF of their structs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+
 from tcpscope.errors import RefusedError, UnsupportedError, UsageError, did_you_mean
 from tcpscope.filters import Filter, address_bytes
 from tcpscope.kernel import btf as B
+from tcpscope.kernel.ring import PerfArray, Ring
 from tcpscope.kernel.spec import PERF_EVENT_ARRAY, RINGBUF, Spec
 from tcpscope.kernel.symbols import kernel_symbols
+from tcpscope.output import Column
 from tcpscope.own import refusal
 from tcpscope.request import Option, Request
-from tcpscope.run import Batch, Run, Streaming
-from tcpscope.schema import Clock, Decoder, Layout
+from tcpscope.run import AT_ONCE, Batch, OverRate, Run
+from tcpscope.schema import Clock, Layout
 from tcpscope.session import Session, Stats, closed_on_error, filters
 from tcpscope.tool import Stream
 
@@ -29,6 +35,8 @@ _TRACING = (
 _FAMILIES = {2: 4, 10: 6}  # AF_INET, AF_INET6: a struct may have these
 _HEADER = "output.bpf.h"
 _DETAILS = ("cookie", "netns", "family", "uid", "cgroup")
+_PERF_BYTES = 256 << 10
+"""For each processor, within what the kernel lets a process lock without CAP_IPC_LOCK (perf_event_mlock_kb)."""
 _IMPORTANT = ("raddr", "time", "comm", "pid", "laddr")
 
 
@@ -36,13 +44,17 @@ class OwnProgram(Stream):
     """Show the events of a program of your own.
 
     FILE is a BPF program in C (NAME.bpf.c), which clang compiles, or an object file (NAME.bpf.o). Each event in its
-    ring buffer is a row; the columns are the fields of its C struct. `tcpscope new` writes a program to begin with.
+    ring buffer or perf event array is a row; the columns are the fields of its C struct. `tcpscope new` writes a
+    program to begin with.
     """
 
     name = "run"
     options = (
         Option(
-            ("--event",), "The struct of an event.  [default: the one that a global pointer has]", str, metavar="NAME"
+            ("--event",),
+            "Show only events that are this struct.  [default: those of the maps, or of a global pointer]",
+            str,
+            metavar="NAME",
         ),
         Option(
             ("--log",), "If the kernel refuses the program: write the verifier's whole log here.", str, metavar="FILE"
@@ -66,37 +78,45 @@ class OwnProgram(Stream):
 
     @property
     def layout(self) -> Layout:
-        return self._layout
-
-    @cached_property
-    def _layout(self) -> Layout:
-        layout = Layout.whole(self.spec.btf, self.event)
-        if not layout.fields:
-            raise UsageError(f"{self.spec.name}: struct {self.event} has no fields")
-        return layout
+        """That of its only event."""
+        return self._sources[0][1]
 
     def choose(self, request: Request) -> None:
-        """Find the event's struct. UsageError if the object does not name it."""
-        self.event = event_of(self.spec, request.options["event"])
+        """Find the maps through which events come, and their structs. UsageError if the object does not name them."""
+        structs = events_of(self.spec, request.options["event"])
+        self.event = next(iter(structs.values()))
+        self._sources = [(name, self._layout_of(struct)) for name, struct in structs.items()]
+        self._union = Union([layout for _, layout in self._sources])
+
+    def _layout_of(self, struct: str) -> Layout:
+        layout = Layout.whole(self.spec.btf, struct)
+        if not layout.fields:
+            raise UsageError(f"{self.spec.name}: struct {struct} has no fields")
+        return layout
+
+    def columns(self, request: Request) -> tuple[Column, ...]:
+        return self._union.columns
 
     def floods(self, request: Request) -> bool:
         return "rate_per_s" in self.spec.variables
 
     def chosen(self, request: Request) -> Sequence[str]:
         """A table has all fields; of `struct event` only those that other tools show, too."""
-        return [field.name for field in self.layout.fields if field.name not in _DETAILS or field.name in self._added]
+        added = self._added
+        return [column.name for column in self._union.columns if column.name not in _DETAILS or column.name in added]
 
-    @cached_property
+    @property
     def _added(self) -> tuple[str, ...]:
-        """The fields that the struct has beside `struct event`."""
-        first = self.spec.btf.struct(self.event).members[0]
-        common = self.spec.btf.size_of(first.type_id) if _is_ours(self.spec, self.spec.btf.struct(self.event)) else 0
+        """The columns that are not those of `struct event`."""
+        if not _is_ours(self.spec, self.spec.btf.struct(self.event)):
+            return tuple(column.name for column in self._union.columns)
+        common = self.spec.btf.size_of(self.spec.btf.struct(self.event).members[0].type_id)
         return tuple(field.name for field in self.layout.fields if field.offset >= common)
 
     def frame(self, request: Request) -> Callable[[int], str]:
         """With names of functions, if the struct has some: KIND("function"), KIND("stack")."""
-        named = any(field.kind in ("function", "stack") for field in self.layout.fields)
-        return kernel_symbols().name if named else hex
+        kinds = {field.kind for _, layout in self._sources for field in layout.fields}
+        return kernel_symbols().name if kinds & {"function", "stack"} else hex
 
     def open(self, request: Request) -> Run:
         check_sections(self.spec)
@@ -111,21 +131,27 @@ class OwnProgram(Stream):
 
     def _check(self, request: Request) -> None:
         spec = self.spec
-        if request.strict and not counts_events(spec):
+        if request.strict and not counts_events(spec) and not self._only_perf:
             raise UsageError("--strict", f"'{spec.name}' does not count what it loses: include event.bpf.h")
         if request.rate is not None and "rate_per_s" not in spec.variables:
             raise UsageError(f"--rate {request.rate}", "the program itself keeps to it: include event.bpf.h")
-        if not filters(spec):
-            check_filter(request.filter, self.layout)
+        for _, layout in self._sources if not filters(spec) else ():
+            check_filter(request.filter, layout)
+
+    @property
+    def _only_perf(self) -> bool:
+        """Whether all events come through perf event arrays, of which the kernel counts what is lost."""
+        return {self.spec.maps[name] for name, _ in self._sources} == {PERF_EVENT_ARRAY}
 
     def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
         if self.spec.counts:
             return super().session(request, by, number)
+        rings = [name for name, _ in self._sources if self.spec.maps[name] == RINGBUF]
         return Session(
             self.spec,
-            self.layout,
+            None,
             request.filter,
-            entries={self.spec.ring: request.buffer} if request.buffer else {},
+            entries=dict.fromkeys(rings, request.buffer) if request.buffer else {},
             skip=self.skip(request),
             debug=request.debug,
         )
@@ -135,12 +161,29 @@ class OwnProgram(Stream):
         return tuple(program.hook for program in self.spec.programs if program.section.startswith("?"))
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
-        with closed_on_error(self.session(request)) as session:
-            assert session.layout is not None
-            decoder = session.layout.select(names).decoder(clock, frame=self.frame(request))
-            run = OwnRun(session, decoder, request, None if filters(self.spec) else request.filter)
+        wanted = None if filters(self.spec) or request.filter.is_empty else request.filter
+        with closed_on_error(self.session(request)) as session, ExitStack() as opened:
+            sources = []
+            for at, (name, layout) in enumerate(self._sources):
+                reader: Session | Ring = session
+                if not self.spec.counts:
+                    reader = self._reader(session, name, layout, request)
+                    opened.callback(reader.close)
+                layout = session.layout or layout.named(session.kernel.enumerators)
+                rows = self._union.decoder(at, layout, names, clock, self.frame(request))
+                sources.append(Source(reader, rows, _matcher(wanted, layout)))
+            columns = [column for column in self.columns(request) if column.name in names]
+            columns.sort(key=lambda column: names.index(column.name))
+            run = OwnRun(session, sources, columns, request)
             run.important = tuple(dict.fromkeys((*self._added, *_IMPORTANT)))
+            opened.pop_all()
             return run
+
+    def _reader(self, session: Session, name: str, layout: Layout, request: Request) -> Ring:
+        descriptor = session.loaded.map_fd(name)
+        if self.spec.maps[name] == RINGBUF:
+            return Ring(descriptor, layout.size)
+        return PerfArray(descriptor, layout.size, request.buffer or _PERF_BYTES)
 
 
 def _help_of(class_: type) -> str:
@@ -149,38 +192,142 @@ def _help_of(class_: type) -> str:
     return inspect.cleandoc(class_.__doc__ or "")
 
 
-class OwnRun(Streaming):
-    """Its events. If its programs do not decide the filter (`wanted`), it is decided here, by the event's fields."""
+class Union:
+    """The columns of several structs: a row has those of its own, the others are `None`.
 
-    def __init__(self, session: Session, decoder: Decoder, request: Request, wanted: Filter | None) -> None:
-        super().__init__(session, decoder, rate=request.rate or 0)
-        self._counts = counts_events(session.spec)
-        self._matches: Callable[[Any], bool] | None = None
-        if wanted and not wanted.is_empty:
-            assert session.layout is not None
-            names = needed(wanted)
-            self._look = session.layout.select(names).decoder(Clock("none")).rows
-            self._matches = lambda row: wanted.matches(_comparable(row, names))
-        if not self._counts:
-            self.notes.append(f"what is lost is not known: '{session.spec.name}' does not count it (event.bpf.h would)")
-        for name, (first, *_) in session.spec.hooks.items():
+    With several structs the column `struct` says which one it is. Fields of one name that are not alike have the name
+    of their struct before their own.
+    """
+
+    def __init__(self, layouts: Sequence[Layout]) -> None:
+        several = len(layouts) > 1
+        self._several = several
+        found: dict[str, Column] = {}
+        self._fields: list[dict[str, str]] = []
+        for layout in layouts:
+            fields: dict[str, str] = {}
+            for field in layout.fields:
+                column = Column.of(field)
+                if not _alike(found.setdefault(column.name, column), column):
+                    column = msgspec.structs.replace(column, name=f"{layout.name}_{column.name}")
+                    found[column.name] = column
+                fields[column.name] = field.name
+            self._fields.append(fields)
+        if several:
+            found = {
+                name: msgspec.structs.replace(column, nullable=True)
+                if any(name not in fields for fields in self._fields)
+                else column
+                for name, column in found.items()
+            }
+            found = {STRUCT.name: STRUCT} | found
+        self.columns = tuple(found.values())
+
+    def decoder(
+        self, at: int, layout: Layout, names: Sequence[str], clock: Clock, frame: Callable[[int], str]
+    ) -> Callable[[memoryview], list[Any]]:
+        """Makes rows with the columns `names` of records of the struct with this index."""
+        if not self._several:
+            return layout.select(names).decoder(clock, frame=frame).rows
+        fields = {name: field for name, field in self._fields[at].items() if name in names}
+        decode = layout.select(fields.values()).decoder(clock, frame=frame).rows
+        type_: Any = msgspec.defstruct("Row", [(name, Any, None) for name in names], gc=False)
+        read = [(name, attrgetter(field)) for name, field in fields.items()]
+        own = {STRUCT.name: layout.name} if STRUCT.name in names else {}
+        return lambda records: [type_(**own, **{name: of(row) for name, of in read}) for row in decode(records)]
+
+
+STRUCT = Column("struct", "text", doc="the struct of the event")
+
+
+def _alike(one: Column, other: Column) -> bool:
+    return (one.kind, one.unit, one.enum) == (other.kind, other.unit, other.enum)
+
+
+def _matcher(wanted: Filter | None, layout: Layout) -> Callable[[memoryview], list[bool]] | None:
+    """Says of each record whether a filter wants it. None: there is none, or the kernel decides."""
+    if wanted is None:
+        return None
+    names = needed(wanted)
+    look = layout.select(names).decoder(Clock("none")).rows
+    return lambda records: [wanted.matches(_comparable(row, names)) for row in look(records)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where events come from: a map, or of an object with our headers the session. `rows` decodes a batch."""
+
+    reader: Session | Ring
+    rows: Callable[[memoryview], list[Any]]
+    matches: Callable[[memoryview], list[bool]] | None
+
+
+class OwnRun(Run):
+    """Its events. If its programs do not decide the filter, it is decided here, by the event's fields."""
+
+    counted = True
+
+    def __init__(
+        self, session: Session, sources: Sequence[Source], columns: Sequence[Column], request: Request
+    ) -> None:
+        super().__init__(columns, session)
+        self._session, self._sources = session, sources
+        self._readers = [source.reader for source in sources if isinstance(source.reader, Ring)]
+        self._over = OverRate(request.rate or 0, self.notes)
+        spec = session.spec
+        self._counts = counts_events(spec)
+        self._told = bool(self._readers) and all(reader.counts for reader in self._readers)
+        if not self._counts and not self._told:
+            self.notes.append(f"what is lost is not known: '{spec.name}' does not count it (event.bpf.h would)")
+        for name, (first, *_) in spec.hooks.items():
             if first.type.partition(".")[0] == "iter" and not first.role and name in session.loaded.hooks:
                 self.notes.append(f"the iterator '{name}' is not run: ROLE(\"seeds\") runs it at the start")
 
-    def _batch(self, records: memoryview) -> Batch:
-        rows = self._decode(records)
-        if self._matches:
-            kept = [row for row, seen in zip(rows, self._look(records), strict=True) if self._matches(seen)]
-            self.stats.filtered += len(rows) - len(kept)
-            rows = kept
-        self.stats.shown += len(rows)
-        return Batch("event", rows)
+    def poll(self) -> Iterator[Batch]:
+        self._session.release_held()
+        yield from self._batches(AT_ONCE)
+        self._over.say(self._session.counters)
+
+    def end(self) -> Iterator[Batch]:
+        self._session.end()
+        yield from self._batches(None)
+        self._over.say(self._session.counters, at_once=True)
+
+    def _batches(self, most: int | None) -> Iterator[Batch]:
+        for source in self._sources:
+            for records in itertools.islice(source.reader.batches(), most):
+                rows = source.rows(records)
+                if source.matches:
+                    kept = list(itertools.compress(rows, source.matches(records)))
+                    self.stats.filtered += len(rows) - len(kept)
+                    rows = kept
+                self.stats.shown += len(rows)
+                yield Batch("event", rows)
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return self._session.descriptors + tuple(reader.fd for reader in self._readers)
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+        super().close()
 
     def account(self) -> Stats:
         stats = super().account()
         if self._counts and stats.seen >= stats.shown:
             return stats
-        return Uncounted(**vars(stats))
+        lost = stats.lost + sum(reader.lost or 0 for reader in self._readers)
+        values = vars(stats) | {"lost": lost, "seen": stats.shown + stats.filtered + lost}
+        return Told(**values) if self._told else Uncounted(**values)
+
+
+@dataclass
+class Told(Stats):
+    """The account of perf event arrays: what programs sent is known, and what the kernel had no room for."""
+
+    def record(self) -> dict[str, int | None]:
+        return super().record() | {"table_full": None}
 
 
 @dataclass
@@ -189,6 +336,8 @@ class Uncounted(Stats):
 
     def line(self) -> str:
         text = f"shown {self.shown} + filtered {self.filtered}; what was lost before is not known"
+        if self.lost:
+            text += f", but that it is at least {self.lost}"
         if self.missed:
             text += f"; at least {self.missed} times the kernel skipped a program"
         return text
@@ -257,17 +406,27 @@ def check_sections(spec: Spec) -> None:
         if type_ not in _TRACING:
             known = 'programs that trace have SEC("tp_btf/..."), fentry, fexit, kprobe, tracepoint, raw_tp'
             raise UsageError(f"{spec.name}: SEC(\"{program.section}\") of '{program.name}' is not for tracing", known)
-    if not spec.ring:
-        rings = [name for name, type_ in spec.maps.items() if type_ == RINGBUF]
-        if rings:
-            raise UsageError(
-                f"{spec.name}: there are several ring buffers ({', '.join(rings)})", "call one of them 'events'"
-            )
-        if PERF_EVENT_ARRAY in spec.maps.values():
-            raise UsageError(
-                f"{spec.name}: its events come through a perf event array", "use a ring buffer, as output.bpf.h does"
-            )
-        raise UsageError(f"{spec.name}: it has no ring buffer, so there are no events", f"{_HEADER} has one")
+    if not spec.channels:
+        raise UsageError(
+            f"{spec.name}: it has no ring buffer and no perf event array, so there are no events", f"{_HEADER} has one"
+        )
+
+
+def events_of(spec: Spec, asked: str | None) -> dict[str, str]:
+    """The maps through which events come -> their structs. With `asked` those that have this struct. UsageError."""
+    channels = spec.channels
+    if len(channels) < 2:
+        name, struct = next(iter(channels.items()), ("", ""))
+        return {name: event_of(spec, asked) if asked or not struct else struct}
+    if unknown := [name for name, struct in channels.items() if not struct]:
+        what = f"{spec.name}: of several maps with events ({', '.join(channels)}), which struct has {unknown[0]}?"
+        raise UsageError(what, "say it in the map: __type(value, struct NAME)")
+    found = {name: struct for name, struct in channels.items() if asked in (None, struct)}
+    if not found:
+        structs = sorted(set(channels.values()))
+        hint = did_you_mean(asked or "", structs) or f"there are {', '.join(structs)}"
+        raise UsageError(f"--event {asked}: no map of '{spec.name}' has such events", hint)
+    return found
 
 
 def event_of(spec: Spec, asked: str | None) -> str:

@@ -1,0 +1,146 @@
+"""Perf event arrays, and several maps with events in one object."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunningTool
+from tests.own.programs import PLAIN, tcpscope, written
+from tests.own.test_run import connect_once
+
+pytestmark = pytest.mark.root
+
+RING = "struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); } rows"
+PERF = """struct { __uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); __uint(key_size, 4); __uint(value_size, 4); } rows"""
+RESERVE = PLAIN[PLAIN.index("\tstruct event *e = bpf") : PLAIN.index("\te->pid")]
+PERF_PLAIN = (
+    PLAIN.replace(RING, PERF)
+    .replace(RESERVE, "\tstruct event event = {}, *e = &event;\n")
+    .replace("bpf_ringbuf_submit(e, 0);", "bpf_perf_event_output(ctx, &rows, BPF_F_CURRENT_CPU, e, sizeof(*e));")
+)
+"""The same program with the map of bcc and libbpf-tools."""
+SEVERAL = (
+    PLAIN[: PLAIN.index("struct event {")]
+    + """
+struct opened { __u64 sock; __u32 pid; __u16 lport, rport; };
+struct closed { __u32 pid; char comm[16]; __u16 lport, rport; __u32 kept_us UNIT; int reason; };
+struct counted { __u32 pid; __u16 lport, rport; __s64 reason; };
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); __type(value, struct opened); }
+	openings SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 65536); __type(value, struct closed); }
+	closings SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_PERF_EVENT_ARRAY); __uint(key_size, 4); __type(value, struct counted); }
+	counts SEC(".maps");
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(changed, struct sock *sk, int old, int new)
+{
+	__u16 lport = sk->__sk_common.skc_num, rport = __builtin_bswap16(sk->__sk_common.skc_dport);
+	__u32 pid = bpf_get_current_pid_tgid() >> 32;
+	struct counted counted = {pid, lport, rport, new};
+
+	if (new == 1) {
+		struct opened opened = {(__u64)sk, pid, lport, rport};
+		bpf_ringbuf_output(&openings, &opened, sizeof(opened), 0);
+	} else if (new == 7) {
+		struct closed closed = {pid, "", lport, rport, 0, -1};
+		bpf_get_current_comm(closed.comm, sizeof(closed.comm));
+		bpf_ringbuf_output(&closings, &closed, sizeof(closed), 0);
+	}
+	bpf_perf_event_output(ctx, &counts, BPF_F_CURRENT_CPU, &counted, sizeof(counted));
+	return 0;
+}
+char LICENSE[] SEC("license") = "GPL";
+""".replace("UNIT", '__attribute__((btf_decl_tag("unit:us")))')
+)
+
+
+@pytest.mark.kernel
+def test_a_perf_event_array_shows_what_a_ring_buffer_shows(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    perf, ring = written(tmp_path, "perf", PERF_PLAIN), written(tmp_path, "ring", PLAIN)
+    with run_tool("run", str(perf)) as one, run_tool("run", str(ring)) as other:
+        ports = {connect_once(lab) for _ in range(5)}
+    assert one.done and other.done and one.done.stats
+    both = [[row for row in tool.done.rows if {row["lport"], row["rport"]} in map(set, ports)] for tool in (one, other)]
+    assert len(both[0]) >= 5 * 6
+    assert sorted(map(repr, both[0])) == sorted(map(repr, both[1]))
+    account = one.done.stats
+    assert (account["shown"], account["filtered"], account["table_full"]) == (len(one.done.rows), 0, None)
+
+
+FLOOD = PERF_PLAIN.replace("\tbpf_perf_event_output", "\tfor (int i = 0; i < 200; i++)\n\t\tbpf_perf_event_output")
+
+
+@pytest.mark.kernel
+def test_what_found_no_room_is_counted(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    """The reader is stopped. Each change of a state is sent 200 times, into buffers of a page."""
+    source = written(tmp_path, "flood", FLOOD)
+    with run_tool("run", str(source), "--buffer", "4K") as tool:
+        os.kill(tool.pid, signal.SIGSTOP)
+        ports = [connect_once(lab) for _ in range(10)]
+        os.kill(tool.pid, signal.SIGCONT)
+        tool.wait_for(len)
+        connect_once(lab)  # before 6.0 the kernel tells of a loss with the next event
+    done = tool.done
+    assert done and done.stats
+    account = done.stats
+    if account["seen"] is None:
+        assert "but that it is at least" in done.stderr
+        return
+    assert account["lost"] > 1000
+    assert account["seen"] == account["shown"] + account["filtered"] + account["lost"]
+    assert account["seen"] % 200 == 0 and account["seen"] >= 200 * 10 * len(ports)
+
+
+@pytest.mark.kernel
+def test_each_map_has_its_struct(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    source = written(tmp_path, "several", SEVERAL)
+    with run_tool("run", str(source)) as tool, run_tool("run", str(source), "--event", "closed") as closings:
+        port, mine = connect_once(lab)
+        of_it = lambda rows: [row for row in rows if row["rport"] in (port, mine)]  # noqa: E731
+        tool.wait_for(lambda rows: len([row for row in of_it(rows) if row["struct"] == "closed"]) == 2)
+        closings.wait_for(lambda rows: len(of_it(rows)) == 2)
+    assert tool.done and closings.done
+    rows = of_it(tool.done.rows)
+    assert list(rows[0]) == ["struct", "sock", "pid", "lport", "rport", "comm", "kept_us", "reason"]
+    opened = [row for row in rows if row["struct"] == "opened"]
+    assert {(row["lport"], row["rport"]) for row in opened} == {(port, mine), (mine, port)}
+    assert {(row["comm"], row["kept_us"], row["reason"]) for row in opened} == {(None, None, None)}
+    ended = [row for row in rows if row["struct"] == "closed"]
+    assert {(row["reason"], row["kept_us"], row["sock"]) for row in ended} == {(-1, 0, None)}
+    counted = [row for row in rows if row["struct"] == "counted"]
+    assert {row["reason"] for row in counted} >= {1, 7}
+    assert list(closings.done.rows[0]) == ["pid", "comm", "lport", "rport", "kept_us", "reason"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "says"),
+    [
+        (
+            ("__type(value, struct closed); ", ""),
+            (),
+            "which struct has closings?; say it in the map: __type(value, struct",
+        ),
+        (("", ""), ("--event", "close"), "--event close: no map of 'several' has such events; did you mean 'closed'?"),
+        (("", ""), ("--strict",), "--strict; 'several' does not count what it loses: include event.bpf.h"),
+        (("", ""), ("--comm", "x"), "--comm x; struct opened has no field 'comm'"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, change: tuple[str, str], words: tuple[str, ...], says: str) -> None:
+    source = written(tmp_path, "several", SEVERAL.replace(*change))
+    (line,) = tcpscope("run", source, *words, status=2).stderr.splitlines()
+    assert says in line
+
+
+def test_records_of_another_size(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    text = PERF_PLAIN.replace("e, sizeof(*e));", "e, sizeof(*e) - 8);")
+    with run_tool("run", str(written(tmp_path, "short", text))) as tool:
+        connect_once(lab)
+        done = tool.wait()
+    assert done.status == 1
+    assert done.stderr.splitlines()[-1] == (
+        "tcpscope: the perf event array has a record that is not of 40 bytes; each must be one whole event"
+    )
