@@ -21,10 +21,11 @@ from tcpscope.kernel.spec import PERF_EVENT_ARRAY, RINGBUF, Spec
 from tcpscope.kernel.symbols import kernel_symbols
 from tcpscope.output import Column
 from tcpscope.own import refusal
+from tcpscope.own.hooks import UsersKernel
 from tcpscope.request import Option, Request
 from tcpscope.run import AT_ONCE, Batch, OverRate, Run
 from tcpscope.schema import Clock, Layout
-from tcpscope.session import Session, Stats, closed_on_error, filters
+from tcpscope.session import RING_BYTES, Session, Stats, closed_on_error, filters
 from tcpscope.tool import Stream
 
 _TRACING = (
@@ -144,15 +145,17 @@ class OwnProgram(Stream):
         return {self.spec.maps[name] for name, _ in self._sources} == {PERF_EVENT_ARRAY}
 
     def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
-        if self.spec.counts:
-            return super().session(request, by, number)
-        rings = [name for name, _ in self._sources if self.spec.maps[name] == RINGBUF]
+        counts = self.spec.counts
+        rings = [name for name, _ in self._sources if not counts and self.spec.maps[name] == RINGBUF]
         return Session(
             self.spec,
-            None,
+            self.layout if counts else None,
             request.filter,
+            constants={"rate_per_s": request.rate or 0} if "rate_per_s" in self.spec.variables else {},
             entries=dict.fromkeys(rings, request.buffer) if request.buffer else {},
             skip=self.skip(request),
+            ring_bytes=request.buffer or RING_BYTES,
+            kernel=UsersKernel(),
             debug=request.debug,
         )
 

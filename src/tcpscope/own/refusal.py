@@ -10,12 +10,14 @@ from pathlib import Path
 
 from tcpscope.errors import RefusedError, TcpscopeError, UnsupportedError, UsageError
 from tcpscope.kernel import btf as B
-from tcpscope.kernel.features import BTF, Kernel
+from tcpscope.kernel.features import BTF
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.kernel.verifier import LINES, source_line, verifier_hint, verifier_lines
+from tcpscope.own.hooks import UsersKernel, module_of
 
 _EVENTS = (Path("/sys/kernel/tracing/events"), Path("/sys/kernel/debug/tracing/events"))
 _NEAR = 3
+_OFFSET = "an offset must be where an instruction begins"
 
 
 def explained(error: RefusedError, spec: Spec, source: Path | None, log_to: str | None) -> TcpscopeError:
@@ -25,7 +27,8 @@ def explained(error: RefusedError, spec: Spec, source: Path | None, log_to: str 
         return error  # of another object, which it uses
     lines = verifier_lines(error.log)
     if not lines:
-        return UnsupportedError(error.message, near(program) or error.said)
+        offset = _OFFSET if "+" in program.target else ""
+        return UnsupportedError(error.message, near(program) or offset or error.said)
     hint = verifier_hint(error.log, program.section)
     if not hint and os.strerror(errno.ENOSPC) in error.message:
         hint = verifier_hint("infinite loop")  # a log of more than 16 MB, which has no end on kernels before 6.4
@@ -64,10 +67,13 @@ def _number_of(text: str, source: Path | None) -> int:
 
 def without_hook(error: UnsupportedError, spec: Spec) -> TcpscopeError:
     """The same error, with the nearest names if a hook that a program names does not exist."""
-    kernel = Kernel()
+    kernel = UsersKernel()
     for program in spec.programs:
         answer = kernel.can(program)
-        if not answer and program.without is None and (hint := near(program)):
+        if answer or program.without is not None:
+            continue
+        hint = near(program)
+        if hint or program.alone:
             return UnsupportedError(f"{spec.name}: program '{program.name}' cannot be attached: {answer.why}", hint)
     return error
 
@@ -75,13 +81,16 @@ def without_hook(error: UnsupportedError, spec: Spec) -> TcpscopeError:
 def near(program: Program) -> str:
     """What helps if there is no such hook: names that are like it. Empty if there is one."""
     type_ = program.type.partition(".")[0]
+    target = program.target.partition("+")[0]
     if type_ not in _CLASSIC:
         known = _in_btf(*_KINDS.get(type_, (B.Kind.FUNC, "")))
     elif folder := next((path for path in _EVENTS if path.is_dir()), None):
         known = ["/".join(file.parts[-3:-1]) for file in folder.glob("*/*/format")]
     else:
         return f'{_EVENTS[0]} is not there: mount -t tracefs tracefs {_EVENTS[0].parent}; or take SEC("tp_btf/...")'
-    names = [] if program.target in known else _similar(program.target, known)
+    if target in known or (type_ not in _KINDS and type_ not in _CLASSIC and module_of(target) is not None):
+        return ""
+    names = _similar(target, known)
     return f"did you mean {' or '.join(map(repr, names))}?" if names else ""
 
 
