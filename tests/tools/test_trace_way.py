@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 
 class Way:
-    """A client, a middle and a server, in namespaces of their own. Pairs of veth join them: `c`-`to_c`, and `to_s`-`s`."""
+    """A client, a middle and a server, in namespaces of their own, joined by pairs of veth: `c`-`to_c`, `to_s`-`s`."""
 
     def __init__(self, held: ExitStack) -> None:
         self.client, self.middle, self.server = self.all = tuple(
@@ -200,7 +200,7 @@ def by_number(rows: Rows) -> dict[int, Rows]:
 
 
 def way_of(text: str) -> list[tuple[str, ...]]:
-    """Host, hop and device of the rows of a packet. `c:c`: OUT at device c of the client; `s:>s`: RECEIVE at the server."""
+    """Host, hop and device of a packet. `c:c`: OUT at device c of the client; `s:>s`: RECEIVE at the server."""
     found: list[tuple[str, ...]] = []
     for word in text.split():
         host, _, device = word.partition(":")
