@@ -74,7 +74,6 @@ def test_a_perf_event_array_shows_what_a_ring_buffer_shows(lab, run_tool: type[R
 FLOOD = PERF_PLAIN.replace("\tbpf_perf_event_output", "\tfor (int i = 0; i < 200; i++)\n\t\tbpf_perf_event_output")
 
 
-@pytest.mark.kernel
 def test_what_found_no_room_is_counted(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
     """The reader is stopped. Each change of a state is sent 200 times, into buffers of a page."""
     source = written(tmp_path, "flood", FLOOD)
@@ -95,7 +94,6 @@ def test_what_found_no_room_is_counted(lab, run_tool: type[RunningTool], tmp_pat
     assert account["seen"] % 200 == 0 and account["seen"] >= 200 * 10 * len(ports)
 
 
-@pytest.mark.kernel
 def test_each_map_has_its_struct(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
     source = written(tmp_path, "several", SEVERAL)
     with run_tool("run", str(source)) as tool, run_tool("run", str(source), "--event", "closed") as closings:

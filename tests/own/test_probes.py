@@ -77,7 +77,6 @@ def comparable(rows: list[dict[str, Any]]) -> list[str]:
     return sorted(map(repr, found))
 
 
-@pytest.mark.kernel
 @pytest.mark.parametrize("play", PROBES, ids=lambda play: play.__name__)
 def test_it_shows_what_its_tool_shows(lab: Lab, run_tool: type[RunningTool], play: Callable[[Lab], None]) -> None:
     netns = ("--netns", f"{lab.client.inode},{lab.server.inode}")

@@ -18,7 +18,7 @@ from tcpscope.lab.namespaces import Namespace
 from tests.lacks import built_without
 from tests.tools.test_trace import covered
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 PORT, OUTSIDE = 6991, 6992
 CLIENT, SERVER = "198.51.100.2", "203.0.113.2"
@@ -271,6 +271,7 @@ def check(way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tup
 THERE, BACK = way_of("c:c m:>to_c m:to_s s:>s"), way_of("s:s m:>to_s m:to_c c:>c")
 
 
+@pytest.mark.kernel
 def test_a_router(way: Way, run_tool: Any) -> None:
     way.routed()
     check(way, run_tool, THERE, BACK, (SERVER, PORT, SERVER))
@@ -314,7 +315,9 @@ NATS = {
 }
 
 
-@pytest.mark.parametrize("name", NATS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.kernel) if name == "both" else name for name in NATS]
+)
 def test_nat(way: Way, run_tool: Any, name: str) -> None:
     host, rules, address, port = NATS[name]
     way.routed()
@@ -336,6 +339,7 @@ def skip_without(kind: str) -> None:
         pytest.skip(f"this kernel has no tunnels of the kind {kind} (CONFIG_{option})")
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("kind", ["ipip", "gre", "vxlan"])
 def test_a_tunnel(way: Way, run_tool: Any, kind: str) -> None:
     """Behind its device the packet has another header before its own."""
@@ -345,6 +349,7 @@ def test_a_tunnel(way: Way, run_tool: Any, kind: str) -> None:
     check(way, run_tool, there, back, ("192.0.2.2", PORT, "192.0.2.2"))
 
 
+@pytest.mark.kernel
 def test_an_encrypted_tunnel(way: Way, run_tool: Any) -> None:
     """Between its devices nobody can read the header. The packet has its number again when it is decrypted."""
     skip_without("wireguard")
