@@ -115,6 +115,29 @@ def test_connections_that_are_cut_off_while_others_work(script: Script) -> Test:
 
 
 @recorded(DIAGNOSE)
+def test_only_fins_are_lost(script: Script) -> Test:
+    made = scene(script)
+    script.server.exec("nft", "add table inet filter")
+    script.server.exec("nft", "add chain inet filter in { type filter hook input priority 0 ; }")
+    script.server.exec("nft", "add rule inet filter in tcp flags & fin == fin drop")
+    for near in made.nears:
+        near.send_all(100)
+        near.until_acknowledged()
+        near.close()
+    made.client.pause(5_000_000)  # what is opened meanwhile is counted by the second
+    made.connect(2)
+    told(script.client)
+    seen = yield
+    finding = only(seen, script, "no_ack", script.client)
+    facts = finding["facts"]
+    assert (finding["severity"], facts["case"], facts["count"]) == ("critical", "fins", 3)
+    assert (facts["unacked_bytes"], facts["orphans"]) == (3, 3)
+    assert finding["title"].endswith("get no answer to their FIN")
+    (remedy,) = finding["remedies"]
+    assert "FINs" in remedy["what"]
+
+
+@recorded(DIAGNOSE)
 def test_one_client_that_vanishes_is_no_fault_of_this_host(script: Script) -> Test:
     made = scene(script, 1)
     ((near, far),) = made.ends

@@ -30,6 +30,7 @@ CLIENTS = 3
 TELL_US = 10_000_000
 FULL = 0.9  # a connection whose segments have on average this part of its MSS shows that the path takes full ones
 SEGMENTS = 4  # so many segments make an average
+FINS = 3  # so many connections, all that get no answer, had an ACK of all but their FIN
 USER_TIMEOUT_MS = 30_000  # proposed: RFC 5482 leaves it to the application; 30 s is two in three of its usual deadlines
 
 WHY_GONE = (
@@ -44,6 +45,11 @@ WHY_CUT = (
 WHY_LOST = (
     "The path works for other connections meanwhile. Something on the way drops the packets of these: one of several "
     "parallel paths, a firewall that lost its table, or a load balancer whose backend is gone."
+)
+WHY_FINS = (
+    "All data of these connections has arrived, and only the segment with the FIN gets no ACK. Something on the way "
+    "drops FINs: a firewall that has ended the connection in its table already, or a rule of it about TCP flags. The "
+    "remote end does not learn that the connection ends, and waits."
 )
 WHY_HERE = (
     "What the kernel tried to send has not left this host: it has no route to this address, or the link is down. It "
@@ -112,6 +118,11 @@ def took_full(track: Track) -> bool:
     arrived = row.sent_bytes - row.retrans_bytes - row.unacked
     segments = row.data_segs_out - row.total_retrans - row.out_segs
     return bool(segments >= SEGMENTS and arrived >= FULL * segments * row.mss)
+
+
+def only_fin(row: Any) -> bool:
+    """All that was sent has an ACK, but for the FIN."""
+    return row.state in ("FIN_WAIT1", "CLOSING", "LAST_ACK") and row.unacked == 1 and not row.unsent
 
 
 class Lives:
@@ -196,18 +207,21 @@ class NoAck(Rule):
         idle = paused and min(idle_us) >= IDLE_US
         number = paths.number(len(silent), "connection")
         title = f"{where[1]} does not answer: {number} stalled"
-        why, remedies = WHY_GONE, _when_gone(where, silent)
+        why, remedies, fins = WHY_GONE, _when_gone(where, silent), False
         here = all(cannot_send(track.last) for track in silent)
         if here:
             title, why = f"this host cannot send to {where[1]}: {number} stalled", WHY_HERE
             remedies = _when_here(where, silent)
         elif full and not one_way:
             why, remedies = WHY_FULL, _when_full(where, silent)
-        elif one_way:
+        elif one_way and not _are_fins(silent):
             title, why = f"nothing that is sent to {where[1]} arrives: {number} stalled", WHY_ONE_WAY
         elif idle:
             title = f"{number} to {where[1]} cut while idle; new ones work"
             why, remedies = WHY_CUT, _when_idle(where, silent, min(idle_us))
+        elif fins := not paused and (lives or one_way) and _are_fins(silent):
+            title, why = f"{number} to {where[1]} get no answer to their FIN", WHY_FINS
+            remedies = _when_fins(where, silent)
         elif lives:
             title, why = f"{number} to {where[1]} get no answer; others do", WHY_LOST
         observed = [*_waits(silent)]
@@ -231,7 +245,17 @@ class NoAck(Rule):
                 where,
                 paths.owners(silent),
                 len(silent),
-                case="here" if here else "idle" if idle else "others" if lives else "one_way" if one_way else "gone",
+                case="here"
+                if here
+                else "fins"
+                if fins
+                else "idle"
+                if idle
+                else "others"
+                if lives
+                else "one_way"
+                if one_way
+                else "gone",
                 only_full=full and not here,
                 stalled_s=round(max(map(stalled_us, silent)) / 1e6, 1),
                 idle_s=round(min(idle_us) / 1e6, 1) if idle_us else None,
@@ -258,6 +282,10 @@ class NoAck(Rule):
             about=frozenset({("clients", netns, lport)}),
             facts={"netns": netns, "lport": lport, "count": len(silent), "clients": len(addresses), "case": "clients"},
         )
+
+
+def _are_fins(silent: list[Track]) -> bool:
+    return len(silent) >= FINS and all(only_fin(track.last) for track in silent)
 
 
 def _since(seen: Evidence, silent: list[Track]) -> float | None:
@@ -329,6 +357,14 @@ def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
             proposed=f"{USER_TIMEOUT_MS} ms",
             risk="a peer that is silent for as long, and comes back, loses its connections",
         )
+
+
+def _when_fins(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
+    yield Remedy(
+        "See whether FINs arrive there, with tcpdump and 'tcp[tcpflags] & tcp-fin != 0', and look for rules about TCP "
+        "flags, or about packets without a known connection (ct state invalid), in the firewalls on the way.",
+        command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
+    )
 
 
 def _when_full(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
