@@ -46,7 +46,8 @@ class Evidence:
     """All of it. An attribute that no rule needs, or that `lacking` names, must not be read.
 
     queues    listeners, their queues, refusals                        (QueueHistory)
-    attempts  outcomes of connect(): netns, pid, comm, laddr, raddr, rport, outcome, errno, syn_retrans  (Groups)
+    attempts  outcomes of connect(): netns, pid, comm, laddr, raddr, rport, outcome, errno, syn_retrans, syn_sent
+                                                                       (Groups)
     retrans   retransmissions: netns, pid, comm, laddr, lport, raddr, rport, kind, errno; sum: segments  (Groups)
     resets    RSTs, and timeouts (direction NONE): netns, pid, comm, laddr, lport, raddr, rport, direction, state,
               cause, unanswered                                                                      (Groups)
@@ -178,7 +179,7 @@ def _groups(
 
 _SOURCES: dict[str, Callable[[Request, Mapping[str, Mark]], Any]] = {
     "queues": _queues,
-    "attempts": _groups("connect", *_OWNER, "laddr", "raddr", "rport", "outcome", "errno", "syn_retrans"),
+    "attempts": _groups("connect", *_OWNER, "laddr", "raddr", "rport", "outcome", "errno", "syn_retrans", "syn_sent"),
     "retrans": _groups("retrans", *_OWNER, *_ENDS, "kind", "errno", number="segs"),
     "resets": _groups("reset", *_OWNER, *_ENDS, "direction", "state", "cause", "unanswered", timeouts=True),
     "drops": _groups(

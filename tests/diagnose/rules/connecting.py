@@ -49,7 +49,7 @@ def times(*counts: int, first_s: int = 100) -> Tally:
 
 def attempt(outcome: str, errno: str = "none", **columns: Any) -> tuple[tuple[str, Any], ...]:
     given = {"netns": NETNS, "pid": 7, "comm": "client", "laddr": HERE, "raddr": THERE, "rport": 80}
-    return of(**given | {"outcome": outcome, "errno": errno, "syn_retrans": 0} | columns)
+    return of(**given | {"outcome": outcome, "errno": errno, "syn_retrans": 0, "syn_sent": True} | columns)
 
 
 def sockets(*rows: Any, looked_s: float = 110.0) -> Any:

@@ -141,6 +141,24 @@ def test_a_host_without_link_address(script: Script) -> Test:
 
 
 @recorded(DIAGNOSE)
+def test_a_route_that_says_no(script: Script) -> Test:
+    """No SYN is sent: it is no router on the way."""
+    address = "203.0.113.200"
+    script.client.exec("ip", "route", "add", "unreachable", address)
+    client = script.client.process("vpn")
+    fail(client, address, OPEN, 5)
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    facts = finding["facts"]
+    assert (finding["rule"], finding["severity"], facts["errno"]) == ("connects_fail", "critical", "EHOSTUNREACH")
+    assert facts["unsent"] == facts["failed"] == facts["count"] == 5
+    assert finding["title"] == f"vpn cannot connect to {address}:{OPEN}: a route of this host says unreachable"
+    (remedy,) = finding["remedies"]
+    assert f"ip route get {address}" in remedy["command"]
+
+
+@recorded(DIAGNOSE)
 def test_a_refused_health_check_is_for_information(script: Script) -> Test:
     """The process has another connection."""
     client = script.client.process("check")
@@ -317,6 +335,25 @@ def test_unreachable_for_want_of_a_link_address() -> None:
     answers = given | {attempt("ESTABLISHED", rport=22): times(0, 1)}
     (finding,) = check(rule, attempts=groups(answers), sockets=sockets(), drops=discarded(5))
     assert finding.title.endswith("host unreachable")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "errno", "sent", "title"),
+    [
+        ("UNREACHABLE", "ENETUNREACH", False, "no route to it"),
+        ("UNREACHABLE", "EHOSTUNREACH", False, "a route of this host says unreachable"),
+        ("UNREACHABLE", "EHOSTUNREACH", True, "host unreachable"),
+        ("FAILED", "EPERM", False, "this host forbids it"),
+        ("FAILED", "EACCES", False, "this host forbids it"),
+        ("FAILED", "EINVAL", False, "connect() fails with EINVAL"),
+        ("FAILED", "ENOMEM", False, "connect() fails with ENOMEM"),
+    ],
+)
+def test_who_says_no(outcome: str, errno: str, sent: bool, title: str) -> None:
+    given = {attempt(outcome, errno, syn_sent=sent): times(5)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.title.endswith(f": {title}")
+    assert ("no packet leaves this host" in finding.why) == (not sent and errno != "ENOMEM")
 
 
 def test_a_loopback_address_is_that_of_its_namespace() -> None:

@@ -61,6 +61,24 @@ _KINDS = {
 _UNRESOLVED_IN = ("neigh_invalidate", "arp_error_report", "ndisc_error_report")
 """Functions that discard what waits for a link address, where discards have no reason."""
 
+_SAYS_NO = {
+    "ENETUNREACH": ("no route to it", "No route of this host leads to this address."),
+    "EHOSTUNREACH": (
+        "a route of this host says unreachable",
+        "The route to this address is one of the kind unreachable.",
+    ),
+    "EACCES": (
+        "this host forbids it",
+        "The route to this address is one of the kind prohibit, or a security module (SELinux, AppArmor) forbids it.",
+    ),
+    "EPERM": ("this host forbids it", "A BPF program of the control group, or a security module, forbids it."),
+    "EINVAL": (
+        "connect() fails with EINVAL",
+        "The route to this address is one of the kind blackhole; or it is a link-local address without its device.",
+    ),
+}
+"""Errno of a connect() that fails before a SYN is sent -> what it means, for the title and behind it."""
+
 _ANSWERS = {"refused by a RST", "reset"}
 
 
@@ -84,6 +102,7 @@ class Program:
 
     began_s    when the first failing attempt began at the earliest
     waiting    sockets in SYN_SENT whose SYN was sent again
+    unsent     failed before a SYN was sent
     connected  since the first failure; connected_before: until then; connected_later: for certain after it
     """
 
@@ -92,6 +111,7 @@ class Program:
     pids: Counter[int | None] = field(default_factory=Counter)
     laddrs: set[str] = field(default_factory=set)
     began_s: float = 0.0
+    unsent: int = 0
     connected: int = 0
     connected_before: int = 0
     connected_later: int = 0
@@ -203,6 +223,11 @@ class Subject:
         return sum((program.pids for program in self.programs.values()), Counter[int | None]())
 
     @property
+    def says_no(self) -> tuple[str, str] | None:
+        """If this host itself refuses to send a SYN: what that means, for the title and behind it."""
+        return _SAYS_NO.get(self.errno or "") if self._sum("unsent") >= self.bad else None
+
+    @property
     def worst(self) -> str | None:
         return max(self.programs, key=lambda comm: self.programs[comm].bad)
 
@@ -300,6 +325,7 @@ class ConnectsFail(Rule):
                 "answers": others[:_PORTS_SHOWN],
                 "alone": alone,
                 "unresolved": subject.unresolved,
+                "unsent": subject._sum("unsent"),
                 "listens_elsewhere": [own.owner.pid for own in subject.elsewhere if own.owner],
                 "count": subject.bad,
             },
@@ -371,6 +397,7 @@ def _services(
         program.errnos[group.errno] += tally.count
         program.pids[group.pid] += tally.count
         program.laddrs.add(group.laddr)
+        program.unsent += 0 if group.syn_sent else tally.count
         program.happened(tally.first_s, tally.last_s, _most_s(group.syn_retrans) if kind == SILENCE else 0.0)
         if kind == SILENCE:
             silent.append((program, tally))
@@ -448,6 +475,7 @@ def _merged(one: Program, other: Program) -> Program:
         errnos=one.errnos + other.errnos,
         pids=one.pids + other.pids,
         laddrs=one.laddrs | other.laddrs,
+        unsent=one.unsent + other.unsent,
         connected=one.connected + other.connected,
         connected_before=one.connected_before + other.connected_before,
         connected_later=one.connected_later + other.connected_later,
@@ -529,7 +557,12 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
         SILENCE: _SILENT[_answer(subject, others)],
         "failed": f"connect() fails with {subject.errno}",
     }
-    how = f"nobody answers {_asked(subject)} for it" if subject.unresolved else known.get(subject.main, subject.main)
+    if subject.says_no:
+        how = subject.says_no[0]
+    elif subject.unresolved:
+        how = f"nobody answers {_asked(subject)} for it"
+    else:
+        how = known.get(subject.main, subject.main)
     if subject.scan:
         return f"{who} was refused at {len(subject.ports)} ports of {subject.host[1]}: a port scan, it seems"
     if alone:
@@ -558,6 +591,8 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
             f"{subject.waiting} {'more wait' if failed else f'of {subject.total} connects wait'} for an answer, for up "
             f"to {waited_s:.1f} s now; SYNs were sent up to {again + 1} times"
         )
+    if subject.says_no:
+        yield f"connect() returns {subject.errno} before a SYN is sent"
     if subject.unresolved:
         yield f"{subject.unresolved} SYNs to it were discarded here: no next hop gave its link address"
     for own in subject.elsewhere[:_PROGRAMS_SHOWN]:
@@ -594,6 +629,8 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
             "these programs have other connections, too, or are started for each check. A program that waits for the "
             "service may try at the same pace."
         )
+    if subject.says_no:
+        return subject.says_no[1] + " So connect() fails at once, and no packet leaves this host."
     if subject.unresolved:
         return (
             "Before a packet leaves, the kernel asks for the link address of the next hop: of the host itself, if it "
@@ -637,7 +674,16 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
 def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterator[Remedy]:
     netns, address = subject.host
     program = subject.worst or "the program"
-    if subject.unresolved:
+    if subject.says_no and subject.errno == "EPERM":
+        yield Remedy(
+            f"See which programs are attached to the control group of {program}.", command="bpftool cgroup tree"
+        )
+    elif subject.says_no and subject.errno != "ENETUNREACH":
+        yield Remedy(
+            f"See which route and which rule say so, and correct them or the address that {program} has.",
+            command=in_netns(netns, f"sh -c 'ip route get {address}; ip rule; ip route show table all'", inside),
+        )
+    elif subject.unresolved:
         yield Remedy(
             f"See which next hop is asked for and does not answer (FAILED). If {address} is gone, take it out of the "
             f"configuration of {program}.",
