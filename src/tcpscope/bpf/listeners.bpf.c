@@ -189,10 +189,10 @@ int TRACEPOINT_PROG_IF(of_listener(old_state, new_state), state_again, struct so
 static __noinline int destroyed(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
-	bool was_active = !bpf_map_delete_elem(&activities, &key);
+	bool was_active = table_take(&activities, &key);
 	bool listened = by_tracepoints() && listening_end(sk);
 
-	return connection_forget(sk) || was_active || listened;
+	return table_take(&connections, &key) || was_active || listened;
 }
 
 #include "destroy.bpf.h"

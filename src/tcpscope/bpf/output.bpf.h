@@ -114,6 +114,12 @@ static __always_inline long table_put(void *table, const __u64 *key, const void 
 	return error;
 }
 
+/* Deletes an entry, if there is one. Where most keys have none, to look first takes less: a deletion locks the bucket. */
+static __always_inline bool table_take(void *table, const void *key)
+{
+	return bpf_map_lookup_elem(table, key) && !bpf_map_delete_elem(table, key);
+}
+
 /* Reserves room for one event of `size` bytes. NULL if the ring is full; that counts as lost. */
 static __always_inline void *event_reserve(__u64 size)
 {

@@ -48,6 +48,7 @@ struct scratch {
 #define HOLDERS 8192
 #define STATES 16 /* a power of two */
 #define SECOND 1000000000ULL
+#define RANGE_NS 10000000ULL /* connections to one destination look at the sysctls of their namespace so seldom */
 
 enum pool_kind { POOL_NAMESPACE = 1, POOL_BIND, POOL_CONNECT };
 
@@ -80,7 +81,7 @@ struct pool {
 	bool mixed;       /* several ranges, or a port outside of the socket's own */
 	__u8 tw_reuse;    /* as `range`: the sysctl tcp_tw_reuse */
 	__u8 padding;
-	__u64 checked_ns; /* when `reserved` was filled */
+	__u64 checked_ns; /* of POOL_NAMESPACE, when `reserved` was filled; of POOL_CONNECT, when its namespace was asked for it */
 	struct pool_span spans[2];
 };
 const struct pool *pool_anchor __attribute__((unused));
@@ -412,7 +413,9 @@ static __noinline int connect_place(__u64 socket)
 {
 	struct sock *sk = (struct sock *)socket;
 	struct pool_key key = {.kind = POOL_CONNECT};
+	__u64 now_ns = bpf_ktime_get_ns();
 	struct identity id = {};
+	struct pool *pool;
 	__u32 place;
 
 	identity_read(sk, &id);
@@ -426,7 +429,12 @@ static __noinline int connect_place(__u64 socket)
 	__builtin_memcpy(key.raddr, id.raddr, sizeof(key.raddr));
 	place = pool_place(&key);
 	own_range_note(sk, place, 0);
-	namespace_place(socket);
+	pool = pool_find(place);
+	if (!pool || now_ns - pool->checked_ns >= RANGE_NS) {
+		if (pool)
+			pool->checked_ns = now_ns;
+		namespace_place(socket);
+	}
 	return place;
 }
 

@@ -124,7 +124,7 @@ static __always_inline bool episode_forget(struct sock *sk)
 {
 	__u64 key = (__u64)sk;
 
-	return episodes_begun && !bpf_map_delete_elem(&episodes, &key);
+	return episodes_begun && table_take(&episodes, &key);
 }
 
 static __always_inline bool destroyed(struct sock *sk)
@@ -206,16 +206,20 @@ SEC("tp_btf/tcp_cong_state_set")
 int TRACEPOINT_PROG(undone, struct sock *sk, __u8 ca_state)
 {
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	__u64 key = (__u64)sk, now_ns = bpf_ktime_get_ns();
-	__u32 undo_marker = BPF_CORE_READ(tcp, undo_marker);
 	struct retrans room, *event;
 	struct episode *episode, was;
+	__u64 key = (__u64)sk, now_ns;
+	__u32 undo_marker;
 
-	if (ca_state >= TCP_CA_RECOVERY && undo_marker)
+	if (!episodes_begun)
 		return 0;
 	episode = bpf_map_lookup_elem(&episodes, &key);
 	if (!episode)
 		return 0;
+	undo_marker = BPF_CORE_READ(tcp, undo_marker);
+	if (ca_state >= TCP_CA_RECOVERY && undo_marker)
+		return 0;
+	now_ns = bpf_ktime_get_ns();
 	was = *episode;
 	episode_forget(sk);
 	if (ca_state >= TCP_CA_RECOVERY || undo_marker) /* it enters Loss in tcp_simple_retransmit(), or was right */
