@@ -68,6 +68,7 @@ import msgspec
 from tcpscope.listeners import Holder
 
 if TYPE_CHECKING:
+    from os import PathLike
     from typing import Unpack
 
     from tcpscope import filters
@@ -135,7 +136,10 @@ def generated() -> str:
     for name in names():
         text += "".join(overloads(find(name)))
     return text + (
-        "\n\ndef open(tool: str, /, **asked: Any) -> Events[Any]:\n"
+        "\n\n@overload\ndef open(\n"
+        "    tool: PathLike[str], /, *, event: str | None = ..., log: str | None = ..., **asked: Unpack[AskedInPart]\n"
+        ") -> Events[Any]: ...\n"
+        "\n\ndef open(tool: str | PathLike[str], /, **asked: Any) -> Events[Any]:\n"
         '    """As in `tcpscope`, which has it without an import of this module."""\n'
         "    from tcpscope.events import Events\n\n"
         "    return Events(tool, asked)\n"

@@ -31,7 +31,8 @@ else:
     def open(tool, /, **asked):
         """Start a tool. Returns its rows, as a context manager, an iterator and an asynchronous iterator.
 
-        tool        name of a tool, such as "connect"; diagnose, features, lab, run and new are no tools
+        tool        name of a tool, such as "connect", also of one from another package; diagnose, features, lab, run
+                    and new are no tools. Or the Path of a BPF program, which `tcpscope run` takes
         duration    seconds after which the iteration ends; None: never
         interval    seconds between two results, for tools that group rows, and between two snapshots
         max_events  events: the iteration ends after so many; groups and snapshots: only the first of each time

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -34,10 +36,8 @@ class Events(Generic[Row]):
 
     _open = False
 
-    def __init__(self, tool: str, given: dict[str, Any]) -> None:
-        if not isinstance(tool, str):
-            raise UsageError(f"tool={tool!r}", "give the name of a tool")
-        found = find(tool)
+    def __init__(self, tool: str | os.PathLike[str], given: dict[str, Any]) -> None:
+        found = _found(tool)
         self._name = found.name
         request = _request(found, given)
         self._lock = threading.RLock()
@@ -154,6 +154,17 @@ class Events(Generic[Row]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _found(tool: str | os.PathLike[str]) -> Tool:
+    """The tool with this name, or that of a user's program. Raises the errors of `find`, and of the compiler."""
+    if isinstance(tool, str):
+        return find(tool)
+    if not isinstance(tool, os.PathLike):
+        raise UsageError(f"tool={tool!r}", "give the name of a tool, or the Path of a program")
+    from tcpscope.own.cli import of_file
+
+    return of_file(Path(tool))
 
 
 def _request(tool: Tool, given: dict[str, Any]) -> Request:

@@ -16,6 +16,7 @@ import msgspec
 from tcpscope.listeners import Holder
 
 if TYPE_CHECKING:
+    from os import PathLike
     from typing import Unpack
 
     from tcpscope import filters
@@ -1862,7 +1863,13 @@ def open(tool: Literal["tracer"], /, **asked: Unpack[Asked]) -> Events[Tracer]: 
 def open(tool: Literal["tracer"], /, **asked: Unpack[AskedInPart]) -> Events[Any]: ...
 
 
-def open(tool: str, /, **asked: Any) -> Events[Any]:
+@overload
+def open(
+    tool: PathLike[str], /, *, event: str | None = ..., log: str | None = ..., **asked: Unpack[AskedInPart]
+) -> Events[Any]: ...
+
+
+def open(tool: str | PathLike[str], /, **asked: Any) -> Events[Any]:
     """As in `tcpscope`, which has it without an import of this module."""
     from tcpscope.events import Events
 

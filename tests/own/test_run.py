@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from tests.own.programs import PLAIN, built, tcpscope, written
+import tcpscope
+from tcpscope.errors import UsageError
+from tests.own.programs import PLAIN, built, written
+from tests.own.programs import tcpscope as command_line
 
 pytestmark = pytest.mark.root
 
@@ -130,10 +134,10 @@ def test_records_of_another_size(lab, run_tool, tmp_path: Path) -> None:
 
 
 def test_explain_names_the_hooks(plain: Path) -> None:
-    said = tcpscope("run", plain, "--explain", status=0).stdout
+    said = command_line("run", plain, "--explain", status=0).stdout
     assert "probe plain" in said
     assert "changed__state tp_btf/inet_sock_set_state" in said
-    said = tcpscope("run", plain, "--explain", "--pid", os.getpid(), status=0).stdout
+    said = command_line("run", plain, "--explain", "--pid", os.getpid(), status=0).stdout
     assert said.splitlines()[-1] == f"  filter --pid {os.getpid()}: decided in user space"
 
 
@@ -165,3 +169,32 @@ def test_json_is_json(lab, run_tool, plain: Path) -> None:
         connect_once(lab)
         done = tool.wait()
     assert [set(json.loads(line)) >= {"pid", "new"} for line in done.stdout.splitlines()] == [True, True]
+
+
+@pytest.mark.kernel
+def test_in_python(lab, plain: Path) -> None:
+    """The rows of a program, by its path: addresses are addresses, and filters are keywords."""
+    with tcpscope.open(plain, pid=os.getpid(), duration=60) as events:
+        port, mine = connect_once(lab)
+        opened = next(row for row in events if row.rport == port and row.new == 1)
+    assert (opened.lport, opened.raddr, opened.comm) == (
+        mine,
+        ip_address(lab.server.ipv4),
+        Path("/proc/self/comm").read_text().strip(),
+    )
+    assert any("what is lost is not known" in note for note in events.notes)
+
+
+def test_what_python_is_told(plain: Path, tmp_path: Path) -> None:
+    for path, asked, says in (
+        (tmp_path / "x.bpf.c", {}, "there is no file"),
+        (plain, {"nope": 1}, "'run' has no 'nope'"),
+        (plain, {"event": "evnt"}, "--event evnt: 'plain' has no such struct in its BTF; did you mean 'event'?"),
+        (plain, {"event": 7}, "event=7; give a value of type str"),
+        (plain, {"log": "/no/where"}, "no file can be written there"),
+        (plain, {"uid": 0}, "--uid 0; struct event has no field 'uid'"),
+        (7, {}, "tool=7; give the name of a tool, or the Path of a program"),
+    ):
+        with pytest.raises(UsageError) as error:
+            tcpscope.open(path, **asked)
+        assert says in str(error.value)

@@ -38,10 +38,14 @@ def read(path: Path) -> tuple[Spec, Path | None]:
     return Spec(name, data), None
 
 
+def of_file(path: Path) -> OwnProgram:
+    """The tool that shows the events of a file. Raises the errors of `read`."""
+    return OwnProgram(*read(path))
+
+
 def _prepare(values: dict[str, Any]) -> OwnProgram:
     refusal.check_log(values["log"])
-    spec, source = read(values.pop("file"))
-    return OwnProgram(spec, source)
+    return of_file(values.pop("file"))
 
 
 run = command_of(
