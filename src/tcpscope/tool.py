@@ -135,6 +135,10 @@ class Stream(Tool):
         """Its object."""
         return Spec.of(self.probes[0])
 
+    def aimed(self, request: Request) -> Spec:
+        """Its object, whose programs hook what this request names."""
+        return self.spec
+
     @property
     def layout(self) -> Layout:
         """The event struct as its object describes it."""
@@ -197,7 +201,7 @@ class Stream(Tool):
 
         `number` is a column to sum, or whose distribution is made.
         """
-        spec = self.spec
+        spec = self.aimed(request)
         counts = groups.counts(spec)
         constants, entries, key_bytes = groups.counting(self.layout, by, number) if counts else ({}, {}, {})
         session = Session(

@@ -16,6 +16,7 @@ void bpf_object__close(struct bpf_object *object);
 struct bpf_program *bpf_object__next_program(const struct bpf_object *object, struct bpf_program *program);
 const char *bpf_program__name(const struct bpf_program *program);
 int bpf_program__set_autoload(struct bpf_program *program, bool autoload);
+int bpf_program__set_attach_target(struct bpf_program *program, int program_fd, const char *function);
 int bpf_program__set_log_buf(struct bpf_program *program, char *log, size_t size);
 int bpf_program__fd(const struct bpf_program *program);
 struct bpf_link *bpf_program__attach(const struct bpf_program *program);

@@ -91,6 +91,15 @@ class Kernel:
             names.setdefault(value[0], ffi.string(name).decode())
         return names
 
+    def functions_with(self, struct: str) -> dict[str, int]:
+        """Each function of the kernel proper that takes a pointer to this struct -> which of its arguments that is."""
+        found, after, parameter = dict[str, int](), ffi.new("uint32_t *"), ffi.new("int *")
+        while True:
+            name = lib.tcpscope_btf_function_with(self.btf, struct.encode(), after, parameter)
+            if name == ffi.NULL:
+                return found
+            found.setdefault(ffi.string(name).decode(), parameter[0])
+
     def has_type(self, name: str) -> bool:
         """Whether there is a struct, union or enum with this name."""
         return bool(lib.tcpscope_btf_has_type(self.btf, name.encode()))

@@ -312,6 +312,36 @@ bool tcpscope_btf_has_typedef(const struct tcpscope_btf *btf, const char *name)
 	return find(btf, TYPEDEF, name);
 }
 
+static bool points_to(const struct tcpscope_btf *btf, uint32_t id, const char *name)
+{
+	const struct btf_type *type = id && id < btf->count ? btf_type_at(btf, id) : NULL;
+
+	if (!type || btf_kind(type) != BTF_KIND_PTR || !type->type || type->type >= btf->count)
+		return false;
+	type = btf_type_at(btf, type->type);
+	return btf_kind(type) == BTF_KIND_STRUCT && !strcmp(btf_name(btf, type->name_off), name);
+}
+
+const char *tcpscope_btf_function_with(const struct tcpscope_btf *btf, const char *name, uint32_t *after,
+				       int *parameter)
+{
+	for (uint32_t id = *after + 1; id < btf->count; id++) {
+		const struct btf_type *type = btf_type_at(btf, id), *prototype;
+
+		if (btf_kind(type) != BTF_KIND_FUNC || !type->type || type->type >= btf->count)
+			continue;
+		prototype = btf_type_at(btf, type->type);
+		for (uint32_t i = 0; i < btf_elements(prototype); i++) {
+			if (points_to(btf, btf_params(prototype)[i].type, name)) {
+				*after = id;
+				*parameter = i;
+				return btf_name(btf, type->name_off);
+			}
+		}
+	}
+	return NULL;
+}
+
 int tcpscope_try_fentry(const struct tcpscope_btf *btf, const char *function)
 {
 	const struct named *found = find(btf, FUNCTION, function);

@@ -201,6 +201,7 @@ class Loaded:
             name = ffi.string(lib.bpf_program__name(program)).decode()
             lib.bpf_program__set_autoload(program, name in chosen)
             if name in chosen:
+                self._aim(name, program)
                 lib.bpf_program__set_log_buf(program, verifier, _VERIFIER_BYTES)
                 self._programs[name] = program
             program = lib.bpf_object__next_program(self._object, program)
@@ -230,6 +231,12 @@ class Loaded:
         for name, values in self._setup.stacks.items():
             for value in values:
                 self.push(name, value)
+
+    def _aim(self, name: str, program: Any) -> None:
+        """Name the function that a program hooks, if its section names none."""
+        function = self.spec.aims.get(name)
+        if function and (error := lib.bpf_program__set_attach_target(program, 0, function.encode())):
+            raise _Refused(name, f"cannot hook {function}() ({os.strerror(-error)})")
 
     def push(self, name: str, value: bytes) -> None:
         """Push a value onto a stack. Raises OSError if it is full."""
@@ -488,7 +495,8 @@ class Loaded:
                 raise shortage
             reason = os.strerror(error) if error < 512 else "not supported"  # ENOTSUPP, in the kernel only
             denied = perf_event_denied() if error in (errno.EACCES, errno.EPERM) else ""
-            raise _Refused(name, f"cannot be attached ({denied or reason})")
+            to = f" to {self.spec.aims[name]}()" if name in self.spec.aims else ""
+            raise _Refused(name, f"cannot be attached{to} ({denied or reason})")
         self._links[name] = link
 
     def detach(self, *programs: str) -> None:

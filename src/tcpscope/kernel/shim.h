@@ -70,6 +70,12 @@ const char *tcpscope_btf_enumerator_at(const struct tcpscope_btf *btf, const cha
 				       int64_t *value);
 bool tcpscope_btf_has_type(const struct tcpscope_btf *btf, const char *name); /* struct, union or enum */
 bool tcpscope_btf_has_typedef(const struct tcpscope_btf *btf, const char *name);
+/*
+ * The next function, after the type with the number `after`, that takes a pointer to the struct `name`. `after` becomes its number,
+ * `parameter` which of its parameters that is, from 0. NULL: there is no more.
+ */
+const char *tcpscope_btf_function_with(const struct tcpscope_btf *btf, const char *name, uint32_t *after,
+				       int *parameter);
 /* Attaches an empty fentry program to `function` and takes it off again; 0, or why the kernel refuses. */
 int tcpscope_try_fentry(const struct tcpscope_btf *btf, const char *function);
 

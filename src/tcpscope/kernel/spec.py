@@ -7,10 +7,14 @@ hold for the hook:
     optional:TEXT    the hook may be missing; TEXT says what is not known without it
     unless:PROGRAMS  the loader omits the hook if one of these programs is attached
     role:NAME        says when the loader attaches, runs or detaches it
+
+A program whose section names no function (`fentry`) is aimed at one by `Spec.aimed`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
+from copy import copy
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from tcpscope.schema import Layout, labels_of
 
 HASH, PERF_EVENT_ARRAY, RINGBUF = 1, 4, 27  # BPF_MAP_TYPE_...
 _OUTPUT = (PERF_EVENT_ARRAY, RINGBUF)
+_AIMLESS = ("fentry", "fexit")  # sections that name no function
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -85,6 +90,7 @@ class Spec:
 
     def __init__(self, name: str, data: bytes) -> None:
         self.name = name
+        self.aims: Mapping[str, str] = {}
         self.data = data
         self._sections = elf.sections(data)
         self._symbols = elf.symbols(data)
@@ -139,8 +145,28 @@ class Spec:
         values = {name: self._maps[name].get("value") for name, type_ in self.maps.items() if type_ in _OUTPUT}
         return {name: value.name if isinstance(value, B.Struct) else "" for name, value in values.items()}
 
+    def aimed(self, functions: Mapping[str, str], needed: Set[str] = frozenset()) -> Spec:
+        """The same object, with programs that hook these functions: program -> function.
+
+        Those that are `needed` may not be missing.
+        """
+        spec = copy(self)
+        vars(spec).pop("hooks", None)
+        spec.aims = dict(functions)
+        vars(spec)["programs"] = self.programs + tuple(
+            _aimed(program, functions[program.name], program.name in needed)
+            for program in self._all
+            if program.name in functions
+        )
+        return spec
+
     @cached_property
     def programs(self) -> tuple[Program, ...]:
+        """All programs, in the order of the source, but those of ours that hook nothing until they are `aimed`."""
+        return tuple(program for program in self._all if program.section not in _AIMLESS or not self.counts)
+
+    @cached_property
+    def _all(self) -> tuple[Program, ...]:
         """All programs, in the order of the source, which the BTF keeps. Functions in .text are no programs."""
         found = []
         for symbol in self._symbols:
@@ -232,6 +258,11 @@ class Spec:
         found = self.btf.find(enum, B.Kind.ENUM)
         assert isinstance(found, B.Enum)
         return labels_of(self.btf.enumerators(found))
+
+
+def _aimed(program: Program, function: str, needed: bool) -> Program:
+    without = None if needed else f"when a packet is in {function}()"
+    return msgspec.structs.replace(program, section=f"{program.type}/{function}", without=without)
 
 
 def probes() -> list[str]:
