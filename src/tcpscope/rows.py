@@ -121,6 +121,9 @@ class FollowedBy(StrEnum):
 
 class Hop(StrEnum):
     UNKNOWN = "UNKNOWN"
+    WRITE = "WRITE"
+    TRANSMIT = "TRANSMIT"
+    IP_OUT = "IP_OUT"
     QUEUE = "QUEUE"
     ENQUEUE = "ENQUEUE"
     SEGMENTED = "SEGMENTED"
@@ -129,8 +132,15 @@ class Hop(StrEnum):
     XMIT = "XMIT"
     ACKED = "ACKED"
     RECEIVE = "RECEIVE"
+    IP_IN = "IP_IN"
+    DELIVER = "DELIVER"
+    FORWARD = "FORWARD"
+    TCP_IN = "TCP_IN"
+    BACKLOG = "BACKLOG"
     TCP = "TCP"
     READ = "READ"
+    NETFILTER = "NETFILTER"
+    FUNCTION = "FUNCTION"
     CONSUMED = "CONSUMED"
     DROPPED = "DROPPED"
 
@@ -1378,6 +1388,9 @@ class Trace(msgspec.Struct, frozen=True):
     direction: Way | None
     """RECEIVED, also to be forwarded; SENT by this host"""
 
+    where: str | None
+    """of NETFILTER: the hook; of DROPPED: the hook of netfilter that discards it; of FUNCTION: the function"""
+
 
 class Tracer(msgspec.Struct, frozen=True):
     """A row of `tracer`."""
@@ -1839,7 +1852,13 @@ def open(
 
 @overload
 def open(
-    tool: Literal["trace"], /, *, min: str | None = ..., summary: bool = ..., **asked: Unpack[Asked]
+    tool: Literal["trace"],
+    /,
+    *,
+    min: str | None = ...,
+    functions: str | Sequence[str] | None = ...,
+    summary: bool = ...,
+    **asked: Unpack[Asked],
 ) -> Events[Trace]: ...
 
 
@@ -1849,6 +1868,7 @@ def open(
     /,
     *,
     min: str | None = ...,
+    functions: str | Sequence[str] | None = ...,
     summary: bool = ...,
     by: str | Sequence[str] | None = ...,
     **asked: Unpack[AskedInPart],

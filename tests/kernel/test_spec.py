@@ -153,3 +153,15 @@ def test_what_is_no_object() -> None:
     header = (files("tcpscope") / "bpf" / "transition.bpf.o").read_bytes()[:60] + bytes(4)  # no sections at all
     with pytest.raises(TcpscopeError, match=r"mine: no \.BTF section; compile with clang -g"):
         Spec("mine", header)
+
+
+def test_a_program_that_names_no_function_is_aimed_at_one() -> None:
+    spec = Spec.of("trace")
+    aimed = spec.aimed({"function0": "ip_rcv", "function3": "ip_output"}, {"function0"})
+    assert not {"function0", "function3"} & spec.hooks.keys()
+    assert [(way.section, way.without) for way in aimed.hooks["function0"]] == [("fentry/ip_rcv", None)]
+    assert [(way.section, way.without) for way in aimed.hooks["function3"]] == [
+        ("fentry/ip_output", "when a packet is in ip_output()")
+    ]
+    assert aimed.hooks.keys() - spec.hooks.keys() == {"function0", "function3"}
+    assert aimed.section("function3") == "fentry/ip_output"

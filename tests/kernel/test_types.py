@@ -52,6 +52,7 @@ OTHER_KINDS = {
     ("local_ports", "range"): "an array before 6.8: asked for before it is read",
     ("inet_sock", "local_port_range"): "a pair before 6.8: asked for before it is read",
     ("tcp_skb_cb", "tcp_flags"): "16 bits since 6.15: read at any width",
+    ("nf_hook_state", "hook"): "an int before 5.16: read at any width",
 }
 """Fields whose kind or size may differ from ours, and why that does no harm."""
 

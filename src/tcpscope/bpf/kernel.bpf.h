@@ -414,6 +414,11 @@ struct sk_buff {                /* include/linux/skbuff.h */
 	unsigned char *data;
 };
 
+struct nf_hook_state { /* include/linux/netfilter.h */
+	__u8 hook;     /* wider before 5.16 */
+	__u8 pf;
+};
+
 struct skb_shared_info {         /* include/linux/skbuff.h */
 	unsigned short gso_size; /* of the data in a segment; 0: the packet is not cut */
 };

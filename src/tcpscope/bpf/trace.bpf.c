@@ -10,8 +10,8 @@
  * in a queue of the connection: `waiting`. Segments that the kernel cuts from a larger packet are found there by their sequence
  * number.
  *
- * Only tracepoints, which every kernel has. Those of the devices fire with softirqs off, so no softirq interrupts their programs. Of
- * the others there are two copies (recursion.bpf.h).
+ * The hops here are tracepoints, which every kernel has. Those of the devices fire with softirqs off, so no softirq interrupts their
+ * programs. Of the others there are two copies (recursion.bpf.h). Hops at functions: trace_functions.bpf.h.
  */
 #define HAS_GROUPS
 #define GROUPS_ARE_DISTRIBUTIONS
@@ -29,6 +29,9 @@
 
 enum hop {
 	HOP_UNKNOWN,
+	HOP_WRITE,
+	HOP_TRANSMIT,
+	HOP_IP_OUT,
 	HOP_QUEUE,
 	HOP_ENQUEUE,
 	HOP_SEGMENTED,
@@ -37,8 +40,15 @@ enum hop {
 	HOP_XMIT,
 	HOP_ACKED,
 	HOP_RECEIVE,
+	HOP_IP_IN,
+	HOP_DELIVER,
+	HOP_FORWARD,
+	HOP_TCP_IN,
+	HOP_BACKLOG,
 	HOP_TCP,
 	HOP_READ,
+	HOP_NETFILTER,
+	HOP_FUNCTION,
 	HOP_CONSUMED,
 	HOP_DROPPED,
 } __attribute__((packed));
@@ -64,7 +74,8 @@ struct trace {
 	enum hop hop DOC("where the packet is");
 	enum hop before UNKNOWN_IS("zero") DOC("the hop before");
 	enum way direction TITLE("DIR") UNKNOWN_IS("zero") DOC("RECEIVED, also to be forwarded; SENT by this host");
-	__u8 padding[1];
+	__u8 where KIND("function") TITLE("WHERE") WIDTH(11) UNKNOWN_IS("zero")
+	DOC("of NETFILTER: the hook; of DROPPED: the hook of netfilter that discards it; of FUNCTION: the function");
 };
 const struct trace *trace_anchor __attribute__((unused));
 
@@ -91,8 +102,10 @@ struct piece {
 	enum way direction;
 	__u32 index; /* in the queue of its connection; only if `waits` */
 	bool waits;
-	bool hidden; /* in a tunnel: its device has put another header before its own */
-	__u8 padding[6];
+	bool hidden;   /* in a tunnel: its device has put another header before its own */
+	enum hop side; /* the last hop at a function that it has passed since `hop`; HOP_UNKNOWN: none */
+	__u8 where;    /* of `side` */
+	__u8 padding[4];
 };
 
 /* A packet that is followed by its skb. */
@@ -125,6 +138,8 @@ struct flow {
 	__u32 first[2], next[2]; /* of its queues, by direction */
 	__u32 taken[2];          /* what was read, and what was acknowledged, at the last look */
 	__u32 ends[2];           /* the end of what was received, and of what was sent */
+	__u32 writes;            /* how many: trace_functions.bpf.h */
+	__u32 padding;
 };
 
 struct {
@@ -200,6 +215,7 @@ struct at {
 	__u32 reason;
 	__u16 queue;
 	enum hop hop;
+	__u8 where;
 	bool late;    /* it happened before, unseen: the delay is not known */
 	bool inexact; /* it may have */
 };
@@ -239,9 +255,9 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 	event->queue = at->queue;
 	event->flags = piece->flags;
 	event->hop = at->hop;
-	event->before = piece->hop;
+	event->before = piece->side ?: piece->hop;
 	event->direction = piece->direction;
-	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	event->where = at->where;
 	__builtin_memset(event->device, 0, sizeof(event->device));
 	if (device)
 		BPF_CORE_READ_STR_INTO(&event->device, device, name);
@@ -295,6 +311,7 @@ static __noinline int hop_pass(struct followed *followed, const struct at *at)
 
 	hop_send(&followed->piece, &followed->id, at);
 	followed->piece.hop = at->hop;
+	followed->piece.side = HOP_UNKNOWN;
 	followed->piece.last_ns = at->now_ns;
 	if (!followed->piece.waits || followed->piece.direction != WAY_SENT)
 		return 0;
@@ -480,6 +497,19 @@ static __always_inline void followed_delete(struct sk_buff *skb)
 	bpf_map_delete_elem(&packets, &key);
 }
 
+/* The TCP header of a packet that TCP gives to IP: it has no IP header yet. False if it is not there. */
+static __noinline bool transport_read(struct sk_buff *skb, struct packet *packet)
+{
+	__u8 header[TCP_BYTES + 2] __attribute__((aligned(8))) = {};
+
+	if (skb->transport_header + TCP_BYTES > skb->tail)
+		return false;
+	bpf_probe_read_kernel(header, TCP_BYTES, skb->head + skb->transport_header);
+	packet->bytes = skb->len;
+	tcp_header_parse(header, 0, packet);
+	return true;
+}
+
 /*
  * Does the header behind that of a tunnel say that it is this one? Without a header of TCP anywhere it is encrypted, or the skb is
  * another one: that shows at the next header.
@@ -492,19 +522,31 @@ static __noinline bool is_inside(struct sk_buff *skb, const struct followed *fol
 	return bpf_ntohl(numbers[0]) == followed->piece.seq && bpf_ntohl(numbers[1]) == followed->piece.ack;
 }
 
+/* Is the packet still the one that was followed? Less than 0: that shows later. */
+static __noinline int is_still(struct sk_buff *skb, const struct followed *followed)
+{
+	struct packet packet = {};
+
+	if (followed->piece.hop == HOP_TRANSMIT)
+		return transport_read(skb, &packet) && is_same(followed, &packet);
+	if (packet_read(skb, &packet) != OF_TCP)
+		return is_inside(skb, followed) ? 1 : -1;
+	return is_same(followed, &packet);
+}
+
 /* The packet that an skb is, if it is followed. One comparison for all others. */
 static __noinline struct followed *followed_now(struct sk_buff *skb)
 {
 	struct followed *followed = followed_find(skb);
-	struct packet packet = {};
+	int still;
 
 	if (!followed)
 		return NULL;
-	if (packet_read(skb, &packet) != OF_TCP)
-		return is_inside(skb, followed) ? followed : NULL;
-	if (is_same(followed, &packet))
+	still = is_still(skb, followed);
+	if (still > 0)
 		return followed;
-	followed_delete(skb);
+	if (!still)
+		followed_delete(skb);
 	return NULL;
 }
 
@@ -638,7 +680,7 @@ static __always_inline void follow_on(struct flow *flow, int which, __u32 begins
  */
 static __always_inline bool may_be_queued(struct sk_buff *skb, enum hop hop)
 {
-	return hop == HOP_START_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
+	return hop == HOP_TRANSMIT || hop == HOP_START_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
 }
 
 /* TCP, or who forwards, gives the packet to a device. A device may give it to another one. */
@@ -664,14 +706,17 @@ static __noinline int queued(struct sk_buff *skb)
 	}
 	at.device = skb->dev;
 	at.queue = skb->queue_mapping;
-	if (followed) {
+	if (followed && followed->piece.hop != HOP_TRANSMIT) {
 		at.sk = (struct sock *)followed->owned;
 		followed->piece.hidden = hidden;
 		return hop_pass(followed, &at);
 	}
 	if (hidden || !is_sent_here(skb))
 		return 0;
-	followed = sent_begin(skb, &packet);
+	if (followed)
+		piece_read(skb, &packet, &followed->piece); /* now it has its IP header */
+	else
+		followed = sent_begin(skb, &packet);
 	if (!followed)
 		return 0;
 	at.sk = owned_of(sk);
@@ -1038,6 +1083,8 @@ static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 	at = at_hop(hop);
 	at.sk = (struct sock *)followed->owned;
 	at.reason = reason;
+	if (hop == HOP_DROPPED && followed->piece.side == HOP_NETFILTER)
+		at.where = followed->piece.where;
 	hop_pass(followed, &at);
 	if (hop == HOP_DROPPED && followed->piece.waits && followed->piece.direction == WAY_RECEIVED)
 		waiting_delete((struct sock *)followed->sk, OF_READS, followed->piece.index);
@@ -1237,3 +1284,4 @@ int TRACEPOINT_PROG(discard_again, struct sk_buff *skb)
 }
 
 #include "destroy.bpf.h"
+#include "trace_functions.bpf.h"

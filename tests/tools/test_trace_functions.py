@@ -1,0 +1,225 @@
+"""The hops of `trace` at functions, where the kernel lets them be hooked. Elsewhere there is none of them."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from itertools import pairwise
+from socket import IPPROTO_TCP
+from typing import Any
+
+import pytest
+
+from tcpscope.errors import UnsupportedError
+from tcpscope.filters import Filter, PortRange
+from tcpscope.kernel.features import Kernel
+from tcpscope.request import Request
+from tcpscope.tool import find
+from tests.record import Script, Seen, Test, recorded
+from tests.record.script import Host
+from tests.tools.pair import exchange, pair, without_timers
+from tests.tools.test_trace import AT_FUNCTIONS, OUT, PORT, TRACE, hops, us_since
+
+TCP_CORK = 3
+NOT_ALWAYS = ("NETFILTER", "BACKLOG")
+"""Where a kernel has rules of its own, and where a process happens to hold the socket."""
+ALL_OUT = ("WRITE", "TRANSMIT", "IP_OUT", *OUT)
+ALL_IN = ("RECEIVE", "IP_IN", "DELIVER", "TCP_IN", "TCP", "READ")
+
+
+def always(rows: Iterable[dict[str, Any]]) -> list[str]:
+    return [row["hop"] for row in rows if row["hop"] not in NOT_ALWAYS]
+
+
+def without_functions(seen: Seen, rows: list[dict[str, Any]]) -> bool:
+    """Whether this kernel lets no functions be hooked. Then no row is of one."""
+    if seen.machine.functions_can_be_hooked:
+        return False
+    assert not {row["hop"] for row in rows} & AT_FUNCTIONS
+    assert {row["where"] for row in rows} == {None}
+    return True
+
+
+@pytest.mark.parametrize("family", ["4", "6", "mapped"])
+@recorded(TRACE)
+def test_every_hop(script: Script, family: str) -> Test:
+    made = pair(script, PORT, family)
+    exchange(made.near, made.far)
+    sent = made.near.send_all(1001)
+    made.far.read(1001)
+    made.near.until_acknowledged()
+    seen = yield
+    out = seen.rows(TRACE, script.client, data_bytes=1001)
+    into = seen.rows(TRACE, script.server, data_bytes=1001)
+    if without_functions(seen, [*out, *into]):
+        return
+    assert (always(out), always(into)) == (list(ALL_OUT), list(ALL_IN))
+    assert len({row["packet"] for row in (*out, *into)}) == 1
+    assert {(row["pid"], row["direction"]) for row in out} == {(made.client.pid, "SENT")}
+    assert {(row["pid"], row["direction"]) for row in into} == {(made.server.pid, "RECEIVED")}
+    assert out[0]["before"] is None
+    assert into[0]["before"] == "XMIT"
+    for before, row in (*pairwise(out), *pairwise(into)):
+        assert row["before"] == before["hop"]
+        assert row["time"] >= before["time"]
+        assert us_since(row) >= 0
+    assert us_since(out[1]) <= sent.took_us + 1
+    assert {row["packet_bytes"] for row in out[:3]} <= {None, out[3]["packet_bytes"]}  # before it has an IP header
+
+
+@recorded(TRACE)
+def test_the_handshake_begins_at_tcp(script: Script) -> Test:
+    """The SYN is of a socket. The SYN-ACK is not: it begins at the device."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    seen = yield
+    syn = seen.rows(TRACE, script.client, flags="SYN")
+    answer = seen.rows(TRACE, script.server, flags="SYN|ACK")
+    if without_functions(seen, [*syn, *answer]):
+        return
+    assert always(syn) == ["TRANSMIT", "IP_OUT", *OUT]
+    assert hops(answer) == list(OUT[:3])
+
+
+@recorded(TRACE)
+def test_bytes_that_wait_to_be_sent(script: Script) -> Test:
+    """TCP_CORK keeps them. One packet has the bytes of two writes: it begins with the first one."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    made.near.option(IPPROTO_TCP, TCP_CORK, 1)
+    first = made.near.send_all(300)
+    made.client.pause(50_000)
+    made.near.send_all(400)
+    made.client.pause(50_000)
+    uncorked = made.near.option(IPPROTO_TCP, TCP_CORK, 0)
+    made.far.read(700)
+    made.near.until_acknowledged()
+    seen = yield
+    rows = seen.rows(TRACE, script.client, data_bytes=700)
+    if without_functions(seen, rows):
+        return
+    assert always(rows) == list(ALL_OUT)
+    assert 100_000 <= us_since(rows[1]) <= uncorked.end_us - first.begin_us + 1
+    assert us_since(rows[1]) >= uncorked.begin_us - first.end_us - 1
+
+
+@recorded(TRACE)
+def test_a_socket_that_a_process_holds(script: Script) -> Test:
+    """Its packets wait in the backlog."""
+    without_timers(script)
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    with made.far.locked():
+        sent = made.near.send_all(555)
+        held = made.server.pause(50_000)
+    made.far.read(555)
+    made.near.until_acknowledged()
+    seen = yield
+    rows = seen.rows(TRACE, script.server, data_bytes=555)
+    if without_functions(seen, rows):
+        return
+    assert [row["hop"] for row in rows] == [*ALL_IN[:4], "BACKLOG", *ALL_IN[4:]]
+    assert us_since(rows[5]) >= held.end_us - sent.end_us - 1
+
+
+def firewall(host: Host, hook: str) -> None:
+    """Discard what a host sends to the port of this test, or receives for it."""
+    host.exec(
+        "nft",
+        f"add table inet trace; add chain inet trace it {{ type filter hook {hook} priority 0 ; }}; "
+        f"add rule inet trace it tcp dport {PORT} counter drop",
+    )
+
+
+def no_firewall(host: Host) -> None:
+    host.exec("nft", "delete table inet trace")
+
+
+def check_discarded(seen: Seen, rows: list[dict[str, Any]], hook: str) -> None:
+    """The row of the rule, and the one before it."""
+    reasons = {row["reason"] for row in rows if row["hop"] == "DROPPED"}
+    known = "SKB_DROP_REASON_NETFILTER_DROP" in seen.machine.kernel.enumerators("skb_drop_reason").values()
+    assert reasons == ({"NETFILTER_DROP"} if known else {None})
+    if not seen.machine.functions_can_be_hooked:
+        return
+    last = [row for row in rows if row["hop"] in ("NETFILTER", "DROPPED")][:2]
+    assert [(row["hop"], row["where"]) for row in last] == [("NETFILTER", hook), ("DROPPED", hook)]
+    assert last[1]["before"] == "NETFILTER"
+    assert us_since(last[1]) >= 0
+
+
+@recorded(TRACE)
+def test_a_rule_that_discards_what_arrives(script: Script) -> Test:
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    firewall(script.server, "input")
+    before = script.client.counter("TcpRetransSegs")
+    made.near.send_all(666)
+    script.client.until_counter("TcpRetransSegs", before + 1)
+    no_firewall(script.server)
+    made.far.read(666)
+    made.near.until_acknowledged()
+    seen = yield
+    rows = seen.rows(TRACE, script.server, data_bytes=666)
+    number = next(row["packet"] for row in rows if row["hop"] == "DROPPED")
+    rows = [row for row in rows if row["packet"] == number]
+    check_discarded(seen, rows, "INPUT")
+    if not without_functions(seen, rows):
+        assert [row["hop"] for row in rows] == ["RECEIVE", "IP_IN", "DELIVER", "NETFILTER", "DROPPED"]
+
+
+@recorded(TRACE)
+def test_a_rule_that_discards_what_is_sent(script: Script) -> Test:
+    """No device gets it: without functions there is no row of it."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    firewall(script.client, "output")
+    made.near.send_all(667)
+    no_firewall(script.client)
+    made.far.read(667)
+    made.near.until_acknowledged()
+    seen = yield
+    rows = seen.rows(TRACE, script.client, data_bytes=667)
+    if not seen.machine.functions_can_be_hooked:
+        assert "DROPPED" not in hops(rows)
+        return
+    number = next(row["packet"] for row in rows if row["hop"] == "DROPPED")
+    rows = [row for row in rows if row["packet"] == number]
+    check_discarded(seen, rows, "OUTPUT")
+    assert [row["hop"] for row in rows][:4] == ["WRITE", "TRANSMIT", "NETFILTER", "DROPPED"]
+
+
+def asked(names: str) -> Request:
+    options = {"min": None, "summary": None, "by": None, "functions": names}
+    return Request(filter=Filter(port=(PortRange(PORT, PORT),)), options=options)
+
+
+@pytest.mark.kernel
+@pytest.mark.every_kernel
+def test_functions_of_the_user(lab, run_tool) -> None:  # type: ignore[no-untyped-def]
+    if not Kernel().fentry:
+        with pytest.raises(UnsupportedError, match=r"--functions ip_rcv: .*; without --functions there are the hops"):
+            find("trace").open(asked("ip_rcv"))
+        return
+    listener = lab.server.socket(socket.AF_INET)
+    listener.bind((lab.server.address(socket.AF_INET), PORT))
+    listener.listen()
+    tool = run_tool("trace", "--port", f"{PORT}", "--functions", "ip_rcv,tcp_v4_do_r*")
+    with listener, lab.client.socket(socket.AF_INET) as near, tool:
+        near.connect(listener.getsockname())
+        far, _ = listener.accept()
+        with far:
+            for _ in range(5):
+                near.sendall(bytes(100))
+                far.recv(100)
+                far.sendall(bytes(50))
+                near.recv(50)
+    rows = tool.done.rows
+    received = Counter(row["packet"] for row in rows if row["hop"] == "RECEIVE")
+    assert received
+    functions = [row for row in rows if row["hop"] == "FUNCTION"]
+    assert {row["where"] for row in functions} == {"ip_rcv", "tcp_v4_do_rcv"}
+    assert Counter(row["packet"] for row in functions if row["where"] == "ip_rcv") == received
+    assert {row["before"] for row in functions if row["where"] == "ip_rcv"} <= {"RECEIVE", "NETFILTER"}
+    assert {row["before"] for row in functions if row["where"] == "tcp_v4_do_rcv"} <= {"TCP_IN", "BACKLOG"}
