@@ -166,6 +166,8 @@ class Session:
             self._held_back = self.loaded.memory("holds").cast("Q") if self.holds_back else None
             if _SEED in self.spec.role("seeds"):
                 Walk.look(self.loaded, _SEED, partial(self._seeded, Walk.is_shared()))
+            else:
+                self._seed_others()
         except BaseException:
             self.close()
             raise
@@ -197,6 +199,10 @@ class Session:
 
     def _seeded(self, shared: bool, walked: Walked) -> None:
         self.seeded = walked if shared else None
+        self._seed_others()
+
+    def _seed_others(self) -> None:
+        """Run the seeds that look at something else than open files."""
         self.loaded.seed_counts(True)
         self.loaded.run_role("seeds", but=_SEED)
         self.loaded.seed_counts(False)

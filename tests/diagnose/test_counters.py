@@ -108,6 +108,30 @@ def test_a_namespace_that_begins_later_is_read_by_a_process_with_a_socket_there(
     assert files() == before
 
 
+@pytest.mark.parametrize("how", ["read before", "forgotten"])
+def test_a_namespace_that_is_met_again_or_late_did_not_begin_at_zero(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    read, moving = Counters(Request(filter=Filter())), Moving()
+    try:
+        pid = moving.process.pid
+        if how == "forgotten":
+            read.forget(time.monotonic())
+        else:
+            read.meet([(moving.first, pid, comm(pid))])
+            read._read()
+            with monkeypatch.context() as patched:  # the process that was asked has ended, and others have not
+                patched.setattr(counters._Open, "read", lambda files: {})
+                read._read()
+            assert read.now(moving.first, "IpDefaultTTL") is None
+            read._met.clear()
+        read.meet([(moving.first, pid, comm(pid))])
+        read._read()
+        assert read.now(moving.first, "IpDefaultTTL") == TTL
+        assert read.grown(moving.first, "IpDefaultTTL") is None
+    finally:
+        moving.end()
+        read.run.close()
+
+
 @pytest.mark.parametrize("how", ["a process", "a mount", "hidden"])
 def test_of_a_namespace_that_may_be_older_it_is_not_known_what_was_before(
     moving: Moving, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str

@@ -60,9 +60,12 @@ class Time:
         self.now_s += self.cost_s
 
 
-@pytest.mark.parametrize(("cost_s", "looks", "told"), [(0.01, 100, None), (0.05, 40, None), (0.25, 8, "every 13 s")])
+@pytest.mark.parametrize(
+    ("cost_s", "seconds", "looks", "told"),
+    [(0.01, 100, 100, None), (0.05, 100, 40, None), (0.25, 100, 8, "every 13 s"), (0.25, 10, 1, "every 12 s")],
+)
 def test_looks_take_a_fiftieth_and_rare_ones_are_told(
-    found: Sockets, monkeypatch: pytest.MonkeyPatch, cost_s: float, looks: int, told: str | None
+    found: Sockets, monkeypatch: pytest.MonkeyPatch, cost_s: float, seconds: float, looks: int, told: str | None
 ) -> None:
     time = Time(cost_s)
     monkeypatch.setattr(sockets, "time", time)
@@ -73,7 +76,7 @@ def test_looks_take_a_fiftieth_and_rare_ones_are_told(
     found.tracks, found.numbers = {}, {}
     found.looks = found.left_out = found._lost = found.connections = 0
     found._first_s = found._last_s = found._next_s = 0.0
-    while time.now_s < 200.0:
+    while time.now_s < 100 + seconds:
         found.poll()
         time.now_s += 0.2
     assert found.looks == pytest.approx(looks, abs=2 + looks // 5)

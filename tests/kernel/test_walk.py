@@ -41,7 +41,8 @@ def found_by_all() -> None:
         sessions: list[Session] = []
         try:
             with Walk():
-                sessions.append(Session("health", "health", own, constants={"moving_at_most": 9, "moving_us": 1 << 40}))
+                all_ = {"moving_at_most": 1 << 20, "moving_us": 1 << 40}
+                sessions.append(Session("health", "health", own, constants=all_))
                 sessions.append(listeners.open_session(own))
                 snapshots = listeners.Snapshots(sessions[-1])
                 sessions.append(ports.attach(own))

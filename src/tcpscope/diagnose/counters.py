@@ -56,9 +56,10 @@ class Counters:
         self._wanted, self._most = request.filter.netns, _at_most()
         self._older: Collection[int] | None = None
         self._met: set[tuple[int, int]] = set()
-        self._born, self._partial = set[int](), set[int]()
+        self._born, self._partial, self._ever = set[int](), set[int](), set[int]()
         self._open = dict(_opened(self._wanted, self._most))
         self._older = _existing({files.number for files in self._open.values()})
+        self._numbers = dict(_numbers())
         self.run = _Files(self._open)
         self._first: dict[int, dict[str, int]] = {}
         self._middle: dict[int, tuple[float, dict[str, int]]] = {}
@@ -78,17 +79,18 @@ class Counters:
 
     def _open_by(self, inode: int, pid: int, comm: str) -> None:
         """The process may have left the namespace. It is not asked if it can be seen to be in another one: by its link,
-        or because its files are those of a namespace that is known.
+        or because its files are those of a namespace that is known. Its counters began at zero only if it is met for
+        the first time and the watch has forgotten nothing: without a process that was met it may have been there long.
         """
         if not is_in(pid, inode, comm):
             return
         with suppress(OSError):
             files = _Open([Path("/proc", str(pid))])
-            if any(files.number == known.number for known in self._open.values()):
+            if self._numbers.setdefault(files.number, inode) != inode:
                 files.close()
                 return
             self._open[inode] = files
-            younger = self._older is not None and inode not in self._older
+            younger = self._older is not None and inode not in self._older and inode not in self._ever
             (self._born if younger else self._partial).add(inode)
 
     def blind_spots(self) -> Iterator[str]:
@@ -106,6 +108,7 @@ class Counters:
 
     def forget(self, before_s: float) -> None:
         """Let the counters begin at a reading before this time, and not long before."""
+        self._older = None
         for inode, (read_s, values) in list(self._middle.items()):
             if read_s < before_s and inode in self._last:
                 self._first[inode], self._middle[inode] = values, (time.monotonic(), self._last[inode])
@@ -133,10 +136,12 @@ class Counters:
         for inode, files in list(self._open.items()):
             if found := files.read():
                 self._last[inode] = found
+                self._ever.add(inode)
                 if inode not in self._first:
                     self._first[inode] = dict.fromkeys(found, 0) if inode in self._born else found
                     self._middle[inode] = began, found
             else:
+                self._numbers.pop(files.number, None)
                 files.close()
                 del self._open[inode]
                 for known in (self._last, self._first, self._middle):
@@ -244,6 +249,13 @@ def _opened(wanted: Collection[int], most: int) -> Iterator[tuple[int, _Open]]:
                 files = _Open(processes)
                 number += 1
                 yield inode, files
+
+
+def _numbers() -> Iterator[tuple[int, int]]:
+    """The number of the first file of each namespace that has a process -> the namespace."""
+    for inode, processes in netns.processes().items():
+        with suppress(OSError):
+            yield (processes[0] / _FILES[0]).stat().st_ino, inode
 
 
 def memory() -> Memory | None:

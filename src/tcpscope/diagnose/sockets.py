@@ -160,7 +160,10 @@ class Sockets:
         """What the looks could not see, a line each."""
         if self.left_out:
             yield f"a look had no room for {self.left_out} connections: numbers of connections are the least"
-        if self.looks > 1 and (apart_s := (self._last_s - self._first_s) / (self.looks - 1)) >= _RARE_SECONDS:
+        apart_s = self._next_s - self._last_s
+        if self.looks > 1:
+            apart_s = max(apart_s, (self._last_s - self._first_s) / (self.looks - 1))
+        if apart_s >= _RARE_SECONDS:
             yield (
                 f"{self.connections:,} connections were looked at only every {apart_s:.0f} s, for a look takes long: "
                 "what lasted less may be missed, and what is certain after several looks comes later"
