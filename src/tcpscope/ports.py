@@ -55,6 +55,7 @@ class Pool:
 
     raddr, rport    of the connections; None: of ports that bind() has taken for an address
     used            ports in use: those of its sockets and those that bind() has taken in the namespace
+    used_first      the same in the first look
     bound           those that bind() has taken
     range           None: not known, or its sockets have several (IP_LOCAL_PORT_RANGE)
     comparable      `bound` has no ports outside of the range
@@ -74,6 +75,7 @@ class Pool:
     rport: int | None
     states: tuple[int, ...]
     used: int
+    used_first: int
     bound: int
     range: Range | None
     comparable: bool
@@ -176,6 +178,7 @@ class Pools:
             netns=filter.netns, family=filter.family, rport=filter.rport, laddr=filter.laddr, raddr=filter.raddr
         )
         self._still: tuple[float, list[Pool]] | None = None
+        self._first: dict[bytes, int] | None = None  # key -> ports in use in the first look
         Walk.look(self._loaded, "held", lambda walked: self._find(notes))
 
     def _find(self, notes: list[str]) -> None:
@@ -215,6 +218,8 @@ class Pools:
                 whole[pool.netns].append((place, self._pools.record(place)))
             else:
                 pools[self._pools.key(place)].append(place)
+        if self._first is None:
+            self._first = {key: _used([places[place] for place in same], whole) for key, same in pools.items()}
         if least:
             failing = {holder.pool for holder in holders.values() if holder.fails}
             ports = {netns: least * self._available(spaces) for netns, spaces in whole.items()}
@@ -230,8 +235,9 @@ class Pools:
                 whole[places[same[0]].netns],
                 [self._holders.record(at) for place in same for at in held[place]],
                 ended,
+                self._first.get(key, 0),
             )
-            for same in pools.values()
+            for key, same in pools.items()
         ]
         nothing_done = self._forget(ended)
         shown = [pool for pool in found if pool is not None and (pool.failures or (pool.share or 0.0) >= least)]
@@ -243,7 +249,14 @@ class Pools:
         """How many ports the range of a namespace has; 0: not known."""
         return self._range(0, *max(spaces, key=lambda space: space[1].checked_ns)).available or 0
 
-    def _pool(self, records: list[Any], spaces: list[tuple[int, Any]], holders: list[Any], ended: int) -> Pool | None:
+    def _pool(
+        self,
+        records: list[Any],
+        spaces: list[tuple[int, Any]],
+        holders: list[Any],
+        ended: int,
+        used_first: int,
+    ) -> Pool | None:
         """`records` have the same key; `spaces` are those of the namespace. A program may have made another one."""
         opened, searches, search_ns, most_us = 0, 0, 0, 0
         for each in records:
@@ -282,6 +295,7 @@ class Pools:
             rport=None if record.kind == _BIND else record.rport,
             states=states,
             used=used,
+            used_first=used_first,
             bound=own if record.kind == _BIND else taken,
             range=self._range(own_range, *whole) if whole and not apart else None,
             comparable=not (own_range and record.kind != _BIND and taken),
@@ -364,11 +378,16 @@ def _most(numbers: Mapping[_Who, int]) -> Owner | None:
     return None if who is None else Owner(*who, numbers[who])
 
 
-def _most_used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]]) -> float:
-    """How many ports of a pool are in use, or more. One with a range of its own may be at its end with any number."""
-    if any(pool.own for pool in same):
-        return math.inf
+def _used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]]) -> int:
+    """How many ports of a pool are in use."""
+    if same[0].kind == _BIND:
+        return sum(pool.bound for pool in same)
     return sum(pool.used for pool in same) + sum(int(space.bound) for _, space in whole[same[0].netns])
+
+
+def _most_used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]]) -> float:
+    """The same, but one with a range of its own may be at its end with any number."""
+    return math.inf if any(pool.own for pool in same) else _used(same, whole)
 
 
 def _is_idle_holder(holder: _HolderBrief) -> bool:

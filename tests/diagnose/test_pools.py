@@ -43,22 +43,13 @@ def test_they_take_a_hundredth_and_come_every_five_seconds(
     assert time.snapshots == pytest.approx(snapshots, abs=1)
 
 
-def test_after_the_first_snapshot_only_pools_that_are_near_their_end() -> None:
-    asked = []
-
-    class InUse:
-        least = 0.0
-
-        def poll(self) -> list[Any]:
-            asked.append(self.least)
-            row = SimpleNamespace(netns=1, family=4, laddr="a", raddr="b", rport=len(asked), used=1, failed=0)
-            return [SimpleNamespace(kind="snapshot", round=len(asked), rows=[row])]
-
+def test_what_a_pool_used_in_the_first_snapshot() -> None:
+    """Of those that are near their end, now or later."""
     source = Pools.__new__(Pools)
-    source.run, source._next_s, source._round = InUse(), 0.0, None  # type: ignore[assignment]
-    source.failed = {}
-    for _ in range(2):
-        source._take(source.run.poll())
-    assert asked == [0.0, pools.NEAR]
-    assert [key[-1] for key in source.first] == [1]
+    source.first, source.failed, source._round = {}, {}, -1
+    for round_, used_first in ((1, 5), (2, 7)):
+        row = SimpleNamespace(netns=1, family=4, laddr="a", raddr="b", rport=round_, used=9, failed=0)
+        source.run = SimpleNamespace(pools=[SimpleNamespace(used_first=used_first)])  # type: ignore[assignment]
+        source._take([SimpleNamespace(kind="snapshot", round=round_, rows=[row])])  # type: ignore[list-item]
+    assert [(key[-1], first.used) for key, first in source.first.items()] == [(1, 5), (2, 7)]
     assert [row.rport for row in source.now] == [2]

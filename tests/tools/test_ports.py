@@ -659,5 +659,8 @@ def test_only_those_near_their_end_and_those_whose_calls_fail(monkeypatch: pytes
     tables.maps["holder_places"][b"holder"] = (1).to_bytes(4, "little")
     tables.write("holders", "pool_holder", 1, pool=4, ports=1, failed_connects=struct.pack("<2Q", 5, 0))
     assert [(pool.rport, pool.share) for pool in pools.look(least=0.5)] == [(5, 1.0), (2, 0.5), (4, 0.01)]
+    tables.write("pools", "pool", 3, sockets=struct.pack("<2i", 0, 60))
+    near = pools.look(least=0.5)[1]
+    assert (near.rport, near.used, near.used_first) == (3, 60, 49)
     pools.look()
-    assert [(pool.rport, pool.opened) for pool in pools.look()] == [(5, 0), (2, 0), (3, 0), (4, 0)]
+    assert [(pool.rport, pool.opened) for pool in pools.look()] == [(5, 0), (3, 0), (2, 0), (4, 0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.request import Request
@@ -19,12 +19,18 @@ NEAR = 0.5
 """From here on connect() has tried every second port in vain, and looks through the others, too."""
 
 
+class First(NamedTuple):
+    """A pool in the first snapshot: how many of its ports were in use."""
+
+    used: int
+
+
 class Pools:
     """A source.
 
-    now     rows of the last snapshot, those nearest to their end first: the columns of `ports`. After the first one
-            only those near to it, and those whose calls have failed
-    first   key of a pool -> its row in the first snapshot
+    now     rows of the last snapshot, of pools near to their end or whose calls have failed, the nearest first: the
+            columns of `ports`
+    first   key of such a pool -> what it used in the first snapshot
     failed  key of a pool -> (errno, PID, name) -> calls that found no port; the process whose calls failed most in a
             snapshot stands for all of that snapshot
     at_failure  key of a pool -> its row in the last snapshot in which calls failed
@@ -43,10 +49,11 @@ class Pools:
         )
         self.run = tool.open(asked)
         self.now: list[Any] = []
-        self.first: dict[tuple[Any, ...], Any] = {}
+        self.run.least = NEAR  # type: ignore[attr-defined]
+        self.first: dict[tuple[Any, ...], First] = {}
         self.failed: dict[tuple[Any, ...], dict[tuple[str, int | None, str | None], Tally]] = {}
         self.at_failure: dict[tuple[Any, ...], Any] = {}
-        self._round: int | None = None
+        self._round = -1
         self._next_s = 0.0
 
     def poll(self) -> None:
@@ -81,9 +88,9 @@ class Pools:
         for batch in batches:
             if batch.kind != "snapshot":
                 continue
-            if self._round is None:
-                self.first = {self.key(row): row for row in batch.rows}
-                self.run.least = NEAR  # type: ignore[attr-defined]
+            for row, pool in zip(batch.rows, self.run.pools, strict=True):  # type: ignore[attr-defined]
+                if len(self.first) < _POOLS_AT_MOST:
+                    self.first.setdefault(self.key(row), First(pool.used_first))
             if batch.round != self._round:
                 self.now, self._round = [], batch.round
             self.now += batch.rows

@@ -312,9 +312,13 @@ def _share(text: str | None) -> float | None:
 
 
 class _InUse(Run):
-    """`least`: from now on, leave out rows with a smaller share in use, unless calls have failed."""
+    """
+    least  leave out rows with a smaller share in use, unless calls have failed
+    pools  what the rows of the last snapshot show
+    """
 
     least = 0.0
+    pools: Sequence[Pool] = ()
 
     def __init__(self, request: Request, columns: Sequence[Column], session: Session) -> None:
         super().__init__(columns, session)
@@ -344,7 +348,7 @@ class _InUse(Run):
     def look(self) -> Batch:
         """A snapshot now."""
         self._round += 1
-        found = self._pools.look(self.least)
+        self.pools = found = self._pools.look(self.least)
         now_ns = monotonic_ns()
         seconds = None if self._before_ns is None else (now_ns - self._before_ns) / 1e9
         self._before_ns = now_ns

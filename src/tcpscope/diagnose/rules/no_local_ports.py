@@ -150,8 +150,8 @@ def _observed(row: Any, first: Any, failures: _Failures) -> Iterator[str]:
     yield f"{row.used}{of} local ports{places} are in use: {', '.join(states)}"
     if row.held:
         yield f"{row.comm} (PID {row.pid}) holds {row.held} of them"
-    if (more := row.used - (first.used if first else 0)) > 0:
-        yield f"{more} more than in the first snapshot"
+    if first and row.used > first.used:
+        yield f"{row.used - first.used} more than in the first snapshot"
     if (row.search_max_us or 0) >= _LONG_SEARCH_US:
         yield f"connect() looked for a port for up to {row.search_max_us} us in a second"
 
