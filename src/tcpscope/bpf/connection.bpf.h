@@ -272,19 +272,24 @@ static __always_inline struct connection *connection_seed(struct task_struct *ta
 
 /*
  * The program of another object that looks at the same file next. Objects that begin together share one walk over all open
- * files (walk.py): that takes longer than what they do with each.
+ * files (walk.py): that takes longer than what they do with each. On other processors a program that calls functions of its own
+ * may have no tail call before 6.1; without this map each walks by itself.
  */
+#ifdef __TARGET_ARCH_x86
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
 	__type(value, __u32);
 } next_walker SEC(".maps");
+#endif
 
 /* The last thing that a program of iter/task_file does. */
 static __always_inline int walk_on(struct bpf_iter__task_file *ctx)
 {
+#ifdef __TARGET_ARCH_x86
 	bpf_tail_call(ctx, &next_walker, 0);
+#endif
 	return 0;
 }
 
