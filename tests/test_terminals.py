@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import termios
 from contextlib import ExitStack
 from fcntl import ioctl
@@ -246,6 +247,19 @@ def test_who_prints_all_the_time_does_not(lab: Lab, words: tuple[str, ...]) -> N
         messages.read_all()
         assert tool.wait().status == 0
     assert "counting; prints" not in messages.written
+
+
+def test_an_error_breaks_between_words() -> None:
+    messages = Terminal(80)
+    words = [sys.executable, "-m", "tcpscope", "states", "--columns", "nothing"]
+    process = subprocess.Popen(words, stderr=messages.theirs)
+    os.close(messages.theirs)
+    messages.read_all()
+    assert process.wait(DEADLINE) == 2
+    lines = [line.rstrip() for line in messages.lines if line.strip()]
+    assert len(lines) > 1 and all(len(line) <= 80 for line in lines)
+    told = subprocess.run(words, capture_output=True, text=True)
+    assert " ".join(lines) == told.stderr.rstrip("\n")  # in a pipe it is one line
 
 
 @pytest.mark.root

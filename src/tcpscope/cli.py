@@ -538,11 +538,17 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"tcpscope: {printable(str(message))}", file=sys.stderr)
 
 
+_DETAIL = 6
+"""The indent of a second line of a detail, on a terminal."""
+
+
 def _fail(message: str, status: int, details: Sequence[str] = ()) -> int:
+    from tcpscope.output.screen import filled  # most runs have no error
+
     try:
-        print(f"tcpscope: {printable(message)}", file=sys.stderr)
+        print(filled(f"tcpscope: {printable(message)}", sys.stderr), file=sys.stderr)
         for line in details:
-            print(f"  {printable(line.expandtabs(4))}", file=sys.stderr)
+            print(filled(f"  {printable(line.expandtabs(4))}", sys.stderr, _DETAIL), file=sys.stderr)
     except OSError:
         _give_up(sys.stderr)
     return status

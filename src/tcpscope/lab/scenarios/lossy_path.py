@@ -20,7 +20,7 @@ class LossyPath(Streams):
     again. What is lost at the end of a message waits for a loss probe or a timeout.
     """
 
-    title = "one segment in thirty is lost"
+    title = "segments are lost on the way"
 
     one_in: int = parameter(30, "one segment in so many is lost")
 
