@@ -281,6 +281,8 @@ def _leaf(
     changed: dict[str, Any] = {}
     if field.kind == "int" and not tags.keys() & {"doc", "width"}:
         changed = {"width": _USUAL_WIDTHS[size]}
+    elif field.kind == "pointer" and "width" not in tags:
+        changed = {"width": len("0xffff888100000000")}
     if isinstance(type_, B.Enum) and type_.signed:
         changed |= {"signed": True, "format": _FORMATS[size, True]}
     if member.bitfield_size:
