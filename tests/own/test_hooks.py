@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -150,10 +149,12 @@ def tcpscope_or_refusal(source: Path) -> str:
 @pytest.mark.parametrize("section", ["kprobe/veth_xmit", "fentry/veth_xmit"])
 def test_a_function_of_a_module(lab, run_tool: type[RunningTool], tmp_path: Path, section: str) -> None:
     kernel = UsersKernel()
-    if not (kernel.kprobe and kernel.fentry) or not module_of("veth_xmit"):
-        pytest.skip("this kernel has no kprobes, or no modules")
+    if not kernel.kprobe or not module_of("veth_xmit"):
+        pytest.skip("this kernel has no kprobes, or no module veth")
+    if section.startswith("fentry") and not (hooks.BTF.parent / "veth").exists():
+        pytest.skip("this kernel has no BTF of modules")  # 5.11
     with run_tool("run", str(hooking(tmp_path, section))) as tool:
         made = lab.client.socket(socket.AF_INET)
         assert made.connect_ex((lab.server.ipv4, 9))
         tool.wait_for(len)
-    assert tool.done and not re.search("Traceback", tool.done.stderr)
+    assert tool.done and "Traceback" not in tool.done.stderr
