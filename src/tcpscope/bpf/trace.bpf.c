@@ -18,12 +18,14 @@
 #include "socket_event.bpf.h"
 #include "packet.bpf.h"
 
-#define DEPTH 512   /* packets of one connection that wait, for each direction; a power of two */
-#define AT_ONCE 16  /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
-#define SEARCHED 16 /* of them that may be the packet of which a segment was cut: the newest */
-#define NESTED 4    /* devices that send through each other */
-#define BULK 16     /* packets that leave a queue discipline at once */
-#define MORE 64     /* and behind them: these are only counted */
+#define AT_A_TIME 32768     /* packets that began, and are followed */
+#define GONE_NS 10000000000 /* longer than a packet waits that no connection of this host waits for */
+#define DEPTH 512           /* packets of one connection that wait, for each direction; a power of two */
+#define AT_ONCE 16          /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
+#define SEARCHED 16         /* of them that may be the packet of which a segment was cut: the newest */
+#define NESTED 4            /* devices that send through each other */
+#define BULK 16             /* packets that leave a queue discipline at once */
+#define MORE 64             /* and behind them: these are only counted */
 
 #define NETDEV_TX_BUSY 0x10 /* include/linux/netdevice.h */
 
@@ -115,19 +117,30 @@ struct followed {
 	__u64 skb;
 	__u64 sk;    /* its full socket; 0: not known */
 	__u64 owned; /* the socket whose owner is meant: of a request its listener; 0: not known */
+	__u64 since_ns;
 };
 
 /*
  * Inserted at the first hop. Deleted when the skb is freed, and when TCP or the application has taken all of it. A packet whose end no
- * tracepoint shows, such as one of the handshake, stays until its skb's address is used again, or until there is no room: then the
- * entry that was not used for the longest time gives way.
+ * tracepoint shows, such as one of the handshake, stays until its skb's address is used again, or until its ticket is the oldest one.
  */
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 16384);
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, AT_A_TIME);
 	__type(key, __u64); /* address of the skb */
 	__type(value, struct followed);
 } packets SEC(".maps");
+
+/* The packets in the order in which they began. The oldest one gives way to a new one, whether it is still followed or not. */
+struct ticket {
+	__u64 skb, since_ns;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_QUEUE);
+	__uint(max_entries, AT_A_TIME);
+	__type(value, struct ticket);
+} tickets SEC(".maps");
 
 /*
  * A connection that passes the filter. Inserted when it sends, or when TCP receives for it. Deleted at tcp_destroy_sock, and when
@@ -139,7 +152,7 @@ struct flow {
 	__u32 taken[2];          /* what was read, and what was acknowledged, at the last look */
 	__u32 ends[2];           /* the end of what was received, and of what was sent */
 	__u32 writes;            /* how many: trace_functions.bpf.h */
-	__u32 padding;
+	__u32 pushed_out;        /* packets with data that were sent, but have not been seen again since they gave way */
 };
 
 struct {
@@ -189,12 +202,13 @@ struct {
 	__type(value, struct waiting);
 } waiting SEC(".maps");
 
-/* What this CPU gives to drivers. After that the skb may be anything. */
+/* What this CPU gives to drivers, and what it has received. After that the skb may be anything. */
 struct sending {
 	__u32 depth;
 	__u32 padding;
 	__u64 devices[NESTED];
 	struct followed packets[NESTED];
+	__u64 received; /* the last skb for which no socket was known */
 };
 
 struct {
@@ -580,20 +594,84 @@ static __always_inline __u64 next_number(void)
 	return mine ? (*mine)++ * possible_cpus + bpf_get_smp_processor_id() + 1 : 0;
 }
 
+/* The connection with these ends; 0: not known. Apart, as handled_begin() is. */
+static __noinline __u64 socket_with(const struct identity *id)
+{
+	struct ends ends;
+	__u64 *sk;
+
+	ends_of(id, &ends);
+	sk = bpf_map_lookup_elem(&sockets, &ends);
+	return sk ? *sk : 0;
+}
+
+/*
+ * Has the packet no hop left that is told of an skb? What TCP has taken the connection follows. GRO and the backlog merge packets, and
+ * tcp_probe does not see those of a handshake: then the connection has got what they say.
+ */
+static __noinline bool is_over(const struct followed *followed)
+{
+	struct tcp_sock *tcp = (struct tcp_sock *)(followed->sk ?: socket_with(&followed->id));
+	__u32 acked = BPF_CORE_READ(tcp, snd_una);
+	const struct flow *flow = flow_find((struct sock *)tcp);
+	bool lives = flow && flow->id.lport == followed->id.lport && flow->id.rport == followed->id.rport;
+
+	if (followed->piece.direction == WAY_SENT)
+		return followed->sk && followed->piece.hop == HOP_XMIT &&
+		       followed->piece.end_seq != followed->piece.seq &&
+		       (!lives || !is_after(followed->piece.end_seq, acked));
+	if (followed->piece.hop != HOP_RECEIVE)
+		return followed->piece.hop == HOP_TCP;
+	if (!tcp)
+		return bpf_ktime_get_ns() - followed->piece.last_ns > GONE_NS;
+	return !lives || !(is_after(followed->piece.end_seq, BPF_CORE_READ(tcp, rcv_nxt)) ||
+			   is_after(followed->piece.ack, acked));
+}
+
+/* The packet that began first gives way, so that there is a ticket for another one. */
+static __noinline int oldest_push_out(void)
+{
+	struct ticket ticket = {};
+	struct followed *followed;
+	struct flow *flow;
+
+	if (bpf_map_pop_elem(&tickets, &ticket))
+		return 0;
+	followed = bpf_map_lookup_elem(&packets, &ticket.skb);
+	if (!followed || followed->since_ns != ticket.since_ns)
+		return 0;
+	if (!is_over(followed)) {
+		COUNT(missed);
+		flow = followed->piece.waits ? flow_find((struct sock *)followed->sk) : NULL;
+		if (flow && followed->piece.direction == WAY_SENT)
+			flow->pushed_out++;
+	}
+	bpf_map_delete_elem(&packets, &ticket.skb);
+	return 0;
+}
+
 /* From now on the packet is followed. NULL: no place. Without a number it is a new packet. */
 static __noinline struct followed *followed_add(struct sk_buff *skb, const struct packet *packet, enum way direction,
 						__u64 number)
 {
-	__u64 key = (__u64)skb;
+	struct ticket ticket = {.skb = (__u64)skb, .since_ns = bpf_ktime_get_ns()};
 	struct followed *followed;
 
-	bpf_map_update_elem(&packets, &key, &not_followed, BPF_ANY);
-	followed = bpf_map_lookup_elem(&packets, &key);
+	if (bpf_map_push_elem(&tickets, &ticket, BPF_ANY)) {
+		oldest_push_out();
+		if (bpf_map_push_elem(&tickets, &ticket, BPF_ANY)) { /* another processor was quicker */
+			COUNT(missed);
+			return NULL;
+		}
+	}
+	bpf_map_update_elem(&packets, &ticket.skb, &not_followed, BPF_ANY);
+	followed = bpf_map_lookup_elem(&packets, &ticket.skb);
 	if (!followed) {
-		COUNT(table_full);
+		COUNT(missed);
 		return NULL;
 	}
-	followed->skb = key;
+	followed->skb = ticket.skb;
+	followed->since_ns = ticket.since_ns;
 	piece_read(skb, packet, &followed->piece);
 	followed->piece.direction = direction;
 	followed->piece.number = number ?: next_number();
@@ -778,6 +856,8 @@ static __noinline struct followed *segment_begin(struct sk_buff *skb)
 		followed->piece.last_ns = whole->piece.last_ns;
 		followed->piece.index = whole->piece.index;
 		followed->piece.waits = true;
+	} else if (flow->pushed_out) {
+		flow->pushed_out--;
 	} else if (followed->piece.end_seq != followed->piece.seq) {
 		COUNT(missed);
 	}
@@ -868,21 +948,21 @@ static __always_inline bool may_arrive(struct sk_buff *skb, const struct piece *
 	       (piece->hop == HOP_RECEIVE && (skb->skb_iif || piece->hidden));
 }
 
-/* The connection with these ends; 0: not known. Apart, as handled_begin() is. */
-static __noinline __u64 socket_with(const struct identity *id)
-{
-	struct ends ends;
-	__u64 *sk;
-
-	ends_of(id, &ends);
-	sk = bpf_map_lookup_elem(&sockets, &ends);
-	return sk ? *sk : 0;
-}
-
 /* Of what a device receives the data begins at the IP header. Unless GRO has looked at it, skb->network_header is not set yet. */
 static __always_inline __u32 data_offset(struct sk_buff *skb)
 {
 	return BPF_CORE_READ(skb, data) - BPF_CORE_READ(skb, head);
+}
+
+/* It may be the last one of a handshake, see handshake_end(). */
+static __noinline int received_note(struct sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct sending *sending = bpf_map_lookup_elem(&sendings, &zero);
+
+	if (sending)
+		sending->received = (__u64)skb;
+	return 0;
 }
 
 /* The ends of a packet that a device receives in a tunnel. */
@@ -942,6 +1022,8 @@ static __noinline int received(struct sk_buff *skb)
 	followed->piece.hidden = hidden;
 	if (!hidden)
 		piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
+	if (!at.sk)
+		received_note(skb);
 	return hop_pass(followed, &at);
 }
 
@@ -1036,6 +1118,20 @@ static __always_inline int taken(struct sock *sk, bool loops)
 	return 0;
 }
 
+/* A connection was accepted. The ACK that this CPU received for it has no hop left, unless it brought data. */
+static __noinline int handshake_end(struct sock *sk)
+{
+	__u32 zero = 0;
+	struct sending *sending = bpf_map_lookup_elem(&sendings, &zero);
+	struct followed *followed = sending ? bpf_map_lookup_elem(&packets, &sending->received) : NULL;
+
+	if (followed && !followed->sk && followed->piece.hop == HOP_RECEIVE &&
+	    followed->piece.end_seq == followed->piece.seq &&
+	    followed->id.rport == bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport)))
+		bpf_map_delete_elem(&packets, &sending->received);
+	return 0;
+}
+
 /*
  * An ACK has changed the state of the connection. It may have been preceded by ACKs that no program saw. A socket may connect again,
  * after connect() was refused or a disconnect: then it is another connection.
@@ -1049,6 +1145,8 @@ static __always_inline int state_changed(struct sock *sk, int state, bool loops)
 		destroyed(sk);
 		return 0;
 	}
+	if (!flow && state == STATE_ESTABLISHED)
+		return handshake_end(sk);
 	if (flow && is_after(acked, flow->taken[OF_ACKS]))
 		waiting_take(flow, sk, OF_ACKS, acked, true, loops);
 	return 0;
