@@ -143,8 +143,9 @@ def test_the_only_thread_waits_for_a_client_that_does_not_read(script: Script) -
     facts = finding["facts"]
     assert (facts["waits_in"], facts["waits_for"]) == ("send()", script.client.ipv4)
     assert facts["stuck_pids"] == [server.pid]
-    (remedy,) = finding["remedies"]
+    remedy, other = finding["remedies"]
     assert f"reports waits in send() for {script.client.ipv4}" in remedy["what"]
+    assert f"Find out what else reports (PID {server.pid}) waits for" in other["what"]
 
 
 @recorded(DIAGNOSE)

@@ -289,12 +289,11 @@ def _remedies(
             proposed=own_limit,
             risk="A program that uses select() cannot have more than 1024." if own_limit > 1024 else None,
         )
-    elif wait:
-        yield wait.remedy
     elif workers:
+        yield from [wait.remedy] if wait else []
         yield Remedy(
-            f"Find out what {_names(workers)} waits for instead of calling accept(): a lock, a database, another "
-            "service. A longer queue only delays the overflow.",
+            f"Find out what {'else ' if wait else ''}{_names(workers)} waits for instead of calling accept(): a lock, "
+            "a database, another service. A longer queue only delays the overflow.",
             command=states_of(each.pid for each in workers),
         )
     if others and workers and not stopped and not frozen:

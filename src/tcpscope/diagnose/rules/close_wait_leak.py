@@ -102,7 +102,7 @@ class CloseWaitLeak(Rule):
             held = bool(owner.open_files) and len(tracks) >= HELD_SHARE * (owner.open_files or 0)
             files = processes.files(pid)
             if files is not None and files < len(tracks):  # it cannot have all of them
-                if grows:
+                if grows and owner.state is not None:
                     yield self._of_others(netns, owner, tracks, old, growth, files)
             elif grows or held:
                 yield self._finding(netns, owner, tracks, old, growth)
@@ -137,6 +137,7 @@ class CloseWaitLeak(Rule):
             who=owner.name,
             look=(f"list {side} {','.join(map(str, ports))}",),
             about=frozenset({process(owner.pid)}),
+            subject=("kept by others", owner.pid),  # if it has just closed all, that is over before it is told
             first_s=max(track.last_s for track in tracks) - max(track.held_s(_MARK) for track in tracks),
             facts={
                 "netns": netns,

@@ -10,7 +10,7 @@ from tcpscope.diagnose.queue_history import History, QueueHistory
 from tcpscope.diagnose.wording import counters_agree, facts, in_namespace, of, peers, whose
 
 CRITICAL = 5
-"""So many, and nothing was accepted meanwhile."""
+"""So many, of two addresses or more, and no handshake was completed meanwhile: one client may have its own fault."""
 
 WHY = (
     "The kernel also refuses a handshake if it has no route to the client or no memory, or if a security module forbids"
@@ -36,9 +36,11 @@ class OtherRefusals(Rule):
 
     def _finding(self, seen: QueueHistory, history: History, other: int, unsure: int) -> Finding:
         listener = history.last
-        all_fail = other >= CRITICAL and history.accepts == 0
+        clients = {address for cause, address in history.peers if cause == "OTHER"}
+        nobody = history.accepts == 0 and not history.longest_accept_queue
+        all_fail = nobody and other >= CRITICAL and len(clients) > 1
         observed = [f"{other} refusals, and no queue was full"] if other else []
-        observed += ["the application accepted nothing meanwhile"] if all_fail else []
+        observed += ["no handshake was completed meanwhile"] if all_fail else []
         observed += [f"{unsure} refusals for a cause that is not certain"] if unsure else []
         why = [WHY + ("" if seen.exact else WHY_SAMPLED)] if other else []
         why += [WHY_UNSURE] if unsure else []
