@@ -39,7 +39,10 @@ class Way:
         )
         self.names = {self.client.inode: "client", self.middle.inode: "middle", self.server.inode: "server"}
         for end, name in ((self.client, "c"), (self.server, "s")):
-            self.run(self.middle, f"ip link add to_{name} type veth peer name {name} netns {end.name}")
+            self.run(
+                self.middle,
+                f"ip link add to_{name} numtxqueues 2 type veth peer name {name} numtxqueues 2 netns {end.name}",
+            )
             held.callback(self.run, self.middle, f"ip link del to_{name}")
         self.devices = [(self.client, "c"), (self.middle, "to_c"), (self.middle, "to_s"), (self.server, "s")]
         for space, device in (*self.devices, (self.client, "lo"), (self.server, "lo")):

@@ -1,0 +1,104 @@
+"""`trace` where a packet goes to another processor, and where a queue discipline gives out many packets, or none."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpscope.filters import Filter, PortRange
+from tcpscope.session import Session
+from tests.tools.test_trace_way import PORT, SERVER, Way, way
+
+__all__ = ["way"]
+
+SENDS, CONNECTIONS = 2000, 24
+STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
+
+
+def connected(way: Way, held: ExitStack, number: int) -> list[tuple[socket.socket, socket.socket]]:
+    listener = held.enter_context(way.server.run(socket.socket))
+    listener.bind((SERVER, PORT))
+    listener.listen(number)
+    ends = []
+    for _ in range(number):
+        near = held.enter_context(way.client.run(socket.socket))
+        near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        near.connect((SERVER, PORT))
+        ends.append((near, held.enter_context(listener.accept()[0])))
+    return ends
+
+
+@pytest.mark.kernel
+@pytest.mark.concurrent
+def test_a_packet_for_another_processor(way: Way, run_tool: Any) -> None:
+    """It may be received before the processor that sends it is back from its driver. No delay is negative then."""
+    way.routed()
+    cpus = sorted(os.sched_getaffinity(0))
+    way.run(way.middle, f"echo {1 << cpus[1]:x} > /sys/class/net/to_c/queues/rx-0/rps_cpus")
+    with ExitStack() as held, run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+        os.sched_setaffinity(0, {cpus[0]})
+        held.callback(os.sched_setaffinity, 0, cpus)
+        ((near, far),) = connected(way, held, 1)
+        for _ in range(SENDS):
+            near.sendall(b"x")
+            assert far.recv(1) == b"x"
+    packets = defaultdict(list)
+    for row in tool.done.rows:
+        if row["data_bytes"] == 1 and row["direction"]:
+            packets[row["packet"]].append(row)
+    moved = 0
+    for rows in packets.values():
+        places = {(way.names[row["netns"]], row["hop"], row["device"]): row for row in rows}
+        there = places.get(("middle", "RECEIVE", "to_c"))
+        if there and ("client", "XMIT", "c") in places:
+            moved += (there["cpu"], places["client", "XMIT", "c"]["cpu"]) == (cpus[1], cpus[0])
+            assert there["before"] in ("START_XMIT", "XMIT")
+    assert moved > SENDS / 2
+    assert all(row["since_us"] is None or row["since_us"] < 60_000_000 for row in tool.done.rows)
+
+
+def runs(session: Session) -> int:
+    """Of the program for what a queue discipline gives out."""
+    return session.loaded.program_info()["dequeue"][1]
+
+
+@pytest.mark.kernel
+def test_many_packets_at_once(way: Way) -> None:
+    """Of a device with several queues, the kernel takes up to eight packets out of one queue discipline at once."""
+    way.routed()
+    before = STATS.read_text()
+    shape = "tc qdisc {} dev c root tbf rate {} burst {} latency 1000s"
+    hops: dict[str, list[int]] = defaultdict(list)
+    with ExitStack() as held:
+        STATS.write_text("1")
+        held.callback(STATS.write_text, before)
+        ends = connected(way, held, CONNECTIONS)
+        with Session("trace", "trace", Filter(port=(PortRange(PORT, PORT),))) as session:
+            assert session.layout is not None
+            way.run(way.client, shape.format("replace", "1kbit", 1600))
+            for near, _ in ends:
+                near.sendall(bytes(100))
+            waited = runs(session)
+            way.run(way.client, shape.format("change", "1gbit", 100_000))
+            ends[0][0].sendall(bytes(101))  # it lets the queue discipline run
+            for _, far in ends:
+                assert len(far.recv(100, socket.MSG_WAITALL)) == 100
+            ran = runs(session) - waited
+            session.end()
+            for batch in session.batches():
+                for row in session.layout.decoder().rows(batch):
+                    if row.direction == "SENT" and row.data_bytes == 100:
+                        hops[row.hop].append(row.packet)
+            missed = session.account().missed
+    given = hops["DEQUEUE"]
+    assert sorted(given) == sorted(hops["QUEUE"]) == sorted(set(given))
+    assert len(given) >= CONNECTIONS
+    assert missed == 0
+    assert waited > 0
+    assert ran < CONNECTIONS - 10
