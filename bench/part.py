@@ -106,7 +106,11 @@ def run(plan: Plan, say: Callable[[str], None], titles: Sequence[str] = ()) -> d
     for group in wanted:
         exchanges = plan.exchanges if group.title == "rtt" else 0
 
-        def traffic(exchanges: int = exchanges, unit: str = group.unit) -> workload.Made:
+        def traffic(
+            exchanges: int = exchanges, unit: str = group.unit, steady: tuple[int, int] | None = group.steady
+        ) -> workload.Made:
+            if steady:
+                return workload.steady(plan.batches, *steady)
             if unit == "SYN":
                 return workload.storm(plan.batches, plan.connections * SYNS)
             if unit == "send":

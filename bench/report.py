@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bench.subjects import CONNECT, COUNT, GROUPS, JSON, PEERS, STATES, TABLE, TOP, Group, Subject
+from bench.subjects import CONNECT, COUNT, GROUPS, JSON, PEERS, STATES, TABLE, TOP, TRACE, Group, Subject
 
 TEXT = Path(__file__).with_name("page.md")
 Figures = Sequence[float]
@@ -304,6 +304,12 @@ def _targets(results: dict[str, Any]) -> str:
                 alone = median(known([cost and cost["cpu_ns"] for cost in costs["nothing"]]))
                 more = [100 * ns / alone for ns in bpf_time(host["bpf"][title], name, "connections")]
                 target(f"more CPU {where}, `{name}`", most, more, "%", digits=1)
+        for title, of in (("gbit", "1 Gbit/s"), ("small", "100,000 small packets/s")):
+            if costs := host["cost"].get(title):
+                for clock, what in (("wall_ns", "time"), ("cpu_ns", "CPU time")):
+                    both = zip(costs[TRACE], costs["nothing"], strict=True)
+                    ratio = [with_tool[clock] / alone[clock] for with_tool, alone in both if with_tool and alone]
+                    target(f"{what} of other traffic of {of}, `{TRACE}`", 1.05, ratio, "x without", digits=2)
         connect = CONNECT[0].name
         maps = [cost["maps_kb"] / 1024 for cost in host["cost"].get("connect", {}).get(connect, []) if cost]
         target(f"BPF maps of `{connect}`", 8, maps, "MB", digits=1)

@@ -94,7 +94,14 @@ TRAFFIC = (
 )
 
 
-COUNT, TOP = STORM[0].name, TRAFFIC[0].name
+OTHERS = (
+    _tcpscope("trace", "--port", "1", rows=False),
+    _tcpscope("trace", "--port", "1", "--summary", rows=False),
+)
+"""They follow nothing of the traffic, and nothing else either."""
+
+
+COUNT, TOP, TRACE = STORM[0].name, TRAFFIC[0].name, OTHERS[0].name
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,7 @@ class Group:
     unit            what the traffic consists of: connections, SYNs that the kernel discards, or sends
     reference       the peer that the others are held against, if each prints a row per event
     per_connection  how many rows a connection is; None: each change of state, which the traffic program knows
+    steady          sends of so many bytes, so many in a second, not as fast as possible
     """
 
     title: str
@@ -112,6 +120,7 @@ class Group:
     unit: str = "connection"
     reference: str | None = None
     per_connection: int | None = None
+    steady: tuple[int, int] | None = None
 
 
 GROUPS = (
@@ -122,6 +131,8 @@ GROUPS = (
     Group("queue", "The queues of listeners:", QUEUE),
     Group("packets", "Retransmissions, discards, resets and congestion, of which this traffic has none:", PACKETS),
     Group("traffic", "Bytes by connection or network, over sends of a kilobyte:", TRAFFIC, unit="send"),
+    Group("gbit", "Other traffic, 1 Gbit/s in sends of 1,000 bytes:", OTHERS, unit="send", steady=(1000, 125_000)),
+    Group("small", "Other traffic, 100,000 sends of 100 bytes a second:", OTHERS, unit="send", steady=(100, 100_000)),
     Group("storm", "A storm of SYNs that the kernel discards:", STORM, unit="SYN"),
 )
 

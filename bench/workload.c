@@ -15,6 +15,8 @@
  *       SYNs that the kernel discards, since their checksum is wrong; a line per batch: ns per SYN, both as above
  *   workload sends CPU BATCHES SENDS
  *       on one connection a send() of a kilobyte and a recv() of it; a line per batch: ns per send, both as above
+ *   workload steady CPU BATCHES SENDS BYTES PER_SECOND
+ *       the same with messages of BYTES, at this rate, in steps of a millisecond
  *   workload probe MILLISECONDS
  *       a connection each time so much time has passed, until stdin ends; the client of number N is bound to
  *       127.1.(N/256).(N%256). A line per connection: N, CLOCK_MONOTONIC in ns before it began
@@ -39,6 +41,7 @@
 
 #define PORT 7777
 #define BATCH 5000
+#define MESSAGE 1024
 
 static long long now(clockid_t clock)
 {
@@ -238,10 +241,11 @@ static void storm(int batches, int count)
 	}
 }
 
-static void sends(int batches, int count)
+/* `per_second`: 0, as fast as possible */
+static void sends(int batches, int count, int bytes, long long per_second)
 {
 	struct sockaddr_in server = address(0x7f4d0001, PORT);
-	char data[1024] = {};
+	char data[MESSAGE] = {};
 
 	for (int batch = 0; batch < batches; batch++) {
 		long long wall, cpu;
@@ -257,10 +261,12 @@ static void sends(int batches, int count)
 			err(1, "accept");
 		wall = now(CLOCK_MONOTONIC);
 		cpu = now(CLOCK_THREAD_CPUTIME_ID);
-		for (int i = 0; i < count; i++)
-			if (send(client, data, sizeof(data), 0) != sizeof(data) ||
-			    recv(child, data, sizeof(data), MSG_WAITALL) != sizeof(data))
+		for (int i = 0; i < count; i++) {
+			if (per_second && i % (per_second / 1000) == 0)
+				sleep_until(wall + i * 1000000000LL / per_second);
+			if (send(client, data, bytes, 0) != bytes || recv(child, data, bytes, MSG_WAITALL) != bytes)
 				err(1, "send");
+		}
 		printf("%lld %lld\n", (now(CLOCK_MONOTONIC) - wall) / count,
 		       (now(CLOCK_THREAD_CPUTIME_ID) - cpu) / count);
 		close(client);
@@ -307,7 +313,9 @@ int main(int argc, char **argv)
 	else if (argc == 5 && !strcmp(mode, "storm"))
 		storm(atoi(argv[3]), atoi(argv[4]));
 	else if (argc == 5 && !strcmp(mode, "sends"))
-		sends(atoi(argv[3]), atoi(argv[4]));
+		sends(atoi(argv[3]), atoi(argv[4]), MESSAGE, 0);
+	else if (argc == 7 && !strcmp(mode, "steady") && atoi(argv[5]) <= MESSAGE && atoi(argv[6]) >= 1000)
+		sends(atoi(argv[3]), atoi(argv[4]), atoi(argv[5]), atoi(argv[6]));
 	else if (argc == 3 && !strcmp(mode, "probe"))
 		probe(atoi(argv[2]));
 	else

@@ -53,8 +53,13 @@ def sends(batches: int, count: int) -> Made:
     return _many("sends", batches, count)
 
 
-def _many(mode: str, batches: int, count: int) -> Made:
-    lines = _run(mode, CPU, batches, count)
+def steady(batches: int, size: int, per_second: int) -> Made:
+    """`batches` of a second of sends of `size` bytes at this rate, or slower where the machine is too slow."""
+    return _many("steady", batches, per_second, size, per_second)
+
+
+def _many(mode: str, batches: int, count: int, *more: int) -> Made:
+    lines = _run(mode, CPU, batches, count, *more)
     return Made(
         connections=batches * count,
         events=batches * count,
