@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tcpscope import tool
@@ -18,7 +20,7 @@ from tcpscope.own.cli import read
 from tcpscope.own.program import OwnProgram, Union, check_filter, check_sections, event_of, events_of
 from tcpscope.own.template import checked, source
 from tcpscope.request import Request
-from tcpscope.schema import Layout
+from tcpscope.schema import Clock, Layout
 from tests.compiled import compiled
 from tests.own.programs import PLAIN, built, tcpscope, written
 
@@ -202,6 +204,15 @@ def test_fields_of_one_name_that_are_not_alike(folder: Path) -> None:
         ("b_x", True),
         ("z", True),
     ]
+    layouts = [Layout.whole(spec.btf, name) for name in "ab"]
+    for names, rows in (
+        (["struct", "y", "z"], [("a", 2, None), ("b", 2, 3)]),
+        (["z"], [(None,), (3,)]),  # the first struct has none of them
+        (["b_x", "x"], [(None, 1), ("A", None)]),
+    ):
+        for at, data in enumerate((struct.pack("<ii", 1, 2), struct.pack("<4sii", b"A", 2, 3))):
+            decode = union.decoder(at, layouts[at], names, Clock("none"), hex)
+            assert [msgspec.structs.astuple(row) for row in decode(memoryview(2 * data))] == 2 * [rows[at]]
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,10 @@ class Union:
         if not self._several:
             return layout.select(names).decoder(clock, frame=frame).rows
         fields = {name: field for name, field in self._fields[at].items() if name in names}
-        decode = layout.select(fields.values()).decoder(clock, frame=frame).rows
+        if fields:
+            decode = layout.select(fields.values()).decoder(clock, frame=frame).rows
+        else:  # a record is a row all the same
+            decode = layout.select([layout.fields[0].name]).decoder(raw=True).rows
         type_: Any = msgspec.defstruct("Row", [(name, Any, None) for name in names], gc=False)
         read = [(name, attrgetter(field)) for name, field in fields.items()]
         own = {STRUCT.name: layout.name} if STRUCT.name in names else {}
