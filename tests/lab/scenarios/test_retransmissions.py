@@ -47,4 +47,5 @@ def test_a_full_queue(lab: Lab, run_tool: type[RunningTool]) -> None:
     rows, outcome = sent_again(lab, run_tool, AcceptOverflowSerial())
     refused = {client.local_port for client in outcome.failed}
     found = Counter((row["state"], row["kind"]) for row in rows if row["lport"] in refused)
-    assert found == {("SYN_SENT", "SYN"): outcome.client_counters["TcpExtTCPSynRetrans"]} and found.total() == 2
+    again = outcome.client_counters["TcpExtTCPSynRetrans"]  # since 6.5 more than tcp_syn_retries: linear timeouts
+    assert found == {("SYN_SENT", "SYN"): again} and again >= 1
