@@ -469,8 +469,8 @@ class Decoder:
                 expressions.append(f"v{i}" if raw else self._expression(i, field, clock, names))
         columns = [(f.name, Any if raw else f.type | float if f.kind == "time" else f.type) for f in fields]
         self.row_type: type[Row] = msgspec.defstruct(layout.name.title().replace("_", ""), columns, gc=False)
-        arguments = ", ".join(f"v{members[0]}" for *_, members in runs)
-        source = f"def decode(batch):\n    return [Row({', '.join(expressions)}) for ({arguments},) in unpack(batch)]\n"
+        arguments = "".join(f"v{members[0]}, " for *_, members in runs)
+        source = f"def decode(batch):\n    return [Row({', '.join(expressions)}) for ({arguments}) in unpack(batch)]\n"
         names |= {"Row": self.row_type, "unpack": struct.Struct(_format(layout.size, runs)).iter_unpack}
         exec(compile(source, f"<decoder of {layout.name}>", "exec"), names)
         self.rows: Callable[[bytes | memoryview], list[Any]] = names["decode"]

@@ -114,6 +114,21 @@ def test_each_map_has_its_struct(lab, run_tool: type[RunningTool], tmp_path: Pat
     assert list(closings.done.rows[0]) == ["pid", "comm", "lport", "rport", "kept_us", "reason"]
 
 
+@pytest.mark.parametrize("columns", [("comm",), ("struct",), ("struct", "kept_us")])
+def test_a_struct_with_none_of_the_columns(lab, run_tool, tmp_path: Path, columns: tuple[str, ...]) -> None:
+    source = written(tmp_path, "several", SEVERAL)
+    with run_tool("run", str(source), "--columns", ",".join(columns)) as tool:
+        connect_once(lab)
+        tool.wait_for(lambda rows: len(rows) >= 8)
+    assert tool.done and tool.done.stats
+    assert {tuple(row) for row in tool.done.rows} == {columns}
+    assert tool.done.stats["shown"] == len(tool.done.rows)
+    if "struct" in columns:
+        assert {row["struct"] for row in tool.done.rows} >= {"opened", "closed", "counted"}
+    else:
+        assert {row["comm"] is None for row in tool.done.rows} == {True, False}
+
+
 @pytest.mark.parametrize(
     ("change", "words", "says"),
     [
