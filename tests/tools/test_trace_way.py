@@ -6,9 +6,9 @@ import base64
 import os
 import socket
 import subprocess
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ OUT = ("QUEUE", "START_XMIT", "XMIT")
 DEVICES = (*OUT, "RECEIVE")
 SIZES = (1, 700, 1400, 20_000, 60_000)
 CONNECTIONS = 4
+TIMEOUT = 10  # seconds for each call of a socket: a fault ends the test
 ATTEMPTS = 5  # a kernel may run no program in some tasks; then the devices have counted more than there are rows
 Rows = list[dict[str, Any]]
 
@@ -135,6 +136,10 @@ class Way:
         lines += [f"add rule ip way {rule}" for rule in rules]
         self.run(space, "nft -f - <<END\n" + "\n".join(lines) + "\nEND")
 
+    def only(self, *spaces: Namespace) -> list[str]:
+        """The option that leaves out all else that the host does: other runs of these tests, too."""
+        return ["--netns", ",".join(str(space.inode) for space in spaces or self.all)]
+
     def counted(self) -> dict[tuple[int, str, str], int]:
         """What the devices have counted: XMIT and RECEIVE of each."""
         return {
@@ -163,14 +168,18 @@ def way() -> Iterator[Way]:
 def talk(way: Way, address: str, port: int, *, at: str = SERVER, sizes: tuple[int, ...] = SIZES) -> list[int]:
     """Some connections at a time, each of which sends these sizes and gets them back. Returns the clients' ports."""
     with ExitStack() as held:
-        listener = held.enter_context(way.server.run(socket.socket))
+
+        def limited(one: socket.socket) -> socket.socket:
+            one.settimeout(TIMEOUT)
+            return held.enter_context(one)
+
+        listener = limited(way.server.run(socket.socket))
         listener.bind((at, PORT))
         listener.listen()
-        clients = [held.enter_context(way.client.run(socket.socket)) for _ in range(CONNECTIONS)]
+        clients = [limited(way.client.run(socket.socket)) for _ in range(CONNECTIONS)]
         for client in clients:
-            client.settimeout(10)
             client.connect((address, port))
-        ends = [held.enter_context(listener.accept()[0]) for _ in clients]
+        ends = [limited(listener.accept()[0]) for _ in clients]
         ports = [client.getsockname()[1] for client in clients]
 
         def echo(end: socket.socket) -> None:
@@ -182,16 +191,16 @@ def talk(way: Way, address: str, port: int, *, at: str = SERVER, sizes: tuple[in
             for size in sizes:
                 client.sendall(os.urandom(size))
                 while size:
-                    size -= len(client.recv(size))
+                    got = len(client.recv(size))
+                    assert got, f"the server closed with {size} bytes to come"
+                    size -= got
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
 
-        threads = [threading.Thread(target=echo, args=[end]) for end in ends]
-        threads += [threading.Thread(target=ask, args=[client]) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(2 * CONNECTIONS) as pool:
+            calls = [pool.submit(ask, client) for client in clients] + [pool.submit(echo, end) for end in ends]
+        for call in calls:
+            call.result()
     return ports
 
 
@@ -238,7 +247,7 @@ def check(way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tup
     address, port, at = where
     for _ in range(ATTEMPTS):
         before = way.counted()
-        with run_tool("trace", "--port", f"{PORT},{OUTSIDE}", "--buffer", "64M") as tool:
+        with run_tool("trace", *way.only(), "--port", f"{PORT},{OUTSIDE}", "--buffer", "64M") as tool:
             ports = talk(way, address, port, at=at)
             after = way.counted()
         done = tool.done
@@ -358,7 +367,7 @@ def test_an_encrypted_tunnel(way: Way, run_tool: Any) -> None:
     skip_without("wireguard")
     way.tunnel("wireguard")
     sizes = (1, 700, 1000)
-    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+    with run_tool("trace", *way.only(), "--port", f"{PORT}", "--buffer", "64M") as tool:
         talk(way, "192.0.2.2", PORT, at="192.0.2.2", sizes=sizes)
     for size in sizes:
         rows = [row for row in tool.done.rows if row["data_bytes"] == size and row["device"]]
@@ -375,7 +384,7 @@ def test_ports_that_nat_has_yet_to_change(way: Way, run_tool: Any) -> None:
     """They do not match the filter at RECEIVE: the packet begins at TCP."""
     way.routed()
     way.nat(way.server, f"prerouting tcp dport {OUTSIDE} redirect to :{PORT}")
-    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+    with run_tool("trace", *way.only(), "--port", f"{PORT}", "--buffer", "64M") as tool:
         talk(way, SERVER, OUTSIDE)
     assert {row["netns"] for row in tool.done.rows} == {way.server.inode}
     received = {row["hop"]: row["before"] for row in tool.done.rows if row["direction"] == "RECEIVED"}
@@ -387,7 +396,7 @@ def test_a_queue_of_the_router(way: Way, run_tool: Any) -> None:
     """tbf lets 1000 bytes pass every 80 ms. The packets wait under the number that the client's TCP gave them."""
     way.routed()
     way.run(way.middle, "tc qdisc replace dev to_s root tbf rate 100kbit burst 1600 latency 10s")
-    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+    with run_tool("trace", *way.only(), "--port", f"{PORT}", "--buffer", "64M") as tool:
         talk(way, SERVER, PORT, sizes=(1000,))
     waited = [row for row in tool.done.rows if row["hop"] == "DEQUEUE" and row["data_bytes"] == 1000]
     assert {(row["netns"], row["device"], row["direction"]) for row in waited} == {
@@ -411,7 +420,7 @@ def test_a_router_that_cuts(way: Way, run_tool: Any) -> None:
     """Nobody knows the segments of a forwarded packet: they are counted."""
     way.routed()
     way.run(way.middle, "tc qdisc replace dev to_s root tbf rate 100mbit burst 1600 latency 10s")
-    with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
+    with run_tool("trace", *way.only(), "--port", f"{PORT}", "--buffer", "64M") as tool:
         talk(way, SERVER, PORT, sizes=(20_000,))
     cut = [row for row in tool.done.rows if row["hop"] == "SEGMENTED" and row["netns"] == way.middle.inode]
     assert cut
