@@ -491,6 +491,24 @@ static __always_inline bool is_connection(struct sock *sk)
 	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV && state != STATE_LISTEN && state != STATE_CLOSE;
 }
 
+/* What is cheap to ask of a connection, before all else is read of it. Its local port is 0 when it has ended. */
+static __always_inline bool may_be_chosen(struct sock *sk)
+{
+	__u16 lport = sk->__sk_common.skc_num, rport = bpf_ntohs(sk->__sk_common.skc_dport);
+
+	if (!lport)
+		return true;
+	if (filter.has_port && !PORT_IN(filter_port, lport) && !PORT_IN(filter_port, rport))
+		return false;
+	return (!filter.has_lport || PORT_IN(filter_lport, lport)) &&
+	       (!filter.has_rport || PORT_IN(filter_rport, rport));
+}
+
+static __always_inline bool is_other(struct sock *sk)
+{
+	return sk && is_connection(sk) && !may_be_chosen(sk);
+}
+
 /* Does the header say that it is this one? Its ports and addresses may have changed. */
 static __always_inline bool is_same(const struct followed *followed, const struct packet *packet)
 {
@@ -771,7 +789,7 @@ static __noinline int queued(struct sk_buff *skb)
 	struct flow *flow;
 	bool hidden = false;
 
-	if (!followed && !is_sent_here(skb))
+	if (!followed && (!is_sent_here(skb) || is_other(skb->sk)))
 		return 0;
 	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS) {
 		if (!followed || !is_inside(skb, followed))
@@ -1037,9 +1055,7 @@ static __noinline struct flow *flow_of(struct sock *sk)
 
 	if (flow)
 		return flow;
-	if (filter.has_lport && !PORT_IN(filter_lport, sk->__sk_common.skc_num))
-		return NULL;
-	if (filter.has_rport && !PORT_IN(filter_rport, bpf_ntohs(sk->__sk_common.skc_dport)))
+	if (!may_be_chosen(sk))
 		return NULL;
 	identity_read(sk, &id);
 	return is_chosen(&id, sk) ? flow_add(sk, &id) : NULL;
