@@ -120,7 +120,6 @@ class OwnProgram(Stream):
         return kernel_symbols().name if kinds & {"function", "stack"} else hex
 
     def open(self, request: Request) -> Run:
-        refusal.check_log(request.options["log"])
         check_sections(self.spec)
         self.choose(request)
         self._check(request)
