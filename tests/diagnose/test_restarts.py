@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from tcpscope.lab.hosts import Lab
@@ -36,12 +38,19 @@ def test_each_namespace_has_its_own_numbers(run_tool: type[RunningTool]) -> None
 
 
 def test_counters_of_a_namespace_that_begins_later(run_tool: type[RunningTool]) -> None:
-    """Without them it would not be known of how many segments these were discarded, and nothing found."""
-    with run_tool("diagnose", "--comm", "lab-client", "-d", "600") as tool, Lab() as lab:
-        scenario = FullDeviceQueue()
-        scenario.run(lab)
-    assert tool.done is not None
-    own = lab.client.inode
-    found = [each for each in tool.done.rows[-1]["summary"]["findings"] if each["facts"]["netns"] == own]
-    assert [each["rule"] for each in found] == ["host_queue_full"]
+    """Without them it would not be known of how many segments these were discarded, and nothing found.
+
+    If another namespace had its number when the watch began, it may be that one. A note says so: it is played again.
+    """
+    for _ in range(TIMES):
+        with ExitStack() as stack, run_tool("diagnose", "--comm", "lab-client", "-d", "600") as tool:
+            lab = stack.enter_context(Lab())  # it ends after the tool
+            scenario = FullDeviceQueue()
+            scenario.run(lab)
+        assert tool.done is not None
+        summary, own = tool.done.rows[-1]["summary"], lab.client.inode
+        if not any(str(own) in note for note in summary["notes"]):
+            break
+    found = [each for each in summary["findings"] if each["facts"]["netns"] == own]
+    assert [each["rule"] for each in found] == ["host_queue_full"], summary
     assert found[0]["facts"]["sent"] >= found[0]["facts"]["discarded"]
