@@ -27,6 +27,22 @@ Peer = tuple[int, str]
 """Network namespace, as inode, and remote address."""
 
 
+_UNRESOLVED_IN = ("neigh_invalidate", "arp_error_report", "ndisc_error_report")
+"""Functions that discard what waits for a link address, where discards have no reason."""
+
+
+def is_unresolved(group: Any) -> bool:
+    """A discard of what this host sends, since no next hop has given its link address."""
+    if group.direction != "SENT":
+        return False
+    return group.reason == "NEIGH_FAILED" if group.reason else str(group.location).startswith(_UNRESOLVED_IN)
+
+
+def resolution(address: str) -> str:
+    """How the link address of a next hop is asked for."""
+    return "neighbour discovery" if ":" in address else "ARP"
+
+
 def by_peer(tracks: Iterable[Track]) -> Mapping[Peer, list[Track]]:
     """The connections of each remote address, without those that are being opened."""
     found: dict[Peer, list[Track]] = {}

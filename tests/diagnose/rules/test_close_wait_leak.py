@@ -65,6 +65,31 @@ def test_a_server_that_never_closes(script: Script) -> Test:
 
 
 @recorded(DIAGNOSE)
+def test_a_server_that_waits_in_connect(script: Script) -> Test:
+    """Its clients have given up, and it cannot know: each thread waits for a host that does not answer."""
+    with script.older():
+        script.client.blackhole("198.51.100.0/24")
+        server, one = left_open(script)
+
+        def held_up() -> None:
+            server.socket().start("198.51.100.7", 5432)
+            one()
+
+        for _ in range(LEAST):
+            held_up()
+    server.pause(4_000_000)
+    for _ in range(MORE):
+        server.pause(1_000_000)
+        held_up()
+    server.pause(4_500_000)
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, script)
+    assert (finding["rule"], finding["severity"]) == ("connects_fail", "critical")
+    assert f"{LEAST + MORE} clients of PID {server.pid} have closed meanwhile" in finding["observed"]
+
+
+@recorded(DIAGNOSE)
 def test_a_child_that_keeps_what_its_parent_has_closed(script: Script) -> Test:
     many = 40  # more than the parent has files open
     server, one = left_open(script)

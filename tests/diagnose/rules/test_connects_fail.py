@@ -5,8 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
+from tcpscope.diagnose import Finding, causes, process
+from tcpscope.diagnose.rules import close_wait_leak
 from tcpscope.diagnose.rules.connects_fail import rule
 from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.scenes import told
@@ -354,6 +357,17 @@ def test_who_says_no(outcome: str, errno: str, sent: bool, title: str) -> None:
     (finding,) = check(rule, attempts=groups(given), sockets=sockets())
     assert finding.title.endswith(f": {title}")
     assert ("no packet leaves this host" in finding.why) == (not sent and errno != "ENOMEM")
+
+
+@pytest.mark.parametrize(("left", "explained"), [(5, True), (6, False), (0, False)])
+def test_who_waits_in_connect_does_not_close(left: int, explained: bool) -> None:
+    row = SimpleNamespace(pid=7, state="CLOSE_WAIT", role="PASSIVE", has_file=True)
+    (finding,) = check(rule, attempts=groups({}), sockets=sockets(*waiting(5), *[row] * left))
+    leak = Finding("close_wait_leak", "warning", "", [], "", [], {}, about=frozenset({process(7)}))
+    rule.name, close_wait_leak.rule.name = "connects_fail", "close_wait_leak"
+    finding = msgspec.structs.replace(finding, rule=rule.name)
+    assert causes([leak, finding], [rule, close_wait_leak.rule]) == ([finding] if explained else [leak, finding])
+    assert (f"{left} clients of PID 7 have closed meanwhile" in finding.observed) == explained
 
 
 def test_a_loopback_address_is_that_of_its_namespace() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-from tests.diagnose.rules.scenes import only, scene, told
+from tests.diagnose.rules.scenes import found, only, scene, told
 from tests.record import Script, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
 
@@ -50,3 +50,25 @@ def test_a_queue_that_does_not_move(script: Script) -> Test:
     else:
         finding = only(seen, script, "no_ack", script.client)
         assert any("own queue does not move" in line for line in finding["observed"])
+
+
+@recorded(DIAGNOSE)
+def test_a_next_hop_without_link_address(script: Script) -> Test:
+    """It is asked for once, and what waits for it is discarded after a second. Before 6.17 only the silence is seen."""
+    made = scene(script, 12)
+    script.client.sysctl("ipv4/neigh/veth0/app_solicit", 1)
+    script.client.agent("neighbour", script.client.number)
+    for near in made.nears:
+        near.send_all(1000)
+    told(script.client)
+    seen = yield
+    (finding,) = found(seen, script)
+    if seen.machine.kernel.has_type("trace_event_raw_tcp_retransmit_skb"):
+        facts = finding["facts"]
+        assert (finding["rule"], facts["raddrs"].keys()) == ("host_queue_full", {script.server.ipv4})
+        assert facts["count"] == 12 <= facts["unresolved"]
+        assert finding["title"].endswith("12 connections held up, for nobody answers ARP")
+        (remedy,) = finding["remedies"]
+        assert remedy["command"].endswith(f"sh -c 'ip route get {script.server.ipv4}; ip neigh'")
+    else:
+        assert finding["rule"] == "no_ack"

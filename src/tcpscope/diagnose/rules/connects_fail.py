@@ -9,7 +9,7 @@ from functools import reduce
 from ipaddress import ip_address
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, peer, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, paths, peer, process, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.rules.firewall_drops import is_syn
 from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally
@@ -57,9 +57,6 @@ _KINDS = {
     "FAILED": "failed",
 }
 
-
-_UNRESOLVED_IN = ("neigh_invalidate", "arp_error_report", "ndisc_error_report")
-"""Functions that discard what waits for a link address, where discards have no reason."""
 
 _SAYS_NO = {
     "ENETUNREACH": ("no route to it", "No route of this host leads to this address."),
@@ -240,6 +237,7 @@ class Subject:
 
 class ConnectsFail(Rule):
     needs = ("attempts", "sockets")
+    explains = ("close_wait_leak",)
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         unresolved = _unresolved(seen)
@@ -303,11 +301,14 @@ class ConnectsFail(Rule):
         about |= {listener(own, port) for port in subject.ports for own in _listening(seen, subject, port)}
         if subject.main == SILENCE and _answer(subject, others) == "nothing":
             about.add(peer(netns, raddr))
+        held_up = _held_up(seen, subject)
+        about |= {process(pid) for pid in held_up}
         yield Finding(
             rule=self.name,
             severity=severity,
             title=_title(subject, others, refused=severity == "info" and not falls_back, alone=alone),
             observed=list(_observed(subject, others))
+            + [f"{number} clients of PID {pid} have closed meanwhile" for pid, number in held_up.items()]
             + (["its process has no other connection, and no other connect of it succeeded"] if alone else []),
             why=WHY_ALONE if alone else _why(subject, severity, others, falls_back),
             remedies=[] if severity == "info" and not steady else list(_remedies(subject, others, inside)),
@@ -345,9 +346,7 @@ def _unresolved(seen: Evidence) -> Counter[Host]:
     """
     drops, found = getattr(seen, "drops", None), Counter[Host]()
     for group, tally in drops.tallies.items() if drops else ():
-        if group.direction != "SENT" or group.netns is None or not is_syn(group.flags):
-            continue
-        if group.reason == "NEIGH_FAILED" if group.reason else str(group.location).startswith(_UNRESOLVED_IN):
+        if group.netns is not None and is_syn(group.flags) and paths.is_unresolved(group):
             found[group.netns, group.raddr] += tally.count
     return Counter({host: number for host, number in found.items() if number >= LEAST})
 
@@ -515,6 +514,23 @@ def _alone(seen: Evidence, subject: Subject) -> bool:
     )
 
 
+def _held_up(seen: Evidence, subject: Subject) -> dict[int, int]:
+    """Processes that wait for this host in as many connects as they have clients that have closed: PID -> clients.
+
+    Their threads wait here, and so do not close.
+    """
+    waiting, left = Counter[int](), Counter[int]()
+    for track in seen.sockets.now:
+        row = track.last
+        if row.pid is None or row.pid not in subject.pids:
+            continue
+        if row.state == "SYN_SENT" and (row.netns, row.raddr) == subject.host:
+            waiting[row.pid] += 1
+        elif row.state == "CLOSE_WAIT" and row.role == "PASSIVE" and row.has_file:
+            left[row.pid] += 1
+    return {pid: number for pid, number in left.items() if waiting[pid] >= max(number, LEAST)}
+
+
 def _listening(seen: Evidence, subject: Subject, port: int) -> Iterator[int]:
     """Network namespaces of this machine in which the service's listener is, if it is here: what its queue refuses are
     these attempts."""
@@ -560,7 +576,7 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
     if subject.says_no:
         how = subject.says_no[0]
     elif subject.unresolved:
-        how = f"nobody answers {_asked(subject)} for it"
+        how = f"nobody answers {paths.resolution(subject.host[1])} for it"
     else:
         how = known.get(subject.main, subject.main)
     if subject.scan:
@@ -572,11 +588,6 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
     if any(program.connected for program in subject.programs.values()):
         return f"{who}: {subject.bad} of {subject.total} connects to {subject.name} fail: {how}"
     return f"{who} cannot connect to {subject.name}: {how}"
-
-
-def _asked(subject: Subject) -> str:
-    """How link addresses are asked for."""
-    return "neighbour discovery" if ":" in subject.host[1] else "ARP"
 
 
 def _observed(subject: Subject, others: list[int]) -> Iterator[str]:

@@ -34,17 +34,24 @@ WHY_WAITS = (
     "again. They "
     "wait in the queue of the device (qdisc), in the device, or for the link address of the next host (ARP)."
 )
+WHY_UNRESOLVED = (
+    "Before a packet leaves, the kernel asks for the link address of the next hop: of the host itself, if it is on the "
+    "same network, else of the router. Nobody answers, so segments wait, and are discarded after three questions: that "
+    "host is down, or is on another network (VLAN)."
+)
 
 
 @dataclass
 class _Own:
     """What one network namespace could not send.
 
-    discarded  raddr -> packets that a queue discarded
-    waited     raddr -> retransmissions that were not sent, since the original still waits
-    refused    raddr -> retransmissions for which a queue had no room; they are among the discarded ones
+    unresolved  raddr -> packets discarded since no next hop has given its link address
+    discarded   raddr -> packets that a queue discarded
+    waited      raddr -> retransmissions that were not sent, since the original still waits
+    refused     raddr -> retransmissions for which a queue had no room; they are among the discarded ones
     """
 
+    unresolved: Counter[str] = field(default_factory=Counter)
     discarded: Counter[str] = field(default_factory=Counter)
     waited: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
@@ -83,15 +90,19 @@ class HostQueueFull(Rule):
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         found: dict[int, _Own] = {}
+        unresolved: dict[int, Counter[str]] = {}
         for group, tally in seen.drops.tallies.items():
             if is_of_queue(group):
                 own = found.setdefault(group.netns, _Own())
                 own.add(group, tally, own.discarded)
+            elif paths.is_unresolved(group):
+                unresolved.setdefault(group.netns, Counter())[group.raddr] += tally.count
         for group, tally in seen.retrans.tallies.items():
             if group.errno in _ERRORS and group.kind != "LOSS_PROBE":
                 own = found.setdefault(group.netns, _Own())
                 own.add(group, tally, own.waited if group.errno == "EBUSY" else own.refused)
         for netns, own in found.items():
+            own.unresolved = unresolved.get(netns, own.unresolved)
             stands = [track for track in seen.sockets.now if track.last.netns == netns and _stands(track.last, own)]
             lost = max(own.discarded.total(), own.refused.total()) + own.waited.total()
             sent = paths.transmitted(seen, netns, lost)  # None: not known, and so is the share
@@ -108,6 +119,12 @@ class HostQueueFull(Rule):
             else f"what this host sends does not leave it: {paths.number(len(own.connections), 'connection')} held up"
         )
         observed = []
+        asked = max(own.waited, key=lambda address: own.waited[address], default="")
+        arp = paths.resolution(asked) if own.unresolved[asked] and not full else None
+        if arp:
+            title += f", for nobody answers {arp}"
+            packets = paths.number(own.unresolved[asked], "packet")
+            observed.append(f"{packets} to {asked} discarded: no next hop gave its link address")
         if discarded:
             observed.append(f"{paths.number(discarded, 'packet')} discarded by a queue (qdisc) of this host")
         if own.waited:
@@ -124,9 +141,14 @@ class HostQueueFull(Rule):
             severity="critical" if stands else "warning",
             title=title,
             observed=observed,
-            why=WHY_FULL if full else WHY_WAITS,
+            why=WHY_FULL if full else WHY_UNRESOLVED if arp else WHY_WAITS,
             remedies=[
                 Remedy(
+                    "See which next hop does not answer (FAILED), and whether it is up and on this network.",
+                    command=paths.command(netns, own.owners, f"sh -c 'ip route get {asked}; ip neigh'"),
+                )
+                if arp
+                else Remedy(
                     "See which queue it is, its limit and its drops. A shaper (tbf, htb) may be set to less than the "
                     "link "
                     "takes; a queue may be too short; 'FAILED' in ip neigh is a next host that does not answer.",
@@ -151,6 +173,7 @@ class HostQueueFull(Rule):
                 "discarded": own.discarded.total(),
                 "waited": own.waited.total(),
                 "refused": own.refused.total(),
+                "unresolved": sum(own.unresolved[address] for address in own.waited),
                 "standing": stands,
                 "sent": sent,
                 "raddrs": dict(addresses.most_common(10)),
