@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -103,6 +103,7 @@ class Session:
     skip        hooks that this run does not need
     owners      whether this run needs the owners of sockets, if the probe uses the object `owner`
     ring_bytes  size of the ring buffer, a power of two
+    before      is called with the loaded object before a program is attached
 
     Raises the errors of `Loaded`.
     """
@@ -121,6 +122,7 @@ class Session:
         skip: Sequence[str] = (),
         owners: bool = True,
         ring_bytes: int = RING_BYTES,
+        before: Callable[[Loaded], None] | None = None,
         kernel: Kernel | None = None,
         debug: bool = False,
     ) -> None:
@@ -134,6 +136,7 @@ class Session:
             stacks=stacks or {},
             skip=frozenset(skip),
             seed_once=Walk.is_shared(),
+            before=before,
             debug=debug,
         )
         if self.spec.counts:

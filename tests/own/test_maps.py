@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from tcpscope import open as opened
+from tcpscope.errors import MalformedError, UnsupportedError
+from tcpscope.kernel.loaded import Loaded
+from tcpscope.kernel.ring import PerfArray
+from tcpscope.own import program
+from tcpscope.own.cli import read
+from tcpscope.own.program import OwnProgram
+from tcpscope.request import Request
 from tests.conftest import RunningTool
-from tests.own.programs import PLAIN, tcpscope, written
+from tests.own.programs import PLAIN, built, tcpscope, written
 from tests.own.test_run import connect_once
+from tests.test_privileges import only
 
 pytestmark = pytest.mark.root
 
@@ -157,3 +166,144 @@ def test_records_of_another_size(lab, run_tool: type[RunningTool], tmp_path: Pat
     assert done.stderr.splitlines()[-1] == (
         "tcpscope: the perf event array has a record that is not of 40 bytes; each must be one whole event"
     )
+
+
+ONE_PLACE = PERF_PLAIN.replace("__uint(key_size, 4);", "__uint(key_size, 4); __uint(max_entries, 1);")
+
+
+def test_an_array_with_too_few_places(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    """It has one for the first processor: what the last one sends is read, too."""
+    source, before = written(tmp_path, "places", ONE_PLACE), os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {max(before)})
+        with run_tool("run", str(source)) as tool:
+            port, _ = connect_once(lab)
+            tool.wait_for(lambda rows: sum(row["rport"] == port for row in rows) >= 2)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_the_buffers_are_there_before_a_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def noted(class_: type, method: str) -> None:
+        called = getattr(class_, method)
+        monkeypatch.setattr(class_, method, lambda *given: (order.append(class_.__name__), called(*given))[1])
+
+    noted(Loaded, "attach")
+    noted(PerfArray, "__init__")
+    with opened(written(tmp_path, "perf", PERF_PLAIN)):
+        pass
+    assert order == ["PerfArray", "Loaded"]
+
+
+def test_a_processor_that_comes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its perf event array has no buffer: what is lost is not known any more."""
+    monkeypatch.setattr(program, "online_cpus", lambda: "0")
+    with opened(written(tmp_path, "perf", PERF_PLAIN), duration=60) as events:
+        run = events._run
+        assert run.account().record()["lost"] == 0 and run.account().lossless
+        monkeypatch.setattr(program, "online_cpus", lambda: "0-1")
+        list(run.poll())
+        account = run.account()
+    assert account.record()["lost"] is None and not account.lossless
+    assert any("processors 0 ran at the start, now 0-1: a perf event array has no buffer" in n for n in run.notes)
+
+
+def test_strict_needs_a_kernel_that_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before 6.0, where the kernel tells of a loss only with the next event."""
+
+    class Older(PerfArray):
+        counts = property(lambda self: False, lambda self, value: None)  # type: ignore[assignment]
+
+    monkeypatch.setattr(program, "PerfArray", Older)
+    source = written(tmp_path, "perf", PERF_PLAIN)
+    with opened(source):
+        pass
+    with pytest.raises(UnsupportedError, match=r"--strict: this kernel does not count .* kernels from 6.0 do"):
+        OwnProgram(*read(source)).open(Request(strict=True, options={"event": None, "log": None}))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "options", "says"),
+    [
+        (("CAP_BPF", "CAP_PERFMON"), (), ""),
+        (
+            ("CAP_BPF", "CAP_PERFMON"),
+            ("--buffer", "64M"),
+            "the perf event array cannot be opened: Operation not permitted, beyond the limit of locked memory; "
+            "a smaller --buffer, CAP_IPC_LOCK or a larger 'ulimit -l' helps",
+        ),
+        (("CAP_BPF", "CAP_PERFMON", "CAP_IPC_LOCK"), ("--buffer", "64M"), ""),
+    ],
+)
+def test_memory_of_the_buffers(
+    run_tool: type[RunningTool], tmp_path: Path, capabilities: tuple[str, ...], options: tuple[str, ...], says: str
+) -> None:
+    object_ = built(tmp_path, "perf", PERF_PLAIN)
+    with run_tool("run", str(object_), *options, prefix=only(*capabilities), ready=not says) as tool:
+        if says:
+            done = tool.wait()
+    if says:
+        assert done.status == 4
+        assert done.stderr.splitlines() == [f"tcpscope: {says}"]
+    else:
+        assert tool.done and tool.done.status == 0
+
+
+@pytest.mark.parametrize("size", [65600, 131072])
+def test_a_size_that_has_no_place_in_a_record(lab, tmp_path: Path, monkeypatch, size: int) -> None:
+    """The record's header has the lower 16 bits of its size: no more than that is read."""
+    monkeypatch.setattr(PerfArray, "largest", 1 << 20)
+    source = written(tmp_path, "big", BIG.replace("SIZE", str(size)))
+    with opened(source, buffer=1 << 20, duration=60) as events, pytest.raises(MalformedError, match="a record that"):
+        connect_once(lab)
+        next(iter(events))
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "says"),
+    [
+        (65516, (), ""),
+        (65520, ("--buffer", "1M"), "'rows': struct big has 65520 bytes, the kernel sends 65516 at most"),
+        (8192, ("--buffer", "4K"), "--buffer 4K; struct big has 8192 bytes, which find no room in 'rows'"),
+    ],
+)
+def test_large_structs(
+    lab, run_tool: type[RunningTool], tmp_path: Path, size: int, options: tuple[str, ...], says: str
+) -> None:
+    source = written(tmp_path, "big", BIG.replace("SIZE", str(size)))
+    if says:
+        (line,) = tcpscope("run", source, *options, status=2).stderr.splitlines()
+        assert says in line
+        return
+    with run_tool("run", str(source), "--columns", "last", *options) as tool:
+        connect_once(lab)
+        assert tool.wait_for(len)[0] == {"last": 7}
+
+
+BIG = (
+    PERF_PLAIN[: PERF_PLAIN.index("struct event {")]
+    + """
+struct big { char name[16]; __u8 padding[SIZE - 20]; int last; };
+const struct big *anchor __attribute__((unused));
+"""
+    + PERF
+    + """ SEC(".maps");
+struct { __uint(type, BPF_MAP_TYPE_ARRAY); __uint(max_entries, 1); __type(key, int); __type(value, struct big); }
+	places SEC(".maps");
+SEC("tp_btf/inet_sock_set_state")
+int BPF_PROG(changed, struct sock *sk, int old, int new)
+{
+	int zero = 0;
+	struct big *big = bpf_map_lookup_elem(&places, &zero);
+
+	if (!big)
+		return 0;
+	big->last = 7;
+	bpf_perf_event_output(ctx, &rows, BPF_F_CURRENT_CPU, big, sizeof(*big));
+	return 0;
+}
+char LICENSE[] SEC("license") = "GPL";
+"""
+)

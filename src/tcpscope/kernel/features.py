@@ -251,12 +251,12 @@ def perf_event_paranoid() -> int:
         return -1
 
 
-def perf_event_denied() -> str:
-    """Why the kernel refuses a kprobe in spite of CAP_PERFMON; empty if perf_event_paranoid allows it."""
+def perf_event_denied(what: str = "kernel probes need") -> str:
+    """Why the kernel refuses this in spite of CAP_PERFMON; empty if perf_event_paranoid allows it."""
     level = perf_event_paranoid()
     if level <= 2 or has_capability("CAP_SYS_ADMIN"):
         return ""
-    return f"kernel.perf_event_paranoid is {level}: kernel probes need CAP_SYS_ADMIN"
+    return f"kernel.perf_event_paranoid is {level}: {what} CAP_SYS_ADMIN"
 
 
 def _check(status: int) -> None:

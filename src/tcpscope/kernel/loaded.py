@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class Setup:
     skip       hooks that this run does not need
     shared     maps of other objects that this object uses -> their file descriptors
     seed_once  do not seed before the hooks are attached: nobody uses the object before it is seeded after that
+    before     is called with the object before a program is attached, again if the object is loaded again
     debug      print the messages of libbpf and the verifier's log on stderr
     """
 
@@ -67,6 +68,7 @@ class Setup:
     skip: frozenset[str] = frozenset()
     shared: Mapping[str, int] = field(default_factory=dict)
     seed_once: bool = False
+    before: Callable[[Loaded], None] | None = None
     debug: bool = False
 
 
@@ -134,6 +136,8 @@ class Loaded:
                     )
             try:
                 self._load()
+                if self._setup.before:
+                    self._setup.before(self)
                 self._attach()
                 if self._entries < wanted:
                     self.notes.append(

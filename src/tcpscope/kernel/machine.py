@@ -38,6 +38,11 @@ def possible_cpus(mask: Path = Path("/sys/devices/system/cpu/possible")) -> int:
     return count if count <= _CPUS_AT_MOST else 0
 
 
+def online_cpus(mask: Path = Path("/sys/devices/system/cpu/online")) -> str:
+    """The processors that run now, as the kernel writes them: 0-3,5."""
+    return mask.read_text().strip()
+
+
 def sockets_at_most(now: int, allocates: bool) -> int:
     """The size of a table with an entry for each socket, if the machine has `now` sockets.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from typing import Any
 
-from tcpscope.errors import MalformedError
+from tcpscope.errors import MalformedError, NotPermittedError
 from tcpscope.kernel._libbpf import ffi, lib
+from tcpscope.kernel.features import perf_event_denied
 from tcpscope.kernel.resources import failed
 
 BATCH_BYTES = 256 << 10
@@ -30,14 +32,17 @@ class Ring:
 
     def _start(self, reader: Any, free: Any, drain: Any, record_size: int) -> None:
         if reader == ffi.NULL:
-            raise failed(ffi.errno, f"the {self.what} cannot be mapped")
+            raise self._failed(ffi.errno)
         self._reader = ffi.gc(reader, free)
         self._drain = drain
         self._closed = False
         self.record_size = record_size
-        self._buffer = bytearray(BATCH_BYTES)
+        self._buffer = bytearray(max(BATCH_BYTES, record_size))
         self._view = memoryview(self._buffer)
         self._pointer = ffi.from_buffer(self._buffer)
+
+    def _failed(self, error: int) -> Exception:
+        return failed(error, f"the {self.what} cannot be mapped")
 
     @property
     def lost(self) -> int | None:
@@ -52,7 +57,7 @@ class Ring:
     def batches(self) -> Iterator[memoryview]:
         """All records that are there now, in batches. A batch is valid until the next one is asked for."""
         while not self._closed:
-            size = self._drain(self._reader, self._pointer, BATCH_BYTES, self.record_size)
+            size = self._drain(self._reader, self._pointer, len(self._buffer), self.record_size)
             if size == -errno.EBADMSG:
                 what = f"the {self.what} has a record that is not of {self.record_size} bytes"
                 raise MalformedError(what, "each must be one whole event")
@@ -60,7 +65,7 @@ class Ring:
                 raise failed(-size, f"the {self.what} cannot be read")
             if size:
                 yield self._view[:size]
-            if size + self.record_size <= BATCH_BYTES:
+            if size + self.record_size <= len(self._buffer):
                 return
 
 
@@ -68,11 +73,22 @@ class PerfArray(Ring):
     """The same of a perf event array, with a buffer of `size` bytes for each processor."""
 
     what = "perf event array"
+    largest = (1 << 16) - 8 - 8 - 4
+    """Bytes of the largest record: with its headers, filled up to 8 bytes, the kernel writes its size in 16 bits."""
 
     def __init__(self, map_fd: int, record_size: int, size: int) -> None:
         self._start(lib.tcpscope_perf_new(map_fd, size), lib.tcpscope_perf_free, lib.tcpscope_perf_drain, record_size)
         self.fd: int = lib.tcpscope_perf_fd(self._reader)
         self.counts = lib.tcpscope_perf_counts(self._reader)
+
+    def _failed(self, error: int) -> Exception:
+        what = f"the {self.what} cannot be opened: {os.strerror(error)}"
+        if error == errno.EPERM:  # perf_mmap()
+            hint = "a smaller --buffer, CAP_IPC_LOCK or a larger 'ulimit -l' helps"
+            return NotPermittedError(f"{what}, beyond the limit of locked memory", hint, ("CAP_IPC_LOCK",))
+        if error == errno.EACCES:  # perf_event_open()
+            return NotPermittedError(what, perf_event_denied("perf event arrays need") or "CAP_PERFMON is needed")
+        return failed(error, f"the {self.what} cannot be opened")
 
     _lost = 0
 

@@ -229,17 +229,25 @@ struct lost {
 	uint64_t id, lost;
 };
 
-/* libbpf has consumed the record when this returns, whatever it returns. The kernel fills a record up to 8 bytes. */
+/*
+ * libbpf has consumed the record when this returns, whatever it returns. The kernel fills a record up to 8 bytes. Of a
+ * record of 64 KB and more `header.size` has only the lower 16 bits, and only that much of it can be read here.
+ */
 static enum bpf_perf_event_ret perf_copy(void *context, int cpu, struct perf_event_header *header)
 {
 	const struct sample *sample = (void *)header;
 	struct tcpscope_perf *perf = context;
 
+	if (header->size < sizeof(*header)) {
+		perf->error = -EBADMSG;
+		return LIBBPF_PERF_EVENT_ERROR;
+	}
 	if (header->type == PERF_RECORD_LOST)
 		perf->lost += ((struct lost *)header)->lost;
 	if (header->type != PERF_RECORD_SAMPLE)
 		return LIBBPF_PERF_EVENT_CONT;
-	if (sample->size < perf->record_size || sample->size - perf->record_size >= 8) {
+	if (sample->size < perf->record_size || sample->size - perf->record_size >= 8 ||
+	    header->size < sizeof(*sample) + perf->record_size) {
 		perf->error = -EBADMSG;
 		return LIBBPF_PERF_EVENT_ERROR;
 	}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from operator import attrgetter
@@ -16,6 +16,8 @@ import msgspec
 from tcpscope.errors import RefusedError, UnsupportedError, UsageError, did_you_mean
 from tcpscope.filters import Filter, address_bytes
 from tcpscope.kernel import btf as B
+from tcpscope.kernel.loaded import Loaded
+from tcpscope.kernel.machine import online_cpus
 from tcpscope.kernel.ring import PerfArray, Ring
 from tcpscope.kernel.spec import PERF_EVENT_ARRAY, RINGBUF, Spec
 from tcpscope.kernel.symbols import kernel_symbols
@@ -38,6 +40,8 @@ _HEADER = "output.bpf.h"
 _DETAILS = ("cookie", "netns", "family", "uid", "cgroup")
 _PERF_BYTES = 256 << 10
 """For each processor, within what the kernel lets a process lock without CAP_IPC_LOCK (perf_event_mlock_kb)."""
+_EACH_CPU = 0
+"""As the size of a perf event array: libbpf gives it a place for each processor that there may be."""
 _IMPORTANT = ("raddr", "time", "comm", "pid", "laddr")
 
 
@@ -136,25 +140,46 @@ class OwnProgram(Stream):
             raise UsageError("--strict", f"'{spec.name}' does not count what it loses: include event.bpf.h")
         if request.rate is not None and "rate_per_s" not in spec.variables:
             raise UsageError(f"--rate {request.rate}", "the program itself keeps to it: include event.bpf.h")
+        for name, layout in self._sources if not spec.counts else ():
+            self._check_size(name, layout, request)
         for _, layout in self._sources if not filters(spec) else ():
             check_filter(request.filter, layout)
+
+    def _check_size(self, name: str, layout: Layout, request: Request) -> None:
+        """UsageError if no event has room. The kernel writes up to 24 bytes more, and fills no buffer wholly."""
+        is_perf = self.spec.maps[name] == PERF_EVENT_ARRAY
+        has = f"struct {layout.name} has {layout.size} bytes"
+        if is_perf and layout.size > PerfArray.largest:
+            what = f"{self.spec.name}: perf event array '{name}': {has}, the kernel sends {PerfArray.largest} at most"
+            raise UsageError(what, "a ring buffer takes larger ones")
+        if request.buffer and layout.size + 24 > request.buffer:
+            size = f"{request.buffer >> 10}K"
+            raise UsageError(f"--buffer {size}", f"{has}, which find no room in '{name}'")
 
     @property
     def _only_perf(self) -> bool:
         """Whether all events come through perf event arrays, of which the kernel counts what is lost."""
         return {self.spec.maps[name] for name, _ in self._sources} == {PERF_EVENT_ARRAY}
 
-    def session(self, request: Request, by: Sequence[str] = (), number: str | None = None) -> Session:
+    def session(
+        self,
+        request: Request,
+        by: Sequence[str] = (),
+        number: str | None = None,
+        before: Callable[[Loaded], None] | None = None,
+    ) -> Session:
         counts = self.spec.counts
         rings = [name for name, _ in self._sources if not counts and self.spec.maps[name] == RINGBUF]
+        perf = [name for name, _ in self._sources if not counts and self.spec.maps[name] == PERF_EVENT_ARRAY]
         return Session(
             self.spec,
             self.layout if counts else None,
             request.filter,
             constants={"rate_per_s": request.rate or 0} if "rate_per_s" in self.spec.variables else {},
-            entries=dict.fromkeys(rings, request.buffer) if request.buffer else {},
+            entries=(dict.fromkeys(rings, request.buffer) if request.buffer else {}) | dict.fromkeys(perf, _EACH_CPU),
             skip=self.skip(request),
             ring_bytes=request.buffer or RING_BYTES,
+            before=before,
             kernel=UsersKernel(),
             debug=request.debug,
         )
@@ -165,25 +190,37 @@ class OwnProgram(Stream):
 
     def events(self, request: Request, names: Sequence[str], clock: Clock) -> Run:
         wanted = None if filters(self.spec) or request.filter.is_empty else request.filter
-        with closed_on_error(self.session(request)) as session, ExitStack() as opened:
-            sources = []
-            for at, (name, layout) in enumerate(self._sources):
-                reader: Session | Ring = session
-                if not self.spec.counts:
-                    reader = self._reader(session, name, layout, request)
-                    opened.callback(reader.close)
-                layout = session.layout or layout.named(session.kernel.enumerators)
-                rows = self._union.decoder(at, layout, names, clock, self.frame(request))
-                sources.append(Source(reader, rows, _matcher(wanted, layout)))
-            columns = [column for column in self.columns(request) if column.name in names]
-            columns.sort(key=lambda column: names.index(column.name))
-            run = OwnRun(session, sources, columns, request)
-            run.important = tuple(dict.fromkeys((*self._added, *_IMPORTANT)))
-            opened.pop_all()
-            return run
+        readers: dict[str, Ring] = {}
+        with ExitStack() as opened:
 
-    def _reader(self, session: Session, name: str, layout: Layout, request: Request) -> Ring:
-        descriptor = session.loaded.map_fd(name)
+            def before(loaded: Loaded) -> None:
+                """Open the readers: a perf event array has no room for events before."""
+                opened.close()
+                for name, layout in self._sources if not self.spec.counts else ():
+                    readers[name] = self._reader(loaded, name, layout, request)
+                    opened.callback(readers[name].close)
+                self._check_counts(request, readers.values())
+
+            with closed_on_error(self.session(request, before=before)) as session:
+                sources = []
+                for at, (name, layout) in enumerate(self._sources):
+                    layout = session.layout or layout.named(session.kernel.enumerators)
+                    rows = self._union.decoder(at, layout, names, clock, self.frame(request))
+                    sources.append(Source(readers.get(name, session), rows, _matcher(wanted, layout)))
+                columns = [column for column in self.columns(request) if column.name in names]
+                columns.sort(key=lambda column: names.index(column.name))
+                run = OwnRun(session, sources, columns, request)
+                run.important = tuple(dict.fromkeys((*self._added, *_IMPORTANT)))
+                opened.pop_all()
+                return run
+
+    def _check_counts(self, request: Request, readers: Collection[Ring]) -> None:
+        if request.strict and readers and not all(reader.counts for reader in readers):
+            what = "--strict: this kernel does not count what finds no room in a perf event array"
+            raise UnsupportedError(what, "kernels from 6.0 do; with event.bpf.h the program itself does")
+
+    def _reader(self, loaded: Loaded, name: str, layout: Layout, request: Request) -> Ring:
+        descriptor = loaded.map_fd(name)
         if self.spec.maps[name] == RINGBUF:
             return Ring(descriptor, layout.size)
         return PerfArray(descriptor, layout.size, request.buffer or _PERF_BYTES)
@@ -283,18 +320,31 @@ class OwnRun(Run):
         spec = session.spec
         self._counts = counts_events(spec)
         self._told = bool(self._readers) and all(reader.counts for reader in self._readers)
+        self._perf = any(isinstance(reader, PerfArray) for reader in self._readers)
+        self._cpus = online_cpus() if self._perf else ""
         if not self._counts and not self._told:
             self.notes.append(f"what is lost is not known: '{spec.name}' does not count it (event.bpf.h would)")
         for name, (first, *_) in spec.hooks.items():
             if first.type.partition(".")[0] == "iter" and not first.role and name in session.loaded.hooks:
                 self.notes.append(f"the iterator '{name}' is not run: ROLE(\"seeds\") runs it at the start")
 
+    _unread = False
+    """Whether a processor had no buffer: what programs sent there is neither read nor counted."""
+
+    def _look_at_cpus(self) -> None:
+        if self._perf and not self._unread and (now := online_cpus()) != self._cpus:
+            self._unread = True
+            what = f"processors {self._cpus} ran at the start, now {now}"
+            self.notes.append(f"{what}: a perf event array has no buffer for one that came, its events are not known")
+
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
+        self._look_at_cpus()
         yield from self._batches(AT_ONCE)
         self._over.say(self._session.counters)
 
     def end(self) -> Iterator[Batch]:
+        self._look_at_cpus()
         self._session.end()
         yield from self._batches(None)
         self._over.say(self._session.counters, at_once=True)
@@ -325,6 +375,8 @@ class OwnRun(Run):
             return stats
         lost = stats.lost + sum(reader.lost or 0 for reader in self._readers)
         values = vars(stats) | {"lost": lost, "seen": stats.shown + stats.filtered + lost}
+        if self._unread:
+            return Unread(**values)
         return Told(**values) if self._told else Uncounted(**values)
 
 
@@ -354,6 +406,15 @@ class Uncounted(Stats):
     @property
     def lossless(self) -> bool:
         return not self.missed and not self.lost
+
+
+@dataclass
+class Unread(Uncounted):
+    """The account of perf event arrays, if a processor had no buffer for some time."""
+
+    @property
+    def lossless(self) -> bool:
+        return False
 
 
 def counts_events(spec: Spec) -> bool:
