@@ -157,6 +157,48 @@ def test_what_is_wrong_is_named(tmp_path: Path, change: tuple[str, str], words: 
     assert says in line
 
 
+OTHER_RING = 'struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); VALUE } others SEC(".maps");\n'
+COUNTERS = PERF.replace("rows", "counters") + ' SEC(".maps");\n'
+TYPEDEF = "typedef struct { int a; } unnamed;\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "words"),
+    [
+        (COUNTERS, "rows", ()),
+        (OTHER_RING.replace("VALUE", ""), "events", ()),
+        (OTHER_RING.replace("VALUE", "__type(value, struct sock);"), "rows", ("--event", "event")),
+        (TYPEDEF + OTHER_RING.replace("VALUE", "__type(value, unnamed);"), "events", ()),
+        (TYPEDEF + COUNTERS.replace("__uint(value_size, 4)", "__type(value, unnamed)"), "rows", ()),
+    ],
+)
+def test_one_map_need_not_say_its_struct(
+    lab, run_tool: type[RunningTool], tmp_path: Path, more: str, name: str, words: tuple[str, ...]
+) -> None:
+    """The only ring buffer, the map `events`, the one that is left for --event."""
+    text = PLAIN.replace(RING, RING.replace("rows", name)).replace("&rows", f"&{name}")
+    text = text.replace('SEC("tp_btf', f'{more}SEC("tp_btf', 1)
+    with run_tool("run", str(written(tmp_path, "beside", text)), *words) as tool:
+        connect_once(lab)
+        tool.wait_for(len)
+    assert tool.done
+    assert list(tool.done.rows[0]) == ["pid", "comm", "lport", "rport", "raddr", "family", "old", "new"]
+    assert ("is not read: it does not say its struct" in tool.done.stderr) == (not words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "which struct has rows?; say it in the map: __type(value, struct NAME), or call it 'events'"),
+        (("--event", "event"), "which struct has rows?"),
+    ],
+)
+def test_several_maps_without_a_struct(tmp_path: Path, words: tuple[str, ...], says: str) -> None:
+    text = PLAIN.replace('SEC("tp_btf', OTHER_RING.replace("VALUE", "") + 'SEC("tp_btf', 1)
+    (line,) = tcpscope("run", written(tmp_path, "both", text), *words, status=2).stderr.splitlines()
+    assert says in line
+
+
 def test_records_of_another_size(lab, run_tool: type[RunningTool], tmp_path: Path) -> None:
     text = PERF_PLAIN.replace("e, sizeof(*e));", "e, sizeof(*e) - 8);")
     with run_tool("run", str(written(tmp_path, "short", text))) as tool:

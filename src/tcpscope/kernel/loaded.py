@@ -213,10 +213,9 @@ class Loaded:
         sizes = {name: len(keys) for name, keys in self._setup.keys.items() if keys}
         for name, entries in (self._setup.entries | sizes).items():
             lib.bpf_map__set_max_entries(self._map(name), entries)
-        for name, struct in self.spec.channels.items():
-            if struct:  # the type says what the events are; the kernel wants the size of the map's own values
-                size = 0 if self.spec.maps[name] == RINGBUF else 4
-                lib.bpf_map__set_value_size(self._map(name), size)
+        for name in () if self.spec.counts else self.spec.channels:
+            # A type says what the events are. The kernel wants the size of the map's own values.
+            lib.bpf_map__set_value_size(self._map(name), 0 if self.spec.maps[name] == RINGBUF else 4)
         for name, size in self._setup.key_bytes.items():
             lib.bpf_map__set_key_size(self._map(name), size)
         for name, descriptor in self._setup.shared.items():

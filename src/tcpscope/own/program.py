@@ -210,9 +210,16 @@ class OwnProgram(Stream):
                 columns = [column for column in self.columns(request) if column.name in names]
                 columns.sort(key=lambda column: names.index(column.name))
                 run = OwnRun(session, sources, columns, request)
+                run.notes += self._left_out(request)
                 run.important = tuple(dict.fromkeys((*self._added, *_IMPORTANT)))
                 opened.pop_all()
                 return run
+
+    def _left_out(self, request: Request) -> list[str]:
+        """A line for each map that is not read, unless one struct was asked for."""
+        read = [name for name, _ in self._sources]
+        left = [name for name in self.spec.channels if name not in read and request.options["event"] is None]
+        return [f"map '{name}' is not read: it does not say its struct (__type(value, struct NAME))" for name in left]
 
     def _check_counts(self, request: Request, readers: Collection[Ring]) -> None:
         if request.strict and readers and not all(reader.counts for reader in readers):
@@ -480,20 +487,40 @@ def check_sections(spec: Spec) -> None:
 
 
 def events_of(spec: Spec, asked: str | None) -> dict[str, str]:
-    """The maps through which events come -> their structs. With `asked` those that have this struct. UsageError."""
+    """The maps through which events come -> their structs. With `asked` those that have this struct. UsageError.
+
+    One map needs not say its struct: the only one, or of several the ring buffer or the one with the name `events`.
+    Perf event arrays beside it may be for something else, as for hardware counters.
+    """
     channels = spec.channels
-    if len(channels) < 2:
-        name, struct = next(iter(channels.items()), ("", ""))
-        return {name: event_of(spec, asked) if asked or not struct else struct}
-    if unknown := [name for name, struct in channels.items() if not struct]:
-        what = f"{spec.name}: of several maps with events ({', '.join(channels)}), which struct has {unknown[0]}?"
-        raise UsageError(what, "say it in the map: __type(value, struct NAME)")
-    found = {name: struct for name, struct in channels.items() if asked in (None, struct)}
-    if not found:
-        structs = sorted(set(channels.values()))
-        hint = did_you_mean(asked or "", structs) or f"there are {', '.join(structs)}"
-        raise UsageError(f"--event {asked}: no map of '{spec.name}' has such events", hint)
-    return found
+    typed = {name: struct for name, struct in channels.items() if struct and asked in (None, struct)}
+    untyped = [name for name, struct in channels.items() if not struct]
+    main = _main_of(spec)
+    if asked and not typed:
+        alone = main if main in untyped or len(channels) == 1 else untyped[0] if len(untyped) == 1 else ""
+        if alone:
+            return {alone: event_of(spec, asked)}
+        if not untyped:
+            structs = sorted(set(channels.values()))
+            hint = did_you_mean(asked, structs) or f"there are {', '.join(structs)}"
+            raise UsageError(f"--event {asked}: no map of '{spec.name}' has such events", hint)
+    elif asked or main in typed:
+        return typed
+    elif main:
+        return typed | {main: event_of(spec, None)}
+    if unclear := [name for name in untyped if not typed or spec.maps[name] == RINGBUF]:
+        what = f"{spec.name}: of several maps with events ({', '.join(channels)}), which struct has {unclear[0]}?"
+        raise UsageError(what, "say it in the map: __type(value, struct NAME), or call it 'events'")
+    return typed
+
+
+def _main_of(spec: Spec) -> str:
+    """The map that has the events if none says so; empty: that cannot be told."""
+    rings = [name for name in spec.channels if spec.maps.get(name) == RINGBUF]
+    for names in (["events"] if "events" in spec.channels else [], list(spec.channels), rings):
+        if len(names) == 1:
+            return names[0]
+    return ""
 
 
 def event_of(spec: Spec, asked: str | None) -> str:
