@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from tcpscope.errors import TcpscopeError
+from tcpscope.errors import RefusedError, TcpscopeError
 from tcpscope.kernel.spec import Program, Spec
 from tcpscope.kernel.verifier import source_line, verifier_hint
 from tcpscope.own import refusal
@@ -176,6 +178,27 @@ def refused(source: Path, spec: Spec, program: str, log: str | None = None) -> T
         own.open(Request(options={"event": None, "log": log}))
     assert error.value.exit_status == 3
     return error.value
+
+
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (errno.EILSEQ, "an offset must be where an instruction begins"),
+        (errno.EINVAL, "an offset must be where an instruction begins"),
+        (errno.EACCES, "said"),
+        (errno.ENOENT, "said"),
+    ],
+)
+def test_an_offset_is_blamed_only_for_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, hint: str
+) -> None:
+    section = 'SEC("kprobe/tcp_v4_connect+0x10")'
+    text = f"{HEAD}{section}\nint within(void *context)\n{{\n\tsend(1);\n\treturn 0;\n}}\n{GPL}"
+    spec = Spec("it", compiled(written(tmp_path, "it", text)))
+    message = f"it: program 'within': cannot be attached ({os.strerror(error)})"
+    monkeypatch.setattr(refusal, "near", lambda program: "")
+    found = refusal.explained(RefusedError(message, "", "within", "", "said"), spec, None, None)
+    assert str(found) == f"{message}; {hint}"
 
 
 @pytest.fixture(scope="module")

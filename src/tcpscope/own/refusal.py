@@ -18,6 +18,7 @@ from tcpscope.own.hooks import UsersKernel, module_of
 _EVENTS = (Path("/sys/kernel/tracing/events"), Path("/sys/kernel/debug/tracing/events"))
 _NEAR = 3
 _OFFSET = "an offset must be where an instruction begins"
+_NO_INSTRUCTION = (errno.EILSEQ, errno.EINVAL)  # arch_prepare_kprobe() of x86, and of arm64
 
 
 def explained(error: RefusedError, spec: Spec, source: Path | None, log_to: str | None) -> TcpscopeError:
@@ -27,7 +28,8 @@ def explained(error: RefusedError, spec: Spec, source: Path | None, log_to: str 
         return error  # of another object, which it uses
     lines = verifier_lines(error.log)
     if not lines:
-        offset = _OFFSET if "+" in program.target else ""
+        within = "+" in program.target and any(os.strerror(each) in error.message for each in _NO_INSTRUCTION)
+        offset = _OFFSET if within else ""
         return UnsupportedError(error.message, near(program) or offset or error.said)
     hint = verifier_hint(error.log, program.section)
     if not hint and os.strerror(errno.ENOSPC) in error.message:
