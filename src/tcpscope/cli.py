@@ -233,7 +233,7 @@ BUFFER = click.Option(
     ["--buffer"],
     callback=_bytes,
     metavar="SIZE",
-    help="Size of the ring buffer between kernel and tool.  [default: 4M]",
+    help=toolbox.Tool.buffer,
 )
 RATE = click.Option(
     ["--rate"],
@@ -410,7 +410,10 @@ def command_of(
 
     def used(options: Sequence[click.Option]) -> list[click.Option]:
         return [
-            changed(option, help=_with(only_with.get(option.name or ""), option.help or ""))
+            changed(
+                option,
+                help=_with(only_with.get(option.name or ""), tool.buffer if option is BUFFER else option.help or ""),
+            )
             for option in options
             if option not in useless
         ]

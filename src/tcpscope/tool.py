@@ -44,6 +44,7 @@ class Tool(ABC):
     only_with     an option -> another one that it needs
     rated         its rows are events, so a terminal shows --rate of them in a second
     event         its event struct, which comes through the ring buffer (--buffer); empty: none
+    buffer        what --buffer is
     examples      command lines, without `tcpscope` -> what they do; the help begins with them
     for_more      an optional capability -> what it is for
     """
@@ -62,6 +63,7 @@ class Tool(ABC):
     only_with: Mapping[str, str] = {}
     rated = False
     event = ""
+    buffer = "Size of the ring buffer between kernel and tool.  [default: 4M]"
     examples: Mapping[str, str] = {}
     capabilities: tuple[str, ...] = PRIVILEGES
     for_more: ClassVar[Mapping[str, str]] = {}

@@ -197,3 +197,10 @@ def test_what_python_is_told(plain: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError) as error:
             tcpscope.open(path, **asked)
         assert says in str(error.value)
+
+
+def test_the_help_says_how_large_the_buffers_are() -> None:
+    text = " ".join(command_line("run", "--help", status=0).stdout.split())
+    assert "perf event array's buffer for each processor. [default: what the ring buffer's map says, 4M with" in text
+    assert "256K for each processor]" in text
+    assert "kernel and tool. [default: 4M]" in " ".join(command_line("states", "--help", status=0).stdout.split())

@@ -65,6 +65,10 @@ class OwnProgram(Stream):
             ("--log",), "If the kernel refuses the program: write the verifier's whole log here.", str, metavar="FILE"
         ),
     )
+    buffer = (
+        "Size of the ring buffer between kernel and tool, or of a perf event array's buffer for each processor.  "
+        "[default: what the ring buffer's map says, 4M with output.bpf.h; 256K for each processor]"
+    )
     examples = {
         "run mine.bpf.c": "compile it and show its events",
         "run mine.bpf.o -R 443 -o json": "an object file, with a filter",
