@@ -284,6 +284,29 @@ THERE, BACK = way_of("c:c m:>to_c m:to_s s:>s"), way_of("s:s m:>to_s m:to_c c:>c
 
 
 @pytest.mark.kernel
+def test_a_router_that_is_left_out(way: Way, run_tool: Any) -> None:
+    """It has no rows. The packets that it forwards keep their numbers, and the time since its XMIT is known."""
+    way.routed()
+    for _ in range(ATTEMPTS):
+        with run_tool("trace", *way.only(way.client, way.server), "--port", f"{PORT}", "--buffer", "64M") as tool:
+            talk(way, SERVER, PORT, sizes=(1000,))
+        if not tool.done.stats["missed"]:
+            break
+    assert tool.done.stats["missed"] == 0
+    assert {way.names[row["netns"]] for row in tool.done.rows} == {"client", "server"}
+    sent = {"client": [place for place in THERE if place[0] != "middle"]}
+    sent["server"] = [place for place in BACK if place[0] != "middle"]
+    found = [row for row in tool.done.rows if row["data_bytes"] == 1000 and row["hop"] == "RECEIVE"]
+    assert {row["netns"] for row in found} == {way.client.inode, way.server.inode}
+    for row in found:
+        rows = [other for other in tool.done.rows if other["packet"] == row["packet"] and other["hop"] in DEVICES]
+        sender = way.names[rows[0]["netns"]]
+        assert [(way.names[other["netns"]], other["hop"], other["device"]) for other in rows] == sent[sender], rows
+        assert row["before"] == "XMIT"
+        assert row["since_us"] is not None
+
+
+@pytest.mark.kernel
 def test_a_router(way: Way, run_tool: Any) -> None:
     way.routed()
     check(way, run_tool, THERE, BACK, (SERVER, PORT, SERVER))

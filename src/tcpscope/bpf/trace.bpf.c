@@ -107,7 +107,8 @@ struct piece {
 	bool hidden;   /* in a tunnel: its device has put another header before its own */
 	enum hop side; /* the last hop at a function that it has passed since `hop`; HOP_UNKNOWN: none */
 	__u8 where;    /* of `side` */
-	__u8 padding[4];
+	bool left_out; /* the filter excludes where it is: it is followed without rows, to where it may be chosen again */
+	__u8 padding[3];
 };
 
 /* A packet that is followed by its skb. */
@@ -247,6 +248,8 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 		at->device; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
 	struct trace room, *event;
 
+	if (piece->left_out)
+		return 0;
 	if (last_ns && !at->late)
 		since_us = at->now_ns > last_ns ? (at->now_ns - last_ns) / 1000 : 0;
 	if (since_min_us && (since_us == (__u64)-1 || since_us < since_min_us)) {
@@ -640,6 +643,8 @@ static __noinline bool is_over(const struct followed *followed)
 		       (!lives || !is_after(followed->piece.end_seq, acked));
 	if (followed->piece.hop != HOP_RECEIVE)
 		return followed->piece.hop == HOP_TCP;
+	if (followed->piece.left_out) /* most likely it has arrived */
+		return true;
 	if (!tcp)
 		return bpf_ktime_get_ns() - followed->piece.last_ns > GONE_NS;
 	return !lives || !(is_after(followed->piece.end_seq, BPF_CORE_READ(tcp, rcv_nxt)) ||
@@ -1020,14 +1025,11 @@ static __noinline int received(struct sk_buff *skb)
 		at.device = device;
 		chosen = is_owner_chosen(at.sk);
 	}
-	if (!chosen) {
-		if (followed)
-			followed_delete(skb);
-		return 0;
-	}
-	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece)))
+	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece))) {
+		followed_delete(skb);
 		followed = NULL;
-	if (!followed && !hidden)
+	}
+	if (!followed && !hidden && chosen)
 		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
 	if (!followed)
 		return 0;
@@ -1038,6 +1040,7 @@ static __noinline int received(struct sk_buff *skb)
 	followed->piece.direction = WAY_RECEIVED;
 	followed->piece.waits = false;
 	followed->piece.hidden = hidden;
+	followed->piece.left_out = !chosen;
 	if (!hidden)
 		piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
 	if (!at.sk)
@@ -1109,6 +1112,7 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 	if (followed) {
 		followed->id = flow->id;
 		followed->sk = followed->owned = (__u64)sk;
+		followed->piece.left_out = false;
 		at.sk = sk;
 		followed->piece.end_seq = end_seq;
 		followed->piece.flags |= fin;
