@@ -185,10 +185,10 @@ def test_which_struct_a_map_has(folder: Path) -> None:
     assert events_of(both, None) == {"ma": "a", "mb": "b"}
     assert events_of(both, "b") == {"mb": "b"}
     assert "--event c: no map of 'it' has such events; there are a, b" in said(events_of, both, "c")
-    unknown = spec_of(folder, STRUCTS + a + ring("mine") + PROGRAM)
+    unknown = spec_of(folder, STRUCTS + a + ring("mine") + ring("other") + PROGRAM)
     assert said(events_of, unknown, None) == (
-        "it: of several maps with events (ma, mine), which struct has mine?; "
-        "say it in the map: __type(value, struct NAME)"
+        "it: of several maps with events (ma, mine, other), which struct has mine?; "
+        "say it in the map: __type(value, struct NAME), or call it 'events'"
     )
 
 
