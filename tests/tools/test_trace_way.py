@@ -107,6 +107,26 @@ class Way:
             self.peered(self.client, keys[1], SERVER)
             self.peered(self.server, keys[0], CLIENT)
 
+    def tunnel_in_ipv6(self) -> None:
+        """A VXLAN of IPv4 between the ends, whose own packets are IPv6."""
+        self.run(self.middle, "sysctl -qw net.ipv6.conf.all.forwarding=1")
+        for space, device, address in (
+            (self.client, "c", "2001:db8:1::2"),
+            (self.middle, "to_c", "2001:db8:1::1"),
+            (self.middle, "to_s", "2001:db8:2::1"),
+            (self.server, "s", "2001:db8:2::2"),
+        ):
+            self.run(space, f"sysctl -qw net.ipv6.conf.{device}.disable_ipv6=0")
+            self.run(space, f"ip addr add {address}/64 dev {device} nodad")
+        for end, here, there, number in ((self.client, 1, 2, 1), (self.server, 2, 1, 2)):
+            self.run(end, f"ip route add default via 2001:db8:{here}::1")
+            ends = f"local 2001:db8:{here}::2 remote 2001:db8:{there}::2"
+            self.run(end, f"ip link add t0 type vxlan id 7 dstport 4789 {ends}")
+            self.up(end, "t0")
+            self.run(end, f"ip addr add 192.0.2.{number}/24 dev t0; ip link set t0 mtu 1400")
+        self.neighbour(self.client, "t0", "192.0.2.2", self.server, "t0")
+        self.neighbour(self.server, "t0", "192.0.2.1", self.client, "t0")
+
     def keyed(self, end: Namespace) -> str:
         """Give it a private key; the kernel tells the public one."""
         from pyroute2 import WireGuard
@@ -382,6 +402,56 @@ def test_a_tunnel(way: Way, run_tool: Any, kind: str) -> None:
     way.tunnel(kind)
     there, back = inside(THERE, "client", "server"), inside(BACK, "server", "client")
     check(way, run_tool, there, back, ("192.0.2.2", PORT, "192.0.2.2"))
+
+
+def of_packet(rows: Rows, number: int) -> Rows:
+    return [row for row in rows if row["packet"] == number]
+
+
+def test_segments_in_a_tunnel_of_the_other_ip_version(way: Way, run_tool: Any) -> None:
+    """The queue discipline below the tunnel's device cuts the packets."""
+    skip_without("vxlan")
+    way.tunnel_in_ipv6()
+    way.run(way.client, "tc qdisc replace dev c root tbf rate 100mbit burst 1600 latency 10s")
+    with run_tool("trace", *way.only(), "--port", f"{PORT}", "--buffer", "64M") as tool:
+        talk(way, "192.0.2.2", PORT, at="192.0.2.2", sizes=(20_000,))
+    rows = tool.done.rows
+    cut = [row for row in rows if row["hop"] == "SEGMENTED" and row["netns"] == way.client.inode]
+    assert cut
+    for whole in cut:
+        mine = of_packet(rows, whole["packet"])
+        segments = [row for row in mine if row["hop"] == "XMIT" and row["device"] == "c"]
+        assert covered(segments, whole["seq"]) == whole["data_bytes"], mine
+
+
+def test_a_packet_that_waits_for_arp_below_a_tunnel(way: Way, run_tool: Any) -> None:
+    skip_without("vxlan")
+    way.tunnel("vxlan")
+    way.run(way.client, f"ip neigh del {ROUTER} dev c")
+    with run_tool("trace", *way.only(), "--port", f"{PORT}", "--buffer", "64M") as tool:
+        talk(way, "192.0.2.2", PORT, at="192.0.2.2", sizes=(1,))
+    first = next(row for row in tool.done.rows if row["flags"] == "SYN")
+    places = [
+        (way.names[row["netns"]], row["hop"], row["device"])
+        for row in of_packet(tool.done.rows, first["packet"])
+        if row["hop"] in DEVICES
+    ]
+    assert places[:4] == [*(("client", hop, "t0") for hop in OUT), ("client", "QUEUE", "c")]
+    assert sorted(places) == sorted(inside(THERE, "client", "server"))
+
+
+def test_nat_before_a_tunnel(way: Way, run_tool: Any) -> None:
+    """Below the tunnel's device a received packet has the ends of its header, not those of the socket that sent it."""
+    skip_without("vxlan")
+    way.tunnel("vxlan")
+    way.nat(way.client, f"output tcp dport {OUTSIDE} dnat to 192.0.2.2:{PORT}")
+    with run_tool("trace", *way.only(), "--port", f"{PORT},{OUTSIDE}", "--buffer", "64M") as tool:
+        talk(way, "192.0.2.99", OUTSIDE, at="192.0.2.2", sizes=(1000,))
+    sent = [row for row in tool.done.rows if row["hop"] == "QUEUE" and row["netns"] == way.client.inode]
+    assert {row["rport"] for row in sent} == {OUTSIDE}
+    received = [row for row in tool.done.rows if row["hop"] == "RECEIVE" and row["device"] in ("to_c", "s")]
+    ends = {(row["device"], row["family"], row["laddr"], row["lport"], row["raddr"]) for row in received}
+    assert ends == {(device, 4, "192.0.2.2", PORT, "192.0.2.1") for device in ("to_c", "s")}
 
 
 @pytest.mark.kernel

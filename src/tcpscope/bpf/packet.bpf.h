@@ -42,9 +42,9 @@ enum of_tcp { OF_TCP_NO, OF_TCP, OF_TCP_UNKNOWN };
 
 /*
  * Reads the headers of a packet, whose IP header is `at` bytes from skb->head. The kernel sets skb->protocol when it receives a packet, and
- * when it has added the IP header to one that it sends. The headers stay at skb->head when it removes them. Those of a
- * later fragment have no TCP header, and it may lie outside of the linear part of the packet. Nobody has tested yet that the IP
- * header is as long as it must be.
+ * when it has added the IP header to one that it sends. Behind the header of a tunnel may be the other version of IP. The headers stay at
+ * skb->head when it removes them. Those of a later fragment have no TCP header, and it may lie outside of the linear part of the packet.
+ * Nobody has tested yet that the IP header is as long as it must be.
  */
 static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, struct packet *packet)
 {
@@ -52,6 +52,7 @@ static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, stru
 	__u32 end = skb->tail;
 	__u64 length; /* of 64 bits, of which the verifier of 5.10 follows the bound */
 	struct header header = {};
+	bool inner;
 
 	packet->flags = NO_FLAGS;
 	if (at + IPV4_BYTES > end)
@@ -61,7 +62,8 @@ static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, stru
 	if (length > HEADERS_BYTES)
 		length = HEADERS_BYTES;
 	bpf_probe_read_kernel(headers, length, skb->head + at);
-	if (skb->protocol == bpf_htons(ETH_P_IP) && headers[0] >> 4 == 4) {
+	inner = at == skb->inner_network_header;
+	if ((inner || skb->protocol == bpf_htons(ETH_P_IP)) && headers[0] >> 4 == 4) {
 		header.type = headers[9];
 		header.at = (headers[0] & 15) * 4;
 		header.later = (headers[6] & 31) || headers[7];
@@ -69,7 +71,7 @@ static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, stru
 		packet->bytes = headers[2] << 8 | headers[3];
 		map_v4(packet->saddr, *(__be32 *)&headers[12]);
 		map_v4(packet->daddr, *(__be32 *)&headers[16]);
-	} else if (skb->protocol == bpf_htons(ETH_P_IPV6) && headers[0] >> 4 == 6 && length >= IPV6_BYTES) {
+	} else if ((inner || skb->protocol == bpf_htons(ETH_P_IPV6)) && headers[0] >> 4 == 6 && length >= IPV6_BYTES) {
 		header.type = headers[6];
 		header.at = IPV6_BYTES;
 		packet->family = 6;

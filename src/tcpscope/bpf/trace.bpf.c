@@ -557,6 +557,12 @@ static __noinline bool is_inside(struct sk_buff *skb, const struct followed *fol
 	return bpf_ntohl(numbers[0]) == followed->piece.seq && bpf_ntohl(numbers[1]) == followed->piece.ack;
 }
 
+/* The headers behind that of a tunnel. */
+static __always_inline enum of_tcp inner_read(struct sk_buff *skb, struct packet *packet)
+{
+	return packet_read_at(skb, skb->inner_network_header, packet);
+}
+
 /* Is the packet still the one that was followed? Less than 0: that shows later. */
 static __noinline int is_still(struct sk_buff *skb, const struct followed *followed)
 {
@@ -777,11 +783,13 @@ static __always_inline void follow_on(struct flow *flow, int which, __u32 begins
 
 /*
  * Is a packet that was followed to this hop the one that a device gets now? A packet that a device has received has skb_iif. Without
- * it the skb is new, at an address whose last packet may have been the same: a keepalive, or a SYN-ACK that is sent again.
+ * it the skb is new, at an address whose last packet may have been the same: a keepalive, or a SYN-ACK that is sent again. One in a
+ * tunnel, whose device has taken it, may have waited for the link address of the next hop (ARP).
  */
-static __always_inline bool may_be_queued(struct sk_buff *skb, enum hop hop)
+static __always_inline bool may_be_queued(struct sk_buff *skb, enum hop hop, bool hidden)
 {
-	return hop == HOP_TRANSMIT || hop == HOP_START_XMIT || (hop == HOP_RECEIVE && skb->skb_iif);
+	return hop == HOP_TRANSMIT || hop == HOP_START_XMIT || (hop == HOP_RECEIVE && skb->skb_iif) ||
+	       (hop == HOP_XMIT && hidden);
 }
 
 /* TCP, or who forwards, gives the packet to a device. A device may give it to another one. */
@@ -801,7 +809,8 @@ static __noinline int queued(struct sk_buff *skb)
 			return 0;
 		hidden = true;
 	}
-	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_be_queued(skb, followed->piece.hop))) {
+	if (followed &&
+	    ((!hidden && !is_same(followed, &packet)) || !may_be_queued(skb, followed->piece.hop, hidden))) {
 		followed_delete(skb);
 		followed = NULL;
 	}
@@ -863,8 +872,7 @@ static __noinline struct followed *segment_begin(struct sk_buff *skb)
 	if (!is_sent_here(skb))
 		return NULL;
 	flow = flow_find(sk);
-	if (!flow || (packet_read(skb, &packet) != OF_TCP &&
-		      packet_read_at(skb, BPF_CORE_READ(skb, inner_network_header), &packet) != OF_TCP))
+	if (!flow || (packet_read(skb, &packet) != OF_TCP && inner_read(skb, &packet) != OF_TCP))
 		return NULL;
 	if (packet.flags == NO_FLAGS)
 		return NULL;
@@ -988,16 +996,22 @@ static __noinline int received_note(struct sk_buff *skb)
 	return 0;
 }
 
-/* The ends of a packet that a device receives in a tunnel. */
-static __always_inline void ends_inside(const struct followed *followed, struct identity *id)
-{
-	bool sent = followed->piece.direction == WAY_SENT;
+enum arrived { ARRIVED_OTHER, ARRIVED, ARRIVED_INSIDE };
 
-	id->family = followed->id.family;
-	id->lport = sent ? followed->id.rport : followed->id.lport;
-	id->rport = sent ? followed->id.lport : followed->id.rport;
-	__builtin_memcpy(id->laddr, sent ? followed->id.raddr : followed->id.laddr, 16);
-	__builtin_memcpy(id->raddr, sent ? followed->id.laddr : followed->id.raddr, 16);
+/* What a device receives, with its ends: a packet, or one in a tunnel that is followed. Apart, for the stack of received(). */
+static __noinline enum arrived arrived_read(struct sk_buff *skb, const struct followed *followed, struct packet *packet,
+					    struct identity *id)
+{
+	enum arrived arrived = ARRIVED;
+
+	if (packet_read_at(skb, data_offset(skb), packet) != OF_TCP || packet->flags == NO_FLAGS) {
+		if (!followed || !is_inside(skb, followed) || inner_read(skb, packet) != OF_TCP)
+			return ARRIVED_OTHER;
+		arrived = ARRIVED_INSIDE;
+	}
+	ends_read(packet, false, id);
+	id->netns = BPF_CORE_READ(skb->dev, nd_net.net, ns.inum);
+	return arrived;
 }
 
 /* A device receives a packet. It may be one that was sent on this host. It belongs to another connection now. */
@@ -1008,21 +1022,15 @@ static __noinline int received(struct sk_buff *skb)
 	struct at at = at_hop(HOP_RECEIVE);
 	struct packet packet = {};
 	struct identity id = {};
-	bool chosen, hidden = false;
+	enum arrived arrived = arrived_read(skb, followed, &packet, &id);
+	bool chosen, hidden = arrived == ARRIVED_INSIDE;
 
-	if (packet_read_at(skb, data_offset(skb), &packet) != OF_TCP || packet.flags == NO_FLAGS) {
-		if (!followed || !is_inside(skb, followed))
-			return 0;
-		hidden = true;
-		ends_inside(followed, &id);
-	} else {
-		ends_read(&packet, false, &id);
-	}
-	id.netns = BPF_CORE_READ(device, nd_net.net, ns.inum);
+	if (arrived == ARRIVED_OTHER)
+		return 0;
+	at.device = device;
 	chosen = filter_identity(&id);
 	if (chosen) {
 		at.sk = (struct sock *)socket_with(&id);
-		at.device = device;
 		chosen = is_owner_chosen(at.sk);
 	}
 	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece))) {
