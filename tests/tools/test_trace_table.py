@@ -24,11 +24,12 @@ Ends = tuple[socket.socket, socket.socket]
 
 
 @contextmanager
-def watching(places: int) -> Iterator[tuple[Session, dict[int, list[str]]]]:
+def watching(lab: Lab, places: int) -> Iterator[tuple[Session, dict[int, list[str]]]]:
     """The probe with so many places. Behind the block: the hops of each packet."""
     packets: dict[int, list[str]] = defaultdict(list)
     entries = {"packets": places, "tickets": places}
-    with Session("trace", "trace", Filter(port=(PortRange(PORT, PORT),)), entries=entries) as session:
+    chosen = Filter(port=(PortRange(PORT, PORT),), netns=(lab.client.inode, lab.server.inode))
+    with Session("trace", "trace", chosen, entries=entries) as session:
         assert session.layout is not None
         yield session, packets
         for batch in session.batches():
@@ -75,7 +76,7 @@ def discarded(packets: dict[int, list[str]]) -> int:
 
 def kept(lab: Lab, places: int) -> tuple[dict[int, list[str]], int]:
     """Many packets wait in a queue discipline, which discards them. Their hops, and how many are missed."""
-    with listening(lab) as listener, ExitStack() as held, watching(places) as (session, packets):
+    with listening(lab) as listener, ExitStack() as held, watching(lab, places) as (session, packets):
         ends = [connected(lab, listener, held) for _ in range(CONNECTIONS)]
         # Nine packets pass at once, and another one each 20 seconds.
         shape(lab, "replace", "dev", "veth0", "root", "tbf", "rate", "64bit", "burst", "1600", "limit", "100000")
@@ -112,7 +113,7 @@ def test_what_has_no_hop_left_is_not_missed(lab: Lab) -> None:
         with listening(lab) as listener, lab.client.socket(socket.AF_INET, socket.SOCK_DGRAM) as unread:
             unread.bind(("127.0.0.1", 0))
             unread.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 24)
-            with watching(64) as (session, packets):
+            with watching(lab, 64) as (session, packets):
                 for _ in range(100):
                     with ExitStack() as held:
                         connected(lab, listener, held)
