@@ -497,6 +497,8 @@ def events_of(spec: Spec, asked: str | None) -> dict[str, str]:
     Perf event arrays beside it may be for something else, as for hardware counters.
     """
     channels = spec.channels
+    if not channels:
+        return {"events": event_of(spec, asked)}
     typed = {name: struct for name, struct in channels.items() if struct and asked in (None, struct)}
     untyped = [name for name, struct in channels.items() if not struct]
     main = _main_of(spec)
