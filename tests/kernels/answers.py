@@ -52,6 +52,21 @@ class Answers:
         """The numbers of the helpers that a program or function calls on this kernel."""
         return code.helpers(self.spec, piece, self._constants.get(piece, ()))
 
+    def stack(self, program: str, step: int) -> tuple[int, str]:
+        """How many bytes of stack a program takes with what it calls, and the deepest way. Frames are multiples of `step`.
+
+        As check_max_stack_depth() in the kernel's verifier.c: a call counts also where it is not reached.
+        """
+        used = self.used([program])
+
+        def deepest(piece: str) -> tuple[int, str]:
+            own = code.frame(self.spec, piece, self._constants.get(piece, ())) if piece in used else 0
+            size = -(-max(own, 1) // step) * step
+            below = max(map(deepest, code.calls(self.spec, piece, ())), default=(0, ""))
+            return size + below[0], f"{piece} {size}{', ' if below[1] else ''}{below[1]}"
+
+        return deepest(program)
+
     def of(self, programs: Collection[str]) -> dict[Relocation, Answer]:
         """The answers to what these programs, and the functions of the object, ask for."""
         used, own = self.used(programs), {*programs} | (code.pieces(self.spec).keys() - self._programs)

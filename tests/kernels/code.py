@@ -1,4 +1,4 @@
-"""The instructions of an object: which arguments a program reads, what it reaches, which helpers it calls.
+"""The instructions of an object: which arguments a program reads, what it reaches, which helpers it calls, its stack.
 
 The format of an instruction: Documentation/bpf/standardization/instruction-set.rst in the kernel's tree.
 """
@@ -27,6 +27,8 @@ _OPERATIONS = {0x00: operator.add, 0x40: operator.or_, 0x50: operator.and_, 0xA0
 _COMPARISONS = {0x10: operator.eq, 0x50: operator.ne}
 _A_HELPER, _OF_THE_OBJECT = 0, 1  # what is called, in the place of the source register
 _TEXT = ".text"
+_FRAME = 10  # the register that points to the end of the stack
+_LOAD, _STORES, _ADD = 1, (2, 3), 0x07
 _SCRATCH = frozenset(range(6))  # registers that a call does not keep
 
 
@@ -174,6 +176,25 @@ def calls(spec: Spec, piece: str, constants: Constants) -> frozenset[str]:
     """The functions that a program or function calls, where it is reached."""
     reach = reached(spec, piece, constants)
     return frozenset(_called(spec, piece, (each for each in _instructions(spec, piece) if each.at in reach)))
+
+
+@cache
+def frame(spec: Spec, piece: str, constants: Constants) -> int:
+    """How many bytes of stack a program or function uses, where it is reached: as deep as it reads, writes or points."""
+    deepest, pointers = 0, set[int]()
+    reach = reached(spec, piece, constants)
+    for each in _instructions(spec, piece):
+        if each.at not in reach:
+            continue
+        kind = each.opcode & 7
+        if (each.source if kind == _LOAD else each.target if kind in _STORES else None) == _FRAME:
+            deepest = max(deepest, -each.offset)
+        elif each.opcode == _ADD and each.target in pointers:
+            deepest = max(deepest, -each.immediate)
+        pointers.discard(each.target)
+        if each.opcode in _COPIES and each.source == _FRAME:
+            pointers.add(each.target)
+    return deepest
 
 
 def _called(spec: Spec, piece: str, instructions: Iterable[_Instruction]) -> Iterator[str]:

@@ -31,6 +31,8 @@ ASKS_FIRST = {
 }
 """Programs that read more arguments than some kernels have, and not there."""
 
+STACK_BYTES = 512
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -63,6 +65,7 @@ def judge(btf: Btf, *, functions: bool = True) -> Verdict:
             *lacking(found),
             *_arguments(spec, kernel, usable),
             *_helpers(answers, kernel, names),
+            *_stack(answers, kernel, names),
         ]
         otherwise[probe] = [*_lesser_ways(spec, kernel), *(f"no `{path}`" for path in absent(found))]
     return Verdict(_full(lacks), _full(_unknown(kernel)), _full(otherwise))
@@ -101,6 +104,16 @@ def _helpers(answers: Answers, kernel: Offline, programs: set[str]) -> Iterator[
     for piece in sorted(answers.used(programs)):
         for number in sorted(answers.helpers(piece) - known):
             yield f"no helper {number}, which {piece} calls"
+
+
+def _stack(answers: Answers, kernel: Offline, programs: set[str]) -> Iterator[str]:
+    """Programs that take more stack than the verifier allows (MAX_BPF_STACK). Since 6.9, which has arenas, too, it counts
+    frames by 16 bytes."""
+    step = 32 if kernel.enumerator("BPF_MAP_TYPE_ARENA") is None else 16
+    for program in sorted(programs):
+        size, way = answers.stack(program, step)
+        if size > STACK_BYTES:
+            yield f"{size} bytes of stack for {way}, of {STACK_BYTES}"
 
 
 def _unknown(kernel: Offline) -> dict[str, list[str]]:

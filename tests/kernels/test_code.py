@@ -25,6 +25,11 @@ SEC("tp_btf/opens") long opens(u64 *ctx) { return early(ctx); }
 SEC("tp_btf/none") long none(u64 *ctx) { return 0; }
 SEC("tp_btf/third") long third(u64 *ctx) { return ctx[2] ? 0x123456789abcdef : 1; }
 SEC("tp_btf/later") long later(u64 *ctx) { char name[16]; comm(name, 16); return name[0] + ctx[1]; }
+SEC("tp_btf/saves") long saves(u64 *ctx)
+{
+    volatile u64 kept = ctx[0];
+    return ktime() + kept;
+}
 SEC("tp_btf/other") long other(u64 *ctx) { u64 *into = (void *)ctx[0]; return into[9] + late(ctx); }
 SEC("tp_btf/visits") long visits(u64 *ctx) { return each(ctx, back, 0, 0); }
 SEC("tp_btf/asks") long asks(u64 *ctx)
@@ -61,6 +66,16 @@ def test_helpers(spec: Spec) -> None:
         "other": set(),
         "late": {16},
         "loops": {5, 16},
+    }
+
+
+def test_frames(spec: Spec) -> None:
+    """What is written, and what a helper is given the address of."""
+    assert {name: code.frame(spec, name, ()) for name in ("none", "later", "other", "saves")} == {
+        "none": 0,
+        "later": 16,
+        "other": 0,
+        "saves": 8,
     }
 
 
@@ -107,7 +122,12 @@ def test_helpers_of_our_own() -> None:
 
 
 @pytest.mark.parametrize("probe", probes())
-def test_no_program_runs_another_one(probe: str) -> None:
-    """The kernel does not check a tail call for recursion, which would share the private stack of the program."""
+def test_only_iterators_run_another_program(probe: str) -> None:
+    """The kernel does not check a tail call for recursion, which would share the private stack of the program. That of an
+    iterator is not private: bpf_prog_check_recur() in include/linux/bpf_verifier.h."""
     tail_call, own = 12, Spec.of(probe)
-    assert not [piece for piece in code.pieces(own) if tail_call in code.helpers(own, piece, ())]
+    assert not [
+        name
+        for name, piece in code.pieces(own).items()
+        if tail_call in code.helpers(own, name, ()) and not piece.section.startswith("iter/")
+    ]

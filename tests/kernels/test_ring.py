@@ -77,6 +77,15 @@ def test_a_field_that_only_an_unattached_program_uses(here: bytes) -> None:
     assert ring.judge(renamed(changed, "btf_trace_io_uring_complete")).lacks == {}
 
 
+def test_too_much_stack_is_seen(here: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ring, "STACK_BYTES", 300)
+    lacks = ring.judge(Btf.parse(here)).lacks
+    (lack,) = (words for words in lacks["retrans"] if "stack for retransmit " in words)
+    size, frames = int(lack.split()[0]), [int(part.split()[-1]) for part in lack.split(", ")[1:-1]]
+    assert size > 300 and frames and size > sum(frames)
+    assert "life" not in lacks or not any("stack" in words for words in lacks["life"])
+
+
 def test_what_a_tool_does_not_know_is_told(here: bytes) -> None:
     assert ring.judge(Btf.parse(here)).unknown == {}
     unhooked = ring.judge(Btf.parse(here), functions=False)
