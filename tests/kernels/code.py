@@ -180,7 +180,7 @@ def calls(spec: Spec, piece: str, constants: Constants) -> frozenset[str]:
 
 @cache
 def frame(spec: Spec, piece: str, constants: Constants) -> int:
-    """How many bytes of stack a program or function uses, where it is reached: as deep as it reads, writes or points."""
+    """How many bytes of stack a piece uses, where it is reached: as deep as it reads, writes or points."""
     deepest, pointers = 0, set[int]()
     reach = reached(spec, piece, constants)
     for each in _instructions(spec, piece):

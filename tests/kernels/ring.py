@@ -107,8 +107,8 @@ def _helpers(answers: Answers, kernel: Offline, programs: set[str]) -> Iterator[
 
 
 def _stack(answers: Answers, kernel: Offline, programs: set[str]) -> Iterator[str]:
-    """Programs that take more stack than the verifier allows (MAX_BPF_STACK). Since 6.9, which has arenas, too, it counts
-    frames by 16 bytes."""
+    """Programs that take more stack than the verifier allows (MAX_BPF_STACK). Since 6.9, which also brought arenas, it
+    counts frames by 16 bytes."""
     step = 32 if kernel.enumerator("BPF_MAP_TYPE_ARENA") is None else 16
     for program in sorted(programs):
         size, way = answers.stack(program, step)
