@@ -53,7 +53,7 @@ class Answers:
         return code.helpers(self.spec, piece, self._constants.get(piece, ()))
 
     def stack(self, program: str, step: int) -> tuple[int, str]:
-        """The bytes of stack that a program takes with what it calls, and the deepest way. Frames are rounded to `step`.
+        """The bytes of stack that a program takes with what it calls, and the deepest way, by frames of `step` bytes.
 
         As check_max_stack_depth() in the kernel's verifier.c: a call counts also where it is not reached.
         """

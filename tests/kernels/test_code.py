@@ -123,8 +123,10 @@ def test_helpers_of_our_own() -> None:
 
 @pytest.mark.parametrize("probe", probes())
 def test_only_iterators_run_another_program(probe: str) -> None:
-    """The kernel does not check a tail call for recursion, which would share the private stack of the program. That of an
-    iterator is not private: bpf_prog_check_recur() in include/linux/bpf_verifier.h."""
+    """The kernel does not check a tail call for recursion, which would share the private stack of the program.
+
+    An iterator has none: bpf_prog_check_recur() in include/linux/bpf_verifier.h.
+    """
     tail_call, own = 12, Spec.of(probe)
     assert not [
         name

@@ -250,7 +250,7 @@ def _siblings(others: Sequence[History]) -> Iterator[str]:
 
 
 def _remedies(
-    history: History, workers: Sequence[Process], others: Sequence[History], waiting: int, wait: _Wait | None
+    history: History, workers: Sequence[Process], others: Sequence[History], waiting: int, wait: _Wait | None = None
 ) -> Iterator[Remedy]:
     own = history.last
     if own.holders and not own.workers and own.by_systemd:
