@@ -30,7 +30,7 @@ pytestmark = pytest.mark.kernel
         (PeerGone(seconds=4), "no_ack", {"count": 3, "case": "gone"}),
         (IdleCut(idle=4), "no_ack", {"count": 3, "case": "others"}),
         (LossyPath(seconds=4, one_in=20), "loss", {"count": 3}),
-        (LateAcks(), "spurious_retrans", {"count": 10, "case": "delay"}),
+        (LateAcks(seconds=8), "spurious_retrans", {"count": 10, "case": "delay"}),
         (FullDeviceQueue(seconds=4), "host_queue_full", {"count": 6, "waited": 0}),
         (LongQueue(seconds=4), "queue_on_path", {"count": 4}),
     ],
