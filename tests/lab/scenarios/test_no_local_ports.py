@@ -11,7 +11,7 @@ from tests.conftest import RunningTool, until
 from tests.lab.scenarios.diagnosed import findings
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 @pytest.mark.parametrize("cause", ["open", "time-wait"])
 def test_who_has_the_ports(lab: Lab, run_tool: type[RunningTool], cause: str) -> None:
     scenario = NoLocalPorts(cause=cause)

@@ -21,7 +21,7 @@ from tcpscope.lab.scenarios.peer_gone import PeerGone
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root  # recorded scenes show the rules on each kernel
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_it_is_found(lab: Lab, run_tool: type[RunningTool], scenario: Any, rule:
     assert finding["facts"].items() >= facts.items()
 
 
+@pytest.mark.kernel
 def test_the_remedy_of_an_mtu_hole_ends_it(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = MtuHole(seconds=4)
     (finding,) = findings(lab, run_tool, scenario)
