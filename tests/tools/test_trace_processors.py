@@ -18,11 +18,13 @@ from tests.tools.test_trace_way import PORT, SERVER, Way, way
 __all__ = ["way"]
 
 SENDS, CONNECTIONS = 2000, 24
+ATTEMPTS = 5
 STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
 def connected(way: Way, held: ExitStack, number: int) -> list[tuple[socket.socket, socket.socket]]:
     listener = held.enter_context(way.server.run(socket.socket))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((SERVER, PORT))
     listener.listen(number)
     ends = []
@@ -34,8 +36,7 @@ def connected(way: Way, held: ExitStack, number: int) -> list[tuple[socket.socke
     return ends
 
 
-@pytest.mark.kernel
-@pytest.mark.concurrent
+@pytest.mark.root
 def test_a_packet_for_another_processor(way: Way, run_tool: Any) -> None:
     """It may be received before the processor that sends it is back from its driver. No delay is negative then."""
     way.routed()
@@ -68,12 +69,12 @@ def runs(session: Session) -> int:
     return session.loaded.program_info()["dequeue"][1]
 
 
-@pytest.mark.kernel
-def test_many_packets_at_once(way: Way) -> None:
-    """Of a device with several queues, the kernel takes up to eight packets out of one queue discipline at once."""
-    way.routed()
+def given_out(way: Way, device: str) -> tuple[dict[str, list[int]], int, int, int]:
+    """Packets that wait in a queue discipline, and go. Of each hop their numbers; how many are missed; how often the
+    program has run while they waited, and then: for other devices of the machine, too.
+    """
     before = STATS.read_text()
-    shape = "tc qdisc {} dev c root tbf rate {} burst {} latency 1000s"
+    shape = f"tc qdisc {{}} dev {device} root tbf rate {{}} burst {{}} latency 1000s"
     hops: dict[str, list[int]] = defaultdict(list)
     with ExitStack() as held:
         STATS.write_text("1")
@@ -96,6 +97,18 @@ def test_many_packets_at_once(way: Way) -> None:
                     if row.direction == "SENT" and row.data_bytes == 100:
                         hops[row.hop].append(row.packet)
             missed = session.account().missed
+    way.run(way.client, f"tc qdisc del dev {device} root")
+    return hops, missed, waited, ran
+
+
+@pytest.mark.kernel
+def test_many_packets_at_once(way: Way) -> None:
+    """Of a device with several queues, the kernel takes up to eight packets out of one queue discipline at once."""
+    way.routed()
+    for _ in range(ATTEMPTS):  # others have packets, too, and may end the measurement
+        hops, missed, waited, ran = given_out(way, "c")
+        if not missed and waited and ran < CONNECTIONS - 10:
+            break
     given = hops["DEQUEUE"]
     assert sorted(given) == sorted(hops["QUEUE"]) == sorted(set(given))
     assert len(given) >= CONNECTIONS
