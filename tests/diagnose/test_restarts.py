@@ -11,7 +11,7 @@ from tcpscope.lab.scenarios.accept_overflow import AcceptOverflow
 from tcpscope.lab.scenarios.full_device_queue import FullDeviceQueue
 from tests.conftest import RunningTool
 
-pytestmark = pytest.mark.kernel
+pytestmark = pytest.mark.root
 
 TIMES = 3
 

@@ -13,7 +13,7 @@ from tests import kernels
 from tests.kernels import KERNELS, ROWS, Kernel, debian, image, install, kvm, matrix, qemu, ring_cli, rows, summary
 from tests.kernels.guest import Guest
 
-TIMEOUT_S = 3600
+TIMEOUT_S = 4500
 
 
 def run_kernel(kernel: Kernel, arguments: Sequence[str], *, timeout_s: float) -> int:

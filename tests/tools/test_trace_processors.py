@@ -101,7 +101,7 @@ def given_out(way: Way, device: str) -> tuple[dict[str, list[int]], int, int, in
     return hops, missed, waited, ran
 
 
-@pytest.mark.kernel
+@pytest.mark.root
 def test_many_packets_at_once(way: Way) -> None:
     """Of a device with several queues, the kernel takes up to eight packets out of one queue discipline at once."""
     way.routed()

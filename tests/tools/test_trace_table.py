@@ -98,7 +98,6 @@ def test_all_that_is_pushed_out_is_counted(lab: Lab) -> None:
     assert missed == pushed_out(packets) > 0
 
 
-@pytest.mark.kernel
 def test_with_enough_places_nothing_is_missed(lab: Lab) -> None:
     for _ in range(ATTEMPTS):
         packets, missed = kept(lab, 1024)
@@ -108,7 +107,6 @@ def test_with_enough_places_nothing_is_missed(lab: Lab) -> None:
     assert (missed, pushed_out(packets)) == (0, 0)
 
 
-@pytest.mark.kernel
 def test_what_has_no_hop_left_is_not_missed(lab: Lab) -> None:
     """No tracepoint shows the end of the packets of a handshake. Others get, and keep, the addresses of their skbs."""
     for _ in range(ATTEMPTS):
