@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 import socket
 import subprocess
@@ -92,20 +91,13 @@ class Way:
         """Between the ends, through the router."""
         self.routed()
         for end, here, there, number in ((self.client, CLIENT, SERVER, 1), (self.server, SERVER, CLIENT, 2)):
-            if kind != "wireguard":
-                kind_of = f"type {kind} local {here} remote {there}" + (" id 7 dstport 4789" if kind == "vxlan" else "")
-                self.run(end, f"ip link add t0 {kind_of}")
-            else:
-                self.run(end, "ip link add t0 type wireguard")
+            kind_of = f"type {kind} local {here} remote {there}" + (" id 7 dstport 4789" if kind == "vxlan" else "")
+            self.run(end, f"ip link add t0 {kind_of}")
             self.up(end, "t0")
             self.run(end, f"ip addr add 192.0.2.{number}/24 dev t0; ip link set t0 mtu 1400")
         if kind == "vxlan":
             self.neighbour(self.client, "t0", "192.0.2.2", self.server, "t0")
             self.neighbour(self.server, "t0", "192.0.2.1", self.client, "t0")
-        if kind == "wireguard":
-            keys = [self.keyed(end) for end in (self.client, self.server)]
-            self.peered(self.client, keys[1], SERVER)
-            self.peered(self.server, keys[0], CLIENT)
 
     def tunnel_in_ipv6(self) -> None:
         """A VXLAN of IPv4 between the ends, whose own packets are IPv6."""
@@ -126,27 +118,6 @@ class Way:
             self.run(end, f"ip addr add 192.0.2.{number}/24 dev t0; ip link set t0 mtu 1400")
         self.neighbour(self.client, "t0", "192.0.2.2", self.server, "t0")
         self.neighbour(self.server, "t0", "192.0.2.1", self.client, "t0")
-
-    def keyed(self, end: Namespace) -> str:
-        """Give it a private key; the kernel tells the public one."""
-        from pyroute2 import WireGuard
-
-        def key() -> str:
-            with WireGuard() as guard:
-                guard.set("t0", private_key=base64.b64encode(os.urandom(32)).decode(), listen_port=51820)
-                return str(guard.info("t0")[0].get_attr("WGDEVICE_A_PUBLIC_KEY").decode())
-
-        return end.run(key)
-
-    def peered(self, end: Namespace, key: str, there: str) -> None:
-        from pyroute2 import WireGuard
-
-        def peer() -> None:
-            with WireGuard() as guard:
-                one = {"public_key": key, "endpoint_addr": there, "endpoint_port": 51820, "allowed_ips": ["0.0.0.0/0"]}
-                guard.set("t0", peer=one)
-
-        end.run(peer)
 
     def nat(self, space: Namespace, *rules: str) -> None:
         """Rules such as `postrouting meta l4proto tcp masquerade`."""
