@@ -203,7 +203,7 @@ struct {
 	__type(value, struct waiting);
 } waiting SEC(".maps");
 
-/* What this CPU gives to drivers, and what it has received. After that the skb may be anything. */
+/* The packets that this CPU gives to drivers, and those that it has just received. The skb may be freed and used again then. */
 struct sending {
 	__u32 depth;
 	__u32 padding;
@@ -633,8 +633,8 @@ static __noinline __u64 socket_with(const struct identity *id)
 }
 
 /*
- * Has the packet no hop left that is told of an skb? What TCP has taken the connection follows. GRO and the backlog merge packets, and
- * tcp_probe does not see those of a handshake: then the connection has got what they say.
+ * Has the packet no hop left that an skb shows? If TCP has taken it, its connection shows the rest. If GRO or the backlog has merged it,
+ * or it belongs to a handshake, which tcp_probe does not see, the connection's sequence numbers say that it has arrived.
  */
 static __noinline bool is_over(const struct followed *followed)
 {

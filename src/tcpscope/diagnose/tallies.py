@@ -61,8 +61,7 @@ class Tally:
             self.first_s = self._parts[0][0]
 
     def is_apart(self, least_s: float) -> bool:
-        """Whether so much time lies between the first and the last, as the kernel saw them. What it has counted is read
-        late on a busy machine."""
+        """Whether the kernel saw the last one more than so many seconds after the first: counts may be read late."""
         first_ns, last_ns = self.between_ns
         return last_ns - first_ns > least_s * 1e9
 

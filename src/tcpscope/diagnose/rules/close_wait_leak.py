@@ -130,8 +130,8 @@ class CloseWaitLeak(Rule):
             remedies=[
                 Remedy(
                     f"Find the processes that have them. Let each child of {owner.comm} close what it does not need, "
-                    f"or let {owner.comm} set FD_CLOEXEC (SOCK_CLOEXEC at accept4() or socket()). shutdown() before "
-                    "close() ends a connection at once, whoever has it.",
+                    f"or let {owner.comm} set FD_CLOEXEC (SOCK_CLOEXEC at accept4() or socket()). If it "
+                    "calls shutdown() before close(), the kernel sends the FIN though a child has the connection, too.",
                 )
             ],
             who=owner.name,
