@@ -237,3 +237,12 @@ def run_tool() -> type[RunningTool]:
 def tree() -> Path:
     """The project's folder."""
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def features() -> dict[str, Any]:
+    """What `features --json` prints on this kernel. It loads all probes, which takes half a minute in a guest."""
+    command = [sys.executable, "-m", "tcpscope", "features", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found

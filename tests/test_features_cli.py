@@ -1,6 +1,5 @@
 """`tcpscope features` against what the kernel really has."""
 
-import json
 import subprocess
 import sys
 
@@ -14,29 +13,22 @@ from tcpscope.tool import names
 from tests.lacks import functions_cannot_be_hooked, is_refused
 
 
-@pytest.fixture(scope="module")
-def report():
-    command = [sys.executable, "-m", "tcpscope", "features", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(done.stdout)
-
-
 @pytest.mark.kernel
 @pytest.mark.every_kernel
-def test_every_tool_is_there_and_needs_no_guess(report):
-    assert sorted({entry["tool"] for entry in report["tools"]}) == names()
-    assert [entry["probe"] for entry in report["tools"] if entry["tool"] == "rtt"] == ["rtt", "owner"]
+def test_every_tool_is_there_and_needs_no_guess(features):
+    assert sorted({entry["tool"] for entry in features["tools"]}) == names()
+    assert [entry["probe"] for entry in features["tools"] if entry["tool"] == "rtt"] == ["rtt", "owner"]
     kernel = Kernel()
-    for entry in report["tools"]:
+    for entry in features["tools"]:
         assert entry["works"] is not is_refused(entry["probe"], kernel)
         assert (entry["why"] is None) == entry["works"]
 
 
 @pytest.mark.kernel
 @pytest.mark.every_kernel
-def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
+def test_a_way_is_taken_only_where_the_kernel_has_its_target(features):
     kernel = Btf.parse(BTF.read_bytes())
-    for entry in report["tools"]:
+    for entry in features["tools"]:
         for hook in entry["hooks"]:
             kind, _, target = (hook["way"] or "").partition("/")
             if kind in ("fentry", "fexit", "kprobe", "kretprobe"):
@@ -45,8 +37,8 @@ def test_a_way_is_taken_only_where_the_kernel_has_its_target(report):
 
 @pytest.mark.kernel
 @pytest.mark.every_kernel
-def test_what_is_not_attached_says_why_and_what_is_then_not_known(report):
-    for entry in report["tools"]:
+def test_what_is_not_attached_says_why_and_what_is_then_not_known(features):
+    for entry in features["tools"]:
         for hook in entry["hooks"]:
             if hook["way"] is None:
                 assert hook["refused"]
@@ -109,26 +101,27 @@ def test_a_summary_has_a_line_for_what_is_the_same():
 
 
 @pytest.mark.kernel
-def test_the_text_is_short(report):
-    command = [sys.executable, "-m", "tcpscope", "features"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    lines = done.stdout.splitlines()
-    broken = {entry["tool"] for entry in report["tools"] if entry["why"]}
+def test_the_text_is_short(features, monkeypatch, capsys):
+    monkeypatch.setattr(features_cli, "report", lambda kernel: features["tools"])
+    features_cli.features.main([], standalone_mode=False)
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    broken = {entry["tool"] for entry in features["tools"] if entry["why"]}
     assert f"{len(names()) - len(broken)} of {len(names())} tools work here" in lines[1]
     assert max(map(len, lines)) <= 80
-    missing = {hook["not_known"] for entry in report["tools"] for hook in entry["hooks"]} - {None}
-    joined = " ".join(done.stdout.split())
+    missing = {hook["not_known"] for entry in features["tools"] for hook in entry["hooks"]} - {None}
+    joined = " ".join(shown.split())
     assert all(text in joined for text in missing)
     assert missing or len(lines) <= 6  # a way that this kernel does not have takes a line too
 
 
 @pytest.mark.kernel
 @pytest.mark.every_kernel
-def test_no_program_is_refused_that_should_load(report):
+def test_no_program_is_refused_that_should_load(features):
     """A way is passed over for what the kernel lacks, never because the verifier did not like the program."""
     refused = [
         (entry["probe"], hook["hook"], why)
-        for entry in report["tools"]
+        for entry in features["tools"]
         for hook in entry["hooks"]
         for why in hook["refused"].values()
         if "refused by the kernel" in why
@@ -138,10 +131,10 @@ def test_no_program_is_refused_that_should_load(report):
 
 @pytest.mark.kernel
 @pytest.mark.every_kernel
-def test_every_hook_is_attached_where_functions_can_be_hooked(report):
+def test_every_hook_is_attached_where_functions_can_be_hooked(features):
     if functions_cannot_be_hooked():
-        assert any(hook["way"] is None for entry in report["tools"] for hook in entry["hooks"])
+        assert any(hook["way"] is None for entry in features["tools"] for hook in entry["hooks"])
         return
-    without = [hook for entry in report["tools"] for hook in entry["hooks"] if hook["way"] is None]
+    without = [hook for entry in features["tools"] for hook in entry["hooks"] if hook["way"] is None]
     lacks = {why for hook in without for why in hook["refused"].values()}
     assert all(why.startswith("the kernel has no tracepoint ") for why in lacks), lacks

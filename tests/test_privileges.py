@@ -13,11 +13,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tcpscope import tool as toolbox
-from tcpscope.features_cli import report
 from tcpscope.kernel.features import Kernel
 from tcpscope.kernel.spec import Spec
 from tcpscope.kernel.ways import plan, plan_refusals
@@ -191,9 +191,9 @@ def test_names_of_functions(lab: Lab, memory: set[str], run_tool: type[RunningTo
 
 
 @pytest.mark.kernel
-def test_features_and_pages_name_them(memory: set[str]) -> None:
+def test_features_and_pages_name_them(memory: set[str], features: dict[str, Any]) -> None:
     pages = Path(__file__).parent.parent / "docs/tools"
-    for entry in report(Kernel()):
+    for entry in features["tools"]:
         tool = toolbox.find(entry["tool"])
         assert set(entry["capabilities"]) == {*tool.capabilities, *memory}
         assert entry["for_more"].items() >= tool.for_more.items()

@@ -62,6 +62,7 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
     not_known  what the tool does not know without the hook; None: the hook is attached, or only newer kernels have it
     """
     result = []
+    examined: dict[str | Path, tuple[dict[str, Hook], bool | None, str]] = {}  # many tools have the same probes
     for name in toolbox.names():
         try:
             tool = toolbox.find(name)
@@ -70,7 +71,9 @@ def report(kernel: Kernel) -> list[dict[str, Any]]:
             print(f"tcpscope: {name}: {error}", file=sys.stderr)
             continue
         for probe in probes:
-            hooks, works, why = examine(probe, kernel)
+            if probe not in examined:
+                examined[probe] = examine(probe, kernel)
+            hooks, works, why = examined[probe]
             result.append(
                 {
                     "tool": name,

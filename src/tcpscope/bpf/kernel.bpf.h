@@ -349,6 +349,8 @@ struct tcp_sock { /* include/linux/tcp.h */
 	__u64 bytes_acked;
 	__u64 bytes_retrans;
 	__u64 tcp_wstamp_ns; /* when the last segment was sent, as ktime_get_ns() */
+	__u64 tcp_mstamp;    /* when the socket began with what it does now */
+	__u64 delivered_mstamp;
 	__u32 write_seq;
 	__u32 snd_nxt;
 	__u32 snd_una;

@@ -72,7 +72,8 @@ struct {
 
 /*
  * In Recovery the timer of a loss probe may still be pending, but no probe is sent. At an RTO no timer is pending. ACKs show
- * losses while RACK's timer is pending, too.
+ * losses while RACK's timer is pending, too, also when it has run out and its handler has not begun: tcp_rate_gen() writes the time of
+ * an ACK that has delivered something, tcp_mstamp, before tcp_ack() sends anything again.
  */
 static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state state, __u8 ca_state)
 {
@@ -86,7 +87,9 @@ static __always_inline enum kind kind_of(struct tcp_sock *tcp, enum tcp_state st
 		return KIND_RTO;
 	if (ca_state == TCP_CA_LOSS)
 		return KIND_SLOW_START;
-	return timer == ICSK_TIME_REO_TIMEOUT && retransmit_timer_is_due(tcp) ? KIND_RACK_TIMEOUT : KIND_FAST;
+	if (timer != ICSK_TIME_REO_TIMEOUT || BPF_CORE_READ(tcp, delivered_mstamp) == BPF_CORE_READ(tcp, tcp_mstamp))
+		return KIND_FAST;
+	return retransmit_timer_is_due(tcp) ? KIND_RACK_TIMEOUT : KIND_FAST;
 }
 
 /* bytes_acked counts from the first byte, or from the SYN of an active open. -1: not known which. */

@@ -163,7 +163,7 @@ def _finding(
     accepts = history.accepts if history else None
     whom = f"{most[0]} and {len(peers) - 1} more" if len(peers) > 1 else most[0]
     some, never = ("some ", "not") if accepts else ("", "never")
-    rate = _rate(tallies, history, overflows)
+    rate = round(_rate(tallies, history, overflows), 2)
     title = (
         f"{some}handshakes from {whom} to {own.name} are {never} completed"
         if kind == "lost"
@@ -198,7 +198,7 @@ def _finding(
             "peers": len(peers),
             "raddr": most[0],
             "synacks_again": sent,
-            "syns_per_s": round(rate, 2) if kind == "flood" else None,
+            "syns_per_s": rate if kind == "flood" else None,
             "accepts": accepts,
             "dropped": None if unsure else full,
             "reserved": None if unsure else reserved,
