@@ -17,7 +17,6 @@ from urllib.parse import unquote
 import pytest
 
 from tcpscope.filters import Filter, PortRange
-from tcpscope.kernel.features import Kernel
 from tcpscope.lab.hosts import Lab
 from tcpscope.request import Request
 from tcpscope.tool import find
@@ -425,8 +424,6 @@ def transfer(lab: Lab, run_tool: Any) -> tuple[CompletedRun, Counter[tuple[int, 
 @pytest.mark.kernel
 def test_no_packet_is_lost(lab, run_tool):  # type: ignore[no-untyped-def]
     """Each packet that a device counts has its row, and no other one. All bytes have all hops."""
-    # 5.10 counts some as missed, too. Which ones is not known yet: these rows are complete.
-    may_miss = not Kernel().has_typedef("btf_trace_qdisc_enqueue")
     for _ in range(ATTEMPTS):
         done, counted = transfer(lab, run_tool)
         assert (done.stats["lost"], done.stats["table_full"]) == (0, 0)
@@ -437,10 +434,10 @@ def test_no_packet_is_lost(lab, run_tool):  # type: ignore[no-untyped-def]
             for hop in ("QUEUE", "XMIT", "RECEIVE", "TCP", "READ", "ACKED")
             if covered([row for row in done.rows if row["hop"] == hop and row["data_bytes"]], begin) != BYTES
         ]
-        if shown == counted and (may_miss or not done.stats["missed"]):
+        if shown == counted and not done.stats["missed"]:
             break
     assert shown == counted
-    assert may_miss or not done.stats["missed"]
+    assert not done.stats["missed"]
     assert not gaps
 
 

@@ -21,7 +21,7 @@
 #define AT_A_TIME 32768     /* packets that began, and are followed */
 #define GONE_NS 10000000000 /* longer than a packet waits that no connection of this host waits for */
 #define DEPTH 512           /* packets of one connection that wait, for each direction; a power of two */
-#define AT_ONCE 16          /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
+#define AT_ONCE 128         /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
 #define SEARCHED 16         /* of them that may be the packet of which a segment was cut: the newest */
 #define NESTED 4            /* devices that send through each other */
 #define BULK 16             /* packets that leave a queue discipline at once */
