@@ -2,8 +2,8 @@
 /*
  * The filters of all tools, as the kernel decides them.
  *
- * User space fills `filter` and the port sets, and libbpf freezes them before it loads the programs. So the verifier removes
- * every test that was not asked for. filters.py has the same rules in Python; tests compare the two.
+ * User space fills `filter`, and libbpf freezes it before it loads the programs. So the verifier removes every test that was not
+ * asked for. filters.py has the same rules in Python; tests compare the two.
  */
 #ifndef TCPSCOPE_FILTER_BPF_H
 #define TCPSCOPE_FILTER_BPF_H
@@ -61,9 +61,8 @@ struct {
 
 const volatile struct filter filter;
 const volatile bool both_families; /* sockets of both families have an entry, whatever `family` is */
-const volatile __u64 filter_lport[PORT_WORDS];
-const volatile __u64 filter_rport[PORT_WORDS];
-const volatile __u64 filter_port[PORT_WORDS];
+/* Read only if filter.has_... says so. Not constant: zeros of .bss take no room in the object, and no value of them is known here. */
+volatile __u64 filter_lport[PORT_WORDS], filter_rport[PORT_WORDS], filter_port[PORT_WORDS];
 
 #define PORT_IN(set, port) ((set)[(__u16)(port) >> 6] >> ((port) & 63) & 1)
 

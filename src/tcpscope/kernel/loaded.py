@@ -301,13 +301,11 @@ class Loaded:
         if "jiffy_ns" in self.spec.variables:
             values["jiffy_ns"] = round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
         values |= self._setup.constants
-        if not values:
-            return  # an object may have no constants, and then no section for them
         size = ffi.new("size_t *")
-        start = lib.bpf_map__initial_value(self._map(".rodata"), size)
-        memory = ffi.buffer(start, size[0])
         for name, value in values.items():
             variable = self.spec.variables[name]
+            start = lib.bpf_map__initial_value(self._map(variable.section), size)
+            memory = ffi.buffer(start, size[0])
             memory[variable.offset : variable.offset + variable.size] = self.spec.pack(variable.type, value)
 
     def _load_error(self, error: int, verifier: str) -> Exception:
