@@ -65,6 +65,7 @@ class Run(ABC):
     important columns that a narrow terminal shows, the most important first; empty: those of the tool
     repeats   what a row of its snapshots is ("listener"), if a snapshot replaces the previous one on a terminal
     reached   which row came to the limit of --warn, in words; then the command line ends with status 6. Empty: none
+    buffer_bytes  kernel memory of buffers that belong to no map
     """
 
     keep: tuple[str, ...] = ()
@@ -74,6 +75,7 @@ class Run(ABC):
     done = waits = over = False
     important: tuple[str, ...] = ()
     repeats = ""
+    buffer_bytes = 0
     reached = ""
 
     def __init__(self, columns: Sequence[Column], *sessions: Session) -> None:

@@ -55,7 +55,7 @@ def _show(tool: Tool, request: Request, stream: BinaryIO, stop: Stop, command: C
     with tool.open(request) as run:
         Output.stop = stop
         if request.explain:
-            for line in explain(request.filter, run.sessions):
+            for line in explain(request.filter, run.sessions, run.buffer_bytes):
                 stream.write(f"{screen.filled(line, stream, _INDENT)}\n".encode())
             return
         sink: Sink
@@ -172,14 +172,19 @@ def _print_notes(run: Run) -> None:
 _INDENT = 19  # of a second line of what --explain says
 
 
-def explain(filter: Filter, sessions: Sequence[Session]) -> Iterator[str]:
-    """How this run works on this kernel: its hooks, the better ways that were refused and why, and who filters."""
+def explain(filter: Filter, sessions: Sequence[Session], buffer_bytes: int = 0) -> Iterator[str]:
+    """How this run works on this kernel: its hooks, the better ways that were refused and why, and who filters.
+
+    `buffer_bytes` is kernel memory that is in no map: the buffers of perf event arrays.
+    """
     for session in sessions:
         for loaded in (session.loaded, *([session.owners.loaded] if session.owners else [])):
             yield from _explain_object(loaded)
         for option, value in filter.describe():
             where = "the kernel" if filters(session.spec) else "user space"
             yield f"  filter {f'{option} {value}'.strip()}: decided in {where}"
+    if buffer_bytes:
+        yield f"  {'perf buffers':<14} {buffer_bytes / 1e6:.1f} MB of the kernel's, for all processors"
 
 
 def _explain_object(loaded: Loaded) -> Iterator[str]:

@@ -80,6 +80,15 @@ def test_a_perf_event_array_shows_what_a_ring_buffer_shows(lab, run_tool: type[R
     assert (account["shown"], account["filtered"], account["table_full"]) == (len(one.done.rows), 0, None)
 
 
+def test_explain_has_the_memory_of_the_buffers(tmp_path: Path) -> None:
+    """A buffer of each processor, with a page for its positions."""
+    done = tcpscope("run", written(tmp_path, "perf", PERF_PLAIN), "--buffer", "1M", "--explain", status=0)
+    bytes_ = (os.cpu_count() or 1) * ((1 << 20) + os.sysconf("SC_PAGESIZE"))
+    assert done.stdout.splitlines()[-1] == f"  perf buffers   {bytes_ / 1e6:.1f} MB of the kernel's, for all processors"
+    done = tcpscope("run", written(tmp_path, "ring", PLAIN), "--explain", status=0)
+    assert "perf buffers" not in done.stdout
+
+
 FLOOD = PERF_PLAIN.replace("\tbpf_perf_event_output", "\tfor (int i = 0; i < 200; i++)\n\t\tbpf_perf_event_output")
 
 

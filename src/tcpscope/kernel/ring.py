@@ -25,6 +25,8 @@ class Ring:
 
     what = "ring buffer"
     counts = False
+    kernel_bytes = 0
+    """Memory of buffers that belong to no map."""
 
     def __init__(self, map_fd: int, record_size: int) -> None:
         self._start(lib.tcpscope_ring_new(map_fd), lib.tcpscope_ring_free, lib.tcpscope_ring_drain, record_size)
@@ -80,6 +82,7 @@ class PerfArray(Ring):
         self._start(lib.tcpscope_perf_new(map_fd, size), lib.tcpscope_perf_free, lib.tcpscope_perf_drain, record_size)
         self.fd: int = lib.tcpscope_perf_fd(self._reader)
         self.counts = lib.tcpscope_perf_counts(self._reader)
+        self.kernel_bytes = lib.tcpscope_perf_bytes(self._reader)
 
     def _failed(self, error: int) -> Exception:
         what = f"the {self.what} cannot be opened: {os.strerror(error)}"

@@ -210,7 +210,8 @@ long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, 
 
 struct tcpscope_perf {
 	struct perf_buffer *buffer;
-	size_t next; /* the processor whose events are read first */
+	size_t pages; /* of each processor's buffer, without that of the positions */
+	size_t next;  /* the processor whose events are read first */
 	char *to, *end;
 	size_t record_size;
 	uint64_t lost; /* that events of their own have told */
@@ -277,6 +278,7 @@ struct tcpscope_perf *tcpscope_perf_new(int map_fd, size_t bytes)
 	if (!perf)
 		return NULL;
 	perf->counts = true;
+	perf->pages = pages;
 	perf->buffer = perf_buffer__new_raw(map_fd, pages, &attr, perf_copy, perf, NULL);
 	if (!perf->buffer && errno == EINVAL) {
 		perf->counts = false;
@@ -303,6 +305,11 @@ void tcpscope_perf_free(struct tcpscope_perf *perf)
 int tcpscope_perf_fd(const struct tcpscope_perf *perf)
 {
 	return perf_buffer__epoll_fd(perf->buffer);
+}
+
+size_t tcpscope_perf_bytes(const struct tcpscope_perf *perf)
+{
+	return perf_buffer__buffer_cnt(perf->buffer) * (perf->pages + 1) * sysconf(_SC_PAGESIZE);
 }
 
 bool tcpscope_perf_counts(const struct tcpscope_perf *perf)

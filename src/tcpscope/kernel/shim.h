@@ -52,6 +52,7 @@ int tcpscope_perf_fd(const struct tcpscope_perf *perf);
 long tcpscope_perf_drain(struct tcpscope_perf *perf, void *buffer, size_t size, size_t record_size);
 /* Events for which there was no room; without `counts` those that a later event of their processor has told. */
 uint64_t tcpscope_perf_lost(const struct tcpscope_perf *perf);
+size_t tcpscope_perf_bytes(const struct tcpscope_perf *perf);
 bool tcpscope_perf_counts(const struct tcpscope_perf *perf);
 
 /* Attaches an iterator program to the entries of a map; NULL and errno. */

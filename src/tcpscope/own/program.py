@@ -327,6 +327,7 @@ class OwnRun(Run):
         super().__init__(columns, session)
         self._session, self._sources = session, sources
         self._readers = [source.reader for source in sources if isinstance(source.reader, Ring)]
+        self.buffer_bytes = sum(reader.kernel_bytes for reader in self._readers)
         self._over = OverRate(request.rate or 0, self.notes)
         spec = session.spec
         self._counts = counts_events(spec)
