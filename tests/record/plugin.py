@@ -42,8 +42,9 @@ Test = Generator[None, Seen, None]
 class Recorded:
     """What the marker of a test holds: how its script is made, and which tools watch it."""
 
-    def __init__(self, function: Callable[..., Test], watches: tuple[Watch, ...]) -> None:
+    def __init__(self, function: Callable[..., Test], watches: tuple[Watch, ...], discards: bool = False) -> None:
         self.function, self.watches = function, watches
+        self.discards = discards or any(watch.argv[0] == "drop" for watch in watches)
 
     def begin(self, parameters: dict[str, Any]) -> tuple[Script, Test]:
         """Its script, and the test, which waits at its `yield`."""
@@ -53,11 +54,14 @@ class Recorded:
         return script, test
 
 
-def recorded(*watches: Watch) -> Callable[[Callable[..., Test]], Callable[..., None]]:
-    """A test that is played and recorded while these tools run: see tests/record. On every kernel, if they all are."""
+def recorded(*watches: Watch, discards: bool = False) -> Callable[[Callable[..., Test]], Callable[..., None]]:
+    """A test that is played and recorded while these tools run: see tests/record. On every kernel, if they all are.
+
+    `discards`: `diagnose` has to see what a timer discards, which no witness of unseen events knows by its ports.
+    """
 
     def decorate(function: Callable[..., Test]) -> Callable[..., None]:
-        how = Recorded(function, watches)
+        how = Recorded(function, watches, discards)
 
         def test(request: pytest.FixtureRequest, recordings: list[Recording], **parameters: Any) -> None:
             script, played = how.begin(parameters)
@@ -200,8 +204,7 @@ def _flaws(item: pytest.Item, part: Recording) -> list[str]:
     name, how = name_of(item), how_of(item)
     if name not in part.scenarios:
         return []
-    shows_discards = any(watch.argv[0] == "drop" for watch in how.watches)
-    if name in (part.incomplete | part.without_discards if shows_discards else part.incomplete):
+    if name in (part.incomplete | part.without_discards if how.discards else part.incomplete):
         tasks = ", ".join(sorted({each.task for each in part.unseen}))
         return [f"this kernel ran no program in {tasks}"]
     if part.scenarios[name].failure:

@@ -188,6 +188,18 @@ def test_it_alone_is_played_again(tmp_path: Path, tree: Path) -> None:
     assert not (tmp_path / "recording/again-2").exists()
 
 
+DISCARDS = FILE.replace("@recorded(CONNECT)", "@recorded(CONNECT, discards=True)", 1)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(("text", "again"), [(FILE, 0), (DISCARDS, 1)])
+def test_an_unseen_discard_has_no_ports(tmp_path: Path, tree: Path, text: str, again: int) -> None:
+    """It concerns all that is played then, and so only those that have to see discards are played again."""
+    (tmp_path / "conftest.py").write_text(CONFTEST.replace('"tcp_probe", "ports": [7001]', '"kfree_skb", "ports": []'))
+    status, said = pytest_in(tmp_path, tree, "-k", "refused", text=text)
+    assert (status, said.count("PLAYED AGAIN"), said.count("2 passed")) == (0, again, 1), said
+
+
 SUPPOSES = """
 from tests.record import PORTS, Script, Test, Watch, recorded
 

@@ -116,7 +116,7 @@ def test_a_filtered_port(script: Script) -> Test:
     assert "the host answers at other ports" in finding["title"]
 
 
-@recorded(DIAGNOSE)
+@recorded(DIAGNOSE, discards=True)
 def test_a_host_without_link_address(script: Script) -> Test:
     """One of two servers is gone, and the client gives up before its second SYN. The other one answers."""
     gone = "192.0.2.77"

@@ -52,7 +52,7 @@ def test_a_queue_that_does_not_move(script: Script) -> Test:
         assert any("own queue does not move" in line for line in finding["observed"])
 
 
-@recorded(DIAGNOSE)
+@recorded(DIAGNOSE, discards=True)
 def test_a_next_hop_without_link_address(script: Script) -> Test:
     """It is asked for once, and what waits for it is discarded after a second. Before 6.17 only the silence is seen."""
     made = scene(script, 12)
