@@ -1,4 +1,5 @@
-"""`trace` where a packet goes to another processor, and where a queue discipline gives out many packets, or none."""
+"""`trace` where a packet goes to another processor, where a queue discipline gives out many packets, or none, and where
+packets are under way while it begins."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 
 from tcpscope.filters import Filter, PortRange
+from tcpscope.kernel.loaded import Loaded
+from tcpscope.kernel.machine import possible_cpus
 from tcpscope.session import Session
 from tests.tools.test_trace_way import PORT, SERVER, Way, way
 
@@ -115,3 +118,31 @@ def test_many_packets_at_once(way: Way) -> None:
     assert missed == 0
     assert waited > 0
     assert ran < CONNECTIONS - 10
+
+
+def at_drivers(session: Session) -> list[int]:
+    """How many packets are at a driver, of each processor: `depth`, the first field."""
+    size, cpus = session.spec.layout("sending", internal=True).size, possible_cpus()
+    found = session.loaded.value("sendings", bytes(4), size * cpus)
+    assert found is not None
+    return [int.from_bytes(found[cpu * size :][:4], "little") for cpu in range(cpus)]
+
+
+@pytest.mark.root
+def test_packets_while_the_programs_are_attached(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went to a driver before the program was there that sees it come back takes no place from others."""
+    way.routed()
+    attach = Loaded.attach
+    with ExitStack() as held:
+        ((near, far),) = connected(way, held, 1)
+
+        def attach_and_send(loaded: Loaded, *program: str | None) -> None:
+            attach(loaded, *program)  # type: ignore[arg-type]
+            for _ in range(4):
+                near.sendall(b"x")
+                assert far.recv(1) == b"x"
+
+        monkeypatch.setattr(Loaded, "attach", attach_and_send)
+        chosen = Filter(port=(PortRange(PORT, PORT),), netns=tuple(space.inode for space in way.all))
+        with Session("trace", "trace", chosen) as session:
+            assert at_drivers(session) == [0] * possible_cpus()

@@ -1271,16 +1271,17 @@ int TRACEPOINT_PROG(dequeue, struct Qdisc *qdisc, struct netdev_queue *queue, in
 	return 0;
 }
 
-SEC("tp_btf/net_dev_start_xmit")
-int TRACEPOINT_PROG(start_xmit, struct sk_buff *skb, struct net_device *device)
-{
-	return driven(skb, device);
-}
-
+/* Before start_xmit: programs are attached in their order, and each packet that goes to a driver is to come back. */
 SEC("tp_btf/net_dev_xmit")
 int TRACEPOINT_PROG(xmit, struct sk_buff *skb, int result, struct net_device *device)
 {
 	return driver_took(skb, device, result);
+}
+
+SEC("tp_btf/net_dev_start_xmit")
+int TRACEPOINT_PROG(start_xmit, struct sk_buff *skb, struct net_device *device)
+{
+	return driven(skb, device);
 }
 
 SEC("tp_btf/netif_receive_skb")
