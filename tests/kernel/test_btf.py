@@ -208,9 +208,9 @@ def test_a_long_chain_of_forward_references_is_walked_once() -> None:
     for type_id in range(1, 20001):
         blob.words += [0, Kind.CONST << 24, type_id + 1]
     blob.add(Kind.INT, "int", 4, 32)
-    before = time.monotonic()
+    before = time.process_time()
     assert blob.parse().size_of(1) == 4
-    assert time.monotonic() - before < 2
+    assert time.process_time() - before < 2
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def counted(outcomes: Path) -> tuple[int, int]:
         return 0, 0
     for line in lines:
         done += line.startswith('{"event": "test"')
-        if line.startswith('{"event": "collected"'):
+        if line.startswith('{"event": "collected"') and line.endswith("}"):  # and not half of it yet
             chosen = json.loads(line)["count"]
     return done, chosen
 

@@ -11,6 +11,8 @@ from tests.kernels import progress
 def test_tests_are_counted_while_they_run(tmp_path: Path) -> None:
     outcomes = tmp_path / "row.jsonl"
     assert progress.counted(outcomes) == (0, 0)
+    outcomes.write_text('{"event": "collected", "cou')
+    assert progress.counted(outcomes) == (0, 0)
     lines = [{"event": "collected", "count": 3}, {"event": "start", "nodeid": "a"}, {"event": "test", "nodeid": "a"}]
     outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"event": "te')
     assert progress.counted(outcomes) == (1, 3)
