@@ -22,7 +22,7 @@ from tests.kernels.debian import Image, cache_directory
 TREE = Path(__file__).resolve().parents[2]
 WORK = TREE / ".cache/guests"
 MEMORY = "4G"  # thirty tools at a time, each with tables for a whole machine
-BOOT_TIMEOUT_S = 150
+BOOT_TIMEOUT_S = 300  # one takes 17 to 46 s on a machine that does other things, too
 # Emulation is fastest without AVX, which the guest's C library would use (7 %), and with all of the guest's CPUs in
 # one thread: a thread for each takes twice the processor time, for locks.
 # With one processor the guest's clock counts executed instructions, a nanosecond each: a slow or busy host changes

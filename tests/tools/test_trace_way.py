@@ -9,12 +9,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
 
 from tcpscope.lab.namespaces import Namespace
 from tests.lacks import built_without
+from tests.played_again import seen_in
 from tests.tools.test_trace import covered
 
 pytestmark = pytest.mark.root
@@ -28,14 +30,16 @@ CONNECTIONS = 4
 TIMEOUT = 10  # seconds for each call of a socket: a fault ends the test
 ATTEMPTS = 5  # a kernel may run no program in some tasks; then the devices have counted more than there are rows
 Rows = list[dict[str, Any]]
+_numbers = count()
 
 
 class Way:
     """A client, a middle and a server, in namespaces of their own, joined by pairs of veth: `c`-`to_c`, `to_s`-`s`."""
 
     def __init__(self, held: ExitStack) -> None:
+        number = next(_numbers)
         self.client, self.middle, self.server = self.all = tuple(
-            held.enter_context(_closing(Namespace(f"way-{role}"))) for role in ("client", "middle", "server")
+            held.enter_context(_closing(Namespace(f"way{number}-{role}"))) for role in ("client", "middle", "server")
         )
         self.names = {self.client.inode: "client", self.middle.inode: "middle", self.server.inode: "server"}
         for end, name in ((self.client, "c"), (self.server, "s")):
@@ -150,10 +154,20 @@ def _closing(space: Namespace) -> Iterator[Namespace]:
         space.close()
 
 
-@pytest.fixture
-def way() -> Iterator[Way]:
+@contextmanager
+def another() -> Iterator[Way]:
     with ExitStack() as held:
         yield Way(held)
+
+
+@pytest.fixture
+def way() -> Iterator[Way]:
+    with another() as made:
+        yield made
+
+
+seen = seen_in("way", another)
+"""What a timer gives out, as that of a queue discipline, is handled in the task that it interrupts."""
 
 
 def talk(way: Way, address: str, port: int, *, at: str = SERVER, sizes: tuple[int, ...] = SIZES) -> list[int]:
@@ -242,8 +256,8 @@ def check(way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tup
             ports = talk(way, address, port, at=at)
             after = way.counted()
         done = tool.done
-        seen = Counter((row["netns"], row["device"], row["hop"]) for row in done.rows)
-        unseen = {place: count - before[place] - seen[place] for place, count in after.items()}
+        shown = Counter((row["netns"], row["device"], row["hop"]) for row in done.rows)
+        unseen = {place: count - before[place] - shown[place] for place, count in after.items()}
         if not done.stats["missed"] and not any(unseen.values()):
             break
     assert (done.stats["missed"], done.stats["lost"], {*unseen.values()}) == (0, 0, {0}), unseen
@@ -375,6 +389,7 @@ def of_packet(rows: Rows, number: int) -> Rows:
     return [row for row in rows if row["packet"] == number]
 
 
+@seen
 def test_segments_in_a_tunnel_of_the_other_ip_version(way: Way, run_tool: Any) -> None:
     """The queue discipline below the tunnel's device cuts the packets."""
     skip_without("vxlan")
@@ -391,6 +406,7 @@ def test_segments_in_a_tunnel_of_the_other_ip_version(way: Way, run_tool: Any) -
         assert covered(segments, whole["seq"]) == whole["data_bytes"], mine
 
 
+@seen
 def test_a_packet_that_waits_for_arp_below_a_tunnel(way: Way, run_tool: Any) -> None:
     skip_without("vxlan")
     way.tunnel("vxlan")
@@ -407,6 +423,7 @@ def test_a_packet_that_waits_for_arp_below_a_tunnel(way: Way, run_tool: Any) -> 
     assert sorted(places) == sorted(inside(THERE, "client", "server"))
 
 
+@seen
 def test_nat_before_a_tunnel(way: Way, run_tool: Any) -> None:
     """Below the tunnel's device a received packet has the ends of its header, not those of the socket that sent it."""
     skip_without("vxlan")
@@ -421,6 +438,7 @@ def test_nat_before_a_tunnel(way: Way, run_tool: Any) -> None:
     assert ends == {(device, 4, "192.0.2.2", PORT, "192.0.2.1") for device in ("to_c", "s")}
 
 
+@seen
 def test_ports_that_nat_has_yet_to_change(way: Way, run_tool: Any) -> None:
     """They do not match the filter at RECEIVE: the packet begins at TCP."""
     way.routed()
@@ -433,6 +451,7 @@ def test_ports_that_nat_has_yet_to_change(way: Way, run_tool: Any) -> None:
     assert (received["TCP"], received["READ"]) == (None, "TCP")
 
 
+@seen
 def test_a_queue_of_the_router(way: Way, run_tool: Any) -> None:
     """tbf lets 1000 bytes pass every 80 ms. The packets wait under the number that the client's TCP gave them."""
     way.routed()
@@ -457,6 +476,7 @@ def test_a_queue_of_the_router(way: Way, run_tool: Any) -> None:
         assert places[-1] == ("server", "RECEIVE")
 
 
+@seen
 def test_a_router_that_cuts(way: Way, run_tool: Any) -> None:
     """Nobody knows the segments of a forwarded packet: they are counted."""
     way.routed()
