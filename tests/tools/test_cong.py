@@ -398,12 +398,6 @@ def ends_us(row: Row) -> int:
     return round(datetime.fromisoformat(row["time"]).timestamp() * 1e6)
 
 
-@pytest.fixture
-def connection(lab: Lab) -> Iterator[socket.socket]:
-    with connected(lab) as made:
-        yield made
-
-
 @contextlib.contextmanager
 def connected(lab: Lab) -> Iterator[socket.socket]:
     """A connection of the lab's client."""
@@ -429,8 +423,14 @@ def recover(lab: Lab, connection: socket.socket) -> None:
 
 
 @pytest.mark.kernel
-def test_a_visit_over_many_borders(lab: Lab, run_tool: type[RunningTool], connection: socket.socket) -> None:
+@seen
+def test_a_visit_over_many_borders(lab: Lab, run_tool: type[RunningTool]) -> None:
     """Each interval has its own part, to the microsecond; as has that of a connection without a change."""
+    with connected(lab) as connection:
+        check_borders(lab, run_tool, connection)
+
+
+def check_borders(lab: Lab, run_tool: type[RunningTool], connection: socket.socket) -> None:
     port = connection.getsockname()[1]
 
     def last(rows: list[Row], number: int, column: str) -> bool:

@@ -6,11 +6,13 @@ from tcpscope.lab.hosts import Lab
 from tcpscope.lab.scenarios.answers_lost import AnswersLost
 from tests.conftest import RunningTool
 from tests.lab.scenarios.found import diagnosed
+from tests.played_again import seen
 
 pytestmark = pytest.mark.root
 
 
 @pytest.mark.parametrize("family", ["4", "6"])
+@seen
 def test_it_is_found(lab: Lab, run_tool: type[RunningTool], family: str) -> None:
     outcome, found = diagnosed(AnswersLost(family=family), lab, run_tool)
     assert outcome.counters["TcpPassiveOpens"] == 0

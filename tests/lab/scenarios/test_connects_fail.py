@@ -9,12 +9,14 @@ from tcpscope.lab.scenario import PORT
 from tcpscope.lab.scenarios.connects_fail import CLOSED, NOBODY, ConnectsFail
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
+from tests.played_again import seen
 
 ERRNOS = {"refused": errno.ECONNREFUSED, "filtered": errno.ETIMEDOUT, "dead": errno.ETIMEDOUT}
 
 
 @pytest.mark.root
 @pytest.mark.parametrize("answer", ["refused", "filtered", "dead"])
+@seen
 def test_the_client_is_told_why(lab: Lab, run_tool: type[RunningTool], answer: str) -> None:
     scenario = ConnectsFail(answer=answer)
     (finding,) = findings(lab, run_tool, scenario)

@@ -17,6 +17,7 @@ from tcpscope.lab.scenarios.reset_in_request import ResetInRequest
 from tcpscope.lab.scenarios.worker_hangs import WorkerHangs
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
+from tests.played_again import seen
 
 pytestmark = pytest.mark.root
 
@@ -49,6 +50,7 @@ def test_worker_hangs(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert finding["facts"]["left"] == scenario.clients
 
 
+@seen
 def test_ends_by_timeout(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = EndsByTimeout()
     (finding,) = findings(lab, run_tool, scenario)

@@ -7,10 +7,12 @@ from tcpscope.lab.scenario import PORT
 from tcpscope.lab.scenarios.firewall_drops import FirewallDrops
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
+from tests.played_again import seen
 
 
 @pytest.mark.root
 @pytest.mark.parametrize("hook", ["input", "output"])
+@seen
 def test_the_firewall_is_named(lab: Lab, run_tool: type[RunningTool], hook: str) -> None:
     scenario = FirewallDrops(hook=hook, clients=5)
     (finding,) = findings(lab, run_tool, scenario)

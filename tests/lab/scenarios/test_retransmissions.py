@@ -11,6 +11,7 @@ from tcpscope.lab.scenario import Outcome, Scenario
 from tcpscope.lab.scenarios.accept_overflow_serial import AcceptOverflowSerial
 from tcpscope.lab.scenarios.lossy_path import LossyPath
 from tests.conftest import RunningTool, until
+from tests.played_again import seen
 
 pytestmark = pytest.mark.kernel
 
@@ -28,6 +29,7 @@ def sent_again(lab: Lab, run_tool: type[RunningTool], scenario: Scenario) -> tup
     return tool.done.rows, outcome
 
 
+@seen
 def test_loss_on_the_way(lab: Lab, run_tool: type[RunningTool]) -> None:
     rows, outcome = sent_again(lab, run_tool, LossyPath(seconds=3, one_in=10))
     counters = outcome.client_counters
@@ -43,6 +45,7 @@ def test_loss_on_the_way(lab: Lab, run_tool: type[RunningTool]) -> None:
     assert len({row["lport"] for row in rows}) == 3
 
 
+@seen
 def test_a_full_queue(lab: Lab, run_tool: type[RunningTool]) -> None:
     rows, outcome = sent_again(lab, run_tool, AcceptOverflowSerial())
     refused = {client.local_port for client in outcome.failed}

@@ -10,9 +10,11 @@ from tcpscope.lab.scenario import PORT
 from tcpscope.lab.scenarios.rp_filter import RpFilter
 from tests.conftest import RunningTool
 from tests.lab.scenarios.diagnosed import findings
+from tests.played_again import seen
 
 
 @pytest.mark.root
+@seen
 def test_rp_filter_is_named(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = RpFilter()
     (finding,) = findings(lab, run_tool, scenario)

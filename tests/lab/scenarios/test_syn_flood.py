@@ -12,6 +12,7 @@ from tcpscope.lab.scenarios.syn_flood import SynFlood
 from tests.conftest import RunningTool
 from tests.lab.families import KERNEL_FAMILIES
 from tests.lab.scenarios.found import diagnosed
+from tests.played_again import seen
 
 SYNS = 300  # more than the flood has addresses
 
@@ -58,6 +59,7 @@ def test_cookies_always(family: str) -> None:
 
 
 @pytest.mark.root
+@seen
 def test_diagnose_names_the_flood_and_not_the_full_queue(lab: Lab, run_tool: type[RunningTool]) -> None:
     outcome, found = diagnosed(SynFlood(repeats=2), lab, run_tool)
     (finding,) = found
@@ -67,6 +69,7 @@ def test_diagnose_names_the_flood_and_not_the_full_queue(lab: Lab, run_tool: typ
 
 
 @pytest.mark.root
+@seen
 def test_the_remedy_lets_clients_connect_in_a_flood(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = SynFlood(syncookies=0, repeats=2)
     _, (finding,) = diagnosed(scenario, lab, run_tool)
