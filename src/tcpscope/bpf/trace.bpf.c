@@ -152,7 +152,9 @@ struct flow {
 	__u32 first[2], next[2]; /* of its queues, by direction */
 	__u32 taken[2];          /* what was read, and what was acknowledged, at the last look */
 	__u32 ends[2];           /* the end of what was received, and of what was sent */
-	__u32 writes;            /* how many: trace_functions.bpf.h */
+	__u64 written;           /* bytes before the last write, and FIRST_BYTE: trace_functions.bpf.h */
+	__u32 written_seq;       /* where that begins */
+	__u32 writes;            /* how many */
 	__u32 pushed_out; /* packets with data that were sent, but have not been seen again since they gave way */
 };
 

@@ -24,12 +24,12 @@ enum { WHERE_INET = 1, WHERE_NETDEV = 6, WHERE_BRIDGE = 8, WHERE_FUNCTION = 32 }
 
 const volatile __u8 function_argument[FUNCTIONS]; /* which argument of the function is the skb */
 
-/* A call of a process that writes. */
+#define FIRST_BYTE (1ULL << 32) /* of the first write that was seen; those before it have positions, too */
+
+/* A call of a process that writes. Positions of bytes, as DEPTH writes may be more than sequence numbers can order. */
 struct write {
 	__u64 began_ns;
-	__u32 seq, end_seq; /* its bytes */
-	bool ended;
-	__u8 padding[7];
+	__u64 begin, end; /* its bytes; until it ends, 0 */
 };
 
 /*
@@ -53,7 +53,7 @@ static __always_inline struct write *write_find(struct sock *sk, __u32 number)
 /* A process is about to write. It holds the lock of the socket. */
 static __noinline int write_begin(struct sock *sk)
 {
-	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	__u32 seq = BPF_CORE_READ((struct tcp_sock *)sk, write_seq);
 	struct place place = {.sk = (__u64)sk};
 	struct write new = {};
 	struct flow *flow;
@@ -64,7 +64,9 @@ static __noinline int write_begin(struct sock *sk)
 	if (!flow)
 		return 0;
 	new.began_ns = bpf_ktime_get_ns();
-	new.seq = BPF_CORE_READ(tcp, write_seq);
+	flow->written = flow->writes ? flow->written + (seq - flow->written_seq) : FIRST_BYTE;
+	flow->written_seq = seq;
+	new.begin = flow->written;
 	place.index = flow->writes++ & (DEPTH - 1);
 	bpf_map_update_elem(&writes, &place, &new, BPF_ANY);
 	return 0;
@@ -72,17 +74,15 @@ static __noinline int write_begin(struct sock *sk)
 
 static __noinline int write_end(struct sock *sk)
 {
-	struct tcp_sock *tcp = (struct tcp_sock *)sk;
+	__u32 seq = BPF_CORE_READ((struct tcp_sock *)sk, write_seq);
 	struct flow *flow = flow_find(sk);
 	struct write *write;
 
 	if (!flow || !flow->writes)
 		return 0;
 	write = write_find(sk, flow->writes - 1);
-	if (!write)
-		return 0;
-	write->end_seq = BPF_CORE_READ(tcp, write_seq);
-	write->ended = true;
+	if (write)
+		write->end = flow->written + (seq - flow->written_seq);
 	return 0;
 }
 
@@ -90,7 +90,7 @@ static __noinline int write_end(struct sock *sk)
 static __noinline __u64 write_of(struct flow *flow, struct sock *sk, __u32 seq)
 {
 	__u32 upto = flow->writes, from = upto > DEPTH ? upto - DEPTH : 0;
-	__u64 began_ns = 0;
+	__u64 began_ns = 0, at = flow->written + (__s32)(seq - flow->written_seq);
 
 	for (int i = 0; i < 10 && from < upto; i++) { /* 2^10 > DEPTH */
 		__u32 middle = from + (upto - from) / 2;
@@ -98,10 +98,10 @@ static __noinline __u64 write_of(struct flow *flow, struct sock *sk, __u32 seq)
 
 		if (!write)
 			return 0;
-		if (is_after(write->seq, seq)) {
+		if (write->begin > at) {
 			upto = middle;
 		} else {
-			began_ns = write->ended && !is_after(write->end_seq, seq) ? 0 : write->began_ns;
+			began_ns = write->end && write->end <= at ? 0 : write->began_ns;
 			from = middle + 1;
 		}
 	}
