@@ -80,7 +80,7 @@ def _kernel(part: dict[str, Any] | None, where: str) -> str:
     nothing = [cost for cost in next(iter(part["cost"].values()))["nothing"] if cost]
     lines = [
         f"{where}, Linux {part['kernel']}, {part['cpus']} processor{'s' if part['cpus'] > 1 else ''}, {part['began']}, "
-        f"load {load}. "
+        f"load {load}.\n"
         f"{plan['rounds']} rounds of {plan['batches']} x {plan['connections']:,} connections, {plan['starts']} starts. "
         f"Without a tool a connection takes {spread([cost['wall_ns'] for cost in nothing])} ns.",
     ]
