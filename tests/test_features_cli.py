@@ -83,7 +83,7 @@ def of(tool, works=True, why=None, **hook):
 
 
 def test_a_summary_has_a_line_for_what_is_the_same():
-    refused = {"a__fentry": "no fentry here", "a__kprobe": "no kprobes"}
+    refused = {"a__fentry": "no fentry here", "a__kprobe": "no kprobes", "c": "no fentry here", "d": "no module"}
     found = [
         of("accept", refused=refused, not_known="the listener"),
         of("life", refused={"b__fexit": "no fentry here"}, not_known="the listener"),
@@ -95,6 +95,7 @@ def test_a_summary_has_a_line_for_what_is_the_same():
         "queue: does not work here: no hook for 'x'.",
         "Without fentry, fexit: no fentry here.",
         "Without kprobe: no kprobes.",
+        "Without d: no module.",
         "Not known in accept, life: the listener.",
     ]
     assert list(features_cli.summary([of("list")])) == ["1 of 1 tools work here. They need CAP_BPF."]

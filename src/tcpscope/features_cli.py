@@ -105,16 +105,18 @@ def summary(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for why in dict.fromkeys(f"{_doubt(entry)}: {entry['why']}" for entry in broken.values()):
         names = sorted(name for name, entry in broken.items() if f"{_doubt(entry)}: {entry['why']}" == why)
         yield f"{', '.join(names)}: {why}."
-    refused: dict[str, list[str]] = {}
+    refused: dict[str, tuple[set[str], set[str]]] = {}
     not_known: dict[str, list[str]] = {}
     for entry in found:
         for hook in entry["hooks"]:
             for program, why in hook["refused"].items():
-                refused.setdefault(why, []).append(program.partition("__")[2] or program)
+                name, _, way = program.partition("__")
+                ways, hooks = refused.setdefault(why, (set(), set()))
+                (ways if way else hooks).add(way or name)
             if hook["not_known"]:
                 not_known.setdefault(hook["not_known"], []).append(entry["tool"])
-    for why, ways in refused.items():
-        yield f"Without {', '.join(sorted(set(ways)))}: {why}."
+    for why, (ways, hooks) in refused.items():
+        yield f"Without {', '.join(sorted(ways or hooks))}: {why}."
     of_tools: dict[str, list[str]] = {}
     for text, names in not_known.items():
         of_tools.setdefault(", ".join(dict.fromkeys(names)), []).append(text)
