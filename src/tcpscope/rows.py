@@ -131,6 +131,8 @@ class Hop(StrEnum):
     START_XMIT = "START_XMIT"
     XMIT = "XMIT"
     ACKED = "ACKED"
+    GRO = "GRO"
+    MERGED = "MERGED"
     RECEIVE = "RECEIVE"
     IP_IN = "IP_IN"
     DELIVER = "DELIVER"

@@ -392,19 +392,21 @@ def devices(lab: Lab) -> dict[tuple[int, str], int]:
     return found
 
 
-def transfer(lab: Lab, run_tool: Any) -> tuple[CompletedRun, Counter[tuple[int, str]]]:
-    """A connection that moves BYTES. What the tool shows, and how many packets the devices have counted meanwhile."""
+def transfer(
+    lab: Lab, run_tool: Any, size: int = BYTES, family: int = socket.AF_INET
+) -> tuple[CompletedRun, Counter[tuple[int, str]]]:
+    """A connection that moves `size` bytes. What the tool shows, and how many packets the devices counted meanwhile."""
     with run_tool("trace", "--port", f"{PORT}", "--buffer", "64M") as tool:
         before = devices(lab)
-        with lab.server.socket(socket.AF_INET) as listener, lab.client.socket(socket.AF_INET) as near:
+        with lab.server.socket(family) as listener, lab.client.socket(family) as near:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((lab.server.address(socket.AF_INET), PORT))
+            listener.bind((lab.server.address(family), PORT))
             listener.listen()
             near.connect(listener.getsockname())
             far, _ = listener.accept()
 
             def send() -> None:
-                near.sendall(bytes(BYTES))
+                near.sendall(bytes(size))
                 near.shutdown(socket.SHUT_WR)
 
             sender = threading.Thread(target=send)
@@ -417,7 +419,7 @@ def transfer(lab: Lab, run_tool: Any) -> tuple[CompletedRun, Counter[tuple[int, 
         until(lambda: not any(s.lport == PORT for s in lab.server.sockets()), "the end of the connection")
         lab.flush()
         after = devices(lab)
-    assert taken == BYTES
+    assert taken == size
     return tool.done, Counter({place: after[place] - before[place] for place in after})
 
 

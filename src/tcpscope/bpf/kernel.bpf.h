@@ -567,6 +567,8 @@ struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since
 	int err;
 };
 
+enum gro_result { GRO_MERGED, GRO_MERGED_FREE }; /* include/linux/netdevice.h */
+
 enum skb_drop_reason { SKB_NOT_DROPPED_YET }; /* include/net/dropreason-core.h, since 5.17 */
 
 struct trace_event_raw_kfree_skb {   /* include/trace/events/skb.h */

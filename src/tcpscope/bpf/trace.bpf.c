@@ -11,7 +11,8 @@
  * number.
  *
  * The hops here are tracepoints, which every kernel has. Those of the devices fire with softirqs off, so no softirq interrupts their
- * programs. Of the others there are two copies (recursion.bpf.h). Hops at functions: trace_functions.bpf.h.
+ * programs. Of the others there are two copies (recursion.bpf.h). Before a device's packet is received: trace_gro.bpf.h. Hops at
+ * functions: trace_functions.bpf.h.
  */
 #define HAS_GROUPS
 #define GROUPS_ARE_DISTRIBUTIONS
@@ -41,6 +42,8 @@ enum hop {
 	HOP_START_XMIT,
 	HOP_XMIT,
 	HOP_ACKED,
+	HOP_GRO,
+	HOP_MERGED,
 	HOP_RECEIVE,
 	HOP_IP_IN,
 	HOP_DELIVER,
@@ -496,17 +499,20 @@ static __always_inline bool is_connection(struct sock *sk)
 	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV && state != STATE_LISTEN && state != STATE_CLOSE;
 }
 
-/* What is cheap to ask of a connection, before all else is read of it. Its local port is 0 when it has ended. */
-static __always_inline bool may_be_chosen(struct sock *sk)
+static __always_inline bool are_ports_chosen(__u16 lport, __u16 rport)
 {
-	__u16 lport = sk->__sk_common.skc_num, rport = bpf_ntohs(sk->__sk_common.skc_dport);
-
-	if (!lport)
-		return true;
 	if (filter.has_port && !PORT_IN(filter_port, lport) && !PORT_IN(filter_port, rport))
 		return false;
 	return (!filter.has_lport || PORT_IN(filter_lport, lport)) &&
 	       (!filter.has_rport || PORT_IN(filter_rport, rport));
+}
+
+/* What is cheap to ask of a connection, before all else is read of it. Its local port is 0 when it has ended. */
+static __always_inline bool may_be_chosen(struct sock *sk)
+{
+	__u16 lport = sk->__sk_common.skc_num;
+
+	return !lport || are_ports_chosen(lport, bpf_ntohs(sk->__sk_common.skc_dport));
 }
 
 static __always_inline bool is_other(struct sock *sk)
@@ -565,6 +571,12 @@ static __always_inline enum of_tcp inner_read(struct sk_buff *skb, struct packet
 	return packet_read_at(skb, skb->inner_network_header, packet);
 }
 
+/* Of what a device receives the data begins at the IP header. Unless GRO has looked at it, skb->network_header is not set yet. */
+static __always_inline __u32 data_offset(struct sk_buff *skb)
+{
+	return BPF_CORE_READ(skb, data) - BPF_CORE_READ(skb, head);
+}
+
 /* Is the packet still the one that was followed? Less than 0: that shows later. */
 static __noinline int is_still(struct sk_buff *skb, const struct followed *followed)
 {
@@ -572,7 +584,8 @@ static __noinline int is_still(struct sk_buff *skb, const struct followed *follo
 
 	if (followed->piece.hop == HOP_TRANSMIT)
 		return transport_read(skb, &packet) && is_same(followed, &packet);
-	if (packet_read(skb, &packet) != OF_TCP)
+	if (packet_read_at(skb, followed->piece.hop == HOP_GRO ? data_offset(skb) : skb->network_header, &packet) !=
+	    OF_TCP)
 		return is_inside(skb, followed) ? 1 : -1;
 	return is_same(followed, &packet);
 }
@@ -972,19 +985,14 @@ static __noinline int driver_took(struct sk_buff *skb, struct net_device *device
 }
 
 /*
- * Is a packet that was followed to this hop the one that a device receives now? A second device of this host may: a bridge, or the
- * device of a tunnel.
+ * Is a packet that was followed to this hop the one that a device receives now, or gives to GRO? A second device of this host may: a
+ * bridge, or the device of a tunnel.
  */
-static __always_inline bool may_arrive(struct sk_buff *skb, const struct piece *piece)
+static __always_inline bool may_arrive(struct sk_buff *skb, const struct piece *piece, enum hop hop)
 {
 	return piece->hop == HOP_START_XMIT || piece->hop == HOP_XMIT ||
+	       (piece->hop == HOP_GRO && hop == HOP_RECEIVE) ||
 	       (piece->hop == HOP_RECEIVE && (skb->skb_iif || piece->hidden));
-}
-
-/* Of what a device receives the data begins at the IP header. Unless GRO has looked at it, skb->network_header is not set yet. */
-static __always_inline __u32 data_offset(struct sk_buff *skb)
-{
-	return BPF_CORE_READ(skb, data) - BPF_CORE_READ(skb, head);
 }
 
 /* It may be the last one of a handshake, see handshake_end(). */
@@ -1016,33 +1024,36 @@ static __noinline enum arrived arrived_read(struct sk_buff *skb, const struct fo
 	return arrived;
 }
 
-/* A device receives a packet. It may be one that was sent on this host. It belongs to another connection now. */
-static __noinline int received(struct sk_buff *skb)
+/*
+ * A device receives a packet, or gives it to GRO. It may be one that was sent on this host. It belongs to another connection now. NULL:
+ * it is not followed.
+ */
+static __noinline struct followed *received(struct sk_buff *skb, enum hop hop)
 {
 	struct followed *followed = followed_find(skb);
 	struct net_device *device = skb->dev;
-	struct at at = at_hop(HOP_RECEIVE);
+	struct at at = at_hop(hop);
 	struct packet packet = {};
 	struct identity id = {};
 	enum arrived arrived = arrived_read(skb, followed, &packet, &id);
 	bool chosen, hidden = arrived == ARRIVED_INSIDE;
 
 	if (arrived == ARRIVED_OTHER)
-		return 0;
+		return NULL;
 	at.device = device;
 	chosen = filter_identity(&id);
 	if (chosen) {
 		at.sk = (struct sock *)socket_with(&id);
 		chosen = is_owner_chosen(at.sk);
 	}
-	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece))) {
+	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece, hop))) {
 		followed_delete(skb);
 		followed = NULL;
 	}
 	if (!followed && !hidden && chosen)
 		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
 	if (!followed)
-		return 0;
+		return NULL;
 	if (at.sk)
 		id.cookie = cookie_if_any(at.sk);
 	followed->id = id;
@@ -1055,7 +1066,8 @@ static __noinline int received(struct sk_buff *skb)
 		piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
 	if (!at.sk)
 		received_note(skb);
-	return hop_pass(followed, &at);
+	hop_pass(followed, &at);
+	return followed;
 }
 
 #define TCP_SKB_CB(skb) ((const struct tcp_skb_cb *)__builtin_preserve_access_index(&(skb)->cb))
@@ -1289,7 +1301,8 @@ int TRACEPOINT_PROG(start_xmit, struct sk_buff *skb, struct net_device *device)
 SEC("tp_btf/netif_receive_skb")
 int TRACEPOINT_PROG(receive, struct sk_buff *skb)
 {
-	return received(skb);
+	received(skb, HOP_RECEIVE);
+	return 0;
 }
 
 /* For the second copy: after the first one the packet is at this hop, or followed no more. */
@@ -1413,4 +1426,5 @@ int TRACEPOINT_PROG(discard_again, struct sk_buff *skb)
 }
 
 #include "destroy.bpf.h"
+#include "trace_gro.bpf.h"
 #include "trace_functions.bpf.h"

@@ -3,9 +3,10 @@
 One row for each hop of each packet of the chosen connections: the hop, the time since the hop before, the device, its
 transmit queue, the processor. Packets that this host sends go from WRITE (a process writes their first byte) over
 TRANSMIT (TCP gives them to IP), IP_OUT, QUEUE, the queue discipline (ENQUEUE, DEQUEUE) and the driver (START_XMIT,
-XMIT) to ACKED. Those that it receives go from RECEIVE over IP_IN, DELIVER, TCP_IN, perhaps BACKLOG, and TCP to READ,
-when the application takes their bytes. NETFILTER names its hook. Where the kernel lets no functions be hooked, there
-are QUEUE and what follows on the way out, and RECEIVE, TCP and READ on the way in.
+XMIT) to ACKED. Those that it receives go from GRO, where the driver gives them to the stack and one may be MERGED into
+another, over RECEIVE, IP_IN, DELIVER, TCP_IN, perhaps BACKLOG, and TCP to READ, when the application takes their bytes.
+NETFILTER names its hook. Where the kernel lets no functions be hooked, there are QUEUE and what follows on the way out,
+and GRO, RECEIVE, TCP and READ on the way in.
 
 With --functions further functions of the kernel are hops. With --min the kernel sends only hops that took long. With
 --summary: how the delays of each hop are distributed.
