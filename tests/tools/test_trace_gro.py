@@ -173,7 +173,7 @@ def test_what_is_merged_is_followed_no_more(lab: Lab) -> None:
 
 
 def test_gro_of_a_router(way: Way, run_tool: Any) -> None:
-    """What it has merged goes on as one packet, with one number."""
+    """A router's GRO merges packets into one. The router forwards that one, under its number."""
     way.routed()
     with_gro(way.client, "c", way.middle, "to_c")
     cpus = (1 << os.cpu_count()) - 1  # type: ignore[operator]

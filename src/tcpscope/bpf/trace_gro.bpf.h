@@ -73,7 +73,7 @@ static __always_inline int gro_begin(struct sk_buff *skb)
 	return 0;
 }
 
-/* A packet that was not merged goes on to RECEIVE, perhaps longer than before. */
+/* GRO has merged the packet into another one, or keeps it: then it comes to RECEIVE, with all that GRO merges into it meanwhile. */
 static __noinline int gro_end(int result)
 {
 	struct given *given = given_find();
