@@ -211,11 +211,11 @@ class Pools:
         held: dict[int, list[int]] = defaultdict(list)
         for at, holder in holders.items():
             held[holder.pool].append(at)
-        whole: dict[int, list[tuple[int, Any]]] = defaultdict(list)
+        whole: dict[int, list[tuple[int, Any]]] = {}  # a pool may be there before that of its namespace is
         pools: dict[bytes, list[int]] = defaultdict(list)
         for place, pool in places.items():
             if pool.kind == _NAMESPACE:
-                whole[pool.netns].append((place, self._pools.record(place)))
+                whole.setdefault(pool.netns, []).append((place, self._pools.record(place)))
             else:
                 pools[self._pools.key(place)].append(place)
         if self._first is None:
@@ -232,7 +232,7 @@ class Pools:
         found = [
             self._pool(
                 [self._pools.record(place) for place in same],
-                whole[places[same[0]].netns],
+                whole.get(places[same[0]].netns, []),
                 [self._holders.record(at) for place in same for at in held[place]],
                 ended,
                 self._first.get(key, 0),
@@ -382,7 +382,7 @@ def _used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]]) ->
     """How many ports of a pool are in use."""
     if same[0].kind == _BIND:
         return sum(pool.bound for pool in same)
-    return sum(pool.used for pool in same) + sum(int(space.bound) for _, space in whole[same[0].netns])
+    return sum(pool.used for pool in same) + sum(int(space.bound) for _, space in whole.get(same[0].netns, ()))
 
 
 def _most_used(same: list[_PoolBrief], whole: Mapping[int, list[tuple[int, Any]]]) -> float:

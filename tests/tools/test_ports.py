@@ -664,3 +664,13 @@ def test_only_those_near_their_end_and_those_whose_calls_fail(monkeypatch: pytes
     assert (near.rport, near.used, near.used_first) == (3, 60, 49)
     pools.look()
     assert [(pool.rport, pool.opened) for pool in pools.look()] == [(5, 0), (3, 0), (2, 0), (4, 0)]
+
+
+def test_the_namespace_of_a_pool_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program has made the place of the pool, and not yet that of its namespace. So its range is not known."""
+    tables = Tables(monkeypatch)
+    pools = Pools(tables, Filter(), [])  # type: ignore[arg-type]
+    tables.pool(1, established=1)
+    assert pools.look(least=0.5) == []
+    (pool,) = pools.look()
+    assert (pool.used, pool.used_first, pool.range, pool.share) == (1, 1, None, None)
