@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,24 @@ def test_a_stopped_reader_is_named(script: Script) -> Test:
     assert (facts["full"], facts["state"]) == (1, "T")
     assert facts["stalled_s"] >= STALLED_SECONDS
     assert finding["who"].startswith(f"api-server (PID {server.pid}")
+    assert finding["remedies"][0]["command"] == f"kill -CONT {server.pid}"
+
+
+@recorded(DIAGNOSE)
+def test_a_stopped_server_is_one_fault(script: Script) -> Test:
+    """It neither reads nor accepts, for one reason."""
+    client, served = upload(script)
+    server = served.process
+    server.kill(signal.SIGSTOP)
+    for _ in range(3):
+        client.process.socket().connect(script.server.ipv4, PORT)
+        client.process.pause(500_000)
+    script.server.agent.pause(STALL_US)
+    script.stay()
+    seen = yield
+    (finding,) = findings(seen, script)
+    assert (finding["rule"], finding["severity"]) == ("accept_stalled", "critical")
+    assert (finding["facts"]["waiting"], finding["facts"]["stuck_pids"]) == (3, [server.pid])
     assert finding["remedies"][0]["command"] == f"kill -CONT {server.pid}"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, processes
+from tcpscope.diagnose import Finding, Remedy, Rule, process, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.queue_history import History, Stall
@@ -81,7 +81,7 @@ class AcceptStalled(Rule):
     """Thresholds: STALL_SECONDS and STALL_INTERVALS of queue_history.py."""
 
     needs = ("queues", "sockets")
-    explains = ("accept_queue", "backlog_cut", "connects_fail", "worker_hangs", "close_wait_leak")
+    explains = ("accept_queue", "backlog_cut", "connects_fail", "worker_hangs", "close_wait_leak", "zero_window")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         stuck: dict[_Address, list[tuple[Stall, History]]] = {}
@@ -143,7 +143,7 @@ def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[
         | {
             "who": ", ".join(each.name for each in workers[:WORKERS_SHOWN]) or of(history)["who"],
             "look": (f"queue -L {own.lport}", f"accept --count -L {own.lport}", f"list -L {own.lport}"),
-            "about": frozenset().union(*(of(each)["about"] for each in stalled)),
+            "about": frozenset(process(each.pid) for each in workers).union(*(of(each)["about"] for each in stalled)),
             "subject": ("address", own.netns, own.laddr, own.lport),
             "first_s": stall.began_s,
             "last_s": stall.last_s,

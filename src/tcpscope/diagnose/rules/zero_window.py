@@ -223,10 +223,10 @@ def _about(stall: _Stall) -> Iterator[tuple[Any, ...]]:
         if row.role == "ACTIVE":
             yield service(row.netns, row.raddr, row.rport)
     for row in (track.last for track in stall.readers):
-        if row.role == "PASSIVE":
-            yield listener(row.netns, row.lport)
         if row.pid is not None:
             yield process(row.pid)
+        elif row.role == "PASSIVE":
+            yield listener(row.netns, row.lport)
 
 
 def _senders(senders: list[Track]) -> Iterator[str]:
