@@ -394,7 +394,8 @@ def _listener(
     accepts: bool,
     wanted: bool,
 ) -> Listener:
-    since = (record.now_ns - record.last_accept_ns) // 1000 if record.last_accept_ns else None
+    # Another processor may have accepted since the program read the time.
+    since = max(0, record.now_ns - record.last_accept_ns) // 1000 if record.last_accept_ns else None
     waiting = record.accept_queue and record.oldest_synack_us
     return Listener(
         socket=record.socket,

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from tcpscope.errors import NotPermittedError, TcpscopeError
 from tcpscope.kernel import netns
 from tcpscope.kernel.features import has_capability
-from tcpscope.kernel.resources import exhausted
 
 
 def numbers(namespaces: Iterable[int]) -> str:
@@ -22,7 +21,7 @@ def opened(wanted: Sequence[int], notes: list[str]) -> Iterator[int]:
     Without `wanted` these are all. What cannot be looked at is added to `notes`, or is an error if it is `wanted`.
     """
     visible = netns.visible()
-    own = netns.inode_of("/proc/self/ns/net")
+    own = netns.own()
     refused = visible.hidden_processes
     without = "" if has_capability("CAP_SYS_PTRACE") else " without CAP_SYS_PTRACE"
     if hidden := [inode for inode in wanted if inode not in visible.namespaces]:
@@ -37,11 +36,11 @@ def opened(wanted: Sequence[int], notes: list[str]) -> Iterator[int]:
             yield -1
             continue
         try:
-            descriptor = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            if shortage := exhausted(error.errno, f"cannot open {namespace.path}"):
-                raise shortage from None
+            descriptor = netns.opened(namespace)
+        except OSError:
             refused += 1
+            continue
+        if descriptor is None:
             continue
         try:
             yield descriptor

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +15,10 @@ import pytest
 from tcpscope.diagnose import processes
 from tcpscope.diagnose.queue_history import History
 from tcpscope.diagnose.rules import accept_stalled
+from tcpscope.diagnose.wording import is_in
 from tcpscope.filters import cgroup_mount
+from tcpscope.kernel import netns
+from tcpscope.schema import comm_text
 from tests.conftest import until
 from tests.test_sampling import LISTENER
 
@@ -53,6 +57,24 @@ def test_its_children() -> None:
 
 def _children() -> list[tuple[int, str]]:
     return [(each.pid, each.comm) for each in processes.children(os.getpid()) or []]
+
+
+@pytest.mark.parametrize("name", [b"caf\xc3\xa9-serveur-\xc3", b"a\\b ) (c"])
+def test_a_name_of_any_bytes(name: bytes) -> None:
+    """The kernel cuts a name after 15 bytes, in the middle of a character too. Programs of BPF see the same bytes."""
+    code = "import sys; open('/proc/self/comm', 'wb').write(bytes.fromhex(sys.argv[1])); print(flush=True); input()"
+    command = [sys.executable, "-c", code, name.hex()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            seen = comm_text(name.ljust(16, b"\0"))
+            own = processes.read(child.pid, seen)
+            assert (own.comm, own.state in ("R", "S")) == (seen, True)
+            assert (child.pid, seen) in _children()
+            assert is_in(child.pid, netns.own(), seen)
+        finally:
+            child.kill()
 
 
 def test_a_stopped_one() -> None:

@@ -83,3 +83,13 @@ def test_looks_take_a_fiftieth_and_rare_ones_are_told(
     notes = list(found.blind_spots())
     assert len(notes) == bool(told)
     assert all(told in note for note in notes if told)
+
+
+def test_segments_are_counted_in_32_bits() -> None:
+    def grown(before: int | None, now: int) -> int:
+        rows = [n if n is None else SimpleNamespace(segments=n) for n in (before, now)]
+        return sockets.grown("segments", *rows)
+
+    assert (grown(None, 7), grown(5, 7), grown(7, 7)) == (7, 2, 0)
+    assert grown(2**32 - 3, 4) == 7
+    assert grown(900, 4) == 4  # the socket has connected again

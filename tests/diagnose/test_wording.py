@@ -15,6 +15,7 @@ import pytest
 from tcpscope.diagnose import Finding, Remedy, paths, wording
 from tcpscope.diagnose.queue_history import Burst, History
 from tcpscope.diagnose.rules import accept_queue, accept_slow, syn_queue
+from tcpscope.errors import ResourceError
 from tcpscope.kernel import netns, pidns
 from tcpscope.kernel.netns import Namespace, Visible
 from tcpscope.listeners import Holder, Listener
@@ -99,8 +100,13 @@ def test_a_name_of_a_namespace_is_one_word(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_without_a_way_into_the_namespace_there_is_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netns, "visible", lambda: Visible({}, 0))
-    assert wording.in_namespace(of(ELSEWHERE), "true") is None
+    def full() -> Visible:
+        raise ResourceError("cannot open /run/netns/a: Too many open files in system")
+
+    for seen in (lambda: Visible({}, 0), lambda: Visible({1: Namespace(1, "/run/netns/\udcff")}, 0), full):
+        wording._namespaces.cache_clear()
+        monkeypatch.setattr(netns, "visible", seen)
+        assert wording.in_namespace(of(ELSEWHERE), "true") is None
     own = netns.inode_of("/proc/self/ns/net")
     assert wording.in_namespace(of(replace(ELSEWHERE, netns=own)), "true") == "true"
 

@@ -182,3 +182,23 @@ def test_files_in_run_netns_that_are_no_namespaces(tmp_path: Path, monkeypatch: 
 def test_what_opens_no_network_namespace(path: str) -> None:
     with pytest.raises(OSError):
         netns.inode_of(path)
+
+
+def test_it_is_opened_by_another_process_if_the_first_one_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or has entered another namespace. What nobody holds any more is no error."""
+    own = inode_of_process("self")
+    assert own == netns.own()
+    for stale in ("/proc/2147483647/ns/net", "/proc/self/status"):
+        fd = netns.opened(netns.Namespace(own, stale))
+        assert fd is not None
+        try:
+            assert os.fstat(fd).st_ino == own
+        finally:
+            os.close(fd)
+    tries = []
+    gone = netns.Namespace(1, "/proc/self/ns/net")
+    monkeypatch.setattr(netns, "visible", lambda: tries.append(1) or netns.Visible({1: gone}, 0))
+    assert netns.opened(gone) is None
+    assert 1 <= len(tries) <= 5
+    monkeypatch.setattr(netns, "visible", lambda: netns.Visible({}, 0))
+    assert netns.opened(gone) is None

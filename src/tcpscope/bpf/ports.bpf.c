@@ -355,13 +355,13 @@ static __noinline int range_note(struct net *net, __u32 place)
 	pool->tw_reuse = READ_ANY_WIDTH(net, ipv4.sysctl_tcp_tw_reuse);
 	if (now_ns - pool->checked_ns < SECOND)
 		return 0;
-	pool->checked_ns = now_ns;
 	bits = BPF_CORE_READ(net, ipv4.sysctl_local_reserved_ports);
 	ports = aggregate_find_or_add(&reserved, &place, &no_ports);
 	if (ports)
 		bpf_probe_read_kernel(ports, sizeof(*ports), bits);
 	else
 		NO_ROOM();
+	pool->checked_ns = now_ns; /* user space reads the ports again when this has changed */
 	return 0;
 }
 

@@ -32,7 +32,7 @@ def is_local(address: str, listener: Listener) -> bool | None:
 
 def _process(listener: Listener) -> Path | None:
     """The folder in /proc of a process that is in the listener's network namespace."""
-    if netns.inode_of("/proc/self/ns/net") == listener.netns:
+    if netns.own() == listener.netns:
         return PROC / "self"
     if pidns.inner():
         return None

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from tcpscope.diagnose.wording import is_in
 from tcpscope.kernel import netns
+from tcpscope.kernel.resources import help_for
 from tcpscope.request import Request
 from tcpscope.run import Batch, Run
+from tcpscope.snmp import counters_in
 
 _PAUSE_SECONDS = 1.0
 _SHARE = 100  # readings take at most this part of one processor
@@ -134,13 +136,14 @@ class Counters:
     def _read(self) -> None:
         began = time.monotonic()
         for inode, files in list(self._open.items()):
-            if found := files.read():
+            found = files.read()
+            if found:
                 self._last[inode] = found
                 self._ever.add(inode)
                 if inode not in self._first:
                     self._first[inode] = dict.fromkeys(found, 0) if inode in self._born else found
                     self._middle[inode] = began, found
-            else:
+            elif found is not None:
                 self._numbers.pop(files.number, None)
                 files.close()
                 del self._open[inode]
@@ -168,8 +171,8 @@ class _Open:
             self.close()
             raise
 
-    def read(self) -> dict[str, int]:
-        """All counters; empty if they cannot be read, or its processes are gone."""
+    def read(self) -> dict[str, int] | None:
+        """All counters; empty if its processes are gone; None: they cannot be read now."""
         while self._processes and not self._processes[-1].exists():
             self._processes.pop()
         if not self._processes:
@@ -177,13 +180,9 @@ class _Open:
         found: dict[str, int] = {}
         try:
             for file in self._files:
-                lines = os.pread(file, _BYTES, 0).decode().splitlines()
-                for titles, values in zip(lines[::2], lines[1::2], strict=False):
-                    prefix, names = titles.split(":", 1)
-                    for title, value in zip(names.split(), values.split(":", 1)[1].split(), strict=False):
-                        found[prefix + title] = int(value)
-        except OSError:
-            return {}
+                found |= counters_in(os.pread(file, _BYTES, 0).decode(errors="replace"))
+        except OSError as error:
+            return None if help_for(error.errno) else {}
         return found
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from tcpscope.errors import UnsupportedError
 from tcpscope.filters import cgroup_mount
 from tcpscope.kernel import pidns
+from tcpscope.schema import comm_text
 
 PROC = Path("/proc")
 _THREADS_AT_MOST = 1000
@@ -71,10 +72,11 @@ def read(pid: int, comm: str | None = None) -> Process:
         return Process(pid, comm or "?")
     folder = PROC / str(pid)
     try:
-        stat = (folder / "stat").read_text(errors="replace")
+        stat = (folder / "stat").read_bytes()
     except OSError:
         return Process(pid, comm or "?")
-    name, _, rest = stat.partition("(")[2].rpartition(")")
+    raw, _, rest = stat.partition(b"(")[2].rpartition(b")")
+    name = comm_text(raw)
     if comm is not None and comm != name and comm[:15] != name[:15]:
         return Process(pid, comm)  # another process has this number now, or in this namespace
     unit = container = wchan = limit = None
@@ -95,7 +97,7 @@ def read(pid: int, comm: str | None = None) -> Process:
         for line in (folder / "limits").read_text().splitlines():
             if line.startswith("Max open files"):
                 limit = int(line.split()[3])
-    return Process(pid, name, rest.split()[0], wchan, unit, container, limit, frozen, by_docker)
+    return Process(pid, name, rest.split()[0].decode(), wchan, unit, container, limit, frozen, by_docker)
 
 
 def _is_frozen(cgroup: str) -> bool:
@@ -124,7 +126,7 @@ def children(pid: int) -> list[Process] | None:
         for folder in islice((PROC / str(pid) / "task").iterdir(), _THREADS_AT_MOST):
             for child in (folder / "children").read_text().split():
                 with suppress(OSError):
-                    name = (PROC / child / "comm").read_text(errors="replace").rstrip("\n")
+                    name = comm_text((PROC / child / "comm").read_bytes()[:-1])
                     found.append(Process(int(child), name))
     except OSError:
         return None

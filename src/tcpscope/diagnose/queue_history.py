@@ -18,6 +18,7 @@ from tcpscope.request import Request
 from tcpscope.run import Batch, Streaming
 from tcpscope.sampling import LIMITS, Sampler
 from tcpscope.session import RING_BYTES, closed_on_error
+from tcpscope.snmp import counters_in
 
 COUNTERS = ("ListenOverflows", "ListenDrops", "TCPReqQFullDoCookies", "TCPReqQFullDrop")
 _CHANGES_KEPT = 100  # looks in which something had been accepted: 20 s or more
@@ -616,13 +617,10 @@ def namespace_counters(group: Iterable[Listener]) -> dict[str, int]:
         return {}
     for pid in dict.fromkeys(pid for own in group for pid in _inside(own)):
         try:
-            lines = Path(f"/proc/{pid}/net/netstat").read_text().splitlines()
+            pairs = counters_in(Path(f"/proc/{pid}/net/netstat").read_text())
         except OSError:
             continue
-        for names, values in zip(lines[::2], lines[1::2], strict=True):
-            if names.startswith("TcpExt:"):
-                pairs = dict(zip(names.split()[1:], map(int, values.split()[1:]), strict=True))
-                return {name: pairs[name] for name in COUNTERS if name in pairs}
+        return {name: pairs[f"TcpExt{name}"] for name in COUNTERS if f"TcpExt{name}" in pairs}
     return {}
 
 

@@ -28,6 +28,7 @@ _MOVING_AT_MOST = 2000
 _PEERS_AT_MOST = 4096
 _RING_BYTES = 16 << 20
 _LOOKS_KEPT = 60
+_WRAPS_AT = 1 << 32
 _RARE_SECONDS = 3.0  # a rule that needs three looks needs ten seconds then
 
 
@@ -68,7 +69,7 @@ class Track:
 
     def grown(self, column: str) -> int:
         """By how much a number has grown since the first look that found it."""
-        return int(getattr(self.last, column)) - int(getattr(self.first, column))
+        return grown(column, self.first, self.last)
 
     @property
     def watched_s(self) -> float:
@@ -200,8 +201,7 @@ class Sockets:
         if before is None and row.opened_ns < self._last_s * 1e9:
             return  # it may have been in an earlier look
         sent, again, twice, reordered = (
-            getattr(row, name) - (getattr(before, name) if before is not None else 0)
-            for name in ("data_segs_out", "total_retrans", "dsack_dups", "reord_seen")
+            grown(name, before, row) for name in ("data_segs_out", "total_retrans", "dsack_dups", "reord_seen")
         )
         peer = row.netns, row.raddr
         for tallies, count, number in ((self.sent, sent, again), (self.twice, twice, reordered)):
@@ -230,6 +230,18 @@ class Sockets:
         while new := [row for batch in self.run.poll() for row in batch.rows]:
             found += new
         return found
+
+
+def grown(column: str, before: Any, row: Any) -> int:
+    """By how much a number has grown; `before` None: since zero.
+
+    The kernel counts segments in 32 bits: then it begins again at zero. So does a socket that connects again, or
+    another one at its address.
+    """
+    now, then = int(getattr(row, column)), int(getattr(before, column)) if before is not None else 0
+    if now >= then:
+        return now - then
+    return now - then + _WRAPS_AT if then - now > _WRAPS_AT // 2 else now
 
 
 def columns() -> tuple[str, ...]:

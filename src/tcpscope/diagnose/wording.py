@@ -13,11 +13,12 @@ from typing import Any
 
 from tcpscope.diagnose import Remedy, listener, processes
 from tcpscope.diagnose.queue_history import History, QueueHistory
+from tcpscope.errors import ResourceError
 from tcpscope.kernel import netns, pidns
 from tcpscope.listeners import Listener
+from tcpscope.schema import comm_text
 
 _LEAST, _MOST = 128, 65535
-_COMM = 15  # bytes that the kernel keeps of a name
 _PEERS_SHOWN = 3
 
 
@@ -137,19 +138,22 @@ def in_namespace(history: History, command: str) -> str | None:
     a listener that is gone, the PIDs and the namespace's inode number may be those of others now.
     """
     listener = history.last
-    if history.gone and listener.netns != netns.inode_of("/proc/self/ns/net"):
+    if history.gone and listener.netns != netns.own():
         return None
     return in_netns(listener.netns, command, listener.inside)
 
 
 def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
     """The command, to be run in this network namespace, which these processes are in; None: it is not known how."""
-    if inode == netns.inode_of("/proc/self/ns/net"):
+    if inode == netns.own():
         return command
     if (first := min(pids, default=None)) and not pidns.inner():
         return f"nsenter -t {first} -n {command}"
-    seen = _namespaces(int(time.monotonic())).get(inode)
-    return f"nsenter --net={quote(seen.path)} {command}" if seen else None
+    try:
+        seen = _namespaces(int(time.monotonic())).get(inode)
+    except (OSError, ResourceError):
+        return None
+    return f"nsenter --net={quote(seen.path)} {command}" if seen and seen.path.isprintable() else None
 
 
 @lru_cache(maxsize=1)
@@ -169,8 +173,7 @@ def is_in(pid: int, inode: int, comm: str | None = "") -> bool:
         return not pidns.inner() and netns.inode_of(process / "ns/net") == inode
     except PermissionError:
         with suppress(OSError):
-            name = (process / "comm").read_text(errors="replace").rstrip("\n")
-            return comm is not None and comm[:_COMM] in ("", name)
+            return comm is not None and comm in ("", comm_text((process / "comm").read_bytes()[:-1]))
     except OSError:
         pass
     return False

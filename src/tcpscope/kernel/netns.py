@@ -27,6 +27,7 @@ PROC = Path("/proc")
 _FIRST_INODE = 0xEFFFFF00  # PROC_DYNAMIC_FIRST, fs/proc/generic.c, and the numbers just below for the first namespaces
 _NS_GET_NSTYPE = 0xB703  # include/uapi/linux/nsfs.h
 _CLONE_NEWNET = 0x40000000
+_TRIES = 3
 
 
 class Namespace(msgspec.Struct, frozen=True):
@@ -67,6 +68,11 @@ def visible() -> Visible:
         except OSError:
             continue  # the process is gone
     return Visible({inode: Namespace(inode, path, names.get(inode)) for inode, path in found.items()}, hidden)
+
+
+def own() -> int:
+    """The inode number of our own namespace. It opens no file."""
+    return _inode_in_link(PROC / "self/ns/net")
 
 
 def processes() -> dict[int, list[Path]]:
@@ -127,17 +133,35 @@ def held(inodes: Iterable[int]) -> Iterator[None]:
         wanted = set(inodes)
         seen = visible().namespaces if wanted else {}
         for inode in wanted & seen.keys():
-            try:
-                fd = os.open(seen[inode].path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                if shortage := exhausted(error.errno, f"cannot open {seen[inode].path}"):
-                    raise shortage from None
-                continue
-            if os.fstat(fd).st_ino == inode:
-                stack.callback(os.close, fd)
-            else:  # its process has ended since, or has entered another one
-                os.close(fd)
+            with suppress(OSError):
+                if (fd := opened(seen[inode])) is not None:
+                    stack.callback(os.close, fd)
         yield
+
+
+def opened(namespace: Namespace | None) -> int | None:
+    """A file descriptor of a namespace that was found; None: it is gone.
+
+    Its process may have ended since, or have entered another one, while others are still in it. Raises OSError if it
+    may not be opened, ResourceError.
+    """
+    for _ in range(_TRIES):
+        if namespace is None:
+            return None
+        try:
+            fd = os.open(namespace.path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+        except OSError as error:
+            if shortage := exhausted(error.errno, f"cannot open {namespace.path}"):
+                raise shortage from None
+            raise
+        else:
+            if os.fstat(fd).st_ino == namespace.inode:
+                return fd
+            os.close(fd)
+        namespace = visible().namespaces.get(namespace.inode)
+    return None
 
 
 def _held_by(link: Path, inode: int) -> bool:

@@ -27,6 +27,7 @@ from tcpscope.errors import NotPermittedError, UnsupportedError, UsageError
 from tcpscope.lab import processes
 from tcpscope.lab.namespaces import Namespace, sweep
 from tcpscope.lab.sockets import Socket, tcp_sockets
+from tcpscope.snmp import counters_in
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -109,17 +110,7 @@ class Host:
         """All SNMP counters of this host, with the names of `nstat`: `TcpExtListenOverflows`."""
         # Not /proc/net, which shows the namespace of the process's first thread.
         texts = self.run(lambda: [Path("/proc/thread-self/net", name).read_text() for name in COUNTER_FILES])
-        found: dict[str, int] = {}
-        for text in texts:
-            lines = text.splitlines()
-            if ":" not in text:
-                found.update((name, int(value)) for name, value in map(str.split, lines))
-                continue
-            for names, values in zip(lines[::2], lines[1::2], strict=True):
-                group, _, names = names.partition(":")
-                pairs = zip(names.split(), values.partition(":")[2].split(), strict=True)
-                found.update((group + name, int(value)) for name, value in pairs)
-        return found
+        return {name: value for text in texts for name, value in counters_in(text).items()}
 
     def sockets(self) -> list[Socket]:
         """The TCP sockets of this host: see `tcpscope.lab.sockets`."""
