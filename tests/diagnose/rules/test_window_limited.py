@@ -148,4 +148,94 @@ def test_a_sender_whose_clock_did_not_run() -> None:
             ],
         )
     )
-    assert (finding.facts["buffer"], finding.facts["rate_bytes_per_s"]) == ("SO_SNDBUF", 1_270_290)
+    assert (finding.facts["buffer"], finding.facts["rate_bytes_per_s"]) == ("SO_SNDBUF", 1_265_229)
+
+
+def looks(seen: list[tuple[int, ...]], names: tuple[str, ...], **always: Any) -> list[Any]:
+    """A look each second. What `seen` says of `busy_us`, the sent bytes and the clocks is that second's."""
+    made, sums = [], dict.fromkeys(("busy_us", "sent_bytes", "sndbuf_us", "rwnd_us"), 0)
+    for number, values in enumerate(seen):
+        row = {"busy_us": 1_000_000} | dict(zip(names, values, strict=True))
+        for name in sums if number else ():
+            sums[name] += row.get(name, 0)
+        made.append(connection(**row | sums | always))
+    return made
+
+
+SENDER = ("sent_bytes", "sndbuf_us", "unacked", "unsent", "srtt_us", "memory")
+SENDER_OF_32K = {"sndbuf": 65_536, "sndbuf_set": True, "min_rtt_us": 40_072, "peer_window": 287_744}
+PACED = [  # bbr over 40 ms with SO_SNDBUF 32768, as looks of 6.18 showed it
+    (1_025_000, 280_000, 36_576, 36_200, 41_152, 85_256),
+    (1_081_000, 310_000, 50_680, 0, 41_590, 65_656),
+    (1_044_000, 310_000, 65_536, 0, 41_242, 85_504),
+    (1_082_000, 330_000, 40_920, 24_616, 40_981, 78_848),
+    (1_063_000, 340_000, 41_992, 0, 41_969, 54_472),
+    (1_071_000, 300_000, 42_368, 33_304, 41_211, 89_816),
+    (1_146_000, 370_000, 52_504, 13_032, 41_382, 82_176),
+]
+
+
+@pytest.mark.parametrize("late_us", [41_242, 95_000])
+def test_a_send_buffer_where_the_sender_paces(late_us: int) -> None:
+    """A part of the buffer waits for its turn, so the rate is far below buffer / RTT. A late look is no matter."""
+    seen = [values if n != 2 else (*values[:4], late_us, values[5]) for n, values in enumerate(PACED)]
+    (finding,) = check(track(rule, looks(seen, SENDER, **SENDER_OF_32K)))
+    assert (finding.facts["buffer"], finding.remedies[0].present) == ("SO_SNDBUF", 32_768)
+    assert finding.facts["rate_bytes_per_s"] * 1.3 < finding.facts["window_bytes"] / (finding.facts["srtt_us"] / 1e6)
+    assert "are at most" in finding.observed[0]
+    assert finding.observed[3].startswith("by the kernel's clock, nothing was left to send for 33% of the busy time")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"sndbuf_set": False},  # the kernel sizes it
+        {"min_rtt_us": 900},  # the path is short
+        {"min_rtt_us": 19_000},  # packets wait in a queue
+    ],
+)
+def test_what_is_no_small_send_buffer(other: dict[str, Any]) -> None:
+    assert check(track(rule, looks(PACED, SENDER, **SENDER_OF_32K | other))) == []
+    slower = [(values[0], 290_000, *values[2:]) for values in PACED]
+    assert check(track(rule, looks(slower, SENDER, **SENDER_OF_32K))) == []
+
+
+def test_a_sender_that_the_buffer_does_not_hold_up() -> None:
+    """The kernel asks for room for a new packet, not for what it adds to one of which a part was sent. With Nagle's
+    algorithm a write leaves such a part. What looks showed of cubic over 40 ms, with SO_SNDBUF 32768.
+    """
+    seen = [
+        (2_728_000, 0, 65_160, 0, 41_561, 77_640),
+        (9_607_000, 0, 65_160, 0, 42_086, 68_488),
+        (9_990_000, 0, 65_160, 0, 41_762, 67_656),
+        (5_894_000, 0, 65_536, 0, 41_297, 69_696),
+        (4_735_000, 50_000, 585_856, 65_160, 43_938, 689_288),
+        (5_775_000, 0, 65_536, 0, 41_380, 69_696),
+        (5_837_000, 0, 625_328, 65_160, 41_737, 723_768),
+        (7_757_000, 0, 262_144, 0, 43_533, 279_616),
+    ]
+    assert check(track(rule, looks(seen, SENDER, **SENDER_OF_32K | {"peer_window": 4_450_304}))) == []
+
+
+@pytest.mark.parametrize(("last_us", "number"), [(41_200, 1), (150_000, 0)])
+def test_a_receive_buffer_on_a_busy_machine(last_us: int, number: int) -> None:
+    """bbr, with SO_RCVBUF 32768 over 40 ms. In three of ten seconds the machine had no time for the packets. What the
+    last look shows is said of now.
+    """
+    names = ("sent_bytes", "rwnd_us", "srtt_us")
+    seen = [
+        (890_000, 420_000, 41_455),
+        (861_000, 430_000, 41_686),
+        (880_000, 420_000, 41_513),
+        (934_000, 380_000, 41_675),
+        (100_000, 280_000, 95_000),
+        (100_000, 400_000, 120_000),
+        (100_000, 400_000, 130_000),
+        (880_000, 440_000, 41_513),
+        (934_000, 420_000, 41_413),
+        (886_000, 400_000, 41_512),
+        (849_000, 430_000, last_us),
+    ]
+    found = check(track(rule, looks(seen, names, min_rtt_us=40_111, peer_window=39_096)))
+    told = [(each.facts["buffer"], each.facts["rate_bytes_per_s"], each.facts["window_bytes"]) for each in found]
+    assert told == [("SO_RCVBUF", 849_000, 39_096)] * number
