@@ -58,6 +58,9 @@ char LICENSE[] = "Dual BSD/GPL";
 /* On a way of a hook: it needs this enumerator of the kernel, such as the number of a helper, or this function. */
 #define NEEDS(name) __attribute__((btf_decl_tag("needs:" name)))
 
+/* On a way of a hook: the function is in this module, unless it is built in. All programs of an object name the same one. */
+#define IN_MODULE(name) __attribute__((btf_decl_tag("module:" name)))
+
 /* On the second copy of a program: recursion.bpf.h. */
 #define AGAIN __attribute__((btf_decl_tag("again:")))
 
