@@ -14,15 +14,15 @@
 
 #define WITHOUT_FUNCTIONS "where packets are between TCP and the devices: in IP, netfilter and the socket's backlog"
 
-#define FUNCTIONS 32 /* of --functions */
+#define WITHOUT_CHAINS "which chain of nf_tables discards a packet"
 
-/* include/uapi/linux/netfilter.h */
-enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_NETDEV = 5, NFPROTO_BRIDGE = 7, NFPROTO_IPV6 = 10 };
+#define FUNCTIONS 32 /* of --functions */
 
 /* Values of `where`, which trace.py names. */
 enum { WHERE_INET = 1, WHERE_NETDEV = 6, WHERE_BRIDGE = 8, WHERE_FUNCTION = 32 };
 
 const volatile __u8 function_argument[FUNCTIONS]; /* which argument of the function is the skb */
+const volatile bool hooked_accepted;
 
 #define FIRST_BYTE (1ULL << 32) /* of the first write that was seen; those before it have positions, too */
 
@@ -190,7 +190,12 @@ static __always_inline __u8 netfilter_hook(const struct nf_hook_state *state)
 
 static __always_inline int netfilter_begin(struct sk_buff *skb, const struct nf_hook_state *state)
 {
-	return followed_find(skb) ? side_pass(skb, HOP_NETFILTER, netfilter_hook(state), false) : 0;
+	struct followed *followed = followed_find(skb);
+
+	if (!followed)
+		return 0;
+	followed->chain.name = 0;
+	return side_pass(skb, HOP_NETFILTER, netfilter_hook(state), false);
 }
 
 /* Netfilter has let it pass, or kept it. If it was discarded before the next hop, another one did that. */
@@ -200,6 +205,28 @@ static __always_inline int netfilter_end(struct sk_buff *skb)
 
 	if (followed && followed->piece.side == HOP_NETFILTER)
 		followed->piece.where = 0;
+	return 0;
+}
+
+/* Since "netfilter: make nftables drops visible in net dropmonitor" (6.7) a chain itself frees what it discards. */
+static __always_inline int chain_begin(struct nft_pktinfo *pkt, void *priv)
+{
+	struct followed *followed = hooked_accepted ? followed_find(BPF_CORE_READ(pkt, skb)) : NULL;
+
+	if (followed && followed->piece.side == HOP_NETFILTER)
+		chain_read(priv, &followed->chain);
+	return 0;
+}
+
+static __always_inline int chain_end(struct nft_pktinfo *pkt, unsigned int verdict)
+{
+	struct followed *followed;
+
+	if ((verdict & NF_VERDICT_MASK) != NF_ACCEPT)
+		return 0;
+	followed = followed_find(BPF_CORE_READ(pkt, skb));
+	if (followed)
+		followed->chain.name = 0;
 	return 0;
 }
 
@@ -299,6 +326,38 @@ SEC("fexit/nf_hook_slow")
 int FUNCTION_PROG(verdict_again, struct sk_buff *skb)
 {
 	return netfilter_end(skb);
+}
+
+OPTIONAL(WITHOUT_CHAINS)
+IN_MODULE("nf_tables")
+SEC("fentry/nft_do_chain")
+int FUNCTION_PROG(chain, struct nft_pktinfo *pkt, void *priv)
+{
+	return chain_begin(pkt, priv);
+}
+
+AGAIN
+IN_MODULE("nf_tables")
+SEC("fentry/nft_do_chain")
+int FUNCTION_PROG(chain_again, struct nft_pktinfo *pkt, void *priv)
+{
+	return chain_begin(pkt, priv);
+}
+
+OPTIONAL(WITHOUT_CHAINS)
+IN_MODULE("nf_tables")
+SEC("fexit/nft_do_chain")
+int FUNCTION_PROG(accepted, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
+{
+	return chain_end(pkt, verdict);
+}
+
+AGAIN
+IN_MODULE("nf_tables")
+SEC("fexit/nft_do_chain")
+int FUNCTION_PROG(accepted_again, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
+{
+	return chain_end(pkt, verdict);
 }
 
 OPTIONAL(WITHOUT_FUNCTIONS)
