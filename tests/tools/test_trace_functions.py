@@ -16,7 +16,7 @@ from tcpscope.filters import Filter, PortRange
 from tcpscope.kernel.features import Kernel
 from tcpscope.request import Request
 from tcpscope.tool import find
-from tests.record import Script, Seen, Test, recorded
+from tests.record import Call, Script, Seen, Test, recorded
 from tests.record.script import NOBODYS_MAC, Host
 from tests.tools.pair import exchange, pair, without_timers
 from tests.tools.test_trace import AT_FUNCTIONS, OUT, PORT, TRACE, hops, us_since
@@ -142,6 +142,16 @@ def firewall(host: Host, hook: str) -> None:
     )
 
 
+def chain(host: Host, hook: str, rule: str) -> Call:
+    """A chain behind NAT, with a rule for what is sent to the port of this test. A kernel may lack queues."""
+    return host.exec(
+        "nft",
+        f"add chain inet trace it {{ type filter hook {hook} priority 200 ; }}; "
+        f"add rule inet trace it tcp dport {PORT} {rule}",
+        may_fail=True,
+    )
+
+
 def no_firewall(host: Host) -> None:
     host.exec("nft", "delete table inet trace")
 
@@ -243,6 +253,65 @@ def test_what_is_forwarded(script: Script, family: str) -> Test:
     for before, row in (*pairwise(there), *pairwise(kept)):
         assert row["before"] == before["hop"]
         assert us_since(row) >= 0
+
+
+@pytest.mark.parametrize("rule", ["accept", "queue num 4321 bypass"])
+@recorded(TRACE)
+def test_a_discard_behind_a_chain(script: Script, rule: str) -> Test:
+    """NAT gives two connections the same ends. Behind all chains connection tracking discards the second SYN.
+
+    Nobody reads the queue.
+    """
+    far, client = "198.51.100.9", script.client
+    without_rules(client)
+    client.exec("ip", "route", "add", far, "dev", "veth0")
+    client.exec("ip", "neigh", "replace", far, "lladdr", NOBODYS_MAC, "dev", "veth0")
+    made_chain = chain(client, "postrouting", rule)
+    client.exec(
+        "nft",
+        "add chain inet trace nat { type nat hook postrouting priority 100 ; }; "
+        f"add rule inet trace nat ip daddr {far} tcp dport {PORT} snat ip to {client.ipv4}:20000",
+    )
+    process = client.process("client")
+    made = [process.socket() for _ in range(2)]
+    for one in made:
+        one.start(far, PORT)
+    ports = [one.name() for one in made]
+    for one in made:
+        one.close()
+    seen = yield
+    first, second = ([row for row in seen.rows(TRACE, client) if row["lport"] == port.ret] for port in ports)
+    if not seen.machine.functions_can_be_hooked:
+        assert hops(second) == []  # no device gets it
+        return
+    assert made_chain.ret == 0
+    assert "XMIT" in hops(first)
+    assert [(row["hop"], row["where"], row["chain"]) for row in second][-2:] == [
+        ("NETFILTER", "POSTROUTING", None),
+        ("DROPPED", "POSTROUTING", None),
+    ]
+
+
+@recorded(TRACE)
+def test_a_queue_that_nobody_reads(script: Script) -> Test:
+    """The packet cannot go on without it: its rule's chain discards it."""
+    client = script.client
+    without_rules(client)
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    made_chain = chain(client, "output", "queue num 4321")
+    made.near.send_all(668)
+    no_firewall(client)
+    made.far.read(668)
+    made.near.until_acknowledged()
+    seen = yield
+    rows = [row for row in seen.rows(TRACE, client, data_bytes=668) if row["hop"] == "DROPPED"]
+    if not seen.machine.functions_can_be_hooked:
+        assert rows == []
+        return
+    assert made_chain.ret == 0
+    name = "inet:trace:it" if names_chains(seen) else None
+    assert {(row["where"], row["chain"]) for row in rows} == {("OUTPUT", name)}
 
 
 def asked(names: str) -> Request:

@@ -218,11 +218,16 @@ static __always_inline int chain_begin(struct nft_pktinfo *pkt, void *priv)
 	return 0;
 }
 
+/*
+ * What the chain has let pass, or given to a queue that it may do without (bypass), another one may discard. If the chain has stolen
+ * the packet, the skb may be another packet's by now.
+ */
 static __always_inline int chain_end(struct nft_pktinfo *pkt, unsigned int verdict)
 {
+	unsigned int code = verdict & NF_VERDICT_MASK;
 	struct followed *followed;
 
-	if ((verdict & NF_VERDICT_MASK) != NF_ACCEPT)
+	if (code != NF_ACCEPT && !(code == NF_QUEUE && verdict & NF_VERDICT_FLAG_QUEUE_BYPASS))
 		return 0;
 	followed = followed_find(BPF_CORE_READ(pkt, skb));
 	if (followed)
@@ -300,6 +305,21 @@ int FUNCTION_PROG(ip_out6_again, struct net *net, struct sock *sk, struct sk_buf
 	return side_pass(skb, HOP_IP_OUT, 0, false);
 }
 
+/* Before netfilter, as programs are attached in their order. */
+OPTIONAL(WITHOUT_FUNCTIONS)
+SEC("fexit/nf_hook_slow")
+int FUNCTION_PROG(verdict, struct sk_buff *skb)
+{
+	return netfilter_end(skb);
+}
+
+AGAIN
+SEC("fexit/nf_hook_slow")
+int FUNCTION_PROG(verdict_again, struct sk_buff *skb)
+{
+	return netfilter_end(skb);
+}
+
 OPTIONAL(WITHOUT_FUNCTIONS)
 SEC("fentry/nf_hook_slow")
 int FUNCTION_PROG(netfilter, struct sk_buff *skb, const struct nf_hook_state *state)
@@ -314,18 +334,21 @@ int FUNCTION_PROG(netfilter_again, struct sk_buff *skb, const struct nf_hook_sta
 	return netfilter_begin(skb, state);
 }
 
-OPTIONAL(WITHOUT_FUNCTIONS)
-SEC("fexit/nf_hook_slow")
-int FUNCTION_PROG(verdict, struct sk_buff *skb)
+/* Before chain: programs are attached in their order, and each packet whose chain is noted has to come back. */
+OPTIONAL(WITHOUT_CHAINS)
+IN_MODULE("nf_tables")
+SEC("fexit/nft_do_chain")
+int FUNCTION_PROG(accepted, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
 {
-	return netfilter_end(skb);
+	return chain_end(pkt, verdict);
 }
 
 AGAIN
-SEC("fexit/nf_hook_slow")
-int FUNCTION_PROG(verdict_again, struct sk_buff *skb)
+IN_MODULE("nf_tables")
+SEC("fexit/nft_do_chain")
+int FUNCTION_PROG(accepted_again, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
 {
-	return netfilter_end(skb);
+	return chain_end(pkt, verdict);
 }
 
 OPTIONAL(WITHOUT_CHAINS)
@@ -342,22 +365,6 @@ SEC("fentry/nft_do_chain")
 int FUNCTION_PROG(chain_again, struct nft_pktinfo *pkt, void *priv)
 {
 	return chain_begin(pkt, priv);
-}
-
-OPTIONAL(WITHOUT_CHAINS)
-IN_MODULE("nf_tables")
-SEC("fexit/nft_do_chain")
-int FUNCTION_PROG(accepted, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
-{
-	return chain_end(pkt, verdict);
-}
-
-AGAIN
-IN_MODULE("nf_tables")
-SEC("fexit/nft_do_chain")
-int FUNCTION_PROG(accepted_again, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
-{
-	return chain_end(pkt, verdict);
 }
 
 OPTIONAL(WITHOUT_FUNCTIONS)

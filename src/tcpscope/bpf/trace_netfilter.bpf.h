@@ -8,7 +8,9 @@
 #define NAME_BYTES 24        /* of a table's name, and of a chain's: a longer one is cut */
 #define CHAIN_BYTES 56       /* the longest family, and both */
 #define NF_VERDICT_MASK 0xff /* include/uapi/linux/netfilter.h */
+#define NF_VERDICT_FLAG_QUEUE_BYPASS 0x8000
 #define NF_ACCEPT 1
+#define NF_QUEUE 3
 
 enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_NETDEV = 5, NFPROTO_BRIDGE = 7, NFPROTO_IPV6 = 10 };
 
