@@ -260,6 +260,11 @@ class _OfKernel(_Grouping):
         if ended:
             yield self._interval_ended()
 
+    def begin_anew(self) -> None:
+        """Leave out what was counted until now."""
+        self._take()
+        self._whole, self._period = _Groups(bool(self._of)), _Groups(bool(self._of))
+
     @property
     def pause(self) -> float:
         held = POLL_SECONDS if self._session.holds_back else FOREVER

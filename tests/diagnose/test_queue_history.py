@@ -79,6 +79,18 @@ def numbers(seen: QueueHistory) -> list[int]:
     return [history.count("ACCEPT_QUEUE_FULL") for history in seen.histories.values()]
 
 
+def test_counts_begin_anew_when_all_probes_are_there(read: list[dict[str, int]]) -> None:
+    first, begins, later = (at(9, 9, 9, n, refused={("SYN", "ACCEPT_QUEUE_FULL"): n}) for n in (0, 4, 6))
+    read += [{"ListenOverflows": n} for n in (100, 104, 106)]
+    watched = seen([first])
+    watched._snapshots = Snapshots([begins], [later])  # type: ignore[assignment]
+    watched.run = Events(4)  # type: ignore[assignment]
+    watched.begin()
+    assert (watched.counts()["refusals"], watched.counters(begins)) == (0, {"ListenOverflows": 0})
+    watched._look()
+    assert (watched.counts()["refusals"], watched.counters(later)) == (2, {"ListenOverflows": 2})
+
+
 def test_refusals_that_the_rules_look_at_no_more_are_still_counted() -> None:
     before, after = (at(9, 9, 9, drops, refused={("SYN", "ACCEPT_QUEUE_FULL"): drops}) for drops in (0, 4))
     watched = seen([before], [after])

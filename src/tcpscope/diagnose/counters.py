@@ -101,6 +101,10 @@ class Counters:
             numbers = ", ".join(map(str, sorted(self._partial)))
             yield f"of network namespace {numbers} the kernel's counters were not read from the beginning"
 
+    def begin(self) -> None:
+        self._first.clear()
+        self._read()
+
     def poll(self) -> None:
         if time.monotonic() >= self._next_s:
             self._read()

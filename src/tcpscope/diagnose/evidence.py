@@ -32,6 +32,9 @@ class Source(Protocol):
     def run(self) -> Run:
         """The tool, or the part of one, that is asked."""
 
+    def begin(self) -> None:
+        """Leave out what happened until now, where something is counted: now all sources are there."""
+
     def poll(self) -> None:
         """Take what is new."""
 
@@ -90,6 +93,8 @@ class Evidence:
             self.rules = [rule for rule in asked if not self.lacking.keys() & set(rule.needs)]
             """Those that have what they need."""
             self.left_out = [rule for rule in asked if rule not in self.rules]
+            for source in self._sources.values():  # one after another: on a busy machine that takes seconds
+                source.begin()
         except BaseException:
             self.close()
             raise

@@ -56,6 +56,9 @@ class Pools:
         self._round = -1
         self._next_s = 0.0
 
+    def begin(self) -> None:
+        self.run.look()  # type: ignore[attr-defined]
+
     def poll(self) -> None:
         if time.monotonic() < self._next_s:
             return

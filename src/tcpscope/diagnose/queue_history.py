@@ -396,6 +396,16 @@ class QueueHistory:
             self._forgotten = 0  # listeners that are gone and about which there is nothing to report
             Walk.after(self._look)
 
+    def begin(self) -> None:
+        """The first look was a moment ago, and events are there since the programs were attached."""
+        for _ in self.run.poll():
+            pass
+        self._look()
+        for history in self.histories.values():
+            history.begin_anew()
+        self._changed = ()
+        self._witness.begin()
+
     def poll(self) -> None:
         """The look comes first: an event of a listener without a history belongs to nothing."""
         began, spent, walked = time.monotonic(), time.thread_time(), self._snapshots.walked_s
@@ -581,6 +591,10 @@ class Witness:
             for known in (self._before, self._now, self._seen):
                 for gone in known.keys() - groups.keys():
                     del known[gone]
+
+    def begin(self) -> None:
+        """Count from the last reading on."""
+        self._before = dict(self._now)
 
     def grown(self, listener: Listener) -> dict[str, int]:
         before = self._before.get(listener.namespace, {})

@@ -129,6 +129,10 @@ class Sockets:
             self._last_s, self._next_s = time.monotonic(), 0.0
             self._first_s = 0.0
 
+    def begin(self) -> None:
+        """The first look is still to come. What was sent before counts of connections that are opened from now on."""
+        self._last_s = time.monotonic()
+
     def poll(self) -> None:
         if time.monotonic() >= self._next_s:
             self._look()

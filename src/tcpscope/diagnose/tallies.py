@@ -115,6 +115,9 @@ class Groups:
         self.ever: dict[tuple[Any, ...], Ever] = {}
         self._group, self._by, self._number = namedtuple("Group", by), tuple(by), number
 
+    def begin(self) -> None:
+        self.run.begin_anew()  # type: ignore[attr-defined]
+
     def poll(self) -> None:
         self._take(self.run.poll())
 
