@@ -88,6 +88,16 @@ class Filter:
         """Whether it leaves out connections of the same process, by their addresses, ports or family."""
         return any((self.family, self.lport, self.rport, self.port, self.laddr, self.raddr))
 
+    @property
+    def names_owners(self) -> bool:
+        """Whether it leaves out connections of other processes."""
+        return any((self.pid, self.comm, self.uid, self.cgroup))
+
+    @property
+    def names_ports(self) -> bool:
+        """Whether it leaves out connections to other ports."""
+        return any((self.lport, self.rport, self.port))
+
     def __post_init__(self) -> None:
         for name in _VALUES:
             value = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import msgspec
 import pytest
 
 from tcpscope.diagnose import Finding, causes, process
-from tcpscope.diagnose.rules import close_wait_leak
+from tcpscope.diagnose.rules import close_wait_leak, connects_fail
 from tcpscope.diagnose.rules.connects_fail import rule
+from tcpscope.filters import Filter, PortRange
 from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.scenes import told
 from tests.record import Host, Process, Script, Seen, Socket, Test, recorded
@@ -282,6 +284,31 @@ def test_a_host_that_answered_before_it_died_is_dead() -> None:
         assert finding.facts["answers"] == expected
 
 
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        ((15,), "client: 15 of 55 connects to 192.0.2.2:80 fail: no answer"),  # it may go on
+        ((5, 10, 10), "client cannot connect to 192.0.2.2:80: the host does not answer"),
+        ((5, 10, 10, 10), "client cannot connect to 192.0.2.2:80: the host does not answer"),
+    ],
+)
+def test_when_an_attempt_began_is_not_known_to_the_second(
+    monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...], said: str
+) -> None:
+    """It dies at second 114, and the first attempt ends in 119: it may have begun in 113, before others succeeded."""
+    monkeypatch.setattr(connects_fail, "_linear_timeouts", lambda: 4)
+    given = {
+        attempt("ESTABLISHED"): times(*[20] * 5, first_s=110),
+        attempt("ESTABLISHED", rport=22): times(*[20] * 5, first_s=110),
+        attempt("GAVE_UP", syn_retrans=4): times(*failing, first_s=119),
+    }
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.title == said
+    given[attempt("ESTABLISHED", rport=22)].add(116.0, 1)
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.facts["answers"] == [22]
+
+
 def test_another_ip_version_works() -> None:
     refused = {attempt("REFUSED", "ECONNREFUSED", raddr="::1", laddr="::1"): times(20)}
     assert severities(refused) == ["critical"]
@@ -409,6 +436,77 @@ def test_ports_of_a_host_that_does_not_answer_are_one_finding() -> None:
     given = {attempt("ESTABLISHED", rport=22): since, attempt("ESTABLISHED", raddr=OTHER): since}
     (finding,) = check(rule, attempts=groups(given), sockets=sockets(*rows))
     assert finding.facts["answers"] == [22]
+
+
+def test_an_icmp_message_now_and_then_tells_of_all() -> None:
+    """Hosts send one in a second, and clients come faster."""
+    silent = {attempt("GAVE_UP", syn_retrans=3): times(5, 5, 5, 5)}
+    for outcome, errno, said in (
+        ("UNREACHABLE", "EHOSTUNREACH", "host unreachable"),
+        ("REJECTED", "ECONNREFUSED", "rejected by an ICMP message, as of a firewall"),
+    ):
+        some = {attempt(outcome, errno): times(2, 2, 2, 2)}
+        (before,) = check(rule, attempts=groups(silent), sockets=sockets())
+        assert before.title.endswith(": the host does not answer")
+        (finding,) = check(rule, attempts=groups(silent | some), sockets=sockets(*waiting(3)))
+        assert (finding.title, finding.facts["count"]) == (f"client cannot connect to {THERE}:80: {said}", 31)
+        assert "net.ipv4.icmp_ratelimit" in finding.why
+        assert finding.key == before.key
+        (finding,) = check(rule, attempts=groups(some), sockets=sockets())
+        assert "net.ipv4.icmp_ratelimit" not in finding.why
+
+
+def test_a_firewall_that_rejects_one_port_is_told_from_a_host_that_is_gone() -> None:
+    given = {attempt("UNREACHABLE", "EHOSTUNREACH"): times(5), attempt("ESTABLISHED", rport=22): times(1)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert f"other ports of {THERE} answer: 22" in finding.observed
+
+
+@pytest.mark.parametrize(
+    ("filter", "said"),
+    [
+        (Filter(), "the host does not answer"),
+        (Filter(netns=(NETNS,), family=4), "the host does not answer"),
+        (Filter(pid=(7,)), "no answer"),
+        (Filter(rport=(PortRange(80, 80),)), "no answer"),
+    ],
+)
+def test_a_filter_hides_whether_the_host_answers(filter: Filter, said: str) -> None:
+    (finding,) = check(rule, filter, attempts=groups({}), sockets=sockets(*waiting(5)))
+    assert finding.title == f"client cannot connect to {THERE}:80: {said}"
+    assert any("the filter of this watch" in line for line in finding.observed) == (said == "no answer")
+
+
+def test_attempts_that_began_before_the_watch_are_not_those_of_another_program() -> None:
+    given = {
+        attempt("TIMED_OUT", "ETIMEDOUT"): times(5),
+        attempt("TIMED_OUT", "ETIMEDOUT", pid=None, comm=None): times(9),
+    }
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.title == f"client cannot connect to {THERE}:80: the host does not answer"
+    assert not any(line.startswith("processes") for line in finding.observed)
+    assert (finding.facts["comm"], finding.facts["pids"], finding.facts["count"]) == ("client", [7], 14)
+    given[attempt("TIMED_OUT", "ETIMEDOUT", pid=8, comm="other")] = times(5)
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.title.startswith("client and 1 more program cannot connect")
+
+
+@pytest.mark.parametrize(("linear", "answers"), [("4", []), ("0", [22]), (None, [22])])
+def test_how_long_ago_the_first_syn_was_sent_at_most(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, linear: str | None, answers: list[int]
+) -> None:
+    """Three SYNs that were sent again took 4 s at most, or 15 s."""
+    if linear is not None:
+        (tmp_path / "linear").write_text(f"{linear}\n")
+    monkeypatch.setattr(connects_fail, "_LINEAR", tmp_path / "linear")
+    connects_fail._linear_timeouts.cache_clear()
+    given = {
+        attempt("ESTABLISHED", rport=22): times(1, first_s=110),
+        attempt("GAVE_UP", syn_retrans=3): times(5, first_s=120),
+    }
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    connects_fail._linear_timeouts.cache_clear()
+    assert finding.facts["answers"] == answers
 
 
 def test_a_port_scan_is_one_finding_for_information() -> None:

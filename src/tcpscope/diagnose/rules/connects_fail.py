@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from ipaddress import ip_address
+from math import inf
+from pathlib import Path
 from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, paths, peer, process, processes, service
@@ -33,6 +36,7 @@ RESTART_SECONDS = 3.0
 _PROGRAMS_SHOWN, _PORTS_SHOWN = 3, 5
 _PORTS_IN_FACTS = 100
 _WILDCARDS = ("0.0.0.0", "::")
+_LINEAR = Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts")
 
 WHY_ALONE = (
     "This process does nothing else with TCP. Most probably it needs the service, cannot work without it, and tries "
@@ -77,6 +81,7 @@ _SAYS_NO = {
 """Errno of a connect() that fails before a SYN is sent -> what it means, for the title and behind it."""
 
 _ANSWERS = {"refused by a RST", "reset"}
+_BY_ICMP = ("rejected by an ICMP message", "unreachable")
 
 
 def kind_of(attempt: Any) -> str | None:
@@ -97,7 +102,7 @@ def is_steady(count: int, first_s: float, last_s: float) -> bool:
 class Program:
     """What the processes of one name got from a service.
 
-    began_s    when the first failing attempt began at the earliest
+    began_s    when the first failing attempt began at the earliest; latest_s: at the latest
     waiting    sockets in SYN_SENT whose SYN was sent again
     unsent     failed before a SYN was sent
     connected  since the first failure; connected_before: until then; connected_later: for certain after it
@@ -108,6 +113,7 @@ class Program:
     pids: Counter[int | None] = field(default_factory=Counter)
     laddrs: set[str] = field(default_factory=set)
     began_s: float = 0.0
+    latest_s: float = inf
     unsent: int = 0
     connected: int = 0
     connected_before: int = 0
@@ -129,11 +135,17 @@ class Program:
         return self.failed + self.waiting
 
     @property
-    def total(self) -> int:
-        return self.bad + self.connected
+    def still_connected(self) -> int:
+        return 0 if self.all_fail else self.connected
 
-    def happened(self, first_s: float, last_s: float, took_s: float = 0.0) -> None:
-        self.began_s = min(self.began_s or first_s, first_s - took_s)
+    @property
+    def total(self) -> int:
+        return self.bad + self.still_connected
+
+    def happened(self, first_s: float, last_s: float, took_s: tuple[float, float] = (0.0, 0.0)) -> None:
+        """`took_s`: how long the first attempt has lasted at the least, and at most."""
+        self.began_s = min(self.began_s or first_s, first_s - took_s[1])
+        self.latest_s = min(self.latest_s, first_s - took_s[0])
         self.first_s = min(self.first_s or first_s, first_s)
         self.last_s = max(self.last_s, last_s)
 
@@ -148,11 +160,16 @@ class Program:
     @property
     def all_fail(self) -> bool:
         """Whether nothing succeeds any more."""
-        return not self.connected or (not self.connected_later and self.last_s - self.first_s >= 2 * INTERVAL_SECONDS)
+        return not self.connected or (not self.connected_later and self.lasts)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether attempts fail for so long that what succeeds meanwhile is seen."""
+        return self.last_s - self.first_s >= 2 * INTERVAL_SECONDS
 
     @property
     def fails(self) -> bool:
-        return self.bad >= LEAST and self.bad >= SHARE * self.total
+        return self.bad >= LEAST and self.bad >= SHARE * (self.bad + self.connected)
 
     @property
     def severity(self) -> str | None:
@@ -172,6 +189,7 @@ class Subject:
 
     unresolved  SYNs to it that were discarded here, since no next hop has given its link address
     elsewhere   who listens at this port in other network namespaces, if it is a loopback address
+    narrowed    a filter leaves out connects to other ports of the host, or those of other programs
     """
 
     host: Host
@@ -180,6 +198,7 @@ class Subject:
     scan: bool = False
     unresolved: int = 0
     elsewhere: list[Listener] = field(default_factory=list)
+    narrowed: bool = False
 
     def _sum(self, name: str) -> int:
         return sum(getattr(program, name) for program in self.programs.values())
@@ -198,7 +217,7 @@ class Subject:
 
     @property
     def connected(self) -> int:
-        return self._sum("connected")
+        return self._sum("still_connected")
 
     @property
     def kinds(self) -> Counter[str]:
@@ -206,9 +225,18 @@ class Subject:
 
     @property
     def main(self) -> str:
-        """What most attempts got."""
+        """What most attempts got; an ICMP message that some got also says what became of those without any answer."""
         kinds = self.kinds + Counter({SILENCE: self.waiting})
-        return max(kinds, key=lambda kind: kinds[kind])
+        most = max(kinds, key=lambda kind: kinds[kind])
+        if most == SILENCE and not self.connected:
+            said = max(_BY_ICMP, key=lambda kind: kinds[kind])
+            return said if kinds[said] else most
+        return most
+
+    @property
+    def names(self) -> list[str | None]:
+        """Of the programs; of attempts that began before the watch it is not known whose they are."""
+        return [comm for comm in self.programs if comm is not None] or [None]
 
     @property
     def errno(self) -> str | None:
@@ -226,7 +254,7 @@ class Subject:
 
     @property
     def worst(self) -> str | None:
-        return max(self.programs, key=lambda comm: self.programs[comm].bad)
+        return max(self.names, key=lambda comm: self.programs[comm].bad)
 
     @property
     def name(self) -> str:
@@ -243,6 +271,7 @@ class ConnectsFail(Rule):
         unresolved = _unresolved(seen)
         services, alive = _services(seen, unresolved)
         silent: dict[Host, list[Subject]] = defaultdict(list)
+        narrowed = seen.request.filter.names_owners or seen.request.filter.names_ports
         scans = _scans(services)
         for (host, comm), ports in scans.items():
             whole = reduce(_merged, (services[(*host, port)][comm] for port in ports))
@@ -259,7 +288,7 @@ class ConnectsFail(Rule):
             subject = Subject((netns, raddr), [rport], failing)
             subject.unresolved = _kept_here(subject, unresolved, alive)
             subject.elsewhere = list(_elsewhere(seen, subject))
-            if subject.main == SILENCE:
+            if subject.main in (SILENCE, *_BY_ICMP):
                 silent[subject.host].append(subject)
             else:
                 yield from self._finding(seen, services, subject, alive)
@@ -269,7 +298,7 @@ class ConnectsFail(Rule):
                 for comm, program in subject.programs.items():
                     together[comm] = _merged(together[comm], program) if comm in together else program
             ports = sorted(port for subject in subjects for port in subject.ports)
-            whole_host = Subject(host, ports, together)
+            whole_host = Subject(host, ports, together, narrowed=narrowed)
             whole_host.unresolved = _kept_here(whole_host, unresolved, alive)
             yield from self._finding(seen, services, whole_host, alive)
 
@@ -299,7 +328,7 @@ class ConnectsFail(Rule):
         about = {service(netns, raddr, port) for port in subject.ports}
         about |= {endpoint(netns, raddr, port) for port in subject.ports}
         about |= {listener(own, port) for port in subject.ports for own in _listening(seen, subject, port)}
-        if subject.main == SILENCE and _answer(subject, others) == "nothing":
+        if subject.main == SILENCE and _answer(subject, others) in ("nothing", "unknown"):
             about.add(peer(netns, raddr))
         held_up = _held_up(seen, subject)
         about |= {process(pid) for pid in held_up}
@@ -397,7 +426,7 @@ def _services(
         program.pids[group.pid] += tally.count
         program.laddrs.add(group.laddr)
         program.unsent += 0 if group.syn_sent else tally.count
-        program.happened(tally.first_s, tally.last_s, _most_s(group.syn_retrans) if kind == SILENCE else 0.0)
+        program.happened(tally.first_s, tally.last_s, _took_s(group.syn_retrans) if kind == SILENCE else (0.0, 0.0))
         if kind == SILENCE:
             silent.append((program, tally))
     alive: dict[Host, set[int]] = defaultdict(set)
@@ -417,10 +446,13 @@ def _services(
         elif row.role == "ACTIVE":
             acks.append((row, track.last_s - row.since_ack_us / 1e6))
     if services:
-        began: dict[Host, float] = {}
+        failing_at: dict[Host, Program] = {}
         for (netns, raddr, _), programs in services.items():
-            first_s = min(program.began_s for program in programs.values())
-            began[netns, raddr] = min(began.get((netns, raddr), first_s), first_s)
+            for program in programs.values():
+                host = netns, raddr
+                failing_at[host] = _merged(failing_at[host], program) if host in failing_at else program
+        # Where nothing more succeeds, what did in the time in which the first failure may have begun came before it.
+        began = {host: whole.latest_s if whole.lasts else whole.began_s for host, whole in failing_at.items()}
         for row, ack_s in acks:
             if ack_s > began.get((row.netns, row.raddr), ack_s):
                 alive[row.netns, row.raddr].add(row.rport)
@@ -440,9 +472,26 @@ def _services(
     return services, alive
 
 
-def _most_s(syn_retrans: int) -> float:
-    """How long an attempt has lasted at most: the time to the next SYN doubles each time, from one second on."""
-    return INTERVAL_SECONDS + 2.0 ** (syn_retrans + 1) - 1
+def _took_s(syn_retrans: int) -> tuple[float, float]:
+    """How long an attempt has lasted at the least, and at most until the interval ended in which it did."""
+    return _until_syn(syn_retrans) if syn_retrans else 0.0, INTERVAL_SECONDS + _until_syn(syn_retrans + 1)
+
+
+def _until_syn(number: int) -> float:
+    """When the SYN is sent again for so many times: the time to the next one doubles each time, from one second on.
+
+    Since 6.5 (ccce324dabfe, "tcp: make the first N SYN RTO backoffs linear") not from the first time on.
+    """
+    linear = min(number - 1, _linear_timeouts())
+    return linear + 2.0 ** (number - linear) - 1
+
+
+@cache
+def _linear_timeouts() -> int:
+    """How many SYNs are sent again after a second each, before the time doubles; 0: this kernel has none of these."""
+    with suppress(OSError, ValueError):
+        return int(_LINEAR.read_text())
+    return 0
 
 
 def _scans(
@@ -461,7 +510,9 @@ def _key(subject: Subject) -> tuple[Any, ...]:
     """For `Finding.subject`."""
     if subject.scan:
         return ("scan", *subject.host, subject.worst)
-    return ("silent", *subject.host) if subject.main == SILENCE else (*subject.host, subject.ports[0])
+    if subject.main in (SILENCE, *_BY_ICMP):  # what is silent at first may say so a moment later
+        return ("silent", *subject.host)
+    return (*subject.host, subject.ports[0])
 
 
 def _program(services: dict[tuple[int, str, int], dict[str | None, Program]], row: Any) -> Program:
@@ -483,6 +534,7 @@ def _merged(one: Program, other: Program) -> Program:
         retransmits=max(one.retransmits, other.retransmits),
         first_s=min(one.first_s, other.first_s),
         began_s=min(one.began_s, other.began_s),
+        latest_s=min(one.latest_s, other.latest_s),
         last_s=max(one.last_s, other.last_s),
         succeeded_since=one.succeeded_since and other.succeeded_since,
     )
@@ -552,20 +604,21 @@ _SILENT = {
     "itself": "no answer",
     "others": "no answer, though the host answers at other ports",
     "nothing": "the host does not answer",
+    "unknown": "no answer",
 }
 
 
 def _answer(subject: Subject, others: list[int]) -> str:
     """What answers, where a connect got no answer."""
-    if any(program.connected for program in subject.programs.values()):
+    if subject.connected:
         return "itself"
-    return "others" if others else "nothing"
+    return "others" if others else "unknown" if subject.narrowed else "nothing"
 
 
 def _title(subject: Subject, others: list[int], refused: bool, alone: bool = False) -> str:
     who = subject.worst or "a process"
-    if len(subject.programs) > 1:
-        who += f" and {len(subject.programs) - 1} more programs"
+    if more := len(subject.names) - 1:
+        who += f" and {paths.number(more, 'more program')}"
     known = {
         "refused by a RST": "connection refused",
         "rejected by an ICMP message": "rejected by an ICMP message, as of a firewall",
@@ -585,7 +638,7 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
         return f"{who} tries again and again to connect to {subject.name}, and was refused {subject.bad} times"
     if refused:
         return f"{who} was refused by {subject.name}, {subject.bad} times"
-    if any(program.connected for program in subject.programs.values()):
+    if subject.connected:
         return f"{who}: {subject.bad} of {subject.total} connects to {subject.name} fail: {how}"
     return f"{who} cannot connect to {subject.name}: {how}"
 
@@ -609,16 +662,18 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
     for own in subject.elsewhere[:_PROGRAMS_SHOWN]:
         owner = f"{own.owner.comm} (PID {own.owner.pid})" if own.owner else "a process"
         yield f"{owner} listens at {own.name} in another network namespace"
-    if subject.main == SILENCE and not subject.unresolved:
-        address = subject.host[1]
-        if others:
-            ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
-            yield f"other ports of {address} answer: {ports}{', ...' if len(others) > _PORTS_SHOWN else ''}"
-        elif _answer(subject, others) == "nothing":
+    address = subject.host[1]
+    if others and subject.main in (SILENCE, *_BY_ICMP):
+        ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
+        yield f"other ports of {address} answer: {ports}{', ...' if len(others) > _PORTS_SHOWN else ''}"
+    elif subject.main == SILENCE and not subject.unresolved:
+        if _answer(subject, others) == "nothing":
             yield f"no connect to {address} was answered since the first of them, at whatever port"
-    pids = subject.pids
+        elif _answer(subject, others) == "unknown":
+            yield f"the filter of this watch leaves out other connects to {address}: some of them may be answered"
+    pids = [pid for pid, _ in subject.pids.most_common() if pid]
     if len(pids) > 1:
-        shown = [f"PID {pid}" for pid, _ in pids.most_common(_PROGRAMS_SHOWN) if pid]
+        shown = [f"PID {pid}" for pid in pids[:_PROGRAMS_SHOWN]]
         more = len(pids) - len(shown)
         yield f"processes: {', '.join(shown)}{f' and {more} more' if more else ''}"
 
@@ -653,15 +708,19 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
             f"A RST answers the SYN: {address} is up, but no process listens at this address and port there. A "
             "firewall that rejects with a RST looks the same."
         ) + (WHY_LOOPBACK if subject.elsewhere else "")
+    limited = (
+        " It sends few of these messages (net.ipv4.icmp_ratelimit: one in a second to an address), so other SYNs get "
+        "no answer and are sent again."
+    ) * bool(subject.main in _BY_ICMP and (subject.kinds[SILENCE] or subject.waiting))
     if subject.main == "rejected by an ICMP message":
-        return "A firewall or router answers the SYN with an ICMP message. The service has not seen the SYN."
+        return "A firewall or router answers the SYN with an ICMP message. The service has not seen the SYN." + limited
     if subject.main == "unreachable":
         if subject.errno == "ENETUNREACH":
             return "There is no route to this address, here or at a router on the way, so no SYN reaches the host."
         return (
             "A router or a firewall says so with an ICMP message (host unreachable, administratively prohibited), or "
             "the host on the same network does not answer ARP or neighbour discovery: it is down, or the address is "
-            "wrong."
+            "wrong." + limited
         )
     answer = _answer(subject, others)
     if subject.main == SILENCE and answer == "itself":
