@@ -116,8 +116,9 @@ def _entered(netns: int, when: int) -> str | None:
 
 
 def of(where: Peer, found: Owners, *look: str) -> dict[str, Any]:
-    """What a finding about a remote address has beside its text: `who`, `look`, `about`."""
+    """What a finding about a remote address has beside its text: `who`, `look`, `about`, `subject`."""
     return {
+        "subject": where,
         "who": who(found),
         "look": tuple(f"{command} --raddr {where[1]}" for command in look),
         "about": frozenset({peer(*where)}),

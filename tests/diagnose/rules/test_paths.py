@@ -151,6 +151,16 @@ def test_of_connections_that_were_too_short_the_namespace_tells_the_share() -> N
     assert found(evidence(retrans=((Group(), 30),))) == []  # nobody knows of how many
 
 
+@pytest.mark.parametrize("needless", [0, 40])
+def test_losses_of_further_connections_are_the_same_finding(needless: int) -> None:
+    one = (Group(lport=40_000), 40)
+    given = [((one,), 1), ((one, (Group(lport=40_001), 40)), 2)]
+    found_ = [found(evidence(sent=(1000, 40 * n), twice=needless * n, retrans=groups))[0] for groups, n in given]
+    assert [finding.facts["count"] for finding in found_] == [1, 2]
+    assert found_[0].about != found_[1].about
+    assert found_[0].key == found_[1].key
+
+
 def test_the_share_is_of_what_was_lost() -> None:
     (finding,) = found(evidence(sent=(1000, 40), twice=10, retrans=((Group(), 40),)))
     assert (finding.title, finding.facts["share"]) == (f"3.0% of the segments to {PEER} are lost", 0.03)
@@ -207,6 +217,7 @@ def test_others_are_answered_meanwhile(since_ack_s: float, case: str, remedies: 
     assert finding.facts["case"] == case
     assert [remedy.name for remedy in finding.remedies if remedy.name] == remedies
     assert [line for line in finding.observed if "idle" in line] == said
+    assert not any("its host is alive" in remedy.what for remedy in finding.remedies)
 
 
 def test_keepalive_after_half_of_the_idle_time() -> None:
@@ -277,6 +288,18 @@ def test_a_dead_host_that_may_be_a_hole_is_told_later_and_as_one_of_both(
 def test_three_slow_connections(srtt_us: int, min_rtt_us: int, number: int, rules: list[str]) -> None:
     slow = [track(srtt_us=srtt_us, min_rtt_us=min_rtt_us, unacked=2 * 1448) for _ in range(number)]
     assert names(evidence(*slow)) == rules
+
+
+def test_who_fills_the_queue_can_act() -> None:
+    slow = {"srtt_us": 150_000, "min_rtt_us": 200}
+    waiting = [track(**slow, unacked=100, pid=0x7FFFFFFE, comm="shell") for _ in range(3)]
+    filling = track(**slow, unacked=100_000, pid=0x7FFFFFFF, comm="backup")
+    marks = {name: mark for module in ALL for name, mark in module.rule.marks.items()}
+    filling._look(SimpleNamespace(**vars(filling.last) | {"sent_bytes": 10**6}), 4.0, marks)
+    (finding,) = found(evidence(*waiting, filling))
+    assert (finding.who or "").startswith("backup (PID 2147483647")
+    assert (finding.facts["bulk_comm"], finding.facts["comm"]) == ("backup", "shell")
+    assert "backup" in finding.remedies[0].what
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ class Nagle(Rule):
             observed=[
                 f"in {held} of {track.looks} looks {of} {_size(track)} "
                 f"waited behind a segment that was not acknowledged; TCP_NODELAY is not set",
-                f"smoothed RTT {row.srtt_us / 1000:.1f} ms, smallest RTT {row.min_rtt_us / 1000:.2f} ms: "
+                f"smoothed RTT {row.srtt_us / 1000:.1f} ms, smallest RTT {row.min_rtt_us / 1000:.3g} ms: "
                 "the path is fast, the ACKs are late",
                 f"{track.grown('data_segs_out')} segments of data sent in {track.watched_s:.0f} s",
             ],

@@ -224,6 +224,7 @@ class NoAck(Rule):
             remedies = _when_fins(where, silent)
         elif lives:
             title, why = f"{number} to {where[1]} get no answer; others do", WHY_LOST
+            remedies = _when_lost(where, silent)
         observed = [*_waits(silent)]
         if paused and not here:
             observed.append(f"they were idle before that for {_span(idle_us)}")
@@ -346,6 +347,19 @@ def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
         "See whether a route leads to it, and then whether its host is alive.",
         command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
     )
+    yield from _user_timeout(silent)
+
+
+def _when_lost(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
+    yield Remedy(
+        f"Let {paths.program(paths.owners(silent))} close these and open new ones: others of this address are answered."
+        " Then see why the packets of these are dropped, in the firewalls, NAT and load balancers on this route.",
+        command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
+    )
+    yield from _user_timeout(silent)
+
+
+def _user_timeout(silent: list[Track]) -> Iterator[Remedy]:
     without = [track for track in silent if not track.last.user_timeout_ms]
     if without and paths.owners(without):
         yield Remedy(

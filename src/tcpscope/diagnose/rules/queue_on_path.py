@@ -73,6 +73,7 @@ class QueueOnPath(Rule):
                 f"{paths.who(Counter([bulk.owner]))} {bulk.way} {bulk.bytes_per_s / 1e6:.2g} MB/s, {bulk.share:.0%} of "
                 "all with this address"
             )
+        who = {"who": paths.who(Counter([bulk.owner]))} if bulk else {}  # who fills the queue can act, not who waits
         return Finding(
             rule=self.name,
             severity="warning",
@@ -81,7 +82,7 @@ class QueueOnPath(Rule):
             observed=observed,
             why=WHY,
             remedies=list(_remedies(bulk)),
-            **paths.of(where, owners, "rtt", "top"),
+            **paths.of(where, owners, "rtt", "top") | who,
             facts=paths.facts(
                 where,
                 owners,
