@@ -33,6 +33,7 @@ EVENTS = (
     "tcp_probe",
     "tcp_receive_reset",
     "tcp_retransmit_skb",
+    "tcp_retransmit_synack",
 )
 """The tracepoints of the tools that a softirq passes, as far as they tell the ports."""
 DISCARD = "kfree_skb"
