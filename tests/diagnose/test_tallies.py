@@ -132,6 +132,15 @@ def test_how_far_two_times_are_apart_says_the_kernel(intervals: list[tuple[float
     assert not made.is_apart(1.5)
 
 
+def test_the_kernels_times_of_several_tallies() -> None:
+    total = Tally()
+    for at_s in (5, 3, 4):
+        one = Tally()
+        one.add(100.0, 1, between_ns=(at_s * 10**9, (at_s + 1) * 10**9))
+        total.merge(one)
+    assert total.between_ns == (3 * 10**9, 6 * 10**9)
+
+
 @pytest.mark.root
 def test_the_times_are_those_of_the_kernel(lab: Lab) -> None:
     found = Groups(Request(filter=Filter(netns=(lab.client.inode,))), "connect", ("rport",))

@@ -70,12 +70,17 @@ class Tally:
         return sum(count for at, count, _ in self._parts if at > after_s)
 
     def merge(self, other: Tally) -> None:
-        self.between_ns = (0, 0)
+        self.between_ns = spanning(self.between_ns, other.between_ns)
         self.count += other.count
         self.sum += other.sum
         self.first_s = min(self.first_s or other.first_s, other.first_s)
         self.last_s = max(self.last_s, other.last_s)
         self._parts.extend(other._parts)
+
+
+def spanning(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The kernel's times of the first and the last of both; 0: not known."""
+    return min(filter(None, (one[0], other[0])), default=0), max(one[1], other[1])
 
 
 @dataclass

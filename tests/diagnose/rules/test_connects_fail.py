@@ -12,6 +12,7 @@ import pytest
 from tcpscope.diagnose import Finding, causes, process
 from tcpscope.diagnose.rules import close_wait_leak, connects_fail
 from tcpscope.diagnose.rules.connects_fail import rule
+from tcpscope.diagnose.tallies import Tally
 from tcpscope.filters import Filter, PortRange
 from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.scenes import told
@@ -242,6 +243,16 @@ def test_three_and_a_fifth(failed: int, connected: int, expected: list[str]) -> 
 )
 def test_a_steady_pace_is_a_health_check(counts: tuple[int, ...], expected: list[str]) -> None:
     assert severities({attempt("REFUSED", "ECONNREFUSED"): times(*counts)}) == expected
+
+
+@pytest.mark.parametrize(("apart_s", "expected"), [(1.0, ["info"]), (0.7, ["warning"])])
+def test_a_steady_pace_that_is_read_late(apart_s: float, expected: list[str]) -> None:
+    """The first three are read together."""
+    tally, other = Tally(), Tally()
+    tally.add(103.0, 3, between_ns=(10**9, int((1 + 2 * apart_s) * 1e9)))
+    other.add(104.0, 1, between_ns=(int((1 + 3 * apart_s) * 1e9),) * 2)
+    given = {attempt("REFUSED", "ECONNREFUSED"): tally, attempt("REFUSED", "ECONNREFUSED", pid=8): other}
+    assert severities(given) == expected
 
 
 @pytest.mark.parametrize(

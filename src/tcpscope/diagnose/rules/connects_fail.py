@@ -15,7 +15,7 @@ from typing import Any
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, paths, peer, process, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.rules.firewall_drops import is_syn
-from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally
+from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally, spanning
 from tcpscope.diagnose.wording import in_netns, is_in
 from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
@@ -93,9 +93,13 @@ def kind_of(attempt: Any) -> str | None:
     return _KINDS.get(attempt.outcome)
 
 
-def is_steady(count: int, first_s: float, last_s: float) -> bool:
-    """Whether so many events came one after the other, as those of a health check: the times are ends of intervals."""
-    return (count - 1) / (last_s - first_s + INTERVAL_SECONDS) <= CHECKS_PER_S
+def is_steady(count: int, first_s: float, last_s: float, between_ns: tuple[int, int]) -> bool:
+    """Whether so many events came one after the other, as those of a health check.
+
+    The times are ends of intervals, which may be read late, and `between_ns` the kernel's.
+    """
+    first_ns, last_ns = between_ns
+    return (count - 1) / max(last_s - first_s + INTERVAL_SECONDS, (last_ns - first_ns) / 1e9) <= CHECKS_PER_S
 
 
 @dataclass
@@ -124,6 +128,7 @@ class Program:
     retransmits: int = 0
     first_s: float = 0.0
     last_s: float = 0.0
+    between_ns: tuple[int, int] = (0, 0)
     succeeded_since: bool = False
 
     @property
@@ -178,7 +183,7 @@ class Program:
             before = self.connected or self.connected_before
             if before and self.last_s - self.first_s < RESTART_SECONDS:
                 return "info" if self.succeeded_since else None
-            if is_steady(self.bad, self.first_s, self.last_s):
+            if is_steady(self.bad, self.first_s, self.last_s, self.between_ns):
                 return "info"
         return "critical" if self.bad >= CRITICAL and self.all_fail else "warning"
 
@@ -426,6 +431,7 @@ def _services(
         program.pids[group.pid] += tally.count
         program.laddrs.add(group.laddr)
         program.unsent += 0 if group.syn_sent else tally.count
+        program.between_ns = spanning(program.between_ns, tally.between_ns)
         program.happened(tally.first_s, tally.last_s, _took_s(group.syn_retrans) if kind == SILENCE else (0.0, 0.0))
         if kind == SILENCE:
             silent.append((program, tally))
@@ -536,6 +542,7 @@ def _merged(one: Program, other: Program) -> Program:
         began_s=min(one.began_s, other.began_s),
         latest_s=min(one.latest_s, other.latest_s),
         last_s=max(one.last_s, other.last_s),
+        between_ns=spanning(one.between_ns, other.between_ns),
         succeeded_since=one.succeeded_since and other.succeeded_since,
     )
 

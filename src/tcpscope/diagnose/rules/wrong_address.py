@@ -74,7 +74,9 @@ class WrongAddress(Rule):
             clients[raddr] += tally.count
             total.merge(tally)
         wanted = came.most_common(1)[0][0]
-        is_check = all(is_steady(tally.count, tally.first_s, tally.last_s) for tally in wrong.values())
+        is_check = all(
+            is_steady(tally.count, tally.first_s, tally.last_s, tally.between_ns) for tally in wrong.values()
+        )
         both_loopback = all(map(_is_loopback, came)) and all(a in _ANY or _is_loopback(a) for a in addresses)
         common = of(history)
         shown = [f"{address} ({number})" for address, number in clients.most_common(_PEERS_SHOWN)]
