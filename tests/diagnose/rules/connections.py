@@ -11,9 +11,12 @@ from tcpscope.diagnose.sockets import Track, columns
 from tests.record import Script, Seen
 from tests.tools.queue.refusals import DIAGNOSE
 
+NOBODY = 0x7FFFFFFF
+"""A PID that no process ever has: what rules read of one in /proc is nothing."""
+
 _ENDS = {
     "netns": 1,
-    "pid": 4711,
+    "pid": NOBODY,
     "comm": "app",
     "laddr": "192.0.2.1",
     "lport": 40000,

@@ -16,7 +16,7 @@ from tcpscope.diagnose.rules.worker_hangs import LEAST, rule
 from tcpscope.diagnose.sockets import Track
 from tcpscope.filters import Filter
 from tcpscope.listeners import Holder
-from tests.diagnose.rules.connections import connection, findings
+from tests.diagnose.rules.connections import NOBODY, connection, findings
 from tests.diagnose.rules.endings import attempts, groups
 from tests.record import Script, Test, recorded
 from tests.test_sampling import LISTENER
@@ -70,7 +70,7 @@ def track(**values: Any) -> Track:
     return made
 
 
-def listener(accepted: int, pids: tuple[int, ...] = (4711,)) -> History:
+def listener(accepted: int, pids: tuple[int, ...] = (NOBODY,)) -> History:
     """So many accepted since it began; these processes hold it."""
     holders = tuple(Holder(pid, "app", 0, fd=3) for pid in pids)
     history = History(LISTENER, LISTENER)
@@ -86,7 +86,7 @@ def check(
     watched_s: float = 60.0,
     filter: Filter = Filter(),  # noqa: B008 (it is frozen)
 ) -> list[Finding]:
-    found = groups((attempts(1, netns=1, pid=4711)[0], 1), seconds=0.0) if connects_s is not None else groups()
+    found = groups((attempts(1, netns=1, pid=NOBODY)[0], 1), seconds=0.0) if connects_s is not None else groups()
     seen: Any = SimpleNamespace(
         sockets=SimpleNamespace(now=list(tracks)),
         attempts=found,
@@ -145,7 +145,7 @@ def test_a_process_that_nobody_has_asked_meanwhile_may_be_idle() -> None:
 
 def test_with_a_filter_of_ends_the_other_connections_are_not_known() -> None:
     assert not check(*(track() for _ in range(LEAST)), filter=Filter.from_options(raddr="192.0.2.1"))
-    assert check(*(track() for _ in range(LEAST)), filter=Filter(pid=(4711,)))
+    assert check(*(track() for _ in range(LEAST)), filter=Filter(pid=(NOBODY,)))
 
 
 @pytest.mark.parametrize(("ago_s", "found"), [(1.0, False), (6.0, True)])
@@ -156,11 +156,11 @@ def test_a_process_that_connects_works(ago_s: float, found: bool) -> None:
 @pytest.mark.parametrize(
     ("accepted", "pids", "opened_s", "found"),
     [
-        (LEAST, (4711,), 10.0, False),  # these are older
-        (LEAST - 1, (4711,), 10.0, True),
-        (2 * LEAST - 1, (4711,), 97.0, True),  # these are of them
-        (2 * LEAST, (4711,), 97.0, False),
-        (2 * LEAST, (4711, 4712), 97.0, True),  # the other one may have accepted them
+        (LEAST, (NOBODY,), 10.0, False),  # these are older
+        (LEAST - 1, (NOBODY,), 10.0, True),
+        (2 * LEAST - 1, (NOBODY,), 97.0, True),  # these are of them
+        (2 * LEAST, (NOBODY,), 97.0, False),
+        (2 * LEAST, (NOBODY, NOBODY - 1), 97.0, True),  # the other one may have accepted them
     ],
 )
 def test_a_process_that_closes_what_it_has_accepted_works(
@@ -192,6 +192,6 @@ def test_it_says_what_the_threads_do_and_who_else_waits() -> None:
 
 def test_it_explains_what_it_leaves_in_close_wait() -> None:
     (finding,) = check(*(track() for _ in range(LEAST)))
-    leak = Finding("close_wait_leak", "warning", "", [], "", [], {}, about=frozenset({("process", 4711)}))
+    leak = Finding("close_wait_leak", "warning", "", [], "", [], {}, about=frozenset({("process", NOBODY)}))
     close_wait_leak.rule.name = "close_wait_leak"
     assert causes([leak, finding], [rule, close_wait_leak.rule]) == [finding]
