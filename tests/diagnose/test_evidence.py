@@ -13,7 +13,9 @@ import pytest
 from tcpscope.diagnose import Rule, evidence
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.sockets import Mark
+from tcpscope.errors import ResourceError
 from tcpscope.filters import Filter
+from tcpscope.kernel.loaded import Loaded
 from tcpscope.lab.hosts import Lab
 from tcpscope.request import Request
 from tests.conftest import until
@@ -84,3 +86,31 @@ def test_what_happens_before_all_of_it_is_there_is_not_counted(lab: Lab, monkeyp
         seen.close()
         for each in (*bound, client, server):
             each.close()
+
+
+class Looks(Rule):
+    needs: ClassVar[tuple[str, ...]] = ("sockets",)
+
+
+def test_a_look_that_fails_ends_no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine has too few open files for a moment, say."""
+    seen = Evidence(Request(filter=Filter()), [Looks()])
+    try:
+        with monkeypatch.context() as full:
+
+            def iterate(*args: object) -> None:
+                raise ResourceError("iterator cannot run: Too many open files in system", "raise fs.file-max")
+
+            full.setattr(Loaded, "iterate", iterate)
+            seen.poll()
+            seen.poll()
+        assert not seen.sockets.looks
+        seen.poll()
+        assert seen.sockets.looks == 1
+        (note,) = seen.blind_spots()
+        assert note == (
+            "2 looks at sockets failed, so numbers are the least: "
+            "iterator cannot run: Too many open files in system; raise fs.file-max"
+        )
+    finally:
+        seen.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from tcpscope.diagnose import Rule
@@ -13,7 +13,7 @@ from tcpscope.diagnose.pools import Pools
 from tcpscope.diagnose.queue_history import QueueHistory
 from tcpscope.diagnose.sockets import Mark, Sockets
 from tcpscope.diagnose.tallies import Groups
-from tcpscope.errors import UnsupportedError, UsageError
+from tcpscope.errors import ResourceError, UnsupportedError, UsageError
 from tcpscope.kernel.features import Kernel
 from tcpscope.kernel.walk import Walk
 from tcpscope.request import Request
@@ -102,6 +102,7 @@ class Evidence:
             kernel.release()
         self.began_s = self.now_s = time.monotonic()
         self._met_s = 0.0
+        self._failed: dict[str, tuple[int, ResourceError]] = {}
         self.ended = False
         """Nothing more comes: what is not certain yet will not be."""
 
@@ -116,11 +117,20 @@ class Evidence:
 
     def poll(self) -> None:
         self.now_s = time.monotonic()
-        for source in self._sources.values():
-            source.poll()
+        for name, source in self._sources.items():
+            with self._noted(name):
+                source.poll()
         if self.now_s >= self._met_s + _MEET_SECONDS:
             self._met_s = self.now_s
             self._meet()
+
+    @contextmanager
+    def _noted(self, name: str) -> Iterator[None]:
+        """A look for which the machine has too little memory or open files is left out. The next one may have them."""
+        try:
+            yield
+        except ResourceError as error:
+            self._failed[name] = self._failed.get(name, (0,))[0] + 1, error
 
     def _meet(self) -> None:
         """Tell the counters in which network namespaces there are sockets, and whose."""
@@ -138,8 +148,9 @@ class Evidence:
         counters.meet(found)
 
     def end(self) -> None:
-        for source in self._sources.values():
-            source.end()
+        for name, source in self._sources.items():
+            with self._noted(name):
+                source.end()
         self.ended = True
         self.now_s = time.monotonic()
 
@@ -156,6 +167,8 @@ class Evidence:
         for name, why in self.lacking.items():
             without = ", ".join(rule.name for rule in self.left_out if name in rule.needs)
             yield f"not checked ({without}): {why}"
+        for name, (number, error) in self._failed.items():
+            yield f"{number} look{'' if number == 1 else 's'} at {name} failed, so numbers are the least: {error}"
         for rule in self.rules:
             yield from rule.unseen(self)
         if (sockets := self._sources.get("sockets")) and isinstance(sockets, Sockets):

@@ -204,7 +204,7 @@ def severities(attempts: Any, *rows: Any) -> list[str]:
     return [finding.severity for finding in check(rule, attempts=groups(attempts), sockets=sockets(*rows))]
 
 
-def waiting(number: int, rport: int = 80) -> list[Any]:
+def waiting(number: int, rport: int | None = 80) -> list[Any]:
     row = SimpleNamespace(
         netns=NETNS,
         pid=7,
@@ -528,3 +528,21 @@ def test_a_port_scan_is_one_finding_for_information() -> None:
 
     assert scan(9) == [("critical", 5)] * 9
     assert scan(1000) == [("info", 5000)]
+
+
+def test_port_0_is_a_port() -> None:
+    """A program whose port is not set asks for it. Columns of ports have None for 0."""
+    nowhere = attempt("REFUSED", "ECONNREFUSED", rport=None)
+    silent = attempt("TIMED_OUT", "ETIMEDOUT", rport=443, syn_retrans=3)
+    (finding,) = check(rule, attempts=groups({nowhere: times(5)}), sockets=sockets())
+    assert (finding.facts["rports"], finding.title) == ([0], f"client cannot connect to {THERE}:0: connection refused")
+    assert finding.look == (f"connect --failed --raddr {THERE}",)
+    given = {nowhere: times(1, first_s=110), attempt("ESTABLISHED", rport=22): times(1, first_s=110), silent: times(5)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.facts["answers"] == [0, 22]
+    (finding,) = check(rule, attempts=groups({silent: times(5)}), sockets=sockets(*waiting(3, None)))
+    assert finding.facts["rports"] == [0, 443]
+    ports = [None, *range(1000, 1011)]
+    given = {attempt("REFUSED", "ECONNREFUSED", rport=port): times(5) for port in ports}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.facts["rports"][:2] == [0, 1000]

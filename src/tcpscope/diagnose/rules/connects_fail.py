@@ -365,7 +365,7 @@ class ConnectsFail(Rule):
                 "count": subject.bad,
             },
             who=None if main_pid is None or pidns.inner() else processes.read(main_pid, subject.worst).name,
-            look=(f"connect --failed --raddr {raddr} -R {','.join(map(str, subject.ports[:_PORTS_SHOWN]))}",),
+            look=(f"connect --failed --raddr {raddr}{_option(subject.ports[:_PORTS_SHOWN])}",),
             about=frozenset(about),
             first_s=min(program.first_s for program in subject.programs.values()),
             last_s=max(program.last_s for program in subject.programs.values()),
@@ -461,13 +461,13 @@ def _services(
         began = {host: whole.latest_s if whole.lasts else whole.began_s for host, whole in failing_at.items()}
         for row, ack_s in acks:
             if ack_s > began.get((row.netns, row.raddr), ack_s):
-                alive[row.netns, row.raddr].add(row.rport)
+                alive[row.netns, row.raddr].add(_port(row))
         for group, tally in answered:
             host = group.netns, group.raddr
             if host in began:
                 if tally.last_s > began[host] - INTERVAL_SECONDS / 2:
-                    alive[host].add(group.rport)
-                if failing := services.get((*host, group.rport), {}).get(group.comm):
+                    alive[host].add(_port(group))
+                if failing := services.get((*host, _port(group)), {}).get(group.comm):
                     failing.succeeded(tally)
         for program, tally in silent:  # what has ended since the look waited in it
             if program.waiting:
@@ -522,7 +522,17 @@ def _key(subject: Subject) -> tuple[Any, ...]:
 
 
 def _program(services: dict[tuple[int, str, int], dict[str | None, Program]], row: Any) -> Program:
-    return services.setdefault((row.netns, row.raddr, row.rport), {}).setdefault(row.comm, Program())
+    return services.setdefault((row.netns, row.raddr, _port(row)), {}).setdefault(row.comm, Program())
+
+
+def _option(ports: list[int]) -> str:
+    """No filter has port 0."""
+    return f" -R {','.join(map(str, ports))}" if all(ports) else ""
+
+
+def _port(row: Any) -> int:
+    """A connect to port 0 is possible, and the columns of ports have None for it."""
+    return int(row.rport or 0)
 
 
 def _merged(one: Program, other: Program) -> Program:
