@@ -161,6 +161,13 @@ def test_losses_of_further_connections_are_the_same_finding(needless: int) -> No
     assert found_[0].key == found_[1].key
 
 
+@pytest.mark.parametrize(("retransmits", "number", "rules"), [(2, 10, []), (2, 6, ["loss"]), (0, 10, ["loss"])])
+def test_what_waits_for_its_ack_may_not_be_lost(retransmits: int, number: int, rules: list[str]) -> None:
+    """Ten connections whose ACKs are late have each sent a segment again three times."""
+    waiting = [track(retransmits=retransmits, retrans_segs=1, backoff=2) for _ in range(number)]
+    assert names(evidence(*waiting, sent=(1000, 33), retrans=((Group(), 38),))) == rules
+
+
 def test_the_share_is_of_what_was_lost() -> None:
     (finding,) = found(evidence(sent=(1000, 40), twice=10, retrans=((Group(), 40),)))
     assert (finding.title, finding.facts["share"]) == (f"3.0% of the segments to {PEER} are lost", 0.03)

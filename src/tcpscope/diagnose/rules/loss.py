@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule, paths
@@ -26,9 +27,13 @@ class Loss(Rule):
     explains = ("window_limited", "ends_by_timeout")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
+        waiting: Counter[Peer] | None = None
         for where, again in paths.again(seen).items():
             needed = again.segs - paths.needless(seen, where, again)
             if needed < SEGMENTS:
+                continue
+            waiting = _waiting(seen) if waiting is None else waiting
+            if needed - waiting[where] < SEGMENTS:
                 continue
             sent = paths.sent(seen, where, again)
             lost = sent.again * needed / again.segs
@@ -74,6 +79,16 @@ class Loss(Rule):
                 kinds=dict(again.kinds),
             ),
         )
+
+
+def _waiting(seen: Evidence) -> Counter[Peer]:
+    """Address -> what was sent again and waits for its ACK in the last look. That may say that all had arrived."""
+    found: Counter[Peer] = Counter()
+    for track in seen.sockets.now:
+        row = track.last
+        if again := row.retransmits + row.retrans_segs:
+            found[row.netns, row.raddr] += again
+    return found
 
 
 rule = Loss()
