@@ -53,3 +53,18 @@ def test_what_a_pool_used_in_the_first_snapshot() -> None:
         source._take([SimpleNamespace(kind="snapshot", round=round_, rows=[row])])  # type: ignore[list-item]
     assert [(key[-1], first.used) for key, first in source.first.items()] == [(1, 5), (2, 7)]
     assert [row.rport for row in source.now] == [2]
+    assert not source.is_full
+
+
+@pytest.mark.parametrize("failed", [0, 3])
+def test_a_pool_without_room_is_told(monkeypatch: pytest.MonkeyPatch, failed: int) -> None:
+    monkeypatch.setattr(pools, "_POOLS_AT_MOST", 2)
+    source = Pools.__new__(Pools)
+    source.first, source.failed, source.at_failure, source._round = {}, {}, {}, -1
+    source.run = SimpleNamespace(pools=[SimpleNamespace(used_first=5)])  # type: ignore[assignment]
+    for rport, full in ((1, False), (2, False), (1, False), (3, True)):
+        row = SimpleNamespace(netns=1, family=4, laddr="a", raddr="b", rport=rport, used=9, failed=failed)
+        row.errno, row.failed_pid, row.failed_comm = "EADDRNOTAVAIL", 7, "app"
+        source._take([SimpleNamespace(kind="snapshot", round=1, rows=[row])])  # type: ignore[list-item]
+        assert bool(list(source.blind_spots())) == full
+    assert len(source.failed) == (2 if failed else 0)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tcpscope.diagnose import sockets
-from tcpscope.diagnose.sockets import Sockets
+from tcpscope.diagnose.sockets import Sockets, Track
 
 
 @pytest.fixture
@@ -43,6 +43,23 @@ def test_their_number_is_bounded(found: Sockets, monkeypatch: pytest.MonkeyPatch
     found.forget(10.0)
     found._serve(row("192.0.2.9", 21))
     assert found.served == {(1, 80): {"192.0.2.0": 20.0, "192.0.2.9": 21.0}}
+    assert found.is_full
+
+
+def test_segments_of_peers_without_room_are_told(found: Sockets, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_PEERS_AT_MOST", 2)
+    found._last_s = found._next_s = found._first_s = 0.0
+    found.looks = found.left_out = found.connections = 0
+    numbers = {"data_segs_out": 5, "total_retrans": 1, "dsack_dups": 0, "reord_seen": 0}
+    for host, full in ((1, False), (2, False), (1, False), (3, True)):
+        each = SimpleNamespace(**vars(row(f"192.0.2.{host}", 5.0)) | numbers)
+        found._add_up(Track(each, each, 6.0, 6.0), 6.0)
+        assert found.is_full == full
+    assert {peer[1]: (tally.count, tally.sum) for peer, tally in found.sent.items()} == {
+        "192.0.2.1": (10, 2),
+        "192.0.2.2": (5, 1),
+    }
+    assert list(found.blind_spots()) == ["only the first 2 remote addresses were counted"]
 
 
 class Time:

@@ -48,7 +48,7 @@ class Finding(msgspec.Struct, frozen=True):
     look      command lines, without `tcpscope`, that show more
     about     what it is about, from `peer()`, `listener()` and so on: the same thing found twice has the same `about`,
               and one finding explains another only if they share an element
-    first_s, last_s  when it was seen first and last, in seconds of the monotonic clock; None: before the watch, and now
+    first_s, last_s  when it was seen first and last, in seconds of the monotonic clock; None: not known, and it goes on
     subject   what tells it from the rule's other findings, if `about` may grow while it lasts
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, BinaryIO
 
 import click
@@ -88,22 +89,21 @@ class _Text:
 
     def tell(self, news: News) -> None:
         finding = news.known.finding
-        after_s = news.known.began_s - self._evidence.began_s
         number = self._numbers.setdefault(finding.key, len(self._numbers) + 1)
-        width = text.width_of(self._stream)
         if news.what == "ended":
             first_s = min(finding.first_s or news.known.began_s, news.known.began_s)
             lasted_s = max(0.0, news.known.last_s - first_s)
-            self._write([f"{number}. has ended, after {text.span(lasted_s)}: {finding.title}", ""])
+            self._write_wrapped(f"{number}. has ended, after {text.span(lasted_s)}: {finding.title}", "")
             return
         if news.what == "explained":
-            self._write([f"{number}. is explained by another finding: {finding.title}", ""])
+            self._write_wrapped(f"{number}. is explained by another finding: {finding.title}", "")
             return
+        after_s = news.known.began_s - self._evidence.began_s
         self._shown[finding.key] = finding, after_s
         if news.what == "worse":
-            self._write([*text.wrapped(f"{number}. is [{finding.severity}] now: {finding.title}", width), ""], True)
+            self._write_wrapped(f"{number}. is [{finding.severity}] now: {finding.title}", "", alarming=True)
             return
-        self._write([*text.finding(number, finding, after_s, width), ""], finding.severity == "critical")
+        self._write_whole(finding, after_s)
 
     def end(self, findings: list[Finding], quiet_s: Callable[[Finding], float | None]) -> None:
         for finding in findings:
@@ -111,12 +111,11 @@ class _Text:
                 continue
             (before, after_s), number = self._shown[finding.key], self._numbers[finding.key]
             if before.why != finding.why:  # it is another case of the fault, as is known now
-                self._write([*text.finding(number, finding, after_s, text.width_of(self._stream)), ""])
+                self._write_whole(finding, after_s)
             elif before.observed != finding.observed:
-                line = f"{number}. at the end: {'; '.join(finding.observed[:2])}"
-                self._write(text.wrapped(line, text.width_of(self._stream)))
+                self._write_wrapped(f"{number}. at the end: {'; '.join(finding.observed[:2])}")
             if (past_s := quiet_s(finding)) is not None:
-                self._write([f"{number}. is over, it seems: nothing more of it in the last {text.span(past_s)}"])
+                self._write_wrapped(f"{number}. is over, it seems: nothing more of it in the last {text.span(past_s)}")
         last = [text.nothing_found(self._evidence)] if not self._numbers else []
         order = [str(self._numbers[finding.key]) for finding in findings]
         if len(order) > 1:
@@ -124,6 +123,15 @@ class _Text:
         last.append(f"Watched for {text.span(self._evidence.watched_s)}: {text.watched(self._evidence)}.")
         last += [f"Note: {note}." for note in _notes(self._evidence)]
         self._write([line for each in last for line in screen.filled(each, self._stream).split("\n")])
+
+    def _write_whole(self, finding: Finding, after_s: float) -> None:
+        number, width = self._numbers[finding.key], text.width_of(self._stream)
+        lines = text.finding(number, finding, after_s, self._evidence.began_s, width)
+        self._write([*lines, ""], finding.severity == "critical")
+
+    def _write_wrapped(self, *lines: str, alarming: bool = False) -> None:
+        width = text.width_of(self._stream)
+        self._write([each for line in lines for each in text.wrapped(line, width) or [""]], alarming)
 
     def _write(self, lines: list[str], alarming: bool = False) -> None:
         whole = "\n".join(map(printable, lines)) + "\n"
@@ -142,31 +150,37 @@ class _Records:
     def tell(self, news: News) -> None:
         known = news.known
         at_s = known.last_s if news.what == "ended" else known.began_s
-        self._write({news.what: _values(known.finding) | {"at_s": round(at_s - self._evidence.began_s, 1)}})
+        self._write({news.what: self._values(known.finding) | {"at_s": self._since(at_s)}})
 
     def end(self, findings: list[Finding], quiet_s: Callable[[Finding], float | None]) -> None:
-        evidence = self._evidence
+        evidence, account = self._evidence, self._evidence.account()
         summary = {
             "watched_s": round(evidence.watched_s, 3),
-            "findings": [_values(finding) | {"quiet_s": _rounded(quiet_s(finding))} for finding in findings],
+            "filter": " ".join(filter(None, chain.from_iterable(evidence.request.filter.describe()))),
+            "findings": [self._values(finding) | {"quiet_s": _rounded(quiet_s(finding))} for finding in findings],
             "rules": [rule.name for rule in evidence.rules],
             "not_checked": [rule.name for rule in evidence.left_out],
             **text.counts(evidence),
+            **{name: getattr(account, name) for name in ("lost", "table_full", "missed")},
             "notes": _notes(evidence),
         }
         self._write({"summary": summary})
+
+    def _values(self, finding: Finding) -> dict[str, Any]:
+        values: dict[str, Any] = msgspec.to_builtins(finding, builtin_types=(frozenset,))
+        times = {name: self._since(getattr(finding, name)) for name in ("first_s", "last_s")}
+        return {name: value for name, value in values.items() if name not in _ENGINE} | times
+
+    def _since(self, at_s: float | None) -> float | None:
+        """Seconds after the watch began; before it they are negative."""
+        return None if at_s is None else round(at_s - self._evidence.began_s, 1)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._stream.write(printable_json(msgspec.json.encode(record) + b"\n"))
         self._stream.flush()
 
 
-_ENGINE = ("about", "first_s", "last_s", "subject")
-
-
-def _values(finding: Finding) -> dict[str, Any]:
-    values: dict[str, Any] = msgspec.to_builtins(finding, builtin_types=(frozenset,))
-    return {name: value for name, value in values.items() if name not in _ENGINE}
+_ENGINE = ("about", "subject")
 
 
 def _rounded(seconds: float | None) -> float | None:

@@ -97,6 +97,8 @@ class Counters:
 
     def blind_spots(self) -> Iterator[str]:
         """What the counters do not tell, a line each."""
+        if len(self._open) >= self._most:
+            yield f"the kernel's counters of {self._most} network namespaces were read, of others they were not"
         if self._partial:
             numbers = ", ".join(map(str, sorted(self._partial)))
             yield f"of network namespace {numbers} the kernel's counters were not read from the beginning"

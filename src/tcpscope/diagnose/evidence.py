@@ -173,6 +173,8 @@ class Evidence:
             yield from rule.unseen(self)
         if (sockets := self._sources.get("sockets")) and isinstance(sockets, Sockets):
             yield from sockets.blind_spots()
+        if (ports := self._sources.get("ports")) and isinstance(ports, Pools):
+            yield from ports.blind_spots()
         if (counters := self._sources.get("counters")) and isinstance(counters, Counters):
             yield from counters.blind_spots()
         if (queues := self._sources.get("queues")) and isinstance(queues, QueueHistory):

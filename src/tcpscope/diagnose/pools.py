@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tcpscope.diagnose.tallies import Tally
@@ -35,6 +35,9 @@ class Pools:
             snapshot stands for all of that snapshot
     at_failure  key of a pool -> its row in the last snapshot in which calls failed
     """
+
+    is_full = False
+    """A pool found no room."""
 
     def __init__(self, request: Request) -> None:
         tool = find("ports")
@@ -73,6 +76,11 @@ class Pools:
         self.now = now
         self._take(self.run.end())
 
+    def blind_spots(self) -> Iterator[str]:
+        """What is not known, a line each."""
+        if self.is_full:
+            yield f"only the first {_POOLS_AT_MOST:,} local addresses with destinations were looked at for local ports"
+
     def forget(self, before_s: float) -> None:
         """Leave out calls that failed before this time."""
         for key, failed in list(self.failed.items()):
@@ -92,13 +100,17 @@ class Pools:
             if batch.kind != "snapshot":
                 continue
             for row, pool in zip(batch.rows, self.run.pools, strict=True):  # type: ignore[attr-defined]
-                if len(self.first) < _POOLS_AT_MOST:
+                if len(self.first) < _POOLS_AT_MOST or self.key(row) in self.first:
                     self.first.setdefault(self.key(row), First(pool.used_first))
+                else:
+                    self.is_full = True
             if batch.round != self._round:
                 self.now, self._round = [], batch.round
             self.now += batch.rows
             for row in batch.rows:
-                if row.failed and len(self.failed) < _POOLS_AT_MOST:
+                if row.failed and len(self.failed) >= _POOLS_AT_MOST and self.key(row) not in self.failed:
+                    self.is_full = True
+                elif row.failed:
                     calls = self.failed.setdefault(self.key(row), {})
                     self.at_failure[self.key(row)] = row
                     call = (row.errno, row.failed_pid, row.failed_comm)

@@ -102,6 +102,9 @@ class Sockets:
     The first two are summed from look to look: what has ended since is in them, and nothing that ended before a look.
     """
 
+    is_full = False
+    """A remote address found no room."""
+
     def __init__(self, request: Request, marks: Mapping[str, Mark]) -> None:
         session = Session(
             "health",
@@ -165,6 +168,8 @@ class Sockets:
         """What the looks could not see, a line each."""
         if self.left_out:
             yield f"a look had no room for {self.left_out} connections: numbers of connections are the least"
+        if self.is_full:
+            yield f"only the first {_PEERS_AT_MOST:,} remote addresses were counted"
         apart_s = self._next_s - self._last_s
         if self.looks > 1:
             apart_s = max(apart_s, (self._last_s - self._first_s) / (self.looks - 1))
@@ -209,13 +214,18 @@ class Sockets:
         )
         peer = row.netns, row.raddr
         for tallies, count, number in ((self.sent, sent, again), (self.twice, twice, reordered)):
-            if (count or number) and (peer in tallies or len(tallies) < _PEERS_AT_MOST):
+            if not (count or number):
+                continue
+            if peer in tallies or len(tallies) < _PEERS_AT_MOST:
                 tallies.setdefault(peer, Tally()).add(now_s, count, number)
+            else:
+                self.is_full = True
 
     def _serve(self, row: Any) -> None:
         peers = self.served.get((row.netns, row.lport), {})
         if row.raddr not in peers:
             if self._served == _PEERS_AT_MOST:
+                self.is_full = True
                 return
             self._served += 1
             peers = self.served.setdefault((row.netns, row.lport), peers)

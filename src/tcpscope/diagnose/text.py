@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 
 from tcpscope.diagnose import Finding
 from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.wording import namespace
 from tcpscope.output import screen
 
 _WIDEST = 100
@@ -25,13 +26,15 @@ def span(seconds: float) -> str:
     return f"{seconds:.{int(seconds < 10)}f} s"
 
 
-def finding(number: int, finding: Finding, after_s: float, width: int) -> list[str]:
-    """The lines of a finding."""
+def finding(number: int, finding: Finding, after_s: float, began_s: float, width: int) -> list[str]:
+    """The lines of a finding that was certain so long after the beginning of the watch, which was at `began_s`."""
     lines = wrapped(f"{number}. [{finding.severity}] {finding.title}", width, subsequent_indent="   ")
     for line in finding.observed:
         lines += wrapped(line, width, initial_indent="   - ", subsequent_indent="     ")
-    lines.append(f"   - certain {span(max(after_s, 0.0))} after the beginning of the watch")
+    lines += wrapped(_times(finding, after_s, began_s), width, initial_indent="   - ", subsequent_indent="     ")
     lines += _titled("Who", finding.who, width) if finding.who else []
+    where = namespace(finding.facts.get("netns"))
+    lines += _titled("Where", where, width) if where else []
     lines += _titled("Why", finding.why, width)
     for remedy in finding.remedies:
         values = ""
@@ -46,6 +49,16 @@ def finding(number: int, finding: Finding, after_s: float, width: int) -> list[s
     for command in finding.look:
         lines.append(f"   Look:  tcpscope {command}")
     return lines
+
+
+def _times(finding: Finding, after_s: float, began_s: float) -> str:
+    certain = span(max(after_s, 0.0))
+    if finding.first_s is None:
+        return f"certain {certain} after the beginning of the watch"
+    first_s = finding.first_s - began_s
+    if first_s < 0:
+        return f"began {span(-first_s)} before the watch; certain {certain} after its beginning"
+    return f"first seen {span(first_s)} after the beginning of the watch, certain after {certain}"
 
 
 def wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:

@@ -156,6 +156,17 @@ def in_netns(inode: int, command: str, pids: Iterable[int] = ()) -> str | None:
     return f"nsenter --net={quote(seen.path)} {command}" if seen and seen.path.isprintable() else None
 
 
+def namespace(inode: int | None) -> str | None:
+    """What a reader calls this network namespace; None: it is our own, or not known."""
+    if inode is None or inode == netns.own():
+        return None
+    name = None
+    with suppress(OSError, ResourceError):
+        seen = _namespaces(int(time.monotonic())).get(inode)
+        name = seen.name if seen else None
+    return f"network namespace {name} ({inode})" if name else f"network namespace {inode}"
+
+
 @lru_cache(maxsize=1)
 def _namespaces(second: int) -> dict[int, netns.Namespace]:
     """Those that can be seen, looked for once in a second: that walks over all processes."""
