@@ -103,6 +103,11 @@ def process(pid: int) -> tuple[Any, ...]:
     return ("process", pid)
 
 
+def halted(pid: int) -> tuple[Any, ...]:
+    """A process, for what it leaves undone if it is stopped, and only then."""
+    return ("halted", pid)
+
+
 class Rule:
     """Looks at the evidence. `check` yields what is certain by now, each time it is called, with all numbers anew.
 

@@ -176,13 +176,13 @@ class Again:
     kinds        kind -> segments that were sent again
     failed       errno -> attempts that were not sent (since 6.17)
     spurious     segments of which the kernel has found that they had arrived
-    connections  addresses and ports of the connections
+    connections  addresses and ports of each connection -> what it sent again
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     spurious: int = 0
-    connections: set[tuple[str, int, str, int]] = field(default_factory=set)
+    connections: Counter[tuple[str, int, str, int]] = field(default_factory=Counter)
     owners: Owners = field(default_factory=Counter)
     first_s: float = math.inf
     last_s: float = 0.0
@@ -200,11 +200,12 @@ class Again:
         if group.kind == "SPURIOUS":
             self.spurious += tally.sum
             return
-        if group.errno == "none":
+        sent = group.errno == "none"
+        if sent:
             self.kinds[group.kind] += tally.sum
         else:
             self.failed[group.errno] += tally.count
-        self.connections.add((group.laddr, group.lport, group.raddr, group.rport))
+        self.connections[group.laddr, group.lport, group.raddr, group.rport] += tally.sum if sent else 0
         if group.pid is not None:
             self.owners[group.pid, group.comm] += max(tally.sum, tally.count)
         self.first_s, self.last_s = min(self.first_s, tally.first_s), max(self.last_s, tally.last_s)

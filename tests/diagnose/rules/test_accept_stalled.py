@@ -11,9 +11,12 @@ from typing import Any, cast
 
 import pytest
 
+from tcpscope.diagnose import Finding, all_rules, causes, halted, process
 from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.queue_history import STALL_SECONDS, History
 from tcpscope.diagnose.rules import accept_stalled
+from tcpscope.listeners import Holder
+from tests.diagnose.rules.connections import NOBODY
 from tests.record import Script, Seen, Test, recorded
 from tests.test_sampling import LISTENER
 from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, PORT, Run, findings, is_exact
@@ -234,6 +237,23 @@ def test_a_busy_server_that_hangs_is_stuck_and_not_slow() -> None:
     history = watched(look for part in (busy, hangs) for look in part)
     assert history.stalled is history.stall is not None
     assert not history.too_slow
+
+
+def test_only_what_a_stopped_server_does_not_read_is_its_symptom() -> None:
+    """Not what else its process is found to do: its connect() to a dead database may be the cause."""
+    rules = all_rules()
+    history = watched((0.2 * look, 3, 0, 1) for look in range(30))
+    history.last = replace(history.last, holders=(Holder(NOBODY, "api", 0, 5),))
+    queues = SimpleNamespace(histories={1: history}, exact=True, counters=lambda listener: {})
+    seen: Any = SimpleNamespace(queues=queues, sockets=SimpleNamespace(now=[]), ended=False)
+    (stalled,) = accept_stalled.rule.check(seen)
+
+    def of(rule: str, *about: tuple[Any, ...]) -> Finding:
+        return Finding(rule, "critical", rule, [], "", [], {}, about=frozenset(about))
+
+    connects, leak = of("connects_fail", process(NOBODY)), of("close_wait_leak", process(NOBODY))
+    hangs, stopped = of("zero_window", process(NOBODY)), of("zero_window", process(NOBODY), halted(NOBODY))
+    assert causes([stalled, connects, leak, hangs, stopped], rules) == [stalled, connects, leak, hangs]
 
 
 @pytest.mark.parametrize(("opened", "limit", "is_full"), [(24, 24, True), (23, 24, False), (None, 24, False)])

@@ -164,8 +164,22 @@ def test_losses_of_further_connections_are_the_same_finding(needless: int) -> No
 @pytest.mark.parametrize(("retransmits", "number", "rules"), [(2, 10, []), (2, 6, ["loss"]), (0, 10, ["loss"])])
 def test_what_waits_for_its_ack_may_not_be_lost(retransmits: int, number: int, rules: list[str]) -> None:
     """Ten connections whose ACKs are late have each sent a segment again three times."""
-    waiting = [track(retransmits=retransmits, retrans_segs=1, backoff=2) for _ in range(number)]
-    assert names(evidence(*waiting, sent=(1000, 33), retrans=((Group(), 38),))) == rules
+    late = {"retransmits": retransmits, "retrans_segs": 1, "backoff": 2}
+    waiting = [track(lport=40_000 + n, **late) for n in range(number)]
+    again = [(Group(lport=40_000 + n), 3) for n in range(number)] + [(Group(lport=50_000), 38 - 3 * number)]
+    assert names(evidence(*waiting, sent=(1000, 33), retrans=tuple(again))) == rules
+
+
+def test_what_was_sent_again_before_the_watch_hides_no_loss() -> None:
+    """Nor do SYNs: they do not count as segments sent again. What waits is not in the share."""
+    older = track(lport=41_000, retransmits=9, retrans_segs=1, backoff=9)
+    syns = [track(lport=42_000 + n, state="SYN_SENT", retransmits=3, retrans_segs=1) for n in range(6)]
+    waits = track(retransmits=9, retrans_segs=1)
+    groups = ((Group(), 5), (Group(lport=40_001), 35))
+    (finding,) = found(evidence(older, *syns, waits, sent=(1000, 40), retrans=groups))
+    assert (finding.rule, finding.facts["needed"], finding.facts["retransmitted"]) == ("loss", 35, 40)
+    assert finding.title == f"3.5% of the segments to {PEER} are lost"
+    assert "5 of these wait for their ACK, and do not count" in finding.observed
 
 
 def test_the_share_is_of_what_was_lost() -> None:

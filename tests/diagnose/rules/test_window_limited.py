@@ -108,6 +108,14 @@ def test_what_is_no_small_buffer(other: dict[str, Any]) -> None:
     assert check(track(rule, rows(9, **other))) == []
 
 
+def test_before_the_first_round_trip_nothing_is_known() -> None:
+    """As of a connection whose SYN, or SYN-ACK, was sent again."""
+    first, *rest = rows(4)
+    first.srtt_us = first.min_rtt_us = None
+    assert check(track(rule, [first, *rest])) == []
+    assert check(track(rule, [first, *rest, rows(5)[4]]))
+
+
 @pytest.mark.parametrize(("set_", "number"), [(False, 0), (True, 1)])
 def test_a_receiver_on_this_host_whose_buffer_the_kernel_sizes(set_: bool, number: int) -> None:
     ends = {"laddr": "192.0.2.2", "lport": 80, "raddr": "192.0.2.1", "rport": 40000, "netns": 2, "pid": 22}

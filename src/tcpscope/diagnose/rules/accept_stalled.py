@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, process, processes
+from tcpscope.diagnose import Finding, Remedy, Rule, halted, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.queue_history import History, Stall
@@ -26,6 +26,7 @@ from tcpscope.diagnose.wording import (
     whose,
 )
 from tcpscope.kernel import pidns
+from tcpscope.listeners import Holder
 from tcpscope.output import endpoint
 
 CRITICAL_SECONDS = 5.0
@@ -143,7 +144,9 @@ def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[
         | {
             "who": ", ".join(each.name for each in workers[:WORKERS_SHOWN]) or of(history)["who"],
             "look": (f"queue -L {own.lport}", f"accept --count -L {own.lport}", f"list -L {own.lport}"),
-            "about": frozenset(process(each.pid) for each in workers).union(*(of(each)["about"] for each in stalled)),
+            "about": frozenset(halted(own.pid) for each in stalled for own in _accepters(each)).union(
+                *(of(each)["about"] for each in stalled)
+            ),
             "subject": ("address", own.netns, own.laddr, own.lport),
             "first_s": stall.began_s,
             "last_s": stall.last_s,
@@ -189,8 +192,12 @@ def _workers(stuck: Sequence[History]) -> list[Process]:
     """The processes that should accept, as they are now."""
     if pidns.inner():
         return []
-    holders = dict.fromkeys((own.pid, own.comm) for each in stuck for own in each.last.workers or each.last.holders)
+    holders = dict.fromkeys((own.pid, own.comm) for each in stuck for own in _accepters(each))
     return [processes.read(pid, comm) for pid, comm in list(holders)[:WORKERS_SHOWN]]
+
+
+def _accepters(history: History) -> Sequence[Holder]:
+    return history.last.workers or history.last.holders
 
 
 def _wait(seen: Evidence, worker: Process) -> _Wait | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule, paths
@@ -27,29 +26,31 @@ class Loss(Rule):
     explains = ("window_limited", "ends_by_timeout")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        waiting: Counter[Peer] | None = None
         for where, again in paths.again(seen).items():
-            needed = again.segs - paths.needless(seen, where, again)
-            if needed < SEGMENTS:
+            needless = paths.needless(seen, where, again)
+            if again.segs - needless < SEGMENTS:
                 continue
-            waiting = _waiting(seen) if waiting is None else waiting
-            if needed - waiting[where] < SEGMENTS:
+            waiting = _waiting(seen, where, again)
+            needed = again.segs - needless - waiting
+            if needed < SEGMENTS:
                 continue
             sent = paths.sent(seen, where, again)
             lost = sent.again * needed / again.segs
             if sent.all and SHARE * sent.all <= lost and sent.again < ANSWERED * sent.all:
-                yield self._finding(where, again, needed, sent)
+                yield self._finding(where, again, needed, waiting, sent)
 
-    def _finding(self, where: Peer, again: Again, needed: int, sent: Sent) -> Finding:
+    def _finding(self, where: Peer, again: Again, needed: int, waiting: int, sent: Sent) -> Finding:
         lost = sent.again * needed / again.segs
         number = paths.number(len(again.connections), "connection")
         title = f"{needed:,} segments to {where[1]} were lost"
         if sent.of_peer:
             title = f"{paths.percent(lost, sent.all)} of the segments to {where[1]} are lost"
+        arrived = again.segs - needed - waiting
         observed = [
             sent.said,
             f"sent again to it in all: {again.said}",
-            *([f"{again.segs - needed:,} of these had arrived already"] if needed < again.segs else []),
+            *([f"{arrived:,} of these had arrived already"] if arrived else []),
+            *([f"{waiting:,} of these wait for their ACK, and do not count"] if waiting else []),
             f"{number} had to send something again",
         ]
         return Finding(
@@ -81,13 +82,14 @@ class Loss(Rule):
         )
 
 
-def _waiting(seen: Evidence) -> Counter[Peer]:
-    """Address -> what was sent again and waits for its ACK in the last look. That may say that all had arrived."""
-    found: Counter[Peer] = Counter()
+def _waiting(seen: Evidence, where: Peer, again: Again) -> int:
+    """How much of it waits for its ACK, as of the last look. The ACK may say that all had arrived."""
+    found = 0
     for track in seen.sockets.now:
         row = track.last
-        if again := row.retransmits + row.retrans_segs:
-            found[row.netns, row.raddr] += again
+        if (row.netns, row.raddr) == where and row.state in paths.SENDING:
+            counted = again.connections[row.laddr, row.lport, row.raddr, row.rport]
+            found += min(row.retransmits + row.retrans_segs, counted)
     return found
 
 

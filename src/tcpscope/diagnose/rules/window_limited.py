@@ -76,8 +76,8 @@ class _Second:
 
 
 def _second(row: Any, before: Any) -> _Second | None:
-    """None: there was no other look, it was idle, or the path is short."""
-    if before is None or row.busy_us - before.busy_us < BUSY_US:
+    """None: there was no other look, it was idle, the path is short, or how long it is was not measured yet."""
+    if before is None or row.busy_us - before.busy_us < BUSY_US or None in (row.srtt_us, before.srtt_us):
         return None
     second = _Second(row, before)
     return second if second.is_far else None
@@ -133,7 +133,7 @@ class _Limit:
     @property
     def is_told_by_clock(self) -> bool:
         """Of the send buffer. It is then not always full: the rate may be less than buffer / RTT."""
-        return self.kind == "sndbuf" and self.clock >= LIMITED_SHARE
+        return self.kind == "sndbuf" and self.second.part("sndbuf_us") >= LIMITED_SHARE
 
 
 class WindowLimited(Rule):
@@ -179,7 +179,8 @@ class WindowLimited(Rule):
         buffer = None if owned is None else owned.sndbuf if kind == "sndbuf" else owned.rcvbuf
         sender = row.comm or "a process"
         observed = [
-            f"{_rate(second.rate)} from {sender} to {endpoint(row.raddr, row.rport)}; {limit.window} bytes, which the "
+            f"{_rate(second.rate)} from {sender} to {endpoint(row.raddr, row.rport)} while it had something to send; "
+            f"{limit.window} bytes, which the "
             f"{_BUFFERS[kind]} holds, in an RTT of {second.srtt_us / 1000:.1f} ms are "
             f"{'at most ' if limit.is_told_by_clock else ''}{_rate(limit.window / second.srtt_us * 1e6)}",
             f"the {_BUFFERS[kind]} was the limit "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, listener, peer, process, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, halted, listener, peer, process, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.sockets import Track
@@ -171,7 +171,7 @@ class ZeroWindow(Rule):
             remedies=list(_remedies(owner)),
             who=owner.name if owner else None,
             look=(f"list -p {row.pid}",) if owner and not pidns.inner() else ("list",),
-            about=frozenset(_about(stall)),
+            about=frozenset(_about(stall)) | ({halted(owner.pid)} if owner and stopped else set()),
             subject=(row.netns, row.pid),
             first_s=_first(stall),
             facts=_facts(stall, row.netns, row.pid, row.comm)
