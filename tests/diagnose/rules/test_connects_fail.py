@@ -375,7 +375,7 @@ def test_unreachable_for_want_of_a_link_address() -> None:
     assert finding.title.endswith("nobody answers ARP for it")
     answers = given | {attempt("ESTABLISHED", rport=22): times(0, 1)}
     (finding,) = check(rule, attempts=groups(answers), sockets=sockets(), drops=discarded(5))
-    assert finding.title.endswith("host unreachable")
+    assert finding.title.endswith(": an ICMP message says unreachable, though the host answers at other ports")
 
 
 @pytest.mark.parametrize(
@@ -471,6 +471,77 @@ def test_a_firewall_that_rejects_one_port_is_told_from_a_host_that_is_gone() -> 
     given = {attempt("UNREACHABLE", "EHOSTUNREACH"): times(5), attempt("ESTABLISHED", rport=22): times(1)}
     (finding,) = check(rule, attempts=groups(given), sockets=sockets())
     assert f"other ports of {THERE} answer: 22" in finding.observed
+    assert finding.title.endswith(": an ICMP message says unreachable, though the host answers at other ports")
+    assert "firewall" in finding.why
+    assert "firewall" in finding.remedies[0].what
+    (gone,) = check(rule, attempts=groups({attempt("UNREACHABLE", "EHOSTUNREACH"): times(5)}), sockets=sockets())
+    assert gone.title.endswith(": host unreachable")
+
+
+def test_one_icmp_message_of_many_attempts_does_not_tell_of_all() -> None:
+    given = {attempt("GAVE_UP", syn_retrans=3): times(*[10] * 20), attempt("UNREACHABLE", "EHOSTUNREACH"): times(0, 1)}
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.title.endswith(": the host does not answer")
+
+
+def test_a_port_without_an_answer_is_not_told_as_one_that_is_rejected() -> None:
+    given = {
+        attempt("TIMED_OUT", "ETIMEDOUT", syn_retrans=3): times(20),
+        attempt("REJECTED", "ECONNREFUSED", rport=443): times(5),
+    }
+    silent, rejected = check(rule, attempts=groups(given), sockets=sockets())
+    assert (silent.facts["rports"], rejected.facts["rports"]) == ([80], [443])
+    assert silent.title == f"client cannot connect to {THERE}:80: the host does not answer"
+    assert rejected.title == f"client cannot connect to {THERE}:443: rejected by an ICMP message, as of a firewall"
+    assert silent.key != rejected.key
+
+
+def test_the_errno_is_that_of_what_is_told() -> None:
+    given = {
+        attempt("TIMED_OUT", "ETIMEDOUT", syn_retrans=3): times(20),
+        attempt("UNREACHABLE", "ENETUNREACH"): times(2),
+    }
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert (finding.facts["errno"], finding.title[-14:]) == ("ENETUNREACH", "no route to it")
+
+
+def test_the_limit_of_icmp_messages_is_that_of_the_ip_version() -> None:
+    ends = {"raddr": "2001:db8::2", "laddr": "2001:db8::1"}
+    silent = {attempt("GAVE_UP", syn_retrans=3, **ends): times(5)}
+    some = {attempt("REJECTED", "ECONNREFUSED", **ends): times(2)}
+    (finding,) = check(rule, attempts=groups(silent | some), sockets=sockets())
+    assert "net.ipv6.icmp.ratelimit" in finding.why
+
+
+@pytest.mark.parametrize(("outcome", "answers"), [("TIMED_OUT", [22]), ("GAVE_UP", [])])
+def test_the_kernel_gives_up_when_the_next_syn_would_be_sent(
+    monkeypatch: pytest.MonkeyPatch, outcome: str, answers: list[int]
+) -> None:
+    """After 7 s, if the last SYN was sent after 3; an application may have given up at once after that."""
+    monkeypatch.setattr(connects_fail, "_linear_timeouts", lambda: 0)
+    given = {
+        attempt("ESTABLISHED", rport=22): times(1, first_s=114),
+        attempt(outcome, "ETIMEDOUT", syn_retrans=2): times(5, 5, 5, first_s=120),
+    }
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.facts["answers"] == answers
+
+
+@pytest.mark.parametrize(("linear", "number", "seconds"), [(0, 1, 1), (0, 7, 127), (0, 9, 367), (4, 5, 5), (4, 6, 7)])
+def test_when_a_syn_is_sent_again(monkeypatch: pytest.MonkeyPatch, linear: int, number: int, seconds: int) -> None:
+    monkeypatch.setattr(connects_fail, "_linear_timeouts", lambda: linear)
+    assert connects_fail._until_syn(number) == seconds
+
+
+def test_a_service_that_answered_once_was_not_restarted() -> None:
+    """It refuses one connect a second since: that is the pace of a health check."""
+    given = {
+        attempt("REFUSED", "ECONNREFUSED"): times(*[1] * 20),
+        attempt("ESTABLISHED"): times(1),
+    }
+    (finding,) = check(rule, attempts=groups(given), sockets=sockets())
+    assert finding.severity == "info"
+    assert "restarted" not in finding.why
 
 
 @pytest.mark.parametrize(

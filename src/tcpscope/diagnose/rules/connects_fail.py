@@ -82,6 +82,9 @@ _SAYS_NO = {
 
 _ANSWERS = {"refused by a RST", "reset"}
 _BY_ICMP = ("rejected by an ICMP message", "unreachable")
+_NO_ANSWER = (SILENCE, *_BY_ICMP)
+_ICMP_PER_S = 0.25  # a host sends one a second (icmp_ratelimit); several ports share it, and some are lost
+_LONGEST_S = 120.0  # TCP_RTO_MAX
 
 
 def kind_of(attempt: Any) -> str | None:
@@ -113,7 +116,7 @@ class Program:
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
-    errnos: Counter[str] = field(default_factory=Counter)
+    errnos: Counter[tuple[str, str]] = field(default_factory=Counter)
     pids: Counter[int | None] = field(default_factory=Counter)
     laddrs: set[str] = field(default_factory=set)
     began_s: float = 0.0
@@ -195,6 +198,8 @@ class Subject:
     unresolved  SYNs to it that were discarded here, since no next hop has given its link address
     elsewhere   who listens at this port in other network namespaces, if it is a loopback address
     narrowed    a filter leaves out connects to other ports of the host, or those of other programs
+    got         what is known to be `main`: of ports that are one finding, for each of them got that
+    first       of the findings of one host
     """
 
     host: Host
@@ -204,6 +209,8 @@ class Subject:
     unresolved: int = 0
     elsewhere: list[Listener] = field(default_factory=list)
     narrowed: bool = False
+    got: str | None = None
+    first: bool = True
 
     def _sum(self, name: str) -> int:
         return sum(getattr(program, name) for program in self.programs.values())
@@ -230,12 +237,17 @@ class Subject:
 
     @property
     def main(self) -> str:
-        """What most attempts got; an ICMP message that some got also says what became of those without any answer."""
+        """What most attempts got. ICMP messages also say what became of those without any answer, if they come as often
+        as hosts send them."""
+        if self.got is not None:
+            return self.got
         kinds = self.kinds + Counter({SILENCE: self.waiting})
         most = max(kinds, key=lambda kind: kinds[kind])
         if most == SILENCE and not self.connected:
             said = max(_BY_ICMP, key=lambda kind: kinds[kind])
-            return said if kinds[said] else most
+            first_s = min(program.first_s for program in self.programs.values())
+            last_s = max(program.last_s for program in self.programs.values())
+            return said if kinds[said] > _ICMP_PER_S * (last_s - first_s) else most
         return most
 
     @property
@@ -245,8 +257,10 @@ class Subject:
 
     @property
     def errno(self) -> str | None:
-        errnos = sum((program.errnos for program in self.programs.values()), Counter[str]())
-        return max(errnos, key=lambda name: errnos[name], default=None)
+        """The most frequent one of those who got `main`."""
+        errnos = sum((program.errnos for program in self.programs.values()), Counter[tuple[str, str]]())
+        found = max((each for each in errnos if each[0] == self.main), key=lambda each: errnos[each], default=None)
+        return found[1] if found else None
 
     @property
     def pids(self) -> Counter[int | None]:
@@ -275,7 +289,7 @@ class ConnectsFail(Rule):
     def check(self, seen: Evidence) -> Iterator[Finding]:
         unresolved = _unresolved(seen)
         services, alive = _services(seen, unresolved)
-        silent: dict[Host, list[Subject]] = defaultdict(list)
+        silent: dict[tuple[Host, str], list[Subject]] = defaultdict(list)
         narrowed = seen.request.filter.names_owners or seen.request.filter.names_ports
         scans = _scans(services)
         for (host, comm), ports in scans.items():
@@ -293,17 +307,19 @@ class ConnectsFail(Rule):
             subject = Subject((netns, raddr), [rport], failing)
             subject.unresolved = _kept_here(subject, unresolved, alive)
             subject.elsewhere = list(_elsewhere(seen, subject))
-            if subject.main in (SILENCE, *_BY_ICMP):
-                silent[subject.host].append(subject)
+            if subject.main in _NO_ANSWER:  # where no link address is known, what waited may have been told or not
+                silent[subject.host, "unreachable" if subject.unresolved else subject.main].append(subject)
             else:
                 yield from self._finding(seen, services, subject, alive)
-        for host, subjects in silent.items():
+        met: set[Host] = set()
+        for (host, main), subjects in sorted(silent.items(), key=lambda each: _NO_ANSWER.index(each[0][1])):
             together: dict[str | None, Program] = {}
             for subject in subjects:
                 for comm, program in subject.programs.items():
                     together[comm] = _merged(together[comm], program) if comm in together else program
             ports = sorted(port for subject in subjects for port in subject.ports)
-            whole_host = Subject(host, ports, together, narrowed=narrowed)
+            whole_host = Subject(host, ports, together, narrowed=narrowed, got=main, first=host not in met)
+            met.add(host)
             whole_host.unresolved = _kept_here(whole_host, unresolved, alive)
             yield from self._finding(seen, services, whole_host, alive)
 
@@ -333,7 +349,7 @@ class ConnectsFail(Rule):
         about = {service(netns, raddr, port) for port in subject.ports}
         about |= {endpoint(netns, raddr, port) for port in subject.ports}
         about |= {listener(own, port) for port in subject.ports for own in _listening(seen, subject, port)}
-        if subject.main == SILENCE and _answer(subject, others) in ("nothing", "unknown"):
+        if subject.main in _NO_ANSWER and _answer(subject, others) in ("nothing", "unknown"):
             about.add(peer(netns, raddr))
         held_up = _held_up(seen, subject)
         about |= {process(pid) for pid in held_up}
@@ -427,12 +443,12 @@ def _services(
             continue
         program = _program(services, group)
         program.kinds[kind] += tally.count
-        program.errnos[group.errno] += tally.count
+        program.errnos[kind, group.errno] += tally.count
         program.pids[group.pid] += tally.count
         program.laddrs.add(group.laddr)
         program.unsent += 0 if group.syn_sent else tally.count
         program.between_ns = spanning(program.between_ns, tally.between_ns)
-        program.happened(tally.first_s, tally.last_s, _took_s(group.syn_retrans) if kind == SILENCE else (0.0, 0.0))
+        program.happened(tally.first_s, tally.last_s, _took_s(group) if kind == SILENCE else (0.0, 0.0))
         if kind == SILENCE:
             silent.append((program, tally))
     alive: dict[Host, set[int]] = defaultdict(set)
@@ -478,9 +494,14 @@ def _services(
     return services, alive
 
 
-def _took_s(syn_retrans: int) -> tuple[float, float]:
-    """How long an attempt has lasted at the least, and at most until the interval ended in which it did."""
-    return _until_syn(syn_retrans) if syn_retrans else 0.0, INTERVAL_SECONDS + _until_syn(syn_retrans + 1)
+def _took_s(attempt: Any) -> tuple[float, float]:
+    """How long an attempt has lasted at the least, and at most until the interval ended in which it did.
+
+    The kernel gives up when the next SYN would be sent, unless TCP_USER_TIMEOUT says so earlier.
+    """
+    most_s = _until_syn(attempt.syn_retrans + 1)
+    least_s = _until_syn(attempt.syn_retrans) if attempt.syn_retrans else 0.0
+    return most_s if attempt.outcome == "TIMED_OUT" else least_s, INTERVAL_SECONDS + most_s
 
 
 def _until_syn(number: int) -> float:
@@ -489,7 +510,7 @@ def _until_syn(number: int) -> float:
     Since 6.5 (ccce324dabfe, "tcp: make the first N SYN RTO backoffs linear") not from the first time on.
     """
     linear = min(number - 1, _linear_timeouts())
-    return linear + 2.0 ** (number - linear) - 1
+    return linear + sum(min(2.0**doubled, _LONGEST_S) for doubled in range(number - linear))
 
 
 @cache
@@ -516,8 +537,8 @@ def _key(subject: Subject) -> tuple[Any, ...]:
     """For `Finding.subject`."""
     if subject.scan:
         return ("scan", *subject.host, subject.worst)
-    if subject.main in (SILENCE, *_BY_ICMP):  # what is silent at first may say so a moment later
-        return ("silent", *subject.host)
+    if subject.main in _NO_ANSWER:  # what is silent at first may say so a moment later
+        return ("silent" if subject.first else subject.main, *subject.host)
     return (*subject.host, subject.ports[0])
 
 
@@ -625,6 +646,17 @@ _SILENT = {
 }
 
 
+_UNREACHABLE = {
+    False: "host unreachable",
+    True: "an ICMP message says unreachable, though the host answers at other ports",
+}
+
+
+def _by_firewall(subject: Subject, others: list[int]) -> bool:
+    """Whether it is a firewall that says that the host is unreachable: it answers at other ports."""
+    return bool(subject.main == "unreachable" and subject.errno != "ENETUNREACH" and others)
+
+
 def _answer(subject: Subject, others: list[int]) -> str:
     """What answers, where a connect got no answer."""
     if subject.connected:
@@ -639,7 +671,9 @@ def _title(subject: Subject, others: list[int], refused: bool, alone: bool = Fal
     known = {
         "refused by a RST": "connection refused",
         "rejected by an ICMP message": "rejected by an ICMP message, as of a firewall",
-        "unreachable": "no route to it" if subject.errno == "ENETUNREACH" else "host unreachable",
+        "unreachable": "no route to it"
+        if subject.errno == "ENETUNREACH"
+        else _UNREACHABLE[_by_firewall(subject, others)],
         SILENCE: _SILENT[_answer(subject, others)],
         "failed": f"connect() fails with {subject.errno}",
     }
@@ -680,7 +714,7 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
         owner = f"{own.owner.comm} (PID {own.owner.pid})" if own.owner else "a process"
         yield f"{owner} listens at {own.name} in another network namespace"
     address = subject.host[1]
-    if others and subject.main in (SILENCE, *_BY_ICMP):
+    if others and subject.main in _NO_ANSWER:
         ports = ", ".join(map(str, others[:_PORTS_SHOWN]))
         yield f"other ports of {address} answer: {ports}{', ...' if len(others) > _PORTS_SHOWN else ''}"
     elif subject.main == SILENCE and not subject.unresolved:
@@ -704,7 +738,7 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
         )
     if subject.scan:
         return "A RST comes back from a port at which nobody listens. Programs that look for services try many ports."
-    if severity == "info" and any(program.connected for program in subject.programs.values()):
+    if severity == "info" and subject.connected:
         return "The service refused for less than three seconds and answers again: it was restarted, probably."
     if severity == "info":
         return (
@@ -725,15 +759,19 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
             f"A RST answers the SYN: {address} is up, but no process listens at this address and port there. A "
             "firewall that rejects with a RST looks the same."
         ) + (WHY_LOOPBACK if subject.elsewhere else "")
+    limit = "net.ipv6.icmp.ratelimit" if ":" in address else "net.ipv4.icmp_ratelimit"
     limited = (
-        " It sends few of these messages (net.ipv4.icmp_ratelimit: one in a second to an address), so other SYNs get "
-        "no answer and are sent again."
+        f" It sends few of these messages ({limit}: one in a second to an address), so other SYNs get no answer and "
+        "are sent again."
     ) * bool(subject.main in _BY_ICMP and (subject.kinds[SILENCE] or subject.waiting))
-    if subject.main == "rejected by an ICMP message":
+    if subject.main == "rejected by an ICMP message" or _by_firewall(subject, others):
         return "A firewall or router answers the SYN with an ICMP message. The service has not seen the SYN." + limited
     if subject.main == "unreachable":
         if subject.errno == "ENETUNREACH":
-            return "There is no route to this address, here or at a router on the way, so no SYN reaches the host."
+            return (
+                "There is no route to this address, here or at a router on the way, so no SYN reaches the host."
+                + limited
+            )
         return (
             "A router or a firewall says so with an ICMP message (host unreachable, administratively prohibited), or "
             "the host on the same network does not answer ARP or neighbour discovery: it is down, or the address is "
@@ -792,7 +830,7 @@ def _remedies(subject: Subject, others: list[int], inside: list[int]) -> Iterato
         yield Remedy(
             f"See on {address} whether the listener's queue overflows, with `tcpscope diagnose -L {subject.ports[0]}`."
         )
-    elif subject.main == SILENCE and others:
+    elif (subject.main == SILENCE and others) or _by_firewall(subject, others):
         yield Remedy(
             f"Let the firewall of {address}, or one on the way, take TCP port "
             f"{', '.join(map(str, subject.ports[:_PORTS_SHOWN]))} from this host. On that host, `tcpscope drop` and "
