@@ -41,6 +41,8 @@ def opened(wanted: Sequence[int], notes: list[str]) -> Iterator[int]:
             refused += 1
             continue
         if descriptor is None:
+            if wanted:
+                raise TcpscopeError(f"cannot enter network namespace {inode}", "it has gone")
             continue
         try:
             yield descriptor

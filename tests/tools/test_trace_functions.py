@@ -245,6 +245,8 @@ def test_what_is_forwarded(script: Script, family: str) -> Test:
     seen = yield
     there, kept = ([row for row in seen.rows(TRACE, router) if row["rport"] == port.ret] for port in ports)
     assert {row["direction"] for row in (*there, *kept)} == {"RECEIVED"}
+    # On a slow machine the SYN is sent again.
+    there, kept = ([row for row in rows if row["packet"] == rows[0]["packet"]] for rows in (there, kept))
     check_discarded(seen, kept, "FORWARD")
     if without_functions(seen, [*there, *kept]):
         return

@@ -405,6 +405,7 @@ class QueueHistory:
             history.begin_anew()
         self._changed = ()
         self._witness.begin()
+        self._sampler.unnamed_cookies = 0
 
     def poll(self) -> None:
         """The look comes first: an event of a listener without a history belongs to nothing."""

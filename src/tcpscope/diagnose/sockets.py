@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tcpscope.diagnose.tallies import Tally
+from tcpscope.errors import ResourceError
 from tcpscope.kernel.spec import Spec
 from tcpscope.request import Request
 from tcpscope.run import Streaming
@@ -29,6 +30,7 @@ _PEERS_AT_MOST = 4096
 _RING_BYTES = 16 << 20
 _LOOKS_KEPT = 60
 _WRAPS_AT = 1 << 32
+_STALE_SECONDS = 5.0  # without a look for so long, nothing is known of a connection any more
 _RARE_SECONDS = 3.0  # a rule that needs three looks needs ten seconds then
 
 
@@ -137,8 +139,16 @@ class Sockets:
         self._last_s = time.monotonic()
 
     def poll(self) -> None:
-        if time.monotonic() >= self._next_s:
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        try:
             self._look()
+        except ResourceError:
+            self._next_s = now_s + _PAUSE_SECONDS
+            if now_s >= self._last_s + _STALE_SECONDS:
+                self.tracks = {}
+            raise
 
     def end(self) -> None:
         """The state at the end is that of the last look: connections end while the watch does."""
