@@ -52,10 +52,10 @@ def finding(number: int, finding: Finding, after_s: float, began_s: float, width
 
 
 def _times(finding: Finding, after_s: float, began_s: float) -> str:
-    certain = span(max(after_s, 0.0))
-    if finding.first_s is None:
+    first_s = None if finding.first_s is None else finding.first_s - began_s
+    certain = span(max(after_s, first_s or 0.0, 0.0))
+    if first_s is None:
         return f"certain {certain} after the beginning of the watch"
-    first_s = finding.first_s - began_s
     if first_s < 0:
         return f"began {span(-first_s)} before the watch; certain {certain} after its beginning"
     return f"first seen {span(first_s)} after the beginning of the watch, certain after {certain}"
