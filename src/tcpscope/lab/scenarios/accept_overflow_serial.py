@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+from tcpscope.lab.capture import Capture
 from tcpscope.lab.hosts import Lab
+from tcpscope.lab.packets import ACK, SYN
 from tcpscope.lab.scenario import FAMILIES, Scenario, describe, parameter
 
 
@@ -14,6 +17,8 @@ class AcceptOverflowSerial(Scenario):
     succeed. When the seventh sends its SYN, the queue is full. The server's kernel drops the SYN without an
     answer, and counts an overflow. The client retransmits the SYN, the kernel drops it again, and at last
     connect() fails. A packet capture on the server shows these SYNs arriving: they are dropped later.
+
+    `captured`: of each connect, the SYNs that the capture saw come in, and the SYN-ACKs that it saw go out.
     """
 
     title = "the accept queue is full before the SYN arrives, and connect() times out"
@@ -26,6 +31,8 @@ class AcceptOverflowSerial(Scenario):
 
     def prepare(self, lab: Lab) -> None:
         self.listen(lab, self.backlog, self.family)
+        self._capture = Capture(lab.server)
+        self.captured: list[tuple[int, int]] = []
 
     def act(self, lab: Lab) -> None:
         alive, full = 0, self._listener.send_q + 1
@@ -39,7 +46,10 @@ class AcceptOverflowSerial(Scenario):
             (client,) = self.connected(1)
             alive += client.errno == 0
             seconds = "" if client.errno == 0 else f" after {client.connect_seconds:.1f} s"
-            self.step("client", f"connect number {number}: {describe([client])}{seconds}")
+            flags = Counter(segment.flags & (SYN | ACK) for _, segment in self._capture.read())
+            self.captured.append((flags[SYN], flags[SYN | ACK]))
+            capture = f"capture on the server: {flags[SYN]} SYN in, {flags[SYN | ACK]} SYN-ACK out"
+            self.step("client", f"connect number {number}: {describe([client])}{seconds}; {capture}")
             if client.errno == 0:
                 self.finish(1)
 
