@@ -20,6 +20,8 @@ PORT, FIRST, NUMBER, MORE = 9201, 40_000, 20, 4
 @recorded(DIAGNOSE)
 def test_used_up(script: Script, cause: str) -> Test:
     script.client.sysctl("ip_local_port_range", f"{FIRST} {FIRST + NUMBER - 1}")
+    # On a busy machine a FIN that has arrived is sent again. Nobody is there any more: the RST would end TIME_WAIT.
+    script.client.sysctl("tcp_rfc1337", 1)
     server, client = script.server.process("server"), script.client.process("proxy")
     listener = server.listener(PORT, backlog=64)
     made = []
