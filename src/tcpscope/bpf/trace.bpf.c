@@ -16,10 +16,8 @@
  */
 #define HAS_GROUPS
 #define GROUPS_ARE_DISTRIBUTIONS
-#define COUNTED_BYTES(size) 168 /* of struct trace, without the chain: the stack has no room for it */
 #include "socket_event.bpf.h"
 #include "packet.bpf.h"
-#include "trace_netfilter.bpf.h"
 
 #define AT_A_TIME 32768     /* packets that began, and are followed */
 #define GONE_NS 10000000000 /* longer than a packet waits that no connection of this host waits for */
@@ -83,11 +81,8 @@ struct trace {
 	enum way direction TITLE("DIR") UNKNOWN_IS("zero") DOC("RECEIVED, also to be forwarded; SENT by this host");
 	__u8 where KIND("function") TITLE("WHERE") WIDTH(11) UNKNOWN_IS("zero")
 	DOC("of NETFILTER: the hook; of DROPPED: the hook of netfilter that discards it; of FUNCTION: the function");
-	char chain[CHAIN_BYTES] KIND("comm") WIDTH(17) NOT_COUNTED UNKNOWN_IS("zero")
-	DOC("of DROPPED: the base chain of nf_tables that discards it, as family:table:chain");
 };
 const struct trace *trace_anchor __attribute__((unused));
-_Static_assert(offsetof(struct trace, chain) == COUNTED_BYTES(0), "the room of an event that is only counted");
 
 const volatile __u64 since_min_us; /* hops with a shorter delay are filtered */
 
@@ -127,7 +122,6 @@ struct followed {
 	__u64 sk;    /* its full socket; 0: not known */
 	__u64 owned; /* the socket whose owner is meant: of a request its listener; 0: not known */
 	__u64 since_ns;
-	struct chain chain; /* of the hook of netfilter that it is in */
 };
 
 /*
@@ -236,10 +230,7 @@ static const struct flow new_flow;
 /* A hop. */
 struct at {
 	__u64 now_ns;
-	union {
-		struct net_device *device;
-		const struct chain *chain; /* of DROPPED */
-	};
+	struct net_device *device;
 	struct sock *sk; /* whose owner is meant; NULL: not known */
 	__u32 reason;
 	__u16 queue;
@@ -260,8 +251,7 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 	__u64 last_ns = *(const volatile __u64 *)&piece->last_ns, since_us = -1; /* another processor may write it */
 	struct net_device *device =
 		at->device; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
-	__u8 room[COUNTED_BYTES(0)] __attribute__((aligned(8)));
-	struct trace *event;
+	struct trace room, *event;
 
 	if (piece->left_out)
 		return 0;
@@ -272,7 +262,7 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 		COUNT(filtered);
 		return 0;
 	}
-	event = event_begin_in(room, sizeof(*event), at->now_ns, id,
+	event = event_begin_in(&room, sizeof(room), at->now_ns, id,
 			       at->sk ? connection_owner(connection_find(at->sk)) : NULL);
 	if (!event)
 		return 0;
@@ -291,12 +281,8 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 	event->direction = piece->direction;
 	event->where = at->where;
 	__builtin_memset(event->device, 0, sizeof(event->device));
-	if (!IS_GROUPING)
-		__builtin_memset(event->chain, 0, sizeof(event->chain));
-	if (at->hop != HOP_DROPPED && device)
+	if (device)
 		BPF_CORE_READ_STR_INTO(&event->device, device, name);
-	else if (!IS_GROUPING && at->chain)
-		chain_write(at->chain, event->chain);
 	return event_submit(event);
 }
 
@@ -1237,10 +1223,8 @@ static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 	at = at_hop(hop);
 	at.sk = (struct sock *)followed->owned;
 	at.reason = reason;
-	if (hop == HOP_DROPPED && followed->piece.side == HOP_NETFILTER && followed->piece.where) {
+	if (hop == HOP_DROPPED && followed->piece.side == HOP_NETFILTER)
 		at.where = followed->piece.where;
-		at.chain = &followed->chain;
-	}
 	hop_pass(followed, &at);
 	if (hop == HOP_DROPPED && followed->piece.waits && followed->piece.direction == WAY_RECEIVED)
 		waiting_delete((struct sock *)followed->sk, OF_READS, followed->piece.index);
