@@ -32,7 +32,7 @@ from tests.record.watch import Watch
 
 AT_ONCE = 16
 """Scenarios that are played at a time: their timers run side by side."""
-READY_S, END_S = 240, 120
+READY_S, END_S = 600, 120
 LOCK = Path("/tmp/tcpscope-recording.lock")
 READY_FD = "TCPSCOPE_READY_FD"
 
