@@ -307,7 +307,8 @@ class ConnectsFail(Rule):
             subject = Subject((netns, raddr), [rport], failing)
             subject.unresolved = _kept_here(subject, unresolved, alive)
             subject.elsewhere = list(_elsewhere(seen, subject))
-            if subject.main in _NO_ANSWER:  # where no link address is known, what waited may have been told or not
+            if subject.main in _NO_ANSWER:
+                # Without a link address connect() fails with EHOSTUNREACH after three seconds, or is given up before.
                 silent[subject.host, "unreachable" if subject.unresolved else subject.main].append(subject)
             else:
                 yield from self._finding(seen, services, subject, alive)

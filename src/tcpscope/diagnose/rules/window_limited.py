@@ -118,7 +118,7 @@ class _Limit:
 
     @property
     def second(self) -> _Second:
-        """The last one: what was found is told of it, so that rate, window and RTT belong together."""
+        """The time between the last two looks. The finding takes rate, window and RTT from it."""
         return _Second(self.sender.last, self.sender.before)
 
     @property
