@@ -8,7 +8,6 @@
 #include "identity.bpf.h"
 
 #define IPV4_BYTES 20
-#define IPV6_BYTES 40
 #define TCP_BYTES 14 /* up to the flags */
 #define HEADERS_BYTES (IPV6_BYTES + TCP_BYTES)
 #define NO_FLAGS 0xffff
@@ -80,8 +79,13 @@ static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, stru
 			packet->bytes += IPV6_BYTES;
 		__builtin_memcpy(packet->saddr, headers + 8, 16);
 		__builtin_memcpy(packet->daddr, headers + 24, 16);
-		if (is_extension(header.type) && !extensions_walk(skb->head + at, end - at, &header))
-			return OF_TCP_UNKNOWN;
+		if (is_extension(header.type)) {
+			bpf_core_read(headers, sizeof(skb->head),
+				      &skb->head); /* what is in them is not needed any more */
+			header = header_find(*(__u64 *)headers + at, end - at, header.type);
+			if (!header.at)
+				return OF_TCP_UNKNOWN;
+		}
 	} else {
 		return OF_TCP_NO;
 	}

@@ -173,9 +173,9 @@ struct freed {
 /* It may be, if its extension headers cannot be walked. */
 static __always_inline bool may_be_icmp6(const unsigned char *ip, __u32 length, __u8 first)
 {
-	struct header header = {.at = 40, .type = first};
+	struct header header = header_find((__u64)ip, length, first);
 
-	return !extensions_walk(ip, length, &header) || header.type == IPPROTO_ICMPV6;
+	return !header.at || header.type == IPPROTO_ICMPV6;
 }
 
 static __noinline int freed_read(struct sk_buff *skb, struct freed *freed)

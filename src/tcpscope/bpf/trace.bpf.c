@@ -119,8 +119,9 @@ struct followed {
 	struct piece piece;
 	struct identity id;
 	__u64 skb;
-	__u64 sk;    /* its full socket; 0: not known */
-	__u64 owned; /* the socket whose owner is meant: of a request its listener; 0: not known */
+	__u64 sk;     /* its full socket; 0: not known */
+	__u64 device; /* of the hop that it passes now */
+	__u64 owned;  /* the socket whose owner is meant: of a request its listener; 0: not known */
 	__u64 since_ns;
 };
 
@@ -151,6 +152,7 @@ struct {
  * its socket connects again.
  */
 struct flow {
+	__u64 sk;
 	struct identity id;
 	__u32 first[2], next[2]; /* of its queues, by direction */
 	__u32 taken[2];          /* what was read, and what was acknowledged, at the last look */
@@ -326,8 +328,8 @@ static __noinline int waiting_add(struct flow *flow, struct followed *followed, 
 	return 0;
 }
 
-/* The packet has passed this hop. */
-static __noinline int hop_pass(struct followed *followed, const struct at *at)
+/* The packet has passed this hop. Of what this host sends the queue of its connection knows it, too. */
+static __always_inline int hop_note(struct followed *followed, const struct at *at)
 {
 	struct waiting *sent;
 
@@ -347,6 +349,41 @@ static __noinline int hop_pass(struct followed *followed, const struct at *at)
 		sent->piece.last_ns = at->now_ns;
 	}
 	return 0;
+}
+
+/* A packet that is at its hop no more: it may not be followed any longer, or its entry be that of another one. */
+static __noinline int copy_pass(struct followed *copy, __u64 device, enum hop hop)
+{
+	struct at at = at_hop(hop);
+
+	at.device = (struct net_device *)device;
+	at.sk = (struct sock *)copy->owned;
+	return hop_note(copy, &at);
+}
+
+/*
+ * For hop_pass(). The verifier looks at a global function once, not once for each way that leads to a call. Before 5.12 such a function
+ * takes numbers only.
+ */
+__noinline int hop_passed(__u64 skb, __u64 now_ns, __u32 reason, __u32 queue, __u32 where_and_hop)
+{
+	struct followed *followed = bpf_map_lookup_elem(&packets, &skb);
+	struct at at = {.now_ns = now_ns, .reason = reason, .queue = queue};
+
+	if (!followed)
+		return 0;
+	at.hop = where_and_hop;
+	at.where = where_and_hop >> 8;
+	at.device = (struct net_device *)followed->device;
+	at.sk = (struct sock *)followed->owned;
+	return hop_note(followed, &at);
+}
+
+/* A packet of the table `packets` has passed this hop. */
+static __always_inline int hop_pass(struct followed *followed, const struct at *at)
+{
+	followed->device = (__u64)at->device; /* to the verifier a pointer is no number */
+	return hop_passed(followed->skb, at->now_ns, at->reason, at->queue, at->where << 8 | at->hop);
 }
 
 /* One that waits. False: it goes on waiting. A read does not take the sequence number of a FIN. */
@@ -385,6 +422,17 @@ struct take {
 	struct at at;
 };
 
+/* `inexact`: only the ACK of a SYN or FIN is known to have come now. */
+static __always_inline struct take take_of(struct flow *flow, __u32 queue, __u32 upto, bool inexact, __u64 now_ns)
+{
+	struct take take = {.flow = flow, .sk = (struct sock *)flow->sk, .queue = queue, .upto = upto};
+
+	take.at = (struct at){.now_ns = now_ns, .reason = -1, .queue = -1, .inexact = inexact};
+	take.at.hop = queue == OF_ACKS ? HOP_ACKED : HOP_READ;
+	take.at.sk = take.sk;
+	return take;
+}
+
 static __always_inline bool take_next(struct take *take)
 {
 	__u32 which = take->queue & 1;
@@ -398,23 +446,34 @@ static long take_turn(__u32 index, struct take *take)
 	return !take_next(take);
 }
 
+/* The same as a global function, as hop_passed() is. False: there is no next one. */
+__noinline int take_one(__u64 sk, __u32 queue, __u32 upto, __u32 inexact, __u64 now_ns)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &sk);
+	struct take take;
+
+	if (!flow)
+		return 0;
+	take = take_of(flow, queue, upto, inexact, now_ns);
+	return take_next(&take);
+}
+
 /*
  * The bytes before `upto` have been read or acknowledged. Before 5.17 a program takes only so many at once: those behind them have to
- * wait for its next run, and have no delay then. `inexact`: only the ACK of a SYN or FIN is known to have come now.
+ * wait for its next run, and have no delay then.
  */
-static __always_inline void waiting_take(struct flow *flow, struct sock *sk, __u32 queue, __u32 upto, bool inexact,
-					 bool loops)
+static __always_inline void waiting_take(struct flow *flow, __u32 queue, __u32 upto, bool inexact, bool loops)
 {
-	struct take take = {.flow = flow, .sk = sk, .queue = queue, .upto = upto};
+	__u64 now_ns = bpf_ktime_get_ns();
 
-	take.at = at_hop(queue == OF_ACKS ? HOP_ACKED : HOP_READ);
-	take.at.sk = sk;
-	take.at.inexact = inexact;
-	if (loops)
+	if (loops) {
+		struct take take = take_of(flow, queue, upto, inexact, now_ns);
+
 		bpf_loop(DEPTH, take_turn, &take, 0);
-	else
-		for (int i = 0; i < AT_ONCE && take_next(&take); i++)
+	} else {
+		for (int i = 0; i < AT_ONCE && take_one(flow->sk, queue, upto, inexact, now_ns); i++)
 			;
+	}
 	flow->taken[queue & 1] = upto;
 }
 
@@ -481,6 +540,7 @@ static __noinline struct flow *flow_add(struct sock *sk, const struct identity *
 		COUNT(table_full);
 		return NULL;
 	}
+	flow->sk = key;
 	flow->id = *id;
 	flow->taken[OF_ACKS] = BPF_CORE_READ(tcp, snd_una);
 	flow->taken[OF_READS] = BPF_CORE_READ(tcp, copied_seq);
@@ -673,7 +733,7 @@ static __noinline bool is_over(const struct followed *followed)
 }
 
 /* The packet that began first gives way, so that there is a ticket for another one. */
-static __noinline int oldest_push_out(void)
+__noinline int oldest_push_out(void)
 {
 	struct ticket ticket = {};
 	struct followed *followed;
@@ -854,25 +914,41 @@ static __noinline int queued(struct sk_buff *skb)
 	return 0;
 }
 
-/* The packet of which the kernel has cut this segment: the newest one with that sequence number, or another copy of it. */
-static __noinline struct waiting *waiting_with(struct flow *flow, struct sock *sk, __u32 seq)
-{
-	struct waiting *newest = NULL;
+/*
+ * The place in the queue of the packet of which the kernel has cut this segment: the newest one with that sequence number, or another
+ * copy of it. NOWHERE: there is none.
+ */
+#define NOWHERE ((__u64) - 1)
 
+__noinline __u64 whole_find(__u64 sk, __u32 seq)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &sk);
+	__u64 newest = NOWHERE;
+
+	if (!flow)
+		return NOWHERE;
 	for (__u32 i = 1; i <= SEARCHED; i++) {
+		__u32 index = flow->next[OF_ACKS] - i;
 		struct waiting *sent;
 
 		if (i > flow->next[OF_ACKS] - flow->first[OF_ACKS])
 			break;
-		sent = waiting_find(sk, OF_ACKS, flow->next[OF_ACKS] - i);
+		sent = waiting_find((struct sock *)sk, OF_ACKS, index);
 		if (!sent || is_after(sent->piece.seq, seq) || !is_after(sent->piece.end_seq, seq))
 			continue;
 		if (sent->piece.hop == HOP_SEGMENTED)
-			return sent;
-		if (!newest)
-			newest = sent;
+			return index;
+		if (newest == NOWHERE)
+			newest = index;
 	}
 	return newest;
+}
+
+static __always_inline struct waiting *waiting_with(struct flow *flow, struct sock *sk, __u32 seq)
+{
+	__u64 index = whole_find(flow->sk, seq);
+
+	return index == NOWHERE ? NULL : waiting_find(sk, OF_ACKS, index);
 }
 
 /* An skb that no hop has seen: the kernel has cut it from a larger packet. Or it was queued before the tool began. */
@@ -960,7 +1036,6 @@ static __noinline int driver_took(struct sk_buff *skb, struct net_device *device
 	__u32 zero = 0, depth;
 	struct sending *sending = bpf_map_lookup_elem(&sendings, &zero);
 	struct followed *sent, *followed;
-	struct at at;
 
 	depth = sending ? sending->depth : 0;
 	if (!depth)
@@ -971,15 +1046,12 @@ static __noinline int driver_took(struct sk_buff *skb, struct net_device *device
 	sending->depth = depth - 1;
 	if (result >= NETDEV_TX_BUSY)
 		return 0;
-	at = at_hop(HOP_XMIT);
-	at.device = device;
-	at.sk = (struct sock *)sent->owned;
-	hop_pass(sent, &at);
+	copy_pass(sent, (__u64)device, HOP_XMIT);
 	followed = followed_find(skb);
 	if (followed && followed->piece.number == sent->piece.number && followed->piece.seq == sent->piece.seq &&
 	    followed->piece.hop == HOP_START_XMIT) {
 		followed->piece.hop = HOP_XMIT;
-		followed->piece.last_ns = at.now_ns;
+		followed->piece.last_ns = sent->piece.last_ns;
 	}
 	return 0;
 }
@@ -1028,23 +1100,21 @@ static __noinline enum arrived arrived_read(struct sk_buff *skb, const struct fo
  * A device receives a packet, or gives it to GRO. It may be one that was sent on this host. It belongs to another connection now. NULL:
  * it is not followed.
  */
-static __noinline struct followed *received(struct sk_buff *skb, enum hop hop)
+static __noinline struct followed *received_begin(struct sk_buff *skb, enum hop hop)
 {
 	struct followed *followed = followed_find(skb);
-	struct net_device *device = skb->dev;
-	struct at at = at_hop(hop);
 	struct packet packet = {};
 	struct identity id = {};
 	enum arrived arrived = arrived_read(skb, followed, &packet, &id);
 	bool chosen, hidden = arrived == ARRIVED_INSIDE;
+	struct sock *sk = NULL;
 
 	if (arrived == ARRIVED_OTHER)
 		return NULL;
-	at.device = device;
 	chosen = filter_identity(&id);
 	if (chosen) {
-		at.sk = (struct sock *)socket_with(&id);
-		chosen = is_owner_chosen(at.sk);
+		sk = (struct sock *)socket_with(&id);
+		chosen = is_owner_chosen(sk);
 	}
 	if (followed && ((!hidden && !is_same(followed, &packet)) || !may_arrive(skb, &followed->piece, hop))) {
 		followed_delete(skb);
@@ -1054,18 +1124,30 @@ static __noinline struct followed *received(struct sk_buff *skb, enum hop hop)
 		followed = followed_add(skb, &packet, WAY_RECEIVED, 0);
 	if (!followed)
 		return NULL;
-	if (at.sk)
-		id.cookie = cookie_if_any(at.sk);
+	if (sk)
+		id.cookie = cookie_if_any(sk);
 	followed->id = id;
-	followed->sk = followed->owned = (__u64)at.sk;
+	followed->sk = followed->owned = (__u64)sk;
 	followed->piece.direction = WAY_RECEIVED;
 	followed->piece.waits = false;
 	followed->piece.hidden = hidden;
 	followed->piece.left_out = !chosen;
 	if (!hidden)
 		piece_read(skb, &packet, &followed->piece); /* several may have become one (GRO) */
-	if (!at.sk)
+	if (!sk)
 		received_note(skb);
+	return followed;
+}
+
+/* Apart, so that what is on the stack before the hop is gone when the hop's event is there. */
+static __noinline struct followed *received(struct sk_buff *skb, enum hop hop)
+{
+	struct at at = at_hop(hop);
+	struct followed *followed = received_begin(skb, hop);
+
+	if (!followed)
+		return NULL;
+	at.device = skb->dev;
 	hop_pass(followed, &at);
 	return followed;
 }
@@ -1145,7 +1227,7 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 			unread_add(flow, followed);
 	}
 	if (is_after(ack, BPF_CORE_READ(tcp, snd_una)) && !is_after(ack, BPF_CORE_READ(tcp, snd_nxt)))
-		waiting_take(flow, sk, OF_ACKS, ack, false, loops);
+		waiting_take(flow, OF_ACKS, ack, false, loops);
 	return 0;
 }
 
@@ -1156,7 +1238,7 @@ static __always_inline int taken(struct sock *sk, bool loops)
 	struct flow *flow = flow_find(sk);
 
 	if (flow && copied != flow->taken[OF_READS])
-		waiting_take(flow, sk, OF_READS, copied, false, loops);
+		waiting_take(flow, OF_READS, copied, false, loops);
 	return 0;
 }
 
@@ -1190,7 +1272,7 @@ static __always_inline int state_changed(struct sock *sk, int state, bool loops)
 	if (!flow && state == STATE_ESTABLISHED)
 		return handshake_end(sk);
 	if (flow && is_after(acked, flow->taken[OF_ACKS]))
-		waiting_take(flow, sk, OF_ACKS, acked, true, loops);
+		waiting_take(flow, OF_ACKS, acked, true, loops);
 	return 0;
 }
 

@@ -79,7 +79,6 @@ static __noinline int gro_end(int result)
 	struct given *given = given_find();
 	struct followed *followed;
 	__u64 skb;
-	struct at at;
 
 	if (!given)
 		return 0;
@@ -88,10 +87,7 @@ static __noinline int gro_end(int result)
 	if (result != (int)bpf_core_enum_value(enum gro_result, GRO_MERGED) &&
 	    result != (int)bpf_core_enum_value(enum gro_result, GRO_MERGED_FREE))
 		return 0;
-	at = at_hop(HOP_MERGED);
-	at.device = (struct net_device *)given->device;
-	at.sk = (struct sock *)given->followed.owned;
-	hop_pass(&given->followed, &at);
+	copy_pass(&given->followed, given->device, HOP_MERGED);
 	followed = bpf_map_lookup_elem(&packets, &skb);
 	if (followed && followed->piece.number == given->followed.piece.number &&
 	    followed->piece.seq == given->followed.piece.seq && followed->piece.hop == HOP_GRO)
