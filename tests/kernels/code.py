@@ -29,6 +29,7 @@ _A_HELPER, _OF_THE_OBJECT = 0, 1  # what is called, in the place of the source r
 _TEXT = ".text"
 _FRAME = 10  # the register that points to the end of the stack
 _LOAD, _STORES, _ADD = 1, (2, 3), 0x07
+_SYMBOL, _RELOCATION = struct.Struct("<I20x"), struct.Struct("<QQ")
 _SCRATCH = frozenset(range(6))  # registers that a call does not keep
 
 
@@ -70,10 +71,7 @@ def _functions(spec: Spec) -> dict[int, str]:
 
 
 def callbacks(spec: Spec) -> frozenset[str]:
-    """The functions that no call leads to: the kernel is given their addresses.
-
-    The first function counts as one, too: a call to it looks like one to a function of the kernel.
-    """
+    """The functions that no call leads to: the kernel is given their addresses."""
     everywhere = {name for piece in pieces(spec) for name in _called(spec, piece, _instructions(spec, piece))}
     return frozenset(_functions(spec).values()) - everywhere
 
@@ -198,11 +196,30 @@ def frame(spec: Spec, piece: str, constants: Constants) -> int:
 
 
 def _called(spec: Spec, piece: str, instructions: Iterable[_Instruction]) -> Iterator[str]:
-    """Within .text an instruction holds the distance, elsewhere the place in .text: the loader joins the two."""
-    base = pieces(spec)[piece].section == _TEXT
+    """A static function is called by its place in .text, within .text by the distance; a global one by its name."""
+    section = pieces(spec)[piece].section
+    base = section == _TEXT
     for each in instructions:
-        if each.opcode == _CALL and each.source == _OF_THE_OBJECT and each.immediate != -1:
+        if each.opcode != _CALL or each.source != _OF_THE_OBJECT:
+            continue
+        name = _named(spec, section).get(each.at)
+        if name is None:
             yield _functions(spec)[(each.at if base else 0) + _SIZE * (each.immediate + 1)]
+        elif name in pieces(spec):
+            yield name
+
+
+@cache
+def _named(spec: Spec, section: str) -> dict[int, str]:
+    """The names that the instructions of a section refer to: variables, global functions, functions of the kernel."""
+    found = _sections(spec)
+    symbols = list(_SYMBOL.iter_unpack(found.get(".symtab", b"")))
+    names: dict[int, str] = {}
+    for at, what in _RELOCATION.iter_unpack(found.get(f".rel{section}", b"")):
+        begin = symbols[what >> 32][0]
+        if begin:  # a section has none
+            names[at] = found[".strtab"][begin:].partition(b"\0")[0].decode()
+    return names
 
 
 @cache

@@ -21,6 +21,10 @@ static long (*each)(void *, void *, void *, u64) = (void *)164;
 static __attribute__((noinline)) long early(u64 *ctx) { return ktime() + ctx[7]; }
 static __attribute__((noinline)) long late(u64 *ctx) { return early(ctx) + comm(ctx, 3); }
 static __attribute__((noinline)) long back(void *map, void *key, void *value, void *data) { return 0; }
+__attribute__((noinline)) long shared(u64 number) { return number * ktime(); }
+static __attribute__((noinline)) long through(u64 *ctx) { return shared(3) + ktime(); }
+SEC("tp_btf/directly") long directly(u64 *ctx) { return shared(7); }
+SEC("tp_btf/indirectly") long indirectly(u64 *ctx) { return through(ctx); }
 SEC("tp_btf/opens") long opens(u64 *ctx) { return early(ctx); }
 SEC("tp_btf/none") long none(u64 *ctx) { return 0; }
 SEC("tp_btf/third") long third(u64 *ctx) { return ctx[2] ? 0x123456789abcdef : 1; }
@@ -92,13 +96,14 @@ def test_everything_is_reached_where_nothing_is_asked(spec: Spec) -> None:
 
 
 def test_calls(spec: Spec) -> None:
-    """Between sections, and within one."""
+    """Between sections, and within one; of functions that are static, and that are not."""
     assert (code.calls(spec, "other", ()), code.calls(spec, "late", ())) == ({"late"}, {"early"})
+    assert (code.calls(spec, "indirectly", ()), code.calls(spec, "through", ())) == ({"through"}, {"shared"})
+    assert (code.calls(spec, "directly", ()), code.calls(spec, "opens", ())) == ({"shared"}, {"early"})
     assert code.calls(spec, "visits", ()) == set()
 
 
 def test_callbacks(spec: Spec) -> None:
-    """`early` is called within .text: that it is the first function there makes no doubt."""
     assert code.callbacks(spec) == {"back"}
 
 
