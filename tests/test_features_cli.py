@@ -1,5 +1,6 @@
 """`tcpscope features` against what the kernel really has."""
 
+import re
 import subprocess
 import sys
 
@@ -7,8 +8,11 @@ import pytest
 
 from tcpscope import features_cli
 from tcpscope.errors import NotPermittedError, UnsupportedError
+from tcpscope.kernel import features as asked
 from tcpscope.kernel.btf import Btf
 from tcpscope.kernel.features import BTF, Kernel
+from tcpscope.kernel.spec import Program
+from tcpscope.own.hooks import module_of
 from tcpscope.tool import names
 from tests.lacks import functions_cannot_be_hooked, is_refused
 
@@ -32,7 +36,7 @@ def test_a_way_is_taken_only_where_the_kernel_has_its_target(features):
         for hook in entry["hooks"]:
             kind, _, target = (hook["way"] or "").partition("/")
             if kind in ("fentry", "fexit", "kprobe", "kretprobe"):
-                assert kernel.func_params(target) is not None
+                assert kernel.func_params(target) is not None or module_of(target)
 
 
 @pytest.mark.kernel
@@ -46,6 +50,21 @@ def test_what_is_not_attached_says_why_and_what_is_then_not_known(features):
                     assert not Kernel().has_typedef("btf_trace_qdisc_drop")
                 else:
                     assert hook["not_known"] or not entry["works"]
+
+
+def test_a_module_that_is_not_there_is_told_from_one_without_btf(tmp_path, monkeypatch):
+    kernel, program = Kernel(), Program("it", "fentry/no_such_function", module="some_module")
+    (tmp_path / "modules").mkdir()
+    monkeypatch.setattr(asked, "BTF", tmp_path / "vmlinux")
+    monkeypatch.setattr(asked, "_MODULES", tmp_path / "modules")
+    monkeypatch.setattr(asked, "has_capability", lambda name: False)
+    assert kernel.can(program).why == "the module some_module is not loaded"
+    (tmp_path / "modules" / "some_module").mkdir()
+    assert kernel.can(program).why == "the module some_module has no BTF"
+    (tmp_path / "some_module").touch()
+    assert kernel.can(program).why == "some_module is a module, whose functions need CAP_SYS_ADMIN"
+    monkeypatch.setattr(asked, "has_capability", lambda name: True)
+    assert kernel.can(program) == kernel.fentry
 
 
 @pytest.mark.parametrize(
@@ -138,4 +157,10 @@ def test_every_hook_is_attached_where_functions_can_be_hooked(features):
         return
     without = [hook for entry in features["tools"] for hook in entry["hooks"] if hook["way"] is None]
     lacks = {why for hook in without for why in hook["refused"].values()}
-    assert all(why.startswith("the kernel has no tracepoint ") for why in lacks), lacks
+    assert all(why.startswith("the kernel has no tracepoint ") or is_without_module(why) for why in lacks), lacks
+
+
+def is_without_module(why: str) -> bool:
+    """Modules have BTF since 5.11. One that was not loaded may be by now."""
+    said = re.fullmatch(r"the module (\w+) (has no BTF|is not loaded)", why)
+    return bool(said and (said[2] == "is not loaded" or not (BTF.parent / said[1]).exists()))

@@ -45,6 +45,18 @@ def test_too_many_columns_are_refused() -> None:
         groups.counting(LAYOUT, names, None)
 
 
+@pytest.mark.parametrize(
+    ("probe", "event", "name"),
+    [("trace", "trace", "chain"), ("drops", "drop", "stack"), ("resets", "resets", "stack")],
+)
+def test_a_column_that_the_kernel_does_not_count_is_refused(probe: str, event: str, name: str) -> None:
+    layout = Spec.of(probe).layout(event)
+    alone = [field.name for field in layout.fields if not field.counted]
+    assert alone == [name]
+    with pytest.raises(UsageError, match=f"--by {name}"):
+        groups.counting(layout, ("netns", name), None)
+
+
 def test_only_some_objects_count() -> None:
     assert groups.counts(RETRANS)
     assert not groups.counts(Spec.of("transition"))

@@ -56,8 +56,8 @@ def counting(layout: Layout, by: Sequence[str], number: str | None) -> Counting:
     """
     if not by:
         return Counting({}, dict.fromkeys(MAPS, 1), {})
-    if stacks := [name for name in by if layout.field(name).kind == "stack"]:
-        raise UsageError(f"--by {stacks[0]}", "rows cannot be grouped by it; without --count each row has it")
+    if alone := [name for name in by if not layout.field(name).counted]:
+        raise UsageError(f"--by {alone[0]}", "rows cannot be grouped by it; each row has it")
     masks = _masks(layout, by)
     if len(masks) > _MOST_WORDS:
         raise UsageError(

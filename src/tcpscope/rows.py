@@ -1393,6 +1393,9 @@ class Trace(msgspec.Struct, frozen=True):
     where: str | None
     """of NETFILTER: the hook; of DROPPED: the hook of netfilter that discards it; of FUNCTION: the function"""
 
+    chain: str | None
+    """of DROPPED: the base chain of nf_tables that discards it, as family:table:chain"""
+
 
 class Tracer(msgspec.Struct, frozen=True):
     """A row of `tracer`."""

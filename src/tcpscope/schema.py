@@ -9,6 +9,7 @@ The C struct is the only description of an event. Its fields have tags (see `bpf
     derived_by:TEXT  an enum of the object: values for which the kernel has no name, shown as DERIVED:NAME
     subsystems:TEXT  the same for the upper half of a value, whose lower half then has no name
     may_lack:NAME  on a struct in the struct: of this field of it, zero means "not known" here
+    not_counted:   the kernel does not count by it: it is no column to group by
     unknown:TEXT   zero or max (all bits set): the value that means "not known"; it becomes None
     title:TEXT     title of the column in a table, if it is not the name
     width:NUMBER   width of that column
@@ -58,6 +59,7 @@ _FORMATS = {
 class Field(msgspec.Struct, frozen=True):
     """One column: `name` as in JSON, `offset` and `size` in bytes, `format` as the struct module writes it.
 
+    counted  whether the kernel can count by it
     bits     of a bit field: its first bit after `offset`, and how many it has
     counts   of an array: for each dimension, the outermost first, how many elements, and the bytes from one to the next
     element  size of its elements in bytes, whose kind is `kind`
@@ -81,6 +83,7 @@ class Field(msgspec.Struct, frozen=True):
     subsystems: str = ""
     subsystem_labels: dict[int, str] | None = None
     signed: bool = False
+    counted: bool = True
     bits: tuple[int, int] | None = None
     counts: tuple[tuple[int, int], ...] = ()
     element: int = 0
@@ -215,6 +218,7 @@ def _field(
         derived=_derived(btf, tags["derived_by"]) if "derived_by" in tags else None,
         subsystems=tags.get("subsystems", ""),
         signed=signed,
+        counted="not_counted" not in tags,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from functools import cache
 
 import pytest
@@ -23,11 +24,11 @@ def whole() -> Btf:
     return Btf.parse(BTF.read_bytes())
 
 
-def excerpt_for(spec: Spec) -> Btf:
-    kernel = Kernel()
+def excerpt_for(spec: Spec, module: str = "") -> Btf:
+    btf = Kernel().btf_with(module)
     fd = os.memfd_create("types", os.MFD_CLOEXEC)
     try:
-        opened = lib.tcpscope_open(ffi.from_buffer(spec.data), len(spec.data), b"test", kernel.btf, fd)
+        opened = lib.tcpscope_open(ffi.from_buffer(spec.data), len(spec.data), b"test", btf, fd)
         assert opened != ffi.NULL
         lib.bpf_object__close(opened)
         return Btf.parse(os.pread(fd, os.fstat(fd).st_size, 0))
@@ -89,6 +90,33 @@ def test_libbpf_finds_the_kernels_own_types(probe: str) -> None:
             mine = [shapes.of(found.id) for found in part.find_all(name, kind)]
             assert mine == [shapes_there.of(found.id) for found in whole().find_all(name, kind)], (name, kind)
     assert len(part) < len(whole()) / 10
+
+
+@pytest.mark.root
+def test_a_module() -> None:
+    """Its functions and types are there beside those of the kernel, which come first. nft lets the kernel load it."""
+    kernel, module = Kernel(), "nf_tables"
+    subprocess.run(["nft", "list", "tables"], check=True, capture_output=True)
+    if not (BTF.parent / module).exists() or kernel.has_type("nft_chain"):
+        pytest.skip(f"this kernel has no module {module}, or none that has BTF (5.11)")
+    spec = Spec.of("trace")
+    alone, together = excerpt_for(spec), excerpt_for(spec, module)
+    assert kernel.parameters("nft_do_chain") is None
+    assert lib.tcpscope_btf_parameters(kernel.btf_with(module), b"nft_do_chain") == 2
+    assert lib.tcpscope_btf_parameters(kernel.btf_with(module), b"tcp_connect") == kernel.parameters("tcp_connect")
+    for name, fields in {
+        "nft_pktinfo": {"skb"},
+        "nft_chain": {"table", "name"},
+        "nft_table": {"family", "name"},
+    }.items():
+        assert not list(alone.find_all(name, Kind.STRUCT))
+        (found,) = together.find_all(name, Kind.STRUCT)
+        assert isinstance(found, Struct)
+        assert fields <= {member.name for member in found.members}
+    mine, theirs = Shapes(together), Shapes(alone)
+    for name in ("sk_buff", "sock", "net_device"):
+        found = [[shapes.of(one.id) for one in shapes.btf.find_all(name, Kind.STRUCT)] for shapes in (mine, theirs)]
+        assert found[0] == found[1] != []
 
 
 def test_enumerators_of_64_bits() -> None:

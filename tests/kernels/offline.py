@@ -32,6 +32,9 @@ class Offline(Kernel):
         found = self.btf.func_params(function)
         return None if found is None else len(found)
 
+    def module(self, name: str) -> Answer:
+        return Answer(False, f"the BTF of the kernel does not have the module {name}")
+
     def enumerator(self, name: str) -> int | None:
         return self.btf.enum_value(name)
 

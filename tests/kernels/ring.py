@@ -124,7 +124,8 @@ def _unknown(kernel: Offline) -> dict[str, list[str]]:
         if is_refused(spec.name, kernel):
             found[name] = [f"anything: there is no tracepoint {REFUSED_WITHOUT[spec.name]}"]
             continue
-        hooks = plan(spec, plan_refusals(spec, kernel)).values()
+        planned = plan(spec, plan_refusals(spec, kernel)).values()
+        hooks = [hook for hook in planned if not spec.hooks[hook.name][0].module]  # modules are not in this BTF
         found[name] = sorted({hook.without for hook in hooks if not hook.program and hook.without})
         found[name] += [
             f"single refusals: the kernel's BTF does not number {enumerator}"

@@ -1,4 +1,4 @@
-"""The hops of `trace` at functions, where the kernel lets them be hooked. Elsewhere there is none of them."""
+"""The hops of `trace` at functions, and chains of nf_tables, where the kernel lets functions be hooked."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tcpscope.filters import Filter, PortRange
 from tcpscope.kernel.features import Kernel
 from tcpscope.request import Request
 from tcpscope.tool import find
-from tests.record import Script, Seen, Test, recorded
-from tests.record.script import Host
+from tests.record import Call, Script, Seen, Test, recorded
+from tests.record.script import NOBODYS_MAC, Host
 from tests.tools.pair import exchange, pair, without_timers
 from tests.tools.test_trace import AT_FUNCTIONS, OUT, PORT, TRACE, hops, us_since
 
@@ -39,7 +39,7 @@ def without_functions(seen: Seen, rows: list[dict[str, Any]]) -> bool:
     if seen.machine.functions_can_be_hooked:
         return False
     assert not {row["hop"] for row in rows} & AT_FUNCTIONS
-    assert {row["where"] for row in rows} == {None}
+    assert {(row["where"], row["chain"]) for row in rows} == {(None, None)}
     return True
 
 
@@ -126,12 +126,29 @@ def test_a_socket_that_a_process_holds(script: Script) -> Test:
     assert us_since(rows[5]) >= held.took_us - 1
 
 
+def without_rules(host: Host) -> None:
+    """A firewall that discards nothing yet. The module that knows chains is there before the tool."""
+    with host.script.older():
+        host.exec("nft", "add table inet trace")
+
+
 def firewall(host: Host, hook: str) -> None:
-    """Discard what a host sends to the port of this test, or receives for it."""
+    """Discard what a host sends to the port of this test, or receives for it. A chain before lets it pass."""
     host.exec(
         "nft",
-        f"add table inet trace; add chain inet trace it {{ type filter hook {hook} priority 0 ; }}; "
+        f"add chain inet trace before {{ type filter hook {hook} priority -1 ; }}; "
+        f"add chain inet trace it {{ type filter hook {hook} priority 0 ; }}; "
         f"add rule inet trace it tcp dport {PORT} counter drop",
+    )
+
+
+def chain(host: Host, hook: str, rule: str) -> Call:
+    """A chain behind NAT, with a rule for what is sent to the port of this test. A kernel may lack queues."""
+    return host.exec(
+        "nft",
+        f"add chain inet trace it {{ type filter hook {hook} priority 200 ; }}; "
+        f"add rule inet trace it tcp dport {PORT} {rule}",
+        may_fail=True,
     )
 
 
@@ -139,7 +156,13 @@ def no_firewall(host: Host) -> None:
     host.exec("nft", "delete table inet trace")
 
 
-def check_discarded(seen: Seen, rows: list[dict[str, Any]], hook: str) -> None:
+def names_chains(seen: Seen) -> bool:
+    """Whether programs can hook functions of modules: these have BTF (5.11)."""
+    kernel = seen.machine.kernel
+    return seen.machine.functions_can_be_hooked and kernel.parameters("btf_module_notify") is not None
+
+
+def check_discarded(seen: Seen, rows: list[dict[str, Any]], hook: str, chain: str = "inet:trace:it") -> None:
     """The row of the rule, and the one before it."""
     reasons = {row["reason"] for row in rows if row["hop"] == "DROPPED"}
     known = "SKB_DROP_REASON_NETFILTER_DROP" in seen.machine.kernel.enumerators("skb_drop_reason").values()
@@ -148,12 +171,14 @@ def check_discarded(seen: Seen, rows: list[dict[str, Any]], hook: str) -> None:
         return
     last = [row for row in rows if row["hop"] in ("NETFILTER", "DROPPED")][:2]
     assert [(row["hop"], row["where"]) for row in last] == [("NETFILTER", hook), ("DROPPED", hook)]
+    assert [row["chain"] for row in last] == [None, chain if names_chains(seen) else None]
     assert last[1]["before"] == "NETFILTER"
     assert us_since(last[1]) >= 0
 
 
 @recorded(TRACE)
 def test_a_rule_that_discards_what_arrives(script: Script) -> Test:
+    without_rules(script.server)
     made = pair(script, PORT)
     exchange(made.near, made.far)
     firewall(script.server, "input")
@@ -175,6 +200,7 @@ def test_a_rule_that_discards_what_arrives(script: Script) -> Test:
 @recorded(TRACE)
 def test_a_rule_that_discards_what_is_sent(script: Script) -> Test:
     """No device gets it: without functions there is no row of it."""
+    without_rules(script.client)
     made = pair(script, PORT)
     exchange(made.near, made.far)
     firewall(script.client, "output")
@@ -191,6 +217,103 @@ def test_a_rule_that_discards_what_is_sent(script: Script) -> Test:
     rows = [row for row in rows if row["packet"] == number]
     check_discarded(seen, rows, "OUTPUT")
     assert [row["hop"] for row in rows][:4] == ["WRITE", "TRANSMIT", "NETFILTER", "DROPPED"]
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+@recorded(TRACE)
+def test_what_is_forwarded(script: Script, family: str) -> Test:
+    """To a host that nobody is. The second SYN is discarded, by a chain whose policy is to drop."""
+    far, option = ("198.51.100.9", "-4") if family == "4" else ("2001:db8:1::9", "-6")
+    router, conf = script.server, "ipv4/conf" if family == "4" else "ipv6/conf"
+    without_rules(router)
+    router.sysctl(f"{conf}/all/forwarding", 1)
+    for where in ("all", "veth0"):
+        script.client.sysctl(f"{conf}/{where}/accept_redirects", 0)
+    router.exec("ip", option, "route", "add", far, "dev", "veth0")
+    router.exec("ip", option, "neigh", "replace", far, "lladdr", NOBODYS_MAC, "dev", "veth0")
+    script.client.exec("ip", option, "route", "add", far, "via", router.address(family))
+    client = script.client.process("client")
+    ports = []
+    for drops in (False, True):
+        if drops:
+            router.exec("nft", "add chain inet trace it { type filter hook forward priority 0 ; policy drop ; }")
+        made = client.socket(family)
+        made.start(far, PORT)
+        ports.append(made.name())
+        router.flush()
+        made.close()
+    seen = yield
+    there, kept = ([row for row in seen.rows(TRACE, router) if row["rport"] == port.ret] for port in ports)
+    assert {row["direction"] for row in (*there, *kept)} == {"RECEIVED"}
+    # On a slow machine the SYN is sent again.
+    there, kept = ([row for row in rows if row["packet"] == rows[0]["packet"]] for rows in (there, kept))
+    check_discarded(seen, kept, "FORWARD")
+    if without_functions(seen, [*there, *kept]):
+        return
+    assert always(there) == ["RECEIVE", "IP_IN", "FORWARD", "IP_OUT", *OUT[:3]]
+    assert always(kept) == ["RECEIVE", "IP_IN", "FORWARD", "DROPPED"]
+    for before, row in (*pairwise(there), *pairwise(kept)):
+        assert row["before"] == before["hop"]
+        assert us_since(row) >= 0
+
+
+@pytest.mark.parametrize("rule", ["accept", "queue num 4321 bypass"])
+@recorded(TRACE)
+def test_a_discard_behind_a_chain(script: Script, rule: str) -> Test:
+    """NAT gives two connections the same ends. Behind all chains connection tracking discards the second SYN.
+
+    Nobody reads the queue.
+    """
+    far, client = "198.51.100.9", script.client
+    without_rules(client)
+    client.exec("ip", "route", "add", far, "dev", "veth0")
+    client.exec("ip", "neigh", "replace", far, "lladdr", NOBODYS_MAC, "dev", "veth0")
+    made_chain = chain(client, "postrouting", rule)
+    client.exec(
+        "nft",
+        "add chain inet trace nat { type nat hook postrouting priority 100 ; }; "
+        f"add rule inet trace nat ip daddr {far} tcp dport {PORT} snat ip to {client.ipv4}:20000",
+    )
+    process = client.process("client")
+    made = [process.socket() for _ in range(2)]
+    for one in made:
+        one.start(far, PORT)
+    ports = [one.name() for one in made]
+    for one in made:
+        one.close()
+    seen = yield
+    first, second = ([row for row in seen.rows(TRACE, client) if row["lport"] == port.ret] for port in ports)
+    if not seen.machine.functions_can_be_hooked:
+        assert hops(second) == []  # no device gets it
+        return
+    assert made_chain.ret == 0
+    assert "XMIT" in hops(first)
+    assert [(row["hop"], row["where"], row["chain"]) for row in second][-2:] == [
+        ("NETFILTER", "POSTROUTING", None),
+        ("DROPPED", "POSTROUTING", None),
+    ]
+
+
+@recorded(TRACE)
+def test_a_queue_that_nobody_reads(script: Script) -> Test:
+    """The packet cannot go on without it: its rule's chain discards it."""
+    client = script.client
+    without_rules(client)
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    made_chain = chain(client, "output", "queue num 4321")
+    made.near.send_all(668)
+    no_firewall(client)
+    made.far.read(668)
+    made.near.until_acknowledged()
+    seen = yield
+    rows = [row for row in seen.rows(TRACE, client, data_bytes=668) if row["hop"] == "DROPPED"]
+    if not seen.machine.functions_can_be_hooked:
+        assert rows == []
+        return
+    assert made_chain.ret == 0
+    name = "inet:trace:it" if names_chains(seen) else None
+    assert {(row["where"], row["chain"]) for row in rows} == {("OUTPUT", name)}
 
 
 def asked(names: str) -> Request:

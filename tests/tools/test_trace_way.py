@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tcpscope.kernel.features import Kernel
 from tcpscope.lab.namespaces import Namespace
 from tests.lacks import built_without
 from tests.played_again import seen_in
@@ -247,13 +248,19 @@ def end(way: Way, row: dict[str, Any]) -> tuple[str, int]:
     return way.names[row["netns"]], row["rport"] if row["lport"] in (PORT, OUTSIDE) else row["lport"]
 
 
-def check(way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tuple[str, int, str]) -> None:
-    """Each packet has one number on its whole way, and one way. All bytes are acknowledged and read under it."""
-    address, port, at = where
+def check(
+    way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tuple[str, int, str], *, routed: bool = True
+) -> None:
+    """Each packet has one number on its whole way, and one way. All bytes are acknowledged and read under it.
+
+    If the middle is a router, it forwards each, where functions can be hooked.
+    """
+    address, port, bound = where
+    forwards = routed and bool(Kernel().fentry)
     for _ in range(ATTEMPTS):
         before = way.counted()
         with run_tool("trace", *way.only(), "--port", f"{PORT},{OUTSIDE}", "--buffer", "64M") as tool:
-            ports = talk(way, address, port, at=at)
+            ports = talk(way, address, port, at=bound)
             after = way.counted()
         done = tool.done
         shown = Counter((row["netns"], row["device"], row["hop"]) for row in done.rows)
@@ -268,6 +275,9 @@ def check(way: Way, run_tool: Any, there: list[Any], back: list[Any], where: tup
         places = [(way.names[row["netns"]], row["hop"], row["device"]) for row in rows if row["hop"] in DEVICES]
         assert places in (there, back), (number, rows)
         assert len({(row["seq"], row["ack"]) for row in rows}) == 1, rows
+        if forwards:
+            routers = [row for row in rows if row["hop"] in (*DEVICES, "FORWARD") and row["netns"] == way.middle.inode]
+            assert [row["hop"] for row in routers] == ["RECEIVE", "FORWARD", *OUT], rows
         here = {end(way, row) for row in rows}
         mine = {port for port in ports if ("client", port) in here} or set().union(*(owners[one] for one in here))
         assert len(mine) == 1, rows
@@ -317,7 +327,7 @@ def test_a_router(way: Way, run_tool: Any) -> None:
 
 def test_a_bridge(way: Way, run_tool: Any) -> None:
     way.bridged()
-    check(way, run_tool, THERE, BACK, (SERVER, PORT, SERVER))
+    check(way, run_tool, THERE, BACK, (SERVER, PORT, SERVER), routed=False)
 
 
 ROUTER = f"{CLIENT}54"

@@ -80,7 +80,7 @@ struct drop {
 	enum passage direction TITLE("DIR") UNKNOWN_IS("zero") DOC("RECEIVED, also to be forwarded; SENT by this host");
 	__u8 padding[2];
 	char device[16] KIND("comm") WIDTH(8) UNKNOWN_IS("zero") DOC("network device");
-	__u64 stack[STACK_DEPTH] KIND("stack") UNKNOWN_IS("zero") DOC("kernel stack, innermost first");
+	__u64 stack[STACK_DEPTH] KIND("stack") NOT_COUNTED UNKNOWN_IS("zero") DOC("kernel stack, innermost first");
 };
 const struct drop *drop_anchor __attribute__((unused));
 _Static_assert(offsetof(struct drop, stack) == COUNTED_BYTES(0), "the room of an event that is only counted");

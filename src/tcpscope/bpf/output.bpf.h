@@ -29,6 +29,8 @@ char LICENSE[] = "Dual BSD/GPL";
 #define MAY_LACK(field) __attribute__((btf_decl_tag("may_lack:" field)))
 /* After NAMED_BY: an enum of the object, whose enumerators name values that the kernel has no name for. DERIVED: stands before them. */
 #define DERIVED_BY(enum) __attribute__((btf_decl_tag("derived_by:" enum)))
+/* Behind COUNTED_BYTES: no column to group by. */
+#define NOT_COUNTED __attribute__((btf_decl_tag("not_counted:")))
 #define UNKNOWN_IS(text) __attribute__((btf_decl_tag("unknown:" text))) /* zero, or max: all bits set */
 
 /*
@@ -55,6 +57,9 @@ char LICENSE[] = "Dual BSD/GPL";
 
 /* On a way of a hook: it needs this enumerator of the kernel, such as the number of a helper, or this function. */
 #define NEEDS(name) __attribute__((btf_decl_tag("needs:" name)))
+
+/* On a way of a hook: the function is in this module, unless it is built in. All programs of an object name the same one. */
+#define IN_MODULE(name) __attribute__((btf_decl_tag("module:" name)))
 
 /* On the second copy of a program: recursion.bpf.h. */
 #define AGAIN __attribute__((btf_decl_tag("again:")))

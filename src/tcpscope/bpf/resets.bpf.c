@@ -55,7 +55,7 @@ struct resets {
 	__u8 unanswered KIND("bool") UNKNOWN_IS("max")
 	DOC("whether this host had sent data, and received none since; null: not received");
 	__u8 padding[3];
-	__u64 stack[STACK_DEPTH] KIND("stack") DOC("kernel stack, innermost first") UNKNOWN_IS("zero");
+	__u64 stack[STACK_DEPTH] KIND("stack") NOT_COUNTED DOC("kernel stack, innermost first") UNKNOWN_IS("zero");
 };
 const struct resets *resets_anchor __attribute__((unused));
 

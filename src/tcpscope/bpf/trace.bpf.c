@@ -16,8 +16,10 @@
  */
 #define HAS_GROUPS
 #define GROUPS_ARE_DISTRIBUTIONS
+#define COUNTED_BYTES(size) 168 /* of struct trace, without the chain: the stack has no room for it */
 #include "socket_event.bpf.h"
 #include "packet.bpf.h"
+#include "trace_netfilter.bpf.h"
 
 #define AT_A_TIME 32768     /* packets that began, and are followed */
 #define GONE_NS 10000000000 /* longer than a packet waits that no connection of this host waits for */
@@ -81,8 +83,11 @@ struct trace {
 	enum way direction TITLE("DIR") UNKNOWN_IS("zero") DOC("RECEIVED, also to be forwarded; SENT by this host");
 	__u8 where KIND("function") TITLE("WHERE") WIDTH(11) UNKNOWN_IS("zero")
 	DOC("of NETFILTER: the hook; of DROPPED: the hook of netfilter that discards it; of FUNCTION: the function");
+	char chain[CHAIN_BYTES] KIND("comm") WIDTH(17) NOT_COUNTED UNKNOWN_IS("zero")
+	DOC("of DROPPED: the base chain of nf_tables that discards it, as family:table:chain");
 };
 const struct trace *trace_anchor __attribute__((unused));
+_Static_assert(offsetof(struct trace, chain) == COUNTED_BYTES(0), "the room of an event that is only counted");
 
 const volatile __u64 since_min_us; /* hops with a shorter delay are filtered */
 
@@ -123,6 +128,7 @@ struct followed {
 	__u64 device; /* of the hop that it passes now */
 	__u64 owned;  /* the socket whose owner is meant: of a request its listener; 0: not known */
 	__u64 since_ns;
+	struct chain chain; /* of the hook of netfilter that it is in */
 };
 
 /*
@@ -233,7 +239,8 @@ static const struct flow new_flow;
 struct at {
 	__u64 now_ns;
 	struct net_device *device;
-	struct sock *sk; /* whose owner is meant; NULL: not known */
+	const struct chain *chain; /* that discards it; NULL: none */
+	struct sock *sk;           /* whose owner is meant; NULL: not known */
 	__u32 reason;
 	__u16 queue;
 	enum hop hop;
@@ -253,7 +260,8 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 	__u64 last_ns = *(const volatile __u64 *)&piece->last_ns, since_us = -1; /* another processor may write it */
 	struct net_device *device =
 		at->device; /* outside of BPF_CORE_READ, which would look for our struct in the kernel */
-	struct trace room, *event;
+	__u8 room[COUNTED_BYTES(0)] __attribute__((aligned(8)));
+	struct trace *event;
 
 	if (piece->left_out)
 		return 0;
@@ -264,7 +272,7 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 		COUNT(filtered);
 		return 0;
 	}
-	event = event_begin_in(&room, sizeof(room), at->now_ns, id,
+	event = event_begin_in(room, sizeof(*event), at->now_ns, id,
 			       at->sk ? connection_owner(connection_find(at->sk)) : NULL);
 	if (!event)
 		return 0;
@@ -283,8 +291,12 @@ static __noinline int hop_send(const struct piece *piece, const struct identity 
 	event->direction = piece->direction;
 	event->where = at->where;
 	__builtin_memset(event->device, 0, sizeof(event->device));
+	if (!IS_GROUPING)
+		__builtin_memset(event->chain, 0, sizeof(event->chain));
 	if (device)
 		BPF_CORE_READ_STR_INTO(&event->device, device, name);
+	if (!IS_GROUPING && at->chain)
+		chain_write(at->chain, event->chain);
 	return event_submit(event);
 }
 
@@ -376,6 +388,8 @@ __noinline int hop_passed(__u64 skb, __u64 now_ns, __u32 reason, __u32 queue, __
 	at.where = where_and_hop >> 8;
 	at.device = (struct net_device *)followed->device;
 	at.sk = (struct sock *)followed->owned;
+	if (at.hop == HOP_DROPPED && at.where)
+		at.chain = &followed->chain;
 	return hop_note(followed, &at);
 }
 

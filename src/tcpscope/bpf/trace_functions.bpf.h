@@ -14,15 +14,15 @@
 
 #define WITHOUT_FUNCTIONS "where packets are between TCP and the devices: in IP, netfilter and the socket's backlog"
 
-#define FUNCTIONS 32 /* of --functions */
+#define WITHOUT_CHAINS "which chain of nf_tables discards a packet"
 
-/* include/uapi/linux/netfilter.h */
-enum { NFPROTO_INET = 1, NFPROTO_IPV4 = 2, NFPROTO_NETDEV = 5, NFPROTO_BRIDGE = 7, NFPROTO_IPV6 = 10 };
+#define FUNCTIONS 32 /* of --functions */
 
 /* Values of `where`, which trace.py names. */
 enum { WHERE_INET = 1, WHERE_NETDEV = 6, WHERE_BRIDGE = 8, WHERE_FUNCTION = 32 };
 
 const volatile __u8 function_argument[FUNCTIONS]; /* which argument of the function is the skb */
+const volatile bool hooked_accepted;
 
 #define FIRST_BYTE (1ULL << 32) /* of the first write that was seen; those before it have positions, too */
 
@@ -190,7 +190,12 @@ static __always_inline __u8 netfilter_hook(const struct nf_hook_state *state)
 
 static __always_inline int netfilter_begin(struct sk_buff *skb, const struct nf_hook_state *state)
 {
-	return followed_find(skb) ? side_pass(skb, HOP_NETFILTER, netfilter_hook(state), false) : 0;
+	struct followed *followed = followed_find(skb);
+
+	if (!followed)
+		return 0;
+	followed->chain.name = 0;
+	return side_pass(skb, HOP_NETFILTER, netfilter_hook(state), false);
 }
 
 /* Netfilter has let it pass, or kept it. If it was discarded before the next hop, another one did that. */
@@ -200,6 +205,33 @@ static __always_inline int netfilter_end(struct sk_buff *skb)
 
 	if (followed && followed->piece.side == HOP_NETFILTER)
 		followed->piece.where = 0;
+	return 0;
+}
+
+/* Since "netfilter: make nftables drops visible in net dropmonitor" (6.7) a chain itself frees what it discards. */
+static __always_inline int chain_begin(struct nft_pktinfo *pkt, void *priv)
+{
+	struct followed *followed = hooked_accepted ? followed_find(BPF_CORE_READ(pkt, skb)) : NULL;
+
+	if (followed && followed->piece.side == HOP_NETFILTER)
+		chain_read(priv, &followed->chain);
+	return 0;
+}
+
+/*
+ * What the chain has let pass, or given to a queue that it may do without (bypass), another one may discard. If the chain has stolen
+ * the packet, the skb may be another packet's by now.
+ */
+static __always_inline int chain_end(struct nft_pktinfo *pkt, unsigned int verdict)
+{
+	unsigned int code = verdict & NF_VERDICT_MASK;
+	struct followed *followed;
+
+	if (code != NF_ACCEPT && !(code == NF_QUEUE && verdict & NF_VERDICT_FLAG_QUEUE_BYPASS))
+		return 0;
+	followed = followed_find(BPF_CORE_READ(pkt, skb));
+	if (followed)
+		followed->chain.name = 0;
 	return 0;
 }
 
@@ -273,6 +305,21 @@ int FUNCTION_PROG(ip_out6_again, struct net *net, struct sock *sk, struct sk_buf
 	return side_pass(skb, HOP_IP_OUT, 0, false);
 }
 
+/* Before netfilter, as programs are attached in their order. */
+OPTIONAL(WITHOUT_FUNCTIONS)
+SEC("fexit/nf_hook_slow")
+int FUNCTION_PROG(verdict, struct sk_buff *skb)
+{
+	return netfilter_end(skb);
+}
+
+AGAIN
+SEC("fexit/nf_hook_slow")
+int FUNCTION_PROG(verdict_again, struct sk_buff *skb)
+{
+	return netfilter_end(skb);
+}
+
 OPTIONAL(WITHOUT_FUNCTIONS)
 SEC("fentry/nf_hook_slow")
 int FUNCTION_PROG(netfilter, struct sk_buff *skb, const struct nf_hook_state *state)
@@ -287,18 +334,37 @@ int FUNCTION_PROG(netfilter_again, struct sk_buff *skb, const struct nf_hook_sta
 	return netfilter_begin(skb, state);
 }
 
-OPTIONAL(WITHOUT_FUNCTIONS)
-SEC("fexit/nf_hook_slow")
-int FUNCTION_PROG(verdict, struct sk_buff *skb)
+/* Before chain: programs are attached in their order, and each packet whose chain is noted has to come back. */
+OPTIONAL(WITHOUT_CHAINS)
+IN_MODULE("nf_tables")
+SEC("fexit/nft_do_chain")
+int FUNCTION_PROG(accepted, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
 {
-	return netfilter_end(skb);
+	return chain_end(pkt, verdict);
 }
 
 AGAIN
-SEC("fexit/nf_hook_slow")
-int FUNCTION_PROG(verdict_again, struct sk_buff *skb)
+IN_MODULE("nf_tables")
+SEC("fexit/nft_do_chain")
+int FUNCTION_PROG(accepted_again, struct nft_pktinfo *pkt, void *priv, unsigned int verdict)
 {
-	return netfilter_end(skb);
+	return chain_end(pkt, verdict);
+}
+
+OPTIONAL(WITHOUT_CHAINS)
+IN_MODULE("nf_tables")
+SEC("fentry/nft_do_chain")
+int FUNCTION_PROG(chain, struct nft_pktinfo *pkt, void *priv)
+{
+	return chain_begin(pkt, priv);
+}
+
+AGAIN
+IN_MODULE("nf_tables")
+SEC("fentry/nft_do_chain")
+int FUNCTION_PROG(chain_again, struct nft_pktinfo *pkt, void *priv)
+{
+	return chain_begin(pkt, priv);
 }
 
 OPTIONAL(WITHOUT_FUNCTIONS)

@@ -2,7 +2,8 @@
 /*
  * The kernel's BTF, cut down to what an object asks for: a thousand types instead of a hundred thousand. For each struct that
  * the object names, libbpf compares the names of all types. For a type that the kernel lacks it would also read the BTF of
- * every module, which takes CAP_SYS_ADMIN, unless the types come from a file: all of TCP is built in.
+ * every module, which takes CAP_SYS_ADMIN, unless the types come from a file. All of TCP is built in; an object that hooks a
+ * function of a module finds that module's types in the file, too.
  */
 #include "kernel_btf.h"
 
@@ -179,6 +180,13 @@ static int ask(struct asked *asked, const struct btf *local)
 	return 0;
 }
 
+/* A type of a module that the kernel has, too: libbpf takes that of the kernel. */
+static bool is_the_kernels(const struct tcpscope_btf *btf, uint32_t id, const char *name)
+{
+	return btf->base && id >= btf->first &&
+	       (tcpscope_btf_has_type(btf->base, name) || tcpscope_btf_has_typedef(btf->base, name));
+}
+
 static int write_all(int fd, const void *data, size_t size)
 {
 	for (ssize_t length; size; data = (const char *)data + length, size -= length) {
@@ -203,7 +211,7 @@ int tcpscope_btf_excerpt(const struct tcpscope_btf *kernel, const struct btf *lo
 		const struct btf_type *type = btf_type_at(kernel, id);
 		const char *name = btf_name(kernel, type->name_off);
 
-		if (is_asked_for(type) && *asked_place(asked, name, strlen(name)))
+		if (is_asked_for(type) && *asked_place(asked, name, strlen(name)) && !is_the_kernels(kernel, id, name))
 			number_of(&excerpt, id);
 	}
 	for (size_t at = 0; at < excerpt.order.used; at += sizeof(uint32_t))

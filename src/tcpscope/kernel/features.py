@@ -19,6 +19,7 @@ from tcpscope.kernel.spec import Program
 
 BTF = Path("/sys/kernel/btf/vmlinux")
 _PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+_MODULES = Path("/sys/module")
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _TRIAL_FUNCTION = "tcp_connect"  # global, on every kernel that has TCP
 _ALWAYS_CARRIED = 6
@@ -39,14 +40,15 @@ class Kernel:
     ResourceError if a trial fails for lack of memory or file descriptors.
 
     A subclass may stand for another kernel. It replaces `parameters`, `enumerator`, `enumerators`, `has_type` and
-    `has_typedef`, which read the BTF, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and `release`.
-    All other answers follow from these.
+    `has_typedef`, which read the BTF, `module`, `fentry` and `fentry_on`, which load trial programs, and `kprobe` and
+    `release`. All other answers follow from these.
     """
 
     def __init__(self) -> None:
         if not BTF.exists():
             raise UnsupportedError(f"this kernel has no BTF ({BTF})", "it needs CONFIG_DEBUG_INFO_BTF=y")
         self._tried: dict[str, Answer] = {}
+        self._modules: dict[str, Any] = {}
 
     _held: weakref.ref[Any] | None = None
 
@@ -64,13 +66,37 @@ class Kernel:
         Kernel._held = weakref.ref(btf)
         return btf
 
+    def btf_with(self, module: str) -> Any:
+        """The kernel's BTF with that of a loaded module, for functions of `lib`; the kernel's alone if it is empty."""
+        if module and module not in self._modules:
+            base = self.btf
+            if (btf := lib.tcpscope_btf_load_module(base, module.encode())) == ffi.NULL:
+                what = f"cannot read {BTF.parent / module}"
+                raise exhausted(ffi.errno, what) or UnsupportedError(f"{what}: {os.strerror(ffi.errno)}")
+            self._modules[module] = ffi.gc(btf, lambda btf, base=base: lib.tcpscope_btf_free(btf))
+        return self._modules[module] if module else self.btf
+
     def hold(self) -> None:
         """Read the kernel's BTF now: until `release()` no other `Kernel` of this process has to."""
         _ = self.btf
 
     def release(self) -> None:
         """Free the kernel's BTF, up to ten megabytes, unless another `Kernel` holds it. The next question needs it."""
+        self._modules.clear()
         self.__dict__.pop("btf", None)
+
+    def module(self, name: str) -> Answer:
+        """Whether functions of this module can be hooked through trampolines: it is loaded, and has BTF (5.11)."""
+        if not (BTF.parent / name).exists():
+            lacks = "has no BTF" if (_MODULES / name).exists() else "is not loaded"
+            return Answer(False, f"the module {name} {lacks}")
+        if not has_capability("CAP_SYS_ADMIN"):
+            return Answer(False, f"{name} is a module, whose functions need CAP_SYS_ADMIN")
+        return self.fentry
+
+    def is_in_module(self, program: Program) -> bool:
+        """Whether the function that `program` hooks is not one of the kernel proper."""
+        return bool(program.module) and self.parameters(program.target) is None
 
     def parameters(self, function: str) -> int | None:
         """Number of parameters of a kernel function; None if there is no such function."""
@@ -157,6 +183,8 @@ class Kernel:
         """Whether this kernel has what `program` hooks. The kernel may refuse the program in spite of a yes."""
         if program.needs and self.enumerator(program.needs) is None and self.parameters(program.needs) is None:
             return Answer(False, f"the kernel has no {program.needs}")
+        if self.is_in_module(program):
+            return self.module(program.module)
         if program.type in ("fentry", "fexit"):
             return self._has_arguments(program) and self.fentry_on(program.target)
         if program.type in ("kprobe", "kretprobe"):

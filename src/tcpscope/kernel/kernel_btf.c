@@ -5,6 +5,7 @@
 #include <bpf/bpf.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -93,7 +94,7 @@ static struct named *place(const struct tcpscope_btf *btf, enum space space, con
 
 	for (;; hash++) {
 		found = &btf->table[hash & btf->mask];
-		if (!found->name || (found->space == space && !strcmp(btf->strings + found->name, name)))
+		if (!found->name || (found->space == space && !strcmp(btf_name(btf, found->name), name)))
 			return found;
 	}
 }
@@ -131,13 +132,18 @@ static struct enumerator enumerator_at(const struct btf_type *type, uint32_t ind
 	return (struct enumerator){narrow->name_off, btf_kflag(type) ? narrow->val : (int64_t)(uint32_t)narrow->val};
 }
 
+static uint32_t first_type(const struct tcpscope_btf *btf)
+{
+	return btf->first ?: 1;
+}
+
 static int put_all(struct tcpscope_btf *btf)
 {
 	const struct btf_type *type;
 	uint64_t names = 0, places = 1;
 	struct enumerator found;
 
-	for (uint32_t id = 1; id < btf->count; id++) {
+	for (uint32_t id = first_type(btf); id < btf->count; id++) {
 		type = btf_type_at(btf, id);
 		names += (space_of(type) != NOTHING) + enumerators(type);
 	}
@@ -147,7 +153,7 @@ static int put_all(struct tcpscope_btf *btf)
 	btf->table = calloc(places, sizeof(*btf->table));
 	if (!btf->table)
 		return -ENOMEM;
-	for (uint32_t id = 1; id < btf->count; id++) {
+	for (uint32_t id = first_type(btf); id < btf->count; id++) {
 		type = btf_type_at(btf, id);
 		if (space_of(type) != NOTHING)
 			put(btf, space_of(type), type->name_off, id);
@@ -160,9 +166,9 @@ static int put_all(struct tcpscope_btf *btf)
 }
 
 /* "btf: Allow mmap of vmlinux btf" (6.16); before, the file is read. */
-static int get_file(struct tcpscope_btf *btf)
+static int get_file(struct tcpscope_btf *btf, const char *path)
 {
-	int fd = open(KERNEL_BTF, O_RDONLY | O_CLOEXEC), error = 0;
+	int fd = open(path, O_RDONLY | O_CLOEXEC), error = 0;
 	struct stat status;
 	ssize_t length = 0;
 
@@ -202,7 +208,7 @@ static int find_types(struct tcpscope_btf *btf)
 {
 	const struct btf_header *header = btf->data;
 	uint64_t types, strings, at, bytes;
-	uint32_t room = 1 << 17, *larger;
+	uint32_t room = btf->base ? 1 << 12 : 1 << 17, *larger;
 
 	if (btf->size < sizeof(*header) || header->magic != BTF_MAGIC)
 		return -EINVAL;
@@ -214,9 +220,10 @@ static int find_types(struct tcpscope_btf *btf)
 	btf->types = (const char *)btf->data + types;
 	btf->strings = (const char *)btf->data + strings;
 	btf->strings_size = header->str_len;
-	btf->count = 1;
+	btf->first = btf->base ? btf->base->count : 0;
+	btf->count = first_type(btf);
 	for (at = 0; at < header->type_len; at += bytes) {
-		if (!btf->starts || btf->count == room) {
+		if (!btf->starts || btf->count - btf->first == room) {
 			room *= 2;
 			larger = realloc(btf->starts, room * sizeof(*larger));
 			if (!larger)
@@ -228,18 +235,20 @@ static int find_types(struct tcpscope_btf *btf)
 		bytes = btf_bytes((const struct btf_type *)(btf->types + at));
 		if (!bytes || at + bytes > header->type_len)
 			return -EINVAL;
-		btf->starts[btf->count++] = at;
+		btf->starts[btf->count++ - btf->first] = at;
 	}
 	return 0;
 }
 
-struct tcpscope_btf *tcpscope_btf_load(void)
+static struct tcpscope_btf *load(const struct tcpscope_btf *base, const char *path)
 {
 	struct tcpscope_btf *btf = calloc(1, sizeof(*btf));
 	int error = -ENOMEM;
 
-	if (btf)
-		error = get_file(btf);
+	if (btf) {
+		btf->base = base;
+		error = get_file(btf, path);
+	}
 	if (!error)
 		error = find_types(btf);
 	if (!error)
@@ -250,6 +259,19 @@ struct tcpscope_btf *tcpscope_btf_load(void)
 		return NULL;
 	}
 	return btf;
+}
+
+struct tcpscope_btf *tcpscope_btf_load(void)
+{
+	return load(NULL, KERNEL_BTF);
+}
+
+struct tcpscope_btf *tcpscope_btf_load_module(const struct tcpscope_btf *kernel, const char *module)
+{
+	char path[sizeof(MODULE_BTF) + 64];
+
+	snprintf(path, sizeof(path), MODULE_BTF, module);
+	return load(kernel, path);
 }
 
 void tcpscope_btf_free(struct tcpscope_btf *btf)
@@ -263,11 +285,14 @@ void tcpscope_btf_free(struct tcpscope_btf *btf)
 	free(btf);
 }
 
-/* NULL if there is none. */
+/* NULL if there is none. What the kernel and a module have, the kernel has. */
 static const struct named *find(const struct tcpscope_btf *btf, enum space space, const char *name)
 {
-	const struct named *found = place(btf, space, name);
+	const struct named *found = btf->base ? find(btf->base, space, name) : NULL;
 
+	if (found)
+		return found;
+	found = place(btf, space, name);
 	return found->name ? found : NULL;
 }
 

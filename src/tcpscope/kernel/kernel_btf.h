@@ -9,28 +9,38 @@
 #include <string.h>
 
 #define KERNEL_BTF "/sys/kernel/btf/vmlinux"
+#define MODULE_BTF "/sys/kernel/btf/%s"
 
 struct named;
 
+/* That of the kernel, or of a module: the numbers of its types, and the offsets of its names, go on behind those of the kernel. */
 struct tcpscope_btf {
+	const struct tcpscope_btf *base; /* of a module: the kernel */
 	void *data;
 	size_t size;
 	const char *types, *strings; /* its two sections */
 	uint32_t strings_size;
-	uint32_t *starts; /* a type's number -> where it begins in `types` */
-	uint32_t count;   /* of types, with `void` */
+	uint32_t *starts; /* the number of a type, less `first` -> where it begins in `types` */
+	uint32_t first;   /* the number of its first type: of the kernel that of `void` */
+	uint32_t count;   /* of types, with those of the kernel, and with `void` */
 	struct named *table;
 	uint32_t mask;
 };
 
 static inline const struct btf_type *btf_type_at(const struct tcpscope_btf *btf, uint32_t id)
 {
-	return (const struct btf_type *)(btf->types + btf->starts[id]);
+	if (id < btf->first)
+		btf = btf->base;
+	return (const struct btf_type *)(btf->types + btf->starts[id - btf->first]);
 }
 
 /* The name at this offset; none if it lies outside. The last name ends with the section. */
 static inline const char *btf_name(const struct tcpscope_btf *btf, uint32_t offset)
 {
+	if (btf->base && offset >= btf->base->strings_size)
+		offset -= btf->base->strings_size;
+	else if (btf->base)
+		btf = btf->base;
 	return offset < btf->strings_size ? btf->strings + offset : "";
 }
 

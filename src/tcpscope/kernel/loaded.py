@@ -187,9 +187,11 @@ class Loaded:
 
     def _load(self) -> None:
         lib.tcpscope_log_start(self._setup.debug)
+        programs = [hook.program for hook in self.hooks.values() if hook.program]
+        module = next((program.module for program in programs if self._kernel.is_in_module(program)), "")
         with _types_file(self.spec.name) as types:
-            name = os.fsencode(self.spec.name)
-            self._object = lib.tcpscope_open(self._data, len(self.spec.data), name, self._kernel.btf, types.fileno())
+            name, btf = os.fsencode(self.spec.name), self._kernel.btf_with(module)
+            self._object = lib.tcpscope_open(self._data, len(self.spec.data), name, btf, types.fileno())
             if self._object == ffi.NULL:
                 error, what = ffi.errno, f"{self.spec.name}: not a BPF object"
                 raise exhausted(error, what) or TcpscopeError(f"{what}: {os.strerror(error)}")

@@ -15,8 +15,8 @@ struct btf;
 struct tcpscope_btf;
 
 /*
- * Writes a BTF with those types of the kernel that have a name of one in `local`, and with what they contain. Pointers lead
- * to `void`. Returns 0 or a negative errno.
+ * Writes a BTF with those types of the kernel that have a name of one in `local`, and with what they contain; of a module those
+ * whose name the kernel does not have. Pointers lead to `void`. Returns 0 or a negative errno.
  */
 int tcpscope_btf_excerpt(const struct tcpscope_btf *kernel, const struct btf *local, int fd);
 
@@ -63,6 +63,8 @@ int tcpscope_iterate(int link_fd, int netns_fd);
 
 /* What the kernel says of its functions, types and enumerators. NULL and errno if it cannot be read. */
 struct tcpscope_btf *tcpscope_btf_load(void);
+/* The same with a module, which must have BTF (5.11). The kernel's has to outlive it. */
+struct tcpscope_btf *tcpscope_btf_load_module(const struct tcpscope_btf *kernel, const char *module);
 void tcpscope_btf_free(struct tcpscope_btf *btf);
 int tcpscope_btf_parameters(const struct tcpscope_btf *btf, const char *function); /* their number, or -ENOENT */
 int64_t tcpscope_btf_enumerator(const struct tcpscope_btf *btf, const char *name); /* its value, or -ENOENT */

@@ -41,6 +41,7 @@ class Program(msgspec.Struct, frozen=True):
     again      it is the second copy of a program, and handles what the first was skipped for (recursion.bpf.h)
     arguments  how many arguments the hooked function must have at least
     needs      an enumerator that the kernel must have, such as BPF_FUNC_for_each_map_elem, or a function; empty: none
+    module     the module of the hooked function, if that is not built in; empty: it always is
     alone      it is no way of a hook, but a hook
     """
 
@@ -53,6 +54,7 @@ class Program(msgspec.Struct, frozen=True):
     again: bool = False
     arguments: int = 0
     needs: str = ""
+    module: str = ""
     alone: bool = False
 
     @property
@@ -184,6 +186,7 @@ class Spec:
                 "again" in tags,
                 int(tags.get("arguments", 0)),
                 tags.get("needs", ""),
+                tags.get("module", ""),
                 not self.counts,
             )
             found.append((function.id, program))

@@ -5,16 +5,16 @@ transmit queue, the processor. Packets that this host sends go from WRITE (a pro
 TRANSMIT (TCP gives them to IP), IP_OUT, QUEUE, the queue discipline (ENQUEUE, DEQUEUE) and the driver (START_XMIT,
 XMIT) to ACKED. Those that it receives go from GRO, where the driver gives them to the stack and one may be MERGED into
 another, over RECEIVE, IP_IN, DELIVER, TCP_IN, perhaps BACKLOG, and TCP to READ, when the application takes their bytes.
-NETFILTER names its hook. Where the kernel lets no functions be hooked, there are QUEUE and what follows on the way out,
-and GRO, RECEIVE, TCP and READ on the way in.
+NETFILTER names its hook, and DROPPED the chain of nf_tables that discards the packet. Where the kernel lets no
+functions be hooked, there are QUEUE and what follows on the way out, and GRO, RECEIVE, TCP and READ on the way in.
 
 With --functions further functions of the kernel are hops. With --min the kernel sends only hops that took long. With
 --summary: how the delays of each hop are distributed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from tcpscope import functions
 from tcpscope.functions import Function
@@ -34,6 +34,10 @@ _FIRST_FUNCTION = 32
 class Trace(Stream):
     """The events of the probe `trace`."""
 
+    for_more: ClassVar[Mapping[str, str]] = {
+        "CAP_SYS_ADMIN": "the chain that discards a packet, where nf_tables is a module"
+    }
+
     def __init__(self) -> None:
         super().__init__(
             "trace",
@@ -44,6 +48,7 @@ class Trace(Stream):
                 "before",
                 "hop",
                 "where",
+                "chain",
                 "since_us",
                 "device",
                 "queue",
@@ -68,6 +73,7 @@ class Trace(Stream):
                 "device",
                 "seq",
                 "data_bytes",
+                "chain",
                 "time",
                 "raddr",
                 "flags",
