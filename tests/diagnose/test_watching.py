@@ -224,6 +224,12 @@ def test_a_cause_explains_only_what_is_about_the_same() -> None:
     assert causes(found, (dead, loss)) == [found[0], found[2]]
 
 
+def test_a_finding_may_explain_less_than_its_rule() -> None:
+    dead, loss, drops = Scripted("no_ack", explains=("loss", "drops")), Scripted("loss"), Scripted("drops")
+    found = [finding("no_ack", explains=("drops",)), finding("loss"), finding("drops")]
+    assert causes(found, (dead, loss, drops)) == found[:2]
+
+
 def test_severe_ones_first_then_the_largest() -> None:
     few, many = finding("a"), Finding("b", "warning", "b", [], "", [], {"count": 5})
     grave = Finding("c", "critical", "c", [], "", [], {"count": 1})

@@ -50,6 +50,7 @@ class Finding(msgspec.Struct, frozen=True):
               and one finding explains another only if they share an element
     first_s, last_s  when it was seen first and last, in seconds of the monotonic clock; None: not known, and it goes on
     subject   what tells it from the rule's other findings, if `about` may grow while it lasts
+    explains  the rules whose findings it explains; None: those that its rule names
     """
 
     rule: str
@@ -65,6 +66,7 @@ class Finding(msgspec.Struct, frozen=True):
     first_s: float | None = None
     last_s: float | None = None
     subject: tuple[Any, ...] | None = None
+    explains: tuple[str, ...] | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -145,9 +147,14 @@ def ordered(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def causes(findings: Iterable[Finding], rules: Iterable[Rule]) -> list[Finding]:
-    """The findings that no other one explains. A finding explains those of the rules that its own rule names, if both
-    are about the same thing."""
+    """The findings that no other one explains. A finding explains those of the rules that its own rule names, or it
+    itself does, if both are about the same thing."""
     found = list(findings)
-    explains = {rule.name: frozenset(rule.explains) for rule in rules}
-    explained = {(rule, thing) for each in found for rule in explains[each.rule] for thing in each.about}
+    by_rule = {rule.name: rule.explains for rule in rules}
+    explained = {
+        (rule, thing)
+        for each in found
+        for rule in (by_rule[each.rule] if each.explains is None else each.explains)
+        for thing in each.about
+    }
     return [each for each in found if not any((each.rule, thing) in explained for thing in each.about)]

@@ -180,7 +180,7 @@ class _Records:
         self._stream.flush()
 
 
-_ENGINE = ("about", "subject")
+_ENGINE = ("about", "subject", "explains")
 
 
 def _rounded(seconds: float | None) -> float | None:

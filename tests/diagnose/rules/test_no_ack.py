@@ -77,6 +77,9 @@ def test_orphans_of_a_peer_that_has_gone(script: Script) -> Test:
     facts = finding["facts"]
     assert (facts["case"], facts["count"], facts["orphans"]) == ("gone", 3, 3)
     assert facts["unacked_bytes"] >= 3000
+    assert (finding["who"], "it does not wait" in finding["why"]) == (None, True)
+    (remedy,) = finding["remedies"]
+    assert remedy["command"].endswith(f"ip route get {script.server.ipv4}")
 
 
 @recorded(DIAGNOSE)

@@ -21,6 +21,17 @@ WAITS = 3  # so many timeouts of one address at which nothing could be sent, and
 _ERRORS = ("EBUSY", "ENOBUFS")
 """Of timeouts. A loss probe comes after two round trips: on a busy processor its original often still waits."""
 
+_EXPLAINED_BY_WAITING = (
+    "no_ack",
+    "mtu_hole",
+    "spurious_retrans",
+    "queue_on_path",
+    "drops",
+    "ends_by_timeout",
+    "orphans",
+)
+"""Rules. What waits is not lost: only what this host discards explains a loss."""
+
 _FREED_IN = ("kfree_skb_list", "__dev_queue_xmit", "__dev_xmit_skb")
 """Functions in which a queue discards, where discards have no reason."""
 
@@ -77,16 +88,7 @@ def is_of_queue(group: Any) -> bool:
 
 class HostQueueFull(Rule):
     needs = ("retrans", "drops", "sockets", "counters")
-    explains = (
-        "no_ack",
-        "mtu_hole",
-        "loss",
-        "spurious_retrans",
-        "queue_on_path",
-        "drops",
-        "ends_by_timeout",
-        "orphans",
-    )
+    explains = (*_EXPLAINED_BY_WAITING, "loss")
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         found: dict[int, _Own] = {}
@@ -165,6 +167,7 @@ class HostQueueFull(Rule):
                 }
             ),
             subject=("queue", netns),
+            explains=None if discarded or own.unresolved.total() else _EXPLAINED_BY_WAITING,
             first_s=own.first_s,
             last_s=None if stands else own.last_s,
             facts={

@@ -38,6 +38,12 @@ WHY_GONE = (
     "again after twice the time each time, up to net.ipv4.tcp_retries2 times: about a quarter of an hour, in which "
     "the application waits."
 )
+# tcp_orphan_retries(): 0, the default, means 8 while the RTO is below its maximum.
+WHY_CLOSED = (
+    "No packet of it has come since. Its host or a link is down, or packets are dropped on the way. The application has "
+    "closed these connections, so it does not wait: the kernel sends again up to net.ipv4.tcp_orphan_retries times (0: "
+    "8), about two minutes, and ends them."
+)
 WHY_CUT = (
     "The path works: new connections are answered meanwhile. A firewall, NAT or load balancer on the way forgets a "
     "connection that is idle for longer than its limit, and then drops its packets without a RST."
@@ -207,7 +213,8 @@ class NoAck(Rule):
         idle = paused and min(idle_us) >= IDLE_US
         number = paths.number(len(silent), "connection")
         title = f"{where[1]} does not answer: {number} stalled"
-        why, remedies, fins = WHY_GONE, _when_gone(where, silent), False
+        living = [track for track in silent if track.last.has_file]
+        why, remedies, fins = WHY_GONE if living else WHY_CLOSED, _when_gone(where, silent), False
         here = all(cannot_send(track.last) for track in silent)
         if here:
             title, why = f"this host cannot send to {where[1]}: {number} stalled", WHY_HERE
@@ -240,7 +247,7 @@ class NoAck(Rule):
             observed=observed,
             why=why,
             remedies=list(remedies),
-            **paths.of(where, paths.owners(silent), "retrans", "list"),
+            **paths.of(where, paths.owners(living), "retrans", "list"),
             first_s=_since(seen, silent),
             facts=paths.facts(
                 where,
@@ -351,16 +358,18 @@ def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
 
 
 def _when_lost(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
+    living = paths.owners(track for track in silent if track.last.has_file)
+    close = f"Let {paths.program(living)} close these and open new ones: others of this address are answered. Then see"
     yield Remedy(
-        f"Let {paths.program(paths.owners(silent))} close these and open new ones: others of this address are answered."
-        " Then see why the packets of these are dropped, in the firewalls, NAT and load balancers on this route.",
+        f"{close if living else 'See'} why the packets of these are dropped, in the firewalls, NAT and load balancers on "
+        "this route.",
         command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
     )
     yield from _user_timeout(silent)
 
 
 def _user_timeout(silent: list[Track]) -> Iterator[Remedy]:
-    without = [track for track in silent if not track.last.user_timeout_ms]
+    without = [track for track in silent if not track.last.user_timeout_ms and track.last.has_file]
     if without and paths.owners(without):
         yield Remedy(
             f"Let {paths.program(paths.owners(without))} set TCP_USER_TIMEOUT: then a write that is not acknowledged "
