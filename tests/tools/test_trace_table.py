@@ -25,7 +25,10 @@ Ends = tuple[socket.socket, socket.socket]
 
 @contextmanager
 def watching(lab: Lab, places: int) -> Iterator[tuple[Session, dict[int, list[str]]]]:
-    """The probe with so many places. Behind the block: the hops of each packet."""
+    """The probe with so many places. Behind the block: the hops of each packet.
+
+    The counts by which programs pass over other packets agree with the table then.
+    """
     packets: dict[int, list[str]] = defaultdict(list)
     entries = {"packets": places, "tickets": places}
     chosen = Filter(port=(PortRange(PORT, PORT),), netns=(lab.client.inode, lab.server.inode))
@@ -35,6 +38,9 @@ def watching(lab: Lab, places: int) -> Iterator[tuple[Session, dict[int, list[st
         for batch in session.batches():
             for row in session.layout.decoder().rows(batch):
                 packets[row.packet].append(row.hop)
+        followed = session.spec.layout("followed", internal=True).select([])
+        entries = sum(1 for _ in session.loaded.entries("packets", 8, followed))
+        assert sum(session.loaded.memory("hashes").cast("I")) == entries
 
 
 @contextmanager

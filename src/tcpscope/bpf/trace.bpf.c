@@ -21,7 +21,9 @@
 #include "packet.bpf.h"
 #include "trace_netfilter.bpf.h"
 
-#define AT_A_TIME 32768     /* packets that began, and are followed */
+#define AT_A_TIME 32768 /* packets that began, and are followed */
+#define HASH_BITS 12
+#define HASHES (1 << HASH_BITS)
 #define GONE_NS 10000000000 /* longer than a packet waits that no connection of this host waits for */
 #define DEPTH 512           /* packets of one connection that wait, for each direction; a power of two */
 #define AT_ONCE 128         /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
@@ -93,13 +95,24 @@ const volatile __u64 since_min_us; /* hops with a shorter delay are filtered */
 
 const volatile __u32 possible_cpus;
 
-/* How many packets began on this CPU. A counter for all of them would need an atomic operation that returns the number (5.12). */
+/*
+ * How many packets began on this CPU: a counter for all would need an atomic operation that returns the number (5.12). Since a softirq may
+ * interrupt a program that takes one, it has a counter of its own then.
+ */
+struct numbers {
+	__u64 begun[2];
+	__u32 taking;
+	__u32 padding;
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u64);
-} begun SEC(".maps");
+	__type(value, struct numbers);
+} numbers SEC(".maps");
+
+#define INTERRUPTING (1ULL << 40) /* added to the numbers of the second counter */
 
 /* A packet at its last hop. */
 struct piece {
@@ -141,6 +154,12 @@ struct {
 	__type(key, __u64); /* address of the skb */
 	__type(value, struct followed);
 } packets SEC(".maps");
+
+/*
+ * How many followed packets share a hash of their skb's address. Most packets are of other traffic, and this tells them apart without a
+ * look-up of a key. Counted up before its packet is inserted, and down after it was deleted.
+ */
+__u32 hashes[HASHES];
 
 /* The packets in the order in which they began. The oldest one gives way to a new one, whether it is still followed or not. */
 struct ticket {
@@ -252,6 +271,49 @@ struct at {
 static __always_inline bool is_after(__u32 sequence, __u32 other)
 {
 	return (__s32)(sequence - other) > 0;
+}
+
+/* To the verifier a pointer is no number, until a byte of it on the stack is written: the highest one, which all pointers share. */
+static __always_inline __u64 number_of(__u64 pointer)
+{
+	volatile union {
+		__u64 whole;
+		__u8 bytes[8];
+	} slot;
+
+	slot.whole = pointer;
+	slot.bytes[7] = 0;
+	return slot.whole;
+}
+
+static __always_inline __u32 *hash_of(__u64 skb)
+{
+	/* An skb begins a cache line. The factor is that of a multiplicative hash (Knuth, The Art of Computer Programming, 6.4). */
+	return &hashes[(__u32)(number_of(skb) >> 6) * 2654435761U >> (32 - HASH_BITS)];
+}
+
+static __always_inline struct followed *packet_find(__u64 skb)
+{
+	return *hash_of(skb) ? bpf_map_lookup_elem(&packets, &skb) : NULL;
+}
+
+static __always_inline void packet_delete(__u64 skb)
+{
+	if (!bpf_map_delete_elem(&packets, &skb))
+		__sync_fetch_and_add(hash_of(skb), -1);
+}
+
+/* A new entry in the place of one that may be there. NULL: there is no room. */
+static __always_inline struct followed *packet_add(__u64 skb)
+{
+	__u32 *count = hash_of(skb);
+
+	__sync_fetch_and_add(count, 1);
+	if (bpf_map_update_elem(&packets, &skb, &not_followed, BPF_NOEXIST)) {
+		__sync_fetch_and_add(count, -1);
+		bpf_map_update_elem(&packets, &skb, &not_followed, BPF_EXIST);
+	}
+	return bpf_map_lookup_elem(&packets, &skb);
 }
 
 /* The event of a hop. */
@@ -379,7 +441,7 @@ static __noinline int copy_pass(struct followed *copy, __u64 device, enum hop ho
  */
 __noinline int hop_passed(__u64 skb, __u64 now_ns, __u32 reason, __u32 queue, __u32 where_and_hop)
 {
-	struct followed *followed = bpf_map_lookup_elem(&packets, &skb);
+	struct followed *followed = packet_find(skb);
 	struct at at = {.now_ns = now_ns, .reason = reason, .queue = queue};
 
 	if (!followed)
@@ -418,10 +480,10 @@ static __noinline bool waiting_end(struct flow *flow, struct sock *sk, __u32 que
 			first->piece.last_ns = first->last_ns;
 		}
 		hop_send(&first->piece, &flow->id, at);
-		followed = which == OF_READS ? bpf_map_lookup_elem(&packets, &first->skb) : NULL;
+		followed = which == OF_READS ? packet_find(first->skb) : NULL;
 		if (followed && followed->piece.number == first->piece.number &&
 		    followed->piece.seq == first->piece.seq)
-			bpf_map_delete_elem(&packets, &first->skb);
+			packet_delete(first->skb);
 		waiting_delete(sk, which, index);
 	}
 	flow->first[which]++;
@@ -566,11 +628,14 @@ static __noinline struct flow *flow_add(struct sock *sk, const struct identity *
 }
 
 /* Is it a connection's own socket? That of the kernel, which sends RSTs and the ACKs of TIME_WAIT, is in CLOSE. */
+static __always_inline bool is_of_connection(__u8 state)
+{
+	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV && state != STATE_LISTEN && state != STATE_CLOSE;
+}
+
 static __always_inline bool is_connection(struct sock *sk)
 {
-	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
-
-	return state != STATE_TIME_WAIT && state != STATE_NEW_SYN_RECV && state != STATE_LISTEN && state != STATE_CLOSE;
+	return is_of_connection(BPF_CORE_READ(sk, __sk_common.skc_state));
 }
 
 static __always_inline bool are_ports_chosen(__u16 lport, __u16 rport)
@@ -591,7 +656,7 @@ static __always_inline bool may_be_chosen(struct sock *sk)
 
 static __always_inline bool is_other(struct sock *sk)
 {
-	return sk && is_connection(sk) && !may_be_chosen(sk);
+	return sk && is_of_connection(sk->__sk_common.skc_state) && !may_be_chosen(sk);
 }
 
 /* Does the header say that it is this one? Its ports and addresses may have changed. */
@@ -602,16 +667,12 @@ static __always_inline bool is_same(const struct followed *followed, const struc
 
 static __always_inline struct followed *followed_find(struct sk_buff *skb)
 {
-	__u64 key = (__u64)skb;
-
-	return bpf_map_lookup_elem(&packets, &key);
+	return packet_find((__u64)skb);
 }
 
 static __always_inline void followed_delete(struct sk_buff *skb)
 {
-	__u64 key = (__u64)skb;
-
-	bpf_map_delete_elem(&packets, &key);
+	packet_delete((__u64)skb);
 }
 
 /* The TCP header of a packet that TCP gives to IP: it has no IP header yet. False if it is not there. */
@@ -704,10 +765,18 @@ static __always_inline void piece_read(struct sk_buff *skb, const struct packet 
 
 static __always_inline __u64 next_number(void)
 {
-	__u32 zero = 0;
-	__u64 *mine = bpf_map_lookup_elem(&begun, &zero);
+	__u32 zero = 0, interrupting;
+	struct numbers *mine = bpf_map_lookup_elem(&numbers, &zero);
+	__u64 number;
 
-	return mine ? (*mine)++ * possible_cpus + bpf_get_smp_processor_id() + 1 : 0;
+	if (!mine)
+		return 0;
+	interrupting = mine->taking++ & 1;
+	barrier();
+	number = mine->begun[interrupting]++;
+	barrier();
+	mine->taking--;
+	return number * possible_cpus + bpf_get_smp_processor_id() + 1 + (interrupting ? INTERRUPTING : 0);
 }
 
 /* The connection with these ends; 0: not known. Apart, as handled_begin() is. */
@@ -755,7 +824,7 @@ __noinline int oldest_push_out(void)
 
 	if (bpf_map_pop_elem(&tickets, &ticket))
 		return 0;
-	followed = bpf_map_lookup_elem(&packets, &ticket.skb);
+	followed = packet_find(ticket.skb);
 	if (!followed || followed->since_ns != ticket.since_ns)
 		return 0;
 	if (!is_over(followed)) {
@@ -764,7 +833,7 @@ __noinline int oldest_push_out(void)
 		if (flow && followed->piece.direction == WAY_SENT)
 			flow->pushed_out++;
 	}
-	bpf_map_delete_elem(&packets, &ticket.skb);
+	packet_delete(ticket.skb);
 	return 0;
 }
 
@@ -782,8 +851,7 @@ static __noinline struct followed *followed_add(struct sk_buff *skb, const struc
 			return NULL;
 		}
 	}
-	bpf_map_update_elem(&packets, &ticket.skb, &not_followed, BPF_ANY);
-	followed = bpf_map_lookup_elem(&packets, &ticket.skb);
+	followed = packet_add(ticket.skb);
 	if (!followed) {
 		COUNT(missed);
 		return NULL;
@@ -885,14 +953,15 @@ static __always_inline bool may_be_queued(struct sk_buff *skb, enum hop hop, boo
 static __noinline int queued(struct sk_buff *skb)
 {
 	struct sock *sk = BPF_CORE_READ(skb, sk);
-	struct at at = at_hop(HOP_QUEUE);
 	struct packet packet = {};
 	struct followed *followed = followed_find(skb);
 	struct flow *flow;
+	struct at at;
 	bool hidden = false;
 
 	if (!followed && (!is_sent_here(skb) || is_other(skb->sk)))
 		return 0;
+	at = at_hop(HOP_QUEUE);
 	if (packet_read(skb, &packet) != OF_TCP || packet.flags == NO_FLAGS) {
 		if (!followed || !is_inside(skb, followed))
 			return 0;
@@ -968,14 +1037,15 @@ static __always_inline struct waiting *waiting_with(struct flow *flow, struct so
 /* An skb that no hop has seen: the kernel has cut it from a larger packet. Or it was queued before the tool began. */
 static __noinline struct followed *segment_begin(struct sk_buff *skb)
 {
-	struct sock *sk = BPF_CORE_READ(skb, sk);
 	struct packet packet = {};
 	struct followed *followed;
 	struct waiting *whole;
 	struct flow *flow;
+	struct sock *sk;
 
-	if (!is_sent_here(skb))
+	if (!is_sent_here(skb) || is_other(skb->sk))
 		return NULL;
+	sk = BPF_CORE_READ(skb, sk);
 	flow = flow_find(sk);
 	if (!flow || (packet_read(skb, &packet) != OF_TCP && inner_read(skb, &packet) != OF_TCP))
 		return NULL;
@@ -1081,6 +1151,36 @@ static __always_inline bool may_arrive(struct sk_buff *skb, const struct piece *
 	       (piece->hop == HOP_RECEIVE && (skb->skb_iif || piece->hidden));
 }
 
+/*
+ * What is cheap to ask of a packet that a device receives, or gives to GRO, before all else is read. The data begins at the IP header. A
+ * short packet has something else behind it, and one of napi_gro_frags() may have its headers in a fragment: that shows when they are
+ * read. Apart, for the stack of received().
+ */
+static __noinline bool may_be_received(struct sk_buff *skb)
+{
+	__u8 headers[IPV6_BYTES + 4] __attribute__((aligned(8)));
+	const __u8 *ports;
+
+	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
+		return false;
+	if (filter.netns_count != ANY_VALUE && !wanted_netns(BPF_CORE_READ(skb->dev, nd_net.net, ns.inum)))
+		return false;
+	if (bpf_probe_read_kernel(headers, sizeof(headers), skb->data))
+		return false;
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		if (headers[9] != IPPROTO_TCP)
+			return false;
+		if ((headers[0] & 15) * 4 != IPV4_BYTES)
+			return true;
+		ports = headers + IPV4_BYTES;
+	} else {
+		if (headers[6] != IPPROTO_TCP)
+			return is_extension(headers[6]);
+		ports = headers + IPV6_BYTES;
+	}
+	return are_ports_chosen(ports[2] << 8 | ports[3], ports[0] << 8 | ports[1]);
+}
+
 /* It may be the last one of a handshake, see handshake_end(). */
 static __noinline int received_note(struct sk_buff *skb)
 {
@@ -1171,13 +1271,14 @@ static __noinline struct followed *received(struct sk_buff *skb, enum hop hop)
 /* A connection that TCP receives for, and that was not seen before. NULL: not chosen. */
 static __noinline struct flow *flow_of(struct sock *sk)
 {
-	struct flow *flow = flow_find(sk);
 	struct identity id = {};
+	struct flow *flow;
 
-	if (flow)
-		return flow;
 	if (!may_be_chosen(sk))
 		return NULL;
+	flow = flow_find(sk);
+	if (flow)
+		return flow;
 	identity_read(sk, &id);
 	return is_chosen(&id, sk) ? flow_add(sk, &id) : NULL;
 }
@@ -1213,7 +1314,7 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 	struct tcp_sock *tcp = (struct tcp_sock *)sk;
 	struct followed *followed = followed_now(skb);
 	struct flow *flow = flow_of(sk);
-	struct at at = at_hop(HOP_TCP);
+	struct at at;
 	__u16 fin = READ_ANY_WIDTH(said, tcp_flags) & TCP_FIN;
 
 	if (!flow) {
@@ -1221,6 +1322,7 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 			followed_delete(skb);
 		return 0;
 	}
+	at = at_hop(HOP_TCP);
 	flow->id.cookie = cookie;
 	follow_on(flow, OF_READS, BPF_CORE_READ(tcp, rcv_nxt), end_seq);
 	if (is_after(BPF_CORE_READ(tcp, snd_una), flow->taken[OF_ACKS])) /* by an ACK that no program has seen */
@@ -1248,10 +1350,13 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 /* A read has moved copied_seq, or not. */
 static __always_inline int taken(struct sock *sk, bool loops)
 {
-	__u32 copied = BPF_CORE_READ((struct tcp_sock *)sk, copied_seq);
-	struct flow *flow = flow_find(sk);
+	struct flow *flow = may_be_chosen(sk) ? flow_find(sk) : NULL;
+	__u32 copied;
 
-	if (flow && copied != flow->taken[OF_READS])
+	if (!flow)
+		return 0;
+	copied = BPF_CORE_READ((struct tcp_sock *)sk, copied_seq);
+	if (copied != flow->taken[OF_READS])
 		waiting_take(flow, OF_READS, copied, false, loops);
 	return 0;
 }
@@ -1261,12 +1366,12 @@ static __noinline int handshake_end(struct sock *sk)
 {
 	__u32 zero = 0;
 	struct sending *sending = bpf_map_lookup_elem(&sendings, &zero);
-	struct followed *followed = sending ? bpf_map_lookup_elem(&packets, &sending->received) : NULL;
+	struct followed *followed = sending ? packet_find(sending->received) : NULL;
 
 	if (followed && !followed->sk && followed->piece.hop == HOP_RECEIVE &&
 	    followed->piece.end_seq == followed->piece.seq &&
 	    followed->id.rport == bpf_ntohs(BPF_CORE_READ(sk, __sk_common.skc_dport)))
-		bpf_map_delete_elem(&packets, &sending->received);
+		packet_delete(sending->received);
 	return 0;
 }
 
@@ -1395,7 +1500,7 @@ int TRACEPOINT_PROG(start_xmit, struct sk_buff *skb, struct net_device *device)
 }
 
 SEC("tp_btf/netif_receive_skb")
-int TRACEPOINT_PROG(receive, struct sk_buff *skb)
+int TRACEPOINT_PROG_IF(followed_find(skb) || may_be_received(skb), receive, struct sk_buff *skb)
 {
 	received(skb, HOP_RECEIVE);
 	return 0;

@@ -32,35 +32,6 @@ static __always_inline struct given *given_find(void)
 	return bpf_map_lookup_elem(&givens, &zero);
 }
 
-/*
- * What is cheap to ask, before all else is read. The data begins at the IP header. A short packet has something else behind it, and one
- * of napi_gro_frags() may have its headers in a fragment: that shows when they are read. Apart, for the stack of received().
- */
-static __noinline bool may_be_given(struct sk_buff *skb)
-{
-	__u8 headers[IPV6_BYTES + 4] __attribute__((aligned(8)));
-	const __u8 *ports;
-
-	if (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6))
-		return false;
-	if (filter.netns_count != ANY_VALUE && !wanted_netns(BPF_CORE_READ(skb->dev, nd_net.net, ns.inum)))
-		return false;
-	if (bpf_probe_read_kernel(headers, sizeof(headers), skb->data))
-		return false;
-	if (skb->protocol == bpf_htons(ETH_P_IP)) {
-		if (headers[9] != IPPROTO_TCP)
-			return false;
-		if ((headers[0] & 15) * 4 != IPV4_BYTES)
-			return true;
-		ports = headers + IPV4_BYTES;
-	} else {
-		if (headers[6] != IPPROTO_TCP)
-			return is_extension(headers[6]);
-		ports = headers + IPV6_BYTES;
-	}
-	return are_ports_chosen(ports[2] << 8 | ports[3], ports[0] << 8 | ports[1]);
-}
-
 static __always_inline int gro_begin(struct sk_buff *skb)
 {
 	const struct followed *followed = received(skb, HOP_GRO);
@@ -88,10 +59,10 @@ static __noinline int gro_end(int result)
 	    result != (int)bpf_core_enum_value(enum gro_result, GRO_MERGED_FREE))
 		return 0;
 	copy_pass(&given->followed, given->device, HOP_MERGED);
-	followed = bpf_map_lookup_elem(&packets, &skb);
+	followed = packet_find(skb);
 	if (followed && followed->piece.number == given->followed.piece.number &&
 	    followed->piece.seq == given->followed.piece.seq && followed->piece.hop == HOP_GRO)
-		bpf_map_delete_elem(&packets, &skb);
+		packet_delete(skb);
 	return 0;
 }
 
@@ -119,14 +90,14 @@ int TRACEPOINT_PROG_IF(is_given(), gro_frags_exit, int result)
 
 OPTIONAL(WITHOUT_GRO)
 SEC("tp_btf/napi_gro_receive_entry")
-int TRACEPOINT_PROG_IF(may_be_given(skb), gro, struct sk_buff *skb)
+int TRACEPOINT_PROG_IF(may_be_received(skb), gro, struct sk_buff *skb)
 {
 	return gro_begin(skb);
 }
 
 OPTIONAL(WITHOUT_GRO)
 SEC("tp_btf/napi_gro_frags_entry")
-int TRACEPOINT_PROG_IF(may_be_given(skb), gro_frags, struct sk_buff *skb)
+int TRACEPOINT_PROG_IF(may_be_received(skb), gro_frags, struct sk_buff *skb)
 {
 	return gro_begin(skb);
 }
