@@ -16,7 +16,10 @@ MARKERS = (
     "every_kernel: runs on each kernel of the matrix",
     "root: needs root and what a kernel has, but not a particular kernel; so do all tests with a lab or a running tool",
     "concurrent: needs true concurrency: runs with two processors, too",
+    "alone: changes what all of a machine shares: only in a guest, where nobody else is; besides `kernel`",
 )
+ALONE = "TCPSCOPE_TESTS_ALONE"
+"""In the environment of a guest's tests."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
