@@ -29,7 +29,7 @@ import pytest
 from tcpscope.lab import processes
 from tcpscope.lab.hosts import Lab
 from tests import forks
-from tests.kernels.report import ALONE, MARKERS
+from tests.kernels.report import MARKERS, in_guest
 
 DEADLINE = 120.0  # seconds; emulated kernels are twenty times slower than real ones
 POLL = 0.005
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if ALONE not in os.environ:
+    if not in_guest() and not config.getoption("--compose"):
         elsewhere = [item for item in items if item.get_closest_marker("alone")]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]

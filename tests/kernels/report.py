@@ -18,8 +18,11 @@ MARKERS = (
     "concurrent: needs true concurrency: runs with two processors, too",
     "alone: changes what all of a machine shares: only in a guest, where nobody else is; besides `kernel`",
 )
-ALONE = "TCPSCOPE_TESTS_ALONE"
-"""In the environment of a guest's tests."""
+
+
+def in_guest() -> bool:
+    """By what virtme-ng writes on the command line of the kernels that it boots."""
+    return "virtme_" in Path("/proc/cmdline").read_text()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.kernels import HOST, guest, install, report, summary
+from tests.kernels import HOST, guest, install, summary
 from tests.kernels.debian import Image
 from tests.kernels.guest import TREE, Guest
 from tests.record import parts
@@ -150,7 +150,7 @@ def run_guest(
                 show(line)
 
         # hypothesis' plugin imports the whole of it at the end of each run: ten seconds there.
-        environment = install.staged(machine.site) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", report.ALONE: "1"}
+        environment = install.staged(machine.site) | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         there = machine.shared / "recording"
         within = machine.shared / "outcomes.jsonl"
         outcomes.symlink_to(within)

@@ -172,6 +172,29 @@ static __always_inline void processor_release(bool preemptible)
 	}                                                                                    \
 	static __always_inline typeof(name(0)) kept_##name(unsigned long long *ctx, ##args)
 
+union unknown {
+	__u64 whole;
+	__u8 bytes[8];
+};
+
+/*
+ * A number of which the verifier knows nothing: it forgets what it has known when a byte on the stack is written. So it does not follow
+ * apart the ways that have led to different numbers. A pointer becomes a number. The highest byte is 0.
+ */
+static __always_inline __u64 forgotten_in(volatile union unknown *slot, __u64 number)
+{
+	slot->whole = number;
+	slot->bytes[7] = 0;
+	return slot->whole;
+}
+
+static __always_inline __u64 forgotten(__u64 number)
+{
+	volatile union unknown slot;
+
+	return forgotten_in(&slot, number);
+}
+
 /* The cookie, 0 if the kernel has not given it one yet. For a socket of which only the address is known. */
 static __always_inline __u64 cookie_if_any(struct sock *sk)
 {

@@ -4,6 +4,7 @@
 #define TCPSCOPE_EXTENSION_BPF_H
 
 #include "kernel.bpf.h"
+#include "compat.bpf.h"
 
 #define IPV6_BYTES 40
 #define EXTENSION_HEADERS 8 /* most that are walked */
@@ -70,9 +71,9 @@ __noinline __u64 extensions_walk(__u64 ip, __u32 length, __u32 type)
 }
 
 /* The header behind all extension headers, the first of which has this type. Its `at` is 0 if that is not known. */
-static __always_inline struct header header_find(__u64 ip, __u32 length, __u8 type)
+static __always_inline struct header header_find(__u64 ip, __u32 length, __u8 type, union unknown *room)
 {
-	__u64 found = extensions_walk(ip, length, type);
+	__u64 found = forgotten_in(room, extensions_walk(ip, length, type));
 
 	return (struct header){.at = found, .type = found >> 32, .later = found >> 40 & 1};
 }

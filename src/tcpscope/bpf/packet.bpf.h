@@ -82,7 +82,7 @@ static __noinline enum of_tcp packet_read_at(struct sk_buff *skb, __u32 at, stru
 		if (is_extension(header.type)) {
 			bpf_core_read(headers, sizeof(skb->head),
 				      &skb->head); /* what is in them is not needed any more */
-			header = header_find(*(__u64 *)headers + at, end - at, header.type);
+			header = header_find(*(__u64 *)headers + at, end - at, header.type, (union unknown *)headers);
 			if (!header.at)
 				return OF_TCP_UNKNOWN;
 		}

@@ -173,7 +173,8 @@ struct freed {
 /* It may be, if its extension headers cannot be walked. */
 static __always_inline bool may_be_icmp6(const unsigned char *ip, __u32 length, __u8 first)
 {
-	struct header header = header_find((__u64)ip, length, first);
+	union unknown room;
+	struct header header = header_find((__u64)ip, length, first, &room);
 
 	return !header.at || header.type == IPPROTO_ICMPV6;
 }

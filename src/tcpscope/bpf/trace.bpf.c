@@ -29,8 +29,8 @@
 #define AT_ONCE 128         /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
 #define SEARCHED 16         /* of them that may be the packet of which a segment was cut: the newest */
 #define NESTED 4            /* devices that send through each other */
-#define BULK 16             /* packets that leave a queue discipline at once */
-#define MORE 64             /* and behind them: these are only counted */
+#define BULK 16             /* packets that leave a queue discipline at once: before 5.17 */
+#define MORE 64             /* and behind them: these are only counted before 5.17 */
 
 #define NETDEV_TX_BUSY 0x10 /* include/linux/netdevice.h */
 
@@ -137,9 +137,8 @@ struct followed {
 	struct piece piece;
 	struct identity id;
 	__u64 skb;
-	__u64 sk;     /* its full socket; 0: not known */
-	__u64 device; /* of the hop that it passes now */
-	__u64 owned;  /* the socket whose owner is meant: of a request its listener; 0: not known */
+	__u64 sk;    /* its full socket; 0: not known */
+	__u64 owned; /* the socket whose owner is meant: of a request its listener; 0: not known */
 	__u64 since_ns;
 	struct chain chain; /* of the hook of netfilter that it is in */
 };
@@ -273,23 +272,20 @@ static __always_inline bool is_after(__u32 sequence, __u32 other)
 	return (__s32)(sequence - other) > 0;
 }
 
-/* To the verifier a pointer is no number, until a byte of it on the stack is written: the highest one, which all pointers share. */
+/* A pointer as a number, as a whole. */
 static __always_inline __u64 number_of(__u64 pointer)
 {
-	volatile union {
-		__u64 whole;
-		__u8 bytes[8];
-	} slot;
+	volatile union unknown upper;
 
-	slot.whole = pointer;
-	slot.bytes[7] = 0;
-	return slot.whole;
+	upper.whole = pointer;
+	upper.bytes[0] = 0;
+	return forgotten(pointer) | (__u64)upper.bytes[7] << 56;
 }
 
 static __always_inline __u32 *hash_of(__u64 skb)
 {
 	/* An skb begins a cache line. The factor is that of a multiplicative hash (Knuth, The Art of Computer Programming, 6.4). */
-	return &hashes[(__u32)(number_of(skb) >> 6) * 2654435761U >> (32 - HASH_BITS)];
+	return &hashes[(__u32)(forgotten(skb) >> 6) * 2654435761U >> (32 - HASH_BITS)];
 }
 
 static __always_inline struct followed *packet_find(__u64 skb)
@@ -439,16 +435,18 @@ static __noinline int copy_pass(struct followed *copy, __u64 device, enum hop ho
  * For hop_pass(). The verifier looks at a global function once, not once for each way that leads to a call. Before 5.12 such a function
  * takes numbers only.
  */
-__noinline int hop_passed(__u64 skb, __u64 now_ns, __u32 reason, __u32 queue, __u32 where_and_hop)
+__noinline int hop_passed(__u64 skb, __u64 now_ns, __u64 device, __u32 reason, __u32 rest)
 {
 	struct followed *followed = packet_find(skb);
-	struct at at = {.now_ns = now_ns, .reason = reason, .queue = queue};
+	struct at at = {.now_ns = now_ns, .device = (struct net_device *)device, .reason = reason};
 
-	if (!followed)
+	if (!followed) { /* another processor has just taken it out of the table */
+		COUNT(missed);
 		return 0;
-	at.hop = where_and_hop;
-	at.where = where_and_hop >> 8;
-	at.device = (struct net_device *)followed->device;
+	}
+	at.hop = rest;
+	at.where = rest >> 8;
+	at.queue = rest >> 16;
 	at.sk = (struct sock *)followed->owned;
 	if (at.hop == HOP_DROPPED && at.where)
 		at.chain = &followed->chain;
@@ -458,8 +456,8 @@ __noinline int hop_passed(__u64 skb, __u64 now_ns, __u32 reason, __u32 queue, __
 /* A packet of the table `packets` has passed this hop. */
 static __always_inline int hop_pass(struct followed *followed, const struct at *at)
 {
-	followed->device = (__u64)at->device; /* to the verifier a pointer is no number */
-	return hop_passed(followed->skb, at->now_ns, at->reason, at->queue, at->where << 8 | at->hop);
+	return hop_passed(followed->skb, at->now_ns, number_of((__u64)at->device), at->reason,
+			  (__u32)at->queue << 16 | at->where << 8 | at->hop);
 }
 
 /* One that waits. False: it goes on waiting. A read does not take the sequence number of a FIN. */
@@ -1459,31 +1457,66 @@ int TRACEPOINT_PROG(enqueue, struct Qdisc *qdisc, struct netdev_queue *queue, st
 	return 0;
 }
 
+/* What leaves a queue discipline at once: the next one of it. */
+struct bulk {
+	struct sk_buff *skb;
+};
+
+static __always_inline bool bulk_next(struct bulk *bulk, bool followed)
+{
+	struct sk_buff *skb = bulk->skb;
+
+	if (!skb)
+		return false;
+	if (followed)
+		outward(skb, skb->dev, HOP_DEQUEUE);
+	else if (followed_find(skb))
+		COUNT(missed);
+	bulk->skb = skb->next;
+	return true;
+}
+
+static long bulk_turn(__u32 index, struct bulk *bulk)
+{
+	return !bulk_next(bulk, true);
+}
+
 /*
  * skb is NULL if the queue is empty. Since "bpf: Teach verifier that trusted PTR_TO_BTF_ID pointers are non-NULL" (6.5) the verifier
  * deletes a test of the pointer, and skb->dev is a load that must not fail. Until "bpf: Augment raw_tp arguments with PTR_MAYBE_NULL"
  * (6.13, 6.12.6) the kernel would oops. So the address is tested as a number. Later kernels want the test of the pointer, too.
  */
-SEC("tp_btf/qdisc_dequeue")
-int TRACEPOINT_PROG(dequeue, struct Qdisc *qdisc, struct netdev_queue *queue, int count, struct sk_buff *skb)
+static __always_inline int dequeued(const __u64 *arguments, struct sk_buff *skb, bool loops)
 {
-	const __u64 *arguments = ctx; /* the verifier refuses to load from a place that was computed, such as &ctx[3] */
+	struct bulk bulk = {.skb = skb};
 	__u64 address = 0;
 
-	barrier_var(arguments);
+	barrier_var(arguments); /* the verifier refuses to load from a place that was computed, such as &ctx[3] */
 	bpf_probe_read_kernel(&address, sizeof(address), &arguments[3]);
 	if (!address)
 		return 0;
-	for (int i = 0; i < BULK && skb; i++) {
-		outward(skb, skb->dev, HOP_DEQUEUE);
-		skb = skb->next;
+	if (loops) {
+		bpf_loop(BULK + MORE, bulk_turn, &bulk, 0);
+		return 0;
 	}
-	for (int i = 0; i < MORE && skb; i++) {
-		if (followed_find(skb))
-			COUNT(missed);
-		skb = skb->next;
-	}
+	for (int i = 0; i < BULK && bulk_next(&bulk, true); i++)
+		;
+	for (int i = 0; i < MORE && bulk_next(&bulk, false); i++)
+		;
 	return 0;
+}
+
+NEEDS("BPF_FUNC_loop")
+SEC("tp_btf/qdisc_dequeue")
+int TRACEPOINT_PROG(dequeue__loop, struct Qdisc *qdisc, struct netdev_queue *queue, int count, struct sk_buff *skb)
+{
+	return dequeued(ctx, skb, true);
+}
+
+SEC("tp_btf/qdisc_dequeue")
+int TRACEPOINT_PROG(dequeue__turns, struct Qdisc *qdisc, struct netdev_queue *queue, int count, struct sk_buff *skb)
+{
+	return dequeued(ctx, skb, false);
 }
 
 /* Before start_xmit: programs are attached in their order, and each packet that goes to a driver is to come back. */

@@ -211,7 +211,7 @@ static __always_inline int netfilter_end(struct sk_buff *skb)
 /* Since "netfilter: make nftables drops visible in net dropmonitor" (6.7) a chain itself frees what it discards. */
 static __always_inline int chain_begin(struct nft_pktinfo *pkt, void *priv)
 {
-	struct followed *followed = hooked_accepted ? followed_find(BPF_CORE_READ(pkt, skb)) : NULL;
+	struct followed *followed = hooked_accepted && !ending ? followed_find(BPF_CORE_READ(pkt, skb)) : NULL;
 
 	if (followed && followed->piece.side == HOP_NETFILTER)
 		chain_read(priv, &followed->chain);

@@ -77,8 +77,10 @@ static __noinline int chain_write(const struct chain *known, char *to)
 		return 0;
 	}
 	length = bpf_probe_read_kernel_str(to + at, NAME_BYTES, (void *)chain.table);
-	if (length < 1)
+	if (length < 1) {
+		to[0] = 0;
 		return 0;
+	}
 	barrier_var(length); /* the compiler would join both comparisons, and the verifier forget the bounds */
 	if (length > NAME_BYTES)
 		return 0;

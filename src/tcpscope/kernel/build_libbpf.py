@@ -10,6 +10,7 @@ LIBBPF = """
 struct bpf_object; struct bpf_program; struct bpf_map; struct bpf_link;
 
 void tcpscope_leave_modules(struct bpf_object *object);
+void tcpscope_make_static(struct bpf_object *object);
 int bpf_object__load(struct bpf_object *object);
 void bpf_object__close(struct bpf_object *object);
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tcpscope.errors import NotPermittedError, RefusedError, ResourceError, TcpscopeError, UnsupportedError
 from tcpscope.kernel._libbpf import ffi, lib
@@ -34,6 +34,8 @@ PRIVILEGES = ("CAP_BPF", "CAP_PERFMON")
 LEAST_BATCH = 64  # entries of a map
 # The largest that kernels before 5.18 take (bpf_verifier_log_attr_valid). Before 6.4 a small one loses the log's end,
 # with the reason. The pages take no memory until the kernel refuses a program: only then libbpf passes the buffer.
+# Since bpf_preempt_disable() (6.10), until "bpf: Summarize sleepable global subprogs" (6.15).
+_NO_GLOBAL_FUNCTIONS = "global function calls are not allowed with preemption disabled"
 _VERIFIER_BYTES = 0xFFFFFFFF >> 8
 _PER_SOCKET = 65536  # in output.bpf.h
 _LEAST_ENTRIES = 1024
@@ -110,6 +112,9 @@ class Loaded:
     verifier  program that the kernel refused -> the end of the verifier's log
     """
 
+    _static: ClassVar[bool] = False
+    """Whether this kernel lets no program call a global function where preemption is disabled."""
+
     def __init__(self, spec: Spec, kernel: Kernel, setup: Setup | None = None) -> None:
         require_capabilities(*PRIVILEGES)
         self.spec = spec
@@ -153,6 +158,9 @@ class Loaded:
                 self._entries //= 2
             except _Refused as refusal:
                 self.close()
+                if not self._static and _NO_GLOBAL_FUNCTIONS in refusal.log:
+                    Loaded._static = True
+                    continue
                 if refusal.program not in spec_names(spec) or refusal.program in refused:
                     raise TcpscopeError(f"{spec.name}: {refusal.reason}", refusal.hint) from None
                 if self._last_way(refusal.program, refused):
@@ -198,6 +206,8 @@ class Loaded:
             self._prepare_and_load()
 
     def _prepare_and_load(self) -> None:
+        if self._static:
+            lib.tcpscope_make_static(self._object)
         if not has_capability("CAP_SYS_ADMIN"):
             lib.tcpscope_leave_modules(self._object)
         chosen = {hook.program.name: hook for hook in self.hooks.values() if hook.program}

@@ -99,6 +99,20 @@ void tcpscope_leave_modules(struct bpf_object *object)
 	bpf_program__set_attach_target(bpf_object__next_program(object, NULL), 0, "no such function");
 }
 
+/* As libbpf makes those that are hidden. Such a function is verified for each way that leads to a call. */
+void tcpscope_make_static(struct bpf_object *object)
+{
+	struct btf *types = bpf_object__btf(object);
+
+	for (__u32 id = 1; id < btf__type_cnt(types); id++) {
+		struct btf_type *type = (struct btf_type *)btf__type_by_id(types, id);
+
+		if (btf_is_func(type) && btf_vlen(type) == BTF_FUNC_GLOBAL &&
+		    !bpf_object__find_program_by_name(object, btf__name_by_offset(types, type->name_off)))
+			type->info = BTF_KIND_FUNC << 24 | BTF_FUNC_STATIC;
+	}
+}
+
 /* --- the kernel's types in C ------------------------------------------------------------------------------------ */
 
 static void write_text(void *file, const char *format, va_list arguments)

@@ -22,6 +22,9 @@ int tcpscope_btf_excerpt(const struct tcpscope_btf *kernel, const struct btf *lo
 
 void tcpscope_leave_modules(struct bpf_object *object);
 
+/* Makes all global functions that are no programs static ones. Before the load. */
+void tcpscope_make_static(struct bpf_object *object);
+
 /* cffi */
 /* libbpf's own messages since the last start, the last 64 KiB of them; with debug also all of them to stderr. */
 void tcpscope_log_start(bool debug);

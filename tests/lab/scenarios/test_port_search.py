@@ -10,9 +10,8 @@ from tcpscope.lab.programs import Program
 from tcpscope.lab.scenarios.port_search import PARTS, PortSearch
 from tests.conftest import RunningTool
 
-pytestmark = pytest.mark.root
 
-
+@pytest.mark.kernel
 def test_the_search_and_its_end(lab: Lab, run_tool: type[RunningTool]) -> None:
     scenario = PortSearch(ports=4000)
     scenario.setup(lab)

@@ -40,9 +40,9 @@ WHY_GONE = (
 )
 # tcp_orphan_retries(): 0, the default, means 8 while the RTO is below its maximum.
 WHY_CLOSED = (
-    "No packet of it has come since. Its host or a link is down, or packets are dropped on the way. The application has "
-    "closed these connections, so it does not wait: the kernel sends again up to net.ipv4.tcp_orphan_retries times (0: "
-    "8), about two minutes, and ends them."
+    "No packet of it has come since. Its host or a link is down, or packets are dropped on the way. The application "
+    "has closed these connections, so it does not wait: the kernel sends again up to net.ipv4.tcp_orphan_retries times "
+    "(0: 8), about two minutes, and ends them."
 )
 WHY_CUT = (
     "The path works: new connections are answered meanwhile. A firewall, NAT or load balancer on the way forgets a "
@@ -59,7 +59,7 @@ WHY_FINS = (
 )
 WHY_HERE = (
     "What the kernel tried to send has not left this host: it has no route to this address, or the link is down. It "
-    "tries again every half second or more rarely, and the application waits."
+    "tries again every half second or more rarely."
 )
 WHY_ONE_WAY = (
     "Packets of this address still come in, so it is alive. What this host sends to it is lost on the way there, or is "
@@ -358,11 +358,12 @@ def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
 
 
 def _when_lost(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
-    living = paths.owners(track for track in silent if track.last.has_file)
-    close = f"Let {paths.program(living)} close these and open new ones: others of this address are answered. Then see"
+    living = [track for track in silent if track.last.has_file]
+    program = paths.program(paths.owners(living))
+    close = f"Let {program} close these and open new ones: others of this address are answered. Then see"
     yield Remedy(
-        f"{close if living else 'See'} why the packets of these are dropped, in the firewalls, NAT and load balancers on "
-        "this route.",
+        f"{close if living else 'See'} why the packets of these are dropped, in the firewalls, NAT and load balancers "
+        "on this route.",
         command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
     )
     yield from _user_timeout(silent)
@@ -400,8 +401,9 @@ def _when_full(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
 
 
 def _when_idle(where: Peer, silent: list[Track], idle_us: float) -> Iterator[Remedy]:
-    program, limit_s = paths.program(paths.owners(silent)), max(KEEPALIVE_LEAST_S, int(idle_us / 2e6))
-    without = [track for track in silent if not track.last.keepalive]
+    living = [track for track in silent if track.last.has_file]
+    program, limit_s = paths.program(paths.owners(living)), max(KEEPALIVE_LEAST_S, int(idle_us / 2e6))
+    without = [track for track in living if not track.last.keepalive]
     if without:
         yield Remedy(
             f"Let {program} set SO_KEEPALIVE: {len(without)} of these do not have it. Or let its pool close "
