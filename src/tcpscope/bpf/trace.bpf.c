@@ -29,8 +29,9 @@
 #define AT_ONCE 128         /* of them that one ACK, or one read, takes out of the queue: before 5.17 */
 #define SEARCHED 16         /* of them that may be the packet of which a segment was cut: the newest */
 #define NESTED 4            /* devices that send through each other */
-#define BULK 16             /* packets that leave a queue discipline at once: before 5.17 */
-#define MORE 64             /* and behind them: these are only counted before 5.17 */
+#define BULK 1024           /* packets that leave a queue discipline at once */
+#define BULK_TURNS 16       /* the same before 5.17 */
+#define MORE_TURNS 64       /* and behind them: these are only counted */
 
 #define NETDEV_TX_BUSY 0x10 /* include/linux/netdevice.h */
 
@@ -1496,12 +1497,12 @@ static __always_inline int dequeued(const __u64 *arguments, struct sk_buff *skb,
 	if (!address)
 		return 0;
 	if (loops) {
-		bpf_loop(BULK + MORE, bulk_turn, &bulk, 0);
+		bpf_loop(BULK, bulk_turn, &bulk, 0);
 		return 0;
 	}
-	for (int i = 0; i < BULK && bulk_next(&bulk, true); i++)
+	for (int i = 0; i < BULK_TURNS && bulk_next(&bulk, true); i++)
 		;
-	for (int i = 0; i < MORE && bulk_next(&bulk, false); i++)
+	for (int i = 0; i < MORE_TURNS && bulk_next(&bulk, false); i++)
 		;
 	return 0;
 }
