@@ -69,7 +69,9 @@ def test_a_packet_for_another_processor(way: Way, run_tool: Any) -> None:
 
 def runs(session: Session) -> int:
     """Of the program for what a queue discipline gives out."""
-    return session.loaded.program_info()["dequeue"][1]
+    program = session.loaded.hooks["dequeue"].program
+    assert program is not None
+    return session.loaded.program_info()[program.name][1]
 
 
 def given_out(way: Way, device: str) -> tuple[dict[str, list[int]], int, int, int]:
