@@ -178,8 +178,8 @@ union unknown {
 };
 
 /*
- * A number of which the verifier knows nothing: it forgets what it has known when a byte on the stack is written. So it does not follow
- * apart the ways that have led to different numbers. A pointer becomes a number. The highest byte is 0.
+ * Hides a value from the verifier. The verifier forgets what it knows of a value on the stack when the program writes one byte of it.
+ * Ways that led to different values are then one way. A pointer becomes a number. The highest byte of the result is 0.
  */
 static __always_inline __u64 forgotten_in(volatile union unknown *slot, __u64 number)
 {
