@@ -109,4 +109,14 @@ static __always_inline enum of_tcp packet_read(struct sk_buff *skb, struct packe
 	return packet_read_at(skb, skb->network_header, packet);
 }
 
+/* Its ends as this host sees them, that sends or receives it. */
+static __always_inline void ends_read(const struct packet *packet, bool out, struct identity *id)
+{
+	id->family = packet->family;
+	id->lport = out ? packet->sport : packet->dport;
+	id->rport = out ? packet->dport : packet->sport;
+	__builtin_memcpy(id->laddr, out ? packet->saddr : packet->daddr, 16);
+	__builtin_memcpy(id->raddr, out ? packet->daddr : packet->saddr, 16);
+}
+
 #endif
