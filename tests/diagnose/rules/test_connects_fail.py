@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from tcpscope.diagnose import Finding, causes, process
-from tcpscope.diagnose.rules import close_wait_leak, connects_fail
+from tcpscope.diagnose import Finding, attempts, causes, process
+from tcpscope.diagnose.rules import close_wait_leak
 from tcpscope.diagnose.rules.connects_fail import rule
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.filters import Filter, PortRange
@@ -200,8 +200,8 @@ def test_a_process_that_does_nothing_else_tries_again(script: Script) -> Test:
     assert "needs the service" in finding["why"]
 
 
-def severities(attempts: Any, *rows: Any) -> list[str]:
-    return [finding.severity for finding in check(rule, attempts=groups(attempts), sockets=sockets(*rows))]
+def severities(given: Any, *rows: Any) -> list[str]:
+    return [finding.severity for finding in check(rule, attempts=groups(given), sockets=sockets(*rows))]
 
 
 def waiting(number: int, rport: int | None = 80) -> list[Any]:
@@ -307,7 +307,7 @@ def test_when_an_attempt_began_is_not_known_to_the_second(
     monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...], said: str
 ) -> None:
     """It dies at second 114, and the first attempt ends in 119: it may have begun in 113, before others succeeded."""
-    monkeypatch.setattr(connects_fail, "_linear_timeouts", lambda: 4)
+    monkeypatch.setattr(attempts, "_linear_timeouts", lambda: 4)
     given = {
         attempt("ESTABLISHED"): times(*[20] * 5, first_s=110),
         attempt("ESTABLISHED", rport=22): times(*[20] * 5, first_s=110),
@@ -518,7 +518,7 @@ def test_the_kernel_gives_up_when_the_next_syn_would_be_sent(
     monkeypatch: pytest.MonkeyPatch, outcome: str, answers: list[int]
 ) -> None:
     """After 7 s, if the last SYN was sent after 3; an application may have given up at once after that."""
-    monkeypatch.setattr(connects_fail, "_linear_timeouts", lambda: 0)
+    monkeypatch.setattr(attempts, "_linear_timeouts", lambda: 0)
     given = {
         attempt("ESTABLISHED", rport=22): times(1, first_s=114),
         attempt(outcome, "ETIMEDOUT", syn_retrans=2): times(5, 5, 5, first_s=120),
@@ -529,8 +529,8 @@ def test_the_kernel_gives_up_when_the_next_syn_would_be_sent(
 
 @pytest.mark.parametrize(("linear", "number", "seconds"), [(0, 1, 1), (0, 7, 127), (0, 9, 367), (4, 5, 5), (4, 6, 7)])
 def test_when_a_syn_is_sent_again(monkeypatch: pytest.MonkeyPatch, linear: int, number: int, seconds: int) -> None:
-    monkeypatch.setattr(connects_fail, "_linear_timeouts", lambda: linear)
-    assert connects_fail._until_syn(number) == seconds
+    monkeypatch.setattr(attempts, "_linear_timeouts", lambda: linear)
+    assert attempts._until_syn(number) == seconds
 
 
 def test_a_service_that_answered_once_was_not_restarted() -> None:
@@ -580,14 +580,14 @@ def test_how_long_ago_the_first_syn_was_sent_at_most(
     """Three SYNs that were sent again took 4 s at most, or 15 s."""
     if linear is not None:
         (tmp_path / "linear").write_text(f"{linear}\n")
-    monkeypatch.setattr(connects_fail, "_LINEAR", tmp_path / "linear")
-    connects_fail._linear_timeouts.cache_clear()
+    monkeypatch.setattr(attempts, "_LINEAR", tmp_path / "linear")
+    attempts._linear_timeouts.cache_clear()
     given = {
         attempt("ESTABLISHED", rport=22): times(1, first_s=110),
         attempt("GAVE_UP", syn_retrans=3): times(5, first_s=120),
     }
     (finding,) = check(rule, attempts=groups(given), sockets=sockets())
-    connects_fail._linear_timeouts.cache_clear()
+    attempts._linear_timeouts.cache_clear()
     assert finding.facts["answers"] == answers
 
 
