@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from tcpscope.diagnose import Finding, all_rules, ordered, wording
-from tcpscope.diagnose.queue_history import History, QueueHistory, Witness
+from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.queue_history import QueueHistory
+from tcpscope.diagnose.witness import Witness
 from tcpscope.listeners import Listener
 from tests.test_sampling import at
 

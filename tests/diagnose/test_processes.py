@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tcpscope.diagnose import processes
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import accept_stalled
 from tcpscope.diagnose.wording import is_in
 from tcpscope.filters import cgroup_mount

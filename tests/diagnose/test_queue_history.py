@@ -11,8 +11,10 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from tcpscope.diagnose import queue_history
-from tcpscope.diagnose.queue_history import History, QueueHistory, Witness, namespace_counters
+from tcpscope.diagnose import queue_history, witness
+from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.queue_history import QueueHistory
+from tcpscope.diagnose.witness import Witness, namespace_counters
 from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
 from tcpscope.request import Request
@@ -52,7 +54,7 @@ class Events:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, int]]]:
     """The counters that are in /proc, in the order in which they are read."""
     given: list[dict[str, int]] = []
-    monkeypatch.setattr(queue_history, "namespace_counters", lambda group: given.pop(0) if given else {})
+    monkeypatch.setattr(witness, "namespace_counters", lambda group: given.pop(0) if given else {})
     yield given
     assert given == []
 

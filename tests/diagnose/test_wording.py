@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tcpscope.diagnose import Finding, Remedy, paths, wording
-from tcpscope.diagnose.queue_history import Burst, History
+from tcpscope.diagnose.listener_history import Burst, History
 from tcpscope.diagnose.rules import accept_queue, accept_slow, syn_queue
 from tcpscope.errors import ResourceError
 from tcpscope.kernel import netns, pidns

@@ -12,7 +12,8 @@ from shlex import quote
 from typing import Any
 
 from tcpscope.diagnose import Remedy, listener, processes
-from tcpscope.diagnose.queue_history import History, QueueHistory
+from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.queue_history import QueueHistory
 from tcpscope.errors import ResourceError
 from tcpscope.kernel import netns, pidns
 from tcpscope.listeners import Listener

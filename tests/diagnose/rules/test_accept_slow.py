@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tests.record import Script, Test, recorded
 from tests.test_sampling import LISTENER
 from tests.tools.queue.refusals import BACKLOG, DIAGNOSE, Run, findings, is_exact, looks_are_rare

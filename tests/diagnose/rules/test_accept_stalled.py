@@ -12,8 +12,8 @@ from typing import Any, cast
 import pytest
 
 from tcpscope.diagnose import Finding, all_rules, causes, halted, process
+from tcpscope.diagnose.listener_history import STALL_SECONDS, History
 from tcpscope.diagnose.processes import Process
-from tcpscope.diagnose.queue_history import STALL_SECONDS, History
 from tcpscope.diagnose.rules import accept_stalled
 from tcpscope.listeners import Holder
 from tests.diagnose.rules.connections import NOBODY

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import backlog_cut
 from tests.record import Script, Test, recorded
 from tests.test_sampling import LISTENER

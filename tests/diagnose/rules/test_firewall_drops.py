@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 
 from tcpscope.diagnose import addresses
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules.firewall_drops import SEGMENTS, is_syn, rule
 from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, sockets, times
 from tests.diagnose.rules.scenes import PORT as SERVICE

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules.other_refusals import CRITICAL, rule
 from tests.diagnose.rules.connecting import check
 from tests.record import Script, Test, recorded

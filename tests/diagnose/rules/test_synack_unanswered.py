@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tcpscope.diagnose import Finding
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import synack_unanswered
 from tcpscope.diagnose.tallies import Tally
 from tests.record import Script, Test, recorded

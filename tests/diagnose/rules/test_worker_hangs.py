@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tcpscope.diagnose import Finding, causes, processes
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import close_wait_leak, worker_hangs
 from tcpscope.diagnose.rules.worker_hangs import LEAST, rule
 from tcpscope.diagnose.sockets import Track

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules.wrong_address import rule
 from tcpscope.listeners import Listener
 from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, times

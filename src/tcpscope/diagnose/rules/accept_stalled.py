@@ -9,8 +9,8 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, halted, processes
 from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.listener_history import History, Stall
 from tcpscope.diagnose.processes import Process
-from tcpscope.diagnose.queue_history import History, Stall
 from tcpscope.diagnose.wording import (
     WORKERS_SHOWN,
     counters_agree,
@@ -79,7 +79,7 @@ class _Wait:
 
 
 class AcceptStalled(Rule):
-    """Thresholds: STALL_SECONDS and STALL_INTERVALS of queue_history.py."""
+    """Thresholds: STALL_SECONDS and STALL_INTERVALS of listener_history.py."""
 
     needs = ("queues", "sockets")
     explains = ("accept_queue", "backlog_cut", "connects_fail", "worker_hangs", "close_wait_leak", "zero_window")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Rule
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.wording import accepted, facts, full_share, next_power, of, raise_limit, whose
 
 WHY = (
@@ -16,7 +16,7 @@ WHY = (
 
 
 class BacklogCut(Rule):
-    """Threshold: NEAR of queue_history.py. Whether the application asked for more than somaxconn cannot be seen."""
+    """Threshold: NEAR of listener_history.py. Whether the application asked for more than somaxconn cannot be seen."""
 
     needs = ("queues",)
 

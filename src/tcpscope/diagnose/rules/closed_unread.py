@@ -8,7 +8,7 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint, listener, process, processes
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.tallies import Tally
 
 LEAST = 5

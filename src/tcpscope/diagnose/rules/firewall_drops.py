@@ -9,7 +9,7 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, addresses, endpoint, paths, processes, service
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import in_namespace, in_netns, is_in, of, whose
 from tcpscope.kernel import pidns

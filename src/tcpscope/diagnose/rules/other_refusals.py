@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from tcpscope.diagnose import Finding, Remedy, Rule
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.queue_history import History, QueueHistory
+from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.queue_history import QueueHistory
 from tcpscope.diagnose.wording import counters_agree, facts, in_namespace, of, peers, whose
 
 CRITICAL = 5

@@ -8,7 +8,7 @@ from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, listener, processes, service
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules.syn_queue import enable_cookies, syns_refused
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import counters_agree, in_netns

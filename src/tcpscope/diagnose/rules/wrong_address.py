@@ -10,7 +10,7 @@ from typing import Any
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint
 from tcpscope.diagnose.attempts import is_steady
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.queue_history import History
+from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import of, whose
 from tcpscope.output import endpoint as text_of
