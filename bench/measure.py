@@ -121,22 +121,26 @@ class Running:
             raise CannotRun(reason(said))
 
     def settled(self) -> None:
-        """Wait until it has worked off what there is: asleep, and next to idle, three times 100 ms."""
+        """Wait until it has worked off what there is: waiting for events, and next to idle, three times 100 ms."""
         deadline = time.monotonic() + self._limits.patience_s
         calm, before = 0, self.cpu_ns()
         while calm < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
             now = self.cpu_ns()
-            calm = calm + 1 if now - before < self._limits.idle * 1e8 and not self._wants_processor() else 0
+            calm = calm + 1 if now - before < self._limits.idle * 1e8 and not self._is_at_work() else 0
             before = now
 
-    def _wants_processor(self) -> bool:
-        """Is a thread of it running, or would it run if others let it?"""
+    def _is_at_work(self) -> bool:
+        """Is a thread of it running (R), or would it if others let it? Or does it wait for the kernel (D, I)?
+
+        To attach to a function, the kernel waits until all tasks have left the code that it changes. Traffic that
+        began meanwhile would not be seen.
+        """
         states = set()
         for task in self._proc.glob("task/*/stat"):
             with contextlib.suppress(OSError):
                 states.add(task.read_text().rpartition(")")[2].split()[0])
-        return "R" in states
+        return bool(states - {"S"})
 
     def stop(self) -> tuple[int, int]:
         """End it as Ctrl-C does; rows about our traffic that it printed, and events that it says were lost."""
