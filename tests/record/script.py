@@ -330,7 +330,8 @@ class Host:
         return self.agent("sockets")
 
     def diag(self, field: str = "count", *, state: str = "any", lport: object = 0, rport: object = 0) -> Call:
-        """`ret`: how many sockets there are, or the sum of their recv_q, send_q, retransmits."""
+        """`ret`: how many sockets there are (count), or are a process's (owned), or the sum of their recv_q, send_q,
+        retransmits."""
         return self.agent("diag", field, state, lport, rport)
 
     def until_sockets(

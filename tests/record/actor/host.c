@@ -202,12 +202,15 @@ static void is_chosen(const struct inet_diag_msg *found, void *to)
 		chosen->result += found->idiag_wqueue;
 	else if (!strcmp(chosen->field, "retransmits"))
 		chosen->result += found->idiag_retrans;
+	else if (!strcmp(chosen->field, "owned"))
+		chosen->result += !!found->idiag_inode;
 	else
 		chosen->result++;
 }
 
-/* diag FIELD STATE LPORT RPORT: how many sockets there are (count), or the sum of their recv_q, send_q, retransmits.
- * The state may be `any`, a port 0. Of a listener recv_q and send_q are the length and the limit of its accept queue. */
+/* diag FIELD STATE LPORT RPORT: how many sockets there are (count), how many of them a process has (owned: accept() has
+ * taken it), or the sum of their recv_q, send_q, retransmits. The state may be `any`, a port 0. Of a listener recv_q and
+ * send_q are the length and the limit of its accept queue. */
 static void diag(struct actor *a, int count, char **w, struct reply *r)
 {
 	struct chosen chosen = {.field = w[0], .state = w[1], .lport = atoi(w[2]), .rport = atoi(w[3])};
