@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -95,6 +95,17 @@ def test_what_is_taken_while_it_is_filled(spec: Spec) -> None:
     assert sizes == {network: sum(values) for network, values in expected.items()}
     assert least == {network: min(values) for network, values in expected.items()}
     assert most == {network: max(values) for network, values in expected.items()}
+
+
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("sizes", [(2**32 - 1,), (7, 2**32 - 1), (2**32 - 1, 0)])
+def test_the_largest_number_has_a_place(spec: Spec, sizes: tuple[int, ...]) -> None:
+    with adding_up(spec) as (_, aggregate):
+        for size in sizes:
+            with suppress(OSError):
+                os.lseek(NO_FILE, size, 1)
+        ((_, value),) = aggregate.take()
+    assert (value.packets, extremes(value)) == (len(sizes), (min(sizes), max(sizes)))
 
 
 def test_what_finds_no_room_is_lost_and_counted(spec: Spec) -> None:

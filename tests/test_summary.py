@@ -282,3 +282,15 @@ def test_kinds_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [json.loads(line) for line in run(COUNT, source).splitlines()]
     assert {row["comm"]: row["count"] for row in rows} == {"a": 2, "b": 1}
     assert (source.stats.shown, source.stats.lost) == (3, 3)
+
+
+def test_kinds_without_end_in_intervals(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that an interval shows are not lost, though the total has no room for their kind."""
+    monkeypatch.setattr(summary, "MAX_KINDS", 2)
+    batches = [event("a"), event("b")], [], [], [event("c"), event("d"), event("e"), event("d")], []
+    source = Source(*batches, monkeypatch=monkeypatch)
+    found = rows(COUNT, source, options={"by": "comm"}, interval=2.0)
+    shown = [{row["comm"]: row["count"] for row in found if row["total"] is total} for total in (False, True)]
+    assert shown == [{"a": 1, "b": 1, "c": 1, "d": 2}, {"a": 1, "b": 1}]
+    assert (source.stats.shown, source.stats.lost) == (5, 1)
+    assert "4 rows of further groups are in the intervals only, not in the total" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from tcpscope.kernel.loaded import Loaded
 from tcpscope.output.histogram import Histogram, bucket_start
 from tcpscope.session import wait_for_programs
 
+_LARGEST = 2**32 - 1
+
 
 class Aggregate:
     """The aggregate `name` of a loaded object. `key` and `value` name the structs of its keys and values.
@@ -36,7 +38,7 @@ class Aggregate:
 
 def extremes(value: Any) -> tuple[int | None, int | None]:
     """The smallest and the largest value that programs added to a `struct extremes`; None if there was none."""
-    lowest = [number - 1 for number in _words(value.min) if number]
+    lowest = [number - (number < _LARGEST) for number in _words(value.min) if number]
     return (min(lowest), max(_words(value.max))) if lowest else (None, None)
 
 

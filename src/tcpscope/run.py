@@ -5,7 +5,6 @@ A reader calls `batches()`, the one loop of all tools. Or it calls `poll()` now 
 
 from __future__ import annotations
 
-import itertools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,9 +39,6 @@ class Batch:
     round: int = 0
     times_ns: Sequence[tuple[int, int]] = ()
 
-
-AT_ONCE = 64
-"""Most batches of a stream in one poll. Events may come faster than they are read, and a poll must end."""
 
 NOTHING = Batch("event", ())
 """An empty batch: time has passed."""
@@ -205,7 +201,7 @@ class Streaming(Run):
 
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
-        yield from map(self._batch, itertools.islice(self._session.batches(), AT_ONCE))
+        yield from map(self._batch, self._session.batches())
         self._over.say(self._session.counters)
 
     def end(self) -> Iterator[Batch]:

@@ -22,7 +22,8 @@ from tcpscope.schema import Clock
 from tcpscope.session import POLL_SECONDS, Session, Stats, closed_on_error
 
 MAX_KINDS = 65536
-"""Most groups of a run. Rows of further groups count as lost: a machine in trouble makes groups without end."""
+"""Most groups of a run, and of an interval. Rows of further groups count as lost, unless the intervals have them: a
+machine in trouble makes groups without end."""
 
 _TIME = Column("time", "time", doc="when the interval or the run ended")
 _COUNT = Column("count", doc="rows")
@@ -131,7 +132,7 @@ class _Grouping(Run):
         self._interval, self._ticker = request.interval, Ticker(request.interval)
         self._whole, self._period = _Groups(bool(of)), _Groups(bool(of))
         self._row = msgspec.defstruct("Summary", [(column.name, Any) for column in columns])
-        self._round = 0
+        self._round = self._without_total = 0
 
     def _interval_ended(self) -> Batch:
         ended, self._period = self._period, _Groups(bool(self._of))
@@ -141,14 +142,21 @@ class _Grouping(Run):
         if self._interval:
             yield self._interval_ended()
         yield self._ended("total", self._whole)
+        if self._without_total:
+            self.notes.append(
+                f"{self._without_total} rows of further groups are in the intervals only, not in the total"
+            )
 
     @property
     def pause(self) -> float:
         return self._ticker.remaining
 
-    def _without_room(self, rows: int) -> None:
-        self.stats.shown -= rows
-        self.stats.lost += rows
+    def _without_room(self, rows: int, period: int = 0) -> None:
+        """So many rows found no group in the total, and in the interval, if there are intervals."""
+        lost = period if self._interval else rows
+        self._without_total += rows if self._interval else 0
+        self.stats.shown -= lost
+        self.stats.lost += lost
 
     def _ended(self, which: Literal["interval", "total"], groups: _Groups) -> Batch:
         self._round += 1
@@ -227,9 +235,8 @@ class _OfRows(_Grouping):
             return
         kinds = list(map(self._kind, rows))
         values = list(map(attrgetter(self._of), rows)) if self._of else []
-        self._without_room(self._whole.add(kinds, values))
-        if self._interval:
-            self._period.add(kinds, values)
+        period = self._period.add(kinds, values) if self._interval else 0
+        self._without_room(self._whole.add(kinds, values), period)
 
 
 class _OfKernel(_Grouping):
@@ -279,9 +286,8 @@ class _OfKernel(_Grouping):
         for group in self._counted.take():
             self.stats.shown += group.count
             kind = self._kind(group.row)
-            self._without_room(self._whole.add_group(kind, group))
-            if self._interval:
-                self._period.add_group(kind, group)
+            period = self._period.add_group(kind, group) if self._interval else 0
+            self._without_room(self._whole.add_group(kind, group), period)
 
 
 @dataclass

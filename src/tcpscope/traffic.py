@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -38,8 +38,6 @@ _DERIVED = (
 )
 _OWNER = ("pid", "uid", "comm", "cgroup")
 _NUMERIC = ("int", "float")
-_AT_ONCE = 64
-"""Most batches of events in one poll, which must end."""
 _KEPT_NS = 2_000_000_000
 """How long it is known what was counted of a connection: much longer than events of a look and of an end are apart."""
 
@@ -169,7 +167,7 @@ class Counting(Run):
         return None
 
     def poll(self) -> Iterator[Batch]:
-        self._take(_AT_ONCE)
+        self._take()
         yield self._interval() if self._ticker.due() else NOTHING
 
     def end(self) -> Iterator[Batch]:
@@ -197,9 +195,9 @@ class Counting(Run):
         self.round += 1
         return batch
 
-    def _take(self, most: int | None = None) -> None:
+    def _take(self) -> None:
         now_ns = monotonic_ns()
-        for records in islice(self._session.batches(), most):
+        for records in self._session.batches():
             for raw, row in zip(self._raw(records), self._rows_of(records), strict=False):
                 self.stats.shown += 1
                 now = Moved(raw.tx_bytes, raw.rx_bytes, raw.retrans_bytes)

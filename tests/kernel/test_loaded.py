@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import itertools
 import os
 import re
 import socket
@@ -23,7 +24,7 @@ from tcpscope.kernel.btf import Kind
 from tcpscope.kernel.features import Answer, Kernel
 from tcpscope.kernel.loaded import Loaded, Setup, pieces
 from tcpscope.kernel.machine import possible_cpus, sockets_at_most, tcp_sockets
-from tcpscope.kernel.ring import Ring
+from tcpscope.kernel.ring import BATCH_BYTES, Ring
 from tcpscope.kernel.spec import Program, Spec, probes
 from tcpscope.kernel.verifier import verifier_lines, verifier_summary
 from tcpscope.kernel.ways import plan, plan_refusals
@@ -282,6 +283,20 @@ def test_nothing_is_left_behind(kernel: Kernel) -> None:
         return len(list(fds.iterdir()))
 
     assert run() == run()
+
+
+@pytest.mark.kernel
+def test_what_comes_while_it_is_read_has_to_wait(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that is slower than the programs gets as much at once as there is room for."""
+    loaded = Loaded(TRANSITION, kernel, Setup(entries={"events": 1 << 20, "connections": 64}))
+    try:
+        ring = Ring(loaded.map_fd("events"), TRANSITION.layout("transition").size)
+        monkeypatch.setattr(ring, "_drain", lambda reader, buffer, room, size: room // size * size)
+        read = sum(map(len, itertools.islice(ring.batches(), 100)))
+        assert 1 << 20 <= read < (1 << 20) + BATCH_BYTES
+        ring.close()
+    finally:
+        loaded.close()
 
 
 @pytest.mark.kernel

@@ -8,6 +8,7 @@ import pytest
 
 from tcpscope.output import Column, width
 from tcpscope.output.screen import Sink, milliseconds
+from tcpscope.tool import find, names
 
 COLUMNS = (
     Column("time", "time"),
@@ -170,6 +171,12 @@ def test_bad_news_are_red(env: dict[str, str], colours: bool, monkeypatch: pytes
     assert "\x1b" not in good
     assert ("\x1b[31mREFUSED\x1b[0m    " in bad) == ("\x1b" in bad) == colours
     assert bad.replace("\x1b[31m", "").replace("\x1b[0m", "") == good.replace("ESTABLISHED", "REFUSED    ")
+
+
+def test_what_is_not_known_is_no_bad_news() -> None:
+    for name in names():
+        for column, is_bad in find(name).alarming.items():
+            assert is_bad(None) is False, (name, column)
 
 
 def test_no_colours_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,27 @@ def test_close(script: Script, why: str, closed: bool, family: str) -> Test:
 
 
 @recorded(RESET)
+def test_close_in_last_ack(script: Script) -> Test:
+    """The peer has closed. The application shuts down without having read, and closes before its FIN is answered."""
+    site = Site(script)
+    near, far = site.pair()
+    near.send("never read")
+    far.until_ready()
+    near.shutdown()
+    far.until_state("CLOSE_WAIT")
+    near.until_state("FIN_WAIT2")
+    with script.server.losing():
+        far.shutdown("both")
+        far.until_state("LAST_ACK")
+        far.close()
+    near.close()
+    site.end()
+    seen = yield
+    site.unheard[script.client] = 1
+    site.sent(seen, script.server, "UNREAD_DATA", "LAST_ACK", "TCP_ABORT_ON_CLOSE")
+
+
+@recorded(RESET)
 def test_a_process_that_is_killed(script: Script) -> Test:
     """The kernel closes its sockets. It was there before the tool."""
     with script.older():

@@ -18,17 +18,17 @@ __u32 epoch;
 /* The smallest and the largest value, by processor: BPF in 5.10 has no compare-and-exchange. */
 struct extremes {
 	__u32 max[SHARDS];
-	__u32 min[SHARDS]; /* the value plus one; 0: none */
+	__u32 min[SHARDS]; /* the value plus one, of the largest the value; 0: none */
 };
 
 static __always_inline __attribute__((unused)) void extremes_add(struct extremes *extremes, __u32 value)
 {
-	__u32 shard = bpf_get_smp_processor_id() & (SHARDS - 1);
+	__u32 shard = bpf_get_smp_processor_id() & (SHARDS - 1), marked = value + 1 ?: value;
 
 	if (value > extremes->max[shard])
 		extremes->max[shard] = value;
-	if (!extremes->min[shard] || value + 1 < extremes->min[shard])
-		extremes->min[shard] = value + 1;
+	if (!extremes->min[shard] || marked < extremes->min[shard])
+		extremes->min[shard] = marked;
 }
 
 static __always_inline void *aggregate_find_or_add(void *map, const void *key, const void *new_value)

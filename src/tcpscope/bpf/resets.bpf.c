@@ -220,6 +220,16 @@ static __noinline int timed_out(void *ctx, const struct identity *id, const stru
 	return emit(ctx, &reset, NULL);
 }
 
+#include "resets_cause.bpf.h"
+
+/* In LAST_ACK it gets a RST from itself only if it was shut down, and then closed with unread data, or disconnected. */
+static __always_inline bool may_reset_in_last_ack(struct sock *sk)
+{
+	struct tcp_sock *tp = (struct tcp_sock *)sk;
+
+	return has_unread_data(sk) || BPF_CORE_READ(tp, snd_nxt) != BPF_CORE_READ(tp, write_seq);
+}
+
 static __always_inline int closing(void *ctx, struct sock *sk, int old_state)
 {
 	bool in_vain = send_timeouts && was_established(old_state) && times_out(sk);
@@ -227,7 +237,7 @@ static __always_inline int closing(void *ctx, struct sock *sk, int old_state)
 	struct identity id = {};
 	const struct owner *owner;
 
-	if (old_state == STATE_LAST_ACK && !in_vain)
+	if (old_state == STATE_LAST_ACK && !in_vain && !may_reset_in_last_ack(sk))
 		return 0;
 	identity_read(sk, &id);
 	owner = connection_owner(connection_find(sk));
@@ -240,11 +250,9 @@ static __always_inline int closing(void *ctx, struct sock *sk, int old_state)
 	return 0;
 }
 
-/* A socket in LAST_ACK gets no RST from itself: it has sent and received all. But it may time out. */
 static __always_inline bool may_reset_later(int old_state, int new_state)
 {
-	return new_state == STATE_CLOSE && old_state != STATE_SYN_SENT && old_state != STATE_LISTEN &&
-	       (send_timeouts || old_state != STATE_LAST_ACK);
+	return new_state == STATE_CLOSE && old_state != STATE_SYN_SENT && old_state != STATE_LISTEN;
 }
 
 /* On this CPU, the last socket of which the first copy has written a note. */
@@ -286,8 +294,6 @@ int TRACEPOINT_PROG_IF(may_reset_later(old_state, new_state), close_again, struc
 		closing(ctx, sk, old_state);
 	return 0;
 }
-
-#include "resets_cause.bpf.h"
 
 /* Was a "received RST" of this socket held back? Then it was the data that the kernel now answers. */
 static __always_inline bool answers_data(struct sock *sk, const struct identity *id)
@@ -496,6 +502,8 @@ static long flush_entry(struct bpf_map *table, __u64 *key, struct held *entry, v
 {
 	__u64 sk = *key;
 
+	if (!entry->reset.time_ns) /* hold() is about to fill it */
+		return 0;
 	if (!ending && bpf_ktime_get_ns() - entry->reset.time_ns < HELD_NS)
 		return 0;
 	emit(NULL, &entry->reset, entry->stack);

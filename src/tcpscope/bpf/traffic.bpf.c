@@ -165,17 +165,35 @@ static __always_inline __u8 chrono_of(struct sock *sk)
 	return BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, chrono_type);
 }
 
-/* Jiffies for which data was under way, the peer's window was full, the send buffer was full: tcp_get_info_chrono_stats(). */
+/*
+ * Jiffies for which data was under way, the peer's window was full, the send buffer was full: tcp_get_info_chrono_stats().
+ * Another processor may run tcp_chrono_set() meanwhile, which moves the time since chrono_start to chrono_stat: then again.
+ */
 static __always_inline void limits_read(struct sock *sk, __u32 limited[CHRONO_KINDS])
 {
 	struct tcp_sock *tp = (struct tcp_sock *)sk;
-	__u32 since = (__u32)bpf_jiffies64() - BPF_CORE_READ(tp, chrono_start);
-	__u8 now = chrono_of(sk);
+	__u32 start;
+	__u8 now;
 
-	bpf_probe_read_kernel(limited, CHRONO_KINDS * sizeof(__u32), __builtin_preserve_access_index(&tp->chrono_stat));
+	for (int i = 0; i < 2; i++) {
+		start = BPF_CORE_READ(tp, chrono_start);
+		now = chrono_of(sk);
+		bpf_probe_read_kernel(limited, CHRONO_KINDS * sizeof(__u32),
+				      __builtin_preserve_access_index(&tp->chrono_stat));
+		if (start == BPF_CORE_READ(tp, chrono_start) && now == chrono_of(sk))
+			break;
+	}
 	for (int kind = 0; kind < CHRONO_KINDS; kind++)
 		if (now == kind + 1)
-			limited[kind] += since;
+			limited[kind] += (__u32)bpf_jiffies64() - start;
+}
+
+/* It never falls, unless it was read in vain before. */
+static __always_inline __u64 limited_us(__u32 now, __u32 before)
+{
+	__s32 jiffies = now - before;
+
+	return jiffies > 0 ? jiffies * jiffy_ns / 1000 : 0;
 }
 
 /*
@@ -210,9 +228,9 @@ static __noinline int moved_send(struct sock *sk, struct connection *connection,
 		event->network = network_of(&id);
 	} else {
 		limits_read(sk, limited);
-		event->busy_us = (limited[0] - scratch->limited[0]) * jiffy_ns / 1000;
-		event->rwnd_us = (limited[1] - scratch->limited[1]) * jiffy_ns / 1000;
-		event->sndbuf_us = (limited[2] - scratch->limited[2]) * jiffy_ns / 1000;
+		event->busy_us = limited_us(limited[0], scratch->limited[0]);
+		event->rwnd_us = limited_us(limited[1], scratch->limited[1]);
+		event->sndbuf_us = limited_us(limited[2], scratch->limited[2]);
 		event->srtt_us = BPF_CORE_READ((struct tcp_sock *)sk, srtt_us) >> 3;
 		event->cwnd_limited = BPF_CORE_READ_BITFIELD_PROBED((struct tcp_sock *)sk, is_cwnd_limited);
 		event->app_limited = BPF_CORE_READ((struct tcp_sock *)sk, app_limited) != 0;

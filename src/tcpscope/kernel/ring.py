@@ -31,6 +31,7 @@ class Ring:
     def __init__(self, map_fd: int, record_size: int) -> None:
         self._start(lib.tcpscope_ring_new(map_fd), lib.tcpscope_ring_free, lib.tcpscope_ring_drain, record_size)
         self.fd: int = lib.tcpscope_ring_fd(self._reader)
+        self._bytes: int = lib.tcpscope_ring_bytes(self._reader)
 
     def _start(self, reader: Any, free: Any, drain: Any, record_size: int) -> None:
         if reader == ffi.NULL:
@@ -57,8 +58,12 @@ class Ring:
             ffi.release(self._reader)
 
     def batches(self) -> Iterator[memoryview]:
-        """All records that are there now, in batches. A batch is valid until the next one is asked for."""
-        while not self._closed:
+        """All records that are there now, in batches. A batch is valid until the next one is asked for.
+
+        Others may come faster than they are read. So it ends, too, when as much was read as there is room for.
+        """
+        left = self._bytes
+        while left > 0 and not self._closed:
             size = self._drain(self._reader, self._pointer, len(self._buffer), self.record_size)
             if size == -errno.EBADMSG:
                 what = f"the {self.what} has a record that is not of {self.record_size} bytes"
@@ -67,6 +72,7 @@ class Ring:
                 raise failed(-size, f"the {self.what} cannot be read")
             if size:
                 yield self._view[:size]
+            left -= size
             if size + self.record_size <= len(self._buffer):
                 return
 
@@ -82,7 +88,7 @@ class PerfArray(Ring):
         self._start(lib.tcpscope_perf_new(map_fd, size), lib.tcpscope_perf_free, lib.tcpscope_perf_drain, record_size)
         self.fd: int = lib.tcpscope_perf_fd(self._reader)
         self.counts = lib.tcpscope_perf_counts(self._reader)
-        self.kernel_bytes = lib.tcpscope_perf_bytes(self._reader)
+        self._bytes = self.kernel_bytes = lib.tcpscope_perf_bytes(self._reader)
 
     def _failed(self, error: int) -> Exception:
         what = f"the {self.what} cannot be opened: {os.strerror(error)}"

@@ -160,7 +160,7 @@ out:
 struct tcpscope_ring {
 	struct ring_buffer *buffer;
 	char *to, *end;
-	size_t record_size;
+	size_t record_size, bytes;
 };
 
 /* libbpf has consumed the record when this returns, whatever it returns; -ENOBUFS stops it before the next one. */
@@ -178,10 +178,14 @@ static int ring_copy(void *context, void *data, size_t size)
 struct tcpscope_ring *tcpscope_ring_new(int map_fd)
 {
 	struct tcpscope_ring *ring = calloc(1, sizeof(*ring));
+	struct bpf_map_info info = {};
+	uint32_t size = sizeof(info);
 
 	if (!ring)
 		return NULL;
-	ring->buffer = ring_buffer__new(map_fd, ring_copy, ring, NULL);
+	if (!bpf_obj_get_info_by_fd(map_fd, &info, &size))
+		ring->buffer = ring_buffer__new(map_fd, ring_copy, ring, NULL);
+	ring->bytes = info.max_entries;
 	if (!ring->buffer) {
 		int error = errno;
 
@@ -198,6 +202,11 @@ void tcpscope_ring_free(struct tcpscope_ring *ring)
 		return;
 	ring_buffer__free(ring->buffer);
 	free(ring);
+}
+
+size_t tcpscope_ring_bytes(const struct tcpscope_ring *ring)
+{
+	return ring->bytes;
 }
 
 int tcpscope_ring_fd(const struct tcpscope_ring *ring)

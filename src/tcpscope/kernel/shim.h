@@ -43,6 +43,7 @@ struct tcpscope_ring;
 struct tcpscope_ring *tcpscope_ring_new(int map_fd);
 void tcpscope_ring_free(struct tcpscope_ring *ring);
 int tcpscope_ring_fd(const struct tcpscope_ring *ring);
+size_t tcpscope_ring_bytes(const struct tcpscope_ring *ring);
 /* Copies whole records of `record_size` into the buffer until it is full or the ring is empty; returns bytes. */
 long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size);
 

@@ -25,7 +25,7 @@ from tcpscope.output import Column
 from tcpscope.own import refusal
 from tcpscope.own.hooks import UsersKernel
 from tcpscope.request import Option, Request
-from tcpscope.run import AT_ONCE, Batch, OverRate, Run
+from tcpscope.run import Batch, OverRate, Run
 from tcpscope.schema import Clock, Layout
 from tcpscope.session import RING_BYTES, Session, Stats, closed_on_error, filters
 from tcpscope.tool import Stream
@@ -352,18 +352,18 @@ class OwnRun(Run):
     def poll(self) -> Iterator[Batch]:
         self._session.release_held()
         self._look_at_cpus()
-        yield from self._batches(AT_ONCE)
+        yield from self._batches()
         self._over.say(self._session.counters)
 
     def end(self) -> Iterator[Batch]:
         self._look_at_cpus()
         self._session.end()
-        yield from self._batches(None)
+        yield from self._batches()
         self._over.say(self._session.counters, at_once=True)
 
-    def _batches(self, most: int | None) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch]:
         for source in self._sources:
-            for records in itertools.islice(source.reader.batches(), most):
+            for records in source.reader.batches():
                 rows = source.rows(records)
                 if source.matches:
                     kept = list(itertools.compress(rows, source.matches(records)))

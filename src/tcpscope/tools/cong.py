@@ -51,13 +51,17 @@ _ENDED = 255
 _NEVER = 1 << 63
 
 
+def _is_loss(state: str | None) -> bool:
+    return state == "Loss"
+
+
 class Cong(Stream):
     def __init__(self) -> None:
         super().__init__(
             "congestion",
             (*_ENDS, "ca_state", "next_state", "visit_us", "cwnd", "ssthresh"),
             important=("ca_state", "next_state", "visit_us", "raddr", "comm", "time", "pid", "cwnd", "ssthresh"),
-            alarming={"loss_us": bool, "ca_state": "Loss".__eq__, "next_state": "Loss".__eq__},
+            alarming={"loss_us": bool, "ca_state": _is_loss, "next_state": _is_loss},
             aliases=("tcpcong",),
             examples={
                 "cong -i 5": "connections that were not always in Open, every five seconds",

@@ -14,7 +14,7 @@ tool = Stream(
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "outcome", "errno", "latency_us", "syn_retrans"),
     important=("outcome", "raddr", "comm", "latency_us", "time", "pid", "syn_retrans", "laddr", "errno"),
-    alarming={"outcome": lambda outcome: outcome != "ESTABLISHED"},
+    alarming={"outcome": lambda outcome: outcome not in (None, "ESTABLISHED")},
     aliases=("tcpconnect",),
     examples={
         "connect --failed": "who cannot connect, to whom, and why",

@@ -22,7 +22,7 @@ tool = Stream(
     "attempt",
     ("time", "pid", "comm", "laddr", "lport", "raddr", "rport", "latency_us", "syn_retrans", "outcome"),
     important=("latency_us", "raddr", "outcome", "comm", "time", "pid", "syn_retrans", "laddr"),
-    alarming={"outcome": lambda outcome: outcome != "ESTABLISHED"},
+    alarming={"outcome": lambda outcome: outcome not in (None, "ESTABLISHED")},
     aliases=("tcpconnlat",),
     examples={
         "connlat --min 10ms": "attempts that took at least 10 ms",

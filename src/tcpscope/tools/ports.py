@@ -263,7 +263,7 @@ class Ports(Tool):
         "search_us",
         "errno",
     )
-    alarming = {"level": "critical".__eq__, "failed": bool}
+    alarming = {"level": lambda level: level == "critical", "failed": bool}
     once = True
     intervals = "once"
     examples = {
