@@ -211,6 +211,30 @@ def test_an_ack_that_no_program_sees(script: Script) -> Test:
 
 
 @recorded(TRACE)
+def test_an_ack_that_tcp_refuses(script: Script) -> Test:
+    """A segment out of the window acknowledges nothing. The real ACKs, which have options, are held up."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    place, written = made.near.sequence("send"), made.far.sequence("send")
+    script.client.exec("nft", "add table inet held")
+    script.client.exec("nft", "add chain inet held output { type filter hook output priority 0 ; }")
+    script.client.exec("nft", f"add rule inet held output tcp dport {PORT} tcp doff > 5 drop")
+    made.far.send_all(777)
+    ends = (script.client.ipv4, made.local, script.server.ipv4, PORT)
+    script.client.segment(*ends, sequence=place + (1 << 30), acknowledged=written + 777, flags=ACK)
+    script.server.flush()
+    script.client.exec("nft", "delete table inet held")
+    made.far.until_acknowledged()
+    made.near.read(777)
+    seen = yield
+    rows = seen.rows(TRACE, script.server)
+    arrived = [number for number, row in enumerate(rows) if row["hop"] == "TCP"]
+    assert (place.ret + (1 << 30)) % (1 << 32) in {rows[number]["seq"] for number in arrived}
+    (acked, *_) = (number for number, row in enumerate(rows) if (row["hop"], row["data_bytes"]) == ("ACKED", 777))
+    assert rows[max(number for number in arrived if number < acked)]["seq"] == place.ret % (1 << 32)
+
+
+@recorded(TRACE)
 def test_a_fin_that_the_backlog_merges(script: Script) -> Test:
     """While a process holds the socket, the kernel adds the FIN to the segment before it. It is no byte."""
     made = pair(script, PORT)

@@ -6,7 +6,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
-from socket import IPPROTO_TCP
+from socket import IPPROTO_TCP, MSG_DONTWAIT, SO_RCVBUF, SO_SNDBUF, SOL_SOCKET
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from tcpscope.kernel.features import Kernel
 from tcpscope.request import Request
 from tcpscope.tool import find
 from tests.record import Call, Script, Seen, Test, recorded
-from tests.record.script import NOBODYS_MAC, Host
+from tests.record.script import NOBODYS_MAC, SENDTO, Host
 from tests.tools.pair import exchange, pair, without_timers
 from tests.tools.test_trace import AT_FUNCTIONS, OUT, PORT, TRACE, hops, us_since
 
@@ -104,6 +104,29 @@ def test_bytes_that_wait_to_be_sent(script: Script) -> Test:
     assert always(rows) == list(ALL_OUT)
     assert 2 * PAUSE_US <= us_since(rows[1]) <= uncorked.end_us - first.begin_us + 1
     assert us_since(rows[1]) >= uncorked.begin_us - first.end_us - 1
+
+
+@recorded(TRACE)
+def test_a_write_that_waits_while_another_thread_tries(script: Script) -> Test:
+    """Whose bytes are those that come later is not known: no packet begins with the other thread's call."""
+    made = pair(script, PORT)
+    exchange(made.near, made.far)
+    for end, option in ((made.near, SO_SNDBUF), (made.far, SO_RCVBUF)):
+        end.option(SOL_SOCKET, option, 1)
+    other = made.client.thread()
+    sending = made.near.send_all(100_000, wait=False)
+    script.client.until_waiting(SENDTO, made.client)
+    tried = other.at(made.near).send("x", MSG_DONTWAIT, may_fail=True)
+    made.far.read(100_000)
+    sending.join()
+    seen = yield
+    assert tried.errno == "EAGAIN"
+    rows = [row for row in seen.rows(TRACE, script.client) if row["data_bytes"] > 1]
+    if without_functions(seen, rows):
+        return
+    writes = [row for row in rows if row["hop"] == "WRITE"]
+    assert 0 < len(writes) < sum(row["hop"] == "TRANSMIT" for row in rows)
+    assert len({row["time"] for row in writes}) == 1
 
 
 @recorded(TRACE)

@@ -13,6 +13,7 @@
 #include "kernel.bpf.h"
 #include "output.bpf.h"
 #include "processor.bpf.h"
+#include "window.bpf.h"
 
 #define WATCHED 8
 
@@ -195,22 +196,6 @@ static __always_inline bool backlog_is_full(struct sock *sk)
 static __always_inline bool is_synchronized(__u8 state)
 {
 	return state != STATE_SYN_SENT && state != STATE_CLOSE && state != STATE_LISTEN;
-}
-
-/* Where a segment is: tcp_sequence(). */
-enum window { WINDOW_BEFORE, WINDOW_IN, WINDOW_BEYOND };
-
-static __always_inline enum window window_of(struct sock *sk, const struct tcp_skb_cb *segment)
-{
-	struct tcp_sock *tcp = (struct tcp_sock *)sk;
-	__u32 offered = BPF_CORE_READ(tcp, rcv_wup), next = BPF_CORE_READ(tcp, rcv_nxt);
-	__u32 end = offered + BPF_CORE_READ(tcp, rcv_wnd);
-
-	if ((__s32)(end - next) < 0)
-		end = next;
-	if ((__s32)(BPF_CORE_READ(segment, end_seq) - offered) < 0)
-		return WINDOW_BEFORE;
-	return (__s32)(BPF_CORE_READ(segment, seq) - end) > 0 ? WINDOW_BEYOND : WINDOW_IN;
 }
 
 #endif

@@ -569,7 +569,8 @@ struct trace_event_raw_tcp_retransmit_skb { /* include/trace/events/tcp.h, since
 
 enum gro_result { GRO_MERGED, GRO_MERGED_FREE }; /* include/linux/netdevice.h */
 
-enum skb_drop_reason { SKB_NOT_DROPPED_YET }; /* include/net/dropreason-core.h, since 5.17 */
+/* include/net/dropreason-core.h, since 5.17 */
+enum skb_drop_reason { SKB_NOT_DROPPED_YET, SKB_DROP_REASON_NOT_SPECIFIED };
 
 struct trace_event_raw_kfree_skb {   /* include/trace/events/skb.h */
 	enum skb_drop_reason reason; /* since 5.17 */

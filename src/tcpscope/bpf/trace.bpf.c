@@ -20,6 +20,7 @@
 #include "socket_event.bpf.h"
 #include "packet.bpf.h"
 #include "trace_netfilter.bpf.h"
+#include "window.bpf.h"
 
 #define BULK 1024     /* packets that leave a queue discipline at once */
 #define BULK_TURNS 16 /* the same before 5.17 */
@@ -99,6 +100,16 @@ static __always_inline bool is_large(struct sk_buff *skb)
 	return BPF_CORE_READ(shared, gso_size);
 }
 
+/* Some drivers free what they have sent as if they discarded it: vmxnet3, by dev_kfree_skb_any(). */
+static __always_inline bool is_sent(const struct piece *piece, __u32 reason)
+{
+	__u32 none = -1; /* before 5.17 there are no reasons */
+
+	if (bpf_core_enum_value_exists(enum skb_drop_reason, SKB_DROP_REASON_NOT_SPECIFIED))
+		none = bpf_core_enum_value(enum skb_drop_reason, SKB_DROP_REASON_NOT_SPECIFIED);
+	return reason == none && piece->direction == WAY_SENT && piece->hop == HOP_XMIT && !piece->hidden;
+}
+
 /* The skb is freed. A large packet is freed when its segments have been made. */
 static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 {
@@ -111,6 +122,10 @@ static __noinline int freed(struct sk_buff *skb, enum hop hop, __u32 reason)
 	if (!followed) {
 		followed_delete(skb);
 		return 0;
+	}
+	if (hop == HOP_DROPPED && is_sent(&followed->piece, reason)) {
+		hop = HOP_CONSUMED;
+		reason = -1;
 	}
 	if (hop == HOP_CONSUMED && followed->piece.hop < HOP_START_XMIT && is_large(skb)) {
 		hop = HOP_SEGMENTED;

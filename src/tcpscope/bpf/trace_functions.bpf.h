@@ -30,6 +30,7 @@ const volatile bool hooked_accepted;
 struct write {
 	__u64 began_ns;
 	__u64 begin, end; /* its bytes; until it ends, 0 */
+	__u64 thread;     /* its number; 0: it has ended */
 };
 
 /*
@@ -64,6 +65,7 @@ static __noinline int write_begin(struct sock *sk)
 	if (!flow)
 		return 0;
 	new.began_ns = bpf_ktime_get_ns();
+	new.thread = bpf_get_current_pid_tgid();
 	flow->written = flow->writes ? flow->written + (seq - flow->written_seq) : FIRST_BYTE;
 	flow->written_seq = seq;
 	new.begin = flow->written;
@@ -72,6 +74,7 @@ static __noinline int write_begin(struct sock *sk)
 	return 0;
 }
 
+/* The bytes of a write that waited for room while another thread has written are nobody's: which these are is not known. */
 static __noinline int write_end(struct sock *sk)
 {
 	__u32 seq = BPF_CORE_READ((struct tcp_sock *)sk, write_seq);
@@ -81,8 +84,10 @@ static __noinline int write_end(struct sock *sk)
 	if (!flow || !flow->writes)
 		return 0;
 	write = write_find(sk, flow->writes - 1);
-	if (write)
-		write->end = flow->written + (seq - flow->written_seq);
+	if (!write || write->thread != bpf_get_current_pid_tgid())
+		return 0;
+	write->end = flow->written + (seq - flow->written_seq);
+	write->thread = 0;
 	return 0;
 }
 

@@ -167,8 +167,8 @@ static __noinline struct followed *handled_begin(struct sk_buff *skb)
 }
 
 /*
- * TCP takes a segment of an established connection. It is about to handle what it says. In the backlog another one, also with a FIN,
- * may have been merged into it.
+ * TCP takes a segment of an established connection. It is about to handle what it says, if it is in the window. In the backlog another
+ * one, also with a FIN, may have been merged into it.
  */
 static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 cookie, bool loops)
 {
@@ -179,6 +179,7 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 	struct flow *flow = flow_of(sk);
 	struct at at;
 	__u16 fin = READ_ANY_WIDTH(said, tcp_flags) & TCP_FIN;
+	bool in_window;
 
 	if (!flow) {
 		if (followed)
@@ -186,6 +187,7 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 		return 0;
 	}
 	at = at_hop(HOP_TCP);
+	in_window = window_of(sk, said) == WINDOW_IN;
 	flow->id.cookie = cookie;
 	follow_on(flow, OF_READS, BPF_CORE_READ(tcp, rcv_nxt), end_seq);
 	if (is_after(BPF_CORE_READ(tcp, snd_una), flow->taken[OF_ACKS])) /* by an ACK that no program has seen */
@@ -202,10 +204,10 @@ static __always_inline int handled(struct sock *sk, struct sk_buff *skb, __u64 c
 		hop_pass(followed, &at);
 		if (end_seq - seq == !!fin) /* no data */
 			followed_delete(skb);
-		else if (is_after(end_seq, BPF_CORE_READ(tcp, rcv_nxt)))
+		else if (in_window && is_after(end_seq, BPF_CORE_READ(tcp, rcv_nxt)))
 			unread_add(flow, followed);
 	}
-	if (is_after(ack, BPF_CORE_READ(tcp, snd_una)) && !is_after(ack, BPF_CORE_READ(tcp, snd_nxt)))
+	if (in_window && is_after(ack, BPF_CORE_READ(tcp, snd_una)) && !is_after(ack, BPF_CORE_READ(tcp, snd_nxt)))
 		waiting_take(flow, OF_ACKS, ack, false, loops);
 	return 0;
 }

@@ -44,12 +44,13 @@ static __always_inline bool is_sent_here(struct sk_buff *skb)
 /*
  * Is a packet that was followed to this hop the one that a device gets now? A packet that a device has received has skb_iif. Without
  * it the skb is new, at an address whose last packet may have been the same: a keepalive, or a SYN-ACK that is sent again. One in a
- * tunnel, whose device has taken it, may have waited for the link address of the next hop (ARP).
+ * tunnel, whose device has taken it, may have waited for the link address of the next hop (ARP). The driver of a pair of devices may
+ * come back on its processor after another one has received the packet: then it is at XMIT again.
  */
 static __always_inline bool may_be_queued(struct sk_buff *skb, enum hop hop, bool hidden)
 {
 	return hop == HOP_TRANSMIT || hop == HOP_START_XMIT || (hop == HOP_RECEIVE && skb->skb_iif) ||
-	       (hop == HOP_XMIT && hidden);
+	       (hop == HOP_XMIT && (hidden || skb->skb_iif));
 }
 
 /* TCP, or who forwards, gives the packet to a device. A device may give it to another one. */
