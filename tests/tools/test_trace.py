@@ -21,6 +21,7 @@ from tcpscope.lab.hosts import Lab
 from tcpscope.request import Request
 from tcpscope.tool import find
 from tests.conftest import CompletedRun, until
+from tests.lacks import functions_cannot_be_hooked
 from tests.record import Call, Script, Test, Watch, recorded
 from tests.record.script import Host
 from tests.tools.pair import exchange, pair
@@ -401,7 +402,7 @@ def covered(rows: Iterable[dict[str, Any]], begin: int) -> int:
     return at
 
 
-ATTEMPTS = 8  # some kernels run no program in some tasks: then it is done again
+ATTEMPTS = 8  # a kernel where functions cannot be hooked runs no program in some tasks: then it is done again
 
 
 def devices(lab: Lab) -> dict[tuple[int, str], int]:
@@ -450,7 +451,7 @@ def transfer(
 @pytest.mark.kernel
 def test_no_packet_is_lost(lab, run_tool):  # type: ignore[no-untyped-def]
     """Each packet that a device counts has its row, and no other one. All bytes have all hops."""
-    for _ in range(ATTEMPTS):
+    for _ in range(ATTEMPTS if functions_cannot_be_hooked() else 1):
         done, counted = transfer(lab, run_tool)
         assert (done.stats["lost"], done.stats["table_full"]) == (0, 0)
         shown = Counter((row["netns"], row["hop"]) for row in done.rows if row["hop"] in ("XMIT", "RECEIVE"))
