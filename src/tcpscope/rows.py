@@ -893,7 +893,7 @@ class Queue(msgspec.Struct, frozen=True):
     """time since the last accept()"""
 
     oldest_wait_ms: int | None
-    """how long the head of the accept queue has waited for accept(), since its SYN-ACK"""
+    """how long ago the kernel answered the connection at the head of the accept queue with its first SYN-ACK"""
 
     somaxconn: int
     """net.core.somaxconn of the namespace"""

@@ -188,7 +188,7 @@ _DERIVED = (
     _Derived(
         "oldest_wait_ms",
         unit="ms",
-        doc="how long the head of the accept queue has waited for accept(), since its SYN-ACK",
+        doc="how long ago the kernel answered the connection at the head of the accept queue with its first SYN-ACK",
         nullable=True,
         title="WAIT(ms)",
         formula=lambda look: _ms(look.listener.oldest_wait_us),

@@ -100,7 +100,7 @@ def _why(listener: Listener) -> str:
 
 def _waiting(history: History) -> str:
     wait = history.last.oldest_wait_us
-    return f"; the oldest connection has waited {seconds(wait)}" if wait is not None else ""
+    return f"; the oldest connection has waited {seconds(wait)} since its SYN-ACK" if wait is not None else ""
 
 
 def _remedies(history: History) -> Iterator[Remedy]:
