@@ -120,6 +120,22 @@ def test_a_source_in_a_folder_that_cannot_be_written(lab, run_tool, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [source]
 
 
+SHORT = """bpf_ringbuf_submit(e, 0);
+	void *shorter = bpf_ringbuf_reserve(&rows, 32, 0);
+	if (shorter)
+		bpf_ringbuf_submit(shorter, 0);
+"""
+
+
+def test_rows_before_a_record_of_another_size(lab, run_tool, tmp_path: Path) -> None:
+    source = written(tmp_path, "behind", PLAIN.replace("bpf_ringbuf_submit(e, 0);", SHORT))
+    with run_tool("run", str(source)) as tool:
+        connect_once(lab)
+        done = tool.wait()
+    assert (done.status, len(done.rows)) == (1, 1)
+    assert "the ring buffer has a record that is not of 40 bytes" in done.stderr
+
+
 def test_records_of_another_size(lab, run_tool, tmp_path: Path) -> None:
     source = written(
         tmp_path, "short", PLAIN.replace("sizeof(*e), 0)", "sizeof(*e) - 4, 0)").replace("e->new = new;", "")

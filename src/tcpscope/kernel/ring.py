@@ -30,6 +30,7 @@ class Ring:
 
     def __init__(self, map_fd: int, record_size: int) -> None:
         self._start(lib.tcpscope_ring_new(map_fd), lib.tcpscope_ring_free, lib.tcpscope_ring_drain, record_size)
+        self._fails = lib.tcpscope_ring_fails
         self.fd: int = lib.tcpscope_ring_fd(self._reader)
         self._bytes: int = lib.tcpscope_ring_bytes(self._reader)
 
@@ -70,10 +71,10 @@ class Ring:
                 raise MalformedError(what, "each must be one whole event")
             if size < 0:
                 raise failed(-size, f"the {self.what} cannot be read")
+            left -= size
             if size:
                 yield self._view[:size]
-            left -= size
-            if size + self.record_size <= len(self._buffer):
+            if size + self.record_size <= len(self._buffer) and not self._fails(self._reader):
                 return
 
 
@@ -86,6 +87,7 @@ class PerfArray(Ring):
 
     def __init__(self, map_fd: int, record_size: int, size: int) -> None:
         self._start(lib.tcpscope_perf_new(map_fd, size), lib.tcpscope_perf_free, lib.tcpscope_perf_drain, record_size)
+        self._fails = lib.tcpscope_perf_fails
         self.fd: int = lib.tcpscope_perf_fd(self._reader)
         self.counts = lib.tcpscope_perf_counts(self._reader)
         self._bytes = self.kernel_bytes = lib.tcpscope_perf_bytes(self._reader)

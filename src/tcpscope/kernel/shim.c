@@ -161,6 +161,7 @@ struct tcpscope_ring {
 	struct ring_buffer *buffer;
 	char *to, *end;
 	size_t record_size, bytes;
+	int error; /* that stands behind the records of the last call */
 };
 
 /* libbpf has consumed the record when this returns, whatever it returns; -ENOBUFS stops it before the next one. */
@@ -173,6 +174,14 @@ static int ring_copy(void *context, void *data, size_t size)
 	memcpy(ring->to, data, size);
 	ring->to += size;
 	return (size_t)(ring->end - ring->to) < size ? -ENOBUFS : 0;
+}
+
+/* What a call returns that found an error: the bytes before it, if there are any. Then the next call has the error. */
+static long after_records(int error, int *later, long bytes)
+{
+	if (bytes)
+		*later = error;
+	return bytes ?: error;
 }
 
 struct tcpscope_ring *tcpscope_ring_new(int map_fd)
@@ -209,6 +218,11 @@ size_t tcpscope_ring_bytes(const struct tcpscope_ring *ring)
 	return ring->bytes;
 }
 
+bool tcpscope_ring_fails(const struct tcpscope_ring *ring)
+{
+	return ring->error;
+}
+
 int tcpscope_ring_fd(const struct tcpscope_ring *ring)
 {
 	return ring_buffer__epoll_fd(ring->buffer);
@@ -216,17 +230,20 @@ int tcpscope_ring_fd(const struct tcpscope_ring *ring)
 
 long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size)
 {
-	int error;
+	int error = ring->error;
 
 	if (size < record_size)
 		return -EINVAL;
+	ring->error = 0;
+	if (error)
+		return error;
 	ring->to = buffer;
 	ring->end = ring->to + size;
 	ring->record_size = record_size;
 	error = ring_buffer__consume(ring->buffer);
-	if (error < 0 && error != -ENOBUFS)
-		return error;
-	return ring->to - (char *)buffer;
+	if (error >= 0 || error == -ENOBUFS)
+		return ring->to - (char *)buffer;
+	return after_records(error, &ring->error, ring->to - (char *)buffer);
 }
 
 /* --- perf event array ------------------------------------------------------------------------------------------- */
@@ -239,7 +256,7 @@ struct tcpscope_perf {
 	size_t record_size;
 	uint64_t lost; /* that events of their own have told */
 	bool counts, full;
-	int error;
+	int error, later; /* of this call; that stands behind the records of the last one */
 };
 
 struct sample {
@@ -335,6 +352,11 @@ size_t tcpscope_perf_bytes(const struct tcpscope_perf *perf)
 	return perf_buffer__buffer_cnt(perf->buffer) * (perf->pages + 1) * sysconf(_SC_PAGESIZE);
 }
 
+bool tcpscope_perf_fails(const struct tcpscope_perf *perf)
+{
+	return perf->later;
+}
+
 bool tcpscope_perf_counts(const struct tcpscope_perf *perf)
 {
 	return perf->counts;
@@ -362,12 +384,15 @@ long tcpscope_perf_drain(struct tcpscope_perf *perf, void *buffer, size_t size, 
 	perf->end = perf->to + size;
 	perf->record_size = record_size;
 	perf->full = false;
-	perf->error = 0;
+	perf->error = perf->later;
+	perf->later = 0;
 	for (size_t i = 0; i < count && !perf->full && !perf->error; i++) {
 		perf->next = (first + i) % count;
 		perf_buffer__consume_buffer(perf->buffer, perf->next);
 	}
-	return perf->error ? perf->error : perf->to - (char *)buffer;
+	if (!perf->error)
+		return perf->to - (char *)buffer;
+	return after_records(perf->error, &perf->later, perf->to - (char *)buffer);
 }
 
 /* --- iterators, maps, programs ---------------------------------------------------------------------------------- */

@@ -44,6 +44,8 @@ struct tcpscope_ring *tcpscope_ring_new(int map_fd);
 void tcpscope_ring_free(struct tcpscope_ring *ring);
 int tcpscope_ring_fd(const struct tcpscope_ring *ring);
 size_t tcpscope_ring_bytes(const struct tcpscope_ring *ring);
+/* Whether the next call of tcpscope_ring_drain will return an error. */
+bool tcpscope_ring_fails(const struct tcpscope_ring *ring);
 /* Copies whole records of `record_size` into the buffer until it is full or the ring is empty; returns bytes. */
 long tcpscope_ring_drain(struct tcpscope_ring *ring, void *buffer, size_t size, size_t record_size);
 
@@ -57,6 +59,7 @@ long tcpscope_perf_drain(struct tcpscope_perf *perf, void *buffer, size_t size, 
 /* Events for which there was no room; without `counts` those that a later event of their processor has told. */
 uint64_t tcpscope_perf_lost(const struct tcpscope_perf *perf);
 size_t tcpscope_perf_bytes(const struct tcpscope_perf *perf);
+bool tcpscope_perf_fails(const struct tcpscope_perf *perf);
 bool tcpscope_perf_counts(const struct tcpscope_perf *perf);
 
 /* Attaches an iterator program to the entries of a map; NULL and errno. */
