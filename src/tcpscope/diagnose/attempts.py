@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from ipaddress import ip_address
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,23 @@ def _linear_timeouts() -> int:
     with suppress(OSError, ValueError):
         return int(_LINEAR.read_text())
     return 0
+
+
+def falls_back(seen: Evidence, host: Host, ports: set[int], failed: Mapping[str | None, int]) -> bool:
+    """Whether each program connects to the same port of an address of the other IP version, as often as it fails here.
+
+    A name has addresses of both versions, and the second one works: for localhost both are loopback addresses.
+    """
+    netns, address = host[0], ip_address(host[1])
+    for comm, number in failed.items():
+        worked = 0
+        for group, tally in seen.attempts.where(netns=netns, comm=comm, rport=ports, outcome="ESTABLISHED"):
+            other = ip_address(group.raddr)
+            if other.version != address.version and other.is_loopback == address.is_loopback:
+                worked += tally.count
+        if worked < number:
+            return False
+    return True
 
 
 def scans_of(

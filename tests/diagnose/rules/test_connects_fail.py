@@ -325,6 +325,7 @@ def test_another_ip_version_works() -> None:
     assert severities(refused) == ["critical"]
     assert severities(refused | {attempt("ESTABLISHED", raddr="127.0.0.1"): times(19)}) == ["critical"]
     assert severities(refused | {attempt("ESTABLISHED", raddr="127.0.0.1"): times(20)}) == ["info"]
+    assert severities(refused | {attempt("ESTABLISHED", raddr=OTHER): times(20)}) == ["critical"]  # no localhost
 
 
 def test_processes_of_one_name_count_together() -> None:

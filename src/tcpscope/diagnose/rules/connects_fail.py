@@ -18,6 +18,7 @@ from tcpscope.diagnose.attempts import (
     Host,
     Program,
     Subject,
+    falls_back,
     merged,
     scans_of,
     services_of,
@@ -95,10 +96,11 @@ class ConnectsFail(Rule):
         severity = next((name for name in ("critical", "warning", "info") if name in severities), None)
         if severity is None:
             return
-        falls_back = not subject.scan and _falls_back(seen, subject)
-        steady = severity == "info" and not falls_back and not subject.scan and not subject.connected
+        failed = {comm: program.bad for comm, program in subject.programs.items()}
+        both_versions = not subject.scan and falls_back(seen, subject.host, set(subject.ports), failed)
+        steady = severity == "info" and not both_versions and not subject.scan and not subject.connected
         alone = steady and _alone(seen, subject)
-        if falls_back or subject.scan:
+        if both_versions or subject.scan:
             severity = "info"
         netns, raddr = subject.host
         others = sorted(alive.get(subject.host, set()) - set(subject.ports))
@@ -117,11 +119,11 @@ class ConnectsFail(Rule):
         yield Finding(
             rule=self.name,
             severity=severity,
-            title=_title(subject, others, refused=severity == "info" and not falls_back, alone=alone),
+            title=_title(subject, others, refused=severity == "info" and not both_versions, alone=alone),
             observed=list(_observed(subject, others))
             + [f"{number} clients of PID {pid} have closed meanwhile" for pid, number in held_up.items()]
             + (["its process has no other connection, and no other connect of it succeeded"] if alone else []),
-            why=WHY_ALONE if alone else _why(subject, severity, others, falls_back),
+            why=WHY_ALONE if alone else _why(subject, severity, others, both_versions),
             remedies=[] if severity == "info" and not steady else list(_remedies(subject, others, inside)),
             facts={
                 "netns": netns,
@@ -193,19 +195,6 @@ def _key(subject: Subject) -> tuple[Any, ...]:
 def _option(ports: list[int]) -> str:
     """No filter has port 0."""
     return f" -R {','.join(map(str, ports))}" if all(ports) else ""
-
-
-def _falls_back(seen: Evidence, subject: Subject) -> bool:
-    """Whether each program connects to the same port of an address of the other IP version, as often as it fails here.
-
-    A name has addresses of both versions, and the second one works.
-    """
-    version = ip_address(subject.host[1]).version
-    for comm, program in subject.programs.items():
-        where = seen.attempts.where(netns=subject.host[0], comm=comm, rport=set(subject.ports), outcome="ESTABLISHED")
-        if sum(tally.count for group, tally in where if ip_address(group.raddr).version != version) < program.bad:
-            return False
-    return True
 
 
 def _alone(seen: Evidence, subject: Subject) -> bool:

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint
-from tcpscope.diagnose.attempts import is_steady
+from tcpscope.diagnose.attempts import falls_back, is_steady
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.tallies import Tally
@@ -21,10 +21,8 @@ LEAST, LOCAL_LEAST = 10, 3
 _STARTS_SECONDS = 1.0
 """A listener that is younger has not been there when a SYN came."""
 
-_ANY = ("0.0.0.0", "::")
-"""A listener there listens at the loopback address of its IP version too."""
-
 _PEERS_SHOWN = 3
+_RISK = "Whoever reaches any address of this host can connect then, unless a firewall forbids it."
 
 
 class WrongAddress(Rule):
@@ -44,9 +42,9 @@ class WrongAddress(Rule):
             if not history.gone and (own.netns, own.lport) in refused:
                 listening[own.netns, own.lport].append(history)
         for key, histories in listening.items():
-            yield from self._judge(histories, refused[key])
+            yield from self._judge(seen, histories, refused[key])
 
-    def _judge(self, histories: list[History], refused: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+    def _judge(self, seen: Evidence, histories: list[History], refused: list[tuple[Any, Tally]]) -> Iterator[Finding]:
         """One finding for a port: the listener that is there for longest, and who came to other addresses."""
         history = min(histories, key=lambda each: each.began)
         addresses = {each.last.laddr for each in histories}
@@ -62,9 +60,11 @@ class WrongAddress(Rule):
                 for tally in tallies:
                     total.merge(tally)
         if wrong:
-            yield self._finding(history, addresses, wrong)
+            yield self._finding(seen, history, addresses, wrong)
 
-    def _finding(self, history: History, addresses: set[str], wrong: dict[tuple[str, str], Tally]) -> Finding:
+    def _finding(
+        self, seen: Evidence, history: History, addresses: set[str], wrong: dict[tuple[str, str], Tally]
+    ) -> Finding:
         own = history.last
         came: Counter[str] = Counter()
         clients: Counter[str] = Counter()
@@ -77,32 +77,40 @@ class WrongAddress(Rule):
         is_check = all(
             is_steady(tally.count, tally.first_s, tally.last_s, tally.between_ns) for tally in wrong.values()
         )
-        both_loopback = all(map(_is_loopback, came)) and all(a in _ANY or _is_loopback(a) for a in addresses)
+        loopback = all(ip_address(address).is_loopback for address in came)
+        both_versions = loopback and all(_falls_back(seen, own.netns, own.lport, address) for address in came)
         common = of(history)
         shown = [f"{address} ({number})" for address, number in clients.most_common(_PEERS_SHOWN)]
         more = f" and {len(clients) - _PEERS_SHOWN} more addresses" if len(clients) > _PEERS_SHOWN else ""
         where = ", ".join(text_of(address, own.lport) for address in sorted(addresses))
         return Finding(
             rule=self.name,
-            severity="info" if is_check or both_loopback else "critical",
+            severity="info" if is_check or both_versions else "critical",
             title=f"clients connect to {text_of(wanted, own.lport)}, but {whose(history)} listens at {where} only",
             observed=[
                 f"{came.total()} SYNs refused with a RST: {', '.join(f'{n} to {each}' for each, n in came.items())}",
                 f"port {own.lport} listens at {', '.join(sorted(addresses))}",
                 f"clients: {', '.join(shown)}{more}",
+                *(
+                    [f"they connect to port {own.lport} at a loopback address of the other IP version as often"]
+                    * both_versions
+                ),
             ],
             why=(
                 "A listener takes connections only at the address that bind() was given. For all other addresses of "
                 "the host the kernel answers a SYN with a RST, as if nothing listened at this port."
+                + " A name such as localhost has addresses of both IP versions: each connect comes a little later."
+                * both_versions
             ),
             remedies=[
                 Remedy(
-                    f"Let {own.owner.comm if own.owner else 'the server'} listen at {wanted} too, or at all addresses, "
-                    f"and restart it; or send the clients to {', '.join(sorted(addresses))}.",
+                    f"Let {own.owner.comm if own.owner else 'the server'} listen at {wanted} too, "
+                    + ("" if loopback else "or at all addresses, ")
+                    + f"and restart it; or send the clients to {', '.join(sorted(addresses))}.",
                     name="listen address",
                     present=", ".join(sorted(addresses)),
-                    proposed="::" if ":" in wanted else "0.0.0.0",
-                    risk="Whoever reaches any address of this host can connect then, unless a firewall forbids it.",
+                    proposed=wanted if loopback else "::" if ":" in wanted else "0.0.0.0",
+                    risk=None if loopback else _RISK,
                 )
             ],
             facts={
@@ -124,8 +132,15 @@ class WrongAddress(Rule):
         )
 
 
-def _is_loopback(address: str) -> bool:
-    return ip_address(address).is_loopback
+def _falls_back(seen: Evidence, netns: int, port: int, address: str) -> bool:
+    """Whether those who are refused at this loopback address get through at one of the other IP version. False also if
+    that is not known."""
+    attempts, failed = getattr(seen, "attempts", None), Counter[str | None]()
+    if attempts is None:
+        return False
+    for group, tally in attempts.where(netns=netns, raddr=address, rport=port, outcome="REFUSED"):
+        failed[group.comm] += tally.count
+    return bool(failed) and falls_back(seen, (netns, address), {port}, failed)
 
 
 def is_local(laddr: str, raddr: str) -> bool:
