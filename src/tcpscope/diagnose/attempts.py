@@ -11,9 +11,10 @@ from ipaddress import ip_address
 from math import inf
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally, spanning
+from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Groups, Tally, spanning
 from tcpscope.listeners import Listener
 from tcpscope.output import endpoint as text_of
 
@@ -36,9 +37,9 @@ _LINEAR = Path("/proc/sys/net/ipv4/tcp_syn_linear_timeouts")
 Host = tuple[int, str]
 """Network namespace from which it is seen, and its address."""
 
-SILENCE = "not answered"
+SILENCE, _REFUSED = "not answered", "refused by a RST"
 _KINDS = {
-    "REFUSED": "refused by a RST",
+    "REFUSED": _REFUSED,
     "RESET": "reset",
     "REJECTED": "rejected by an ICMP message",
     "UNREACHABLE": "unreachable",
@@ -64,7 +65,7 @@ _SAYS_NO = {
 }
 """Errno of a connect() that fails before a SYN is sent -> what it means, for the title and behind it."""
 
-_ANSWERS = {"refused by a RST", "reset"}
+_ANSWERS = {_REFUSED, "reset"}
 BY_ICMP = ("rejected by an ICMP message", "unreachable")
 NO_ANSWER = (SILENCE, *BY_ICMP)
 _ICMP_PER_S = 0.25  # a host sends one a second (icmp_ratelimit); several ports share it, and some are lost
@@ -97,6 +98,8 @@ class Program:
     waiting    sockets in SYN_SENT whose SYN was sent again
     unsent     failed before a SYN was sent
     connected  since the first failure; connected_before: until then; connected_later: for certain after it
+    succeeded_s    when the last connect succeeded; 0: none
+    refused_since  refusals since then, of the intervals that followed
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -116,7 +119,8 @@ class Program:
     first_s: float = 0.0
     last_s: float = 0.0
     between_ns: tuple[int, int] = (0, 0)
-    succeeded_since: bool = False
+    succeeded_s: float = 0.0
+    refused_since: int = 0
 
     @property
     def failed(self) -> int:
@@ -141,13 +145,33 @@ class Program:
         self.first_s = min(self.first_s or first_s, first_s)
         self.last_s = max(self.last_s, last_s)
 
-    def succeeded(self, tally: Tally) -> None:
+    def answered(self, tally: Tally) -> None:
         """Of the interval in which the failure begins it is not known what came first."""
         since = tally.since(self.began_s - INTERVAL_SECONDS / 2)
         self.connected += since
         self.connected_before += tally.count - since
         self.connected_later += tally.since(self.first_s + INTERVAL_SECONDS)
-        self.succeeded_since |= tally.last_s > self.last_s
+        self.succeeded_s = max(self.succeeded_s, tally.last_s)
+
+    @property
+    def succeeded(self) -> int:
+        """Connects that succeeded at whatever time."""
+        return self.connected + self.connected_before
+
+    @property
+    def broke_down(self) -> bool:
+        """Whether it answered, and since then has refused each connect for longer than a restart takes."""
+        lasts = self.last_s - self.succeeded_s >= RESTART_SECONDS
+        return bool(self.succeeded) and self.refused_since >= LEAST and lasts
+
+    @property
+    def restarted(self) -> bool:
+        """Whether it answered, refused for a moment and answers again."""
+        return self._briefly and self.succeeded_s > self.last_s
+
+    @property
+    def _briefly(self) -> bool:
+        return bool(self.succeeded) and self.last_s - self.first_s < RESTART_SECONDS
 
     @property
     def all_fail(self) -> bool:
@@ -166,12 +190,11 @@ class Program:
     @property
     def severity(self) -> str | None:
         """None: it is not certain yet."""
-        if not self.waiting and not self.kinds.keys() - {"refused by a RST"}:
-            before = self.connected or self.connected_before
-            if before and self.last_s - self.first_s < RESTART_SECONDS:
-                return "info" if self.succeeded_since else None
+        if not self.waiting and not self.kinds.keys() - {_REFUSED}:
+            if self._briefly:
+                return "info" if self.restarted else None
             if is_steady(self.bad, self.first_s, self.last_s, self.between_ns):
-                return "info"
+                return "warning" if self.broke_down else "info"
         return "critical" if self.bad >= CRITICAL and self.all_fail else "warning"
 
 
@@ -282,6 +305,7 @@ def services_of(
     services: dict[tuple[int, str, int], dict[str | None, Program]] = {}
     answered: list[tuple[Any, Tally]] = []
     silent: list[tuple[Program, Tally]] = []
+    refused: list[tuple[Program, Tally]] = []
     connected = {(g.netns, g.comm, g.rport) for g in seen.attempts.tallies if g.outcome == "ESTABLISHED"}
     for group, tally in seen.attempts.tallies.items():
         kind = kind_of(group)
@@ -305,6 +329,8 @@ def services_of(
         program.happened(tally.first_s, tally.last_s, _took_s(group) if kind == SILENCE else (0.0, 0.0))
         if kind == SILENCE:
             silent.append((program, tally))
+        elif kind == _REFUSED:
+            refused.append((program, tally))
     alive: dict[Host, set[int]] = defaultdict(set)
     acks: list[tuple[Any, float]] = []
     for track in seen.sockets.now:
@@ -338,14 +364,44 @@ def services_of(
                 if tally.last_s > began[host] - INTERVAL_SECONDS / 2:
                     alive[host].add(_port(group))
                 if failing := services.get((*host, _port(group)), {}).get(group.comm):
-                    failing.succeeded(tally)
+                    failing.answered(tally)
         for program, tally in silent:  # what has ended since the look waited in it
             if program.waiting:
                 program.waiting = max(0, program.waiting - tally.since(program.looked_s))
         for (netns, raddr, rport), programs in services.items():
             if any(each.kinds.keys() & _ANSWERS for each in programs.values()):
                 alive[netns, raddr].add(rport)
+    _remember(seen, services)
+    for program, tally in refused:
+        program.refused_since += tally.since(program.succeeded_s)
     return services, alive
+
+
+def _remember(seen: Evidence, services: Mapping[tuple[int, str, int], Mapping[str | None, Program]]) -> None:
+    """That a service has answered, for as long as it refuses: a watch forgets what is older than a minute."""
+    before = _answered_before.get(seen.attempts, {})
+    now: dict[tuple[Any, ...], tuple[int, float]] = {}
+    for service, programs in services.items():
+        for comm, program in programs.items():
+            if not program.succeeded and (*service, comm) in before:
+                program.connected_before, program.succeeded_s = before[*service, comm]
+            if program.succeeded:
+                now[*service, comm] = program.succeeded, program.succeeded_s
+    _answered_before[seen.attempts] = now
+
+
+_answered_before: WeakKeyDictionary[Groups, dict[tuple[Any, ...], tuple[int, float]]] = WeakKeyDictionary()
+"""Of each watch: service and program -> how many connects succeeded, and when the last one did."""
+
+
+def has_answered(seen: Evidence, netns: int, address: str, port: int) -> bool:
+    """Whether a program of this machine got through in this watch, and fails there now. It may be in another network
+    namespace, unless it is a loopback address. `services_of` was asked before."""
+    if not hasattr(seen, "attempts"):
+        return False
+    known = _answered_before.get(seen.attempts, {})
+    anywhere = not ip_address(address).is_loopback
+    return any((raddr, rport) == (address, port) and (anywhere or own == netns) for own, raddr, rport, _ in known)
 
 
 def _took_s(attempt: Any) -> tuple[float, float]:
@@ -399,7 +455,7 @@ def scans_of(
     refused: dict[tuple[Host, str | None], list[int]] = defaultdict(list)
     for (netns, raddr, rport), programs in services.items():
         for comm, program in programs.items():
-            if not program.connected and not program.waiting and program.kinds.keys() == {"refused by a RST"}:
+            if not program.connected and not program.waiting and program.kinds.keys() == {_REFUSED}:
                 refused[(netns, raddr), comm].append(rport)
     return {key: ports for key, ports in refused.items() if len(ports) >= SCAN_PORTS}
 
@@ -431,5 +487,6 @@ def merged(one: Program, other: Program) -> Program:
         latest_s=min(one.latest_s, other.latest_s),
         last_s=max(one.last_s, other.last_s),
         between_ns=spanning(one.between_ns, other.between_ns),
-        succeeded_since=one.succeeded_since and other.succeeded_since,
+        succeeded_s=min(one.succeeded_s, other.succeeded_s),
+        refused_since=one.refused_since + other.refused_since,
     )

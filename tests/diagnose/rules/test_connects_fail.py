@@ -200,6 +200,29 @@ def test_a_process_that_does_nothing_else_tries_again(script: Script) -> Test:
     assert "needs the service" in finding["why"]
 
 
+@recorded(DIAGNOSE)
+def test_a_service_that_breaks_down_while_it_is_looked_at(script: Script) -> Test:
+    client, server = script.client.process("check"), script.server.process("server")
+    listener = server.listener(CHECKED)
+    near = client.socket()
+    near.connect(script.server.ipv4, CHECKED)
+    listener.accept().close()
+    near.close()
+    listener.close()
+    for _ in range(6):
+        client.pause(1_000_000)
+        fail(client, script.server.ipv4, CHECKED, 1)
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    where = f"{script.server.ipv4}:{CHECKED}"
+    assert (finding["rule"], finding["severity"], finding["facts"]["count"]) == ("connects_fail", "warning", 6)
+    assert finding["title"] == f"check cannot connect to {where}: connection refused"
+    assert any("connects of check succeeded before" in line for line in finding["observed"])
+    (remedy,) = finding["remedies"]
+    assert remedy["what"].startswith("Start the service")
+
+
 def severities(given: Any, *rows: Any) -> list[str]:
     return [finding.severity for finding in check(rule, attempts=groups(given), sockets=sockets(*rows))]
 
@@ -255,21 +278,61 @@ def test_a_steady_pace_that_is_read_late(apart_s: float, expected: list[str]) ->
     assert severities(given) == expected
 
 
+AGAIN, ONCE = "client tries again and again to connect", "as those do that are started for each check."
+
+
+def holds(*pids: int) -> Any:
+    """A listener."""
+    own = SimpleNamespace(netns=NETNS, lport=81, laddr=HERE, holders=[SimpleNamespace(pid=pid) for pid in pids])
+    return SimpleNamespace(histories={0: SimpleNamespace(last=own, gone=False, peers={})})
+
+
 @pytest.mark.parametrize(
-    ("more", "rows", "alone"),
+    ("tries", "more", "rows", "serving", "company"),
     [
-        ({}, [], True),
-        ({attempt("ESTABLISHED", rport=81): times(1)}, [], False),
-        ({attempt("REFUSED", "ECONNREFUSED", pid=8): times(1)}, [], False),  # a process for each check
-        ({}, [SimpleNamespace(pid=7, state="ESTABLISHED", role="PASSIVE")], False),
-        ({}, [SimpleNamespace(pid=8, state="ESTABLISHED", role="PASSIVE")], True),
+        ({7: 4}, {}, [], [], "none"),
+        ({7: 4}, {attempt("ESTABLISHED", rport=81): times(1)}, [], [], "These processes have other"),
+        ({7: 4}, {}, [SimpleNamespace(pid=7, state="ESTABLISHED", role="PASSIVE")], [], "These processes have other"),
+        ({7: 4}, {}, [SimpleNamespace(pid=8, state="ESTABLISHED", role="PASSIVE")], [], "none"),
+        ({7: 4}, {}, [], [7], "These processes have other"),
+        ({7: 4}, {}, [], [8], "none"),
+        ({7: 8, 8: 8, 9: 8, 10: 8}, {}, [], [], "none"),  # workers
+        ({7: 2, 8: 2}, {}, [], [8], "Some of these processes have other connections, too."),
+        ({7: 2, 8: 2}, {}, [], [7, 8], "These processes have other connections, too."),
+        ({7: 3, 8: 1}, {}, [], [], f"Some of these processes have tried once only, {ONCE}"),
+        ({7: 1, 8: 1, 9: 1}, {}, [], [], f"Each of these processes has tried once, {ONCE}"),
+        ({7: 3, None: 1}, {}, [], [], "Whether these processes have other connections was not watched."),
     ],
 )
-def test_who_does_nothing_else_tries_again_and_is_no_health_check(more: Any, rows: list[Any], alone: bool) -> None:
-    given = {attempt("REFUSED", "ECONNREFUSED"): times(1, 1, 1, 1)} | more
-    (finding,) = check(rule, attempts=groups(given), sockets=sockets(*rows))
+def test_who_does_nothing_else_tries_again_and_is_no_health_check(
+    tries: dict[int | None, int], more: Any, rows: list[Any], serving: list[int], company: str
+) -> None:
+    """Each of the processes once in a second, one after the other."""
+    given = {
+        attempt("REFUSED", "ECONNREFUSED", pid=pid): times(*[*[0] * n, *[1, *[0] * (len(tries) - 1)] * number])
+        for n, (pid, number) in enumerate(tries.items())
+    }
+    (finding,) = check(rule, attempts=groups(given | more), sockets=sockets(*rows), queues=holds(*serving))
+    alone = company == "none"
+    assert (finding.severity, finding.facts["alone"]) == ("info", None if None in tries else alone)
+    assert finding.title.startswith(AGAIN) == alone
+    assert alone or company in finding.why
+    assert ("do nothing else" in finding.why, "does nothing else" in finding.why) == (
+        alone and len(tries) > 1,
+        alone and len(tries) == 1,
+    )
+    assert any("has another connection" in line for line in finding.observed) == (alone and len(tries) > 1)
+
+
+@pytest.mark.parametrize(
+    ("filter", "alone"),
+    [(Filter(pid=(7,)), True), (Filter(rport=(PortRange(80, 80),)), None), (Filter(family=4), None)],
+)
+def test_a_filter_hides_what_else_a_process_does(filter: Filter, alone: bool | None) -> None:
+    given = {attempt("REFUSED", "ECONNREFUSED"): times(1, 1, 1, 1)}
+    (finding,) = check(rule, filter, attempts=groups(given), sockets=sockets())
     assert (finding.severity, finding.facts["alone"]) == ("info", alone)
-    assert ("tries again and again" in finding.title) == alone
+    assert ("was not watched" in finding.why) == (alone is None)
 
 
 def test_a_restart_is_for_information() -> None:
@@ -534,15 +597,50 @@ def test_when_a_syn_is_sent_again(monkeypatch: pytest.MonkeyPatch, linear: int, 
     assert attempts._until_syn(number) == seconds
 
 
-def test_a_service_that_answered_once_was_not_restarted() -> None:
-    """It refuses one connect a second since: that is the pace of a health check."""
-    given = {
-        attempt("REFUSED", "ECONNREFUSED"): times(*[1] * 20),
-        attempt("ESTABLISHED"): times(1),
-    }
+@pytest.mark.parametrize(
+    ("refused", "answered", "expected"),
+    [
+        ([1] * 20, [], "info"),
+        ([1] * 20, [1], "warning"),  # it breaks down while it is looked at
+        ([0, 1, 1, 1, 1], [1], "warning"),
+        ([0, 1, 1, 0, 1, 1], [1], "warning"),
+        ([0, 0, 1, 0, 0, 1, 0, 0, 1], [1], "warning"),
+        ([0, 0, 1, 0, 0, 1, 0, 0, 1], [1, 0, 0, 0, 1], "info"),  # it has refused two since
+        ([1] * 20, [1] + [0] * 19 + [1], "info"),  # it is back
+        ([1] * 20, [1] * 20, "info"),  # some of each
+    ],
+)
+def test_a_service_that_breaks_down_is_no_health_check(refused: list[int], answered: list[int], expected: str) -> None:
+    given = {attempt("REFUSED", "ECONNREFUSED"): times(*refused), attempt("ESTABLISHED"): times(*answered)}
     (finding,) = check(rule, attempts=groups(given), sockets=sockets())
-    assert finding.severity == "info"
+    assert finding.severity == expected
     assert "restarted" not in finding.why
+    broken = expected == "warning"
+    assert (finding.title == f"client cannot connect to {THERE}:80: connection refused") == broken
+    last_s = 100 + len(refused) - 1
+    said = f"connects of client succeeded before, and none in the last {last_s - 100} s"
+    assert (said in finding.observed) == broken
+    assert ("others succeed" in finding.why) == (sum(answered) > 1)
+
+
+def test_a_watch_remembers_that_a_service_has_answered() -> None:
+    """It looks at the last minute, and the service is down for longer."""
+    refused, answered = times(*[1] * 100), times(5)
+    given = groups({attempt("REFUSED", "ECONNREFUSED"): refused, attempt("ESTABLISHED"): answered})
+    (finding,) = check(rule, attempts=given, sockets=sockets())
+    assert finding.severity == "warning"
+    given.forget(140)
+    assert len(given.tallies) == 1
+    (finding,) = check(rule, attempts=given, sockets=sockets())
+    assert finding.severity == "warning"
+    assert "connects of client succeeded before, and none in the last 99 s" in finding.observed
+    given.forget(200)
+    assert check(rule, attempts=given, sockets=sockets()) == []
+    later = groups({attempt("REFUSED", "ECONNREFUSED"): times(*[1] * 20, first_s=300)})
+    given.tallies = later.tallies  # nobody asked meanwhile, so it may have answered
+    for each in (given, later):
+        (finding,) = check(rule, attempts=each, sockets=sockets())
+        assert finding.severity == "info"
 
 
 @pytest.mark.parametrize(

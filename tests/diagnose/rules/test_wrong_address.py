@@ -9,10 +9,11 @@ import pytest
 
 from tcpscope.diagnose import Finding
 from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.rules import connects_fail
 from tcpscope.diagnose.rules.wrong_address import rule
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.listeners import Listener
-from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, attempt, check, found, groups, of, times
+from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.test_connects_fail import fail
 from tests.record import Script, Test, recorded
 from tests.test_sampling import at
@@ -89,6 +90,10 @@ def listening(laddr: str, since_ns: int = 0, began: float = 0.0) -> History:
     return History(listener, listener, began=began)
 
 
+def refused_by(laddr: str, raddr: str) -> Any:
+    return of(netns=NETNS, laddr=laddr, lport=80, raddr=raddr, direction="SENT", cause="NO_LISTENER")
+
+
 def findings(
     *counts: int,
     listens: str = "127.0.0.1",
@@ -97,8 +102,9 @@ def findings(
     connects: Any = None,
     **how: Any,
 ) -> list[Finding]:
-    refused = of(netns=NETNS, laddr=laddr, lport=80, raddr=raddr, direction="SENT", cause="NO_LISTENER")
-    given = {"resets": groups({refused: times(*counts)})} | ({"attempts": groups(connects)} if connects else {})
+    given = {"resets": groups({refused_by(laddr, raddr): times(*counts)})} | (
+        {"attempts": groups(connects)} if connects else {}
+    )
     return check(rule, queues=SimpleNamespace(histories={1: listening(listens, **how)}), **given)
 
 
@@ -156,6 +162,36 @@ def connects(
 def test_a_program_that_tries_both_ip_versions_is_for_information(listens: str, given: Any, expected: str) -> None:
     assert severities(40, listens=listens, laddr="::1", raddr="::1", connects=given) == [expected]
     assert severities(40, listens=listens, laddr="2001:db8::2", raddr="2001:db8::1", connects=given) == ["critical"]
+
+
+@pytest.mark.parametrize(
+    ("came", "columns", "expected"),
+    [
+        (THERE, {}, "warning"),
+        (THERE, {"netns": NETNS + 1}, "warning"),
+        ("127.0.0.1", {}, "warning"),
+        ("127.0.0.1", {"netns": NETNS + 1}, "info"),
+        (THERE, {"raddr": OTHER}, "info"),
+        (THERE, {"rport": 81}, "info"),
+    ],
+)
+def test_a_server_that_has_left_an_address_is_more_than_a_health_check(
+    came: str, columns: dict[str, Any], expected: str
+) -> None:
+    """It was restarted, with another address in its configuration."""
+    ends = {"raddr": came} | columns
+    connects = {
+        attempt("REFUSED", "ECONNREFUSED", **ends): times(0, *[1] * 12),
+        attempt("ESTABLISHED", **ends): times(1),
+    }
+    given = {"resets": groups({refused_by(came, OTHER): times(*[1] * 12)}), "attempts": groups(connects)}
+    queues = SimpleNamespace(histories={1: listening("127.0.0.53")})
+    (client,) = check(connects_fail.rule, sockets=sockets(), **given)  # it is asked first
+    (finding,) = check(rule, queues=queues, **given)
+    assert (client.severity, finding.severity) == ("warning", expected)
+    del given["attempts"]
+    (finding,) = check(rule, queues=queues, **given)
+    assert finding.severity == "info"
 
 
 def test_another_loopback_address_of_the_same_ip_version() -> None:

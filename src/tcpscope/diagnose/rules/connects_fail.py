@@ -33,11 +33,6 @@ _PROGRAMS_SHOWN = 3
 _PORTS_IN_FACTS = 100
 _WILDCARDS = ("0.0.0.0", "::")
 
-WHY_ALONE = (
-    "This process does nothing else with TCP. Most probably it needs the service, cannot work without it, and tries "
-    "again after a pause. A health check that looks at this service only has the same pace; then the service is down."
-)
-
 WHY_LOOPBACK = (
     " Each network namespace, as that of each container, has a loopback address of its own: what listens in another "
     "one is not reached."
@@ -99,7 +94,8 @@ class ConnectsFail(Rule):
         failed = {comm: program.bad for comm, program in subject.programs.items()}
         both_versions = not subject.scan and falls_back(seen, subject.host, set(subject.ports), failed)
         steady = severity == "info" and not both_versions and not subject.scan and not subject.connected
-        alone = steady and _alone(seen, subject)
+        company = _company(seen, subject) if steady else ""
+        alone = company == "none"
         if both_versions or subject.scan:
             severity = "info"
         netns, raddr = subject.host
@@ -122,8 +118,8 @@ class ConnectsFail(Rule):
             title=_title(subject, others, refused=severity == "info" and not both_versions, alone=alone),
             observed=list(_observed(subject, others))
             + [f"{number} clients of PID {pid} have closed meanwhile" for pid, number in held_up.items()]
-            + (["its process has no other connection, and no other connect of it succeeded"] if alone else []),
-            why=WHY_ALONE if alone else _why(subject, severity, others, both_versions),
+            + ([_NOTHING_ELSE[len(pids) > 1]] if alone else []),
+            why=_WHY_ALONE[len(pids) > 1] if alone else _why(subject, severity, others, both_versions, company),
             remedies=[] if severity == "info" and not steady else list(_remedies(subject, others, inside)),
             facts={
                 "netns": netns,
@@ -137,7 +133,7 @@ class ConnectsFail(Rule):
                 "kinds": dict(subject.kinds),
                 "errno": subject.errno,
                 "answers": others[:PORTS_SHOWN],
-                "alone": alone,
+                "alone": None if company == "unknown" else alone,
                 "unresolved": subject.unresolved,
                 "unsent": subject.unsent,
                 "listens_elsewhere": [own.owner.pid for own in subject.elsewhere if own.owner],
@@ -197,17 +193,22 @@ def _option(ports: list[int]) -> str:
     return f" -R {','.join(map(str, ports))}" if all(ports) else ""
 
 
-def _alone(seen: Evidence, subject: Subject) -> bool:
-    """Whether it is one process, and it has no other connection, has opened none, and serves nobody."""
-    if len(subject.pids) != 1 or seen.request.filter.names_ends:
-        return False
-    (pid,) = subject.pids
+def _company(seen: Evidence, subject: Subject) -> str:
+    """What else the processes do with TCP that a service refuses steadily: a key of _COMPANY, or "none".
+
+    "none": none of them has another connection, has opened one or serves anybody, and each has tried twice or more
+    """
+    pids = subject.pids
+    if seen.request.filter.names_ends or None in pids:
+        return "unknown"
     queues = getattr(seen, "queues", None)
-    return not (
-        seen.attempts.count(pid=pid, outcome="ESTABLISHED")
-        or any(track.last.pid == pid and track.last.state != "SYN_SENT" for track in seen.sockets.now)
-        or any(own.pid == pid for each in (queues.histories.values() if queues else ()) for own in each.last.holders)
-    )
+    busy = {group.pid for group, _ in seen.attempts.where(pid=set(pids), outcome="ESTABLISHED")}
+    busy |= {track.last.pid for track in seen.sockets.now if track.last.state != "SYN_SENT"}
+    busy |= {own.pid for each in (queues.histories.values() if queues else ()) for own in each.last.holders}
+    if found := busy & pids.keys():
+        return "all" if len(found) == len(pids) else "some"
+    tried = [number for number in pids.values() if number > 1]
+    return "none" if len(tried) == len(pids) else "tried" if tried else "once"
 
 
 def _held_up(seen: Evidence, subject: Subject) -> dict[int, int]:
@@ -312,6 +313,10 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
             f"{subject.waiting} {'more wait' if failed else f'of {subject.total} connects wait'} for an answer, for up "
             f"to {waited_s:.1f} s now; SYNs were sent up to {again + 1} times"
         )
+    for comm, program in subject.programs.items():
+        if program.broke_down:
+            since_s = program.last_s - program.succeeded_s
+            yield f"connects of {comm or 'a process'} succeeded before, and none in the last {since_s:.0f} s"
     if subject.says_no:
         yield f"connect() returns {subject.errno} before a SYN is sent"
     if subject.unresolved:
@@ -335,7 +340,30 @@ def _observed(subject: Subject, others: list[int]) -> Iterator[str]:
         yield f"processes: {', '.join(shown)}{f' and {more} more' if more else ''}"
 
 
-def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -> str:
+_NOTHING_ELSE = (
+    "its process has no other connection, and no other connect of it succeeded",
+    "none of its processes has another connection, and no other connect of theirs succeeded",
+)
+"""Of one process, and of several. _WHY_ALONE too."""
+
+_SAME_PACE = " A health check that looks at this service only has the same pace; then the service is down."
+_WHY_ALONE = (
+    "This process does nothing else with TCP. Most probably it needs the service, cannot work without it, and tries "
+    "again after a pause." + _SAME_PACE,
+    "These processes do nothing else with TCP. Most probably they need the service, cannot work without it, and try "
+    "again after a pause." + _SAME_PACE,
+)
+
+_COMPANY = {
+    "all": "These processes have other connections, too.",
+    "some": "Some of these processes have other connections, too.",
+    "once": "Each of these processes has tried once, as those do that are started for each check.",
+    "tried": "Some of these processes have tried once only, as those do that are started for each check.",
+    "unknown": "Whether these processes have other connections was not watched.",
+}
+
+
+def _why(subject: Subject, severity: str, others: list[int], falls_back: bool, company: str) -> str:
     address = subject.host[1]
     if severity == "info" and falls_back:
         return (
@@ -344,13 +372,17 @@ def _why(subject: Subject, severity: str, others: list[int], falls_back: bool) -
         )
     if subject.scan:
         return "A RST comes back from a port at which nobody listens. Programs that look for services try many ports."
-    if severity == "info" and subject.connected:
+    if severity == "info" and all(program.restarted for program in subject.programs.values()):
         return "The service refused for less than three seconds and answers again: it was restarted, probably."
+    if severity == "info" and subject.connected:
+        return (
+            "Some of these connects are refused and others succeed: the service was down for a time, or is started "
+            "again and again, or one of several hosts behind this address is down."
+        )
     if severity == "info":
         return (
-            "A steady pace of one connect in a second or less is that of a health check of a service that is down: "
-            "these programs have other connections, too, or are started for each check. A program that waits for the "
-            "service may try at the same pace."
+            "A steady pace of one connect in a second or less is that of a health check of a service that is down, or "
+            f"of a program that waits for the service. {_COMPANY[company]}"
         )
     if subject.says_no:
         return subject.says_no[1] + " So connect() fails at once, and no packet leaves this host."

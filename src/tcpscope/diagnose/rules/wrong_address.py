@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, endpoint
-from tcpscope.diagnose.attempts import falls_back, is_steady
+from tcpscope.diagnose.attempts import falls_back, has_answered, is_steady
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.tallies import Tally
@@ -79,13 +79,16 @@ class WrongAddress(Rule):
         )
         loopback = all(ip_address(address).is_loopback for address in came)
         both_versions = loopback and all(_falls_back(seen, own.netns, own.lport, address) for address in came)
+        severity = "info" if both_versions or is_check else "critical"
+        if not both_versions and is_check and any(has_answered(seen, own.netns, each, own.lport) for each in came):
+            severity = "warning"
         common = of(history)
         shown = [f"{address} ({number})" for address, number in clients.most_common(_PEERS_SHOWN)]
         more = f" and {len(clients) - _PEERS_SHOWN} more addresses" if len(clients) > _PEERS_SHOWN else ""
         where = ", ".join(text_of(address, own.lport) for address in sorted(addresses))
         return Finding(
             rule=self.name,
-            severity="info" if is_check or both_versions else "critical",
+            severity=severity,
             title=f"clients connect to {text_of(wanted, own.lport)}, but {whose(history)} listens at {where} only",
             observed=[
                 f"{came.total()} SYNs refused with a RST: {', '.join(f'{n} to {each}' for each, n in came.items())}",
