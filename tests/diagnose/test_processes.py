@@ -9,15 +9,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tcpscope.diagnose import processes
+from tcpscope.diagnose import Remedy, processes
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import accept_stalled
 from tcpscope.diagnose.wording import is_in
 from tcpscope.filters import cgroup_mount
 from tcpscope.kernel import netns
+from tcpscope.kernel.features import has_capability
 from tcpscope.schema import comm_text
 from tests.conftest import until
 from tests.test_sampling import LISTENER
@@ -28,7 +30,7 @@ def test_this_process() -> None:
     assert (own.pid, own.comm) == (os.getpid(), Path("/proc/self/comm").read_text().strip())
     assert own.state == "R"
     assert own.does is None
-    assert own.open_files == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert (own.open_files, own.open_files_hard) == resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def test_its_threads() -> None:
@@ -130,6 +132,79 @@ def test_nobody_has_no_limit_of_open_files() -> None:
     unlimited = resource.RLIM_INFINITY
     with pytest.raises((ValueError, PermissionError)):
         resource.setrlimit(resource.RLIMIT_NOFILE, (unlimited, unlimited))
+
+
+def raised(soft: int, hard: int, proposed: int, number: int = 1) -> tuple[Remedy, list[tuple[int, int]], str]:
+    """The remedy for processes with these limits; their limits after its command, and what the command has said."""
+    children = [subprocess.Popen(["sleep", "600"]) for _ in range(number)]
+    try:
+        for child in children:
+            resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        remedy = processes.more_files([processes.read(child.pid) for child in children], proposed, "More files.")
+        assert remedy.command
+        done = subprocess.run(["sh", "-c", remedy.command], stderr=subprocess.PIPE, text=True)
+        limits = [resource.prlimit(child.pid, resource.RLIMIT_NOFILE) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    return remedy, limits, done.stderr
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_proposed_limit_below_the_hard_one(number: int) -> None:
+    remedy, limits, said = raised(64, 500, 128, number)
+    assert (limits, said) == ([(128, 500)] * number, "")
+    assert (remedy.present, remedy.proposed, remedy.risk) == (64, 128, None)
+
+
+def raises_both() -> None:
+    """The limits are one number, as systemd and Docker set them. Without CAP_SYS_RESOURCE the kernel says so."""
+    remedy, limits, said = raised(64, 64, 128)
+    assert remedy.risk == "The hard limit is 64: to raise it needs CAP_SYS_RESOURCE."
+    if has_capability("CAP_SYS_RESOURCE"):
+        assert (limits, said) == ([(128, 128)], "")
+    else:
+        assert limits == [(64, 64)]
+        assert "Operation not permitted" in said
+        assert "cannot exceed" not in said
+
+
+def test_the_proposed_limit_above_the_hard_one() -> None:
+    raises_both()
+
+
+@pytest.mark.root
+@pytest.mark.kernel
+def test_the_proposed_limit_above_the_hard_one_as_root() -> None:
+    raises_both()
+
+
+def test_the_hard_limit_of_another_one_stays() -> None:
+    one, other = (processes.Process(pid, "proxy", open_files=64, open_files_hard=pid) for pid in (100, 500))
+    command = processes.more_files([one, other], 128, "More files.").command
+    assert command == "for pid in 100 500; do prlimit --pid $pid --nofile=128:500; done"
+
+
+@pytest.mark.parametrize(("most", "first"), [(127, "sysctl -w fs.nr_open=128 && "), (128, ""), (None, "")])
+def test_more_than_any_process_may_have(monkeypatch: pytest.MonkeyPatch, most: int | None, first: str) -> None:
+    monkeypatch.setattr(processes, "_nr_open", lambda: most)
+    full = processes.Process(7, "proxy", open_files=64, open_files_hard=64)
+    assert processes.more_files([full], 128, "More files.").command == f"{first}prlimit --pid 7 --nofile=128:128"
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ({"unit": "nginx.service"}, "LimitNOFILE=128 in nginx.service."),
+        ({"unit": "session-3.scope"}, "LimitNOFILE=128 in a unit, ulimit -n 128 in a shell."),
+        ({"unit": "docker.service", "container": "ab12", "by_docker": True}, "--ulimit nofile=128 of its container."),
+        ({"unit": "kubelet.service", "container": "ab12"}, "ulimit -n 128 in a shell."),
+    ],
+)
+def test_where_the_limit_is_set_for_the_next_start(where: dict[str, Any], words: str) -> None:
+    full = processes.Process(7, "proxy", open_files=64, open_files_hard=64, **where)
+    assert processes.more_files([full], 128, "More files.").what.endswith(words)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
-"""What /proc says of a process now: what it waits for, and which unit or container it belongs to."""
+"""What /proc says of a process now: what it waits for, what it may open, and which unit or container it belongs to."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from tcpscope.diagnose import Remedy
 from tcpscope.errors import UnsupportedError
 from tcpscope.filters import cgroup_mount
 from tcpscope.kernel import pidns
 from tcpscope.schema import comm_text
+
+FD_SETSIZE = 1024
+"""Of the C library: descriptors from here on do not fit into the fd_set of select()."""
 
 PROC = Path("/proc")
 _THREADS_AT_MOST = 1000
@@ -33,6 +38,7 @@ class Process:
     by_docker    that is one of Docker's
     open_files   RLIMIT_NOFILE, the soft limit. There is always one: fs.nr_open at the most
     frozen       its cgroup (v2) is frozen, as that of a paused container
+    open_files_hard  up to where the soft limit can be raised without CAP_SYS_RESOURCE
     """
 
     pid: int
@@ -44,6 +50,7 @@ class Process:
     open_files: int | None = None
     frozen: bool = False
     by_docker: bool = False
+    open_files_hard: int | None = None
 
     @property
     def name(self) -> str:
@@ -79,7 +86,7 @@ def read(pid: int, comm: str | None = None) -> Process:
     name = comm_text(raw)
     if comm is not None and comm != name and comm[:15] != name[:15]:
         return Process(pid, comm)  # another process has this number now, or in this namespace
-    unit = container = wchan = limit = None
+    unit = container = wchan = limit = hard = None
     frozen = by_docker = False
     with suppress(OSError):
         wchan = (folder / "wchan").read_text().strip("0\n") or None
@@ -96,8 +103,8 @@ def read(pid: int, comm: str | None = None) -> Process:
     with suppress(OSError, ValueError, IndexError):
         for line in (folder / "limits").read_text().splitlines():
             if line.startswith("Max open files"):
-                limit = int(line.split()[3])
-    return Process(pid, name, rest.split()[0].decode(), wchan, unit, container, limit, frozen, by_docker)
+                limit, hard = map(int, line.split()[3:5])
+    return Process(pid, name, rest.split()[0].decode(), wchan, unit, container, limit, frozen, by_docker, hard)
 
 
 def _is_frozen(cgroup: str) -> bool:
@@ -115,6 +122,55 @@ def files(pid: int) -> int | None:
     with suppress(OSError):
         return folder.stat().st_size or sum(1 for _ in folder.iterdir())
     return None
+
+
+def more_files(found: Sequence[Process], proposed: int, what: str, risk: str = "") -> Remedy:
+    """`what`, and a higher limit of open files for these processes: one whose limits are known, or several such.
+
+    A soft limit above the hard one is refused (EINVAL). systemd (LimitNOFILE=) and Docker (--ulimit) set both to one
+    value, so the hard one often has to be raised, too.
+    """
+    limits, shown = [each.open_files or 0 for each in found], " ".join(str(each.pid) for each in found)
+    hard = [each.open_files_hard or proposed for each in found]
+    above = min(hard) < proposed
+    number = f"{proposed}:{max(proposed, *hard) if above else ''}"
+    command = f"prlimit --pid {shown} --nofile={number}"
+    if len(found) > 1:
+        command = f"for pid in {shown}; do prlimit --pid $pid --nofile={number}; done"
+    if above and proposed > (_nr_open() or proposed):
+        command = f"sysctl -w fs.nr_open={proposed} && {command}"
+    risks = [risk] if risk else []
+    if above:
+        risks.append(f"The hard limit is {min(hard)}: to raise it needs CAP_SYS_RESOURCE.")
+    if proposed > FD_SETSIZE:
+        risks.append(
+            f"A program that uses select() writes beyond its fd_set with a descriptor of {FD_SETSIZE} or more: it "
+            "crashes, or its data is damaged."
+        )
+    return Remedy(
+        f"{what} For the next start set {_set_at_start(found[0], proposed)}.",
+        command=command,
+        name="RLIMIT_NOFILE",
+        present=min(limits),
+        proposed=proposed,
+        risk=" ".join(risks) or None,
+    )
+
+
+def _nr_open() -> int | None:
+    """No limit of any process can be more."""
+    with suppress(OSError, ValueError):
+        return int((PROC / "sys/fs/nr_open").read_text())
+    return None
+
+
+def _set_at_start(process: Process, limit: int) -> str:
+    """Where a process gets its limit from when it starts."""
+    if process.by_docker:
+        return f"--ulimit nofile={limit} of its container"
+    if process.unit and process.unit.endswith(".service") and not process.container:
+        return f"LimitNOFILE={limit} in {process.unit}"
+    return f"its limit where it is started: LimitNOFILE={limit} in a unit, ulimit -n {limit} in a shell"
 
 
 def children(pid: int) -> list[Process] | None:

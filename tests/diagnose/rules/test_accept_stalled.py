@@ -267,3 +267,12 @@ def test_a_process_without_files_left(
     assert accept_stalled.without_files(worker) == is_full
     said = list(accept_stalled._states([worker]))
     assert any("all 24 files open" in line for line in said) == is_full
+
+
+def test_the_limit_of_a_process_without_files_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As systemd sets it: one number for both."""
+    monkeypatch.setattr(accept_stalled.processes, "files", lambda pid: 65536)
+    worker = Process(7, "nginx", state="S", unit="nginx.service", open_files=65536, open_files_hard=65536)
+    (remedy,) = accept_stalled._remedies(History(LISTENER, LISTENER), [worker], [], 1)
+    assert remedy.command == "prlimit --pid 7 --nofile=131072:131072"
+    assert remedy.what.endswith("For the next start set LimitNOFILE=131072 in nginx.service.")

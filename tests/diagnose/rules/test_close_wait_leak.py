@@ -170,8 +170,11 @@ GROWS = [10, 11, 12, 13]
 
 @pytest.fixture(autouse=True)
 def owner(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    values: dict[str, Any] = {"open_files": 1024, "files": 100, "state": "S"}
-    read = lambda pid, comm: processes.Process(pid, comm, values["state"], open_files=values["open_files"])  # noqa: E731
+    values: dict[str, Any] = {"open_files": 1024, "open_files_hard": 65536, "files": 100, "state": "S"}
+
+    def read(pid: int, comm: str) -> processes.Process:
+        return processes.Process(pid, comm, **{name: value for name, value in values.items() if name != "files"})
+
     monkeypatch.setattr(close_wait_leak.processes, "read", read)
     monkeypatch.setattr(close_wait_leak.processes, "files", lambda pid: values["files"])
     return values
@@ -234,6 +237,15 @@ def test_more_than_select_can_take(owner: dict[str, Any], limit: int, proposed: 
     remedy = finding.remedies[1]
     assert remedy.proposed == proposed
     assert ("select()" in (remedy.risk or "")) == named
+
+
+@pytest.mark.parametrize(("hard", "limits"), [(2048, "2048:"), (2047, "2048:2048"), (1024, "2048:2048")])
+def test_the_hard_limit_is_raised_where_it_is_lower(owner: dict[str, Any], hard: int, limits: str) -> None:
+    owner["open_files_hard"] = hard
+    (finding,) = check(rule, "close_wait_leak", seen_of([track() for _ in range(10)], GROWS))
+    remedy = finding.remedies[1]
+    assert (remedy.command, remedy.present, remedy.proposed) == (f"prlimit --pid 7 --nofile={limits}", 1024, 2048)
+    assert (f"The hard limit is {hard}" in (remedy.risk or "")) == (hard < 2048)
 
 
 def test_a_limit_that_cannot_be_read(owner: dict[str, Any]) -> None:

@@ -287,14 +287,10 @@ def _remedies(
             command=f"cat /proc/{blocked[0].pid}/stack",
         )
     elif full := [each for each in workers if without_files(each)]:
-        own_limit = 2 * (full[0].open_files or 0)
-        yield Remedy(
+        yield processes.more_files(
+            full,
+            2 * max(each.open_files or 0 for each in full),
             f"Let {_names(full)} have more open files, or find out what it leaves open: accept() fails with EMFILE.",
-            command=f"prlimit --pid {full[0].pid} --nofile={own_limit}:",
-            name="RLIMIT_NOFILE",
-            present=full[0].open_files,
-            proposed=own_limit,
-            risk="A program that uses select() cannot have more than 1024." if own_limit > 1024 else None,
         )
     elif workers:
         yield from [wait.remedy] if wait else []

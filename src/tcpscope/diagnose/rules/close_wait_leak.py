@@ -30,9 +30,6 @@ FULL_SHARE = 0.9
 HELD_SHARE = 0.5
 """Of its limit: a leak that has stopped growing, because nobody connects any more."""
 
-FD_SETSIZE = 1024
-"""Of the C library: descriptors from here on do not fit into the fd_set of select()."""
-
 _PASSING_SECONDS = 2.0
 _SHOWN = 3
 _CHILDREN_IN_FACTS = 100
@@ -46,11 +43,6 @@ _WHY = (
 _WHY_OTHERS = (
     " A connection stays open until the last process that has it closes it. A child has all connections that its "
     "parent had at fork(), and keeps them over exec() if they lack FD_CLOEXEC; a process can also pass them on."
-)
-
-_RISK_SELECT = (
-    f" A program that uses select() writes beyond its fd_set with a descriptor of {FD_SETSIZE} or more: it crashes, or "
-    "its data is damaged."
 )
 
 
@@ -246,15 +238,12 @@ def _remedies(owner: processes.Process, used: int) -> Iterator[Remedy]:
     limit = owner.open_files
     if limit is None:  # it has gone, or is in another PID namespace: no command would find it
         return
-    yield Remedy(
+    yield processes.more_files(
+        [owner],
+        _raised(limit, used),
         f"Until then, restart {owner.unit or owner.comm} before it has no file descriptors left. "
         "A higher limit gains time.",
-        command=f"prlimit --pid {owner.pid} --nofile={_raised(limit, used)}:",
-        name="RLIMIT_NOFILE",
-        present=limit,
-        proposed=_raised(limit, used),
-        risk="The leak goes on: it takes memory of the kernel for each connection. Above the hard limit it fails."
-        + (_RISK_SELECT if _raised(limit, used) > FD_SETSIZE else ""),
+        risk="The leak goes on: it takes memory of the kernel for each connection.",
     )
 
 
