@@ -124,6 +124,19 @@ def files(pid: int) -> int | None:
     return None
 
 
+def without_files(process: Process, share: float = 1.0) -> bool:
+    """Whether it can open no further file, and so accept no connection; or has this share of its limit open."""
+    opened = files(process.pid)
+    return opened is not None and process.open_files is not None and opened >= share * process.open_files
+
+
+def said_of_files(process: Process, has: str = "has") -> str:
+    """Of one that has nearly all open that it may, or all."""
+    opened, limit = files(process.pid), process.open_files or 0
+    number = f"all {limit:,}" if opened is None or opened >= limit else f"{opened:,} of the {limit:,}"
+    return f"{process.comm} (PID {process.pid}) {has} {number} files open that it may (RLIMIT_NOFILE)"
+
+
 def more_files(found: Sequence[Process], proposed: int, what: str, risk: str = "") -> Remedy:
     """`what`, and a higher limit of open files for these processes: one whose limits are known, or several such.
 

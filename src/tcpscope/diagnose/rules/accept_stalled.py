@@ -10,7 +10,7 @@ from typing import Any
 from tcpscope.diagnose import Finding, Remedy, Rule, halted, processes
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.listener_history import History, Stall
-from tcpscope.diagnose.processes import Process
+from tcpscope.diagnose.processes import Process, without_files
 from tcpscope.diagnose.wording import (
     WORKERS_SHOWN,
     counters_agree,
@@ -115,7 +115,7 @@ def _finding(rule: str, seen: Evidence, group: list[History], stuck: list[tuple[
     wait_s = max(stall.seconds, (stall.wait_us or 0) / 1e6)
     numbers = [refusal_facts(seen.queues, each) for each in stalled]
     refused = _sum(numbers, "refused")
-    workers = _workers(stalled) if goes_on else []
+    workers = accepting(stalled) if goes_on else []
     wait = next(filter(None, (_wait(seen, worker) for worker in workers)), None)
     critical = wait_s >= CRITICAL_SECONDS or left or refused != 0
     span = seconds(round(wait_s * 1e6))
@@ -188,7 +188,7 @@ def _gave_up(seen: Evidence, history: History) -> tuple[int, int]:
     return len(found), sum(row.unread - 1 for row in found)  # the FIN counts
 
 
-def _workers(stuck: Sequence[History]) -> list[Process]:
+def accepting(stuck: Sequence[History]) -> list[Process]:
     """The processes that should accept, as they are now."""
     if pidns.inner():
         return []
@@ -233,18 +233,11 @@ def _states(workers: Sequence[Process]) -> Iterator[str]:
         if each.state is not None:
             does = _DOES.get(each.state, f"is in state {each.state}")
             groups.setdefault(each.does or does + (f" in {each.wchan}" if each.wchan else ""), []).append(each)
-    for each in filter(without_files, workers):
-        yield f"{each.comm} (PID {each.pid}) has all {each.open_files} files open that it may (RLIMIT_NOFILE)"
+    yield from map(processes.said_of_files, filter(without_files, workers))
     if len(groups) == 1 and all(each.does for each in workers):
         return  # the title says so
     for words, group in groups.items():
         yield f"{', '.join(f'{each.comm} (PID {each.pid})' for each in group)} {words}"
-
-
-def without_files(process: Process) -> bool:
-    """Whether it can open no further file, and so accept no connection."""
-    opened = processes.files(process.pid)
-    return opened is not None and process.open_files is not None and opened >= process.open_files
 
 
 def _siblings(others: Sequence[History]) -> Iterator[str]:
@@ -287,11 +280,7 @@ def _remedies(
             command=f"cat /proc/{blocked[0].pid}/stack",
         )
     elif full := [each for each in workers if without_files(each)]:
-        yield processes.more_files(
-            full,
-            2 * max(each.open_files or 0 for each in full),
-            f"Let {_names(full)} have more open files, or find out what it leaves open: accept() fails with EMFILE.",
-        )
+        yield more_files(full)
     elif workers:
         yield from [wait.remedy] if wait else []
         yield Remedy(
@@ -304,6 +293,15 @@ def _remedies(
             f"Restart {_names(workers)}: until it accepts, a part of all new connections waits for it.",
             risk=f"The {waiting} connections in its queue are reset, unless net.ipv4.tcp_migrate_req is 1.",
         )
+
+
+def more_files(full: Sequence[Process]) -> Remedy:
+    """For processes that can open no further one."""
+    return processes.more_files(
+        full,
+        2 * max(each.open_files or 0 for each in full),
+        f"Let {_names(full)} have more open files, or find out what it leaves open: accept() fails with EMFILE.",
+    )
 
 
 def _thaw(frozen: Process) -> str:
