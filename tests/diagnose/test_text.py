@@ -55,12 +55,12 @@ def finding(**values: Any) -> Finding:
     return Finding(**given | values)
 
 
-def told(teller: Any, *whats: str, of: Finding, quiet_s: float | None = None) -> str:
+def told(teller: Any, *whats: str, of: Finding, quiet_s: float | None = None, goes_on: bool = True) -> str:
     """What is written of a finding that was certain after 3.4 s, and lasted until 8 s."""
     known = Known(of, BEGAN_S + 3.4, BEGAN_S + 8.0)
     for what in whats:
         teller.tell(News(what, known))  # type: ignore[arg-type]
-    teller.end([of], lambda finding: quiet_s)
+    teller.end([of] if goes_on else [], lambda finding: quiet_s)
     written: str = teller._stream.getvalue().decode()
     return written
 
@@ -71,7 +71,8 @@ def test_no_line_is_longer_than_the_terminal(monkeypatch: pytest.MonkeyPatch, co
     monkeypatch.setattr(text, "width_of", lambda stream: columns)
     monkeypatch.setattr("tcpscope.output.screen.width_of", lambda stream: columns)
     teller: Any = _Text(io.BytesIO(), Seen())  # type: ignore[arg-type]
-    lines = told(teller, "began", "worse", "explained", "ended", of=finding(), quiet_s=99.0).splitlines()
+    told(teller, "began", "worse", "explained", of=finding(), quiet_s=99.0)
+    lines = told(teller, "ended", of=finding(), goes_on=False).splitlines()
     assert [line for line in lines if len(line) > columns] == [f"          # {COMMAND}"]
     assert max(map(len, lines)) > columns - 15
     begins = ("1. [critical]", "1. is [critical] now:", "1. is explained", "1. has ended, after 4.6 s", "1. is over")
@@ -101,6 +102,22 @@ def test_where(monkeypatch: pytest.MonkeyPatch, name: str | None, words: str) ->
         written = told(teller, "began", of=finding(facts={"netns": inode}))
         assert line in written if line else "Where:" not in written
     wording._namespaces.cache_clear()
+
+
+def test_what_has_ended_is_forgotten() -> None:
+    """A watch may go on for months. A fault that comes back has another number."""
+    teller: Any = _Text(io.BytesIO(), Seen())  # type: ignore[arg-type]
+    for number in (1, 2, 1):
+        fault = finding(title=f"fault {number}", subject=(number,), remedies=[], look=())
+        for what in ("began", "worse", "explained", "ended"):
+            teller.tell(News(what, Known(fault, BEGAN_S + 3.4, BEGAN_S + 8.0)))  # type: ignore[arg-type]
+        assert not [each for each in vars(teller).values() if isinstance(each, dict) and each]
+    lasts = finding(title="fault 1", subject=(1,), remedies=[], look=())
+    lines = told(teller, "began", of=lasts).splitlines()
+    ends = [line for line in lines if "has ended" in line]
+    assert ends == [f"{n}. has ended, after 4.6 s: fault {fault}" for n, fault in ((1, 1), (2, 2), (3, 1))]
+    assert "4. [critical] fault 1" in lines
+    assert not any("Nothing found" in line for line in lines)
 
 
 def test_records() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO
 
@@ -79,18 +80,37 @@ def _watch(watch: Watch, evidence: Evidence, teller: _Text | _Records, stop: Sto
         teller.tell(news)
 
 
+@dataclass
+class _Shown:
+    """A finding that goes on, as it was written last, and its number."""
+
+    number: int
+    finding: Finding
+    after_s: float
+
+
 class _Text:
-    """Findings for a reader: each when it is certain, and the last line."""
+    """Findings for a reader: each when it is certain, and the last line.
+
+    A fault that has ended is forgotten: with --watch there may be more of them than fit into memory. If it comes back,
+    it has another number.
+    """
 
     def __init__(self, stream: BinaryIO, evidence: Evidence) -> None:
         self._stream, self._evidence = stream, evidence
-        self._numbers: dict[tuple[Any, ...], int] = {}
-        self._shown: dict[tuple[Any, ...], tuple[Finding, float]] = {}
+        self._told = 0
+        self._shown: dict[tuple[Any, ...], _Shown] = {}
 
     def tell(self, news: News) -> None:
         finding = news.known.finding
-        number = self._numbers.setdefault(finding.key, len(self._numbers) + 1)
+        after_s = news.known.began_s - self._evidence.began_s
+        if finding.key not in self._shown:
+            self._told += 1
+            self._shown[finding.key] = _Shown(self._told, finding, after_s)
+        shown = self._shown[finding.key]
+        number = shown.number
         if news.what == "ended":
+            del self._shown[finding.key]
             first_s = min(finding.first_s or news.known.began_s, news.known.began_s)
             lasted_s = max(0.0, news.known.last_s - first_s)
             self._write_wrapped(f"{number}. has ended, after {text.span(lasted_s)}: {finding.title}", "")
@@ -98,36 +118,36 @@ class _Text:
         if news.what == "explained":
             self._write_wrapped(f"{number}. is explained by another finding: {finding.title}", "")
             return
-        after_s = news.known.began_s - self._evidence.began_s
-        self._shown[finding.key] = finding, after_s
+        shown.finding, shown.after_s = finding, after_s
         if news.what == "worse":
             self._write_wrapped(f"{number}. is [{finding.severity}] now: {finding.title}", "", alarming=True)
             return
-        self._write_whole(finding, after_s)
+        self._write_whole(shown)
 
     def end(self, findings: list[Finding], quiet_s: Callable[[Finding], float | None]) -> None:
+        order = []
         for finding in findings:
-            if finding.key not in self._shown:
-                continue
-            (before, after_s), number = self._shown[finding.key], self._numbers[finding.key]
+            shown = self._shown[finding.key]
+            before, shown.finding = shown.finding, finding
+            order.append(str(shown.number))
             if before.why != finding.why:  # it is another case of the fault, as is known now
-                self._write_whole(finding, after_s)
+                self._write_whole(shown)
             elif before.observed != finding.observed:
-                self._write_wrapped(f"{number}. at the end: {'; '.join(finding.observed[:2])}")
+                self._write_wrapped(f"{shown.number}. at the end: {'; '.join(finding.observed[:2])}")
             if (past_s := quiet_s(finding)) is not None:
-                self._write_wrapped(f"{number}. is over, it seems: nothing more of it in the last {text.span(past_s)}")
-        last = [text.nothing_found(self._evidence)] if not self._numbers else []
-        order = [str(self._numbers[finding.key]) for finding in findings]
+                quiet = text.span(past_s)
+                self._write_wrapped(f"{shown.number}. is over, it seems: nothing more of it in the last {quiet}")
+        last = [text.nothing_found(self._evidence)] if not self._told else []
         if len(order) > 1:
             last.append(f"The most severe first: {', '.join(order)}.")
         last.append(f"Watched for {text.span(self._evidence.watched_s)}: {text.watched(self._evidence)}.")
         last += [f"Note: {note}." for note in _notes(self._evidence)]
         self._write([line for each in last for line in screen.filled(each, self._stream).split("\n")])
 
-    def _write_whole(self, finding: Finding, after_s: float) -> None:
-        number, width = self._numbers[finding.key], text.width_of(self._stream)
-        lines = text.finding(number, finding, after_s, self._evidence.began_s, width)
-        self._write([*lines, ""], finding.severity == "critical")
+    def _write_whole(self, shown: _Shown) -> None:
+        width = text.width_of(self._stream)
+        lines = text.finding(shown.number, shown.finding, shown.after_s, self._evidence.began_s, width)
+        self._write([*lines, ""], shown.finding.severity == "critical")
 
     def _write_wrapped(self, *lines: str, alarming: bool = False) -> None:
         width = text.width_of(self._stream)
