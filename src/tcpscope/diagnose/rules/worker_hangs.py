@@ -1,7 +1,8 @@
-"""A process that hangs: it neither reads nor closes connections whose clients have given up meanwhile."""
+"""A process that hangs: it reads nothing of what its clients have sent, whether they have given up or still wait."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,10 @@ SECONDS = 5.0
 """So many clients have sent a request and closed, and the process has read nothing of it for so long. Many clients give
 up after five seconds; a process that is only slow reads one request in that time."""
 
+WAIT_SECONDS = 10.0
+"""Where the clients are still there: for so long nothing of it was read, and the process has done nothing else. One
+request may take five seconds, and others wait for their turn meanwhile."""
+
 _LOOKED_SECONDS = 2.0
 """In the looks of this time nothing of it was read."""
 
@@ -26,7 +31,12 @@ WAITS_FOR_EVENTS = frozenset({"ep_poll", "inet_csk_accept", "inet_csk_wait_for_c
 wants to read: it has forgotten these connections, and close_wait_leak says so."""
 
 _STATES_SHOWN = 4
-_MARK = "request_left"
+_MARK, _WAITS = "request_left", "client_waits"
+_WHY_WAITS = (
+    "A server that works reads what its clients send. This process reads and sends nothing, on none of its "
+    "connections: its threads wait for something else, as a lock, a database or a disk. Its clients are connected, and "
+    "get no answer until it goes on or they give up."
+)
 _WHY = (
     "A server that works reads a request, and so notices that its client has closed. This process does neither, on "
     "none of its connections: its threads wait for something else, as a lock, a database or a disk. The kernel keeps "
@@ -41,21 +51,32 @@ def _left(row: Any, before: Any) -> bool:
     return bool(before is None or before.read_seq == row.read_seq)
 
 
-def works(track: Track) -> bool:
-    """Whether the process has lately sent something on this connection, or read what came."""
+def _waits(row: Any, before: Any) -> bool:
+    """A client is still there, and nothing was read of what it has sent since the look before."""
+    if row.state != "ESTABLISHED" or row.role != "PASSIVE" or not row.has_file or not row.unread:
+        return False
+    return bool(before is not None and before.unread and before.read_seq == row.read_seq)
+
+
+def _idle_s(track: Track) -> float:
+    """For how long the process has sent nothing on this connection, and read nothing, at the most; inf: not known."""
     row, before = track.last, track.before
-    if row.sent_bytes and row.since_sent_us < SECONDS * 1e6:
-        return True
     if before is not None and before.read_seq != row.read_seq:
-        return True
-    read = row.received_bytes and row.unread <= row.has_fin
-    return bool(read and row.since_received_us < SECONDS * 1e6)
+        return 0.0
+    sent_us = row.since_sent_us if row.sent_bytes else math.inf
+    read_us = row.since_received_us if row.received_bytes and row.unread <= row.has_fin else math.inf
+    return float(min(sent_us, read_us)) / 1e6
 
 
 class WorkerHangs(Rule):
     needs = ("sockets", "attempts")
-    marks = {_MARK: _left}
+    marks = {_MARK: _left, _WAITS: _waits}
     explains = ("close_wait_leak", "orphans")
+
+    def __init__(self) -> None:
+        self._worked: dict[tuple[int, int, str], float] = {}
+        """When a process was last seen to work. The next look does not find what it has served meanwhile: that waits
+        for nothing. Entries are deleted when they are as old as WAIT_SECONDS."""
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         if seen.request.filter.names_ends:
@@ -64,21 +85,33 @@ class WorkerHangs(Rule):
         for track in seen.sockets.now:
             if track.last.pid is not None:
                 owners.setdefault((track.last.netns, track.last.pid, track.last.comm), []).append(track)
+        self._remember(seen.now_s, owners)
         for (netns, pid, comm), tracks in owners.items():
             left = [track for track in tracks if _is_old(track)]
-            if len(left) < LEAST or any(map(works, tracks)) or _connects(seen, netns, pid):
+            waits = [track for track in tracks if track.held_s(_WAITS) >= WAIT_SECONDS]
+            gave_up = len(left) >= LEAST
+            if not gave_up and (len(left) + len(waits) < LEAST or any(map(_is_sending, tracks))):
                 continue
-            if not any(_asks(seen, track) for track in tracks):
+            stuck, quiet_s = (left, SECONDS) if gave_up else ([*left, *waits], WAIT_SECONDS)
+            if seen.now_s - self._worked.get((netns, pid, comm), -math.inf) < quiet_s:
                 continue
-            if _closes(seen, netns, pid, tracks, left):
+            if _connects(seen, netns, pid, quiet_s) or not any(_asks(seen, track) for track in tracks):
+                continue
+            if _closes(seen, netns, pid, tracks, stuck):
                 continue
             files = processes.files(pid)
-            if files is not None and files < len(left):
+            if files is not None and files < len(stuck):
                 continue  # its children have them, and it need not read
             states = processes.threads(pid)
             if states and all(wchan in WAITS_FOR_EVENTS for _, wchan in states):
                 continue
-            yield self._finding(netns, processes.read(pid, comm), tracks, left, states)
+            yield self._finding(netns, processes.read(pid, comm), tracks, left, stuck, states)
+
+    def _remember(self, now_s: float, owners: dict[tuple[int, int, str], list[Track]]) -> None:
+        for owner, tracks in owners.items():
+            at_s = now_s - min(map(_idle_s, tracks))
+            self._worked[owner] = max(at_s, self._worked.get(owner, at_s))
+        self._worked = {owner: at_s for owner, at_s in self._worked.items() if now_s - at_s < WAIT_SECONDS}
 
     def _finding(
         self,
@@ -86,29 +119,34 @@ class WorkerHangs(Rule):
         owner: processes.Process,
         tracks: list[Track],
         left: list[Track],
+        stuck: list[Track],
         states: Counter[tuple[str, str | None]],
     ) -> Finding:
-        rows = [track.last for track in left]
-        unread = sum(row.unread - row.has_fin for row in rows)
+        gone = [track.last for track in left]
         waiting = [t.last for t in tracks if t.last.state == "ESTABLISHED" and t.last.has_file and t.last.unread]
-        longest_s = max(row.since_received_us for row in rows) / 1e6
-        ports = Counter(row.lport for row in rows)
+        more, unread = gone and waiting, sum(row.unread - row.has_fin for row in gone or waiting)
+        longest_s = max(track.last.since_received_us for track in left or stuck) / 1e6
+        ports = Counter(track.last.lport for track in stuck)
         name = f"{owner.comm} (PID {owner.pid})"
         does = [f"{n} in state {state}{f' in {wchan}' if wchan else ''}" for (state, wchan), n in states.most_common()]
+        oldest = f"with {unread:,} unread bytes; the oldest has waited for {span(longest_s)}"
         observed = [
-            f"{number(len(left), 'connection')} whose clients have gone, with {unread:,} unread bytes; the oldest has "
-            f"waited for {span(longest_s)}",
-            *([f"{number(len(waiting), 'client')} more still wait: their data is not read either"] if waiting else []),
+            f"{number(len(gone), 'connection')} whose clients have gone, {oldest}"
+            if gone
+            else f"{number(len(waiting), 'client')} wait for an answer, {oldest}",
+            *([f"{number(len(waiting), 'client')} more still wait: their data is not read either"] if more else []),
             f"nothing was read or sent on any of its connections meanwhile; local ports: {listed(ports)}",
             *([f"its threads: {', '.join(does[:_STATES_SHOWN])}"] if does else []),
         ]
+        what = f"it neither reads nor closes {number(len(gone), 'connection')}"
+        if len(gone) < LEAST:
+            what = f"it reads nothing from {number(len(gone) + len(waiting), 'client')}"
         return Finding(
             rule=self.name,
-            severity="critical",
-            title=f"{name} hangs: it neither reads nor closes {number(len(left), 'connection')}"
-            + (f", and {owner.does}" if owner.does else ""),
+            severity="critical" if gone else "warning",
+            title=f"{name} hangs: {what}" + (f", and {owner.does}" if owner.does else ""),
             observed=observed,
-            why=_WHY,
+            why=_WHY if gone else _WHY_WAITS,
             remedies=[
                 Remedy(
                     f"Find out what {owner.comm} waits for: what its threads do now, and their stacks (gdb, py-spy, "
@@ -124,11 +162,11 @@ class WorkerHangs(Rule):
             look=(f"list -p {owner.pid}", f"pktlat -p {owner.pid}"),
             about=frozenset({process(owner.pid), *(listener(netns, port) for port in ports)}),
             subject=("process", netns, owner.pid),
-            first_s=max(track.last_s for track in left) - longest_s,
+            first_s=max(track.last_s for track in stuck) - longest_s,
             facts={
                 "netns": netns,
-                "count": len(left) + len(waiting),
-                "left": len(left),
+                "count": len(gone) + len(waiting),
+                "left": len(gone),
                 "waiting": len(waiting),
                 "unread_bytes": unread,
                 "wait_s": round(longest_s, 1),
@@ -145,25 +183,31 @@ def _is_old(track: Track) -> bool:
     return track.held_s(_MARK) >= _LOOKED_SECONDS and track.last.since_received_us >= SECONDS * 1e6
 
 
+def _is_sending(track: Track) -> bool:
+    """Whether the remote end has to answer or to read first, as the backend of a proxy: that may be the cause."""
+    row = track.last
+    return bool(row.has_file and (row.unsent or row.unacked))
+
+
 def _asks(seen: Evidence, track: Track) -> bool:
     """Whether a client has sent something during the watch that nobody reads. Without it the process may be idle."""
     row = track.last
     return bool(row.unread > row.has_fin and row.since_received_us < seen.watched_s * 1e6)
 
 
-def _connects(seen: Evidence, netns: int, pid: int) -> bool:
+def _connects(seen: Evidence, netns: int, pid: int, quiet_s: float) -> bool:
     """Whether it has called connect() lately: it works, and what it received from elsewhere it has forgotten."""
-    return any(tally.since(seen.now_s - SECONDS) for _, tally in seen.attempts.where(netns=netns, pid=pid))
+    return any(tally.since(seen.now_s - quiet_s) for _, tally in seen.attempts.where(netns=netns, pid=pid))
 
 
-def _closes(seen: Evidence, netns: int, pid: int, tracks: list[Track], left: list[Track]) -> bool:
+def _closes(seen: Evidence, netns: int, pid: int, tracks: list[Track], stuck: list[Track]) -> bool:
     """Whether it has accepted more connections, since the oldest of these was left, than it has open now.
 
     Only of a listener that no other process has: these may work.
     """
     queues = getattr(seen, "queues", None)
-    since_s = max(track.last_s for track in left) - max(track.last.since_received_us for track in left) / 1e6
-    ports = {track.last.lport for track in left}
+    since_s = max(track.last_s for track in stuck) - max(track.last.since_received_us for track in stuck) / 1e6
+    ports = {track.last.lport for track in stuck}
     accepted = sum(
         history.accepted_since(since_s)
         for history in (queues.histories.values() if queues else ())
