@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack, suppress
+from socket import AF_INET
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tcpscope.diagnose import Finding, processes
-from tcpscope.diagnose.rules.zero_window import BACKOFF, STALLED_SECONDS, rule
+from tcpscope.diagnose.rules.zero_window import BACKOFF, SEVERAL, STALLED_SECONDS, rule
+from tcpscope.lab.hosts import Lab
+from tests.conftest import RunningTool, until
 from tests.diagnose.rules.connections import connection, findings, track
 from tests.record import Script, Socket, Test, recorded
 from tests.tools.queue.refusals import DIAGNOSE
@@ -99,6 +103,36 @@ def test_a_reader_that_pauses_for_a_second_is_none(script: Script) -> Test:
     assert findings(seen, script) == []
 
 
+def test_a_client_elsewhere_that_reads_nothing(lab: Lab, run_tool: type[RunningTool]) -> None:
+    """Two of its connections may be paused; from the third on it is a fault. Its own host is not watched."""
+
+    def began(severity: str) -> list[dict[str, Any]]:
+        found = [row["began"] for row in tool.rows if "began" in row]
+        return [each for each in found if each["severity"] == severity]
+
+    with ExitStack() as stack, run_tool("diagnose", "-d", "600", "--netns", str(lab.server.inode)) as tool:
+        listener = stack.enter_context(lab.server.socket(AF_INET))
+        listener.bind((lab.server.ipv4, PORT))
+        listener.listen()
+        for number in range(SEVERAL):
+            near = stack.enter_context(lab.client.socket(AF_INET))
+            near.connect((lab.server.ipv4, PORT))
+            far = stack.enter_context(listener.accept()[0])
+            far.setblocking(False)
+            with suppress(BlockingIOError):
+                while True:
+                    far.send(bytes(1 << 20))
+            if number == SEVERAL - 2:
+                until(lambda: began("info"), "the two that may be paused")
+                assert not began("warning")
+        until(lambda: began("warning"), "the third one")
+    (paused,), (stuck,) = began("info"), began("warning")
+    assert (paused["rule"], paused["facts"]["lport"], paused["facts"]["count"]) == ("zero_window", PORT, SEVERAL - 1)
+    assert (paused["facts"]["clients"], paused["facts"]["raddr"]) == (1, lab.client.ipv4)
+    assert (stuck["rule"], stuck["facts"]["raddr"]) == ("zero_window", lab.client.ipv4)
+    assert stuck["title"].startswith(f"{lab.client.ipv4} does not read: {SEVERAL} connections of ")
+
+
 def check(*tracks: Any) -> list[Finding]:
     evidence: Any = SimpleNamespace(sockets=SimpleNamespace(now=tracks))
     return list(rule.check(evidence))
@@ -163,7 +197,7 @@ def test_a_proxy_that_waits_to_send_is_not_the_cause(monkeypatch: pytest.MonkeyP
     downstream = stalled(7, pid=22, lport=8080, rport=50000, role="PASSIVE")
     assert [finding.facts["raddr"] for finding in check(upstream, downstream)] == ["192.0.2.2"]
     states[22] = "T"  # it does neither
-    assert {finding.severity for finding in check(upstream, downstream)} == {"critical", "warning"}
+    assert {finding.severity for finding in check(upstream, downstream)} == {"critical", "info"}
 
 
 def test_several_connections_of_a_process_that_hangs_are_critical(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +205,64 @@ def test_several_connections_of_a_process_that_hangs_are_critical(monkeypatch: p
     tracks = [track(rule, [connection(unread=5000, own_window=0, lport=n)] * 7) for n in range(3)]
     assert [finding.severity for finding in check(*tracks[:2])] == ["warning"]
     assert [finding.severity for finding in check(*tracks)] == ["critical"]
+
+
+def paused(address: int, **more: Any) -> Any:
+    """A client of a server that waits for it with what it sends."""
+    return stalled(7, **{"role": "PASSIVE", "lport": 443, "rport": 50000, "raddr": f"198.51.100.{address}"} | more)
+
+
+def sends(address: int, **more: Any) -> Any:
+    values = {"role": "PASSIVE", "lport": 443, "raddr": f"198.51.100.{address}", "sent_bytes": 100_000}
+    return track(rule, [connection(**values | more)])
+
+
+def test_viewers_that_pause_are_one_finding_and_no_fault() -> None:
+    (finding,) = check(*(paused(n) for n in range(40)), *(sends(n) for n in range(40, 200)))
+    assert finding.severity == "info"
+    assert finding.title == "40 clients of port 443 do not read: 40 connections of app wait to send"
+    assert "40 of 200 connections of this port that send" in finding.observed
+    facts = finding.facts
+    assert (facts["count"], facts["clients"], facts["lport"], facts["raddr"]) == (40, 40, 443, None)
+    assert (finding.remedies, finding.explains) == ([], ())
+
+
+@pytest.mark.parametrize(
+    ("addresses", "severities"),
+    [
+        ([1], ["info"]),
+        ([1, 1], ["info"]),
+        ([1, 1, 1], ["warning"]),
+        ([1, 1, 1, 2], ["info", "warning"]),
+        ([1, 1, 1, 2, 2, 2], ["warning", "warning"]),
+    ],
+)
+def test_several_connections_of_one_client_are_a_fault(addresses: list[int], severities: list[str]) -> None:
+    """Whichever of the server's processes has them."""
+    others = [sends(n) for n in range(100, 120)]
+    found = check(*(paused(address, pid=pid) for pid, address in enumerate(addresses, 7)), *others)
+    assert sorted(finding.severity for finding in found) == severities
+    assert len({finding.key for finding in found}) == len(severities)
+
+
+@pytest.mark.parametrize(
+    ("stuck", "others", "severity"),
+    [(2, 0, "info"), (3, 0, "warning"), (3, 2, "warning"), (3, 3, "info")],
+)
+def test_if_most_of_a_port_wait_it_is_no_single_client(stuck: int, others: int, severity: str) -> None:
+    idle = [sends(n, since_sent_us=5_000_000) for n in range(100, 110)]
+    elsewhere = [sends(n, lport=80) for n in range(110, 120)]
+    found = check(*(paused(n) for n in range(stuck)), *(sends(n) for n in range(50, 50 + others)), *idle, *elsewhere)
+    assert [finding.severity for finding in found] == [severity]
+    assert bool(found[0].remedies) == (severity == "warning")
+
+
+def test_each_port_is_told_by_itself() -> None:
+    found = check(paused(1), paused(2, lport=80))
+    assert [(finding.severity, finding.facts["lport"]) for finding in found] == [("info", 443), ("info", 80)]
+
+
+@pytest.mark.parametrize("role", ["ACTIVE", "UNKNOWN"])
+def test_what_is_no_client_is_a_fault_from_the_first_on(role: str) -> None:
+    found = check(*(paused(n, role=role) for n in range(3)))
+    assert [finding.severity for finding in found] == ["warning"] * 3

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from tcpscope.diagnose import Finding, Remedy, Rule, halted, listener, peer, process, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, halted, listener, paths, peer, process, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.processes import Process
 from tcpscope.diagnose.sockets import Track
@@ -26,11 +26,19 @@ LIMITED_SHARE = 0.9
 it was 0.99; the rest is what the timer of the last look does not tell."""
 
 SEVERAL = 3
-"""So many connections of a process that hangs are critical. One or two may be paused on purpose: a player, a pager."""
+"""So many connections of a process that hangs are critical. One or two may be paused on purpose: a player, a pager. So
+many of one client elsewhere are a fault; with fewer it may be a person who has paused."""
+
+MOST = 0.5
+"""More than this part of a port's connections that send: then it is no longer a matter of single clients."""
 
 _RTO_MAX_US = 120e6
 _SEQUENCES = 1 << 32
 _PEERS_SHOWN = 3
+_WHY_CLIENTS = (
+    "What a client does, only the client knows: a player or a pager that is paused looks like one that hangs. Its "
+    "kernel answers the probes, so the path works."
+)
 _WHY = (
     "The kernel keeps received data until the application reads it. When the receive buffer is full it offers a window "
     "of zero: the sender may send nothing, and only asks now and then whether there is room again. "
@@ -108,16 +116,21 @@ class ZeroWindow(Rule):
         ]
         readers = {_received(track.last): track for track in seen.sockets.now if track.last.unread}
         stalls: dict[tuple[Any, ...], _Stall] = {}
+        clients: dict[tuple[int, int], list[Track]] = {}
         for sender in senders:
             row = sender.last
             reader = readers.get((row.rport, row.lport, row.acked_seq))
-            if reader is None:
+            if reader is None and row.role == "PASSIVE":
+                clients.setdefault((row.netns, row.lport), []).append(sender)
+            elif reader is None:
                 far = (row.raddr, row.rport) if row.role == "ACTIVE" else (row.raddr, None)
                 stalls.setdefault((row.netns, row.pid, *far), _Stall()).senders.append(sender)
             elif reader.last.has_file:  # otherwise it is not accepted: that is another fault
                 stall = stalls.setdefault((reader.last.netns, reader.last.pid), _Stall())
                 stall.senders.append(sender)
                 stall.readers.append(reader)
+        for (netns, lport), stuck in clients.items():
+            yield from self._clients(seen, netns, lport, stuck)
         busy = {
             (track.last.netns, track.last.pid)
             for track in seen.sockets.now
@@ -178,10 +191,60 @@ class ZeroWindow(Rule):
             | {"unread_bytes": unread, "full": full, "state": owner.state if owner else None},
         )
 
+    def _clients(self, seen: Evidence, netns: int, lport: int, stuck: list[Track]) -> Iterator[Finding]:
+        """One finding for each address with several connections, and one for all others of a local port."""
+        addresses = Counter(track.last.raddr for track in stuck)
+        single = [track for track in stuck if addresses[track.last.raddr] < SEVERAL]
+        for address in (address for address, number in addresses.items() if number >= SEVERAL):
+            yield self._read_elsewhere(_Stall([track for track in stuck if track.last.raddr == address]))
+        if single:
+            sending = sum(_sends(track.last, netns, lport) for track in seen.sockets.now)
+            yield self._single_clients(netns, lport, single, len(stuck), sending)
+
+    def _single_clients(self, netns: int, lport: int, single: list[Track], stuck: int, sending: int) -> Finding:
+        most = stuck >= SEVERAL and stuck > MOST * sending
+        owners, addresses = paths.owners(single), Counter(track.last.raddr for track in single)
+        many = len(addresses) > 1
+        waits = f"{_connections(len(single))} of {paths.program(owners)} {'waits' if len(single) == 1 else 'wait'}"
+        stall = _Stall(single)
+        return Finding(
+            rule=self.name,
+            severity="warning" if most else "info",
+            title=f"{paths.number(len(addresses), 'client')} of port {lport} {'do' if many else 'does'} not read: "
+            f"{waits} to send",
+            observed=[
+                *_senders(single),
+                f"clients: {paths.listed(addresses)}",
+                f"{stuck} of {_connections(sending)} of this port that send",
+            ],
+            why=_WHY + _WHY_CLIENTS,
+            remedies=[
+                Remedy(
+                    "See at one of the clients what its process waits for: it is not one of them alone. A timeout for "
+                    "sending (TCP_USER_TIMEOUT, or the application's own) ends such connections here.",
+                )
+            ]
+            if most
+            else [],
+            who=paths.who(owners),
+            look=(f"list -L {lport}",),
+            about=frozenset(_about(stall)),
+            subject=("clients", netns, lport),
+            explains=None if most else (),  # a pause is no cause
+            first_s=_first(stall),
+            facts=_facts(stall, netns, *(owners.most_common(1)[0][0] if owners else (None, None)))
+            | {
+                "raddr": None if many else single[0].last.raddr,
+                "lport": lport,
+                "clients": len(addresses),
+                "stuck": stuck,
+                "sending": sending,
+            },
+        )
+
     def _read_elsewhere(self, stall: _Stall) -> Finding:
         row = stall.senders[0].last
         far = endpoint(row.raddr, row.rport) if row.role == "ACTIVE" else row.raddr
-        owner = processes.read(row.pid, row.comm) if row.pid is not None else None
         return Finding(
             rule=self.name,
             # Not critical: a player or a pager that pauses looks the same, and only the remote end knows.
@@ -198,17 +261,24 @@ class ZeroWindow(Rule):
                     "A timeout for sending (TCP_USER_TIMEOUT, or the application's own) ends such connections here.",
                 )
             ],
-            who=owner.name if owner else None,
+            who=paths.who(paths.owners(stall.senders)),
             look=(
                 f"list --raddr {row.raddr} --rport {row.rport}"
                 if row.role == "ACTIVE"
                 else f"list --raddr {row.raddr}",
             ),
             about=frozenset(_about(stall)),
-            subject=(row.netns, row.pid, far),
+            subject=(row.netns, row.lport if row.role == "PASSIVE" else row.pid, far),
             first_s=_first(stall),
             facts=_facts(stall, row.netns, row.pid, row.comm) | {"raddr": row.raddr},
         )
+
+
+def _sends(row: Any, netns: int, lport: int) -> bool:
+    """Whether it is a client's connection with this port, on which something waits to be sent, or was sent lately."""
+    if row.role != "PASSIVE" or (row.netns, row.lport) != (netns, lport):
+        return False
+    return bool(row.unsent or row.unacked or (row.sent_bytes and row.since_sent_us < STALLED_SECONDS * 1e6))
 
 
 def _received(row: Any) -> tuple[int, int, int]:
