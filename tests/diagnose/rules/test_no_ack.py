@@ -9,7 +9,8 @@ import pytest
 
 from tcpscope.diagnose.rules import no_ack
 from tcpscope.diagnose.sockets import Track
-from tests.diagnose.rules.scenes import PORT, only, scene, told
+from tests.diagnose.rules.scenes import PORT, Scene, only, scene, told
+from tests.diagnose.rules.test_paths import NETNS, STALLED, evidence, found, track
 from tests.record import Script, Test, recorded
 from tests.record.script import NOBODYS_MAC
 from tests.tools.queue.refusals import DIAGNOSE
@@ -155,6 +156,56 @@ def test_one_client_that_vanishes_is_no_fault_of_this_host(script: Script) -> Te
     assert near
 
 
+MANY = 22
+
+
+def many_clients(script: Script) -> Scene:
+    """Each with an address of its own, and a connection to the server."""
+    made = scene(script, 0)
+    for n in range(MANY):
+        address = f"192.0.2.{100 + n}"
+        script.client.exec("ip", "addr", "add", f"{address}/32", "dev", "veth0")
+        script.server.exec(
+            "ip", "neigh", "replace", address, "lladdr", script.client.mac, "dev", "veth0", "nud", "permanent"
+        )
+        made.connect(1, source=address)
+    return made
+
+
+@recorded(DIAGNOSE)
+def test_all_clients_vanish_at_a_time(script: Script) -> Test:
+    made = many_clients(script)
+    script.client.lose(), script.server.lose()
+    for _, far in made.ends:
+        far.send_all(1000)
+    made.until_timeouts(3, *(far for _, far in made.ends))
+    made.server.pause(9_000_000)  # until nobody can be expected to answer any more
+    script.server.until_rows(DIAGNOSE, 2, since=0)  # single clients first, and then it is worse
+    script.stay()
+    seen = yield
+    finding = only(seen, script, "no_ack", script.server)
+    facts = finding["facts"]
+    assert (finding["severity"], facts["case"], facts["lport"]) == ("critical", "nobody", PORT)
+    assert (facts["clients"], facts["count"], facts["unacked_bytes"]) == (MANY, MANY, 1000 * MANY)
+    assert (facts["answered_meanwhile"], facts["one_way"]) == (0, 0)
+    assert facts["pids"] == [made.server.pid]
+
+
+@recorded(DIAGNOSE)
+def test_a_link_that_is_down_on_the_way_to_all_clients(script: Script) -> Test:
+    made = many_clients(script)
+    script.server.exec("ip", "link", "set", "dev", "veth0", "down")
+    for _, far in made.ends:
+        far.send_all(1000)
+    told(script.server)
+    seen = yield
+    finding = only(seen, script, "no_ack", script.server)
+    facts = finding["facts"]
+    assert (finding["severity"], facts["case"]) == ("critical", "here")
+    assert (facts["peers"], facts["count"], facts["unacked_bytes"]) == (MANY, MANY, 0)
+    assert finding["title"] == f"this host cannot send to {MANY} addresses: {MANY} connections stalled"
+
+
 def row(**columns: Any) -> SimpleNamespace:
     """A connection that has waited long for an ACK."""
     return SimpleNamespace(
@@ -195,3 +246,154 @@ def test_three_timeouts_and_three_seconds_of_silence(columns: dict[str, Any], is
     track = Track(of, of, 0.0, 0.0)
     track._look(of, 0.0, no_ack.rule.marks)
     assert no_ack.is_silent(track) == is_silent
+
+
+def vanished(n: int = 0, number: int = 1, **columns: Any) -> list[Track]:
+    """A client of port 443 that has not answered for 20 s, with so many connections."""
+    stalled = STALLED | {"rto_us": 21_333_333, "since_ack_us": 21_000_000, "role": "PASSIVE", "lport": 443}
+    raddr = f"198.51.{100 + n // 250}.{n % 250}"
+    return [track(**stalled | {"raddr": raddr, "rport": 5000 + each} | columns) for each in range(number)]
+
+
+def client(n: int, **columns: Any) -> Track:
+    """One that answers: what was sent a moment ago has arrived."""
+    given = {"role": "PASSIVE", "lport": 443, "raddr": f"203.0.{113 + n // 250}.{n % 250}", "data_segs_out": 1}
+    one = at(track(**given | columns))
+    one.looks = 1
+    return one
+
+
+def at(one: Track) -> Track:
+    """As it was at the time of the evidence."""
+    one._since = {mark: at_s + 100.0 - one.last_s for mark, at_s in one._since.items()}
+    one.last_s = 100.0
+    return one
+
+
+def of_clients(*tracks: Track | list[Track], **more: Any) -> Any:
+    flat = [at(each) for one in tracks for each in (one if isinstance(one, list) else [one])]
+    return evidence(*flat, **more)
+
+
+def test_all_clients_silent_is_one_critical_finding() -> None:
+    """Some have three connections and more, as browsers do."""
+    (finding,) = found(of_clients(*(vanished(n, 1 + n % 5) for n in range(500))))
+    assert (finding.severity, finding.facts["case"]) == ("critical", "nobody")
+    assert finding.title == "no client of port 443 answers any more: 500 clients, 1,500 connections stalled"
+    assert (finding.facts["clients"], finding.facts["count"]) == (500, 1500)
+    assert "ip route get" in (finding.remedies[0].command or "ip route get")
+    assert "telephone" not in finding.why
+    assert {("peer", NETNS, "198.51.100.7"), ("listener", NETNS, 443)} <= finding.about
+
+
+def test_who_lives_nearby_hides_no_fault() -> None:
+    (finding,) = found(of_clients(*(vanished(n) for n in range(40)), client(1)))
+    assert finding.title == "40 clients of port 443 do not answer, 1 do: 40 connections stalled"
+    assert "meanwhile 1 other client of this port had an answer" in finding.observed
+
+
+def test_single_clients_that_vanish_beside_others() -> None:
+    """Of a port with a hundred others, it is not known that their hosts have gone."""
+    (finding,) = found(of_clients(*(vanished(n) for n in range(30)), *(client(n) for n in range(100))))
+    assert (finding.severity, finding.facts["case"], finding.facts["clients"]) == ("info", "clients", 30)
+    assert "meanwhile 100 other clients of this port had an answer" in finding.observed
+    assert not finding.why.startswith("Their hosts have gone")
+    (finding,) = found(of_clients(vanished()))
+    assert finding.why.startswith("Probably")
+
+
+def test_what_was_answered_in_an_earlier_look_counts() -> None:
+    seen = of_clients(*(vanished(n) for n in range(30)))
+    later = seen.sockets.now
+    seen.sockets.now = [*later, *(client(n) for n in range(100))]
+    assert [each.severity for each in found(seen)] == ["info"]
+    seen.sockets.now, seen.now_s = later, 101.0
+    assert [each.severity for each in found(seen)] == ["info"]
+
+
+def test_the_same_finding_becomes_critical() -> None:
+    """In the first ten seconds somebody may still answer."""
+    silent = [vanished(n, 1 + 2 * (n == 0)) for n in range(30)]
+    early = of_clients(*silent)
+    early.began_s, early.watched_s = 95.0, 5.0
+    (before,) = found(early)  # nothing of the one with three
+    (after,) = found(of_clients(*silent))
+    assert (before.severity, after.severity) == ("info", "critical")
+    assert before.key == after.key
+    assert (before.facts["clients"], after.facts["clients"]) == (29, 30)
+
+
+def test_those_that_had_vanished_before_all_did_are_not_told_apart() -> None:
+    older = [vanished(90, rto_us=300_000_000), vanished(91, 3, rto_us=300_000_000)]
+    between = [client(n, since_sent_us=60_000_000) for n in range(100)]
+    nobody, one = found(of_clients(*(vanished(n) for n in range(30)), *older, *between))
+    assert (nobody.facts["case"], nobody.facts["clients"]) == ("nobody", 30)
+    assert (one.facts["case"], one.facts["raddr"], one.facts["count"]) == ("gone", "198.51.100.91", 3)
+
+
+def test_what_is_sent_to_all_clients_is_lost_and_they_still_send() -> None:
+    (finding,) = found(of_clients(*(vanished(n, since_ack_us=100_000) for n in range(30))))
+    assert (finding.facts["case"], finding.facts["one_way"]) == ("nobody", 30)
+    assert any(line.startswith("packets of 30 of these connections still come in") for line in finding.observed)
+
+
+def test_full_segments_to_all_clients() -> None:
+    """Handshakes and small answers pass."""
+    silent = [vanished(n, unacked=1448) for n in range(40)]
+    small = [client(n, sent_bytes=300, opened_ns=99_000_000_000) for n in range(100)]
+    (finding,) = found(of_clients(*silent, *small))
+    assert (finding.severity, finding.facts["only_full"], finding.facts["count"]) == ("critical", True, 40)
+    assert finding.title.startswith("full segments to 40 clients of port 443 do not arrive, small ones do")
+    assert ["MTU" in remedy.what for remedy in finding.remedies] == [True, False]
+    large = [client(n, sent_bytes=3000, data_segs_out=3, opened_ns=99_000_000_000) for n in range(100)]
+    assert [each.severity for each in found(of_clients(*silent, *large))] == ["info"]
+    (finding,) = found(of_clients(*silent))
+    assert (finding.facts["only_full"], "MTU hole" in finding.why) == (True, True)
+
+
+STUCK = {"out_segs": 0, "unacked": 0, "unsent": 100, "timer": "ZERO_WINDOW"}
+
+
+def test_clients_to_which_this_host_cannot_send() -> None:
+    (finding,) = found(of_clients(*(vanished(n, **STUCK) for n in range(30))))
+    assert (finding.severity, finding.facts["case"], finding.facts["count"]) == ("critical", "here", 30)
+    assert finding.title == "this host cannot send to 30 addresses: 30 connections stalled"
+    assert "telephone" not in finding.why
+    assert "ip link" in (finding.remedies[0].command or "ip link")
+
+
+def test_what_was_under_way_when_the_link_went_down_is_the_same_fault() -> None:
+    """It is sent again in vain. Clients that had vanished before are another thing."""
+    older = vanished(90, total_retrans=4)
+    seen = of_clients(*(vanished(n, **STUCK) for n in range(30)), *(vanished(n) for n in range(30, 40)), older)
+    here, single = found(seen)
+    assert (here.facts["case"], here.facts["count"], here.facts["peers"]) == ("here", 40, 40)
+    assert (single.severity, single.facts["count"]) == ("info", 1)
+
+
+def test_a_client_that_has_gone_with_its_route_is_told_for_information() -> None:
+    (finding,) = found(of_clients(vanished(**STUCK)))
+    assert (finding.severity, finding.facts["case"]) == ("info", "here")
+    assert finding.title == "this host cannot send to 198.51.100.0: 1 connection stalled"
+    (finding,) = found(of_clients(vanished(**STUCK, role="ACTIVE")))
+    assert finding.severity == "critical"
+
+
+@pytest.mark.parametrize(("answered", "severity"), [(30, "info"), (29, "critical"), (0, "critical")])
+def test_a_few_of_many_connections_behind_one_address(answered: int, severity: str) -> None:
+    many = [client(0, raddr="198.51.100.0", rport=n) for n in range(answered)]
+    (finding,) = found(of_clients(vanished(0, 3), *many))
+    assert finding.severity == severity
+    if severity == "info":
+        assert finding.title == "3 connections of clients of port 443 get no answer any more"
+        assert "meanwhile 30 other connections of these addresses had an answer" in finding.observed
+    elif answered:
+        assert "several hosts share this address" in finding.why
+
+
+def test_an_address_of_many_clients_is_not_judged_at_once() -> None:
+    early = of_clients(vanished(0, 3))
+    early.began_s, early.watched_s = 95.0, 5.0
+    assert found(early) == []
+    early.ended = True
+    assert [each.severity for each in found(early)] == ["critical"]

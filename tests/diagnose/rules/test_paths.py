@@ -41,6 +41,8 @@ ROW = {
     "peer_window": 65_536,
     "acked_seq": 0,
     "since_ack_us": 1000,
+    "since_sent_us": 0,
+    "opened_ns": 0,
     "sent_bytes": 0,
     "retrans_bytes": 0,
     "received_bytes": 0,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from tcpscope.diagnose import Finding, Remedy, Rule, paths
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Peer
-from tcpscope.diagnose.rules.no_ack import FULL, SEGMENTS, Lives, is_full, is_silent, stalled_us
+from tcpscope.diagnose.silence import FULL, SEGMENTS, Lives, is_full, is_silent, stalled_us
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.wording import seconds
 

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
-from tcpscope.diagnose import Finding, Remedy, Rule, paths
+from tcpscope.diagnose import Finding, Rule, listener, paths, peer, silence_remedies
+from tcpscope.diagnose.answers import EVERYDAY, MANY, TELL_S, Answers, Port, answers, is_here, is_undecided, silence
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.paths import Again, Peer
+from tcpscope.diagnose.silence import (
+    Lives,
+    are_fins,
+    cannot_send,
+    closed,
+    first_s,
+    is_full,
+    is_one_way,
+    is_silent,
+    is_stuck,
+    sent_again,
+    span,
+    stalled_s,
+    stalled_us,
+    took_full,
+    unanswered,
+    unmoved,
+    waits,
+)
 from tcpscope.diagnose.sockets import Track
-from tcpscope.diagnose.tallies import INTERVAL_SECONDS, Tally
-from tcpscope.diagnose.wording import seconds
 
-# FIELD.md, fault 10: three RTOs, and no ACK for 3 s and ten round trips. A lossy path of 10 % has three losses of one
-# segment in a row once in a thousand, and a peer with a full processor was not silent for longer than 0.3 s.
-TIMEOUTS = 3
-SILENT_US = 3_000_000
-ROUND_TRIPS = 10
 # Nothing was acknowledged for so long before the data that got no answer. Middleboxes forget after 60 s at the least
 # (RFC 5382: two hours). After a shorter pause another cause is as likely, as a backend that has gone.
 IDLE_US = 60_000_000
 PAUSE_US = 3_000_000  # from here on it is told
-KEEPALIVE_LEAST_S = 15  # proposed: less costs more packets than it helps
 # One client that vanishes, out of thousands, is a telephone in a tunnel. From so many of one address it is a fault.
 CLIENTS = 3
 # Where only full segments wait, a path that loses these alone looks the same (mtu_hole). For so long something smaller
 # may still show that the address lives.
 TELL_US = 10_000_000
-FULL = 0.9  # a connection whose segments have on average this part of its MSS shows that the path takes full ones
-SEGMENTS = 4  # so many segments make an average
-FINS = 3  # so many connections, all that get no answer, had an ACK of all but their FIN
-USER_TIMEOUT_MS = 30_000  # proposed: RFC 5482 leaves it to the application; 30 s is two in three of its usual deadlines
+HOLE = 3  # so many connections of one address that wait for a full segment are mtu_hole's
 
 WHY_GONE = (
     "No packet of it has come since. Its host or a link is down, or packets are dropped on the way. The kernel sends "
@@ -52,13 +61,14 @@ WHY_LOST = (
     "The path works for other connections meanwhile. Something on the way drops the packets of these: one of several "
     "parallel paths, a firewall that lost its table, or a load balancer whose backend is gone."
 )
+WHY_NAT = " Or several hosts share this address (NAT, a proxy, a VPN), and some of them have gone."
 WHY_FINS = (
     "All data of these connections has arrived, and only the segment with the FIN gets no ACK. Something on the way "
     "drops FINs: a firewall that has ended the connection in its table already, or a rule of it about TCP flags. The "
     "remote end does not learn that the connection ends, and waits."
 )
 WHY_HERE = (
-    "What the kernel tried to send has not left this host: it has no route to this address, or the link is down. It "
+    "What the kernel tried to send has not left this host: it has no route to {}, or the link is down. It "
     "tries again every half second or more rarely."
 )
 WHY_ONE_WAY = (
@@ -70,87 +80,22 @@ WHY_FULL = (
     "link on the way loses large packets only (an MTU hole). What answers something small tells."
 )
 WHY_CLIENTS = (
-    "Their hosts have gone without closing, as a telephone does out of reach, or a machine without power. The kernel "
-    "gives"
-    " up after net.ipv4.tcp_retries2 timeouts."
+    "Probably their hosts have gone without closing, as a telephone does out of reach, or a machine without power: "
+    "single ones do. The kernel gives up after net.ipv4.tcp_retries2 timeouts."
 )
-
-
-def cannot_send(row: Any) -> bool:
-    """Nothing is on its way though the window is open: the kernel has tried, and found no route, or no link.
-
-    The timer is that of a closed window then (tcp_check_probe_timer()).
-    """
-    is_open = row.peer_window >= min(row.mss, row.unsent)
-    return bool(not row.out_segs and row.unsent and row.timer == "ZERO_WINDOW" and is_open)
-
-
-def unanswered(row: Any, before: Any) -> bool:
-    """A timeout has run out, and nothing was acknowledged since."""
-    return bool((row.out_segs or cannot_send(row)) and paths.timeouts(row) and row.state in paths.SENDING)
-
-
-def unmoved(row: Any, before: Any) -> bool:
-    """Something waits for its ACK, and nothing was acknowledged since the look before."""
-    return bool((row.out_segs or cannot_send(row)) and (before is None or before.acked_seq == row.acked_seq))
-
-
-def stalled_us(track: Track) -> float:
-    """How long the oldest data has waited for its ACK at the least: the timeouts that ran out, or as it was watched."""
-    row = track.last
-    ran_out = row.rto_us * (1 - 2.0**-row.backoff)
-    return float(max(ran_out, track.held_s("unmoved") * 1e6))
-
-
-def is_one_way(track: Track) -> bool:
-    """Packets of the remote end come, and acknowledge nothing new."""
-    return bool(track.last.since_ack_us < max(SILENT_US, ROUND_TRIPS * (track.last.srtt_us or 0)))
-
-
-def is_silent(track: Track, least: int = TIMEOUTS) -> bool:
-    if not track.holds("no_ack") or paths.timeouts(track.last) < least:
-        return False
-    return not is_one_way(track) or track.held_s("no_ack") * 1e6 >= SILENT_US
-
-
-def is_full(track: Track) -> bool:
-    """The oldest segment that has no ACK is as large as it can be."""
-    return bool(track.last.unacked >= track.last.mss)
-
-
-def took_full(track: Track) -> bool:
-    """What had arrived on it before were full segments."""
-    row = track.last
-    arrived = row.sent_bytes - row.retrans_bytes - row.unacked
-    segments = row.data_segs_out - row.total_retrans - row.out_segs
-    return bool(segments >= SEGMENTS and arrived >= FULL * segments * row.mss)
-
-
-def only_fin(row: Any) -> bool:
-    """All that was sent has an ACK, but for the FIN."""
-    return row.state in ("FIN_WAIT1", "CLOSING", "LAST_ACK") and row.unacked == 1 and not row.unsent
-
-
-class Lives:
-    """What shows that an address lives: asked for each that stalls, and gathered for the first."""
-
-    def __init__(self, seen: Evidence) -> None:
-        self._seen = seen
-        self._opened: dict[Peer, list[Tally]] | None = None
-
-    def since(self, where: Peer, tracks: list[Track], silent: list[Track]) -> tuple[int, int]:
-        """How many other connections had an answer, and how many were opened, since the first of these stalled."""
-        if self._opened is None:
-            self._opened = {}
-            for group, tally in self._seen.attempts.tallies.items():
-                if group.outcome == "ESTABLISHED":
-                    self._opened.setdefault((group.netns, group.raddr), []).append(tally)
-        longest_us = max(map(stalled_us, silent))
-        others = sum(t.last.since_ack_us < longest_us and not t.holds("no_ack") for t in tracks)
-        # An interval may be read a moment after its end. One that ended so long after it stalled began after that, too.
-        began_s = min(track.last_s - stalled_us(track) / 1e6 for track in silent)
-        whole_s = began_s + 2 * INTERVAL_SECONDS
-        return others, sum(tally.since(whole_s) for tally in self._opened.get(where, ()))
+WHY_SOME = (
+    "Hosts go without closing, as telephones do out of reach, but seldom so many at a time. If nobody else is answered "
+    "either, the way to them is broken. The kernel gives up after net.ipv4.tcp_retries2 timeouts."
+)
+WHY_NOBODY = (
+    "So many hosts do not go at the same time. What their packets or those of this host have in common is broken: the "
+    "uplink or a router of this host, its route or a rule of it, a tunnel, a firewall or a load balancer."
+)
+WHY_NOBODY_FULL = (
+    "All that waits are full segments. A link that many clients share loses large packets only, and the ICMP message "
+    "that says so does not come (an MTU hole, as after a new tunnel), or it loses all packets. What answers something "
+    "small tells."
+)
 
 
 def refused_here(seen: Evidence) -> set[tuple[int, str]]:
@@ -181,26 +126,170 @@ class NoAck(Rule):
     )
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        clients: dict[tuple[int, int], list[Track]] = {}
-        lives = Lives(seen)
-        refused = refused_here(seen)
-        for where, tracks in paths.by_peer(seen.sockets.now).items():
-            silent = [
+        known, lives, refused = answers(seen), Lives(seen), refused_here(seen)
+        peers = paths.by_peer(seen.sockets.now)
+        silent: dict[Peer, list[Track]] = {}
+        for where, tracks in peers.items():
+            if found := [
                 track for track in tracks if is_silent(track) and (track.last.rport, track.last.laddr) not in refused
-            ]
-            if not silent:
-                continue
-            if len(silent) < CLIENTS and all(track.last.role == "PASSIVE" for track in silent):
-                for track in silent:
-                    clients.setdefault((where[0], track.last.lport), []).append(track)
-                continue
-            meanwhile = lives.since(where, tracks, silent)
-            full = not any(meanwhile) and all(is_full(track) and not took_full(track) for track in silent)
-            if full and not seen.ended and max(map(stalled_us, silent)) < TELL_US:
+            ]:
+                silent[where] = found
+        yield from self._here(seen, silent)
+        yield from self._ports(seen, silent, known)
+        for where, stalled in silent.items():
+            meanwhile = lives.since(where, peers[where], stalled)
+            full = not any(meanwhile) and all(is_full(track) and not took_full(track) for track in stalled)
+            if full and not seen.ended and max(map(stalled_us, stalled)) < TELL_US:
                 continue  # it may be an MTU hole
-            yield self._finding(seen, where, silent, meanwhile, full)
-        for (netns, lport), silent in clients.items():
-            yield self._clients(netns, lport, silent)
+            yield self._finding(seen, where, stalled, meanwhile, full)
+
+    def _here(self, seen: Evidence, silent: dict[Peer, list[Track]]) -> Iterator[Finding]:
+        """Where this host cannot send. It takes these out of `silent`."""
+        found: dict[int, list[Peer]] = {}
+        for where, stalled in silent.items():
+            if all(map(is_stuck, stalled)) and any(cannot_send(track.last) for track in stalled):
+                found.setdefault(where[0], []).append(where)
+        for netns, peers in found.items():
+            if len(peers) > 1:  # what was on its way to others when the link went down was not sent again either
+                stuck = (where for where in silent if where[0] == netns and all(map(is_stuck, silent[where])))
+                peers += [where for where in stuck if where not in peers]
+            yield self._cannot_send(seen, netns, {where: silent.pop(where) for where in peers})
+
+    def _cannot_send(self, seen: Evidence, netns: int, peers: Mapping[Peer, list[Track]]) -> Finding:
+        silent = [track for stalled in peers.values() for track in stalled]
+        where = max(peers, key=lambda each: len(peers[each]))
+        whom, which = where[1], "this address"
+        if len(peers) > 1:
+            whom, which = f"{len(peers):,} addresses", "these addresses"
+        # A single client may have gone with its route, as of a VPN.
+        clients = len(silent) < CLIENTS and all(track.last.role == "PASSIVE" for track in silent)
+        observed = list(waits(silent))
+        if len(peers) > 1:
+            observed += _addresses(peers)
+        else:
+            observed += sent_again(paths.again(seen).get(where), silent)
+        return Finding(
+            rule=self.name,
+            severity="info" if clients else "critical",
+            title=f"this host cannot send to {whom}: {paths.number(len(silent), 'connection')} stalled",
+            observed=observed,
+            why=WHY_HERE.format(which),
+            remedies=list(silence_remedies.when_here(where, silent)),
+            **paths.of(where, paths.owners(silent), "retrans", "list")
+            | {"about": _about(netns, peers, silent), "subject": ("here", netns)},
+            first_s=first_s(seen, silent),
+            facts=_facts(where, silent, case="here", peers=len(peers)),
+        )
+
+    def _ports(self, seen: Evidence, silent: dict[Peer, list[Track]], known: Answers) -> Iterator[Finding]:
+        """The clients of each port, together: nearly all of them, or single ones. It takes these out of `silent`."""
+        ports: dict[Port, dict[str, list[Track]]] = {}
+        for (netns, raddr), stalled in silent.items():
+            if all(track.last.role == "PASSIVE" for track in stalled):
+                for track in stalled:
+                    ports.setdefault((netns, track.last.lport), {}).setdefault(raddr, []).append(track)
+        for (netns, lport), clients in ports.items():
+            told = {
+                raddr: each
+                for raddr, each in clients.items()
+                if is_everyday(known, (netns, raddr), silent[netns, raddr])
+            }
+            if whole := nobody(seen, known, (netns, lport), clients):
+                at_once = {raddr: each for raddr, each in clients.items() if _stalled_s(each) >= whole.since_s}
+                yield self._nobody(seen, (netns, lport), at_once, whole)
+                told |= at_once
+            else:
+                if told:
+                    yield self._some(seen, (netns, lport), told, known)
+                told |= _may_be_answered(seen, clients)
+            for raddr in told:
+                others = [track for track in silent[netns, raddr] if track.last.lport != lport]
+                silent[netns, raddr] = others
+        for where in [where for where, stalled in silent.items() if not stalled]:
+            del silent[where]
+
+    def _nobody(self, seen: Evidence, port: Port, clients: Mapping[str, list[Track]], whole: Nobody) -> Finding:
+        """Many clients of a port, and nearly no other has an answer."""
+        netns, lport = port
+        silent = [track for each in clients.values() for track in each]
+        where = netns, max(clients, key=lambda raddr: len(clients[raddr]))
+        one_way = sum(map(is_one_way, silent))
+        number = paths.number(len(clients), "client")
+        stalled = f"{paths.number(len(silent), 'connection')} stalled"
+        if whole.full and whole.others:
+            title = f"full segments to {number} of port {lport} do not arrive, small ones do: {stalled}"
+        elif whole.others:
+            title = f"{number} of port {lport} do not answer, {whole.others:,} do: {stalled}"
+        else:
+            title = f"no client of port {lport} answers any more: {number}, {stalled}"
+        observed = [*waits(silent), *_addresses({(netns, raddr): each for raddr, each in clients.items()})]
+        if one_way:
+            observed.append(
+                f"packets of {one_way:,} of these connections still come in: what this host sends on them is lost"
+            )
+        if whole.full:
+            observed.append("each waits for the ACK of a full segment")
+        if whole.others:
+            none = ", none on a full segment" if whole.full else ""
+            observed.append(f"meanwhile {paths.number(whole.others, 'other client')} of this port had an answer{none}")
+        if again := _sum(paths.again(seen), netns, clients):
+            observed += sent_again(again, silent)
+        # mtu_hole is about an address with so many: it tells of that one, this of all.
+        about = [(netns, raddr) for raddr, each in clients.items() if not whole.full or len(each) < HOLE]
+        return Finding(
+            rule=self.name,
+            severity="critical",
+            title=title,
+            observed=observed,
+            why=WHY_NOBODY_FULL if whole.full else WHY_NOBODY,
+            remedies=list(silence_remedies.when_nobody(where, silent, whole.full)),
+            who=paths.who(paths.owners(silent)),
+            look=(f"retrans -L {lport}", f"list -L {lport}"),
+            about=_about(netns, about, silent) | {("clients", netns, lport)},
+            first_s=first_s(seen, silent),
+            subject=("clients", netns, lport),
+            facts=_facts(where, silent, case="nobody", lport=lport, clients=len(clients), only_full=whole.full)
+            | {"answered_meanwhile": whole.others, "one_way": one_way},
+        )
+
+    def _some(self, seen: Evidence, port: Port, clients: Mapping[str, list[Track]], known: Answers) -> Finding:
+        """Single clients, of which some always vanish."""
+        netns, lport = port
+        silent = [track for each in clients.values() for track in each]
+        number = paths.number(len(clients), "client")
+        title = f"{number} of port {lport} {'does' if len(clients) == 1 else 'do'} not answer any more"
+        shared = any(len(each) >= CLIENTS for each in clients.values())
+        if shared:
+            title = f"{paths.number(len(silent), 'connection')} of clients of port {lport} get no answer any more"
+        since_s = min(map(stalled_s, silent))
+        others = sum(at_s > since_s for raddr, at_s in known.clients(port).items() if raddr not in clients)
+        observed = [*waits(silent), *_addresses({(netns, raddr): each for raddr, each in clients.items()})]
+        if others:
+            observed.append(f"meanwhile {paths.number(others, 'other client')} of this port had an answer")
+        if shared:
+            answered = sum(known.connections(netns, raddr, since_s, (lport,)) for raddr in clients)
+            observed.append(f"meanwhile {paths.number(answered, 'other connection')} of these addresses had an answer")
+        few = len(clients) < MANY or others >= EVERYDAY * len(clients)
+        return Finding(
+            rule=self.name,
+            severity="info",
+            title=title,
+            observed=observed,
+            why=(WHY_CLIENTS if few else WHY_SOME) + (WHY_NAT if shared else ""),
+            remedies=[],
+            who=paths.who(paths.owners(silent)),
+            look=(f"retrans -L {lport}", f"list -L {lport}"),
+            about=frozenset({("clients", netns, lport)}),
+            subject=("clients", netns, lport),
+            facts={
+                "netns": netns,
+                "lport": lport,
+                "count": len(silent),
+                "clients": len(clients),
+                "case": "clients",
+                "answered_meanwhile": others,
+            },
+        )
 
     def _finding(
         self, seen: Evidence, where: Peer, silent: list[Track], meanwhile: tuple[int, int], full: bool
@@ -212,34 +301,31 @@ class NoAck(Rule):
         paused = lives and bool(idle_us) and min(idle_us) >= PAUSE_US
         idle = paused and min(idle_us) >= IDLE_US
         number = paths.number(len(silent), "connection")
-        title = f"{where[1]} does not answer: {number} stalled"
         living = [track for track in silent if track.last.has_file]
-        why, remedies, fins = WHY_GONE if living else WHY_CLOSED, _when_gone(where, silent), False
-        here = all(cannot_send(track.last) for track in silent)
-        if here:
-            title, why = f"this host cannot send to {where[1]}: {number} stalled", WHY_HERE
-            remedies = _when_here(where, silent)
-        elif full and not one_way:
-            why, remedies = WHY_FULL, _when_full(where, silent)
-        elif one_way and not _are_fins(silent):
-            title, why = f"nothing that is sent to {where[1]} arrives: {number} stalled", WHY_ONE_WAY
+        case, title = "gone", f"{where[1]} does not answer: {number} stalled"
+        why, remedies = WHY_GONE if living else WHY_CLOSED, silence_remedies.when_gone(where, silent)
+        if full and not one_way:
+            why, remedies = WHY_FULL, silence_remedies.when_full(where, silent)
+        elif one_way and not are_fins(silent):
+            case, title, why = "one_way", f"nothing that is sent to {where[1]} arrives: {number} stalled", WHY_ONE_WAY
         elif idle:
-            title = f"{number} to {where[1]} cut while idle; new ones work"
-            why, remedies = WHY_CUT, _when_idle(where, silent, min(idle_us))
-        elif fins := not paused and (lives or one_way) and _are_fins(silent):
-            title, why = f"{number} to {where[1]} get no answer to their FIN", WHY_FINS
-            remedies = _when_fins(where, silent)
+            case, title = "idle", f"{number} to {where[1]} cut while idle; new ones work"
+            why, remedies = WHY_CUT, silence_remedies.when_idle(where, silent, min(idle_us))
+        elif not paused and (lives or one_way) and are_fins(silent):
+            case, title, why = "fins", f"{number} to {where[1]} get no answer to their FIN", WHY_FINS
+            remedies = silence_remedies.when_fins(where, silent)
         elif lives:
-            title, why = f"{number} to {where[1]} get no answer; others do", WHY_LOST
-            remedies = _when_lost(where, silent)
-        observed = [*_waits(silent)]
-        if paused and not here:
-            observed.append(f"they were idle before that for {_span(idle_us)}")
+            case, title = "others", f"{number} to {where[1]} get no answer; others do"
+            why = WHY_LOST + (WHY_NAT if all(track.last.role == "PASSIVE" for track in silent) else "")
+            remedies = silence_remedies.when_lost(where, silent)
+        observed = [*waits(silent)]
+        if paused:
+            observed.append(f"they were idle before that for {span(idle_us)}")
         if lives:
             observed.append(paths.meanwhile(opened, others))
-        if full and not here:
+        if full:
             observed.append("each waits for the ACK of a full segment, and nothing smaller was sent since")
-        observed += _sent_again(paths.again(seen).get(where), silent)
+        observed += sent_again(paths.again(seen).get(where), silent)
         return Finding(
             rule=self.name,
             severity="critical",
@@ -248,182 +334,110 @@ class NoAck(Rule):
             why=why,
             remedies=list(remedies),
             **paths.of(where, paths.owners(living), "retrans", "list"),
-            first_s=_since(seen, silent),
-            facts=paths.facts(
+            first_s=first_s(seen, silent),
+            facts=_facts(
                 where,
-                paths.owners(silent),
-                len(silent),
-                case="here"
-                if here
-                else "fins"
-                if fins
-                else "idle"
-                if idle
-                else "others"
-                if lives
-                else "one_way"
-                if one_way
-                else "gone",
-                only_full=full and not here,
-                stalled_s=round(max(map(stalled_us, silent)) / 1e6, 1),
+                silent,
+                case=case,
+                only_full=full,
                 idle_s=round(min(idle_us) / 1e6, 1) if idle_us else None,
-                timeouts=max(paths.timeouts(track.last) for track in silent),
-                unacked_bytes=sum(track.last.unacked for track in silent),
                 opened_meanwhile=opened,
                 answered_meanwhile=others,
-                orphans=_orphans(silent),
             ),
         )
 
-    def _clients(self, netns: int, lport: int, silent: list[Track]) -> Finding:
-        addresses = Counter(track.last.raddr for track in silent)
-        number = paths.number(len(addresses), "client")
-        return Finding(
-            rule=self.name,
-            severity="info",
-            title=f"{number} of port {lport} {'does' if len(addresses) == 1 else 'do'} not answer any more",
-            observed=[*_waits(silent), f"clients: {paths.listed(addresses)}"],
-            why=WHY_CLIENTS,
-            remedies=[],
-            who=paths.who(paths.owners(silent)),
-            look=(f"retrans -L {lport}", f"list -L {lport}"),
-            about=frozenset({("clients", netns, lport)}),
-            facts={"netns": netns, "lport": lport, "count": len(silent), "clients": len(addresses), "case": "clients"},
-        )
+
+class Nobody(NamedTuple):
+    """Nearly no client of a port is answered. others: how many are; full: all wait for a full segment."""
+
+    since_s: float
+    others: int
+    full: bool
 
 
-def _are_fins(silent: list[Track]) -> bool:
-    return len(silent) >= FINS and all(only_fin(track.last) for track in silent)
+def nobody(seen: Evidence, known: Answers, port: Port, clients: Mapping[str, list[Track]]) -> Nobody | None:
+    """Whether so many clients of a port are silent at a time that it is one fault, since when, and of what."""
+    stalled = {raddr: _stalled_s(each) for raddr, each in clients.items() if not is_here(raddr)}
+    if len(stalled) < MANY:
+        return None
+    large = {raddr for raddr in stalled if all(is_full(track) and not took_full(track) for track in clients[raddr])}
+    answered = known.clients(port)
+    for raddr, each in clients.items():
+        for track in each:
+            at_s = track.last_s - track.last.since_ack_us / 1e6
+            if at_s < stalled_s(track):  # later packets acknowledge nothing of it
+                answered[raddr] = max(at_s, answered.get(raddr, at_s))
+    if whole := silence(stalled, answered, seen.now_s, seen.began_s):
+        told = {raddr for raddr, at_s in stalled.items() if at_s >= whole.since_s}
+        took = any(at_s > whole.since_s for at_s in known.clients(port, full=True).values())
+        return Nobody(whole.since_s, whole.others, told <= large and not took)
+    waiting = {raddr: stalled[raddr] for raddr in large}
+    whole = silence(waiting, known.clients(port, full=True), seen.now_s, seen.began_s)
+    if whole is None or any(at_s >= whole.since_s for raddr, at_s in stalled.items() if raddr not in large):
+        return None
+    others = sum(at_s > whole.since_s for raddr, at_s in answered.items() if raddr not in large)
+    return Nobody(whole.since_s, others, True)
 
 
-def _since(seen: Evidence, silent: list[Track]) -> float | None:
-    """When the first of them stalled, if that was within the watch."""
-    began_s = seen.now_s - max(map(stalled_us, silent)) / 1e6
-    return began_s if began_s > seen.began_s else None
+def is_everyday(known: Answers, where: Peer, silent: list[Track]) -> bool:
+    """One or two, or, of many behind one address, a few: some always vanish."""
+    if len(silent) < CLIENTS:
+        return True
+    since_s = min(map(stalled_s, silent))
+    answered = known.connections(*where, since_s, {track.last.lport for track in silent})
+    return answered >= EVERYDAY * len(silent)
 
 
-def _orphans(silent: list[Track]) -> int:
-    return sum(not track.last.has_file for track in silent)
+def _may_be_answered(seen: Evidence, clients: Mapping[str, list[Track]]) -> dict[str, list[Track]]:
+    """Those of which it may soon be certain that nobody is answered, or that others of the same address are."""
+    if seen.ended:
+        return {}
+    if seen.watched_s < TELL_S:
+        return dict(clients)
+    stalled = {raddr: _stalled_s(each) for raddr, each in clients.items()}
+    if not is_undecided(stalled.values(), seen.now_s, seen.began_s):
+        return {}
+    return {raddr: clients[raddr] for raddr, at_s in stalled.items() if seen.now_s - at_s < 2 * TELL_S}
 
 
-def _span(us: list[float]) -> str:
-    least, most = round(min(us)), round(max(us))
-    return seconds(least) if most - least < 1_000_000 else f"{seconds(least)} to {seconds(most)}"
+def _stalled_s(tracks: Iterable[Track]) -> float:
+    """When the last of them stalled."""
+    return max(map(stalled_s, tracks))
 
 
-def _waits(silent: list[Track]) -> Iterator[str]:
-    rows = [track.last for track in silent]
-    longest, most = max(map(stalled_us, silent)), max(map(paths.timeouts, rows))
-    here = all(map(cannot_send, rows))
-    what = "that could send nothing" if here else "without an ACK of what was sent"
-    yield (
-        f"{paths.number(len(silent), 'connection')} ({paths.ports(silent)}) {what}, the "
-        f"longest for {seconds(round(longest))} and {paths.number(most, 'attempt' if here else 'timeout')}; the last "
-        "packet of any came "
-        f"{seconds(min(row.since_ack_us for row in rows))} ago"
-    )
-    waiting = sum(row.unsent for row in rows)
-    if here:
-        yield f"{waiting:,} bytes wait to be sent, and none was"
-        return
-    more = f", {waiting:,} more wait to be sent" if waiting else ""
-    yield f"{sum(row.unacked for row in rows):,} bytes are not acknowledged{more}"
-    if orphans := _orphans(silent):
-        yield f"{orphans} of them closed by the application, no process has them any more"
+def _addresses(peers: Mapping[Peer, list[Track]]) -> Iterator[str]:
+    """`addresses: 192.0.2.7 (2), 192.0.2.8 (1)`."""
+    found = Counter({where[1]: len(each) for where, each in peers.items()})
+    yield f"addresses: {paths.listed(found)}"
 
 
-def _sent_again(again: Again | None, silent: list[Track]) -> Iterator[str]:
-    """What the kernel did at these timeouts; it may not have been able to send at all."""
-    if again and again.kinds:
-        yield f"sent again to it: {again.said}"
-    if again and again.failed:
-        yield f"could not be sent again by this host: {paths.listed(again.failed)}"
-    elif not any(track.last.total_retrans or cannot_send(track.last) for track in silent):
-        yield "this host has sent none of it again: its link is down, it has no route, or its own queue does not move"
+def _about(netns: int, peers: Iterable[Peer], silent: list[Track]) -> frozenset[tuple[Any, ...]]:
+    """These addresses, and the ports to which they have connected: handshakes fail there, too."""
+    ports = {track.last.lport for track in silent if track.last.role == "PASSIVE"}
+    return frozenset({*(peer(*where) for where in peers), *(listener(netns, lport) for lport in ports)})
 
 
-def _when_here(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
-    yield Remedy(
-        "See whether there is a route, and whether its device is up and has a link (state UP, LOWER_UP).",
-        command=paths.command(where[0], paths.owners(silent), f"sh -c 'ip route get {where[1]}; ip link'"),
-    )
-
-
-def _when_gone(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
-    yield Remedy(
-        "See whether a route leads to it, and then whether its host is alive.",
-        command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
-    )
-    yield from _user_timeout(silent)
-
-
-def _when_lost(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
-    living = [track for track in silent if track.last.has_file]
-    program = paths.program(paths.owners(living))
-    close = f"Let {program} close these and open new ones: others of this address are answered. Then see"
-    yield Remedy(
-        f"{close if living else 'See'} why the packets of these are dropped, in the firewalls, NAT and load balancers "
-        "on this route.",
-        command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
-    )
-    yield from _user_timeout(silent)
-
-
-def _user_timeout(silent: list[Track]) -> Iterator[Remedy]:
-    without = [track for track in silent if not track.last.user_timeout_ms and track.last.has_file]
-    if without and paths.owners(without):
-        yield Remedy(
-            f"Let {paths.program(paths.owners(without))} set TCP_USER_TIMEOUT: then a write that is not acknowledged "
-            "fails after that "
-            "time, and the application can turn to another server.",
-            name="TCP_USER_TIMEOUT",
-            present="not set",
-            proposed=f"{USER_TIMEOUT_MS} ms",
-            risk="a peer that is silent for as long, and comes back, loses its connections",
-        )
-
-
-def _when_fins(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
-    yield Remedy(
-        "See whether FINs arrive there, with tcpdump and 'tcp[tcpflags] & tcp-fin != 0', and look for rules about TCP "
-        "flags, or about packets without a known connection (ct state invalid), in the firewalls on the way.",
-        command=paths.command(where[0], paths.owners(silent), f"ip route get {where[1]}"),
+def _sum(again: Mapping[Peer, Again], netns: int, clients: Iterable[str]) -> Again | None:
+    """What was sent again to all of them."""
+    found = [again[netns, raddr] for raddr in clients if (netns, raddr) in again]
+    if not found:
+        return None
+    return Again(
+        kinds=sum((each.kinds for each in found), Counter()), failed=sum((each.failed for each in found), Counter())
     )
 
 
-def _when_full(where: Peer, silent: list[Track]) -> Iterator[Remedy]:
-    yield Remedy(
-        "See whether it answers a small packet. If it does, large ones are lost: lower the MTU of the route, or set "
-        "net.ipv4.tcp_mtu_probing to 1.",
-        command=paths.command(where[0], paths.owners(silent), f"ping -c 3 -s 56 {where[1]}"),
+def _facts(where: Peer, silent: list[Track], **numbers: Any) -> dict[str, Any]:
+    return paths.facts(
+        where,
+        paths.owners(silent),
+        len(silent),
+        stalled_s=round(max(map(stalled_us, silent)) / 1e6, 1),
+        timeouts=max(paths.timeouts(track.last) for track in silent),
+        unacked_bytes=sum(track.last.unacked for track in silent),
+        orphans=closed(silent),
+        **numbers,
     )
-    yield from _when_gone(where, silent)
-
-
-def _when_idle(where: Peer, silent: list[Track], idle_us: float) -> Iterator[Remedy]:
-    living = [track for track in silent if track.last.has_file]
-    program, limit_s = paths.program(paths.owners(living)), max(KEEPALIVE_LEAST_S, int(idle_us / 2e6))
-    without = [track for track in living if not track.last.keepalive]
-    if without:
-        yield Remedy(
-            f"Let {program} set SO_KEEPALIVE: {len(without)} of these do not have it. Or let its pool close "
-            "connections "
-            f"that were idle for {limit_s} s.",
-            name="SO_KEEPALIVE",
-            present="not set",
-            proposed="set",
-        )
-    keepalive_s = max(track.last.keepalive_s for track in silent)
-    if keepalive_s > limit_s:
-        yield Remedy(
-            "Let keepalive probe before the connection is forgotten: after half of the shortest idle time that was cut."
-            " New connections and those that begin to be idle take it.",
-            command=paths.command(where[0], paths.owners(silent), f"sysctl -w net.ipv4.tcp_keepalive_time={limit_s}"),
-            name="net.ipv4.tcp_keepalive_time",
-            present=keepalive_s,
-            proposed=limit_s,
-            risk="each idle connection with SO_KEEPALIVE sends one packet in that time",
-        )
 
 
 rule = NoAck()
