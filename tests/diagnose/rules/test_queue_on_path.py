@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.diagnose.rules.scenes import only, scene
+from tests.diagnose.rules.test_paths import evidence, found, names, track
 from tests.record import Script, Test, recorded
 from tests.tools.pair import without_timers
 from tests.tools.queue.refusals import DIAGNOSE
@@ -35,3 +38,31 @@ def test_slow_round_trips_behind_a_bulk_sender(script: Script) -> Test:
     assert facts["min_rtt_us"] == min(call.info["min_rtt_us"] for call in measured)
     assert (facts["bulk_pid"], facts["bulk_comm"]) == (backup.pid, "backup")
     assert set(facts["pids"]) == {made.client.pid, backup.pid}
+
+
+FILLS = {"unacked": 20_000}
+NEAR = {"srtt_us": 5000, "min_rtt_us": 5000}
+
+
+@pytest.mark.parametrize("role", ["ACTIVE", "PASSIVE"])
+def test_hosts_near_and_far_behind_one_address(role: str) -> None:
+    """Three from overseas, of which one gets something large, beside one from here (NAT, a proxy, a VPN)."""
+    far = {"srtt_us": 180_000, "min_rtt_us": 180_000, "role": role}
+    assert names(evidence(track(**far | FILLS), track(**far), track(**far), track(**NEAR, role=role))) == []
+
+
+@pytest.mark.parametrize(("role", "count"), [("ACTIVE", 4), ("PASSIVE", None)])
+def test_connections_that_have_begun_in_the_queue(role: str, count: int | None) -> None:
+    """They have never been faster. Those with a server count beside one that has; clients may be far away."""
+    late = {"srtt_us": 180_000, "min_rtt_us": 170_000, "role": role}
+    older = {"srtt_us": 180_000, "min_rtt_us": 18_000, "role": role}
+    told = found(evidence(track(**older | FILLS), *(track(**late) for _ in range(3))))
+    assert [each.facts["count"] for each in told] == ([] if count is None else [count])
+    assert names(evidence(*(track(**late | FILLS) for _ in range(3)), track(**NEAR, role=role))) == []
+
+
+def test_clients_whose_own_round_trips_were_short() -> None:
+    slow = {"srtt_us": 180_000, "min_rtt_us": 18_000, "role": "PASSIVE"}
+    (finding,) = found(evidence(track(**slow | FILLS), track(**slow), track(**slow), track(**NEAR, role="PASSIVE")))
+    assert (finding.rule, finding.facts["min_rtt_us"]) == ("queue_on_path", 18_000)  # others are nearer
+    assert names(evidence(track(**slow | FILLS), track(**slow), track(**slow | {"min_rtt_us": 18_001}))) == []

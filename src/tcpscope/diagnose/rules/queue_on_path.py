@@ -45,6 +45,23 @@ def fills(row: Any, before: Any) -> bool:
     return bool((sends and is_slow(row, before)) or received >= MOVED_SEGS * row.mss)
 
 
+def has_been_faster(track: Track) -> bool:
+    """Its own round trips once took a small part of what they take. Otherwise it may just be far away."""
+    least_us = track.last.min_rtt_us
+    return least_us is not None and bool(track.last.srtt_us >= TIMES * least_us)
+
+
+def waits(track: Track, least_us: int) -> bool:
+    """`least_us`: the smallest round trip of any connection with its address.
+
+    Behind the address of a client there may be many hosts, near and far (NAT, a proxy, a VPN): of these each is
+    compared with itself. A server is one place, and connections that have begun in the queue count.
+    """
+    if track.last.role == "PASSIVE":
+        return has_been_faster(track)
+    return bool(track.last.srtt_us >= TIMES * least_us)
+
+
 class QueueOnPath(Rule):
     needs = ("sockets",)
     marks: ClassVar = {"queue_on_path": is_slow, "fills_a_queue": fills}
@@ -55,9 +72,13 @@ class QueueOnPath(Rule):
             slow = [track for track in tracks if track.holds("queue_on_path")]
             if len(slow) < CONNECTIONS or not any(track.holds("fills_a_queue") for track in tracks):
                 continue
-            least_us = min((t.last.min_rtt_us for t in tracks if t.last.min_rtt_us is not None), default=None)
-            slow = [track for track in slow if least_us is not None and track.last.srtt_us >= TIMES * least_us]
-            if len(slow) >= CONNECTIONS and least_us is not None:
+            least_us = _least_us(tracks)
+            slow = [track for track in slow if least_us is not None and waits(track, least_us)]
+            if len(slow) < CONNECTIONS or not any(map(has_been_faster, slow)):
+                continue
+            if _are_clients(slow):
+                least_us = _least_us(slow)  # others may be nearer
+            if least_us is not None:
                 yield self._finding(where, tracks, slow, least_us)
 
     def _finding(self, where: Peer, tracks: list[Track], slow: list[Track], least_us: int) -> Finding:
@@ -66,7 +87,8 @@ class QueueOnPath(Rule):
         observed = [
             f"{paths.number(len(slow), 'connection')} ({paths.ports(slow)}) with round trips of {seconds(srtt_us[0])} "
             "to "
-            f"{seconds(srtt_us[-1])}; the smallest to this address was {least_us / 1000:.3g} ms",
+            f"{seconds(srtt_us[-1])}; the smallest {'of these' if _are_clients(slow) else 'to this address'} was "
+            f"{least_us / 1000:.3g} ms",
         ]
         if bulk:
             observed.append(
@@ -95,6 +117,14 @@ class QueueOnPath(Rule):
                 bulk_bytes_per_s=round(bulk.bytes_per_s) if bulk else None,
             ),
         )
+
+
+def _are_clients(tracks: list[Track]) -> bool:
+    return all(track.last.role == "PASSIVE" for track in tracks)
+
+
+def _least_us(tracks: list[Track]) -> int | None:
+    return min((track.last.min_rtt_us for track in tracks if track.last.min_rtt_us is not None), default=None)
 
 
 class _Bulk(NamedTuple):
