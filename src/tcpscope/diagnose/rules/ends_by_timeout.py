@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tcpscope.diagnose import Finding, Remedy, Rule, peer, processes
+from tcpscope.diagnose.answers import EVERYDAY, answers
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import in_netns, is_in
@@ -32,6 +33,12 @@ _WHERE = (
 )
 
 
+_WHERE_SHARED = (
+    " The address lives: others of its connections are answered. Probably several hosts share it (NAT, a proxy, a "
+    "VPN), and single ones have gone without closing, as telephones do out of reach."
+)
+
+
 class EndsByTimeout(Rule):
     needs = ("resets",)
 
@@ -41,9 +48,9 @@ class EndsByTimeout(Rule):
             peers.setdefault((group.netns, group.raddr), []).append((group, tally))
         for (netns, raddr), found in peers.items():
             if sum(tally.count for _, tally in found) >= LEAST:
-                yield self._finding(netns, raddr, found)
+                yield self._finding(netns, raddr, found, _answered(seen, netns, raddr, found))
 
-    def _finding(self, netns: int, raddr: str, found: list[tuple[Any, Tally]]) -> Finding:
+    def _finding(self, netns: int, raddr: str, found: list[tuple[Any, Tally]], answered: int | None) -> Finding:
         total = Tally()
         owners, causes, ends = Counter[tuple[Any, Any]](), Counter[str](), Counter[str]()
         closed = 0
@@ -67,14 +74,23 @@ class EndsByTimeout(Rule):
         if closed:
             observed.append(f"in {closed} of them the application had closed its end before")
         why = (_WHY_TIMEOUT if timeouts else "") + (" " if timeouts and probes else "")
-        why += (_WHY_KEEPALIVE if probes else "") + _WHERE
+        why += _WHY_KEEPALIVE if probes else ""
+        lives = answered is not None and answered >= EVERYDAY * total.count
+        if lives:
+            observed.append(
+                f"{answered:,} other connections of this address had an answer since the first of these ended"
+            )
         return Finding(
             rule=self.name,
-            severity="critical" if total.count >= SEVERE else "warning",
-            title=f"connections with {raddr} end because it does not answer",
+            severity="info" if lives else "critical" if total.count >= SEVERE else "warning",
+            title=f"{total.count} connections of clients with {raddr} end without an answer; others are answered"
+            if lives
+            else f"connections with {raddr} end because it does not answer",
             observed=observed,
-            why=why,
-            remedies=[
+            why=why + (_WHERE_SHARED if lives else _WHERE),
+            remedies=[]
+            if lives
+            else [
                 Remedy(
                     f"See whether {raddr} can be reached.",
                     command=in_netns(netns, f"ping -c 3 {raddr}", inside),
@@ -96,9 +112,23 @@ class EndsByTimeout(Rule):
                 "timeouts": timeouts,
                 "keepalive": probes,
                 "closed": closed,
+                "answered_meanwhile": answered,
                 "pids": pids,
             },
         )
+
+
+def _answered(seen: Evidence, netns: int, raddr: str, found: list[tuple[Any, Tally]]) -> int | None:
+    """How many connections that this address has made to the same ports had an answer since the first of these ended.
+
+    None: not all of these ports have clients, or connections are not looked at.
+    """
+    if getattr(seen, "sockets", None) is None:
+        return None
+    known, lports = answers(seen), {group.lport for group, _ in found}
+    if any((netns, lport) not in known.ports for lport in lports):
+        return None
+    return known.connections(netns, raddr, min(tally.first_s for _, tally in found), lports)
 
 
 _CAUSES = frozenset({"KEEPALIVE", "TIMEOUT"})
