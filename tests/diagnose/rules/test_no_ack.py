@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tcpscope.diagnose import silence_remedies
 from tcpscope.diagnose.rules import no_ack
 from tcpscope.diagnose.sockets import Track
+from tcpscope.kernel import netns
 from tests.diagnose.rules.scenes import PORT, Scene, only, scene, told
 from tests.diagnose.rules.test_paths import NETNS, STALLED, evidence, found, track
 from tests.record import Script, Test, recorded
@@ -397,3 +400,39 @@ def test_an_address_of_many_clients_is_not_judged_at_once() -> None:
     assert found(early) == []
     early.ended = True
     assert [each.severity for each in found(early)] == ["critical"]
+
+
+def idle(idle_s: float, **columns: Any) -> dict[str, tuple[Any, Any]]:
+    """The remedies for a connection that was cut after so long: what is there now, and what is proposed."""
+    stalled = STALLED | {"since_ack_us": round((idle_s + 3) * 1e6), "pid": 0x7FFFFFFF}
+    (finding,) = found(evidence(track(**stalled | columns), track()))
+    assert finding.facts["case"] == "idle"
+    limit = f"is not known: at most {idle_s:.1f} s"
+    assert all(limit in remedy.what for remedy in finding.remedies)
+    return {remedy.name or "": (remedy.present, remedy.proposed) for remedy in finding.remedies}
+
+
+@pytest.mark.parametrize(("idle_s", "proposed"), [(60, 30), (398, 199), (3600, 200), (8 * 3600, 200)])
+def test_half_of_a_long_idle_time_tells_nothing_of_the_limit(idle_s: float, proposed: int) -> None:
+    remedies = idle(idle_s)
+    assert remedies.keys() == {"SO_KEEPALIVE", "net.ipv4.tcp_keepalive_time"}
+    assert remedies["net.ipv4.tcp_keepalive_time"] == (7200, proposed)
+    assert idle(idle_s, has_file=False) == remedies  # closed meanwhile
+
+
+def test_a_program_with_a_time_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"keepalive": True, "keepalive_s": 600}
+    monkeypatch.setattr(silence_remedies, "keepalive_time_s", lambda netns: 7200)
+    assert idle(400, **own) == {"TCP_KEEPIDLE": (600, 200)}
+    assert idle(400, keepalive=True) == {"net.ipv4.tcp_keepalive_time": (7200, 200)}
+    monkeypatch.setattr(silence_remedies, "keepalive_time_s", lambda netns: 600)
+    assert idle(400, **own) == {"net.ipv4.tcp_keepalive_time": (600, 200)}
+    monkeypatch.setattr(silence_remedies, "keepalive_time_s", lambda netns: None)
+    assert idle(400, **own) == {"idle time before keepalive probes": (600, 200)}
+    assert idle(400, keepalive=True, keepalive_s=100) == {"": (None, None)}
+
+
+def test_the_sysctl_of_this_network_namespace_is_read() -> None:
+    here = Path("/proc/sys/net/ipv4/tcp_keepalive_time").read_text()
+    assert silence_remedies.keepalive_time_s(netns.own()) == int(here)
+    assert silence_remedies.keepalive_time_s(1) is None
