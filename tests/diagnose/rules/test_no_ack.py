@@ -209,6 +209,40 @@ def test_a_link_that_is_down_on_the_way_to_all_clients(script: Script) -> Test:
     assert finding["title"] == f"this host cannot send to {MANY} addresses: {MANY} connections stalled"
 
 
+BEHIND = 36
+"""Connections from the address of a NAT that live, beside three that are lost: twelve times as many."""
+
+
+@recorded(DIAGNOSE)
+def test_three_clients_vanish_of_many_behind_one_address(script: Script) -> Test:
+    made = scene(script, 0)
+    lost = []
+    for port in (40_001, 40_002, 40_003):
+        near = made.client.socket()
+        near.bind(script.client.ipv4, port)
+        near.connect(script.server.ipv4, PORT)
+        lost.append(made.listener.accept())
+    others = made.connect(BEHIND)
+    script.client.exec("nft", "add table inet filter")
+    script.client.exec("nft", "add chain inet filter in { type filter hook input priority 0 ; }")
+    script.client.exec("nft", "add rule inet filter in tcp dport 40001-40003 drop")
+    for far in lost:
+        far.send_all(1000)
+    made.until_timeouts(2, *lost)
+    for _ in range(10):  # looks are rare on a machine with many sockets and much to do
+        for near, far in others:
+            far.send_all(100)
+            near.read(100)
+        made.server.pause(1_000_000)
+    made.until_timeouts(3, *lost)
+    told(script.server)
+    seen = yield
+    finding = only(seen, script, "no_ack", script.server)
+    facts = finding["facts"]
+    assert (finding["severity"], facts["case"], facts["lport"], facts["count"]) == ("info", "clients", PORT, 3)
+    assert f"meanwhile {BEHIND} other connections of these addresses had an answer" in finding["observed"]
+
+
 def row(**columns: Any) -> SimpleNamespace:
     """A connection that has waited long for an ACK."""
     return SimpleNamespace(
