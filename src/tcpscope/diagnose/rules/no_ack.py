@@ -219,7 +219,8 @@ class NoAck(Rule):
         if whole.full and whole.others:
             title = f"full segments to {number} of port {lport} do not arrive, small ones do: {stalled}"
         elif whole.others:
-            title = f"{number} of port {lport} do not answer, {whole.others:,} do: {stalled}"
+            others = f"{whole.others:,} {'does' if whole.others == 1 else 'do'}"
+            title = f"{number} of port {lport} do not answer, {others}: {stalled}"
         else:
             title = f"no client of port {lport} answers any more: {number}, {stalled}"
         observed = [*waits(silent), *_addresses({(netns, raddr): each for raddr, each in clients.items()})]
