@@ -85,8 +85,11 @@ def only_fin(row: Any) -> bool:
 
 
 def is_stuck(track: Track) -> bool:
-    """It could not be sent, or not again: nothing shows that it has left this host."""
-    return cannot_send(track.last) or not track.last.total_retrans
+    """It could not be sent, or not again when a timeout ran out: nothing shows that it has left this host."""
+    row, first = track.last, track.first
+    if cannot_send(row) or not row.total_retrans:
+        return True
+    return paths.timeouts(row) > paths.timeouts(first) and row.total_retrans == first.total_retrans
 
 
 class Lives:

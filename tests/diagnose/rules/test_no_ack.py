@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tcpscope.diagnose import silence_remedies
+from tcpscope.diagnose import silence, silence_remedies
 from tcpscope.diagnose.rules import no_ack
 from tcpscope.diagnose.sockets import Track
 from tcpscope.kernel import netns
@@ -406,6 +406,21 @@ def test_what_was_under_way_when_the_link_went_down_is_the_same_fault() -> None:
     here, single = found(seen)
     assert (here.facts["case"], here.facts["count"], here.facts["peers"]) == ("here", 40, 40)
     assert (single.severity, single.facts["count"]) == ("info", 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "is_stuck"),
+    [
+        ({"total_retrans": 0}, {"total_retrans": 0, "retransmits": 3}, True),
+        ({"total_retrans": 7, "retransmits": 1}, {"total_retrans": 7, "retransmits": 3}, True),  # it was sent before
+        ({"total_retrans": 7, "retransmits": 3}, {"total_retrans": 7, "retransmits": 3}, False),
+        ({"total_retrans": 7, "retransmits": 1}, {"total_retrans": 8, "retransmits": 3}, False),
+    ],
+)
+def test_what_has_not_left_this_host(first: dict[str, int], last: dict[str, int], is_stuck: bool) -> None:
+    one = track(out_segs=1, backoff=0, **{"retransmits": 0} | first)
+    one._look(SimpleNamespace(**vars(one.last) | last), 4.0, no_ack.rule.marks)
+    assert silence.is_stuck(one) == is_stuck
 
 
 def test_a_client_that_has_gone_with_its_route_is_told_for_information() -> None:
