@@ -1,4 +1,4 @@
-"""SYNs that a firewall of this host drops, at the server and at the client."""
+"""Packets of handshakes and of connections that a firewall of this host drops, at the server and at the client."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from urllib.parse import unquote
 
 import pytest
 
-from tcpscope.diagnose import addresses
+from tcpscope.diagnose import addresses, peer
 from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.rules import no_ack
 from tcpscope.diagnose.rules.firewall_drops import SEGMENTS, is_syn, rule
-from tests.diagnose.rules.connecting import NETNS, OTHER, THERE, check, found, groups, of, sockets, times
+from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
+from tests.diagnose.rules.connections import connection, track
 from tests.diagnose.rules.scenes import PORT as SERVICE
 from tests.diagnose.rules.scenes import only, scene, told
 from tests.diagnose.rules.test_connects_fail import fail
@@ -19,13 +21,17 @@ from tests.record import Host, Script, Test, recorded
 from tests.test_sampling import at
 from tests.tools.queue.refusals import DIAGNOSE
 
-RECEIVED, SENT, BOTH = 9401, 9402, 9403
+RECEIVED, SENT, BOTH, COME, LEAVE, LAST = 9401, 9402, 9403, 9405, 9406, 9407
+
+
+def chain(host: Host, hook: str, rule: str) -> None:
+    host.exec("nft", "add table inet filter")
+    host.exec("nft", f"add chain inet filter {hook} {{ type filter hook {hook} priority 0 ; }}")
+    host.exec("nft", f"add rule inet filter {hook} {rule} counter drop")
 
 
 def drop(host: Host, hook: str, port: int) -> None:
-    host.exec("nft", "add table inet filter")
-    host.exec("nft", f"add chain inet filter {hook} {{ type filter hook {hook} priority 0 ; }}")
-    host.exec("nft", f"add rule inet filter {hook} tcp dport {port} counter drop")
+    chain(host, hook, f"tcp dport {port}")
 
 
 @pytest.mark.parametrize("hook", ["input", "output"])
@@ -78,6 +84,97 @@ def test_two_faults_of_one_host_are_two_findings(script: Script) -> Test:
     assert (by_rule["connects_fail"]["rports"], by_rule["connects_fail"]["count"]) == ([BOTH + 1], 7)
 
 
+ANSWERS = "tcp sport {} tcp flags & (syn | ack) == syn | ack"
+
+
+@pytest.mark.parametrize("hook", ["input", "output"])
+@recorded(DIAGNOSE)
+def test_answers_that_are_dropped(script: Script, hook: str) -> Test:
+    """SYN-ACKs: where the client gets them, and where the server sends them. The SYNs pass."""
+    port = COME if hook == "input" else LEAVE
+    host = script.client if hook == "input" else script.server
+    server, client = script.server.process("api"), script.client.process("orders")
+    script.client.sysctl("tcp_syn_retries", 2)
+    server.listener(port)
+    chain(host, hook, ANSWERS.format(port))
+    made = [client.socket() for _ in range(5)]
+    for each in made:
+        each.start(script.server.ipv4, port)
+    for each in made:
+        each.outcome()
+    script.server.sysctl("tcp_synack_retries", 0)  # not once more
+    client.pause(4_000_000)
+    rules = host.exec("nft", "list", "ruleset")
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)  # and not what either end takes it for
+    facts = finding["facts"]
+    assert (finding["rule"], facts["netns"], facts["what"]) == ("firewall_drops", host.inode, "SYN-ACKs")
+    assert f"counter packets {facts['count']} bytes" in unquote(rules.data)
+    owner = client if hook == "input" else server
+    assert (facts["comm"], facts["pids"], facts["direction"]) == (
+        owner.comm,
+        [owner.pid],
+        "RECEIVED" if hook == "input" else "SENT",
+    )
+    assert (finding["severity"], facts["count"] >= 10) == ("critical", True)
+    where = f"{script.server.ipv4}:{port}"
+    assert (f" drops the answers of {where} to orders" if hook == "input" else f" the SYN-ACKs of {where}, api") in (
+        finding["title"]
+    )
+    (remedy,) = finding["remedies"]
+    assert "ct state established" in remedy["what"]
+    assert remedy["command"] == f"nsenter -t {owner.pid} -n nft list ruleset"
+
+
+@recorded(DIAGNOSE)
+def test_acks_that_would_complete_handshakes(script: Script) -> Test:
+    """The client believes that it is connected. The server's SYN-ACKs get no answer."""
+    server, client = script.server.process("api"), script.client.process("web")
+    server.listener(LAST)
+    chain(script.server, "input", f"tcp dport {LAST} tcp flags & (syn | ack) == ack")
+    for _ in range(6):
+        client.socket().connect(script.server.ipv4, LAST)
+    script.server.until_counter("TcpRetransSegs", 12)
+    script.server.sysctl("tcp_synack_retries", 0)  # not once more
+    client.pause(4_000_000)
+    rules = script.server.exec("nft", "list", "ruleset")
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, script.client, script.server)
+    facts = finding["facts"]
+    assert (finding["rule"], facts["netns"], facts["what"]) == ("firewall_drops", script.server.inode, "ACKs")
+    assert f"counter packets {facts['count']} bytes" in unquote(rules.data)
+    assert (finding["severity"], facts["lport"], facts["pids"]) == ("critical", LAST, [server.pid])
+
+
+@pytest.mark.parametrize("what", ["ACKs", "FINs"])
+@recorded(DIAGNOSE)
+def test_what_comes_in_for_open_connections(script: Script, what: str) -> Test:
+    """ACKs for the client, or its FINs for the server. They are few, but connections stall for them."""
+    made = scene(script)
+    host, other = (script.client, script.server) if what == "ACKs" else (script.server, script.client)
+    chain(host, "input", f"tcp sport {SERVICE}" if what == "ACKs" else "tcp flags & fin == fin")
+    for near in made.nears:
+        near.send_all(100)
+        if what == "FINs":
+            near.until_acknowledged()
+            near.close()
+    if what == "ACKs":
+        made.until_timeouts(4)
+    made.client.pause(5_000_000)
+    if what == "FINs":
+        made.connect(2)
+    told(host)
+    seen = yield
+    finding = only(seen, script, "firewall_drops", host)  # and not that the other end does not answer
+    facts = finding["facts"]
+    assert (finding["severity"], facts["direction"], facts["raddr"]) == ("critical", "RECEIVED", other.ipv4)
+    process = made.client if what == "ACKs" else made.server
+    assert (facts["pids"], facts["comm"], facts["stalled"]) == ([process.pid], process.comm, 3)
+    assert finding["title"].startswith(f"a firewall of this host drops what {other.ipv4} sends: ")
+
+
 LATE = "add rule inet filter output tcp sport {} tcp flags & (syn | fin | rst | psh) == 0 counter drop"
 
 
@@ -116,14 +213,82 @@ def test_acks_that_never_leave(script: Script) -> Test:
         ({}, 20, 2001, 0),
         ({}, 20, None, 0),  # not known: a firewall drops late segments now and then
         ({"flags": "ACK|RST"}, 90, 100, 0),
-        ({"direction": "RECEIVED"}, 90, 100, 0),
+        ({"direction": "RECEIVED"}, 90, 100, 0),  # of no connection that is known: it has ended, or never was
+        ({"direction": "RECEIVED", "pid": 7, "comm": "api"}, 20, 1980, 1),
+        ({"direction": "RECEIVED", "pid": 7, "comm": "api"}, 19, 100, 0),
+        ({"direction": "RECEIVED", "pid": 7, "comm": "api"}, 20, 1981, 0),
+        ({"direction": "RECEIVED", "pid": 7, "comm": "api"}, 20, None, 0),
     ],
 )
 def test_twenty_segments_and_one_in_a_hundred(columns: Any, number: int, out: int | None, expected: int) -> None:
     own = dropped(**{"direction": "SENT", "flags": "ACK"} | columns)
-    counters = SimpleNamespace(grown=lambda netns, name: {"TcpOutSegs": out}.get(name))
+    counters = SimpleNamespace(grown=lambda netns, name: {"TcpOutSegs": out, "TcpInSegs": out}.get(name))
     queues = SimpleNamespace(histories={})
     assert len(check(rule, drops=groups({own: times(number)}), queues=queues, counters=counters)) == expected
+
+
+CONNECTION = {"laddr": THERE, "lport": 80, "raddr": OTHER, "rport": 40_000}
+
+
+def stalled(**columns: Any) -> Any:
+    """A connection whose remote end does not answer."""
+    waits = {"out_segs": 1, "backoff": 3, "retransmits": 3, "since_ack_us": 9_000_000, "rto_us": 1_600_000}
+    row = connection(**{"netns": NETNS, "peer_window": 65_536, "unacked": 100} | waits | CONNECTION | columns)
+    return track(no_ack.rule, [row] * 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "number", "sockets", "expected"),
+    [
+        ({}, 3, [stalled()], ["critical"]),
+        ({}, 2, [stalled()], []),
+        ({}, 3, [stalled(lport=81)], []),  # another connection
+        ({}, 3, [stalled(role="PASSIVE")], []),  # one client
+        ({}, 3, [stalled(backoff=1, retransmits=1)], []),
+        ({"direction": "SENT"}, 3, [stalled()], ["critical"]),
+        (
+            {"pid": 7, "comm": "api"},
+            3,
+            [stalled(netns=1, laddr=OTHER, lport=40_000, raddr=THERE, rport=80)],
+            ["critical"],
+        ),
+        ({}, 3, [stalled(netns=1, laddr=OTHER, lport=40_000, raddr=THERE, rport=80)], []),  # is it for this host?
+        ({"flags": "RST"}, 3, [stalled()], []),
+    ],
+)
+def test_few_segments_of_connections_that_stall(columns: Any, number: int, sockets: Any, expected: list[str]) -> None:
+    own = dropped(**{"flags": "ACK"} | columns)
+    seen: Any = {"sockets": SimpleNamespace(now=sockets), "queues": SimpleNamespace(histories={})}
+    made = check(rule, drops=groups({own: times(number)}), **seen)
+    assert [each.severity for each in made] == expected
+    for each in made:
+        assert peer(sockets[0].last.netns, sockets[0].last.raddr) in each.about  # as that which no_ack finds
+
+
+def test_a_firewall_explains_what_its_drops_look_like() -> None:
+    assert {"connects_fail", "synack_unanswered", "no_ack"} <= {*rule.explains}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "waiting", "expected"),
+    [
+        ({}, {}, []),  # nobody has asked for them
+        ({}, {"netns": NETNS}, ["critical"]),
+        ({}, {"netns": NETNS, "rport": 81}, []),
+        ({}, {"netns": NETNS + 1}, []),  # of another host's container
+        ({"TIMED_OUT": 1}, {}, ["critical"]),
+        ({"ESTABLISHED": 5}, {}, []),
+        ({"ESTABLISHED": 5, "TIMED_OUT": 1}, {}, ["warning"]),
+    ],
+)
+def test_answers_for_who_waits(outcomes: dict[str, int], waiting: dict[str, Any], expected: list[str]) -> None:
+    own = dropped(laddr=HERE, lport=40_000, raddr=THERE, rport=80, flags="SYN|ACK")
+    tries = groups({attempt(outcome): times(number) for outcome, number in outcomes.items()})
+    ends = {"laddr": HERE, "raddr": THERE, "rport": 80, "pid": 7, "comm": "client", "state": "SYN_SENT"}
+    rows = [SimpleNamespace(**ends | waiting)] if waiting else []
+    queues = SimpleNamespace(histories={})
+    made = check(rule, drops=groups({own: times(9)}), queues=queues, attempts=tries, sockets=sockets(*rows))
+    assert [each.severity for each in made] == expected
 
 
 def dropped(**columns: Any) -> Any:
@@ -136,7 +301,7 @@ def findings(given: Any, laddr: str = "0.0.0.0", accepts: int | None = 0, seen_a
     """`seen_at`: there a connection of the listener was seen. The addresses of NETNS cannot be read."""
     first = at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=0)
     history = History(first, at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=accepts))
-    rows = [SimpleNamespace(netns=NETNS, lport=80, laddr=seen_at)] if seen_at else []
+    rows = [SimpleNamespace(netns=NETNS, lport=80, laddr=seen_at, state="ESTABLISHED")] if seen_at else []
     return check(rule, drops=groups(given), queues=SimpleNamespace(histories={1: history}), sockets=sockets(*rows))
 
 

@@ -123,10 +123,15 @@ def test_connections_that_are_cut_off_while_others_work(script: Script) -> Test:
 
 @recorded(DIAGNOSE)
 def test_only_fins_are_lost(script: Script) -> Test:
+    """On the way: they take one that leads nowhere. A firewall of either host would be the finding."""
     made = scene(script)
-    script.server.exec("nft", "add table inet filter")
-    script.server.exec("nft", "add chain inet filter in { type filter hook input priority 0 ; }")
-    script.server.exec("nft", "add rule inet filter in tcp flags & fin == fin drop")
+    client, server = script.client, script.server
+    client.exec("ip", "neigh", "replace", NOWHERE, "lladdr", NOBODYS_MAC, "dev", "veth0", "nud", "permanent")
+    client.exec("ip", "route", "add", server.ipv4, "via", NOWHERE, "dev", "veth0", "table", 100)
+    client.exec("ip", "rule", "add", "fwmark", 1, "lookup", 100)
+    client.exec("nft", "add table ip way")
+    client.exec("nft", "add chain ip way out { type route hook output priority 0 ; }")
+    client.exec("nft", "add rule ip way out tcp flags & fin == fin meta mark set 1")
     for near in made.nears:
         near.send_all(100)
         near.until_acknowledged()

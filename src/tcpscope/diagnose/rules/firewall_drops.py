@@ -1,15 +1,18 @@
-"""A firewall of this host drops SYNs: those for a port that listens, or those of a process that connects. Or it drops
-ACKs and data that this host sends."""
+"""A firewall of this host drops handshakes: SYNs or SYN-ACKs, those of a port that listens, or those of a process that
+connects. Or it drops ACKs and data, which this host sends or is to receive."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from tcpscope.diagnose import Finding, Remedy, Rule, addresses, endpoint, paths, processes, service
+from tcpscope.diagnose import Finding, Remedy, Rule, addresses, connection, endpoint, paths, peer, processes, service
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.listener_history import History
+from tcpscope.diagnose.rules.no_ack import CLIENTS
+from tcpscope.diagnose.silence import is_silent
+from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.tallies import Tally
 from tcpscope.diagnose.wording import in_namespace, in_netns, is_in, of, whose
 from tcpscope.kernel import pidns
@@ -17,13 +20,16 @@ from tcpscope.listeners import Listener
 from tcpscope.output import endpoint as text_of
 
 LEAST = 3
-"""SYNs of one peer, or to one service. A scanner sends one."""
+"""SYNs of one peer, or to one service; packets of connections that stall. A scanner sends one."""
 
 MANY = 5
 
 SEGMENTS, SHARE = 20, 0.01
-"""Of other segments to one address, and of all that the network namespace sends: as for losses. A firewall that knows
-connections drops a late segment now and then."""
+"""Of other segments of one address, and of all that the network namespace sends, or that comes to it: as for losses. A
+firewall that knows connections drops a late segment now and then."""
+
+SYNS, ANSWERS, ACKS = "SYNs", "SYN-ACKs", "ACKs"
+"""Packets of handshakes. ACKs: what a client sends when it believes that it is connected."""
 
 _FUNCTION = "nf_hook_slow"  # it frees the packet; before 5.17 there is no other sign
 _WILDCARDS = ("0.0.0.0", "::")
@@ -32,84 +38,180 @@ _WHY = (
     "A netfilter rule of this network namespace drops or rejects these SYNs. After a rejection connect() fails at once."
     " Without an answer the client's kernel sends the SYN again and again, until it or the application gives up."
 )
+_WHY_ANSWERS_COME = (
+    "The SYNs leave this host, and SYN-ACKs answer them. A netfilter rule of this network namespace drops these, so "
+    "connect() waits until it gives up. Often the rule that takes packets of known connections (ct state established) "
+    "is missing, or comes too late."
+)
+_WHY_ANSWERS_LEAVE = (
+    "The SYNs of these clients come in, and the kernel answers them. A netfilter rule of this network namespace drops "
+    "the SYN-ACKs before they leave. Often the rule for packets of known connections (ct state established) is missing."
+)
+_WHY_ACKS = (
+    "These clients have got the SYN-ACK, and believe that they are connected. A netfilter rule of this network "
+    "namespace drops what they send then, so the handshake is never completed: often a rule about packets without a "
+    "known connection (ct state invalid), or the one for those of known connections is missing."
+)
 _WHY_SEGMENTS = (
     "A netfilter rule of this network namespace drops them after TCP has sent them. The remote end gets no ACK, or one "
     "that is late since only a later one arrives: it sends its data again. What this host sends arrives late, or never."
+)
+_WHY_COMES = (
+    "A netfilter rule of this network namespace drops them before TCP gets them. Data that is dropped is sent again "
+    "and again; where ACKs are, this host sends again what has arrived. A firewall that has lost its table takes such "
+    "packets for invalid (ct state invalid): after its rules were loaded anew, or its connections were flushed."
 )
 _ALL_RULES = "nft list ruleset"
 _COUNTERS = (
     "`nft list ruleset` or `iptables-save -c` shows the rules; if a rule has a counter, the one that grows is the one."
 )
+_KNOWN = (
+    "Let the rules take packets of known connections (`ct state established,related accept`, or `-m conntrack "
+    "--ctstate ESTABLISHED,RELATED -j ACCEPT`) before they drop any."
+)
+
+_AT_LISTENER = {
+    SYNS: ("connections to", _WHY),
+    ANSWERS: ("the SYN-ACKs of", _WHY_ANSWERS_LEAVE),
+    ACKS: ("what completes handshakes with", _WHY_ACKS),
+}
+"""What is dropped -> for the title, and behind it."""
+
+Ends = tuple[str, int, str, int]
+"""Local address and port, remote address and port."""
+
+Owner = tuple[int | None, str | None]
+"""PID and name of a process; None: not known."""
+
+
+class Dropped(NamedTuple):
+    """Packets of one handshake that were dropped in the network namespace `netns`, as the listener names its ends."""
+
+    netns: int
+    laddr: str
+    lport: int
+    raddr: str
+    rport: int
+    owner: Owner
+    tally: Tally
+
+
+class Connecting:
+    """Who on this machine connects, or has connected, in whatever network namespace.
+
+    failing   (local address, remote address, remote port) -> (network namespace, PID, name) -> attempts without success
+    answered  (network namespace, remote address, remote port) -> attempts that succeeded
+    """
+
+    def __init__(self, seen: Evidence) -> None:
+        self.failing: dict[tuple[str, str, int], Counter[tuple[int, int | None, str | None]]] = defaultdict(Counter)
+        self.answered: Counter[tuple[int, str, int]] = Counter()
+        for group, tally in (seen.attempts.tallies if hasattr(seen, "attempts") else {}).items():
+            if group.outcome == "ESTABLISHED":
+                self.answered[group.netns, group.raddr, group.rport] += tally.count
+            elif group.raddr is not None:
+                self.failing[group.laddr, group.raddr, group.rport][group.netns, group.pid, group.comm] += tally.count
+        for track in _tracks(seen):
+            row = track.last
+            if row.state == "SYN_SENT":
+                self.failing[row.laddr, row.raddr, row.rport][row.netns, row.pid, row.comm] += 1
 
 
 class FirewallDrops(Rule):
     needs = ("drops", "queues")
-    explains = ("connects_fail", "loss", "spurious_retrans", "no_ack", "mtu_hole", "ends_by_timeout")
+    explains = (
+        "connects_fail",
+        "synack_unanswered",
+        "no_ack",
+        "loss",
+        "spurious_retrans",
+        "mtu_hole",
+        "ends_by_timeout",
+    )
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
-        received: dict[tuple[int, int], list[tuple[Any, Tally]]] = defaultdict(list)
-        sent: dict[tuple[int, str, int], list[tuple[Any, Tally]]] = defaultdict(list)
-        segments: dict[tuple[int, str], list[tuple[Any, Tally]]] = defaultdict(list)
+        of_listeners: dict[tuple[int, int], dict[str, list[Dropped]]] = defaultdict(lambda: defaultdict(list))
+        of_clients: dict[tuple[int, str, int, str], list[Dropped]] = defaultdict(list)
+        segments: dict[tuple[int, str, str], list[tuple[Any, Tally]]] = defaultdict(list)
+        waiting: set[tuple[int, int, str, int]] | None = None
         for group, tally in seen.drops.tallies.items():
-            if not is_of_firewall(group) or group.netns is None:
+            if not is_of_firewall(group) or group.netns is None or group.direction not in ("RECEIVED", "SENT"):
                 continue
-            if not is_syn(group.flags):
-                if group.direction == "SENT" and group.laddr and _is_of_connection(group.flags):
-                    segments[group.netns, group.raddr].append((group, tally))
-            elif group.direction == "RECEIVED":
-                received[group.netns, group.lport].append((group, tally))
-            elif group.direction == "SENT":
-                sent[group.netns, group.raddr, group.rport].append((group, tally))
-        if received:
+            comes = group.direction == "RECEIVED"
+            what = SYNS if is_syn(group.flags) else ANSWERS if _is_answer(group.flags) else None
+            if what is None:
+                if not group.laddr or not _is_of_connection(group.flags):
+                    continue
+                if waiting is None:
+                    waiting = _waiting_for_ack(seen)
+                if not comes or (group.netns, group.lport, group.raddr, group.rport) not in waiting:
+                    segments[group.netns, group.raddr, group.direction].append((group, tally))
+                    continue
+                what = ACKS
+            dropped = _dropped(group, tally, here=comes == (what != ANSWERS))
+            if comes == (what != ANSWERS):
+                of_listeners[group.netns, group.lport][what].append(dropped)
+            else:
+                of_clients[group.netns, group.raddr, group.rport, what].append(dropped)
+        if of_listeners:
             for history in seen.queues.histories.values():
-                found = received.get((history.last.netns, history.last.lport))
-                if found and not history.gone:
-                    yield from self._received(seen, history, found)
-        for key, found in sent.items():
-            yield from self._sent(*key, found)
-        for (netns, raddr), found in segments.items():
-            yield from self._segments(seen, netns, raddr, found)
+                there = of_listeners.get((history.last.netns, history.last.lport))
+                if there and not history.gone:
+                    for what, here in there.items():
+                        yield from self._at_listener(seen, history, what, here)
+        if of_clients:
+            connecting = Connecting(seen)
+            for (netns, raddr, rport, what), found in of_clients.items():
+                yield from self._at_client(connecting, netns, raddr, rport, what, found)
+        if segments:
+            silent = [each for each in _tracks(seen) if each.last.state in paths.SENDING and is_silent(each)]
+            for (netns, raddr, direction), packets in segments.items():
+                yield from self._segments(seen, netns, raddr, direction, packets, silent)
 
-    def _received(self, seen: Evidence, history: History, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+    def _at_listener(self, seen: Evidence, history: History, what: str, found: list[Dropped]) -> Iterator[Finding]:
         own, total = history.last, Tally()
-        here = [(group, tally) for group, tally in found if _takes(own.laddr, group.laddr)]
+        here = [each for each in found if _takes(own.laddr, each.laddr)]
         if max(_peers(here).values(), default=0) < LEAST:
             return
         if own.laddr in _WILDCARDS:
             # A SYN that this host forwards comes in, too, and may be for the same port of another host.
-            local = {address: _is_local(seen, own, address) for address in {group.laddr for group, _ in here}}
-            here = [(group, tally) for group, tally in here if local[group.laddr]]
+            local = {address: _is_local(seen, own, address) for address in {each.laddr for each in here}}
+            here = [each for each in here if local[each.laddr]]
         peers = _peers(here)
         if max(peers.values(), default=0) < LEAST:
             return
-        for _, tally in here:
-            total.merge(tally)
-        laddrs = {group.laddr for group, _ in here}
+        for each in here:
+            total.merge(each.tally)
+        laddrs = {each.laddr for each in here}
         shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
         more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
         accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
         at = text_of(min(laddrs), own.lport) if len(laddrs) == 1 else f"port {own.lport}"  # not 0.0.0.0
+        dropped, why = _AT_LISTENER[what]
         common = of(history)
         yield Finding(
             rule=self.name,
             severity="critical" if total.count >= MANY and history.accepts == 0 else "warning",
-            title=f"a firewall of this host drops connections to {at}, {whose(history)}",
+            title=f"a firewall of this host drops {dropped} {at}, {whose(history)}",
             observed=[
-                f"{total.count} SYNs dropped, those that were sent again included{accepts}",
+                f"{total.count} {what} dropped, those that were sent again included{accepts}",
                 f"clients: {shown}{more}",
             ],
-            why=_WHY,
+            why=why,
             remedies=[
                 Remedy(
                     f"If these clients may connect, let the rule that drops take TCP port {own.lport} from them. "
-                    f"{_COUNTERS}",
+                    f"{_COUNTERS}"
+                    if what == SYNS
+                    else f"{_KNOWN} {_COUNTERS}",
                     command=in_namespace(history, _ALL_RULES),
                     risk="The rule may be there to keep them out.",
                 )
             ],
             facts={
                 "netns": own.netns,
-                "direction": "RECEIVED",
+                "direction": "SENT" if what == ANSWERS else "RECEIVED",
+                "what": what,
                 "laddr": own.laddr,
                 "lport": own.lport,
                 "pids": [holder.pid for holder in own.holders],
@@ -123,40 +225,57 @@ class FirewallDrops(Rule):
             about=common["about"] | {endpoint(own.netns, address, own.lport) for address in laddrs},
             first_s=total.first_s,
             last_s=total.last_s,
-            subject=("listener", own.key),
+            subject=("listener", own.key, what),
         )
 
-    def _sent(self, netns: int, raddr: str, rport: int, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+    def _at_client(
+        self, connecting: Connecting, netns: int, raddr: str, rport: int, what: str, found: list[Dropped]
+    ) -> Iterator[Finding]:
+        """SYNs that a process of this host sends, or the SYN-ACKs that answer them.
+
+        Others may send SYN-ACKs that nobody has asked for, and a firewall drops those. So somebody must wait for them.
+        """
         total = Tally()
-        owners: Counter[tuple[int | None, str | None]] = Counter()
-        for group, tally in found:
-            owners[group.pid, group.comm] += tally.count
-        if owners.total() < LEAST:
+        owners: Counter[Owner] = Counter()
+        for each in found:
+            waits = connecting.failing.get((each.raddr, raddr, rport), Counter())
+            here = {(pid, comm): number for (there, pid, comm), number in waits.items() if there == netns}
+            if what == SYNS or here:
+                total.merge(each.tally)
+                owner = each.owner if what == SYNS or each.owner[0] else max(here, key=lambda one: here[one])
+                owners[owner] += each.tally.count
+        if total.count < LEAST:
             return
-        for _, tally in found:
-            total.merge(tally)
         (pid, comm), number = owners.most_common(1)[0]
         inside = [each for each, name in owners if each and is_in(each, netns, name)]
+        name, at = comm or "a process", text_of(raddr, rport)
+        succeeded = connecting.answered[netns, raddr, rport] if what == ANSWERS else 0
         yield Finding(
             rule=self.name,
-            severity="critical" if total.count >= MANY else "warning",
-            title=f"a firewall of this host drops what {comm or 'a process'} sends to {text_of(raddr, rport)}",
+            severity="critical" if total.count >= MANY and not succeeded else "warning",
+            title=f"a firewall of this host drops what {name} sends to {at}"
+            if what == SYNS
+            else f"a firewall of this host drops the answers of {at} to {name}",
             observed=[
-                f"{total.count} SYNs of this host dropped, those that were sent again included",
-                *([f"{number} of them of {comm} (PID {pid})"] if pid else []),
+                f"{total.count} {what} {'of' if what == SYNS else 'for'} this host dropped, those that were sent again "
+                "included",
+                *([f"{number} of them {'of' if what == SYNS else 'for'} {comm} (PID {pid})"] if pid else []),
+                *([f"{succeeded} connects succeeded meanwhile"] if succeeded else []),
             ],
-            why=_WHY,
+            why=_WHY if what == SYNS else _WHY_ANSWERS_COME,
             remedies=[
                 Remedy(
-                    f"If {comm or 'the process'} may connect, let the rule that drops take {text_of(raddr, rport)}. "
-                    f"{_COUNTERS}",
+                    f"If {comm or 'the process'} may connect, let the rule that drops take {at}. {_COUNTERS}"
+                    if what == SYNS
+                    else f"{_KNOWN} {_COUNTERS}",
                     command=in_netns(netns, _ALL_RULES, inside),
                     risk="The rule may be there to keep it in.",
                 )
             ],
             facts={
                 "netns": netns,
-                "direction": "SENT",
+                "direction": "SENT" if what == SYNS else "RECEIVED",
+                "what": what,
                 "raddr": raddr,
                 "rport": rport,
                 "pids": sorted(each for each, _ in owners if each),
@@ -168,30 +287,66 @@ class FirewallDrops(Rule):
             about=frozenset({service(netns, raddr, rport), endpoint(netns, raddr, rport)}),
             first_s=total.first_s,
             last_s=total.last_s,
-            subject=("service", netns, raddr, rport),
+            subject=("service", netns, raddr, rport, what),
         )
 
-    def _segments(self, seen: Evidence, netns: int, raddr: str, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+    def _segments(
+        self,
+        seen: Evidence,
+        netns: int,
+        raddr: str,
+        direction: str,
+        found: list[tuple[Any, Tally]],
+        silent: list[Track],
+    ) -> Iterator[Finding]:
+        """Many, or a few of connections that stall for it.
+
+        What comes in must be for a socket that is there: its owner or a look tells. A firewall may well drop the rest.
+        """
+        comes = direction == "RECEIVED"
+        if comes:
+            known = _receivers(seen, {_ends(group) for group, _ in found})
+            found = [each for each in found if each[0].pid is not None or _ends(each[0]) in known]
+        by_connection: Counter[tuple[Any, ...]] = Counter()
         total = Tally()
         owners: Counter[tuple[int, str]] = Counter()
         for group, tally in found:
             total.merge(tally)
+            by_connection[connection(netns, *_ends(group))] += tally.count
             if group.pid is not None:
                 owners[group.pid, group.comm] += tally.count
-        out = paths.transmitted(seen, netns, total.count)
-        if total.count < SEGMENTS or out is None or total.count < SHARE * out:
+        stalled = [track for track in silent if by_connection[_connection(track)]]
+        for track in stalled if not owners else ():
+            if track.last.netns == netns and track.last.pid is not None:
+                owners[track.last.pid, track.last.comm] += 1
+        of_stalled = sum(by_connection[each] for each in {_connection(track) for track in stalled})
+        harm = of_stalled >= LEAST and (
+            len(stalled) >= CLIENTS or any(track.last.role != "PASSIVE" for track in stalled)
+        )
+        number = _arrived(seen, netns, total.count) if comes else paths.transmitted(seen, netns, total.count)
+        often = total.count >= SEGMENTS and number is not None and total.count >= SHARE * number
+        if not harm and not often:
             return
         acks = sum(tally.count for group, tally in found if group.flags == "ACK")
         name = f"{paths.program(owners)}'s connections" if owners else "its connections"
+        what = f"{paths.number(total.count, 'segment')}"
+        stall = f"; {paths.number(len(stalled), 'connection')} of this machine stalled" if harm else ""
+        all_ = "not known" if number is None else f"{number:,}"
+        way = "came to" if comes else "were sent in"
         yield Finding(
             rule=self.name,
-            severity="warning",
-            title=f"a firewall of this host drops what it sends to {raddr}: {total.count:,} segments",
+            severity="critical" if harm else "warning",
+            title=(
+                f"a firewall of this host drops what {raddr} sends: {what}"
+                if comes
+                else f"a firewall of this host drops what it sends to {raddr}: {what}"
+            ),
             observed=[
-                f"{total.count:,} segments of {name} dropped before they left; {acks:,} of them without a flag but ACK",
-                f"{out:,} segments were sent in this network namespace meanwhile",
+                f"{total.count:,} segments of {name} dropped before "
+                f"{'TCP got them' if comes else 'they left'}; {acks:,} of them without a flag but ACK{stall}",
+                f"segments that {way} this network namespace meanwhile: {all_}",
             ],
-            why=_WHY_SEGMENTS,
+            why=_WHY_COMES if comes else _WHY_SEGMENTS,
             remedies=[
                 Remedy(
                     f"Let the rule that drops take segments of open connections with {raddr}. {_COUNTERS}",
@@ -201,30 +356,81 @@ class FirewallDrops(Rule):
             ],
             facts={
                 "netns": netns,
-                "direction": "SENT",
+                "direction": direction,
                 "raddr": raddr,
                 "pids": paths.pids(owners),
                 "comm": paths.program(owners) if owners else None,
                 "acks": acks,
+                "stalled": len(stalled),
                 "count": total.count,
             },
             who=paths.who(owners),
             look=(f"drop --raddr {raddr} --reason 'NETFILTER_*'",),
-            about=paths.both((netns, raddr), ((group.laddr, group.lport, raddr, group.rport) for group, _ in found)),
+            about=paths.both((netns, raddr), (_ends(group) for group, _ in found))
+            | {peer(track.last.netns, track.last.raddr) for track in stalled},
             first_s=total.first_s,
             last_s=total.last_s,
-            subject=("segments", netns, raddr),
+            subject=("segments", netns, raddr, direction),
         )
+
+
+def _dropped(group: Any, tally: Tally, here: bool) -> Dropped:
+    """`here`: the local end is that of the listener."""
+    local, remote = (group.laddr, group.lport), (group.raddr, group.rport)
+    ends = (*local, *remote) if here else (*remote, *local)
+    return Dropped(group.netns, *ends, (group.pid, group.comm), tally)
+
+
+def _tracks(seen: Evidence) -> Iterator[Track]:
+    return iter(seen.sockets.now) if hasattr(seen, "sockets") else iter(())
+
+
+def _waiting_for_ack(seen: Evidence) -> set[tuple[int, int, str, int]]:
+    """Network namespace, local port, and remote end of handshakes whose SYN-ACK was sent again."""
+    retrans = getattr(seen, "retrans", None)
+    if retrans is None:
+        return set()
+    return {
+        (group.netns, group.lport, group.raddr, group.rport) for group, _ in retrans.where(kind="SYNACK", errno="none")
+    }
+
+
+def _ends(row: Any) -> Ends:
+    """Of a socket, or of a packet."""
+    return row.laddr, row.lport, row.raddr, row.rport
+
+
+def _connection(track: Track) -> tuple[Any, ...]:
+    return connection(track.last.netns, *_ends(track.last))
+
+
+def _receivers(seen: Evidence, wanted: set[Ends]) -> set[Ends]:
+    """Those of these ends that a socket has, in whatever network namespace: the packet may be forwarded to it."""
+    return {ends for track in _tracks(seen) if (ends := _ends(track.last)) in wanted}
+
+
+def _arrived(seen: Evidence, netns: int, dropped: int) -> int | None:
+    """How many segments have come to a network namespace, those that were dropped before TCP included. None: it is not
+    known."""
+    counters = getattr(seen, "counters", None)
+    came = None if counters is None else counters.grown(netns, "TcpInSegs")
+    return (
+        None if counters is None or came is None else came + (counters.grown(netns, "IpForwDatagrams") or 0) + dropped
+    )
+
+
+def _is_answer(flags: str | None) -> bool:
+    return flags is not None and "SYN" in flags and "ACK" in flags
 
 
 def _is_of_connection(flags: str | None) -> bool:
     return flags is not None and "ACK" in flags and "SYN" not in flags and "RST" not in flags
 
 
-def _peers(found: list[tuple[Any, Tally]]) -> Counter[str]:
+def _peers(found: list[Dropped]) -> Counter[str]:
     peers: Counter[str] = Counter()
-    for group, tally in found:
-        peers[group.raddr] += tally.count
+    for each in found:
+        peers[each.raddr] += each.tally.count
     return peers
 
 
