@@ -54,7 +54,7 @@ def attempt(outcome: str, errno: str = "none", **columns: Any) -> tuple[tuple[st
 
 def sockets(*rows: Any, looked_s: float = 110.0) -> Any:
     tracks = [SimpleNamespace(last=row, first_s=looked_s - 1, last_s=looked_s) for row in rows]
-    return SimpleNamespace(now=tracks)
+    return SimpleNamespace(now=tracks, served={})
 
 
 def check(rule: Rule, filter: Filter = Filter(), **evidence: Any) -> list[Finding]:  # noqa: B008 (it is frozen)

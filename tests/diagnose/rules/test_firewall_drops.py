@@ -11,7 +11,7 @@ import pytest
 from tcpscope.diagnose import addresses, peer
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import no_ack
-from tcpscope.diagnose.rules.firewall_drops import SEGMENTS, is_syn, rule
+from tcpscope.diagnose.rules.firewall_drops import MANY_PEERS, SEGMENTS, is_syn, rule
 from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.connections import connection, track
 from tests.diagnose.rules.scenes import PORT as SERVICE
@@ -283,12 +283,12 @@ def test_a_firewall_explains_what_its_drops_look_like() -> None:
 )
 def test_answers_for_who_waits(outcomes: dict[str, int], waiting: dict[str, Any], expected: list[str]) -> None:
     own = dropped(laddr=HERE, lport=40_000, raddr=THERE, rport=80, flags="SYN|ACK")
-    tries = groups({attempt(outcome): times(number) for outcome, number in outcomes.items()})
+    made = groups({attempt(outcome): times(number) for outcome, number in outcomes.items()})
     ends = {"laddr": HERE, "raddr": THERE, "rport": 80, "pid": 7, "comm": "client", "state": "SYN_SENT"}
     rows = [SimpleNamespace(**ends | waiting)] if waiting else []
     queues = SimpleNamespace(histories={})
-    made = check(rule, drops=groups({own: times(9)}), queues=queues, attempts=tries, sockets=sockets(*rows))
-    assert [each.severity for each in made] == expected
+    answers = check(rule, drops=groups({own: times(9)}), queues=queues, attempts=made, sockets=sockets(*rows))
+    assert [each.severity for each in answers] == expected
 
 
 def dropped(**columns: Any) -> Any:
@@ -297,26 +297,103 @@ def dropped(**columns: Any) -> Any:
     return of(**given | columns)
 
 
-def findings(given: Any, laddr: str = "0.0.0.0", accepts: int | None = 0, seen_at: str | None = THERE) -> list[Any]:
-    """`seen_at`: there a connection of the listener was seen. The addresses of NETNS cannot be read."""
+def tries(number: int, syns: int = 1, **columns: Any) -> dict[Any, Any]:
+    """So many connections of one peer, with so many SYNs each."""
+    return {dropped(rport=40_000 + each, **columns): times(syns) for each in range(number)}
+
+
+def findings(
+    given: Any,
+    laddr: str = "0.0.0.0",
+    accepts: int | None = 0,
+    seen_at: str | None = THERE,
+    connected: str = HERE,
+    served: Any = (),
+    **evidence: Any,
+) -> list[Any]:
+    """`seen_at`: there a connection of the listener with `connected` was seen. The addresses of NETNS cannot be read.
+
+    `accepts`: so many were accepted, after the first drop. `served`: to whom connections of this port belonged.
+    """
     first = at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=0)
-    history = History(first, at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=accepts))
-    rows = [SimpleNamespace(netns=NETNS, lport=80, laddr=seen_at, state="ESTABLISHED")] if seen_at else []
-    return check(rule, drops=groups(given), queues=SimpleNamespace(histories={1: history}), sockets=sockets(*rows))
+    history = History(first, first)
+    history.look(first, 90.0)
+    history.look(at(0, 0, 0, 0, laddr=laddr, lport=80, netns=NETNS, accepts=accepts), 105.0)
+    row = SimpleNamespace(netns=NETNS, lport=80, laddr=seen_at, raddr=connected, state="ESTABLISHED")
+    rows = [row] if seen_at else []
+    own = sockets(*rows)
+    own.served = {(NETNS, 80): dict.fromkeys(served, 95.0)}
+    queues = SimpleNamespace(histories={1: history})
+    return check(rule, drops=groups(given), queues=queues, sockets=own, **evidence)
 
 
 @pytest.mark.parametrize(
     ("count", "accepts", "expected"),
     [(2, 0, []), (3, 0, ["warning"]), (5, 0, ["critical"]), (5, 9, ["warning"]), (5, None, ["warning"])],
 )
-def test_three_of_one_peer(count: int, accepts: int | None, expected: list[str]) -> None:
-    assert [each.severity for each in findings({dropped(): times(count)}, accepts=accepts)] == expected
+def test_three_connections_of_one_peer(count: int, accepts: int | None, expected: list[str]) -> None:
+    assert [each.severity for each in findings(tries(count), accepts=accepts)] == expected
 
 
 def test_scanners_and_ports_that_do_not_listen_are_no_finding() -> None:
     assert findings({dropped(raddr=f"198.51.100.{host}"): times(1) for host in range(100)}) == []
-    assert findings({dropped(lport=81): times(20)}) == []
-    assert findings({dropped(): times(20)}, laddr="127.0.0.1") == []
+    assert findings(tries(20, lport=81)) == []
+    assert findings(tries(20), laddr="127.0.0.1") == []
+
+
+BOT = "9.9.9.9"
+"""An address of the Internet."""
+
+
+def test_a_bot_that_sends_its_syn_again_is_no_finding() -> None:
+    assert findings({dropped(raddr=BOT): times(1, 1, 0, 1, 0, 0, 0, 1)}) == []
+    assert findings(tries(2, syns=5, raddr=BOT)) == []
+    bots = {dropped(raddr=f"9.9.9.{host}"): times(5) for host in range(MANY_PEERS - 1)}
+    assert findings(bots) == []
+
+
+@pytest.mark.parametrize("accepts", [0, 9])
+def test_a_stranger_that_comes_again_is_for_information(accepts: int) -> None:
+    (finding,) = findings(tries(9, syns=5, raddr=BOT), accepts=accepts)
+    assert (finding.severity, finding.facts["connections"], finding.facts["count"]) == ("info", 9, 45)
+    assert "looks for services" in finding.why
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"served": [BOT]},
+        {"connected": BOT},
+        {"seen_at": None, "laddr": THERE, "attempts": {"laddr": BOT}},  # a client on this machine
+        {"seen_at": None, "laddr": THERE, "attempts": {"outcome": "ESTABLISHED", "laddr": THERE, "raddr": BOT}},
+    ],
+)
+def test_a_peer_of_which_more_is_known(more: Any) -> None:
+    if "attempts" in more:
+        more["attempts"] = groups({attempt(**{"outcome": "TIMED_OUT"} | more["attempts"]): times(1)})
+    assert [each.severity for each in findings(tries(5, raddr=BOT), **more)] == ["critical"]
+
+
+def test_many_clients_that_wait_where_nobody_is_accepted_any_more() -> None:
+    clients = {dropped(raddr=f"9.9.9.{host}"): times(1, 1) for host in range(MANY_PEERS)}
+    assert [each.severity for each in findings(clients)] == ["critical"]
+    assert findings(clients, accepts=9) == []  # a firewall keeps them out, and lets others in
+    assert findings({dropped(raddr=f"9.9.9.{host}"): times(1) for host in range(100)}) == []
+
+
+def test_accepts_that_stop_when_the_drops_begin() -> None:
+    first = at(0, 0, 0, 0, laddr=THERE, lport=80, netns=NETNS, accepts=0)
+    history = History(first, first)
+    history.look(first, 90.0)
+    history.look(at(0, 0, 0, 0, laddr=THERE, lport=80, netns=NETNS, accepts=50), 99.0)
+    queues = SimpleNamespace(histories={1: history})
+    (finding,) = check(rule, drops=groups(tries(5)), queues=queues)
+    assert (finding.severity, finding.facts["accepts"]) == ("critical", 50)
+
+
+def test_answers_that_are_dropped_are_a_fault_whosever_they_are() -> None:
+    (finding,) = findings(tries(5, raddr=BOT, direction="SENT", flags="SYN|ACK"))
+    assert finding.severity == "critical"
 
 
 @pytest.mark.parametrize(
@@ -336,27 +413,27 @@ def test_a_listener_at_all_addresses_has_those_of_its_namespace(
     listens: str, laddr: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses, "is_local", lambda address, own: address in (THERE, "2001:db8::2"))
-    assert len(findings({dropped(laddr=laddr): times(9)}, laddr=listens, seen_at=None)) == number
+    assert len(findings(tries(9, laddr=laddr), laddr=listens, seen_at=None)) == number
 
 
 def test_the_title_has_the_address_that_clients_come_to() -> None:
-    (finding,) = findings({dropped(): times(9)})
+    (finding,) = findings(tries(9))
     assert f" drops connections to {THERE}:80, " in finding.title
-    (finding,) = findings({dropped(): times(9), dropped(laddr="2001:db8::2"): times(9)}, laddr="::")
+    (finding,) = findings(tries(9) | tries(9, laddr="2001:db8::2"), laddr="::")
     assert f" drops connections to {THERE}:80, " in finding.title  # the other is no address of this host
 
 
 def test_addresses_that_are_not_known_are_those_of_connections() -> None:
-    assert len(findings({dropped(): times(9)})) == 1
-    assert findings({dropped(): times(9)}, seen_at=None) == []
-    assert findings({dropped(): times(9)}, seen_at=OTHER) == []
-    assert len(findings({dropped(): times(9)}, laddr=THERE, seen_at=None)) == 1
+    assert len(findings(tries(9))) == 1
+    assert findings(tries(9), seen_at=None) == []
+    assert findings(tries(9), seen_at=OTHER) == []
+    assert len(findings(tries(9), laddr=THERE, seen_at=None)) == 1
 
 
 def test_before_reasons_the_function_tells() -> None:
-    assert len(findings({dropped(reason=None): times(3)})) == 1
-    assert findings({dropped(reason=None, location="tcp_v4_rcv+0x1"): times(3)}) == []
-    assert findings({dropped(reason="TCP_CSUM"): times(3)}) == []
+    assert len(findings(tries(3, reason=None))) == 1
+    assert findings(tries(3, reason=None, location="tcp_v4_rcv+0x1")) == []
+    assert findings(tries(3, reason="TCP_CSUM")) == []
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("SYN", True), ("SYN|ACK", False), ("RST", False), (None, False)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Any, NamedTuple
 
 from tcpscope.diagnose import Finding, Remedy, Rule, addresses, connection, endpoint, paths, peer, processes, service
@@ -20,9 +21,13 @@ from tcpscope.listeners import Listener
 from tcpscope.output import endpoint as text_of
 
 LEAST = 3
-"""SYNs of one peer, or to one service; packets of connections that stall. A scanner sends one."""
+"""Connections of one peer whose handshake is dropped; SYNs of this host to one service; packets of connections that
+stall. A scanner makes one, and one bot that calls connect() sends the SYN of it five times in 15 s."""
 
 MANY = 5
+
+MANY_PEERS = 10
+"""So many addresses whose SYNs were sent again, and nobody is accepted: they are the clients of this service."""
 
 SEGMENTS, SHARE = 20, 0.01
 """Of other segments of one address, and of all that the network namespace sends, or that comes to it: as for losses. A
@@ -37,6 +42,10 @@ _PEERS_SHOWN = 3
 _WHY = (
     "A netfilter rule of this network namespace drops or rejects these SYNs. After a rejection connect() fails at once."
     " Without an answer the client's kernel sends the SYN again and again, until it or the application gives up."
+)
+_WHY_STRANGERS = (
+    " Whoever reaches this host from the Internet may be one that looks for services, and the rule may be there for "
+    "that."
 )
 _WHY_ANSWERS_COME = (
     "The SYNs leave this host, and SYN-ACKs answer them. A netfilter rule of this network namespace drops these, so "
@@ -101,20 +110,29 @@ class Connecting:
 
     failing   (local address, remote address, remote port) -> (network namespace, PID, name) -> attempts without success
     answered  (network namespace, remote address, remote port) -> attempts that succeeded
+    tried     (local address, remote address, remote port) of all of them
+    connected (network namespace, remote address) of connections that are there, or were opened from here
     """
 
     def __init__(self, seen: Evidence) -> None:
         self.failing: dict[tuple[str, str, int], Counter[tuple[int, int | None, str | None]]] = defaultdict(Counter)
         self.answered: Counter[tuple[int, str, int]] = Counter()
+        self.tried: set[tuple[str, str, int]] = set()
+        self.connected: set[tuple[int, str]] = set()
         for group, tally in (seen.attempts.tallies if hasattr(seen, "attempts") else {}).items():
+            self.tried.add((group.laddr, group.raddr, group.rport))
             if group.outcome == "ESTABLISHED":
                 self.answered[group.netns, group.raddr, group.rport] += tally.count
+                self.connected.add((group.netns, group.raddr))
             elif group.raddr is not None:
                 self.failing[group.laddr, group.raddr, group.rport][group.netns, group.pid, group.comm] += tally.count
         for track in _tracks(seen):
             row = track.last
             if row.state == "SYN_SENT":
                 self.failing[row.laddr, row.raddr, row.rport][row.netns, row.pid, row.comm] += 1
+                self.tried.add((row.laddr, row.raddr, row.rport))
+            elif row.state in paths.SENDING:
+                self.connected.add((row.netns, row.raddr))
 
 
 class FirewallDrops(Rule):
@@ -153,14 +171,14 @@ class FirewallDrops(Rule):
                 of_listeners[group.netns, group.lport][what].append(dropped)
             else:
                 of_clients[group.netns, group.raddr, group.rport, what].append(dropped)
-        if of_listeners:
+        connecting = Connecting(seen) if of_listeners or of_clients else None
+        if of_listeners and connecting:
             for history in seen.queues.histories.values():
                 there = of_listeners.get((history.last.netns, history.last.lport))
                 if there and not history.gone:
                     for what, here in there.items():
-                        yield from self._at_listener(seen, history, what, here)
-        if of_clients:
-            connecting = Connecting(seen)
+                        yield from self._at_listener(seen, connecting, history, what, here)
+        if of_clients and connecting:
             for (netns, raddr, rport, what), found in of_clients.items():
                 yield from self._at_client(connecting, netns, raddr, rport, what, found)
         if segments:
@@ -168,20 +186,34 @@ class FirewallDrops(Rule):
             for (netns, raddr, direction), packets in segments.items():
                 yield from self._segments(seen, netns, raddr, direction, packets, silent)
 
-    def _at_listener(self, seen: Evidence, history: History, what: str, found: list[Dropped]) -> Iterator[Finding]:
+    def _at_listener(
+        self, seen: Evidence, connecting: Connecting, history: History, what: str, found: list[Dropped]
+    ) -> Iterator[Finding]:
+        """Of an address that is not known otherwise a firewall may well drop the SYNs: that is for information.
+
+        One that takes SYNs, and drops what follows, is wrong, whosever these are.
+        """
         own, total = history.last, Tally()
         here = [each for each in found if _takes(own.laddr, each.laddr)]
-        if max(_peers(here).values(), default=0) < LEAST:
+        if not _often(here) and not _are_many(here):
             return
         if own.laddr in _WILDCARDS:
             # A SYN that this host forwards comes in, too, and may be for the same port of another host.
             local = {address: _is_local(seen, own, address) for address in {each.laddr for each in here}}
             here = [each for each in here if local[each.laddr]]
-        peers = _peers(here)
-        if max(peers.values(), default=0) < LEAST:
-            return
         for each in here:
             total.merge(each.tally)
+        often, many = _often(here), _are_many(here) and _stopped(history, total.first_s)
+        if not often and not many:
+            return
+        ours = often if what != SYNS else [each for each in often if _belongs(seen, connecting, own, here, each)]
+        tries = _tries(here)
+        if ours:
+            none = sum(tries[raddr] for raddr in ours) >= MANY and _stopped(history, total.first_s)
+            severity = "critical" if none else "warning"
+        else:
+            severity = "critical" if many else "info"
+        peers = _peers(here)
         laddrs = {each.laddr for each in here}
         shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
         more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
@@ -191,13 +223,15 @@ class FirewallDrops(Rule):
         common = of(history)
         yield Finding(
             rule=self.name,
-            severity="critical" if total.count >= MANY and history.accepts == 0 else "warning",
+            severity=severity,
             title=f"a firewall of this host drops {dropped} {at}, {whose(history)}",
             observed=[
-                f"{total.count} {what} dropped, those that were sent again included{accepts}",
+                f"{total.count} {what} of {paths.number(tries.total(), 'connection')} dropped, those that were sent "
+                f"again included{accepts}",
                 f"clients: {shown}{more}",
+                *(["nothing else was seen of those that come again"] if severity == "info" else []),
             ],
-            why=why,
+            why=why + (_WHY_STRANGERS if severity == "info" else ""),
             remedies=[
                 Remedy(
                     f"If these clients may connect, let the rule that drops take TCP port {own.lport} from them. "
@@ -218,6 +252,7 @@ class FirewallDrops(Rule):
                 "comm": own.owner.comm if own.owner else None,
                 "clients": dict(peers.most_common(_PEERS_SHOWN)),
                 "accepts": history.accepts,
+                "connections": tries.total(),
                 "count": total.count,
             },
             who=common["who"],
@@ -425,6 +460,37 @@ def _is_answer(flags: str | None) -> bool:
 
 def _is_of_connection(flags: str | None) -> bool:
     return flags is not None and "ACK" in flags and "SYN" not in flags and "RST" not in flags
+
+
+def _tries(found: list[Dropped]) -> Counter[str]:
+    """How many connections each peer has tried: a SYN that is sent again comes from the same port."""
+    return Counter(raddr for raddr, _, _ in {(each.raddr, each.rport, each.laddr) for each in found})
+
+
+def _often(found: list[Dropped]) -> list[str]:
+    return [raddr for raddr, number in _tries(found).items() if number >= LEAST]
+
+
+def _are_many(found: list[Dropped]) -> bool:
+    return len({each.raddr for each in found if each.tally.count > 1}) >= MANY_PEERS
+
+
+def _stopped(history: History, since_s: float) -> bool:
+    """Whether nothing was accepted since then."""
+    return history.accepts == 0 or (history.accepts is not None and not history.accepted_since(since_s))
+
+
+def _belongs(seen: Evidence, connecting: Connecting, own: Listener, here: list[Dropped], raddr: str) -> bool:
+    """Whether more is known of a peer than that it tries to connect to this port.
+
+    It is no address of the Internet, a client on this machine, it has a connection with this host, or had one.
+    """
+    if not ip_address(raddr).is_global:
+        return True
+    if any((raddr, each.laddr, own.lport) in connecting.tried for each in here if each.raddr == raddr):
+        return True
+    served = seen.sockets.served.get((own.netns, own.lport), {}) if hasattr(seen, "sockets") else {}
+    return raddr in served or (own.netns, raddr) in connecting.connected
 
 
 def _peers(found: list[Dropped]) -> Counter[str]:
