@@ -336,11 +336,12 @@ class FirewallDrops(Rule):
     ) -> Iterator[Finding]:
         """Many, or a few of connections that stall for it.
 
-        What comes in must be for a socket that is there: its owner or a look tells. A firewall may well drop the rest.
+        What comes in must be for a socket that is there: the packet has its owner, or it stalls. A firewall may well
+        drop the rest.
         """
         comes = direction == "RECEIVED"
         if comes:
-            known = _receivers(seen, {_ends(group) for group, _ in found})
+            known = {_ends(track.last) for track in silent}
             found = [each for each in found if each[0].pid is not None or _ends(each[0]) in known]
         by_connection: Counter[tuple[Any, ...]] = Counter()
         total = Tally()
@@ -437,11 +438,6 @@ def _ends(row: Any) -> Ends:
 
 def _connection(track: Track) -> tuple[Any, ...]:
     return connection(track.last.netns, *_ends(track.last))
-
-
-def _receivers(seen: Evidence, wanted: set[Ends]) -> set[Ends]:
-    """Those of these ends that a socket has, in whatever network namespace: the packet may be forwarded to it."""
-    return {ends for track in _tracks(seen) if (ends := _ends(track.last)) in wanted}
 
 
 def _arrived(seen: Evidence, netns: int, dropped: int) -> int | None:
