@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote
 
 import pytest
 
-from tcpscope.diagnose import addresses, peer
+from tcpscope.diagnose import addresses, listener, peer, service
+from tcpscope.diagnose import conntrack as tables
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import no_ack
 from tcpscope.diagnose.rules.firewall_drops import MANY_PEERS, SEGMENTS, is_syn, rule
+from tcpscope.kernel import netns
 from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.connections import connection, track
 from tests.diagnose.rules.scenes import PORT as SERVICE
@@ -389,6 +394,77 @@ def test_accepts_that_stop_when_the_drops_begin() -> None:
     queues = SimpleNamespace(histories={1: history})
     (finding,) = check(rule, drops=groups(tries(5)), queues=queues)
     assert (finding.severity, finding.facts["accepts"]) == ("critical", 50)
+
+
+@pytest.fixture
+def conntrack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Let NETNS be our own namespace, whose table has so many entries, and may have so many."""
+
+    def set_(count: int, most: int) -> None:
+        for name, value in (("count", count), ("max", most)):
+            (tmp_path / f"nf_conntrack_{name}").write_text(f"{value}\n")
+
+    monkeypatch.setattr(tables, "SYSCTLS", tmp_path)
+    monkeypatch.setattr(netns, "own", lambda: NETNS)
+    monkeypatch.setattr(rule, "_tables", tables.Tables())
+    return set_
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "columns", "full"),
+    [
+        (65_536, 65_536, {}, True),
+        (64_881, 65_536, {}, True),  # 99 %
+        (64_880, 65_536, {}, False),
+        (65_536, 0, {}, False),  # without a limit
+        (65_536, 65_536, {"location": "nft_do_chain+0x3e8"}, False),  # there a rule drops
+        (65_536, 65_536, {"location": None}, True),
+    ],
+)
+def test_a_full_table_of_connections(
+    conntrack: Callable[[int, int], None], count: int, most: int, columns: Any, full: bool
+) -> None:
+    conntrack(count, most)
+    sent = {dropped(direction="SENT", laddr=HERE, raddr=OTHER, rport=443, **columns): times(2)}
+    made = findings(tries(5, **columns) | sent, laddr=THERE)
+    assert [("connection tracking" in each.title) for each in made] == [full]
+    if full:
+        (finding,) = made
+        assert finding.title.endswith(f" is full: {count:,} of 65,536 entries")
+        assert (finding.severity, finding.facts["count"]) == ("critical", 7)
+        assert {listener(NETNS, 80), service(NETNS, OTHER, 443)} <= finding.about
+        (remedy,) = finding.remedies
+        assert (remedy.present, remedy.proposed) == (65_536, 131_072)
+        assert remedy.command == "sysctl -w net.netfilter.nf_conntrack_max=131072"
+        assert "42 MB" in (remedy.risk or "")
+
+
+def test_a_table_that_was_full_a_moment_ago(
+    conntrack: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conntrack(65_536, 65_536)
+    now_s = time.monotonic()
+    for count, later_s, full in ((65_536, 0, True), (10, 30, True), (10, 61, False)):
+        conntrack(count, 65_536)
+        monkeypatch.setattr(time, "monotonic", lambda later_s=later_s: now_s + later_s)
+        (finding,) = findings(tries(5), laddr=THERE)
+        assert ("connection tracking" in finding.title) is full
+
+
+def test_it_is_said_if_a_full_table_may_have_dropped_them(conntrack: Callable[[int, int], None]) -> None:
+    (finding,) = findings(tries(5), laddr=THERE)  # without the sysctls
+    assert "table is full" in finding.why
+    (finding,) = findings(tries(5, location="nft_do_chain+0x3e8"), laddr=THERE)
+    assert finding.why.startswith("A netfilter rule of this")
+    conntrack(10, 65_536)
+    (finding,) = findings(tries(5), laddr=THERE)
+    assert finding.why.startswith("A netfilter rule of this")
+
+
+def test_the_table_of_another_namespace_cannot_be_read(conntrack: Callable[[int, int], None]) -> None:
+    conntrack(10, 10)
+    assert tables.read(NETNS) == tables.Table(10, 10)
+    assert tables.read(NETNS + 1) is None
 
 
 def test_answers_that_are_dropped_are_a_fault_whosever_they_are() -> None:

@@ -1,5 +1,5 @@
 """A firewall of this host drops handshakes: SYNs or SYN-ACKs, those of a port that listens, or those of a process that
-connects. Or it drops ACKs and data, which this host sends or is to receive."""
+connects. Or it drops ACKs and data, which this host sends or is to receive. Or its connection tracking is full."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
-from tcpscope.diagnose import Finding, Remedy, Rule, addresses, connection, endpoint, paths, peer, processes, service
+from tcpscope.diagnose import (
+    Finding,
+    Remedy,
+    Rule,
+    addresses,
+    connection,
+    endpoint,
+    listener,
+    paths,
+    peer,
+    processes,
+    service,
+)
+from tcpscope.diagnose.conntrack import Tables
 from tcpscope.diagnose.evidence import Evidence
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules.no_ack import CLIENTS
@@ -37,12 +50,23 @@ SYNS, ANSWERS, ACKS = "SYNs", "SYN-ACKs", "ACKs"
 """Packets of handshakes. ACKs: what a client sends when it believes that it is connected."""
 
 _FUNCTION = "nf_hook_slow"  # it frees the packet; before 5.17 there is no other sign
+_OF_RULES = "nft_do_chain"  # here nftables frees it, on newer kernels: connection tracking does not
 _WILDCARDS = ("0.0.0.0", "::")
 _PEERS_SHOWN = 3
 _WHY = (
-    "A netfilter rule of this network namespace drops or rejects these SYNs. After a rejection connect() fails at once."
+    "{} of this network namespace drops or rejects these SYNs. After a rejection connect() fails at once."
     " Without an answer the client's kernel sends the SYN again and again, until it or the application gives up."
 )
+_A_RULE = "A netfilter rule"
+_RULE_OR_TABLE = "A netfilter rule, or connection tracking whose table is full (the kernel's log says so, if it is),"
+_WHY_FULL = (
+    "Each connection needs an entry in the table of connections that netfilter tracks. When it is full, and no entry "
+    "can be spared, the first packet of a new connection is dropped, as by a rule. Connections that have an entry go "
+    "on. Many short connections, a flood, or long timeouts (nf_conntrack_tcp_timeout_*) fill it."
+)
+_ENTRY_BYTES = 320
+"""Of struct nf_conn with its usual extensions, about."""
+
 _WHY_STRANGERS = (
     " Whoever reaches this host from the Internet may be one that looks for services, and the rule may be there for "
     "that."
@@ -102,7 +126,13 @@ class Dropped(NamedTuple):
     raddr: str
     rport: int
     owner: Owner
+    location: str | None
     tally: Tally
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether it is certain that a rule has dropped it. Connection tracking drops in no chain."""
+        return (self.location or "").startswith(_OF_RULES)
 
 
 class Connecting:
@@ -147,10 +177,15 @@ class FirewallDrops(Rule):
         "ends_by_timeout",
     )
 
+    def __init__(self) -> None:
+        self._tables = Tables()
+
     def check(self, seen: Evidence) -> Iterator[Finding]:
         of_listeners: dict[tuple[int, int], dict[str, list[Dropped]]] = defaultdict(lambda: defaultdict(list))
         of_clients: dict[tuple[int, str, int, str], list[Dropped]] = defaultdict(list)
         segments: dict[tuple[int, str, str], list[tuple[Any, Tally]]] = defaultdict(list)
+        untracked: dict[int, list[tuple[Any, Tally]]] = defaultdict(list)
+        is_full: dict[int, bool] = {}
         waiting: set[tuple[int, int, str, int]] | None = None
         for group, tally in seen.drops.tallies.items():
             if not is_of_firewall(group) or group.netns is None or group.direction not in ("RECEIVED", "SENT"):
@@ -167,10 +202,19 @@ class FirewallDrops(Rule):
                     continue
                 what = ACKS
             dropped = _dropped(group, tally, here=comes == (what != ANSWERS))
+            if what == SYNS and not dropped.by_rule:
+                if group.netns not in is_full:
+                    table = self._tables.of(group.netns)
+                    is_full[group.netns] = table is not None and table.is_full
+                if is_full[group.netns]:
+                    untracked[group.netns].append((group, tally))
+                    continue
             if comes == (what != ANSWERS):
                 of_listeners[group.netns, group.lport][what].append(dropped)
             else:
                 of_clients[group.netns, group.raddr, group.rport, what].append(dropped)
+        for netns, of_none in untracked.items():
+            yield from self._table_full(netns, of_none)
         connecting = Connecting(seen) if of_listeners or of_clients else None
         if of_listeners and connecting:
             for history in seen.queues.histories.values():
@@ -220,6 +264,7 @@ class FirewallDrops(Rule):
         accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
         at = text_of(min(laddrs), own.lport) if len(laddrs) == 1 else f"port {own.lport}"  # not 0.0.0.0
         dropped, why = _AT_LISTENER[what]
+        why = why.format(self._culprit(here))
         common = of(history)
         yield Finding(
             rule=self.name,
@@ -270,7 +315,7 @@ class FirewallDrops(Rule):
 
         Others may send SYN-ACKs that nobody has asked for, and a firewall drops those. So somebody must wait for them.
         """
-        total = Tally()
+        total, culprit = Tally(), self._culprit(found)
         owners: Counter[Owner] = Counter()
         for each in found:
             waits = connecting.failing.get((each.raddr, raddr, rport), Counter())
@@ -297,7 +342,7 @@ class FirewallDrops(Rule):
                 *([f"{number} of them {'of' if what == SYNS else 'for'} {comm} (PID {pid})"] if pid else []),
                 *([f"{succeeded} connects succeeded meanwhile"] if succeeded else []),
             ],
-            why=_WHY if what == SYNS else _WHY_ANSWERS_COME,
+            why=_WHY.format(culprit) if what == SYNS else _WHY_ANSWERS_COME,
             remedies=[
                 Remedy(
                     f"If {comm or 'the process'} may connect, let the rule that drops take {at}. {_COUNTERS}"
@@ -323,6 +368,67 @@ class FirewallDrops(Rule):
             first_s=total.first_s,
             last_s=total.last_s,
             subject=("service", netns, raddr, rport, what),
+        )
+
+    def _culprit(self, found: list[Dropped]) -> str:
+        """What has dropped these. A table that can be read is not full: that is another finding."""
+        is_rule = all(map(self._tables.of, {each.netns for each in found if not each.by_rule}))
+        return _A_RULE if is_rule else _RULE_OR_TABLE
+
+    def _table_full(self, netns: int, found: list[tuple[Any, Tally]]) -> Iterator[Finding]:
+        table, total = self._tables.of(netns), Tally()
+        peers, about = Counter[str](), set[tuple[Any, ...]]()
+        owners: Counter[tuple[int, str]] = Counter()
+        for group, tally in found:
+            total.merge(tally)
+            peers[group.raddr] += tally.count
+            if group.direction == "SENT":
+                about |= {service(netns, group.raddr, group.rport), endpoint(netns, group.raddr, group.rport)}
+            else:
+                about |= {listener(netns, group.lport), endpoint(netns, group.laddr, group.lport)}
+            if group.pid is not None:
+                owners[group.pid, group.comm] += tally.count
+        if table is None or total.count < LEAST:
+            return
+        proposed = 2 * table.limit
+        yield Finding(
+            rule=self.name,
+            severity="critical" if total.count >= MANY else "warning",
+            title=f"connection tracking of this host is full: {table.entries:,} of {table.limit:,} entries",
+            observed=[
+                f"net.netfilter.nf_conntrack_count {table.entries}, nf_conntrack_max {table.limit}",
+                f"{total.count} SYNs dropped by netfilter, those that were sent again included; remote ends: "
+                f"{paths.listed(peers, 'more addresses')}",
+            ],
+            why=_WHY_FULL,
+            remedies=[
+                Remedy(
+                    "Let the table have more entries, and its hash table as many buckets (nf_conntrack_buckets). "
+                    "`conntrack -L` shows who has them: connections of a service that needs no tracking may do without "
+                    "(notrack).",
+                    command=in_netns(netns, f"sysctl -w net.netfilter.nf_conntrack_max={proposed}"),
+                    name="net.netfilter.nf_conntrack_max",
+                    present=table.limit,
+                    proposed=proposed,
+                    risk=f"Memory: about {_ENTRY_BYTES} bytes for an entry, {proposed * _ENTRY_BYTES / 1e6:,.0f} MB "
+                    "for all of them. In a container only its host may be able to set it.",
+                )
+            ],
+            facts={
+                "netns": netns,
+                "entries": table.entries,
+                "limit": table.limit,
+                "peers": dict(peers.most_common(_PEERS_SHOWN)),
+                "pids": paths.pids(owners),
+                "comm": paths.program(owners) if owners else None,
+                "count": total.count,
+            },
+            who=None,
+            look=(f"drop --netns {netns} --reason 'NETFILTER_*'",),
+            about=frozenset(about),
+            first_s=total.first_s,
+            last_s=total.last_s,
+            subject=("table", netns),
         )
 
     def _segments(
@@ -414,7 +520,7 @@ def _dropped(group: Any, tally: Tally, here: bool) -> Dropped:
     """`here`: the local end is that of the listener."""
     local, remote = (group.laddr, group.lport), (group.raddr, group.rport)
     ends = (*local, *remote) if here else (*remote, *local)
-    return Dropped(group.netns, *ends, (group.pid, group.comm), tally)
+    return Dropped(group.netns, *ends, (group.pid, group.comm), group.location, tally)
 
 
 def _tracks(seen: Evidence) -> Iterator[Track]:
