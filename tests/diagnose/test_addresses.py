@@ -92,8 +92,14 @@ def elsewhere() -> Iterator[Listener]:
 def test_another_namespace_is_asked_by_a_process_that_is_in_it(elsewhere: Listener) -> None:
     assert addresses.is_local("192.0.2.77", elsewhere) is True
     assert addresses.is_local("192.0.2.78", elsewhere) is False
+    inode, none = elsewhere.netns, replace(elsewhere, inside=frozenset())
+    assert addresses.has(inode, "192.0.2.77", [none, elsewhere]) is True
+    assert addresses.has(inode, "192.0.2.78", [none, elsewhere]) is False
+    assert addresses.has(inode, "192.0.2.77", [none]) is None
     own = replace(elsewhere, netns=netns.inode_of("/proc/self/ns/net"))
     assert addresses.is_local("192.0.2.77", own) is False
+    assert addresses.has(own.netns, "192.0.2.77", []) is False
+    assert addresses.has(own.netns, "127.0.0.1", []) is True
     assert addresses.is_local("192.0.2.77", replace(elsewhere, inside=frozenset())) is None
     me = Holder(os.getpid(), "python", 0, 3)
     assert addresses.is_local("127.0.0.1", replace(elsewhere, holders=(me,), inside=frozenset({me.pid}))) is None

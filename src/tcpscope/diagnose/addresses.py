@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Address, ip_address
 from pathlib import Path
@@ -20,8 +20,20 @@ _BYTES_AT_MOST = 4 << 20
 
 def is_local(address: str, listener: Listener) -> bool | None:
     """Whether the network namespace of this listener has this address. None: its addresses cannot be read."""
-    process = _process(listener)
-    found = None if process is None else _read(process, listener.netns, int(time.monotonic() / _KNOWN_SECONDS))
+    return _is_of(address, _process(listener), listener.netns)
+
+
+def has(inode: int, address: str, listeners: Iterable[Listener]) -> bool | None:
+    """Whether this network namespace, which has these listeners, has this address. None: its addresses cannot be read.
+
+    Of our own it is known without a listener.
+    """
+    own = PROC / "self" if netns.own() == inode else None
+    return _is_of(address, own or next(filter(None, map(_process, listeners)), None), inode)
+
+
+def _is_of(address: str, process: Path | None, inode: int) -> bool | None:
+    found = None if process is None else _read(process, inode, int(time.monotonic() / _KNOWN_SECONDS))
     if found is None:
         return None
     known = ip_address(address)

@@ -26,7 +26,7 @@ from tests.record import Host, Script, Test, recorded
 from tests.test_sampling import at
 from tests.tools.queue.refusals import DIAGNOSE
 
-RECEIVED, SENT, BOTH, COME, LEAVE, LAST = 9401, 9402, 9403, 9405, 9406, 9407
+RECEIVED, SENT, BOTH, COME, LEAVE, LAST, FROM, FOR = 9401, 9402, 9403, 9405, 9406, 9407, 9408, 9409
 
 
 def chain(host: Host, hook: str, rule: str) -> None:
@@ -178,6 +178,51 @@ def test_what_comes_in_for_open_connections(script: Script, what: str) -> Test:
     process = made.client if what == "ACKs" else made.server
     assert (facts["pids"], facts["comm"], facts["stalled"]) == ([process.pid], process.comm, 3)
     assert finding["title"].startswith(f"a firewall of this host drops what {other.ipv4} sends: ")
+
+
+CONTAINERS = "203.0.113"
+
+
+@pytest.mark.parametrize("way", ["from", "for"])
+@recorded(DIAGNOSE)
+def test_a_host_that_forwards(script: Script, way: str) -> Test:
+    """The server is the host, and the client a container: it connects through the host, or has what is published there.
+
+    What comes to the container's address is sent by the container itself, but takes the way through the host.
+    """
+    host, inside = script.server, script.client
+    port, target = (FROM, f"{CONTAINERS}.7") if way == "from" else (FOR, f"{CONTAINERS}.8")
+    host.sysctl("ip_forward", 1)
+    for device in ("all", "veth0"):
+        host.sysctl(f"conf/{device}/send_redirects", 0)
+    host.exec("ip", "route", "add", f"{CONTAINERS}.0/24", "dev", "veth0")
+    inside.exec("ip", "route", "add", f"{CONTAINERS}.0/24", "via", host.ipv4)
+    inside.sysctl("tcp_syn_retries", 1)
+    client, web = inside.process("orders"), inside.process("web")
+    if way == "for":
+        inside.sysctl("ip_nonlocal_bind", 1)
+        web.listener(port, target)
+    proxy = host.process("proxy")
+    proxy.listener(port)  # whoever listens there tells which addresses the host has
+    chain(host, "forward", f"tcp dport {port}")
+    made = [client.socket() for _ in range(5)]
+    for each in made:
+        each.start(target, port)
+    for each in made:
+        each.outcome()
+    rules = host.exec("nft", "list", "ruleset")
+    script.stay()
+    seen = yield
+    (finding,) = found(seen, host, inside)  # and not that the other end does not answer
+    facts = finding["facts"]
+    owner = client if way == "from" else web
+    assert (finding["rule"], facts["netns"], facts["forwarded"]) == ("firewall_drops", host.inode, True)
+    assert (finding["severity"], facts["comm"], facts["pids"]) == ("critical", owner.comm, [owner.pid])
+    assert f"counter packets {facts['count']} bytes" in unquote(rules.data)
+    assert f" {target}:{port}" in finding["title"]
+    assert any(f"forwards them, for network namespace {inside.inode}" in line for line in finding["observed"])
+    (remedy,) = finding["remedies"]
+    assert remedy["command"] == f"nsenter -t {proxy.pid} -n nft list ruleset"  # there the rules are
 
 
 LATE = "add rule inet filter output tcp sport {} tcp flags & (syn | fin | rst | psh) == 0 counter drop"
@@ -394,6 +439,66 @@ def test_accepts_that_stop_when_the_drops_begin() -> None:
     queues = SimpleNamespace(histories={1: history})
     (finding,) = check(rule, drops=groups(tries(5)), queues=queues)
     assert (finding.severity, finding.facts["accepts"]) == ("critical", 50)
+
+
+INSIDE, FAR = "172.17.0.2", "10.1.1.7"
+"""The address of a container, and one that it connects to."""
+
+
+@pytest.mark.parametrize(
+    ("local", "waiting", "expected"),
+    [
+        (False, {}, ["orders"]),
+        (True, {}, []),  # then the host drops what is for itself
+        (None, {}, []),
+        (False, {"laddr": OTHER}, []),  # another container
+        (False, {"rport": 443}, []),
+        (False, {"state": "ESTABLISHED"}, []),
+    ],
+)
+@pytest.mark.parametrize("what", ["SYNs", "SYN-ACKs"])
+def test_what_a_container_sends(
+    monkeypatch: pytest.MonkeyPatch, what: str, local: bool | None, waiting: Any, expected: list[str]
+) -> None:
+    far, near = {"laddr": FAR, "lport": 5432}, {"raddr": INSIDE, "rport": 40_000}
+    if what == "SYN-ACKs":
+        far, near = {"raddr": FAR, "rport": 5432}, {"laddr": INSIDE, "lport": 40_000}
+    monkeypatch.setattr(addresses, "has", lambda inode, address, listeners: local if inode == NETNS else True)
+    ends = {"laddr": INSIDE, "raddr": FAR, "rport": 5432, "pid": 7, "comm": "orders", "state": "SYN_SENT"}
+    row = SimpleNamespace(**{"netns": NETNS + 1} | ends | waiting)
+    own = dropped(flags="SYN" if what == "SYNs" else "SYN|ACK", **far, **near)
+    queues = SimpleNamespace(histories={})
+    made = check(rule, drops=groups({own: times(30)}), queues=queues, sockets=sockets(row))
+    assert [each.facts["comm"] for each in made] == expected
+    for each in made:
+        assert (each.severity, each.facts["netns"], each.facts["what"]) == ("critical", NETNS, what)
+        assert service(NETNS + 1, FAR, 5432) in each.about  # as that which cannot connect
+
+
+@pytest.mark.parametrize(
+    ("listens", "local", "knows", "expected"),
+    [
+        (INSIDE, False, None, 1),
+        (INSIDE, True, None, 0),
+        ("0.0.0.0", False, True, 1),
+        ("0.0.0.0", False, None, 0),  # whether it has this address is not known
+        ("0.0.0.0", False, False, 0),
+        (OTHER, False, True, 0),
+    ],
+)
+def test_what_is_for_a_container(
+    monkeypatch: pytest.MonkeyPatch, listens: str, local: bool, knows: bool | None, expected: int
+) -> None:
+    monkeypatch.setattr(addresses, "has", lambda inode, address, listeners: local)
+    monkeypatch.setattr(addresses, "is_local", lambda address, own: knows)
+    first = at(0, 0, 0, 0, laddr=listens, lport=80, netns=NETNS + 1, accepts=0)
+    queues = SimpleNamespace(histories={1: History(first, first)})
+    made = check(rule, drops=groups(tries(5, laddr=INSIDE)), queues=queues)
+    assert len(made) == expected
+    for each in made:
+        assert (each.severity, each.facts["netns"], each.facts["forwarded"]) == ("critical", NETNS, True)
+        assert f" drops connections to {INSIDE}:80, " in each.title
+        assert listener(NETNS + 1, 80) in each.about
 
 
 @pytest.fixture

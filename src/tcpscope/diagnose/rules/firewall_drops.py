@@ -28,7 +28,7 @@ from tcpscope.diagnose.rules.no_ack import CLIENTS
 from tcpscope.diagnose.silence import is_silent
 from tcpscope.diagnose.sockets import Track
 from tcpscope.diagnose.tallies import Tally
-from tcpscope.diagnose.wording import in_namespace, in_netns, is_in, of, whose
+from tcpscope.diagnose.wording import in_namespace, in_netns, is_in, namespace, of, whose
 from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener
 from tcpscope.output import endpoint as text_of
@@ -165,6 +165,48 @@ class Connecting:
                 self.connected.add((row.netns, row.raddr))
 
 
+class Forwarded:
+    """Whose a packet is that a network namespace receives, but only forwards: of a container, or for one.
+
+    It is certain only where the address to which it goes is none of the namespace.
+    """
+
+    def __init__(self, seen: Evidence, connecting: Connecting) -> None:
+        self._seen, self._connecting = seen, connecting
+        self._listening: dict[int, list[History]] = defaultdict(list)
+        for history in seen.queues.histories.values():
+            if not history.gone:
+                self._listening[history.last.lport].append(history)
+        self._found: dict[tuple[int, str, int], History | None] = {}
+        self._has: dict[tuple[int, str], bool | None] = {}
+
+    def listener(self, what: str, dropped: Dropped) -> History | None:
+        """The listener in another network namespace."""
+        where = dropped.netns, dropped.laddr, dropped.lport
+        if where not in self._found:
+            takes = (each for each in self._listening[dropped.lport] if self._takes(each.last, dropped))
+            self._found[where] = next(takes, None)
+        history = self._found[where]
+        return history if history and self._passes(what, dropped) else None
+
+    def client(self, what: str, dropped: Dropped) -> int | None:
+        """The network namespace, another one, of a process that connects."""
+        waits = self._connecting.failing.get((dropped.raddr, dropped.laddr, dropped.lport), Counter())
+        inode = next((inode for inode, _, _ in waits if inode != dropped.netns), None)
+        return inode if inode is not None and self._passes(what, dropped) else None
+
+    def _takes(self, own: Listener, dropped: Dropped) -> bool:
+        if own.netns == dropped.netns or not _takes(own.laddr, dropped.laddr):
+            return False
+        return own.laddr == dropped.laddr or bool(addresses.is_local(dropped.laddr, own))
+
+    def _passes(self, what: str, dropped: Dropped) -> bool:
+        where = dropped.netns, dropped.raddr if what == ANSWERS else dropped.laddr
+        if where not in self._has:
+            self._has[where] = addresses.has(*where, _listeners(self._seen, dropped.netns))
+        return self._has[where] is False
+
+
 class FirewallDrops(Rule):
     needs = ("drops", "queues")
     explains = (
@@ -182,7 +224,8 @@ class FirewallDrops(Rule):
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         of_listeners: dict[tuple[int, int], dict[str, list[Dropped]]] = defaultdict(lambda: defaultdict(list))
-        of_clients: dict[tuple[int, str, int, str], list[Dropped]] = defaultdict(list)
+        of_clients: dict[tuple[int, int, str, int, str], list[Dropped]] = defaultdict(list)
+        coming: list[tuple[str, Dropped]] = []
         segments: dict[tuple[int, str, str], list[tuple[Any, Tally]]] = defaultdict(list)
         untracked: dict[int, list[tuple[Any, Tally]]] = defaultdict(list)
         is_full: dict[int, bool] = {}
@@ -209,31 +252,56 @@ class FirewallDrops(Rule):
                 if is_full[group.netns]:
                     untracked[group.netns].append((group, tally))
                     continue
-            if comes == (what != ANSWERS):
-                of_listeners[group.netns, group.lport][what].append(dropped)
+            if comes and what != ACKS:
+                coming.append((what, dropped))
+            elif what == SYNS:
+                of_clients[group.netns, group.netns, group.raddr, group.rport, what].append(dropped)
             else:
-                of_clients[group.netns, group.raddr, group.rport, what].append(dropped)
+                of_listeners[group.netns, group.lport][what].append(dropped)
         for netns, of_none in untracked.items():
             yield from self._table_full(netns, of_none)
-        connecting = Connecting(seen) if of_listeners or of_clients else None
+        connecting = Connecting(seen) if of_listeners or of_clients or coming else None
+        if coming and connecting:
+            forwarded = Forwarded(seen, connecting)
+            to_listeners: dict[tuple[int, Any, str], tuple[History, list[Dropped]]] = {}
+            for what, dropped in coming:
+                if history := forwarded.listener(what, dropped):
+                    to_listeners.setdefault((dropped.netns, history.last.key, what), (history, []))[1].append(dropped)
+                    continue
+                clients = forwarded.client(what, dropped)
+                if what == ANSWERS or clients is not None:
+                    there = dropped.netns if clients is None else clients
+                    of_clients[dropped.netns, there, dropped.laddr, dropped.lport, what].append(dropped)
+                else:
+                    of_listeners[dropped.netns, dropped.lport][what].append(dropped)
+            for (netns, _, what), (history, here) in to_listeners.items():
+                yield from self._at_listener(seen, connecting, history, what, here, netns)
         if of_listeners and connecting:
             for history in seen.queues.histories.values():
-                there = of_listeners.get((history.last.netns, history.last.lport))
-                if there and not history.gone:
-                    for what, here in there.items():
+                found = of_listeners.get((history.last.netns, history.last.lport))
+                if found and not history.gone:
+                    for what, here in found.items():
                         yield from self._at_listener(seen, connecting, history, what, here)
         if of_clients and connecting:
-            for (netns, raddr, rport, what), found in of_clients.items():
-                yield from self._at_client(connecting, netns, raddr, rport, what, found)
+            for (netns, there, raddr, rport, what), here in of_clients.items():
+                yield from self._at_client(seen, connecting, netns, there, raddr, rport, what, here)
         if segments:
             silent = [each for each in _tracks(seen) if each.last.state in paths.SENDING and is_silent(each)]
             for (netns, raddr, direction), packets in segments.items():
                 yield from self._segments(seen, netns, raddr, direction, packets, silent)
 
     def _at_listener(
-        self, seen: Evidence, connecting: Connecting, history: History, what: str, found: list[Dropped]
+        self,
+        seen: Evidence,
+        connecting: Connecting,
+        history: History,
+        what: str,
+        found: list[Dropped],
+        forwards: int | None = None,
     ) -> Iterator[Finding]:
-        """Of an address that is not known otherwise a firewall may well drop the SYNs: that is for information.
+        """`forwards`: the network namespace that drops them, if it is not the listener's.
+
+        Of an address that is not known otherwise a firewall may well drop the SYNs: that is for information.
 
         One that takes SYNs, and drops what follows, is wrong, whosever these are.
         """
@@ -241,7 +309,7 @@ class FirewallDrops(Rule):
         here = [each for each in found if _takes(own.laddr, each.laddr)]
         if not _often(here) and not _are_many(here):
             return
-        if own.laddr in _WILDCARDS:
+        if own.laddr in _WILDCARDS and forwards is None:
             # A SYN that this host forwards comes in, too, and may be for the same port of another host.
             local = {address: _is_local(seen, own, address) for address in {each.laddr for each in here}}
             here = [each for each in here if local[each.laddr]]
@@ -275,6 +343,7 @@ class FirewallDrops(Rule):
                 f"again included{accepts}",
                 f"clients: {shown}{more}",
                 *(["nothing else was seen of those that come again"] if severity == "info" else []),
+                *([_forwarded_for(own.netns)] if forwards else []),
             ],
             why=why + (_WHY_STRANGERS if severity == "info" else ""),
             remedies=[
@@ -283,13 +352,14 @@ class FirewallDrops(Rule):
                     f"{_COUNTERS}"
                     if what == SYNS
                     else f"{_KNOWN} {_COUNTERS}",
-                    command=in_namespace(history, _ALL_RULES),
+                    command=_rules_of(seen, forwards) if forwards else in_namespace(history, _ALL_RULES),
                     risk="The rule may be there to keep them out.",
                 )
             ],
             facts={
-                "netns": own.netns,
-                "direction": "SENT" if what == ANSWERS else "RECEIVED",
+                "netns": forwards or own.netns,
+                "direction": "SENT" if what == ANSWERS and not forwards else "RECEIVED",
+                "forwarded": forwards is not None,
                 "what": what,
                 "laddr": own.laddr,
                 "lport": own.lport,
@@ -305,13 +375,23 @@ class FirewallDrops(Rule):
             about=common["about"] | {endpoint(own.netns, address, own.lport) for address in laddrs},
             first_s=total.first_s,
             last_s=total.last_s,
-            subject=("listener", own.key, what),
+            subject=("listener", own.key, what, forwards),
         )
 
     def _at_client(
-        self, connecting: Connecting, netns: int, raddr: str, rport: int, what: str, found: list[Dropped]
+        self,
+        seen: Evidence,
+        connecting: Connecting,
+        netns: int,
+        there: int,
+        raddr: str,
+        rport: int,
+        what: str,
+        found: list[Dropped],
     ) -> Iterator[Finding]:
-        """SYNs that a process of this host sends, or the SYN-ACKs that answer them.
+        """`there`: the network namespace of the process, if it is not the one that drops them.
+
+        SYNs that a process of this host sends, or the SYN-ACKs that answer them.
 
         Others may send SYN-ACKs that nobody has asked for, and a firewall drops those. So somebody must wait for them.
         """
@@ -319,17 +399,19 @@ class FirewallDrops(Rule):
         owners: Counter[Owner] = Counter()
         for each in found:
             waits = connecting.failing.get((each.raddr, raddr, rport), Counter())
-            here = {(pid, comm): number for (there, pid, comm), number in waits.items() if there == netns}
-            if what == SYNS or here:
+            here = {(pid, comm): number for (inode, pid, comm), number in waits.items() if inode == there}
+            sent = what == SYNS and there == netns
+            if sent or here:
                 total.merge(each.tally)
-                owner = each.owner if what == SYNS or each.owner[0] else max(here, key=lambda one: here[one])
+                owner = each.owner if sent or each.owner[0] else max(here, key=lambda one: here[one])
                 owners[owner] += each.tally.count
         if total.count < LEAST:
             return
         (pid, comm), number = owners.most_common(1)[0]
         inside = [each for each, name in owners if each and is_in(each, netns, name)]
         name, at = comm or "a process", text_of(raddr, rport)
-        succeeded = connecting.answered[netns, raddr, rport] if what == ANSWERS else 0
+        forwarded = there != netns
+        succeeded = connecting.answered[there, raddr, rport] if what == ANSWERS or forwarded else 0
         yield Finding(
             rule=self.name,
             severity="critical" if total.count >= MANY and not succeeded else "warning",
@@ -341,6 +423,7 @@ class FirewallDrops(Rule):
                 "included",
                 *([f"{number} of them {'of' if what == SYNS else 'for'} {comm} (PID {pid})"] if pid else []),
                 *([f"{succeeded} connects succeeded meanwhile"] if succeeded else []),
+                *([_forwarded_for(there)] if forwarded else []),
             ],
             why=_WHY.format(culprit) if what == SYNS else _WHY_ANSWERS_COME,
             remedies=[
@@ -348,13 +431,14 @@ class FirewallDrops(Rule):
                     f"If {comm or 'the process'} may connect, let the rule that drops take {at}. {_COUNTERS}"
                     if what == SYNS
                     else f"{_KNOWN} {_COUNTERS}",
-                    command=in_netns(netns, _ALL_RULES, inside),
+                    command=_rules_of(seen, netns) if forwarded else in_netns(netns, _ALL_RULES, inside),
                     risk="The rule may be there to keep it in.",
                 )
             ],
             facts={
                 "netns": netns,
-                "direction": "SENT" if what == SYNS else "RECEIVED",
+                "direction": "SENT" if what == SYNS and not forwarded else "RECEIVED",
+                "forwarded": forwarded,
                 "what": what,
                 "raddr": raddr,
                 "rport": rport,
@@ -364,10 +448,10 @@ class FirewallDrops(Rule):
             },
             who=None if pid is None or pidns.inner() else processes.read(pid, comm).name,
             look=(f"drop --raddr {raddr} -R {rport} --reason 'NETFILTER_*'",),
-            about=frozenset({service(netns, raddr, rport), endpoint(netns, raddr, rport)}),
+            about=frozenset({service(there, raddr, rport), endpoint(there, raddr, rport)}),
             first_s=total.first_s,
             last_s=total.last_s,
-            subject=("service", netns, raddr, rport, what),
+            subject=("service", netns, there, raddr, rport, what),
         )
 
     def _culprit(self, found: list[Dropped]) -> str:
@@ -521,6 +605,21 @@ def _dropped(group: Any, tally: Tally, here: bool) -> Dropped:
     local, remote = (group.laddr, group.lport), (group.raddr, group.rport)
     ends = (*local, *remote) if here else (*remote, *local)
     return Dropped(group.netns, *ends, (group.pid, group.comm), group.location, tally)
+
+
+def _forwarded_for(inode: int) -> str:
+    """Whose they are, where another network namespace drops them."""
+    return f"this host forwards them, for {namespace(inode) or 'its own network namespace'}"
+
+
+def _listeners(seen: Evidence, inode: int) -> Iterator[Listener]:
+    """Those of a network namespace: their processes tell about it."""
+    histories = seen.queues.histories.values()
+    return (each.last for each in histories if each.last.netns == inode and not each.gone)
+
+
+def _rules_of(seen: Evidence, inode: int) -> str | None:
+    return in_netns(inode, _ALL_RULES, {pid for own in _listeners(seen, inode) for pid in own.inside})
 
 
 def _tracks(seen: Evidence) -> Iterator[Track]:
