@@ -573,8 +573,10 @@ def test_the_table_of_another_namespace_cannot_be_read(conntrack: Callable[[int,
 
 
 def test_answers_that_are_dropped_are_a_fault_whosever_they_are() -> None:
-    (finding,) = findings(tries(5, raddr=BOT, direction="SENT", flags="SYN|ACK"))
-    assert finding.severity == "critical"
+    sent = tries(5, raddr=BOT, direction="SENT", flags="SYN|ACK")
+    for seen_at in (THERE, None):  # what is sent has an address of this host
+        (finding,) = findings(sent, seen_at=seen_at)
+        assert finding.severity == "critical"
 
 
 @pytest.mark.parametrize(

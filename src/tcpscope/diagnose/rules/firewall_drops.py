@@ -309,7 +309,7 @@ class FirewallDrops(Rule):
         here = [each for each in found if _takes(own.laddr, each.laddr)]
         if not _often(here) and not _are_many(here):
             return
-        if own.laddr in _WILDCARDS and forwards is None:
+        if own.laddr in _WILDCARDS and forwards is None and what == SYNS:
             # A SYN that this host forwards comes in, too, and may be for the same port of another host.
             local = {address: _is_local(seen, own, address) for address in {each.laddr for each in here}}
             here = [each for each in here if local[each.laddr]]
