@@ -13,9 +13,10 @@ import pytest
 
 from tcpscope.diagnose import addresses, listener, peer, service
 from tcpscope.diagnose import conntrack as tables
+from tcpscope.diagnose.firewall import is_syn
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules import no_ack
-from tcpscope.diagnose.rules.firewall_drops import MANY_PEERS, SEGMENTS, is_syn, rule
+from tcpscope.diagnose.rules.firewall_drops import MANY_PEERS, SEGMENTS, rule
 from tcpscope.kernel import netns
 from tests.diagnose.rules.connecting import HERE, NETNS, OTHER, THERE, attempt, check, found, groups, of, sockets, times
 from tests.diagnose.rules.connections import connection, track

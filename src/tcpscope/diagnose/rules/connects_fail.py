@@ -24,7 +24,7 @@ from tcpscope.diagnose.attempts import (
     services_of,
 )
 from tcpscope.diagnose.evidence import Evidence
-from tcpscope.diagnose.rules.firewall_drops import is_syn
+from tcpscope.diagnose.firewall import is_syn
 from tcpscope.diagnose.wording import in_netns, is_in
 from tcpscope.kernel import pidns
 from tcpscope.listeners import Listener

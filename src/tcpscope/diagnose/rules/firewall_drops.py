@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import Any
 
 from tcpscope.diagnose import (
     Finding,
@@ -23,6 +23,24 @@ from tcpscope.diagnose import (
 )
 from tcpscope.diagnose.conntrack import Tables
 from tcpscope.diagnose.evidence import Evidence
+from tcpscope.diagnose.firewall import (
+    ACKS,
+    ANSWERS,
+    SYNS,
+    Connecting,
+    Dropped,
+    Forwarded,
+    Owner,
+    dropped_of,
+    ends_of,
+    is_answer,
+    is_of_connection,
+    is_of_firewall,
+    is_syn,
+    listeners_in,
+    takes,
+    tracks_of,
+)
 from tcpscope.diagnose.listener_history import History
 from tcpscope.diagnose.rules.no_ack import CLIENTS
 from tcpscope.diagnose.silence import is_silent
@@ -46,11 +64,7 @@ SEGMENTS, SHARE = 20, 0.01
 """Of other segments of one address, and of all that the network namespace sends, or that comes to it: as for losses. A
 firewall that knows connections drops a late segment now and then."""
 
-SYNS, ANSWERS, ACKS = "SYNs", "SYN-ACKs", "ACKs"
-"""Packets of handshakes. ACKs: what a client sends when it believes that it is connected."""
 
-_FUNCTION = "nf_hook_slow"  # it frees the packet; before 5.17 there is no other sign
-_OF_RULES = "nft_do_chain"  # here nftables frees it, on newer kernels: connection tracking does not
 _WILDCARDS = ("0.0.0.0", "::")
 _PEERS_SHOWN = 3
 _WHY = (
@@ -110,102 +124,6 @@ _AT_LISTENER = {
 }
 """What is dropped -> for the title, and behind it."""
 
-Ends = tuple[str, int, str, int]
-"""Local address and port, remote address and port."""
-
-Owner = tuple[int | None, str | None]
-"""PID and name of a process; None: not known."""
-
-
-class Dropped(NamedTuple):
-    """Packets of one handshake that were dropped in the network namespace `netns`, as the listener names its ends."""
-
-    netns: int
-    laddr: str
-    lport: int
-    raddr: str
-    rport: int
-    owner: Owner
-    location: str | None
-    tally: Tally
-
-    @property
-    def by_rule(self) -> bool:
-        """Whether it is certain that a rule has dropped it. Connection tracking drops in no chain."""
-        return (self.location or "").startswith(_OF_RULES)
-
-
-class Connecting:
-    """Who on this machine connects, or has connected, in whatever network namespace.
-
-    failing   (local address, remote address, remote port) -> (network namespace, PID, name) -> attempts without success
-    answered  (network namespace, remote address, remote port) -> attempts that succeeded
-    tried     (local address, remote address, remote port) of all of them
-    connected (network namespace, remote address) of connections that are there, or were opened from here
-    """
-
-    def __init__(self, seen: Evidence) -> None:
-        self.failing: dict[tuple[str, str, int], Counter[tuple[int, int | None, str | None]]] = defaultdict(Counter)
-        self.answered: Counter[tuple[int, str, int]] = Counter()
-        self.tried: set[tuple[str, str, int]] = set()
-        self.connected: set[tuple[int, str]] = set()
-        for group, tally in (seen.attempts.tallies if hasattr(seen, "attempts") else {}).items():
-            self.tried.add((group.laddr, group.raddr, group.rport))
-            if group.outcome == "ESTABLISHED":
-                self.answered[group.netns, group.raddr, group.rport] += tally.count
-                self.connected.add((group.netns, group.raddr))
-            elif group.raddr is not None:
-                self.failing[group.laddr, group.raddr, group.rport][group.netns, group.pid, group.comm] += tally.count
-        for track in _tracks(seen):
-            row = track.last
-            if row.state == "SYN_SENT":
-                self.failing[row.laddr, row.raddr, row.rport][row.netns, row.pid, row.comm] += 1
-                self.tried.add((row.laddr, row.raddr, row.rport))
-            elif row.state in paths.SENDING:
-                self.connected.add((row.netns, row.raddr))
-
-
-class Forwarded:
-    """Whose a packet is that a network namespace receives, but only forwards: of a container, or for one.
-
-    It is certain only where the address to which it goes is none of the namespace.
-    """
-
-    def __init__(self, seen: Evidence, connecting: Connecting) -> None:
-        self._seen, self._connecting = seen, connecting
-        self._listening: dict[int, list[History]] = defaultdict(list)
-        for history in seen.queues.histories.values():
-            if not history.gone:
-                self._listening[history.last.lport].append(history)
-        self._found: dict[tuple[int, str, int], History | None] = {}
-        self._has: dict[tuple[int, str], bool | None] = {}
-
-    def listener(self, what: str, dropped: Dropped) -> History | None:
-        """The listener in another network namespace."""
-        where = dropped.netns, dropped.laddr, dropped.lport
-        if where not in self._found:
-            takes = (each for each in self._listening[dropped.lport] if self._takes(each.last, dropped))
-            self._found[where] = next(takes, None)
-        history = self._found[where]
-        return history if history and self._passes(what, dropped) else None
-
-    def client(self, what: str, dropped: Dropped) -> int | None:
-        """The network namespace, another one, of a process that connects."""
-        waits = self._connecting.failing.get((dropped.raddr, dropped.laddr, dropped.lport), Counter())
-        inode = next((inode for inode, _, _ in waits if inode != dropped.netns), None)
-        return inode if inode is not None and self._passes(what, dropped) else None
-
-    def _takes(self, own: Listener, dropped: Dropped) -> bool:
-        if own.netns == dropped.netns or not _takes(own.laddr, dropped.laddr):
-            return False
-        return own.laddr == dropped.laddr or bool(addresses.is_local(dropped.laddr, own))
-
-    def _passes(self, what: str, dropped: Dropped) -> bool:
-        where = dropped.netns, dropped.raddr if what == ANSWERS else dropped.laddr
-        if where not in self._has:
-            self._has[where] = addresses.has(*where, _listeners(self._seen, dropped.netns))
-        return self._has[where] is False
-
 
 class FirewallDrops(Rule):
     needs = ("drops", "queues")
@@ -234,9 +152,9 @@ class FirewallDrops(Rule):
             if not is_of_firewall(group) or group.netns is None or group.direction not in ("RECEIVED", "SENT"):
                 continue
             comes = group.direction == "RECEIVED"
-            what = SYNS if is_syn(group.flags) else ANSWERS if _is_answer(group.flags) else None
+            what = SYNS if is_syn(group.flags) else ANSWERS if is_answer(group.flags) else None
             if what is None:
-                if not group.laddr or not _is_of_connection(group.flags):
+                if not group.laddr or not is_of_connection(group.flags):
                     continue
                 if waiting is None:
                     waiting = _waiting_for_ack(seen)
@@ -244,7 +162,7 @@ class FirewallDrops(Rule):
                     segments[group.netns, group.raddr, group.direction].append((group, tally))
                     continue
                 what = ACKS
-            dropped = _dropped(group, tally, here=comes == (what != ANSWERS))
+            dropped = dropped_of(group, tally, here=comes == (what != ANSWERS))
             if what == SYNS and not dropped.by_rule:
                 if group.netns not in is_full:
                     table = self._tables.of(group.netns)
@@ -286,7 +204,7 @@ class FirewallDrops(Rule):
             for (netns, there, raddr, rport, what), here in of_clients.items():
                 yield from self._at_client(seen, connecting, netns, there, raddr, rport, what, here)
         if segments:
-            silent = [each for each in _tracks(seen) if each.last.state in paths.SENDING and is_silent(each)]
+            silent = [each for each in tracks_of(seen) if each.last.state in paths.SENDING and is_silent(each)]
             for (netns, raddr, direction), packets in segments.items():
                 yield from self._segments(seen, netns, raddr, direction, packets, silent)
 
@@ -306,7 +224,7 @@ class FirewallDrops(Rule):
         One that takes SYNs, and drops what follows, is wrong, whosever these are.
         """
         own, total = history.last, Tally()
-        here = [each for each in found if _takes(own.laddr, each.laddr)]
+        here = [each for each in found if takes(own.laddr, each.laddr)]
         if not _often(here) and not _are_many(here):
             return
         if own.laddr in _WILDCARDS and forwards is None and what == SYNS:
@@ -531,14 +449,14 @@ class FirewallDrops(Rule):
         """
         comes = direction == "RECEIVED"
         if comes:
-            known = {_ends(track.last) for track in silent}
-            found = [each for each in found if each[0].pid is not None or _ends(each[0]) in known]
+            known = {ends_of(track.last) for track in silent}
+            found = [each for each in found if each[0].pid is not None or ends_of(each[0]) in known]
         by_connection: Counter[tuple[Any, ...]] = Counter()
         total = Tally()
         owners: Counter[tuple[int, str]] = Counter()
         for group, tally in found:
             total.merge(tally)
-            by_connection[connection(netns, *_ends(group))] += tally.count
+            by_connection[connection(netns, *ends_of(group))] += tally.count
             if group.pid is not None:
                 owners[group.pid, group.comm] += tally.count
         stalled = [track for track in silent if by_connection[_connection(track)]]
@@ -592,7 +510,7 @@ class FirewallDrops(Rule):
             },
             who=paths.who(owners),
             look=(f"drop --raddr {raddr} --reason 'NETFILTER_*'",),
-            about=paths.both((netns, raddr), (_ends(group) for group, _ in found))
+            about=paths.both((netns, raddr), (ends_of(group) for group, _ in found))
             | {peer(track.last.netns, track.last.raddr) for track in stalled},
             first_s=total.first_s,
             last_s=total.last_s,
@@ -600,30 +518,13 @@ class FirewallDrops(Rule):
         )
 
 
-def _dropped(group: Any, tally: Tally, here: bool) -> Dropped:
-    """`here`: the local end is that of the listener."""
-    local, remote = (group.laddr, group.lport), (group.raddr, group.rport)
-    ends = (*local, *remote) if here else (*remote, *local)
-    return Dropped(group.netns, *ends, (group.pid, group.comm), group.location, tally)
-
-
 def _forwarded_for(inode: int) -> str:
     """Whose they are, where another network namespace drops them."""
     return f"this host forwards them, for {namespace(inode) or 'its own network namespace'}"
 
 
-def _listeners(seen: Evidence, inode: int) -> Iterator[Listener]:
-    """Those of a network namespace: their processes tell about it."""
-    histories = seen.queues.histories.values()
-    return (each.last for each in histories if each.last.netns == inode and not each.gone)
-
-
 def _rules_of(seen: Evidence, inode: int) -> str | None:
-    return in_netns(inode, _ALL_RULES, {pid for own in _listeners(seen, inode) for pid in own.inside})
-
-
-def _tracks(seen: Evidence) -> Iterator[Track]:
-    return iter(seen.sockets.now) if hasattr(seen, "sockets") else iter(())
+    return in_netns(inode, _ALL_RULES, {pid for own in listeners_in(seen, inode) for pid in own.inside})
 
 
 def _waiting_for_ack(seen: Evidence) -> set[tuple[int, int, str, int]]:
@@ -636,13 +537,8 @@ def _waiting_for_ack(seen: Evidence) -> set[tuple[int, int, str, int]]:
     }
 
 
-def _ends(row: Any) -> Ends:
-    """Of a socket, or of a packet."""
-    return row.laddr, row.lport, row.raddr, row.rport
-
-
 def _connection(track: Track) -> tuple[Any, ...]:
-    return connection(track.last.netns, *_ends(track.last))
+    return connection(track.last.netns, *ends_of(track.last))
 
 
 def _arrived(seen: Evidence, netns: int, dropped: int) -> int | None:
@@ -653,14 +549,6 @@ def _arrived(seen: Evidence, netns: int, dropped: int) -> int | None:
     return (
         None if counters is None or came is None else came + (counters.grown(netns, "IpForwDatagrams") or 0) + dropped
     )
-
-
-def _is_answer(flags: str | None) -> bool:
-    return flags is not None and "SYN" in flags and "ACK" in flags
-
-
-def _is_of_connection(flags: str | None) -> bool:
-    return flags is not None and "ACK" in flags and "SYN" not in flags and "RST" not in flags
 
 
 def _tries(found: list[Dropped]) -> Counter[str]:
@@ -701,11 +589,6 @@ def _peers(found: list[Dropped]) -> Counter[str]:
     return peers
 
 
-def _takes(listens: str, laddr: str) -> bool:
-    """Whether a listener there may take connections to this address. One at :: may take those of IPv4."""
-    return listens in (laddr, "::") or (listens == "0.0.0.0" and ":" not in laddr)
-
-
 def _is_local(seen: Evidence, own: Listener, laddr: str) -> bool:
     """Whether it is an address of this network namespace. If its addresses cannot be read, a connection shows it."""
     known = addresses.is_local(laddr, own)
@@ -714,17 +597,6 @@ def _is_local(seen: Evidence, own: Listener, laddr: str) -> bool:
     there = (own.netns, own.lport, laddr)
     rows = (track.last for track in seen.sockets.now) if hasattr(seen, "sockets") else ()
     return any((row.netns, row.lport, row.laddr) == there for row in rows)
-
-
-def is_syn(flags: str | None) -> bool:
-    return flags is not None and "SYN" in flags and "ACK" not in flags
-
-
-def is_of_firewall(group: Any) -> bool:
-    """Before 5.17 there is no reason, but the function."""
-    if group.reason is None:
-        return bool(group.location) and group.location.startswith(_FUNCTION)
-    return bool(group.reason == "NETFILTER_DROP")
 
 
 rule = FirewallDrops()
