@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from tcpscope.command import Command
 from tcpscope.errors import TcpscopeError, UsageError
 from tcpscope.filters import cgroup_mount
-from tests.conftest import CompletedRun, RunningTool, until
+from tests.conftest import DEADLINE, CompletedRun, RunningTool, until
 
 CONNECT = "import os, socket; s = socket.socket(); s.connect_ex(('127.0.0.1', {port})); s.close()"
 ROWS = ("connect", "-o", "json", "--columns", "pid,comm,rport,outcome")
@@ -71,6 +72,37 @@ def test_a_signal_is_for_the_command(number: int, status: int, run_tool: type[Ru
         assert tool.wait().status == status
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+LOADING = """
+import os, signal, sys
+from tcpscope import __main__, show
+
+def begin(*arguments, real=show.begin):
+    child = int(open(f"/proc/self/task/{{os.getpid()}}/children").read())
+    os.kill(child if {to_child} else os.getpid(), {number})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    real(*arguments)
+
+show.begin = begin
+__main__.main()
+"""
+
+
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("number", "to_child", "status"),
+    [(signal.SIGKILL, True, 137), (signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)],
+)
+def test_a_signal_before_the_command_is_started(number: int, to_child: bool, status: int, tmp_path: Path) -> None:
+    """While the tool is loaded the child waits. A signal for the tool is for the command then, too."""
+    made = tmp_path / "made"
+    code = LOADING.format(number=int(number), to_child=to_child)
+    argv = [*UNIGNORED, sys.executable, "-c", code, *ROWS, "--", "touch", str(made)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=DEADLINE)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr == "tcpscope: the command has ended before it was started\n"
+    assert not made.exists()
 
 
 STUBBORN = """
@@ -201,6 +233,15 @@ def test_it_waits_until_it_is_started(tmp_path: Path) -> None:
         assert command.status() == 0
     assert made.exists()
     assert cgroups(os.getpid()) == []
+
+
+@pytest.mark.root
+def test_it_is_killed_before_it_is_started() -> None:
+    with Command(["true"]) as command:
+        os.kill(command.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, command.pid, os.WEXITED | os.WNOWAIT)
+        command.start()
+        assert command.status() == 137
 
 
 @pytest.mark.root

@@ -79,9 +79,10 @@ class Command:
         return self
 
     def start(self) -> None:
-        """Let it run."""
+        """Let it run, if it has not been killed meanwhile."""
         self.started = True
-        os.write(self._hold, b"x")
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._hold, b"x")
 
     def ended(self) -> bool:
         """Whether it has ended. It stays a zombie until `status()`."""

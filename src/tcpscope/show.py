@@ -43,11 +43,14 @@ def show(tool: Tool, request: Request, stream: BinaryIO, argv: Sequence[str] = (
 def _show_command(tool: Tool, request: Request, stream: BinaryIO, stop: Stop, argv: Sequence[str]) -> int:
     with Command(argv) as command:
         request.filter = replace(request.filter, cgroup=(command.cgroup,))
+        stop.end_with(command.pid)
         try:
             _show(tool, request, stream, stop, command)
         finally:
             if command.started:
                 stop.wait_until_stopped()  # by its end, or a second signal
+        if command.ended() and not command.started:
+            print("tcpscope: the command has ended before it was started", file=sys.stderr)
         return command.status() if command.ended() else 0
 
 
@@ -67,7 +70,6 @@ def _show(tool: Tool, request: Request, stream: BinaryIO, stop: Stop, command: C
             sink = open_sink(request.output, run.columns, stream, request.header)
         begin(run.sessions, stop, (*run.keep, *(command.keep if command else ())))
         if command and not stop.stopped:
-            stop.end_with(command.pid)
             command.start()
         _print_notes(run)
         if run.waits and sys.stderr.isatty():
