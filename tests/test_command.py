@@ -65,7 +65,10 @@ UNIGNORED = ("env", "--default-signal=HUP,INT,QUIT,TERM")
 def test_a_signal_is_for_the_command(number: int, status: int, run_tool: type[RunningTool], tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     with run_tool(
-        *ROWS, "--", "sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600", prefix=UNIGNORED
+        *ROWS,
+        *("--", "sh", "-c", f"echo $$ >{pid}.new; mv {pid}.new {pid}; exec sleep 600"),
+        prefix=UNIGNORED,
+        process_group=0,  # not that of a terminal's foreground
     ) as tool:
         until(pid.exists, "the command")
         os.kill(tool.pid, number)
@@ -103,6 +106,77 @@ def test_a_signal_before_the_command_is_started(number: int, to_child: bool, sta
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr == "tcpscope: the command has ended before it was started\n"
     assert not made.exists()
+
+
+COUNTING = """
+import os, signal, sys
+got = []
+signal.signal(signal.SIGINT, lambda *_: (got.append("INT"), open(sys.argv[1] + ".got", "w")))
+signal.signal(signal.SIGUSR1, lambda *_: got.append("USR1"))
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal's end
+open(sys.argv[1] + ".new", "w").write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+while "USR1" not in got:
+    signal.pause()
+open(sys.argv[1] + ".all.new", "w").write(" ".join(got))
+os.rename(sys.argv[1] + ".all.new", sys.argv[1] + ".all")
+"""
+AT_A_TERMINAL = ("setsid", "--ctty", "sh", "-c", 'exec "$@" </dev/null', "sh")
+"""Words before a command whose standard input is a terminal: it becomes that of the command, which does not read it."""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("apart", [False, True], ids=["", "apart"])
+def test_ctrl_c_reaches_the_command_once(apart: bool, run_tool: type[RunningTool], tmp_path: Path) -> None:
+    """The terminal sends it to the whole foreground. The tool passes it on to a command that has left that."""
+    pid, all_ = tmp_path / "pid", tmp_path / "pid.all"
+    words = [*(["setsid"] if apart else []), sys.executable, "-I", "-S", "-c", COUNTING, str(pid)]
+    ours, theirs = os.openpty()
+    with run_tool(*ROWS, "--", *words, prefix=AT_A_TERMINAL, stdin=theirs) as tool:
+        until(pid.exists, "the command")
+        child = int(pid.read_text())
+        try:
+            os.kill(tool.pid, signal.SIGSTOP)
+            until(lambda: " T " in Path(f"/proc/{tool.pid}/stat").read_text(), "the tool's halt")
+            os.write(ours, b"\x03")
+            until(lambda: apart or pid.with_suffix(".got").exists(), "the terminal's signal")
+            os.kill(tool.pid, signal.SIGTERM)  # the second one, which ends the tool
+            os.kill(tool.pid, signal.SIGCONT)
+            until(lambda: tool.process.poll() is not None, "the end of the tool")
+            os.kill(child, signal.SIGUSR1)
+            until(all_.exists, "the end of the command")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    os.close(ours), os.close(theirs)
+    assert all_.read_text() == "INT USR1"
+
+
+OTHER = """
+import os, sys
+os.setresuid(65534, 65534, 65534)
+print("another user", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.root
+def test_a_signal_that_may_not_be_passed_on_ends_the_tool(run_tool: type[RunningTool]) -> None:
+    """The command has become another user, and the tool has no CAP_KILL."""
+    without = ("setpriv", "--bounding-set=-kill", "--inh-caps=-all", "--")
+    words = (sys.executable, "-I", "-S", "-c", OTHER)
+    read, write = os.pipe()
+    with run_tool(*ROWS, "--stats", "--", *words, prefix=(*without, *UNIGNORED), stdin=read) as tool:
+        os.close(read)
+        try:
+            until(lambda: tool.stdout, "the command")
+            os.kill(tool.pid, signal.SIGTERM)
+            until(lambda: tool.process.poll() is not None, "the end of the tool")
+        finally:
+            os.close(write)  # ends the command
+        done = tool.wait()
+    assert (done.status, done.rows) == (0, [])
+    assert done.stats is not None
 
 
 STUBBORN = """

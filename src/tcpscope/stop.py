@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
@@ -13,12 +12,18 @@ from typing import Any, ClassVar
 _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
 
 
-def _in_foreground() -> bool:
-    """Whether a terminal sends us the signals of its keys."""
+def _in_foreground(pid: int) -> bool:
+    """Whether our terminal sends the signals of its keys to us and this process, whatever standard input is."""
     try:
-        return os.tcgetpgrp(0) == os.getpgrp()
-    except OSError:  # standard input is no terminal
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:  # we have none
         return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp() == os.getpgid(pid)
+    except OSError:  # it has hung up
+        return False
+    finally:
+        os.close(terminal)
 
 
 class Stop:
@@ -48,7 +53,7 @@ class Stop:
     def end_with(self, pid: int) -> None:
         """Stop when this child of ours has ended. A first signal is for the child, and only a second one for us.
 
-        It is passed on, but for what a terminal sends to both.
+        It is passed on, but for what a terminal sends to both. One that may not be passed on is for us.
         """
 
         def look(*_: object) -> None:
@@ -59,9 +64,13 @@ class Stop:
             for each in self._previous:
                 if each != signal.SIGCHLD:
                     signal.signal(each, lambda *_: self.stop())
-            if number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground():
-                with contextlib.suppress(ProcessLookupError):
+            if number not in (signal.SIGINT, signal.SIGQUIT) or not _in_foreground(pid):
+                try:
                     os.kill(pid, number)
+                except ProcessLookupError:
+                    pass
+                except PermissionError:  # it has become another user, and we have no CAP_KILL
+                    self.stop()
 
         for number in self._previous:
             signal.signal(number, first)
