@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -327,6 +329,31 @@ def test_a_program_that_cannot_be_run(tmp_path: Path, capfd: pytest.CaptureFixtu
         command.start()
         assert command.status() == 126
     assert capfd.readouterr().err == f"tcpscope: cannot run {broken}: No such file or directory\n"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("free", [0, 1, 2])
+def test_too_few_descriptors_leave_no_cgroup(free: int) -> None:
+    """Neither for the pipe, nor for the file by which the child enters the cgroup, however many are free."""
+    before = set(Path("/proc/self/fd").iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    command = Command(["true"])
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(8)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken) + 1, limits[1]))
+    try:
+        for _ in range(free):
+            os.close(taken.pop())
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)), command:
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
+    assert cgroups(os.getpid()) == []
+    if free == 2:
+        with pytest.raises(ChildProcessError):  # it does not stay as a zombie
+            os.waitpid(command.pid, os.WNOHANG)
+    assert set(Path("/proc/self/fd").iterdir()) == before
 
 
 @pytest.mark.root

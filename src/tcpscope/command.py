@@ -50,8 +50,24 @@ class Command:
         self.started = self._ended = False
 
     def __enter__(self) -> Self:
+        held, self._hold = os.pipe2(os.O_CLOEXEC)  # first, as it may fail
         try:
-            self._path = Path(tempfile.mkdtemp(prefix=f"tcpscope.{os.getpid()}.", dir=self._above))
+            self._path = self._made_cgroup()
+            try:
+                self._fork(held)
+            except OSError:
+                self._path.rmdir()
+                raise
+        except BaseException:
+            os.close(self._hold)
+            raise
+        finally:
+            os.close(held)
+        return self
+
+    def _made_cgroup(self) -> Path:
+        try:
+            return Path(tempfile.mkdtemp(prefix=f"tcpscope.{os.getpid()}.", dir=self._above))
         except PermissionError:
             raise NotPermittedError(
                 f"cannot make a cgroup in {self._above} for the command", "run as root", ("CAP_DAC_OVERRIDE",)
@@ -61,22 +77,22 @@ class Command:
                 f"cannot make a cgroup in {self._above}: {error.strerror}",
                 "a command needs one; --pid follows a process that runs already",
             ) from None
+
+    def _fork(self, held: int) -> None:
+        """Make the child, and let it wait in the cgroup until `held` can be read."""
         if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:  # our caller's wish; nobody could wait for the command
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.cgroup = self._path.stat().st_ino
-        held, self._hold = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._hold)
+            _become(self._argv, held)
         try:
-            self.pid = os.fork()
-            if self.pid == 0:
-                os.close(self._hold)
-                _become(self._argv, held)
             (self._path / "cgroup.procs").write_text(str(self.pid))
         except OSError:
-            self._path.rmdir()
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
             raise
-        finally:
-            os.close(held)
-        return self
 
     def start(self) -> None:
         """Let it run, if it has not been killed meanwhile."""
