@@ -68,6 +68,9 @@ class Stats:
         """The account as a record; None is not known."""
         return asdict(self)
 
+    unknown: ClassVar[str] = ""
+    """What would help, if it is not known what was lost. Empty: it is known."""
+
     @property
     def lossless(self) -> bool:
         """Whether `lost`, `table_full` and `missed` are zero."""
@@ -85,6 +88,8 @@ class Stats:
 
     def check(self, hint: str = "a narrower filter helps") -> None:
         """Raise LossError, with `hint`, unless the account is lossless."""
+        if self.unknown:
+            raise LossError(f"what was lost is not known: {self.line()}", self.unknown)
         if not self.lossless:
             raise LossError(f"events were lost: {self.line()}", hint)
 

@@ -146,6 +146,8 @@ def finish(request: Request, stats: Stats, sink: Sink, stream: BinaryIO, more: s
         print(line if stats.lossless or not screen.has_colours(sys.stderr) else screen.red(line), file=sys.stderr)
     if request.strict and lost_by(stream):
         raise LossError("rows were not written", "the reader of standard output must go on reading")
+    if request.strict and stats.unknown:
+        raise LossError("what was lost is not known", stats.unknown)
     if request.strict and not stats.lossless:
         raise LossError("events were lost", f"{f'a larger {more} or ' if more else ''}a narrower filter helps")
 

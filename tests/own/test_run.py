@@ -220,3 +220,66 @@ def test_the_help_says_how_large_the_buffers_are() -> None:
     assert "perf event array's buffer for each processor. [default: what the ring buffer's map says, 4M with" in text
     assert "256K for each processor]" in text
     assert "kernel and tool. [default: 4M]" in " ".join(command_line("states", "--help", status=0).stdout.split())
+
+
+PASSES_BY = """
+#include "socket_event.bpf.h"
+struct mine { struct event event; __u32 old, new; };
+const struct mine *anchor __attribute__((unused));
+static __always_inline int send(struct mine *mine, int old, int new)
+{
+	if (!mine)
+		return 0;
+	mine->old = old;
+	mine->new = new;
+	return event_submit(mine);
+}
+SEC("tp_btf/inet_sock_set_state")
+int TRACEPOINT_PROG(changed, struct sock *sk, int old, int new)
+{
+	COUNTED
+	struct mine *mine = bpf_ringbuf_reserve(&events, sizeof(*mine), 0);
+	if (mine)
+		__builtin_memset(mine, 0, sizeof(*mine));
+	return send(mine, old, new);
+}
+"""
+COUNTED = """
+	if (new != STATE_ESTABLISHED)
+		return send(socket_event_begin(NULL, sizeof(struct mine), sk, COOKIE_OF(sk), sk), old, new);
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("counted", ["", COUNTED], ids=["none", "some"])
+def test_events_that_pass_the_counters_by(lab, run_tool, tmp_path: Path, counted: str, strict: bool) -> None:
+    """The sides of its account are not equal, so it is none. Where some are counted, more may be seen than shown."""
+    source = written(tmp_path, "mine", PASSES_BY.replace("COUNTED", counted))
+    words = ("--comm", "nobody", *(["--strict"] if strict else []))
+    with run_tool("run", str(source), *words) as tool:
+        for _ in range(10):
+            connect_once(lab)
+        tool.wait_for(len)
+    done = tool.done
+    assert len(done.rows) > 10
+    assert done.stats["shown"] == len(done.rows)
+    assert done.stats["seen"] is done.stats["lost"] is None
+    *_, told, account = done.stderr.splitlines()[: -1 if strict else None]
+    assert told == ("tcpscope: what is lost is not known: 'mine' does not send exactly what event_begin() counts")
+    assert account.startswith(f"tcpscope: shown {len(done.rows)} + filtered ")
+    assert account.endswith("; what was lost before is not known")
+    assert done.status == (5 if strict else 0)
+    if strict:
+        assert done.stderr.splitlines()[-1] == (
+            "tcpscope: what was lost is not known; "
+            "with our headers each event must come from event_begin(), and go by event_submit()"
+        )
+
+
+def test_python_is_told_that_a_loss_is_not_known(lab, plain: Path) -> None:
+    with tcpscope.open(plain, duration=60) as events:
+        connect_once(lab)
+        next(iter(events))
+        with pytest.raises(tcpscope.LossError, match=r"what was lost is not known: shown \d"):
+            events.stats.check()
