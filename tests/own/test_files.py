@@ -324,7 +324,7 @@ def test_new_writes_a_program_that_compiles_without_a_warning(
     spec, found = read(path)
     assert found == path
     assert capsys.readouterr().err == ""
-    assert event_of(spec, None) == "slow_reads"
+    assert event_of(spec, None) == "row"
     assert "again" not in path.read_text()
     before = path.read_text()
     again = tcpscope("new", "slow_reads", status=2, cwd=tmp_path)
@@ -332,9 +332,18 @@ def test_new_writes_a_program_that_compiles_without_a_warning(
     assert path.read_text() == before
 
 
-@pytest.mark.parametrize("name", ["", "a b", "1a", "../x", "int", "é", "a" * 32, "-x.bpf.c"])
-def test_a_name_that_c_does_not_take(name: str) -> None:
-    assert "give a name in C" in said(checked, name)
+@pytest.mark.parametrize("name", ["connection", "event", "sock", "anchor", "events", "changed", "int", "inline"])
+def test_a_name_that_has_a_meaning_in_c(tmp_path: Path, name: str) -> None:
+    """It names structs, maps and functions of our headers or the kernel, what the template itself has, a keyword."""
+    path = tmp_path / f"{checked(name)}.bpf.c"
+    path.write_text(source(name))
+    spec, _ = read(path)
+    assert event_of(spec, None) == "row"
+
+
+@pytest.mark.parametrize("name", ["", "a b", "1a", "../x", "é", "a" * 32, "-x.bpf.c"])
+def test_a_name_that_is_none(name: str) -> None:
+    assert "give letters, digits and _, such as slow_reads" in said(checked, name)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ _SOURCE = """\
 #include "socket_event.bpf.h"
 
 /* One row. A field is a column; the tags are optional. Put fields of 8 bytes first, or fill gaps with `padding`. */
-struct {name} {{
+struct row {{
 	struct event event; /* time, both ends, process */
 	__u32 srtt_us UNIT("us") UNKNOWN_IS("zero") DOC("smoothed round-trip time");
 	enum tcp_state old_state DOC("state before the transition");
@@ -23,13 +23,13 @@ struct {name} {{
 }};
 
 /* So that the compiler keeps its description. */
-const struct {name} *{name}_anchor __attribute__((unused));
+const struct row *anchor __attribute__((unused));
 
 /* SEC() names the hook: the tracepoint inet_sock_set_state, whose arguments follow the program's name. */
 SEC("tp_btf/inet_sock_set_state")
 int TRACEPOINT_PROG(changed, struct sock *sk, int old_state, int new_state)
 {{
-	struct {name} *event;
+	struct row *event;
 
 	if (sk->sk_protocol != IPPROTO_TCP)
 		return 0;
@@ -43,16 +43,12 @@ int TRACEPOINT_PROG(changed, struct sock *sk, int old_state, int new_state)
 	return event_submit(event);
 }}
 """
-_KEYWORDS = "auto break case char const continue default do double else enum extern float for goto if inline int long "
-_KEYWORDS += (
-    "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while"
-)
 
 
 def checked(name: str) -> str:
-    """The name, if it can be that of a struct in C. UsageError."""
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,30}", name) or name in _KEYWORDS.split():
-        raise UsageError(f"the name {name!r}", "give a name in C: letters, digits and _, such as slow_reads")
+    """The name, if it can be that of a program. UsageError."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,30}", name):
+        raise UsageError(f"the name {name!r}", "give letters, digits and _, such as slow_reads")
     return name
 
 
