@@ -199,6 +199,39 @@ def test_a_refused_program_is_struck_out(own: Spec, kernel: Kernel) -> None:
     loaded.close()  # once more is no error
 
 
+AIMED = """
+#include "kernel.bpf.h"
+#include "output.bpf.h"
+SEC("tp_btf/inet_sock_set_state") int state(__u64 *ctx) { return 0; }
+SEC("fentry") int function0(__u64 *ctx) { return 0; }
+"""
+
+
+class CarriesTooLittle(Kernel):
+    """A kernel whose trampolines do not carry all arguments of a function, as on x86 before 6.6."""
+
+    def fentry_on(self, function: str) -> Answer:
+        return Answer(False, f"the kernel refuses fentry on {function} (not supported)")
+
+
+@pytest.mark.root
+def test_a_function_that_was_asked_for_and_cannot_be_hooked(tmp_path: Path) -> None:
+    """A line says so, although that is known before anything is loaded; if it is needed, the error names it."""
+    spec, kernel = compiled(tmp_path, "aimed", AIMED), CarriesTooLittle()
+    loaded = Loaded(spec.aimed({"function0": "tcp_v4_rcv"}), kernel)
+    loaded.close()
+    assert loaded.notes == [
+        "'tcp_v4_rcv' of 'aimed' is left out, the kernel refuses fentry on tcp_v4_rcv (not supported); "
+        "not known without it: when a packet is in tcp_v4_rcv()"
+    ]
+    with pytest.raises(UnsupportedError) as raised:
+        Loaded(spec.aimed({"function0": "tcp_v4_rcv"}, {"function0"}), kernel)
+    assert str(raised.value) == (
+        "this kernel offers no hook for 'tcp_v4_rcv' of the probe 'aimed'; "
+        "the kernel refuses fentry on tcp_v4_rcv (not supported)"
+    )
+
+
 @pytest.mark.kernel
 def test_a_hook_without_a_way_left(own: Spec, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """It says which program, and why, in one line."""

@@ -136,7 +136,7 @@ class Loaded:
             for hook in self.hooks.values():
                 if hook.program is None and hook.without is None:
                     raise UnsupportedError(
-                        f"this kernel offers no hook for '{hook.name}' of the probe '{spec.name}'",
+                        f"this kernel offers no hook for '{self._called(hook.name)}' of the probe '{spec.name}'",
                         "; ".join(dict.fromkeys(hook.refused.values())),
                     )
             try:
@@ -173,15 +173,23 @@ class Loaded:
                 self.close()
                 raise
 
+    def _called(self, program: str) -> str:
+        """The name of a program, or of the function that it was aimed at."""
+        return self.spec.aims.get(program, program)
+
     def _left_out(self, surprising: set[str]) -> list[str]:
-        """A line for each hook that has no program only because the kernel refused one that it should take."""
+        """A line for each hook that has no program because the kernel refused one that it should take.
+
+        That is one that it has all for (`surprising`), or one that the user has asked for.
+        """
         lines = []
+        surprising = surprising | (self._refused.keys() & self.spec.aims.keys())
         for name, ways in self.spec.hooks.items():
             reason = next((self._refused[way.name] for way in ways if way.name in surprising), "")
             attached = name in self.hooks and self.hooks[name].program
             if reason and not attached and (name in self.hooks or ways[0].again):
                 lost = f"not known without it: {ways[0].without}" if ways[0].without else "events may be missed"
-                lines.append(f"'{name}' of '{self.spec.name}' is left out, {reason}; {lost}")
+                lines.append(f"'{self._called(name)}' of '{self.spec.name}' is left out, {reason}; {lost}")
         return lines
 
     def _last_way(self, program: str, refused: dict[str, str]) -> bool:
@@ -190,7 +198,7 @@ class Loaded:
         return needed and all(way.name in refused or way.name == program for way in ways)
 
     def _final(self, refusal: _Refused) -> TcpscopeError:
-        what = f"{self.spec.name}: program '{refusal.program}': {refusal.reason}"
+        what = f"{self.spec.name}: program '{self._called(refusal.program)}': {refusal.reason}"
         return RefusedError(what, refusal.hint, refusal.program, refusal.log, refusal.said)
 
     def _load(self) -> None:
