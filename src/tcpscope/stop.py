@@ -7,7 +7,9 @@ import os
 import select
 import signal
 import time
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NoReturn
 
 _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
 
@@ -139,3 +141,35 @@ class Stop:
         for fd, _ in poll.poll(min(max(0, seconds), _LONGEST_WAIT) * 1000):
             if fd == self._output:
                 raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class _Signalled(BaseException):
+    """A signal came; of this number."""
+
+
+@contextmanager
+def tidied() -> Iterator[None]:
+    """For work before a run: a signal ends it by an exception, so that temporary files go, and then acts as ever."""
+    handlers = {number: signal.getsignal(number) for number in Stop.SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+    def end(number: int, _: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # nothing disturbs what is removed now
+        raise _Signalled(number)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        try:
+            for number in before:
+                signal.signal(number, end)
+            yield
+        finally:
+            restore()
+    except _Signalled as signalled:
+        restore()
+        os.kill(os.getpid(), signalled.args[0])
+        raise

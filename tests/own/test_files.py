@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tcpscope import tool
 from tcpscope.errors import TcpscopeError, UsageError
 from tcpscope.filters import Filter
 from tcpscope.kernel.spec import Spec, probes
+from tcpscope.lab import processes
 from tcpscope.own import compiler
 from tcpscope.own.cli import read
 from tcpscope.own.program import OwnProgram, Union, check_filter, check_sections, event_of, events_of
@@ -22,6 +24,7 @@ from tcpscope.own.template import checked, source
 from tcpscope.request import Request
 from tcpscope.schema import Clock, Layout
 from tests.compiled import compiled
+from tests.conftest import DEADLINE, until
 from tests.own.programs import PLAIN, built, tcpscope, written
 
 RING = 'struct { __uint(type, BPF_MAP_TYPE_RINGBUF); __uint(max_entries, 4096); } {name} SEC(".maps");'
@@ -128,6 +131,61 @@ def test_vmlinux_h_is_made_of_the_running_kernel(tmp_path: Path) -> None:
     (tmp_path / "vmlinux.h").write_text("struct list_head { int mine; };\n#include <linux/bpf.h>\n")
     spec, _ = read(path)
     assert [field.name for field in Layout.whole(spec.btf, "event").fields] == ["mine"]  # the one beside it
+
+
+VMLINUX = '#include "vmlinux.h"\nint it;\n'
+
+
+@pytest.mark.root
+def test_no_room_for_vmlinux_h(tmp_path: Path) -> None:
+    """It has megabytes, and the folder for temporary files is on a small file system."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && exec "$@"', folder)
+    done = subprocess.run(
+        [*mount, sys.executable, "-m", "tcpscope", "run", written(tmp_path, "it", VMLINUX)],
+        env={**os.environ, "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"tcpscope: {folder}: there is no room for vmlinux.h (No space left on device); "
+        "make room, or name another folder in TMPDIR\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "status"),
+    [
+        (("tcpscope", "run"), signal.SIGTERM, 0),
+        (("tcpscope", "run"), signal.SIGINT, 0),
+        (("tcpscope", "run"), signal.SIGHUP, -signal.SIGHUP),
+        (("tcpscope.own.compiler",), signal.SIGTERM, -signal.SIGTERM),
+    ],
+)
+def test_a_signal_while_it_is_compiled(tmp_path: Path, words: tuple[str, ...], number: int, status: int) -> None:
+    """It ends as ever, and leaves no temporary file."""
+    folder, clang, begun = tmp_path / "temporary", tmp_path / "clang", tmp_path / "begun"
+    folder.mkdir()
+    clang.write_text(f"#!/bin/sh\n: >{begun}\nexec tail --pid=$PPID -f /dev/null\n")
+    clang.chmod(0o755)
+    made = ["it.bpf.o"] if len(words) == 1 else []
+    with processes.start(
+        [sys.executable, "-m", *words, written(tmp_path, "it", VMLINUX), *made],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(folder)},
+        stderr=subprocess.PIPE,
+    ) as run:
+        try:
+            until(begun.exists, "clang")
+            assert next(folder.glob("tcpscope.*/vmlinux.h")).stat().st_size > 1 << 20
+            run.send_signal(number)
+            _, said = run.communicate(timeout=DEADLINE)
+        finally:
+            run.kill()
+    assert (run.returncode, said) == (status, b"")
+    assert list(folder.iterdir()) == []
 
 
 def test_warnings_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,8 +145,8 @@ int tcpscope_write_types(int fd)
 out:
 	btf_dump__free(dump);
 	if (file) {
-		if ((fflush(file) || ferror(file)) && !error)
-			error = -EIO;
+		if (!error)
+			error = fflush(file) ? -errno : ferror(file) ? -EIO : 0;
 		fclose(file);
 	} else if (copy >= 0) {
 		close(copy);

@@ -14,6 +14,7 @@ from tcpscope.kernel.spec import Spec
 from tcpscope.own import refusal, template
 from tcpscope.own.compiler import compiled
 from tcpscope.own.program import OwnProgram
+from tcpscope.stop import tidied
 
 _ELF, _EM_BPF = b"\x7fELF", 247
 
@@ -45,7 +46,8 @@ def of_file(path: Path) -> OwnProgram:
 
 def _prepare(values: dict[str, Any]) -> OwnProgram:
     refusal.check_log(values["log"])
-    return of_file(values.pop("file"))
+    with tidied():
+        return of_file(values.pop("file"))
 
 
 run = command_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -14,12 +15,14 @@ from pathlib import Path
 
 from tcpscope.errors import TcpscopeError, UnsupportedError
 from tcpscope.kernel.features import BTF
+from tcpscope.stop import tidied
 
 HEADERS = Path(__file__).parents[1] / "bpf"
 """Our headers, for #include "event.bpf.h" and the like."""
 _ARCHITECTURES = {"x86_64": "x86", "aarch64": "arm64"}
 _CLANGS = ("clang", *(f"clang-{version}" for version in range(30, 11, -1)))
 _LINES = 20
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _MISSING = {
     "bpf/": "libbpf's headers are missing (on Debian and Ubuntu: apt install libbpf-dev)",
     "asm/": "the kernel's headers for programs are missing (on Debian and Ubuntu: apt install linux-libc-dev)",
@@ -75,7 +78,9 @@ def flags() -> list[str]:
 def main(source: str, made: str) -> None:
     """Compile a source for a package that brings a tool: python -m tcpscope.own.compiler NAME.bpf.c NAME.bpf.o"""
     try:
-        Path(made).write_bytes(compiled(Path(source)))
+        with tidied():
+            object_ = compiled(Path(source))
+        Path(made).write_bytes(object_)
     except TcpscopeError as error:
         sys.exit("\n".join([str(error), *error.details]))
 
@@ -86,7 +91,11 @@ def _write_vmlinux(path: Path) -> None:
     if not BTF.exists():
         raise UnsupportedError(f"this kernel has no BTF ({BTF}) to make vmlinux.h of", "put one beside the source")
     with path.open("w") as file:
-        if error := -lib.tcpscope_write_types(file.fileno()):
+        error = -lib.tcpscope_write_types(file.fileno())
+        if error in _CANNOT_WRITE:
+            what = f"{path.parent.parent}: there is no room for vmlinux.h ({os.strerror(error)})"
+            raise TcpscopeError(what, "make room, or name another folder in TMPDIR")
+        if error:
             raise TcpscopeError(f"vmlinux.h cannot be made of {BTF}: {os.strerror(error)}", "put one beside the source")
 
 
