@@ -15,7 +15,7 @@ from tcpscope.kernel import netns
 from tests.diagnose.rules.scenes import PORT, Scene, only, scene, told
 from tests.diagnose.rules.test_paths import NETNS, STALLED, evidence, found, track
 from tests.record import Script, Test, recorded
-from tests.record.script import NOBODYS_MAC
+from tests.record.script import NOBODYS_MAC, Host
 from tests.tools.queue.refusals import DIAGNOSE
 
 SECOND, NOWHERE = "192.0.2.77", "192.0.2.200"
@@ -121,17 +121,20 @@ def test_connections_that_are_cut_off_while_others_work(script: Script) -> Test:
     assert timeout["name"] == "TCP_USER_TIMEOUT"
 
 
+def lead_astray(host: Host, packets: str) -> None:
+    """From now on these packets of a host take a way that leads nowhere. A firewall would be a finding of its own."""
+    host.exec("ip", "neigh", "replace", NOWHERE, "lladdr", NOBODYS_MAC, "dev", "veth0", "nud", "permanent")
+    host.exec("ip", "route", "add", host.peer.ipv4, "via", NOWHERE, "dev", "veth0", "table", 100)
+    host.exec("ip", "rule", "add", "fwmark", 1, "lookup", 100)
+    host.exec("nft", "add table ip way")
+    host.exec("nft", "add chain ip way out { type route hook output priority 0 ; }")
+    host.exec("nft", f"add rule ip way out {packets} meta mark set 1")
+
+
 @recorded(DIAGNOSE)
 def test_only_fins_are_lost(script: Script) -> Test:
-    """On the way: they take one that leads nowhere. A firewall of either host would be the finding."""
     made = scene(script)
-    client, server = script.client, script.server
-    client.exec("ip", "neigh", "replace", NOWHERE, "lladdr", NOBODYS_MAC, "dev", "veth0", "nud", "permanent")
-    client.exec("ip", "route", "add", server.ipv4, "via", NOWHERE, "dev", "veth0", "table", 100)
-    client.exec("ip", "rule", "add", "fwmark", 1, "lookup", 100)
-    client.exec("nft", "add table ip way")
-    client.exec("nft", "add chain ip way out { type route hook output priority 0 ; }")
-    client.exec("nft", "add rule ip way out tcp flags & fin == fin meta mark set 1")
+    lead_astray(script.client, "tcp flags & fin == fin")
     for near in made.nears:
         near.send_all(100)
         near.until_acknowledged()
@@ -228,9 +231,7 @@ def test_three_clients_vanish_of_many_behind_one_address(script: Script) -> Test
         near.connect(script.server.ipv4, PORT)
         lost.append(made.listener.accept())
     others = made.connect(BEHIND)
-    script.client.exec("nft", "add table inet filter")
-    script.client.exec("nft", "add chain inet filter in { type filter hook input priority 0 ; }")
-    script.client.exec("nft", "add rule inet filter in tcp dport 40001-40003 drop")
+    lead_astray(script.server, "tcp dport 40001-40003")
     for far in lost:
         far.send_all(1000)
     made.until_timeouts(2, *lost)
