@@ -288,6 +288,7 @@ def _detached(pid: int) -> bool:
         (("connect", "-o", "json", "--cgroup", "1", "--", "true"), "--cgroup and a command; the command has a cgroup"),
         (("top", "-o", "screen", "--", "true"), "-o screen and a command; both write to the terminal"),
         (("list", "-o", "json", "--", "true"), "'list' watches no command; leave out what stands behind --"),
+        (("connect", "--count", "--rate", "5", "--", "true"), "--rate 5; --count prints groups"),  # by the tool itself
     ],
 )
 def test_what_it_refuses(words: tuple[str, ...], said: str, run_tool: type[RunningTool]) -> None:
@@ -295,6 +296,7 @@ def test_what_it_refuses(words: tuple[str, ...], said: str, run_tool: type[Runni
         done = tool.wait()
     assert done.status == 2
     assert said in done.stderr
+    assert not cgroups(tool.pid)
 
 
 @pytest.mark.root

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, NoReturn
 
 _LONGEST_WAIT = 1e6  # seconds; poll() takes an int of milliseconds, and who waits longer asks again
@@ -59,8 +59,9 @@ class Stop:
         """
 
         def look(*_: object) -> None:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                self.stop()
+            with contextlib.suppress(ChildProcessError):  # it was reaped: the run has failed before it began
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    self.stop()
 
         def first(number: int, *_: object) -> None:
             for each in self._previous:
@@ -147,7 +148,7 @@ class _Signalled(BaseException):
     """A signal came; of this number."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def tidied() -> Iterator[None]:
     """For work before a run: a signal ends it by an exception, so that temporary files go, and then acts as ever."""
     handlers = {number: signal.getsignal(number) for number in Stop.SIGNALS}

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +48,21 @@ class Answers:
     ports: dict[Port, dict[End, float]] = field(default_factory=dict)
     full: dict[Port, dict[End, float]] = field(default_factory=dict)
     _number: int = 0
+    _times: dict[Port, Mapping[str, Sequence[float]]] = field(default_factory=dict)  # until the next look
 
     def connections(self, netns: int, raddr: str, since_s: float, lports: Iterable[int]) -> int:
         """How many connections of an address to these ports have had an answer since then."""
-        found = (self.ports.get((netns, lport), {}) for lport in lports)
-        return sum(at_s > since_s and end[0] == raddr for ends in found for end, at_s in ends.items())
+        found = (self._of_address((netns, lport)).get(raddr, ()) for lport in lports)
+        return sum(at_s > since_s for times in found for at_s in times)
+
+    def _of_address(self, port: Port) -> Mapping[str, Sequence[float]]:
+        """When each connection of an address to this port had an answer."""
+        if port not in self._times:
+            times: dict[str, list[float]] = defaultdict(list)
+            for (raddr, _), at_s in self.ports.get(port, {}).items():
+                times[raddr].append(at_s)
+            self._times[port] = dict(times)
+        return self._times[port]
 
     def clients(self, port: Port, full: bool = False) -> dict[str, float]:
         """The addresses of a port's clients, and when each has last answered. Not those on this host."""
@@ -62,6 +73,7 @@ class Answers:
 
     def take(self, tracks: Iterable[Track], began_s: float) -> None:
         """A look. `began_s`: when the watch began."""
+        self._times.clear()
         for track in tracks:
             row = track.last
             if row.role != "PASSIVE" or row.state not in SENDING:
@@ -73,6 +85,7 @@ class Answers:
                     self.full.setdefault(port, {})[end] = at_s
 
     def forget(self, before_s: float) -> None:
+        self._times.clear()
         for kept in (self.ports, self.full):
             for port, ends in list(kept.items()):
                 for end in [end for end, at_s in ends.items() if at_s < before_s]:

@@ -425,6 +425,14 @@ def test_a_peer_of_which_more_is_known(more: Any) -> None:
     assert [each.severity for each in findings(tries(5, raddr=BOT), **more)] == ["critical"]
 
 
+@pytest.mark.parametrize("more", [{"served": [BOT]}, {"connected": BOT}])
+def test_one_connect_that_waits_of_a_peer_of_which_more_is_known(more: Any) -> None:
+    """It is one client: a warning. Its SYN is sent again and again."""
+    assert [each.severity for each in findings({dropped(raddr=BOT): times(1, 1, 0, 1)}, **more)] == ["warning"]
+    assert findings({dropped(raddr=BOT): times(1, 1)}, **more) == []
+    assert [each.severity for each in findings({dropped(raddr="10.0.0.5"): times(1, 1, 0, 1)})] == ["warning"]
+
+
 def test_many_clients_that_wait_where_nobody_is_accepted_any_more() -> None:
     clients = {dropped(raddr=f"9.9.9.{host}"): times(1, 1) for host in range(MANY_PEERS)}
     assert [each.severity for each in findings(clients)] == ["critical"]

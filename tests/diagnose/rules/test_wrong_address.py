@@ -150,7 +150,8 @@ def connects(
     [
         (None, "critical"),  # not known
         (connects("::1", 20, "127.0.0.1"), "info"),
-        (connects("::1", 20, "127.0.0.1", 19), "critical"),
+        (connects("::1", 20, "127.0.0.1", 18), "info"),
+        (connects("::1", 20, "127.0.0.1", 17), "critical"),
         (connects("::1", 20, "127.0.0.1", comm="client"), "info"),
         (connects("::1", 20, "127.0.0.1", netns=NETNS + 1), "critical"),
         (connects("::1", 20, "127.0.0.1", rport=81), "critical"),

@@ -4,7 +4,7 @@ connects. Or it drops ACKs and data, which this host sends or is to receive. Or 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from typing import Any
 
@@ -204,9 +204,19 @@ class FirewallDrops(Rule):
             for (netns, there, raddr, rport, what), here in of_clients.items():
                 yield from self._at_client(seen, connecting, netns, there, raddr, rport, what, here)
         if segments:
-            silent = [each for each in tracks_of(seen) if each.last.state in paths.SENDING and is_silent(each)]
+            silent: dict[Any, list[Track]] = defaultdict(list)
+            for track in tracks_of(seen):
+                if track.last.state in paths.SENDING and is_silent(track):
+                    silent[_connection(track)].append(track)
+            known = {ends_of(track.last) for tracks in silent.values() for track in tracks}
+            # What comes in must be for a socket that is there: the packet has its owner, or it stalls. A firewall may
+            # well drop the rest.
             for (netns, raddr, direction), packets in segments.items():
-                yield from self._segments(seen, netns, raddr, direction, packets, silent)
+                for_us = packets
+                if direction == "RECEIVED":
+                    for_us = [each for each in packets if each[0].pid is not None or ends_of(each[0]) in known]
+                if for_us:
+                    yield from self._segments(seen, netns, raddr, direction, for_us, silent)
 
     def _at_listener(
         self,
@@ -219,13 +229,14 @@ class FirewallDrops(Rule):
     ) -> Iterator[Finding]:
         """`forwards`: the network namespace that drops them, if it is not the listener's.
 
-        Of an address that is not known otherwise a firewall may well drop the SYNs: that is for information.
+        Of an address that is not known otherwise a firewall may well drop the SYNs: that is for information. Of one
+        that belongs here, one connect() that waits is enough: its SYN is sent again.
 
         One that takes SYNs, and drops what follows, is wrong, whosever these are.
         """
         own, total = history.last, Tally()
         here = [each for each in found if takes(own.laddr, each.laddr)]
-        if not _often(here) and not _are_many(here):
+        if max(_peers(here).values(), default=0) < LEAST and not _are_many(here):
             return
         if own.laddr in _WILDCARDS and forwards is None and what == SYNS:
             # A SYN that this host forwards comes in, too, and may be for the same port of another host.
@@ -233,18 +244,21 @@ class FirewallDrops(Rule):
             here = [each for each in here if local[each.laddr]]
         for each in here:
             total.merge(each.tally)
-        often, many = _often(here), _are_many(here) and _stopped(history, total.first_s)
-        if not often and not many:
+        tries, peers = _tries(here), _peers(here)
+        laddrs = {each.laddr for each in here}
+        often = [raddr for raddr, number in tries.items() if number >= LEAST]
+        many = _are_many(here) and _stopped(history, total.first_s)
+        ours = often
+        if what == SYNS:
+            again = (raddr for raddr, number in peers.items() if number >= LEAST)
+            ours = [raddr for raddr in again if _belongs(seen, connecting, own, laddrs, raddr)]
+        if not often and not ours and not many:
             return
-        ours = often if what != SYNS else [each for each in often if _belongs(seen, connecting, own, here, each)]
-        tries = _tries(here)
         if ours:
             none = sum(tries[raddr] for raddr in ours) >= MANY and _stopped(history, total.first_s)
             severity = "critical" if none else "warning"
         else:
             severity = "critical" if many else "info"
-        peers = _peers(here)
-        laddrs = {each.laddr for each in here}
         shown = ", ".join(f"{address} ({number})" for address, number in peers.most_common(_PEERS_SHOWN))
         more = f" and {len(peers) - _PEERS_SHOWN} more addresses" if len(peers) > _PEERS_SHOWN else ""
         accepts = "" if history.accepts is None else f"; it accepted {history.accepts} connections meanwhile"
@@ -440,17 +454,10 @@ class FirewallDrops(Rule):
         raddr: str,
         direction: str,
         found: list[tuple[Any, Tally]],
-        silent: list[Track],
+        silent: Mapping[Any, list[Track]],
     ) -> Iterator[Finding]:
-        """Many, or a few of connections that stall for it.
-
-        What comes in must be for a socket that is there: the packet has its owner, or it stalls. A firewall may well
-        drop the rest.
-        """
+        """Many, or a few of connections that stall for it."""
         comes = direction == "RECEIVED"
-        if comes:
-            known = {ends_of(track.last) for track in silent}
-            found = [each for each in found if each[0].pid is not None or ends_of(each[0]) in known]
         by_connection: Counter[tuple[Any, ...]] = Counter()
         total = Tally()
         owners: Counter[tuple[int, str]] = Counter()
@@ -459,7 +466,7 @@ class FirewallDrops(Rule):
             by_connection[connection(netns, *ends_of(group))] += tally.count
             if group.pid is not None:
                 owners[group.pid, group.comm] += tally.count
-        stalled = [track for track in silent if by_connection[_connection(track)]]
+        stalled = [track for each in by_connection for track in silent.get(each, ())]
         for track in stalled if not owners else ():
             if track.last.netns == netns and track.last.pid is not None:
                 owners[track.last.pid, track.last.comm] += 1
@@ -556,10 +563,6 @@ def _tries(found: list[Dropped]) -> Counter[str]:
     return Counter(raddr for raddr, _, _ in {(each.raddr, each.rport, each.laddr) for each in found})
 
 
-def _often(found: list[Dropped]) -> list[str]:
-    return [raddr for raddr, number in _tries(found).items() if number >= LEAST]
-
-
 def _are_many(found: list[Dropped]) -> bool:
     return len({each.raddr for each in found if each.tally.count > 1}) >= MANY_PEERS
 
@@ -569,14 +572,14 @@ def _stopped(history: History, since_s: float) -> bool:
     return history.accepts == 0 or (history.accepts is not None and not history.accepted_since(since_s))
 
 
-def _belongs(seen: Evidence, connecting: Connecting, own: Listener, here: list[Dropped], raddr: str) -> bool:
+def _belongs(seen: Evidence, connecting: Connecting, own: Listener, laddrs: set[str], raddr: str) -> bool:
     """Whether more is known of a peer than that it tries to connect to this port.
 
     It is no address of the Internet, a client on this machine, it has a connection with this host, or had one.
     """
     if not ip_address(raddr).is_global:
         return True
-    if any((raddr, each.laddr, own.lport) in connecting.tried for each in here if each.raddr == raddr):
+    if any((raddr, laddr, own.lport) in connecting.tried for laddr in laddrs):
         return True
     served = seen.sockets.served.get((own.netns, own.lport), {}) if hasattr(seen, "sockets") else {}
     return raddr in served or (own.netns, raddr) in connecting.connected

@@ -151,8 +151,9 @@ class NoAck(Rule):
                 found.setdefault(where[0], []).append(where)
         for netns, peers in found.items():
             if len(peers) > 1:  # what was on its way to others when the link went down was not sent again either
+                known = set(peers)
                 stuck = (where for where in silent if where[0] == netns and all(map(is_stuck, silent[where])))
-                peers += [where for where in stuck if where not in peers]
+                peers += [where for where in stuck if where not in known]
             yield self._cannot_send(seen, netns, {where: silent.pop(where) for where in peers})
 
     def _cannot_send(self, seen: Evidence, netns: int, peers: Mapping[Peer, list[Track]]) -> Finding:

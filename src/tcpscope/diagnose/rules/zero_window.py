@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -193,10 +193,13 @@ class ZeroWindow(Rule):
 
     def _clients(self, seen: Evidence, netns: int, lport: int, stuck: list[Track]) -> Iterator[Finding]:
         """One finding for each address with several connections, and one for all others of a local port."""
-        addresses = Counter(track.last.raddr for track in stuck)
-        single = [track for track in stuck if addresses[track.last.raddr] < SEVERAL]
-        for address in (address for address, number in addresses.items() if number >= SEVERAL):
-            yield self._read_elsewhere(_Stall([track for track in stuck if track.last.raddr == address]))
+        addresses: dict[str, list[Track]] = defaultdict(list)
+        for track in stuck:
+            addresses[track.last.raddr].append(track)
+        single = [track for tracks in addresses.values() if len(tracks) < SEVERAL for track in tracks]
+        for tracks in addresses.values():
+            if len(tracks) >= SEVERAL:
+                yield self._read_elsewhere(_Stall(tracks))
         if single:
             sending = sum(_sends(track.last, netns, lport) for track in seen.sockets.now)
             yield self._single_clients(netns, lport, single, len(stuck), sending)
