@@ -19,7 +19,7 @@ PORT = 8330
 RTT_MS = 50
 SIZE = 16_384
 SO_RCVBUF = 8
-BYTES = 6_000_000  # in 15 s: a busy machine looks every two or three
+BYTES = 12_000_000  # in 30 s: a busy machine looks every few seconds, and three looks have to show it
 
 
 def transfer(script: Script, *, rcvbuf: int = 0, number: int = BYTES) -> tuple[Socket, Socket, list[Call]]:
