@@ -175,7 +175,7 @@ def test_a_worker_without_file_descriptors_beside_one_that_has_some(monkeypatch:
 
 
 def test_a_server_that_had_no_file_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What made it slow is told as long as that it was slow, and no longer."""
+    """The finding names the cause as long as it says that the server is slow."""
     history = watched(iter([6] * 50), 2)
     (before,), (after,) = (found(history, {7: opened}, monkeypatch) for opened in (1024, 10))
     assert after.observed[0] == "nginx (PID 7) had all 1,024 files open that it may (RLIMIT_NOFILE)"

@@ -204,7 +204,7 @@ def test_a_host_that_forwards(script: Script, way: str) -> Test:
         inside.sysctl("ip_nonlocal_bind", 1)
         web.listener(port, target)
     proxy = host.process("proxy")
-    proxy.listener(port)  # whoever listens there tells which addresses the host has
+    proxy.listener(port)  # diagnose reads the addresses of the host through a process that listens there
     chain(host, "forward", f"tcp dport {port}")
     made = [client.socket() for _ in range(5)]
     for each in made:

@@ -294,7 +294,7 @@ def test_clients_that_still_wait(number: int, looks: int, values: dict[str, Any]
 
 @pytest.mark.parametrize(("values", "found"), [({"unacked": 1}, False), ({"unacked": 1, "has_file": False}, True)])
 def test_a_proxy_waits_for_another_one(values: dict[str, Any], found: bool) -> None:
-    """What it has closed itself holds nobody up."""
+    """Connections that the process itself has closed keep no client waiting."""
     backend = track(state="ESTABLISHED", role="ACTIVE", has_fin=False, unread=0, lport=40000, **values)
     backend.last.since_received_us = 20_000_000
     assert bool(check(*(waits() for _ in range(LEAST)), backend)) == found

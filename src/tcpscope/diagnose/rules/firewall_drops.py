@@ -82,8 +82,8 @@ _ENTRY_BYTES = 320
 """Of struct nf_conn with its usual extensions, about."""
 
 _WHY_STRANGERS = (
-    " Whoever reaches this host from the Internet may be one that looks for services, and the rule may be there for "
-    "that."
+    " An address of the Internet of which nothing else is known may be a bot that looks for services. The rule may be "
+    "there to keep it out."
 )
 _WHY_ANSWERS_COME = (
     "The SYNs leave this host, and SYN-ACKs answer them. A netfilter rule of this network namespace drops these, so "

@@ -67,7 +67,7 @@ class RpFilter(Rule):
             for group, tally in groups:
                 peers[group.raddr] += tally.count
             again = {raddr for raddr, number in peers.items() if number >= LEAST}
-            # What is not a handshake is told by `drops`, unless it is too little for that.
+            # `drops` tells of other packets than handshakes, if they are enough for it.
             explains: tuple[str, ...] = ("drops",) if others[netns] < AT_LEAST else ()
             if again:
                 # A SYN that is dropped here has no SYN-ACK, so what happens to SYN-ACKs has another cause.

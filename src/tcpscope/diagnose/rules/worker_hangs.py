@@ -52,7 +52,7 @@ def _left(row: Any, before: Any) -> bool:
 
 
 def _waits(row: Any, before: Any) -> bool:
-    """A client is still there, and nothing was read of what it has sent since the look before."""
+    """Whether a client has not closed, and the process has read nothing of it since the look before."""
     if row.state != "ESTABLISHED" or row.role != "PASSIVE" or not row.has_file or not row.unread:
         return False
     return bool(before is not None and before.unread and before.read_seq == row.read_seq)
@@ -75,8 +75,8 @@ class WorkerHangs(Rule):
 
     def __init__(self) -> None:
         self._worked: dict[tuple[int, int, str], float] = {}
-        """When a process was last seen to work. The next look does not find what it has served meanwhile: that waits
-        for nothing. Entries are deleted when they are as old as WAIT_SECONDS."""
+        """When a look last saw a process work. A look finds only connections that wait for something, so a later one
+        may not see those that were served. Entries are deleted after WAIT_SECONDS."""
 
     def check(self, seen: Evidence) -> Iterator[Finding]:
         if seen.request.filter.names_ends:
