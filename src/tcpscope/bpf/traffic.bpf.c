@@ -365,8 +365,9 @@ static __always_inline bool in_use(struct sock *sk)
 	return lock || BPF_CORE_READ(sk, sk_lock.owned);
 }
 
-/* A look at a connection whose counters have changed, or which was or is busy. */
-static __noinline int look_at(struct sock *sk, struct connection *connection, __u64 sent, __u64 received)
+/* A look at a connection whose counters have changed, or which was or is busy. `opened_ns` was read before them. */
+static __noinline int look_at(struct sock *sk, struct connection *connection, __u64 sent, __u64 received,
+			      __u64 opened_ns)
 {
 	struct scratch *scratch = &connection->scratch;
 	__u8 state = BPF_CORE_READ(sk, __sk_common.skc_state);
@@ -381,8 +382,8 @@ static __noinline int look_at(struct sock *sk, struct connection *connection, __
 	/* The last byte may be a FIN that tcp_fin() is about to tell. The next look knows. */
 	if (may_be_fin && received && now.rx == received)
 		now.rx = --received;
-	/* The socket may be gone, and its place be another's. */
-	if (connection_find(sk) != connection)
+	/* The socket may be gone, and its place be another's, in the same entry. */
+	if (connection_find(sk) != connection || *(const volatile __u64 *)&connection->opened_ns != opened_ns)
 		return 0;
 	told_read(connection, &told);
 	moved_at_least(&now, &told);
@@ -406,11 +407,12 @@ static long look_entry(struct bpf_map *table, const __u64 *key, struct connectio
 {
 	struct scratch *scratch = &connection->scratch;
 	struct tcp_sock *tp = (struct tcp_sock *)*key;
+	__u64 opened_ns = *(const volatile __u64 *)&connection->opened_ns;
 	__u64 sent = BPF_CORE_READ(tp, bytes_sent), received = BPF_CORE_READ(tp, bytes_received);
 
 	if (sent == scratch->sent && received == scratch->received && !scratch->busy)
 		return 0;
-	look_at((struct sock *)tp, connection, sent, received);
+	look_at((struct sock *)tp, connection, sent, received, opened_ns);
 	return 0;
 }
 
